@@ -1,0 +1,1 @@
+"""Memory-efficient optimizers for large models in JAX, as composable Optax chains."""

@@ -1,0 +1,1 @@
+"""Flax NNX models and their Hugging Face import and export."""

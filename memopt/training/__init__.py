@@ -1,0 +1,1 @@
+"""Data, the step, the loop and checkpoints."""

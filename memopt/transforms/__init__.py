@@ -1,0 +1,1 @@
+"""The pieces chains are made of."""
