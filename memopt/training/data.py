@@ -1,0 +1,264 @@
+"""Batches for pretraining: documents tokenized, packed into rows, mixed and split by process.
+
+The pipeline is Grain's from end to end. A document becomes `[eos] text [eos]`; every token but the
+first is predicted once. Documents are packed one after another into rows of `seq_len`, cut where a
+row ends, so that a row holds no padding. Rows are mixed within windows of 2^18 tokens.
+"""
+
+import functools
+import json
+from typing import Any
+
+import grain
+import numpy as np
+
+from memopt.training.documents import Documents, Piece, find_documents
+from memopt.training.tokenizer import Tokenizer
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "find_documents",
+    "fingerprint",
+    "train_batches",
+    "validation_batches",
+]
+
+#: inputs, targets, segment_ids, positions, weights: int32 (rows, seq_len) each.
+Batch = dict[str, np.ndarray]
+
+#: Rows are mixed within windows of this many tokens.
+WINDOW_TOKENS = 2**18
+#: Batches made ahead by a thread.
+PREFETCH = 16
+
+
+class Batches:
+    """An endless iterator of batches whose state can be saved and restored exactly.
+
+    Batches are made ahead by a thread; the state is that of the batch handed out last.
+    """
+
+    def __init__(self, dataset: grain.IterDataset):
+        self._iterator: Any = iter(dataset)
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        """Returns the next batch."""
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns where the iterator stands, JSON-serialisable: a few hundred bytes."""
+        return json.loads(json.dumps(self._iterator.get_state()))
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues from a state that `get_state` returned, here or in another process."""
+        self._iterator.set_state(_tuples(state))
+
+    def close(self) -> None:
+        """Stops the thread that makes batches ahead; nothing follows after that."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+
+def train_batches(
+    documents: Documents,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    seq_len: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Returns endless training batches, shuffled anew in each epoch.
+
+    The order is a function of the documents, tokenizer, `batch_size`, `seq_len` and `seed` alone.
+    Process i of n gets rows i·B/n to (i+1)·B/n of every batch, so any number of processes together
+    see the same batches (each of them tokenizes all the text for that).
+
+    Args:
+        documents: The training part of `find_documents(...).split()`.
+        tokenizer: Makes ids of text.
+        batch_size: Rows of the global batch, B.
+        seq_len: Tokens of a row, S.
+        seed: Decides the order.
+        process_index: This process, from 0.
+        process_count: All processes; must divide `batch_size`.
+
+    Returns:
+        An iterator of batches, dicts of int32 arrays (B/n, S): `inputs`; `targets`, the token after
+        each input in the same document; `segment_ids`, 1, 2, 3 … for the documents of a row;
+        `positions`, from 0 in each; `weights`, 1 where the target counts (everywhere, here).
+
+    Raises:
+        ValueError: `seq_len` below 2, a `batch_size` that is not positive or that `process_count`
+            does not divide, or a negative `seed`.
+
+    Example:
+        >>> from memopt.training.tokenizer import load_tokenizer
+        >>> training, validation = find_documents(["python"]).split()
+        >>> batches = train_batches(
+        ...     training, load_tokenizer("bytes"), batch_size=4, seq_len=32, seed=0
+        ... )
+        >>> batch = next(batches)
+        >>> sorted(batch), batch["inputs"].shape
+        (['inputs', 'positions', 'segment_ids', 'targets', 'weights'], (4, 32))
+        >>> state = batches.get_state()
+        >>> following = next(batches)
+        >>> batches.set_state(state)
+        >>> bool((next(batches)["inputs"] == following["inputs"]).all())
+        True
+        >>> batches.close()
+    """
+    rows = _rows_of_process(batch_size, seq_len, process_index, process_count)
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"seed={seed} must be between 0 and 2147483647.")
+    dataset = grain.experimental.WindowShuffleIterDataset(
+        _packed(documents.epochs(seed), tokenizer, seq_len),
+        window_size=max(1, WINDOW_TOKENS // seq_len),
+        seed=seed,
+    )
+    dataset = dataset.batch(batch_size).map(functools.partial(_take_rows, rows=rows))
+    return Batches(
+        grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=PREFETCH)
+    )
+
+
+def validation_batches(
+    documents: Documents,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    seq_len: int,
+    max_tokens: int = 2**17,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> list[Batch]:
+    """Returns the same held-out batches at every call.
+
+    The last batch is filled up with rows of weight 0: sums of `weights`·loss over all batches,
+    divided by the sum of `weights`, are the exact mean over the held-out tokens, whatever the
+    batch size.
+
+    Args:
+        documents: The validation part of `find_documents(...).split()`.
+        tokenizer: Makes ids of text.
+        batch_size: Rows of the global batch.
+        seq_len: Tokens of a row.
+        max_tokens: Hold at most this many tokens, in whole rows.
+        process_index: This process, from 0.
+        process_count: All processes; must divide `batch_size`.
+
+    Returns:
+        The batches, as `train_batches` describes them.
+
+    Raises:
+        ValueError: As `train_batches`; `max_tokens` below `seq_len`; or no text is held out.
+    """
+    rows = _rows_of_process(batch_size, seq_len, process_index, process_count)
+    if max_tokens < seq_len:
+        raise ValueError(f"max_tokens={max_tokens} must be at least seq_len={seq_len}.")
+    dataset = _packed(documents.once(), tokenizer, seq_len)
+    dataset = grain.experimental.LimitIterDataset(dataset, max_tokens // seq_len)
+    dataset = dataset.batch(batch_size, batch_fn=functools.partial(_stack_and_fill, batch_size))
+    batches = list(dataset.map(functools.partial(_take_rows, rows=rows)))
+    if not batches:
+        raise ValueError("the validation part of the data holds no text: give more data.")
+    return batches
+
+
+def fingerprint(
+    documents: Documents, tokenizer: Tokenizer, *, batch_size: int, seq_len: int, seed: int
+) -> dict[str, Any]:
+    """Returns everything that decides the order of `train_batches`, JSON-serialisable.
+
+    Store it beside the iterator state: where two of these differ, the state does not apply.
+
+    Args:
+        documents: As given to `train_batches`.
+        tokenizer: As given to `train_batches`.
+        batch_size: As given to `train_batches`.
+        seq_len: As given to `train_batches`.
+        seed: As given to `train_batches`.
+
+    Returns:
+        A flat dict: files, bytes and a digest of their names and sizes (or the stream's name),
+        the tokenizer's name and digest, `batch_size`, `seq_len`, `seed`.
+    """
+    return {
+        **documents.describe(),
+        "tokenizer": tokenizer.digest,
+        "batch_size": batch_size,
+        "seq_len": seq_len,
+        "seed": seed,
+    }
+
+
+def _packed(
+    pieces: grain.MapDataset | grain.IterDataset, tokenizer: Tokenizer, seq_len: int
+) -> grain.IterDataset:
+    """Rows of `seq_len` tokens from pieces of text."""
+    pairs = pieces.map(functools.partial(_pair, tokenizer=tokenizer))
+    if isinstance(pairs, grain.MapDataset):
+        pairs = pairs.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=16))
+    packed = grain.experimental.ConcatThenSplitIterDataset(
+        pairs, length_struct={"inputs": seq_len, "targets": seq_len}
+    )
+    return packed.map(_row)
+
+
+def _pair(piece: Piece, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """Each token and the one after it. End of document also stands before a document."""
+    eos = np.array([tokenizer.eos_id], np.int32)
+    tokens = np.concatenate([eos[: piece.begins], tokenizer.encode(piece.text), eos[: piece.ends]])
+    return {"inputs": tokens[:-1], "targets": tokens[1:]}
+
+
+def _row(packed: dict[str, np.ndarray]) -> Batch:
+    """Renames what Grain packed. Pairs stay whole, so a target counts where there is an input."""
+    segment_ids = packed["inputs_segment_ids"]
+    return {
+        "inputs": packed["inputs"],
+        "targets": packed["targets"],
+        "segment_ids": segment_ids,
+        "positions": packed["inputs_positions"],
+        "weights": (segment_ids > 0).astype(np.int32),
+    }
+
+
+def _stack_and_fill(batch_size: int, rows: list[Batch]) -> Batch:
+    missing = batch_size - len(rows)
+    return {
+        name: np.pad(np.stack([row[name] for row in rows]), [(0, missing), (0, 0)])
+        for name in rows[0]
+    }
+
+
+def _take_rows(batch: Batch, rows: slice) -> Batch:
+    return {name: array[rows] for name, array in batch.items()}
+
+
+def _rows_of_process(batch_size: int, seq_len: int, index: int, count: int) -> slice:
+    if seq_len < 2:
+        raise ValueError(f"seq_len={seq_len} must be at least 2.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    if count < 1 or batch_size % count:
+        raise ValueError(
+            f"batch_size={batch_size} must be a multiple of the number of processes, {count}."
+        )
+    if not 0 <= index < count:
+        raise ValueError(f"process_index={index} must be from 0 to {count - 1}.")
+    share = batch_size // count
+    return slice(index * share, (index + 1) * share)
+
+
+def _tuples(state: Any) -> Any:
+    # Grain's packing compares slices with tuples, which JSON gives back as lists.
+    if isinstance(state, dict):
+        return {key: _tuples(value) for key, value in state.items()}
+    return tuple(map(_tuples, state)) if isinstance(state, list) else state

@@ -1,0 +1,502 @@
+"""Where text comes from: files, JSON lines, the standard library, Hugging Face datasets.
+
+Text is read in *pieces*: a whole document, or 64 KiB of a long one, so that no file is ever held in
+memory and one long book shuffles as well as a thousand pages.
+"""
+
+import dataclasses
+import glob
+import hashlib
+import itertools
+import json
+import math
+import os
+import sysconfig
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import grain
+import numpy as np
+
+#: Longest piece of a text file, in bytes.
+PIECE_BYTES = 2**16
+#: With fewer documents than this, the tail of each is held out instead of whole documents.
+FEW_DOCUMENTS = 100
+#: Documents of a stream that are held and mixed before they are packed.
+STREAM_WINDOW = 1024
+
+# Folders of the standard library: what some distributions leave out, and what is no source.
+_OPTIONAL = {"ensurepip", "idlelib", "idle_test", "lib2to3", "tkinter", "turtledemo", "venv"}
+_OPTIONAL |= {"distutils", "test", "tests"}
+_NO_SOURCE = {"site-packages", "dist-packages", "pydoc_data", "encodings"}
+
+
+class Piece(NamedTuple):
+    """Consecutive text of one document.
+
+    Attributes:
+        text: The text.
+        begins: Whether the document begins here.
+        ends: Whether the document ends here.
+    """
+
+    text: str
+    begins: bool
+    ends: bool
+
+
+class Documents(Protocol):
+    """A corpus: `Files` or a `Stream`."""
+
+    def split(self, validation_fraction: float = 0.05) -> "tuple[Documents, Documents]":
+        """Returns the (training, validation) parts, the same at every call."""
+        ...
+
+    def epochs(self, seed: int) -> grain.MapDataset | grain.IterDataset:
+        """Returns the pieces for ever, in an order that `seed` decides, new in each epoch."""
+        ...
+
+    def once(self) -> grain.MapDataset | grain.IterDataset:
+        """Returns every piece once, in an order that never changes."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what identifies this corpus, JSON-serialisable."""
+        ...
+
+
+def find_documents(specs: Sequence[str] = ("python",)) -> Documents:
+    """Finds the text that `specs` name.
+
+    A spec is
+
+    - `python`: the source of Python's own standard library (about 8 MB), without what some
+      distributions leave out (tests, tkinter, idlelib …) and without generated tables;
+    - a file, a directory (every text file in it, recursively; hidden files are left out) or a glob
+      (`"books/**/*.txt"`). A name ending in `.jsonl` is read as JSON lines, one document a line;
+    - `hf:NAME` or `hf:NAME:CONFIG`, a dataset of the Hugging Face hub or a local directory,
+      streamed by `datasets`.
+
+    JSON lines and datasets take the text from the field `text`, or from the one named after `#`:
+    `pages.jsonl#content`, `hf:NAME#content`. Bytes that are not UTF-8 are read as U+FFFD.
+
+    Args:
+        specs: What to read. Files named twice are read once. `hf:` stands alone.
+
+    Returns:
+        The documents, in an order that depends on the names only.
+
+    Raises:
+        ValueError: Nothing matches, a file is not text, all is empty, or `hf:` is mixed with files.
+        ImportError: `hf:` is asked for and `datasets` is not installed.
+
+    Example:
+        >>> training, validation = find_documents(["python"]).split(0.05)
+        >>> len(training) > len(validation) > 0
+        True
+    """
+    if not specs:
+        raise ValueError("data is empty: name a file, a directory, a glob, 'python' or 'hf:NAME'.")
+    streams = [spec for spec in specs if spec.startswith("hf:")]
+    if streams:
+        if len(specs) > 1:
+            raise ValueError(f"data {streams[0]!r} cannot be mixed with other data: give it alone.")
+        return _open_stream(streams[0])
+    found = {file.path.resolve(): file for spec in specs for file in _match(spec)}
+    files = tuple(file for file in found.values() if file.size)
+    pieces = np.concatenate([_NO_PIECES, *(_cut(files, i) for i in range(len(files)))])
+    if not len(pieces):
+        raise ValueError(f"data {', '.join(map(repr, specs))} holds no text: every file is empty.")
+    return Files(files, pieces)
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file of text, or of JSON lines.
+
+    Attributes:
+        path: Where it is.
+        name: Its name relative to the directory or glob that found it; decides its split.
+        size: Its size in bytes.
+        field: The field of a JSON line that holds the text; None for plain text.
+    """
+
+    path: Path
+    name: str
+    size: int
+    field: str | None
+
+
+# `line` is the number of the JSON line, from 1; 0 in plain text.
+_PIECE = np.dtype([("file", "i4"), ("line", "i8"), ("start", "i8"), ("stop", "i8")])
+_NO_PIECES = np.empty(0, _PIECE)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Files:
+    """Documents in files, with random access to their pieces.
+
+    Attributes:
+        files: The files.
+        pieces: Byte ranges, a structured array: file, line, start, stop.
+    """
+
+    files: tuple[File, ...]
+    pieces: np.ndarray
+
+    def __len__(self) -> int:
+        """The number of pieces."""
+        return len(self.pieces)
+
+    def __getitem__(self, index: int) -> Piece:
+        """Reads piece `index`.
+
+        Raises:
+            ValueError: A JSON line is no object with the text field; names the line.
+        """
+        number, line, start, stop = self.pieces[index].tolist()
+        file = self.files[number]
+        with file.path.open("rb") as stream:
+            stream.seek(start)
+            text = stream.read(stop - start).decode("utf-8", "replace")
+        if file.field is None:
+            return Piece(text, start == 0, stop == file.size)
+        return Piece(_text_of_line(text, file, line), True, True)
+
+    def split(self, validation_fraction: float = 0.05) -> "tuple[Files, Files]":
+        """Splits by document: a hash of its name (and line) decides, never its position.
+
+        Adding a file moves no other. A corpus of fewer than 100 documents is too small for that:
+        there, the last `validation_fraction` of every file (of its bytes or lines) is held out.
+
+        Args:
+            validation_fraction: Share of the documents to hold out, between 0 and 1.
+
+        Returns:
+            The (training, validation) documents.
+
+        Raises:
+            ValueError: The fraction is not between 0 and 1, or nothing is left to hold out.
+        """
+        _check_fraction(validation_fraction)
+        names = np.array([zlib.crc32(file.name.encode()) for file in self.files], np.uint64)
+        held = _hash(names[self.pieces["file"]], self.pieces["line"]) < validation_fraction
+        documents = len(np.unique(self.pieces[["file", "line"]]))
+        if documents < FEW_DOCUMENTS or held.all() or not held.any():
+            return self._split_tails(validation_fraction)
+        return Files(self.files, self.pieces[~held]), Files(self.files, self.pieces[held])
+
+    def _split_tails(self, fraction: float) -> "tuple[Files, Files]":
+        heads, tails = [_NO_PIECES], [_NO_PIECES]
+        for number, file in enumerate(self.files):
+            pieces = self.pieces[self.pieces["file"] == number]
+            if file.field is None:
+                cut = _boundary(file, math.floor(file.size * (1 - fraction)))
+                head, tail = (
+                    _cut_text(file, number, 0, cut),
+                    _cut_text(file, number, cut, file.size),
+                )
+            else:
+                lines = len(pieces) - math.ceil(len(pieces) * fraction)
+                head, tail = pieces[:lines], pieces[lines:]
+            # What is too short to cut is for training.
+            heads.append(head if len(head) else tail)
+            tails.append(tail if len(head) else _NO_PIECES)
+        if not any(map(len, tails)):
+            raise ValueError(
+                f"data is too small to hold out a validation part of {fraction:g}: "
+                "give more text, or a larger validation fraction."
+            )
+        return Files(self.files, np.concatenate(heads)), Files(self.files, np.concatenate(tails))
+
+    def epochs(self, seed: int) -> grain.MapDataset:
+        """Returns the pieces for ever, shuffled anew in each epoch."""
+        return grain.MapDataset.source(self).shuffle(seed=seed).repeat()
+
+    def once(self) -> grain.MapDataset:
+        """Returns every piece once, in a shuffled order that never changes."""
+        return grain.MapDataset.source(self).shuffle(seed=0)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the number of files and bytes, and a hash of names, sizes and pieces."""
+        listing = json.dumps([(file.name, file.size, file.field) for file in self.files])
+        digest = hashlib.sha256(listing.encode() + self.pieces.tobytes()).hexdigest()
+        count = len(np.unique(self.pieces["file"]))
+        size = int((self.pieces["stop"] - self.pieces["start"]).sum())
+        return {"files": count, "bytes": size, "digest": digest}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stream:
+    """Documents of a Hugging Face dataset, read in order as they arrive.
+
+    Attributes:
+        dataset: A `datasets.IterableDataset`.
+        name: The spec it was opened with.
+        field: The column that holds the text.
+        validation: The dataset's own validation part, if it has one.
+        held_out: Whether this is the validation part of `dataset`; None before it is split.
+        fraction: The share of the documents that is held out.
+    """
+
+    dataset: Any
+    name: str
+    field: str
+    validation: Any = None
+    held_out: bool | None = None
+    fraction: float = 0.0
+
+    def split(self, validation_fraction: float = 0.05) -> "tuple[Stream, Stream]":
+        """Splits by the dataset's own `validation` part or, without, a hash of the position.
+
+        Args:
+            validation_fraction: Share of the documents to hold out, between 0 and 1.
+
+        Returns:
+            The (training, validation) documents.
+
+        Raises:
+            ValueError: The fraction is not between 0 and 1.
+        """
+        _check_fraction(validation_fraction)
+        part = dataclasses.replace(self, validation=None)
+        if self.validation is not None:
+            return part, dataclasses.replace(part, dataset=self.validation)
+        return (
+            dataclasses.replace(part, held_out=False, fraction=validation_fraction),
+            dataclasses.replace(part, held_out=True, fraction=validation_fraction),
+        )
+
+    def keeps(self, index: int) -> bool:
+        """Whether the document at position `index` of the dataset belongs to this part."""
+        if self.held_out is None:
+            return True
+        return bool(_hash(0, index) < self.fraction) == self.held_out
+
+    def epochs(self, seed: int) -> grain.IterDataset:
+        """Returns the documents for ever, mixed within windows of 1,024."""
+        return grain.experimental.WindowShuffleIterDataset(
+            _StreamDataset(self, None), window_size=STREAM_WINDOW, seed=seed
+        )
+
+    def once(self) -> grain.IterDataset:
+        """Returns every document once, in the order of the dataset."""
+        return _StreamDataset(self, 1)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the name, the field and the share that is held out."""
+        return {"stream": self.name, "field": self.field, "validation_fraction": self.fraction}
+
+
+class _StreamDataset(grain.IterDataset[Piece]):
+    """The pieces of a `Stream`, for a number of epochs or (None) for ever."""
+
+    def __init__(self, stream: Stream, epochs: int | None):
+        super().__init__()
+        self._stream = stream
+        self._epochs = epochs
+
+    def __iter__(self) -> "_StreamIterator":
+        return _StreamIterator(self._stream, self._epochs)
+
+
+class _StreamIterator(grain.DatasetIterator[Piece]):
+    """Reads a `Stream`; its state is an epoch, a position and where `datasets` stands."""
+
+    def __init__(self, stream: Stream, epochs: int | None):
+        super().__init__()
+        self._stream = stream
+        self._epochs = epochs
+        self.set_state({"epoch": 0, "index": 0, "found": False, "source": "null"})
+
+    def __next__(self) -> Piece:
+        while True:
+            example = next(self._examples, None)
+            if example is None:
+                self._next_epoch()
+                continue
+            self._index += 1
+            if self._stream.keeps(self._index - 1):
+                self._found = True
+                return Piece(_text_of_example(example, self._stream, self._index), True, True)
+
+    def _next_epoch(self) -> None:
+        if self._epochs is not None and self._epoch + 1 >= self._epochs:
+            raise StopIteration
+        if not self._found:
+            raise ValueError(f"data {self._stream.name!r} holds no documents.")
+        self.set_state({"epoch": self._epoch + 1, "index": 0, "found": True, "source": "null"})
+
+    def get_state(self) -> dict[str, Any]:
+        # As text: whatever `datasets` keeps survives a round trip through a checkpoint.
+        source = self._stream.dataset.state_dict() if self._index else None
+        return {
+            "epoch": self._epoch,
+            "index": self._index,
+            "found": self._found,
+            "source": json.dumps(source),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._epoch, self._index, self._found = state["epoch"], state["index"], state["found"]
+        source = json.loads(state["source"])
+        if source is not None:
+            self._stream.dataset.load_state_dict(source)
+        self._examples: Iterator[dict[str, Any]] = iter(self._stream.dataset)
+
+
+def _open_stream(spec: str) -> Stream:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"data {spec!r} needs the package `datasets`: pip install 'memopt[hf]'."
+        ) from error
+    source, _, field = spec.removeprefix("hf:").partition("#")
+    name, _, config = source.partition(":")
+    try:
+        if any((Path(name) / saved).is_file() for saved in ("state.json", "dataset_dict.json")):
+            loaded = datasets.load_from_disk(name)
+            parts = loaded if isinstance(loaded, dict) else {"train": loaded}
+            parts = {key: part.to_iterable_dataset() for key, part in parts.items()}
+        else:
+            parts = datasets.load_dataset(name, config or None, streaming=True)
+    except Exception as error:  # many kinds: no such dataset, no network, unknown config …
+        raise ValueError(f"data {spec!r} cannot be opened by `datasets`: {error}") from error
+    if "train" not in parts:
+        raise ValueError(f"data {spec!r} has no part `train`, only {', '.join(parts)}.")
+    return Stream(parts["train"], spec, field or "text", parts.get("validation"))
+
+
+def _match(spec: str) -> list[File]:
+    """The files that a spec names, sorted by name."""
+    if spec == "python":
+        root = Path(sysconfig.get_path("stdlib"))
+        return _files(root, _standard_library(root), "text")
+    pattern, _, field = spec.partition("#")
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        return _files(path.parent, [path], field or "text", must_be_text=True)
+    if path.is_dir():
+        root, paths = path, [p for p in path.rglob("*") if p.is_file()]
+        paths = [p for p in paths if not _is_hidden(p.relative_to(root))]
+    else:
+        plain = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)
+        root = Path(*plain)
+        paths = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+    files = _files(root, paths, field or "text")
+    if not files:
+        raise ValueError(
+            f"data {spec!r} matches no text file: give a file, a directory, a glob, 'python' or "
+            "'hf:NAME'."
+        )
+    return files
+
+
+def _files(root: Path, paths: Iterable[Path], field: str, must_be_text: bool = False) -> list[File]:
+    files = []
+    for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
+        if _is_text(path):
+            is_json = path.suffix == ".jsonl"
+            name = path.relative_to(root).as_posix()
+            files.append(File(path, name, path.stat().st_size, field if is_json else None))
+        elif must_be_text:
+            raise ValueError(f"data {str(path)!r} is not text: it holds zero bytes.")
+    return files
+
+
+def _is_text(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return b"\0" not in stream.read(2**13)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _standard_library(root: Path) -> Iterator[Path]:
+    """The modules in `root` that are on every machine that has Python."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _OPTIONAL | _NO_SOURCE]
+        if "config-" not in folder:
+            yield from (
+                Path(folder, name)
+                for name in names
+                if name.endswith(".py") and not name.startswith("_sysconfigdata")
+            )
+
+
+def _cut(files: Sequence[File], number: int) -> np.ndarray:
+    """The pieces of one file."""
+    file = files[number]
+    if file.field is None:
+        return _cut_text(file, number, 0, file.size)
+    with file.path.open("rb") as stream:
+        lengths = [len(line) if line.strip() else -len(line) for line in stream]
+    stops = np.cumsum(np.abs(lengths), dtype=np.int64)
+    pieces = np.zeros(len(lengths), _PIECE)
+    pieces["file"], pieces["line"] = number, np.arange(1, len(lengths) + 1)
+    pieces["start"], pieces["stop"] = stops - np.abs(lengths), stops
+    return pieces[np.array(lengths) > 0]
+
+
+def _cut_text(file: File, number: int, start: int, stop: int) -> np.ndarray:
+    """The pieces of bytes `start` to `stop` of a text file."""
+    cuts = {_boundary(file, at) for at in range(start + PIECE_BYTES, stop, PIECE_BYTES)}
+    ends = sorted({start, stop} | {at for at in cuts if at < stop})
+    return np.array([(number, 0, a, b) for a, b in itertools.pairwise(ends)], _PIECE)
+
+
+def _boundary(file: File, position: int) -> int:
+    """Where a line, or at least a character, begins at or soon after `position`."""
+    if position == 0:
+        return 0
+    with file.path.open("rb") as stream:
+        stream.seek(position - 1)
+        window = stream.read(2**10)
+    newline = window.find(b"\n")
+    if newline >= 0:
+        return position + newline
+    continuation = itertools.takewhile(lambda byte: byte & 0xC0 == 0x80, window[1:5])
+    return position + len(list(continuation))
+
+
+def _text_of_line(line: str, file: File, number: int) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{file.path}, line {number} is not JSON: {error}.") from error
+    return _text_field(record, file.field or "text", f"{file.path}, line {number}")
+
+
+def _text_of_example(example: dict[str, Any], stream: Stream, number: int) -> str:
+    return _text_field(example, stream.field, f"{stream.name}, document {number}")
+
+
+def _text_field(record: Any, field: str, where: str) -> str:
+    text = record.get(field) if isinstance(record, dict) else None
+    if isinstance(text, str):
+        return text
+    has = (
+        f"its fields are {', '.join(map(str, record))}" if isinstance(record, dict) else "no object"
+    )
+    raise ValueError(
+        f"{where} has no text in the field {field!r} ({has}): name the field that holds the text "
+        "after '#', as in 'pages.jsonl#content'."
+    )
+
+
+def _hash(key: np.ndarray | int, index: np.ndarray | int) -> np.ndarray:
+    """Uniform numbers in [0, 1) from (key, index), the same on every machine: SplitMix64."""
+    with np.errstate(over="ignore"):
+        z = (np.asarray(key, np.uint64) << 32) + np.asarray(index, np.uint64) + 0x9E3779B97F4A7C15
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+        return np.asarray(z ^ (z >> 31)) / 2.0**64
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction < 1:
+        raise ValueError(f"validation_fraction={fraction} must be between 0 and 1.")
