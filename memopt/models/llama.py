@@ -1,0 +1,403 @@
+"""LLaMA in Flax NNX: embedding, a stack of equal scanned blocks, output head, and its loss.
+
+The architecture is that of Touvron et al. 2023 (arXiv 2302.13971) with the grouped-query attention
+and the rotary stretch of Llama 3 (arXiv 2407.21783).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from memopt.models.attention import causal_attention
+from memopt.models.config import PRESETS, LlamaConfig, RopeScaling, preset
+from memopt.models.rotary import rotary_tables, rotate
+from memopt.models.sharding import batch_shards, batch_spec, constrain_batch, param_shardings
+
+__all__ = [
+    "PRESETS",
+    "Context",
+    "Llama",
+    "LlamaConfig",
+    "RopeScaling",
+    "abstract_model",
+    "head_loss",
+    "loss",
+    "param_shardings",
+    "preset",
+]
+
+INIT = jax.nn.initializers.normal(0.02)
+
+# Float32 logits that one device may hold at a time, in bytes.
+LOGITS_BYTES = 2**27
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Context(NamedTuple):
+    """What every block reads beside its input.
+
+    Attributes:
+        rotary: Cosines and sines, each float32 `(batch or 1, seq, head_dim // 2)`.
+        segment_ids: int32 `(batch, seq)` numbering the documents packed in a row, or None.
+
+    """
+
+    rotary: tuple[jax.Array, jax.Array]
+    segment_ids: jax.Array | None = None
+
+
+BlockFunction = Callable[[Any, jax.Array, Context], jax.Array]
+
+
+def _linear(
+    config: LlamaConfig, axes: tuple[str, str], sizes: tuple[int, int], rngs: nnx.Rngs
+) -> nnx.Linear:
+    return nnx.Linear(
+        *sizes,
+        use_bias=False,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        kernel_init=INIT,
+        kernel_metadata={"axes": axes},
+        rngs=rngs,
+    )
+
+
+def _norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(
+        config.hidden_size,
+        epsilon=config.norm_eps,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        scale_metadata={"axes": (None,)},
+        rngs=rngs,
+    )
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention: `num_heads` queries share `num_kv_heads` keys and values."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        hidden = config.hidden_size
+        queries = config.num_heads * config.head_dim
+        keys = config.num_kv_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.q = _linear(config, ("embed", "heads"), (hidden, queries), rngs)
+        self.k = _linear(config, ("embed", "kv_heads"), (hidden, keys), rngs)
+        self.v = _linear(config, ("embed", "kv_heads"), (hidden, keys), rngs)
+        self.o = _linear(config, ("heads", "embed"), (queries, hidden), rngs)
+
+    def project(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values `(batch, seq, heads, head_dim)`, the first two turned."""
+        query, key, value = (
+            projection(x).reshape(*x.shape[:2], -1, self.head_dim)
+            for projection in (self.q, self.k, self.v)
+        )
+        return rotate(query, context.rotary), rotate(key, context.rotary), value
+
+    def combine(self, heads: jax.Array) -> jax.Array:
+        """Mix the heads' results `(batch, seq, heads, head_dim)` into `(batch, seq, hidden)`."""
+        return self.o(heads.reshape(*heads.shape[:2], -1))
+
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        query, key, value = self.project(x, context)
+        return self.combine(causal_attention(query, key, value, context.segment_ids))
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        wide, narrow = config.intermediate_size, config.hidden_size
+        self.gate = _linear(config, ("embed", "mlp"), (narrow, wide), rngs)
+        self.up = _linear(config, ("embed", "mlp"), (narrow, wide), rngs)
+        self.down = _linear(config, ("mlp", "embed"), (wide, narrow), rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each after a norm and added to what came in."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = _norm(config, rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = _norm(config, rngs)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        x = constrain_batch(x)
+        x = x + self.attention(self.attention_norm(x), context)
+        return constrain_batch(x + self.mlp(self.mlp_norm(x)))
+
+
+class Llama(nnx.Module):
+    """A LLaMA whose blocks are one module with stacked parameters.
+
+    Calling it gives logits. Its three parts are `embed_tokens`, the blocks (`block_function`) and
+    `unembed`; `nnx.to_pure_dict(nnx.state(model, nnx.Param))` are the parameters as nested dicts:
+    `embed/embedding` (vocab, hidden), `blocks/attention/q/kernel` (layers, in, out) ...,
+    `final_norm/scale` (hidden,) and, unless tied, `head/kernel` (hidden, vocab). Each parameter
+    carries the names of its `axes` as metadata, which `param_shardings` turns into shardings.
+
+    Args:
+        config: Shapes and options; see `preset`.
+        rngs: Source of the initial values, normal with standard deviation 0.02.
+
+    Example:
+        >>> model = Llama(preset("tiny"), rngs=nnx.Rngs(0))
+        >>> model(jnp.zeros((1, 8), jnp.int32)).shape
+        (1, 8, 264)
+        >>> model.blocks.mlp.gate.kernel.shape, model.blocks.mlp.gate.kernel.axes
+        ((4, 192, 512), ('layers', 'embed', 'mlp'))
+
+    """
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = nnx.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            param_dtype=jnp.dtype(config.param_dtype),
+            embedding_init=INIT,
+            embedding_metadata={"axes": ("vocab", "embed")},
+            rngs=rngs,
+        )
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers", "axes": "layers"})
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs=rngs)
+
+        self.blocks = stack(rngs)
+        self.final_norm = _norm(config, rngs)
+        if not config.tied:
+            sizes = (config.hidden_size, config.vocab_size)
+            self.head = _linear(config, ("embed", "vocab"), sizes, rngs)
+
+    def __call__(
+        self,
+        token_ids: jax.typing.ArrayLike,
+        segment_ids: jax.typing.ArrayLike | None = None,
+        positions: jax.typing.ArrayLike | None = None,
+    ) -> jax.Array:
+        """Logits of the next token at every position.
+
+        Args:
+            token_ids: Integers `(batch, seq)`.
+            segment_ids: Integers `(batch, seq)`; positions attend within their own segment only.
+                None: each row is one document.
+            positions: Integers `(batch, seq)`, places in the document. None: counted from 0.
+
+        Returns:
+            float32 `(batch, seq, vocab)`.
+
+        Raises:
+            ValueError: If the sequence is longer than `max_seq_len`.
+
+        """
+
+        def forward(model: Llama, *inputs: Any) -> jax.Array:
+            return model.unembed(model.hidden(*inputs))
+
+        spec = batch_spec(jnp.shape(token_ids)[0])
+        return _in_auto_mesh(forward, spec, self, token_ids, segment_ids, positions)
+
+    def context(
+        self,
+        length: int,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> Context:
+        """What the blocks read beside their input, for sequences of `length`."""
+        if length > self.config.max_seq_len:
+            raise ValueError(
+                f"A sequence of {length} tokens is longer than max_seq_len="
+                f"{self.config.max_seq_len}; shorten it or raise max_seq_len in the config."
+            )
+        if positions is None:
+            positions = jnp.arange(length)[None]
+        return Context(rotary_tables(self.config, positions), segment_ids)
+
+    def embed_tokens(self, token_ids: jax.Array) -> jax.Array:
+        """Rows of the embedding, `(batch, seq, hidden)` in the compute dtype.
+
+        The cast follows the look-up so that the embedding's gradient is summed in its own dtype.
+        """
+        return constrain_batch(self.embed(token_ids).astype(self.config.dtype))
+
+    def block_function(self) -> tuple[BlockFunction, Any]:
+        """One block as a function, and the stacked parameters to slice its argument from.
+
+        Returns:
+            `block(params, x, context) -> x`, without rematerialisation, and the parameters of all
+            blocks as nested dicts with a leading axis of layers.
+
+        Example:
+            >>> model = Llama(preset("tiny"), rngs=nnx.Rngs(0))
+            >>> block, stacked = model.block_function()
+            >>> first = jax.tree.map(lambda leaf: leaf[0], stacked)
+            >>> x = model.embed_tokens(jnp.zeros((1, 8), jnp.int32))
+            >>> block(first, x, model.context(8)).shape
+            (1, 8, 192)
+
+        """
+        graphdef, stacked = nnx.split(self.blocks, nnx.Param)
+
+        def block(params: Any, x: jax.Array, context: Context) -> jax.Array:
+            return nnx.merge(graphdef, params)(x, context)
+
+        return block, nnx.to_pure_dict(stacked)
+
+    def hidden(
+        self,
+        token_ids: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """What leaves the last block, `(batch, seq, hidden)` in the compute dtype."""
+        context = self.context(token_ids.shape[1], segment_ids, positions)
+        block, stacked = self.block_function()
+        if self.config.remat != "none":
+            policy = REMAT_POLICIES[self.config.remat]
+            block = jax.checkpoint(block, policy=policy, prevent_cse=False)
+
+        def step(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
+            return block(params, x, context), None
+
+        return jax.lax.scan(step, self.embed_tokens(token_ids), stacked)[0]
+
+    def unembed(self, x: jax.Array) -> jax.Array:
+        """Final norm and head: `(..., hidden)` to float32 logits `(..., vocab)`."""
+        x = self.final_norm(x)
+        kernel = self.embed.embedding[...].T if self.config.tied else self.head.kernel[...]
+        return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _in_auto_mesh(
+    function: Callable[..., Any], out_sharding: Any, model: Llama, *inputs: Any
+) -> Any:
+    """Call `function(model, *inputs)` with an Explicit mesh in scope, if any, turned to Auto.
+
+    Inside, the compiler places what is computed; outside, types carry the given shardings.
+    """
+    graphdef, params = nnx.split(model)
+
+    def pure(params: Any, *inputs: Any) -> Any:
+        return function(nnx.merge(graphdef, params), *inputs)
+
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    return jax.sharding.auto_axes(pure, out_sharding=out_sharding)(params, *inputs)
+
+
+def loss(
+    model: Llama, batch: Mapping[str, jax.Array], *, logits_bytes: int = LOGITS_BYTES
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of the next token, summed, and the number of tokens it was summed over.
+
+    Sums rather than means, so that micro-batches, devices and evaluation batches add up exactly.
+
+    Args:
+        model: The model.
+        batch: int32 arrays `(batch, seq)`: `inputs`, `targets`, and optionally `segment_ids`,
+            `positions` and `weights` (1 where a target counts, 0 where not; default 1).
+        logits_bytes: Float32 logits a device may hold at a time; longer sequences are taken in
+            chunks, whose logits the backward pass computes again.
+
+    Returns:
+        Two float32 scalars: the sum and the count.
+
+    Raises:
+        ValueError: If the sequence is longer than `max_seq_len`.
+
+    Example:
+        >>> model = Llama(preset("tiny"), rngs=nnx.Rngs(0))
+        >>> tokens = jnp.zeros((2, 8), jnp.int32)
+        >>> total, count = loss(model, {"inputs": tokens, "targets": tokens})
+        >>> int(count), bool(total / count < 6.0)
+        (16, True)
+
+    """
+
+    def forward(model: Llama, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x = model.hidden(batch["inputs"], batch.get("segment_ids"), batch.get("positions"))
+        return head_loss(model, x, batch, logits_bytes=logits_bytes)
+
+    return _in_auto_mesh(forward, (jax.P(), jax.P()), model, dict(batch))
+
+
+def head_loss(
+    model: Llama,
+    x: jax.Array,
+    batch: Mapping[str, jax.Array],
+    *,
+    logits_bytes: int = LOGITS_BYTES,
+) -> tuple[jax.Array, jax.Array]:
+    """The part of `loss` that follows the last block.
+
+    Args:
+        model: The model, of which the final norm and the head are used.
+        x: `(batch, seq, hidden)`, what leaves the last block.
+        batch: As in `loss`.
+        logits_bytes: As in `loss`.
+
+    Returns:
+        As `loss`.
+
+    Example:
+        >>> model = Llama(preset("tiny"), rngs=nnx.Rngs(0))
+        >>> tokens = jnp.zeros((2, 8), jnp.int32)
+        >>> batch = {"inputs": tokens, "targets": tokens}
+        >>> bool(head_loss(model, model.hidden(tokens), batch)[0] == loss(model, batch)[0])
+        True
+
+    """
+    targets = batch["targets"]
+    weights = batch.get("weights", jnp.ones_like(targets)).astype(jnp.float32)
+    rows, length = targets.shape
+
+    def summed(x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        logits = model.unembed(constrain_batch(x))
+        return (optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights).sum()
+
+    row_bytes = 4 * model.config.vocab_size * -(-rows // batch_shards())
+    chunk = max(1, logits_bytes // row_bytes)
+    if chunk >= length:
+        return summed(x, targets, weights), weights.sum()
+
+    def chunked(array: jax.Array) -> jax.Array:
+        # Cut along the sequence, which no mesh axis splits.
+        padded = jnp.pad(array, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (array.ndim - 2))
+        return jnp.moveaxis(padded.reshape(rows, -1, chunk, *array.shape[2:]), 1, 0)
+
+    def step(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        return total + jax.checkpoint(summed, prevent_cse=False)(*part), None
+
+    total, _ = jax.lax.scan(step, jnp.float32(0), tuple(map(chunked, (x, targets, weights))))
+    return total, weights.sum()
+
+
+def abstract_model(config: LlamaConfig) -> Llama:
+    """The model with shapes in place of arrays: costs nothing, whatever the size.
+
+    Args:
+        config: Shapes and options.
+
+    Returns:
+        A `Llama` whose parameters are `jax.ShapeDtypeStruct`.
+
+    Example:
+        >>> sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract_model(preset("7b")))))
+        6738415616
+
+    """
+    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
