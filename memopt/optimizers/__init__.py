@@ -1,1 +1,8 @@
 """One file a published method."""
+
+from memopt.optimizers.adafactor import adafactor as adafactor
+from memopt.optimizers.apollo import apollo as apollo
+from memopt.optimizers.apollo import apollo_mini as apollo_mini
+from memopt.optimizers.lion import lion as lion
+from memopt.optimizers.registry import available as available
+from memopt.optimizers.registry import optimizer as optimizer

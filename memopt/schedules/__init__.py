@@ -1,1 +1,4 @@
 """Learning-rate schedules."""
+
+from memopt.schedules.warmup import available as available
+from memopt.schedules.warmup import schedule as schedule

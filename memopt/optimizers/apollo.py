@@ -1,0 +1,179 @@
+"""APOLLO and APOLLO-Mini."""
+
+from typing import Any
+
+import optax
+from jax import Array
+
+from memopt.errors import check_at_least
+from memopt.matrices import Matrices
+from memopt.optimizers.by_partition import adamw_for_rest, matrices_and_rest
+from memopt.transforms.adam import adam_bias_correction, scale_by_uncorrected_adam
+from memopt.transforms.clipping import GrowthLimiter, limit_norm_growth
+from memopt.transforms.decay import decay_as_released, updated_weights
+from memopt.transforms.projectors import Projector, gaussian
+from memopt.transforms.recombine import scale_gradient
+from memopt.transforms.subspace import in_subspace
+
+
+def apollo(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: int | float = 0.25,
+    scale: float = 1.0,
+    per: str = "channel",
+    refresh_every: int = 200,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    growth_limit: float | None = 1.01,
+    scale_front: bool = False,
+    projector: Projector | None = None,
+    matrices: Matrices = None,
+    rest: optax.GradientTransformation | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    seed: int | Array = 0,
+    as_released: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """APOLLO: SGD with a learning rate for each channel, learnt from a random projection.
+
+    Adam runs on the projection R of a matrix's gradient G; how much it scales each channel of R
+    is how much each channel of G is scaled. With t = count + 1::
+
+        P ~ N(0, 1/r)                      drawn from the seed, never kept
+        R = PᵀG                            r×n (or G P, m×r, where m > n)
+        N = Adam(R), uncorrected
+        S = G · ‖N‖ / ‖R‖                  per index of the longer side
+        U = √scale · limit_norm_growth(S)
+        W ← W − lr · (√(1−β₂ᵗ)/(1−β₁ᵗ) · U + weight_decay · W)
+
+    State: 2rq + 1 numbers for a matrix of longer side q, and the step counts.
+
+    Args:
+      learning_rate: a number or a schedule.
+      rank: r, or a fraction of each matrix's shorter side.
+      scale: the update's scale; its square root multiplies, as in the released code.
+      per: "channel" or "matrix": how many scaling factors a matrix has.
+      refresh_every: steps between two projections; the moments are kept.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the uncorrected second moment.
+      growth_limit: how much a matrix's update may grow from step to step; None does not limit.
+        A gradient of zeros does not freeze its matrix, as it does in the released code.
+      scale_front: multiply by √scale before the limiter instead of after it.
+      projector: replaces the Gaussian projection, `rank` and `seed`; see `memopt.projectors`.
+      matrices: which leaves are hidden matrices, and of which axes; see
+        `memopt.matrices.hidden_matrices`.
+      rest: what updates the other leaves; by default AdamW at the same learning rate and decay.
+      weight_decay: decoupled decay, times the learning rate.
+      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
+      seed: what the projections are drawn from.
+      as_released: follow the authors' code: the limiter freezes a matrix after a gradient of
+        zeros, decay applies to the weights after the step, the projection is kept (r numbers
+        for each index of the shorter side), and the rest gets that code's Adam (ε before the
+        bias correction).
+
+    Raises:
+      ValueError: if `rank`, `refresh_every` or `scale` is out of range, or the rank larger than
+        a matrix's side.
+
+    References:
+      Zhu et al., APOLLO: SGD-like Memory, AdamW-level Performance, 2024,
+      https://arxiv.org/abs/2412.05270, Algorithm 1.
+
+    Example:
+      >>> import memopt, jax.numpy as jnp
+      >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
+      >>> tx = memopt.apollo(1e-2, rank=4)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)
+      >>> memopt.state_bytes(tx, params)["up/kernel"]            # (2·4·64 + 1) floats
+      2052
+    """
+    check_at_least("scale", scale, 0)
+    adam = scale_by_uncorrected_adam(b1, b2, eps)
+    rescale = optax.scale(scale**0.5)
+    if projector is None:
+        projector = gaussian(rank, seed=seed, stored=as_released)
+
+    def project(limiter: GrowthLimiter | None = None) -> optax.GradientTransformation:
+        rule = scale_gradient(per, limiter)
+        return in_subspace(adam, projector, rule, refresh_every, matrices=matrices)
+
+    steps: tuple[optax.GradientTransformation, ...]
+    if growth_limit is None:
+        steps = (project(), rescale)
+    elif scale_front:
+        limit = limit_norm_growth(growth_limit, matrices=matrices, as_released=as_released)
+        steps = (project(), rescale, limit)
+    else:
+        steps = (project(GrowthLimiter(growth_limit, as_released)), rescale)
+
+    corrected = optax.scale_by_schedule(adam_bias_correction(b1, b2))
+    decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
+    rate = optax.scale_by_learning_rate(learning_rate)
+    if as_released:
+        decay = decay_as_released(updated_weights, learning_rate, weight_decay, weight_decay_mask)
+    last = (corrected, rate, decay) if as_released else (corrected, decay, rate)
+    if rest is None and as_released:
+        rest = optax.chain(adam, *last)
+    elif rest is None:
+        rest = adamw_for_rest(learning_rate, weight_decay, weight_decay_mask)
+    return matrices_and_rest(optax.chain(*steps, *last), rest, matrices)
+
+
+def apollo_mini(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: int | float = 1,
+    scale: float = 128.0,
+    per: str = "matrix",
+    refresh_every: int = 200,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    growth_limit: float | None = 1.01,
+    scale_front: bool = False,
+    projector: Projector | None = None,
+    matrices: Matrices = None,
+    rest: optax.GradientTransformation | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    seed: int | Array = 0,
+    as_released: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """APOLLO-Mini: APOLLO of rank 1 with one scaling factor a matrix; SGD's memory.
+
+    State: 2q + 1 numbers for a matrix of longer side q, and the step counts. The arguments are
+    those of `apollo`, with the defaults rank 1, scale 128 and ``per="matrix"``.
+
+    References:
+      Zhu et al., APOLLO: SGD-like Memory, AdamW-level Performance, 2024,
+      https://arxiv.org/abs/2412.05270, section 4.3.
+
+    Example:
+      >>> import memopt, jax.numpy as jnp
+      >>> params = {"up": {"kernel": jnp.ones((64, 16))}}
+      >>> memopt.state_bytes(memopt.apollo_mini(1e-2), params)["up/kernel"]   # (2·64 + 1) floats
+      516
+    """
+    return apollo(
+        learning_rate,
+        rank=rank,
+        scale=scale,
+        per=per,
+        refresh_every=refresh_every,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        growth_limit=growth_limit,
+        scale_front=scale_front,
+        projector=projector,
+        matrices=matrices,
+        rest=rest,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        seed=seed,
+        as_released=as_released,
+    )

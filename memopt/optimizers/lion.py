@@ -1,0 +1,55 @@
+"""Lion."""
+
+from typing import Any
+
+import optax
+from jax.typing import DTypeLike
+
+from memopt.matrices import Matrices
+from memopt.optimizers.by_partition import matrices_and_rest
+from memopt.transforms.sign_momentum import scale_by_sign_momentum
+
+
+def lion(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    mu_dtype: DTypeLike | None = None,
+    matrices: Matrices = None,
+    rest: optax.GradientTransformation | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Lion: the sign of an interpolated momentum.
+
+    It wants a learning rate 3 to 10 times lower, and a weight decay as much higher, than AdamW.
+    Every parameter is treated alike, embeddings and norms too. State: mn numbers a matrix.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1: the weight of the momentum in the update.
+      b2: the decay of the momentum.
+      mu_dtype: the momentum's dtype; by default the parameter's.
+      matrices: which leaves are hidden matrices, where `rest` is given.
+      rest: what updates the leaves that are no hidden matrices; None is Lion for all.
+      weight_decay: decoupled decay, times the learning rate.
+      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
+
+    References:
+      Chen et al., Symbolic Discovery of Optimization Algorithms, 2023,
+      https://arxiv.org/abs/2302.06675, Algorithm 2.
+
+    Example:
+      >>> import memopt, jax.numpy as jnp
+      >>> params = {"w": jnp.ones((4, 4))}
+      >>> tx = memopt.lion(1e-4, weight_decay=0.1)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"w": jnp.ones((4, 4))}, state, params)
+    """
+    method = optax.chain(
+        scale_by_sign_momentum(b1, b2, mu_dtype=mu_dtype),
+        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return matrices_and_rest(method, rest, matrices)

@@ -1,0 +1,86 @@
+"""Adam's moments without its bias correction, and the correction as a schedule."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from memopt.state.precision import average, statistics_dtype
+
+
+class ScaleByUncorrectedAdamState(NamedTuple):
+    """State of `scale_by_uncorrected_adam`.
+
+    Attributes:
+      mu: first moment, float32 or wider, shaped like the parameters.
+      nu: second moment, likewise.
+    """
+
+    mu: Any
+    nu: Any
+
+
+def scale_by_uncorrected_adam(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6
+) -> optax.GradientTransformationExtraArgs:
+    """Adam's M / (√V + ε), its moments as they are.
+
+    The Adam of GaLore and its descendants: ε is added to the root of the raw second moment, and
+    the bias correction multiplies the learning rate (`adam_bias_correction`). At ε = 1e-6 this
+    is not Optax's Adam: early on, its ε is up to 1/√(1−β₂) ≈ 32 times larger.
+
+    Args:
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+
+    Returns:
+      A transformation whose state is a `ScaleByUncorrectedAdamState`.
+
+    References:
+      Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270, Algorithm 1.
+
+    Example:
+      >>> tx = scale_by_uncorrected_adam(0.9, 0.99, eps=0.0)
+      >>> u, _ = tx.update(jnp.array([2.0]), tx.init(jnp.zeros(1)))
+      >>> round(float(u[0]), 3)                                  # 0.1·2 / √(0.01·4)
+      1.0
+    """
+
+    def init(params: Any) -> ScaleByUncorrectedAdamState:
+        zeros = lambda p: jnp.zeros_like(p, dtype=statistics_dtype(p))
+        return ScaleByUncorrectedAdamState(jax.tree.map(zeros, params), jax.tree.map(zeros, params))
+
+    def update(
+        updates: Any, state: ScaleByUncorrectedAdamState, params: Any = None, **_: Any
+    ) -> Any:
+        square = lambda g: jnp.square(g.astype(statistics_dtype(g)))
+        mu = jax.tree.map(lambda g, m: average(b1, m, g), updates, state.mu)
+        nu = jax.tree.map(lambda g, v: average(b2, v, square(g)), updates, state.nu)
+        ratio = lambda g, m, v: (m / (jnp.sqrt(v) + eps)).astype(g.dtype)
+        return jax.tree.map(ratio, updates, mu, nu), ScaleByUncorrectedAdamState(mu, nu)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def adam_bias_correction(b1: float = 0.9, b2: float = 0.999) -> Callable[[Array], Array]:
+    """The schedule √(1 − β₂ᵗ) / (1 − β₁ᵗ), t = count + 1, that corrects Adam's moments.
+
+    Args:
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+
+    Example:
+      >>> tx = optax.chain(
+      ...     scale_by_uncorrected_adam(), optax.scale_by_schedule(adam_bias_correction())
+      ... )
+    """
+
+    def correction(count: Array) -> Array:
+        t = jnp.asarray(count, float) + 1
+        return jnp.sqrt(1 - b2**t) / (1 - b1**t)
+
+    return correction
