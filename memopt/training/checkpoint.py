@@ -1,0 +1,222 @@
+"""Checkpoints: written in the background, committed atomically, checked when they are read."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import json
+import logging
+import sys
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from memopt.training.step import TrainState
+
+#: What is saved beside the arrays, JSON-serialisable.
+Record = dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run, a directory each, named by step.
+
+    Orbax writes them in the background and commits each with one rename, so a process killed at
+    any moment leaves the checkpoints before it whole. A checksum of everything is stored with each;
+    one that cannot be read, or reads differently from what was written, is skipped.
+
+    Args:
+        directory: Where they are; made if it does not exist.
+        keep: How many of the newest to keep. The one with the lowest validation loss is kept too.
+    """
+
+    def __init__(self, directory: Path, keep: int = 3):
+        self._directory = directory.absolute()
+        self._policy = _NewestAndBest(keep, {})
+
+    @functools.cached_property
+    def _checkpointer(self) -> ocp.training.Checkpointer:
+        for path in self._steps():
+            self._policy.val_loss[int(path.name)] = _metadata(path)["val_loss"]
+        return ocp.training.Checkpointer(
+            self._directory, preservation_policy=self._policy, cleanup_tmp_directories=True
+        )
+
+    def save(self, state: TrainState, record: Record, val_loss: float | None = None) -> None:
+        """Starts to save; returns as soon as `state` may be donated.
+
+        Args:
+            state: The state; its `step` names the checkpoint. Does nothing if that one exists.
+            record: What belongs to it besides arrays.
+            val_loss: Its validation loss, if known and finite; the lowest is the best.
+        """
+        step = int(state.step)
+        if any(checkpoint.step == step for checkpoint in self._checkpointer.checkpoints):
+            return
+        self._policy.val_loss[step] = val_loss
+        metadata = {"record": record, "val_loss": val_loss, "checksum": _checksum(state, record)}
+        self._checkpointer.save_checkpointables_async(
+            step, {"state": state}, force=True, custom_metadata=metadata
+        )
+
+    def restore(self, like: TrainState) -> tuple[TrainState, Record] | None:
+        """Reads the newest checkpoint that is whole.
+
+        Damaged ones after it are warned about and moved to `damaged/` beside the directory.
+
+        Args:
+            like: Shapes, dtypes and shardings of the state, as `ShapeDtypeStruct`s.
+
+        Returns:
+            The state and its record, or None if there is no checkpoint at all.
+
+        Raises:
+            ValueError: There are checkpoints, but none is whole and has the arrays of `like`.
+        """
+        found: tuple[TrainState, Record] | None = None
+        damaged: dict[Path, str] = {}
+        with _quiet():
+            for path in sorted(self._steps(), key=lambda path: -int(path.name)):
+                try:
+                    metadata = _metadata(path)
+                    found = found or _read(path, metadata, like)
+                except Exception as error:  # what a torn file makes Orbax raise is anybody's guess
+                    damaged[path] = f"{error}"[:300].splitlines()[0]
+        if damaged and not found:
+            path, reason = next(iter(damaged.items()))
+            raise ValueError(
+                f"no checkpoint in {self._directory} can be continued from (the newest, "
+                f"{path.name}: {reason}); start anew with another --output."
+            )
+        for path, reason in damaged.items():
+            _set_aside(path, self._directory.parent / "damaged", reason)
+        return found
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._checkpointer.close()
+
+    def _steps(self) -> list[Path]:
+        if not self._directory.is_dir():
+            return []
+        return [path for path in self._directory.iterdir() if path.name.isdecimal()]
+
+
+@dataclasses.dataclass
+class _NewestAndBest:
+    """Orbax's preservation policy: the `keep` newest and the one with the lowest `val_loss`."""
+
+    keep: int
+    val_loss: dict[int, float | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        losses = [self.val_loss[step] for step in steps]
+        known = [(loss, step) for loss, step in zip(losses, steps, strict=True) if loss is not None]
+        kept = {*steps[-self.keep :], *(step for _, step in sorted(known)[:1])}
+        return [step in kept for step in steps]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps off the screen what Orbax logs, and its abandoned coroutines say, of a torn file."""
+    disabled, hook = logging.root.manager.disable, sys.unraisablehook
+    logging.disable(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+            gc.collect()
+    finally:
+        logging.disable(disabled)
+        sys.unraisablehook = hook
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """Returns what `save` stored beside the arrays; raises if any of it is missing."""
+    metadata = ocp.checkpointables_metadata(path).custom_metadata
+    return {key: metadata[key] for key in ("record", "val_loss", "checksum")}
+
+
+def _read(path: Path, metadata: dict[str, Any], like: TrainState) -> tuple[TrainState, Record]:
+    arrays = ocp.checkpointables_metadata(path).metadata["state"]
+    if arrays is None:
+        raise OSError("the description of its arrays is missing")
+    _check_same_arrays(arrays, like)
+    state = ocp.load_checkpointables(path, {"state": like})["state"]
+    if metadata["checksum"] != _checksum(state, metadata["record"]):
+        raise OSError("the checksum does not agree with the content")
+    return state, metadata["record"]
+
+
+def _set_aside(path: Path, folder: Path, reason: str) -> None:
+    folder.mkdir(exist_ok=True)
+    taken = {other.name for other in folder.iterdir()}
+    names = (f"{path.name}{'-' * bool(n)}{n or ''}" for n in range(len(taken) + 1))
+    target = folder / next(name for name in names if name not in taken)
+    path.rename(target)
+    warnings.warn(
+        f"checkpoint {path.name} is damaged and skipped, moved to {target} ({reason})",
+        stacklevel=3,
+    )
+
+
+def _check_same_arrays(saved: Any, like: TrainState) -> None:
+    """Raises a sentence naming the first arrays that differ from those of the run."""
+    there, here = _describe(saved), _describe(like)
+    names = sorted(there.keys() | here.keys())
+    pairs = [(name, there.get(name, "absent"), here.get(name, "absent")) for name in names]
+    lines = [f"{name} is {a} in the checkpoint and {b} here" for name, a, b in pairs if a != b]
+    if lines:
+        raise ValueError("; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" * (len(lines) > 3)))
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    """Maps names of arrays to dtypes and shapes, of arrays or of what Orbax says of them."""
+
+    def describe(leaf: Any) -> str:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)  # as which Orbax stores keys
+        return f"{leaf.dtype}{list(leaf.shape)}"
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return dict(zip(names, [describe(leaf) for _, leaf in leaves], strict=True))
+
+
+def _checksum(state: TrainState, record: Record) -> int:
+    dtypes = [str(leaf.dtype) for leaf in jax.tree.leaves(state)]
+    text = json.dumps([record, dtypes], sort_keys=True)
+    return int(_sum_of_leaves(state)) ^ zlib.crc32(text.encode())
+
+
+@jax.jit
+def _sum_of_leaves(tree: Any) -> jax.Array:
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(tree):
+        total = 31 * total + _sum_of_words(leaf)
+    return total
+
+
+def _sum_of_words(x: jax.Array) -> jax.Array:
+    """Sums the words of an array, each times an odd number of its own, modulo 2^32.
+
+    Exact in any order of summation, so the same however the array is sharded.
+    """
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype == bool:
+        x = x.astype(jnp.uint8)
+    bits = (jnp.finfo if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo)(x.dtype).bits
+    words = jax.lax.bitcast_convert_type(x, f"uint{min(bits, 32)}").astype(jnp.uint32)
+    index = jnp.uint32(0)
+    for axis, size in enumerate(words.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    return jnp.sum(words * (2 * index + 1), dtype=jnp.uint32)

@@ -1,0 +1,144 @@
+"""One training step and one evaluation, as pure functions of the state and a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Batch = Mapping[str, Any]
+Loss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """Everything a step reads and writes.
+
+    Attributes:
+        params: The parameters, any pytree.
+        opt_state: The optimizer's state for them.
+        step: int32 scalar, batches seen.
+        skipped: int32 scalar, how many of them were not applied.
+        skipped_in_row: int32 scalar, how many of the latest were not applied.
+    """
+
+    params: Any
+    opt_state: optax.OptState
+    step: jax.Array
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+
+
+def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step."""
+    step, skipped, skipped_in_row = jnp.zeros((3,), jnp.int32)
+    return TrainState(params, tx.init(params), step, skipped, skipped_in_row)
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    accumulation: int = 1,
+) -> tuple[TrainState, Metrics]:
+    """Takes one step; meant to be jitted with the state donated.
+
+    The gradient is that of the loss summed over every token of the batch and divided by their
+    number, however the batch is cut into micro-batches. When the loss or any gradient is not
+    finite, parameters and optimizer state stay as they were and the step is counted as skipped.
+
+    Args:
+        state: The state before the step.
+        batch: Arrays of shape (batch, ...).
+        loss: Maps (params, batch) to (summed loss, number of tokens), both scalars.
+        tx: The optimizer; is also given the mean loss, as `value`.
+        learning_rate: The schedule `tx` follows, a function of the number of updates applied.
+        accumulation: In how many micro-batches the batch is worked through, one after another;
+            it divides the batch.
+
+    Returns:
+        The state after the step, and scalars: `loss`, `learning_rate`, `gradient_norm`, `tokens`,
+        `skipped_in_row`.
+
+    Example:
+        >>> import functools, jax, jax.numpy as jnp, optax
+        >>> def loss(w, batch):
+        ...     return jnp.sum((batch["x"] @ w - batch["y"]) ** 2), jnp.asarray(2.0)
+        >>> tx, learning_rate = optax.sgd(0.1), optax.constant_schedule(0.1)
+        >>> step = functools.partial(train_step, loss=loss, tx=tx, learning_rate=learning_rate)
+        >>> batch = {"x": jnp.eye(2), "y": jnp.ones(2)}
+        >>> state, metrics = jax.jit(step)(init_state(jnp.zeros(2), tx), batch)
+        >>> print(state.params, metrics["loss"])
+        [0.1 0.1] 1.0
+    """
+    mean_loss, gradients, tokens = _mean_gradient(loss, state.params, batch, accumulation)
+    finite = jnp.isfinite(mean_loss)
+    for gradient in jax.tree.leaves(gradients):
+        finite &= jnp.isfinite(gradient).all()
+
+    updates, opt_state = optax.with_extra_args_support(tx).update(
+        gradients, state.opt_state, state.params, value=mean_loss
+    )
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (optax.apply_updates(state.params, updates), opt_state),
+        (state.params, state.opt_state),
+    )
+    skipped_in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
+    metrics = {
+        "loss": mean_loss,
+        "learning_rate": jnp.asarray(learning_rate(state.step - state.skipped), jnp.float32),
+        "gradient_norm": optax.tree.norm(optax.tree.cast(gradients, jnp.float32)),
+        "tokens": tokens,
+        "skipped_in_row": skipped_in_row,
+    }
+    skipped = state.skipped + ~finite
+    return TrainState(params, opt_state, state.step + 1, skipped, skipped_in_row), metrics
+
+
+def evaluate(params: Any, batches: Any, loss: Loss) -> float:
+    """Returns the mean loss a token: the sum over all batches divided by all their tokens.
+
+    Args:
+        params: The parameters.
+        batches: Iterable of batches.
+        loss: As in `train_step`, jitted.
+    """
+    sums = [loss(params, batch) for batch in batches]
+    total, tokens = (sum(float(x) for x in column) for column in zip(*sums, strict=True))
+    return total / tokens
+
+
+def _mean_gradient(
+    loss: Loss, params: Any, batch: Batch, accumulation: int
+) -> tuple[jax.Array, Any, jax.Array]:
+    """Returns the mean loss a token, its gradient in the parameters' dtypes, and the tokens."""
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def add(sums: Any, micro_batch: Batch) -> tuple[Any, None]:
+        (total, tokens), gradients = gradient(params, micro_batch)
+        return jax.tree.map(jnp.add, sums, (total, tokens, gradients)), None
+
+    if accumulation == 1:
+        (total, tokens), gradients = gradient(params, batch)
+    else:
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p, "float32")), params)
+        start = (jnp.zeros(()), jnp.zeros(()), zeros)
+        (total, tokens, gradients), _ = jax.lax.scan(add, start, _cut(batch, accumulation))
+    tokens = jnp.maximum(tokens, 1)
+    gradients = jax.tree.map(lambda g, p: (g / tokens).astype(p.dtype), gradients, params)
+    return total / tokens, gradients, tokens
+
+
+def _cut(batch: Batch, pieces: int) -> Batch:
+    """Cuts (batch, ...) into (pieces, batch / pieces, ...), every piece with rows of every shard.
+
+    Row i goes to piece i mod pieces, so a batch sharded over its rows needs no communication.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)

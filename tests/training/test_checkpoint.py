@@ -1,0 +1,191 @@
+"""Checkpoints: what is kept, that reading gives what was written, and that damage is seen."""
+
+import os
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from memopt.training.checkpoint import Checkpoints
+from memopt.training.step import init_state
+
+TX = optax.chain(optax.adam(1e-3), optax.add_noise(0.1, 0.9, jax.random.key(7)))
+
+
+def make_state(step, tx=TX, dtype=jnp.float32):
+    params = {
+        "kernel": jnp.full((40, 60), step / 7, dtype),
+        "blocks": {"half": jnp.arange(6, dtype=jnp.bfloat16) * step, "none": None},
+        "flags": jnp.array([True, False]),
+        "byte": jnp.arange(5, dtype=jnp.int8),
+    }
+    return init_state(params, tx)._replace(step=jnp.int32(step))
+
+
+def abstract(state, sharding=None):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), state
+    )
+
+
+def record(step):
+    return {"data": {"next": step, "name": "text"}}
+
+
+def write(directory, steps, keep=3, losses=None):
+    checkpoints = Checkpoints(directory, keep)
+    for step in steps:
+        checkpoints.save(make_state(step), record(step), (losses or {}).get(step))
+    checkpoints.close()
+
+
+def read(directory, like=None):
+    return Checkpoints(directory).restore(abstract(make_state(0)) if like is None else like)
+
+
+def kept(directory):
+    return sorted(int(path.name) for path in directory.iterdir())
+
+
+def test_reading_gives_what_was_written(tmp_path):
+    write(tmp_path / "checkpoints", [3, 5])
+    state, saved = read(tmp_path / "checkpoints")
+    chex.assert_trees_all_equal(state, make_state(5))
+    chex.assert_trees_all_equal_dtypes(state, make_state(5))
+    assert saved == record(5)
+
+
+def test_an_empty_directory_has_nothing_to_read(tmp_path):
+    assert read(tmp_path / "checkpoints") is None
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    losses = {1: 3.0, 2: 1.0, 4: 2.0, 5: 1.5}
+    write(tmp_path, range(1, 8), keep=2, losses=losses)
+    assert kept(tmp_path) == [2, 6, 7]
+    write(tmp_path, [8], keep=2, losses={8: 0.5})  # after a restart
+    assert kept(tmp_path) == [7, 8]
+
+
+def test_saving_a_step_twice_keeps_the_first(tmp_path):
+    write(tmp_path, [1])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    write(tmp_path, [1])
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_what_is_saved_is_the_state_at_the_call_also_when_it_is_donated(tmp_path):
+    """The step writes into the buffers while they are still being written out."""
+    overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x * 0, state), donate_argnums=0)
+    tx = optax.sgd(0.1)
+    state = init_state({"kernel": jnp.full((500, 4000), 3.0)}, tx)
+    like, expected = abstract(state), jax.tree.map(jnp.copy, state)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state, {})
+    for _ in range(20):
+        state = overwrite(state)
+    checkpoints.close()
+    restored, _ = Checkpoints(tmp_path).restore(like)
+    chex.assert_trees_all_equal(restored, expected)
+
+
+def test_a_state_saved_on_one_mesh_is_read_onto_another(tmp_path):
+    mesh = jax.make_mesh((8,), ("data",))
+    rows = jax.NamedSharding(mesh, jax.P("data"))
+    state = init_state({"kernel": jnp.arange(64.0).reshape(16, 4)}, optax.sgd(0.1))
+    split = jax.device_put(state, jax.NamedSharding(mesh, jax.P()))
+    split = split._replace(params=jax.device_put(state.params, rows))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(split, {})
+    checkpoints.close()
+    columns = jax.NamedSharding(jax.make_mesh((4, 2), ("a", "b")), jax.P(None, "a"))
+    everywhere = jax.NamedSharding(columns.mesh, jax.P())
+    like = abstract(state, everywhere)._replace(params=abstract(state.params, columns))
+    restored, _ = Checkpoints(tmp_path).restore(like)
+    assert restored.params["kernel"].sharding == columns
+    chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole")
+    write(directory / "checkpoints", [1, 2, 3], losses={1: 3.0, 2: 2.0, 3: 1.0})
+    return directory
+
+
+def damage(file, how):
+    size = file.stat().st_size
+    if how == "delete":
+        file.unlink()
+    elif how == "truncate":
+        os.truncate(file, size // 2)
+    elif size:
+        content = bytearray(file.read_bytes())
+        content[size // 2] ^= 4
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["delete", "truncate", "flip"])
+@pytest.mark.filterwarnings("ignore:checkpoint . is damaged:UserWarning")
+def test_any_file_of_the_newest_may_be_damaged(tmp_path, whole, how):
+    """What is read is what was written, from it or from the one before; and saving goes on."""
+    skipped = 0
+    for number, file in enumerate(sorted((whole / "checkpoints" / "3").rglob("*"))):
+        if not file.is_file():
+            continue
+        run = tmp_path / str(number)
+        shutil.copytree(whole, run)
+        damage(run / file.relative_to(whole), how)
+        state, saved = read(run / "checkpoints")
+        step = int(state.step)
+        assert step in (2, 3)
+        assert saved == record(step)
+        chex.assert_trees_all_equal(state, make_state(step))
+        if step == 2:
+            skipped += 1
+            assert (run / "damaged" / "3").is_dir()
+            assert kept(run / "checkpoints") == [1, 2]
+        write(run / "checkpoints", [3, 4], keep=2)
+        assert int(read(run / "checkpoints")[0].step) == 4
+    assert skipped >= 3
+
+
+def test_skipping_warns_and_loses_nothing(tmp_path, whole):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for step in (2, 3):
+        (run / "checkpoints" / str(step) / "_CHECKPOINT_METADATA").unlink()
+    (run / "damaged" / "3").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="damaged") as caught:
+        state, _ = read(run / "checkpoints")
+    assert int(state.step) == 1
+    assert sorted(str(w.message).split()[1] for w in caught) == ["2", "3"]
+    assert kept(run / "checkpoints") == [1]
+    assert (run / "damaged" / "3-1" / "state").is_dir()
+    assert (run / "damaged" / "2" / "state").is_dir()
+
+
+def test_when_none_can_be_read_nothing_is_moved(tmp_path, whole):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for step in (1, 2, 3):
+        shutil.rmtree(run / "checkpoints" / str(step) / "state")
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        read(run / "checkpoints")
+    assert kept(run / "checkpoints") == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (make_state(0, optax.sgd(0.1)), "opt_state"),
+        (make_state(0, dtype=jnp.bfloat16), "params/kernel is float32"),
+    ],
+)
+def test_another_tree_is_refused_by_name_and_not_called_damage(whole, other, named):
+    with pytest.raises(ValueError, match=named):
+        read(whole / "checkpoints", abstract(other))
+    assert kept(whole / "checkpoints") == [1, 2, 3]
