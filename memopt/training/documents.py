@@ -89,7 +89,8 @@ def find_documents(specs: Sequence[str] = ("python",)) -> Documents:
         The documents, in an order that depends on the names only.
 
     Raises:
-        ValueError: Nothing matches, a file is not text, all is empty, or `hf:` is mixed with files.
+        ValueError: Nothing matches, a file is not text, all is empty, the first line of a JSON
+            lines file has no such field, or `hf:` is mixed with files.
         ImportError: `hf:` is asked for and `datasets` is not installed.
 
     Example:
@@ -109,7 +110,11 @@ def find_documents(specs: Sequence[str] = ("python",)) -> Documents:
     pieces = np.concatenate([_NO_PIECES, *(_cut(files, i) for i in range(len(files)))])
     if not len(pieces):
         raise ValueError(f"data {', '.join(map(repr, specs))} holds no text: every file is empty.")
-    return Files(files, pieces)
+    documents = Files(files, pieces)
+    for first in np.unique(pieces["file"], return_index=True)[1].tolist():
+        if files[pieces["file"][first]].field is not None:
+            documents[first]  # a wrong field should be told now, not in an hour
+    return documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,21 +188,20 @@ class Files:
         _check_fraction(validation_fraction)
         names = np.array([zlib.crc32(file.name.encode()) for file in self.files], np.uint64)
         held = _hash(names[self.pieces["file"]], self.pieces["line"]) < validation_fraction
-        documents = len(np.unique(self.pieces[["file", "line"]]))
+        documents = np.count_nonzero((self.pieces["line"] > 0) | (self.pieces["start"] == 0))
         if documents < FEW_DOCUMENTS or held.all() or not held.any():
             return self._split_tails(validation_fraction)
         return Files(self.files, self.pieces[~held]), Files(self.files, self.pieces[held])
 
     def _split_tails(self, fraction: float) -> "tuple[Files, Files]":
         heads, tails = [_NO_PIECES], [_NO_PIECES]
-        for number, file in enumerate(self.files):
-            pieces = self.pieces[self.pieces["file"] == number]
+        for number in np.unique(self.pieces["file"]):
+            file, pieces = self.files[number], self.pieces[self.pieces["file"] == number]
             if file.field is None:
-                cut = _boundary(file, math.floor(file.size * (1 - fraction)))
-                head, tail = (
-                    _cut_text(file, number, 0, cut),
-                    _cut_text(file, number, cut, file.size),
-                )
+                start, stop = pieces["start"][0], pieces["stop"][-1]
+                cut = _boundary(file, math.floor(stop - (stop - start) * fraction))
+                head = _cut_text(file, number, start, cut)
+                tail = _cut_text(file, number, cut, stop)
             else:
                 lines = len(pieces) - math.ceil(len(pieces) * fraction)
                 head, tail = pieces[:lines], pieces[lines:]
@@ -331,7 +335,7 @@ class _StreamIterator(grain.DatasetIterator[Piece]):
 
     def get_state(self) -> dict[str, Any]:
         # As text: whatever `datasets` keeps survives a round trip through a checkpoint.
-        source = self._stream.dataset.state_dict() if self._index else None
+        source = self._dataset.state_dict() if self._index else None
         return {
             "epoch": self._epoch,
             "index": self._index,
@@ -341,10 +345,13 @@ class _StreamIterator(grain.DatasetIterator[Piece]):
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._epoch, self._index, self._found = state["epoch"], state["index"], state["found"]
+        # The one shard of one is a dataset of our own: `datasets` keeps a reader's place in the
+        # dataset, where two readers would clash and a place once loaded begins every later epoch.
+        self._dataset = self._stream.dataset.shard(num_shards=1, index=0)
         source = json.loads(state["source"])
         if source is not None:
-            self._stream.dataset.load_state_dict(source)
-        self._examples: Iterator[dict[str, Any]] = iter(self._stream.dataset)
+            self._dataset.load_state_dict(source)
+        self._examples: Iterator[dict[str, Any]] = iter(self._dataset)
 
 
 def _open_stream(spec: str) -> Stream:
@@ -375,7 +382,7 @@ def _match(spec: str) -> list[File]:
     if spec == "python":
         root = Path(sysconfig.get_path("stdlib"))
         return _files(root, _standard_library(root), "text")
-    pattern, _, field = spec.partition("#")
+    pattern, _, field = (spec, "", "") if Path(spec).exists() else spec.partition("#")
     path = Path(pattern).expanduser()
     if path.is_file():
         return _files(path.parent, [path], field or "text", must_be_text=True)
@@ -491,7 +498,8 @@ def _text_field(record: Any, field: str, where: str) -> str:
 def _hash(key: np.ndarray | int, index: np.ndarray | int) -> np.ndarray:
     """Uniform numbers in [0, 1) from (key, index), the same on every machine: SplitMix64."""
     with np.errstate(over="ignore"):
-        z = (np.asarray(key, np.uint64) << 32) + np.asarray(index, np.uint64) + 0x9E3779B97F4A7C15
+        step = (np.asarray(index, np.uint64) + 1) * 0x9E3779B97F4A7C15
+        z = (np.asarray(key, np.uint64) << 32) + step
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB
         return np.asarray(z ^ (z >> 31)) / 2.0**64

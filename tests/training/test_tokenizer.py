@@ -1,0 +1,131 @@
+"""Tokenizers: what goes in comes out, and nothing that comes in can break them."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import models
+
+from memopt.training.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_tokenizer
+
+TEXT = ["def add(a, b):\n    return a + b\n", "the quick brown fox jumps over the lazy dog. " * 20]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(TEXT, 300, path)
+    return path
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe"])
+def tokenizer(request, directory):
+    return load_tokenizer("bytes" if request.param == "bytes" else str(directory))
+
+
+@given(text=st.text())
+def test_decoding_gives_the_text_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert ids.ndim == 1
+    assert all(0 <= i < tokenizer.vocab_size and i != tokenizer.eos_id for i in ids)
+    assert tokenizer.decode(ids) == text
+
+
+@given(ids=st.lists(st.integers(-(2**40), 2**40) | st.integers(-2, 310)))
+def test_decoding_never_raises(tokenizer, ids):
+    assert isinstance(tokenizer.decode(ids), str)
+
+
+def test_decoding_takes_arrays(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("naïve").astype(np.int64)) == "naïve"
+
+
+def test_lone_surrogates_are_encoded(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
+
+
+def test_bytes_are_the_ids():
+    tokenizer = load_tokenizer("bytes")
+    np.testing.assert_array_equal(tokenizer.encode("aé"), [97, 0xC3, 0xA9])
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (257, 256)
+    assert tokenizer.decode([97, 256, 263, 98]) == "ab"
+
+
+def test_trained_vocabulary_is_smaller_in_tokens(directory):
+    tokenizer = load_tokenizer(str(directory))
+    assert tokenizer.vocab_size == 300
+    assert tokenizer.eos_id == 0
+    assert len(tokenizer.encode(TEXT[1])) < len(TEXT[1]) / 2
+
+
+def test_file_and_directory_are_the_same_tokenizer(directory):
+    one, two = load_tokenizer(str(directory)), load_tokenizer(str(directory / "tokenizer.json"))
+    assert one.digest == two.digest
+    np.testing.assert_array_equal(one.encode(TEXT[0]), two.encode(TEXT[0]))
+
+
+def test_a_special_token_written_in_a_text_is_text(directory):
+    tokenizer = load_tokenizer(str(directory))
+    ids = tokenizer.encode("a<|endoftext|>b")
+    assert tokenizer.eos_id not in ids
+    assert tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+def test_truncation_and_padding_in_the_file_are_ignored(directory, tmp_path):
+    inner = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    inner.enable_truncation(4)
+    inner.enable_padding(length=4)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    whole = load_tokenizer(str(directory)).encode(TEXT[0])
+    np.testing.assert_array_equal(load_tokenizer(str(tmp_path)).encode(TEXT[0]), whole)
+    assert len(load_tokenizer(str(tmp_path)).encode("a")) == 1
+
+
+@pytest.mark.parametrize("token", END_OF_DOCUMENT)
+def test_known_ends_of_document_are_found(tmp_path, token):
+    tokenizers.Tokenizer(models.WordLevel({"a": 0, token: 1}, "a")).save(str(tmp_path / "t.json"))
+    assert load_tokenizer(str(tmp_path / "t.json")).eos_id == 1
+
+
+@pytest.mark.parametrize("value", ["stop", {"content": "stop", "special": True}])
+def test_the_configured_end_of_document_comes_first(tmp_path, value):
+    vocabulary = {"a": 0, "</s>": 1, "stop": 2}
+    tokenizers.Tokenizer(models.WordLevel(vocabulary, "a")).save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path)).eos_id == 1
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": value}))
+    assert load_tokenizer(str(tmp_path)).eos_id == 2
+
+
+def test_no_end_of_document_is_told(tmp_path):
+    tokenizers.Tokenizer(models.WordLevel({"a": 0}, "a")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"no token that ends a document; name one of .*</s>"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_broken_file_is_told(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json' is not a tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_directory_without_tokenizer_is_told(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no file .*tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("spec", "near"), [("byte", "'bytes'"), ("tokeniser.json", "tokenizer.json")]
+)
+def test_an_unknown_name_suggests_the_nearest(directory, monkeypatch, spec, near):
+    monkeypatch.chdir(directory)
+    with pytest.raises(ValueError, match=rf"Did you mean .*{near}"):
+        load_tokenizer(spec)
+
+
+def test_too_small_a_vocabulary_is_told(tmp_path):
+    with pytest.raises(ValueError, match=r"vocab_size=256 is too small.*need 257"):
+        train_tokenizer(TEXT, 256, tmp_path)
