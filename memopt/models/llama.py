@@ -4,7 +4,10 @@ The architecture is that of Touvron et al. 2023 (arXiv 2302.13971) with the grou
 and the rotary stretch of Llama 3 (arXiv 2407.21783).
 """
 
+import dataclasses
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +15,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from memopt.models import hugging_face
 from memopt.models.attention import causal_attention
-from memopt.models.config import PRESETS, LlamaConfig, RopeScaling, preset
+from memopt.models.config import PRESETS, DType, LlamaConfig, Remat, RopeScaling, preset
 from memopt.models.rotary import rotary_tables, rotate
 from memopt.models.sharding import batch_shards, batch_spec, constrain_batch, param_shardings
 
@@ -24,10 +28,12 @@ __all__ = [
     "LlamaConfig",
     "RopeScaling",
     "abstract_model",
+    "from_hugging_face",
     "head_loss",
     "loss",
     "param_shardings",
     "preset",
+    "to_hugging_face",
 ]
 
 INIT = jax.nn.initializers.normal(0.02)
@@ -210,7 +216,7 @@ class Llama(nnx.Module):
             return model.unembed(model.hidden(*inputs))
 
         spec = batch_spec(jnp.shape(token_ids)[0])
-        return _in_auto_mesh(forward, spec, self, token_ids, segment_ids, positions)
+        return in_auto_mesh(forward, spec, self, token_ids, segment_ids, positions)
 
     def context(
         self,
@@ -283,7 +289,7 @@ class Llama(nnx.Module):
         return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def _in_auto_mesh(
+def in_auto_mesh(
     function: Callable[..., Any], out_sharding: Any, model: Llama, *inputs: Any
 ) -> Any:
     """Call `function(model, *inputs)` with an Explicit mesh in scope, if any, turned to Auto.
@@ -332,7 +338,7 @@ def loss(
         x = model.hidden(batch["inputs"], batch.get("segment_ids"), batch.get("positions"))
         return head_loss(model, x, batch, logits_bytes=logits_bytes)
 
-    return _in_auto_mesh(forward, (jax.P(), jax.P()), model, dict(batch))
+    return in_auto_mesh(forward, (jax.P(), jax.P()), model, dict(batch))
 
 
 def head_loss(
@@ -401,3 +407,71 @@ def abstract_model(config: LlamaConfig) -> Llama:
 
     """
     return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+
+
+def from_hugging_face(
+    directory: str | os.PathLike[str],
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    param_dtype: DType | None = None,
+    dtype: DType = "float32",
+    remat: Remat = "none",
+) -> Llama:
+    """A LLaMA from a Hugging Face directory: `config.json` and one or many safetensors.
+
+    Args:
+        directory: As written by transformers 4 or 5, or by `to_hugging_face`.
+        mesh: Places the parameters as `param_shardings` says, each device reading its own part.
+            None: the default device.
+        param_dtype: Type to store the parameters in. None: as in the files.
+        dtype: Type to compute in.
+        remat: See `LlamaConfig`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If a file or tensor is missing, unexpected, damaged or of another shape, if the
+            weights are pickled, or if the model is not a plain LLaMA.
+
+    Example:
+        >>> import tempfile
+        >>> model = Llama(preset("tiny"), rngs=nnx.Rngs(0))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     to_hugging_face(model, directory)
+        ...     loaded = from_hugging_face(directory)
+        >>> loaded.config == model.config
+        True
+
+    """
+    directory = Path(directory)
+    config = hugging_face.read_config(directory)
+    with hugging_face.Reader(directory) as reader:
+        stored = param_dtype or reader.dtype()
+        config = dataclasses.replace(config, param_dtype=stored, dtype=dtype, remat=remat)
+        model = abstract_model(config)
+        graphdef, shapes = nnx.split(model, nnx.Param)
+        shardings = None if mesh is None else param_shardings(model, mesh)
+        params = hugging_face.read_params(reader, nnx.to_pure_dict(shapes), shardings)
+    return nnx.merge(graphdef, params)
+
+
+def to_hugging_face(
+    model: Llama, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Write `config.json` and safetensors that transformers loads.
+
+    The directory appears complete or not at all: an earlier export in its place stays until the
+    new one is written, and its other files (a tokenizer) are kept.
+
+    Args:
+        model: The model; its parameters are written in their own type.
+        directory: New, empty, or an earlier export.
+        max_shard_bytes: Size at which a new file is begun; with more than one, an index is added.
+
+    Raises:
+        ValueError: If the directory holds something that is not a model.
+
+    """
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    hugging_face.write(Path(directory), model.config, params, max_shard_bytes)

@@ -1,0 +1,144 @@
+"""Continue a prompt token by token, keeping keys and values of what was read."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memopt.models.attention import causal_attention
+from memopt.models.llama import Llama, in_auto_mesh
+
+
+class Cache(NamedTuple):
+    """Keys and values of all layers, each `(layers, batch, length, kv_heads, head_dim)`."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+def generate(
+    model: Llama,
+    prompt_ids: jax.typing.ArrayLike,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Continue each prompt by `max_new_tokens` tokens.
+
+    The prompt is read in one pass; then each token costs one pass over a cache of fixed size, all
+    within one compiled loop.
+
+    Args:
+        model: The model.
+        prompt_ids: Integers `(batch, seq)`, or `(seq,)` for a single prompt; all of one length.
+        max_new_tokens: How many tokens to add.
+        temperature: Divides the logits before sampling; 0 takes the most likely token.
+        key: Random key for sampling; needed when `temperature` is above 0.
+
+    Returns:
+        int32 `(batch, seq + max_new_tokens)` (without `batch` if the prompt had none): prompts and
+        continuations.
+
+    Raises:
+        ValueError: If the prompt is empty, the result would be longer than `max_seq_len`, the
+            temperature is negative, or sampling has no key.
+
+    Example:
+        >>> from memopt.models.llama import preset
+        >>> model = Llama(preset("tiny"), rngs=nnx.Rngs(0))
+        >>> generate(model, jnp.array([1, 2, 3]), 5).shape
+        (8,)
+
+    """
+    prompt = jnp.asarray(prompt_ids, jnp.int32)
+    if prompt.ndim == 1:
+        sample = generate(model, prompt[None], max_new_tokens, temperature=temperature, key=key)
+        return sample[0]
+    if prompt.shape[1] == 0 or max_new_tokens < 1:
+        raise ValueError(
+            f"prompt_ids has {prompt.shape[1]} tokens and max_new_tokens is {max_new_tokens}; "
+            "both must be at least 1."
+        )
+    if temperature < 0 or (temperature > 0 and key is None):
+        raise ValueError(
+            f"temperature is {temperature}; it must be 0, or positive with a random key."
+        )
+    key = jax.random.key(0) if key is None else key
+    return _generate(model, prompt, key, jnp.float32(temperature), max_new_tokens)
+
+
+@nnx.jit(static_argnums=4)
+def _generate(
+    model: Llama, prompt: jax.Array, key: jax.Array, temperature: jax.Array, count: int
+) -> jax.Array:
+    keys = jax.random.split(key, count)
+    return in_auto_mesh(_continue, jax.P(), model, prompt, keys, temperature)
+
+
+def _continue(
+    model: Llama, prompt: jax.Array, keys: jax.Array, temperature: jax.Array
+) -> jax.Array:
+    config, (batch, length) = model.config, prompt.shape
+    total = length + keys.shape[0]
+    shape = (config.num_layers, batch, total, config.num_kv_heads, config.head_dim)
+    empty = Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+    Carry = tuple[jax.Array, Cache]
+
+    def step(carry: Carry, xs: tuple[jax.Array, jax.Array]) -> tuple[Carry, jax.Array]:
+        (token, cache), (position, key) = carry, xs
+        logits, cache = read(model, token[:, None], cache, position)
+        return (_choose(logits, temperature, key), cache), token
+
+    logits, cache = read(model, prompt, empty, 0)
+    first = _choose(logits, temperature, keys[0])
+    positions = jnp.arange(length, total - 1)
+    (last, _), tokens = jax.lax.scan(step, (first, cache), (positions, keys[1:]))
+    return jnp.concatenate([prompt, tokens.T, last[:, None]], axis=1)
+
+
+def _choose(logits: jax.Array, temperature: jax.Array, key: jax.Array) -> jax.Array:
+    """The likeliest token at temperature 0, else a sample; `(batch,)`."""
+    greedy = temperature == 0
+    sampled = jax.random.categorical(key, logits / jnp.where(greedy, 1.0, temperature))
+    return jnp.where(greedy, logits.argmax(-1), sampled).astype(jnp.int32)
+
+
+def read(
+    model: Llama, token_ids: jax.Array, cache: Cache, offset: jax.Array | int
+) -> tuple[jax.Array, Cache]:
+    """Read tokens that follow what the cache holds.
+
+    Args:
+        model: The model.
+        token_ids: Integers `(batch, seq)`.
+        cache: Keys and values of the positions before `offset`.
+        offset: Position of the first token.
+
+    Returns:
+        float32 logits `(batch, vocab)` after the last token, and the cache with the tokens in it.
+
+    Raises:
+        ValueError: If the cache is longer than the model's `max_seq_len`.
+
+    """
+    positions = offset + jnp.arange(token_ids.shape[1])[None]
+    context = model.context(cache.key.shape[2], positions=positions)
+    graphdef, stacked = nnx.split(model.blocks, nnx.Param)
+
+    def step(x: jax.Array, layer: tuple[nnx.State, Cache]) -> tuple[jax.Array, Cache]:
+        params, cache = layer
+        block = nnx.merge(graphdef, params)
+        query, key, value = block.attention.project(block.attention_norm(x), context)
+        cache = Cache(
+            jax.lax.dynamic_update_slice_in_dim(cache.key, key, offset, axis=1),
+            jax.lax.dynamic_update_slice_in_dim(cache.value, value, offset, axis=1),
+        )
+        heads = causal_attention(query, cache.key, cache.value, offset=offset)
+        x = x + block.attention.combine(heads)
+        return x + block.mlp(block.mlp_norm(x)), cache
+
+    x, cache = jax.lax.scan(step, model.embed_tokens(token_ids), (stacked, cache))
+    return model.unembed(x[:, -1]), cache
