@@ -30,7 +30,7 @@ Batch = dict[str, np.ndarray]
 #: Rows are mixed within windows of this many tokens.
 WINDOW_TOKENS = 2**18
 #: Batches made ahead by a thread.
-PREFETCH = 16
+PREFETCH = 8
 
 
 class Batches:

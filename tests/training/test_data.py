@@ -44,11 +44,11 @@ class Given:
         return grain.MapDataset.source(self.pieces)
 
 
-def write_files(directory, count, length=200):
+def write_files(directory, count, prefix="f"):
     directory.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        text = "".join(f"{i} line {j}\n" for j in range(1 + (i * 7919) % length))
-        (directory / f"f{i:03d}.txt").write_text(text)
+        text = "".join(f"{prefix}{i} line {j}\n" for j in range(1 + (i * 7919) % 200))
+        (directory / f"{prefix}{i:03d}.txt").write_text(text)
     return str(directory)
 
 
@@ -194,8 +194,9 @@ def test_the_hash_never_changes():
 @pytest.mark.parametrize("kind", ["files", "lines"])
 def test_adding_documents_moves_no_other(tmp_path, kind):
     def corpus(count):
-        if kind == "files":
-            return find_documents([write_files(tmp_path / "a", count)])
+        if kind == "files":  # what is added comes first
+            write_files(tmp_path / "a", count - 150, prefix="a")
+            return find_documents([write_files(tmp_path / "a", 150)])
         return find_documents([write_lines(tmp_path / "a.jsonl", count)])
 
     train, held = map(texts, corpus(150).split(0.1))
