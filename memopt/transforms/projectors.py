@@ -10,7 +10,8 @@ side     P            down: R =        up: G ≈
 ======== ============ ================ =================
 
 ``side="short"`` projects the shorter side (of a square the left one), so that R keeps the
-longer; ``side="long"`` the other. All of them may carry leading stack axes.
+longer; ``side="long"`` the other. All of them may carry leading stack axes; a P without them
+serves the whole stack.
 """
 
 import abc
@@ -94,7 +95,7 @@ class Projector(abc.ABC):
 
     @abc.abstractmethod
     def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
-        """A fresh basis, ``(*stack, side, r)``, for a gradient ``(*stack, m, n)``."""
+        """A fresh basis for a gradient ``(*stack, m, n)``: ``(*stack, side, r)`` or one for all."""
 
     def init(self, leaf: Leaf) -> Any:
         """What is kept between steps: a basis of zeros if stored, else nothing."""
@@ -133,13 +134,13 @@ class Projector(abc.ABC):
     def down(self, leaf: Leaf, basis: Array, gradient: Array) -> Array:
         """The gradient in the subspace: PᵀG or G P."""
         if self.is_left(leaf):
-            return jnp.einsum("...mr,...mn->...rn", basis, gradient)
+            return jnp.einsum("...mr,...mn->...rn", _for_stack(basis, gradient), gradient)
         return jnp.einsum("...mn,...nr->...mr", gradient, basis)
 
     def up(self, leaf: Leaf, basis: Array, low: Array) -> Array:
         """What stands in the subspace, in full size: P R or R Pᵀ."""
         if self.is_left(leaf):
-            return jnp.einsum("...mr,...rn->...mn", basis, low)
+            return jnp.einsum("...mr,...rn->...mn", _for_stack(basis, low), low)
         return jnp.einsum("...mr,...nr->...mn", low, basis)
 
 
@@ -147,9 +148,10 @@ class Projector(abc.ABC):
 class RandomProjector(Projector):
     """A basis drawn from (seed, parameter, refresh): the same numbers however it is sharded.
 
-    A parameter is known by its name without the numbers in it, and those numbers count like
-    entries of a stack: layer 3 has the same basis as ``layers/3/up`` of a tree of layers and as
-    entry 3 of a stacked ``layers/up``.
+    A stack shares one basis, and so do layers that are kept apart: a parameter is known by its
+    name without the numbers in it, so that ``layers/3/up`` has the basis of a stacked
+    ``layers/up``. What random projections promise, they promise for each matrix by itself; and
+    one basis is drawn, and held while it is used, instead of one for each layer.
 
     Attributes:
       seed: what the draws depend on, besides parameter and refresh.
@@ -162,12 +164,14 @@ class RandomProjector(Projector):
         """Independent entries of mean 0 and variance 1, float32."""
 
     def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
-        """Entries of variance 1/r, ``(*stack, side, r)``."""
+        """Entries of variance 1/r, ``(side, r)``."""
         side, r = self.size(leaf)
-        draw = lambda key: self.entries(jax.random.fold_in(key, when.refresh), (side, r))
-        for _ in leaf.shape[:-2]:
-            draw = jax.vmap(draw)
-        return (draw(_keys(self.seed, leaf)) / np.sqrt(r)).astype(leaf.dtype)
+        seed = self.seed if isinstance(self.seed, int) else jnp.asarray(self.seed, jnp.int32)
+        name = re.sub(r"[/_]?\d+", "", leaf.name)
+        key = jax.random.key(seed, impl="threefry2x32")
+        key = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
+        key = jax.random.fold_in(key, when.refresh)
+        return (self.entries(key, (side, r)) / np.sqrt(r)).astype(leaf.dtype)
 
 
 class Gaussian(RandomProjector):
@@ -241,8 +245,8 @@ def gaussian(
       rank: r, or a fraction of each matrix's shorter side.
       side: "short", "long", "left" or "right".
       seed: what the draws depend on, besides parameter and refresh.
-      stored: keep the basis between refreshes (side×r numbers a matrix) and draw only then,
-        for when drawing costs more than reading. By default nothing is kept.
+      stored: keep the basis between refreshes (side×r numbers a parameter) and draw only
+        then, for when drawing costs more than reading. By default nothing is kept.
 
     Raises:
       ValueError: if `rank` is below one, or larger than the side it projects.
@@ -309,16 +313,6 @@ def _is_tall(matrix: np.ndarray) -> bool:
     return matrix.shape[-2] >= matrix.shape[-1]
 
 
-def _keys(seed: int | Array, leaf: Leaf) -> Array:
-    """A random key for each matrix of the stack."""
-    seed = seed if isinstance(seed, int) else jnp.asarray(seed, jnp.int32)
-    name = re.sub(r"[/_]?\d+", "", leaf.name)
-    key = jax.random.key(seed, impl="threefry2x32")
-    key = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
-    for number in re.findall(r"\d+", leaf.name):
-        key = jax.random.fold_in(key, np.uint32(int(number)))
-    for size in leaf.shape[:-2]:
-        key = jax.vmap(jax.random.fold_in, (None, 0), key.ndim)(
-            key, np.arange(size, dtype="uint32")
-        )
-    return key
+def _for_stack(basis: Array, like: Array) -> Array:
+    """The basis, one for each matrix: what keeps the stack first without a transpose."""
+    return jnp.broadcast_to(basis, (*like.shape[:-2], *basis.shape[-2:]))

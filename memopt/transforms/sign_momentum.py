@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
 from jax.typing import DTypeLike
 
 from memopt.state.precision import average
@@ -57,15 +56,12 @@ def scale_by_sign_momentum(
         return ScaleBySignMomentumState(optax.tree.zeros_like(params, dtype=mu_dtype))
 
     def update(updates: Any, state: ScaleBySignMomentumState, params: Any = None, **_: Any) -> Any:
-        def step(g: Array, m: Array) -> tuple[Array, Array]:
-            new = average(b2, m, g)
-            # β₁ M + (1 − β₁) G written with the new momentum: a step that reads the old one
-            # twice keeps XLA from updating it in place.
-            return jnp.sign(average(b1 / b2, new, g)).astype(g.dtype), new.astype(m.dtype)
-
-        structure: Any
-        leaves, structure = jax.tree.flatten(updates)
-        signs, mu = zip(*map(step, leaves, structure.flatten_up_to(state.mu)), strict=True)
-        return structure.unflatten(signs), ScaleBySignMomentumState(structure.unflatten(mu))
+        mu = jax.tree.map(lambda g, m: average(b2, m, g), updates, state.mu)
+        # β₁ M + (1 − β₁) G written with the new momentum: a step that reads the old one for
+        # both of its results keeps XLA from updating it in place.
+        sign = lambda g, m: jnp.sign(average(b1 / b2, m, g)).astype(g.dtype)
+        signs = jax.tree.map(sign, updates, mu)
+        mu = jax.tree.map(lambda new, m: new.astype(m.dtype), mu, state.mu)
+        return signs, ScaleBySignMomentumState(mu)
 
     return optax.GradientTransformationExtraArgs(init, update)

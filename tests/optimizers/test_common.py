@@ -1,0 +1,307 @@
+"""One suite that every optimizer passes; a new method enters by one line of `CASES`."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from orbax.checkpoint import v1 as ocp
+
+import memopt
+from memopt import projectors, recombine
+from memopt.matrices import leaf_name
+
+RANK = 4
+
+
+class Case(NamedTuple):
+    """An optimizer and the numbers it keeps for a parameter, from its shape.
+
+    Attributes:
+      make: from a learning rate to the optimizer.
+      matrix: for a stack of k hidden matrices, from (k, m, n).
+      rest: for a matrix that is not hidden, an embedding or head, from (m, n).
+      vector: for a vector of n.
+      static: arguments that `inject_hyperparams` must leave alone.
+    """
+
+    make: Callable[..., optax.GradientTransformation]
+    matrix: Callable[[int, int, int], int]
+    rest: Callable[[int, int], int]
+    vector: Callable[[int], int]
+    static: tuple[str, ...] = ()
+
+
+def variant(method, **fixed):
+    """`method` with other defaults, its signature kept for `inject_hyperparams`."""
+    return functools.partial(method, **fixed)
+
+
+once = lambda *shape: math.prod(shape)
+twice = lambda *shape: 2 * math.prod(shape)
+factors = lambda m, n: m + n
+moments = lambda k, m, n: k * (2 * RANK * max(m, n) + 1)
+mini_moments = lambda k, m, n: k * (2 * max(m, n) + 1)
+
+
+def galore_at_random(learning_rate, rank=RANK):
+    """Adam in a stored random subspace, lifted; moments begin anew at each refresh."""
+    basis = projectors.rademacher(rank, stored=True)
+    adam = optax.scale_by_adam()
+    return optax.chain(
+        memopt.in_subspace(adam, basis, recombine.lift(), 3, "reset"),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+decays = {"weight_decay": 0.1}
+ranks = {"rank": RANK, "refresh_every": 3}
+CASES = {
+    "adafactor": Case(
+        memopt.adafactor, lambda k, m, n: k * (m + n), factors, once
+    ),
+    "adafactor_momentum": Case(
+        variant(memopt.adafactor, b1=0.9, as_released=True, **decays),
+        lambda k, m, n: k * (m + n + m * n),
+        lambda m, n: m + n + m * n,
+        twice,
+    ),
+    "apollo": Case(
+        variant(memopt.apollo, **ranks, **decays), moments, twice, twice, ("rank",)
+    ),
+    "apollo_as_released": Case(
+        variant(memopt.apollo, as_released=True, **ranks, **decays),
+        lambda k, m, n: moments(k, m, n) + RANK * min(m, n),
+        twice,
+        twice,
+        ("rank",),
+    ),
+    "apollo_mini": Case(
+        variant(memopt.apollo_mini, refresh_every=3), mini_moments, twice, twice, ("rank",)
+    ),
+    "apollo_mini_scale_front": Case(
+        variant(memopt.apollo_mini, scale_front=True), mini_moments, twice, twice, ("rank",)
+    ),
+    "lion": Case(variant(memopt.lion, **decays), once, once, once),
+    "galore_at_random": Case(
+        galore_at_random,
+        lambda k, m, n: 2 * RANK * max(m, n) * k + RANK * min(m, n),
+        twice,
+        twice,
+        ("rank",),
+    ),
+}  # fmt: skip
+
+every_case = pytest.mark.parametrize("name", CASES)
+LAYERS = 4
+SHAPES = {
+    "embed": {"embedding": (64, 16)},
+    "blocks": {
+        "up": {"kernel": (LAYERS, 16, 32)},
+        "down": {"kernel": (LAYERS, 32, 16)},
+        "square": {"kernel": (LAYERS, 16, 16)},
+        "norm": {"scale": (LAYERS, 16)},
+    },
+    "final_norm": {"scale": (16,)},
+}
+SPECS = {
+    "embed": {"embedding": jax.P("a", "b")},
+    "blocks": {
+        "up": {"kernel": jax.P(None, "a", "b")},
+        "down": {"kernel": jax.P("a", None, "b")},
+        "square": {"kernel": jax.P("b", "a", None)},
+        "norm": {"scale": jax.P(None, "b")},
+    },
+    "final_norm": {"scale": jax.P("a")},
+}
+is_shape = lambda x: isinstance(x, tuple)
+STEPS = 5
+
+
+def tree(seed: int, dtype: Any = jnp.float32) -> Any:
+    """The suite's parameters, or the gradients of a step."""
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: jnp.asarray(draw.normal(size=s), dtype), SHAPES, is_leaf=is_shape)
+
+
+def run(tx: Any, params: Any, steps: int = STEPS, gradient: Callable[[int], Any] = tree) -> Any:
+    """Parameters and state after some steps of ordinary, jitted training."""
+
+    @jax.jit
+    def step(params, state, g):
+        updates, state = tx.update(g, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.jit(tx.init)(params)
+    for t in range(steps):
+        params, state = step(params, state, gradient(100 + t))
+    return params, state
+
+
+@functools.cache
+def plain(name: str) -> Any:
+    """The run that most tests compare with."""
+    return run(CASES[name].make(1e-2), tree(0))
+
+
+def close(a: Any, b: Any, rtol: float = 2e-5) -> None:
+    chex.assert_trees_all_close(a, b, rtol=rtol, atol=1e-6)
+
+
+@every_case
+def test_state_bytes_are_the_formula(name):
+    case = CASES[name]
+    table = memopt.state_bytes(case.make(1e-2), tree(0))
+    for path, shape in jax.tree_util.tree_leaves_with_path(SHAPES, is_leaf=is_shape):
+        leaf = leaf_name(path)
+        formula = case.matrix if "kernel" in leaf else case.rest if "embed" in leaf else case.vector
+        assert table[leaf] == 4 * formula(*shape), leaf
+    assert table.shared <= 4 * 6  # step counts
+    assert table.total == sum(x.nbytes for x in jax.tree.leaves(plain(name)[1]))
+
+
+@every_case
+def test_stacked_layers_are_separate_layers(name):
+    def unstack(params):
+        layers = [jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(LAYERS)]
+        return params | {"blocks": layers}
+
+    tx = CASES[name].make(1e-2)
+    separate, _ = run(tx, unstack(tree(0)), gradient=lambda seed: unstack(tree(seed)))
+    close(unstack(plain(name)[0]), separate)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_dtypes_never_change(name, dtype):
+    tx = CASES[name].make(1e-2)
+    params = jax.eval_shape(lambda: tree(0, dtype))
+    state = jax.eval_shape(tx.init, params)
+    updates, after = jax.eval_shape(tx.update, params, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    statistics = {x.dtype for x in jax.tree.leaves(after)} - {jnp.dtype("int32")}
+    # Lion's momentum follows the parameter, as Optax's does; every other statistic is float32.
+    assert statistics == {jnp.dtype(dtype if name == "lion" else jnp.float32)}
+
+
+@every_case
+def test_bfloat16_gradients_keep_float32_statistics(name):
+    narrow = lambda seed: tree(seed, jnp.bfloat16)
+    wide = lambda seed: jax.tree.map(lambda x: x.astype(jnp.float32), narrow(seed))
+    tx = CASES[name].make(1e-2)
+    _, state = run(tx, tree(0), gradient=narrow)
+    _, exact = run(tx, tree(0), gradient=wide)
+    # Adafactor's momentum averages updates, which are bfloat16 themselves.
+    allowed = 2**-7 if "momentum" in name else 1e-3
+    for got, expected in zip(jax.tree.leaves(state), jax.tree.leaves(exact), strict=True):
+        if got.dtype == jnp.float32:
+            assert jnp.abs(got - expected).max() <= allowed * jnp.abs(expected).max()
+
+
+@every_case
+def test_inject_hyperparams(name):
+    case = CASES[name]
+    schedule = optax.linear_schedule(1e-2, 0.0, STEPS)
+    scheduled, _ = run(case.make(schedule), tree(0))
+    tx = optax.inject_hyperparams(case.make, static_args=case.static)(learning_rate=schedule)
+    injected, state = run(tx, tree(0))
+    close(scheduled, injected)
+    assert float(state.hyperparams["learning_rate"]) == pytest.approx(1e-2 / STEPS)
+
+
+@every_case
+def test_masked_and_partition(name):
+    tx = CASES[name].make(1e-2)
+    mask = {"embed": False, "blocks": True, "final_norm": False}
+    masked, _ = run(optax.masked(tx, mask), tree(0), 1)
+    chex.assert_trees_all_equal(
+        masked["embed"], optax.apply_updates(tree(0)["embed"], tree(100)["embed"])
+    )
+    labels = {"embed": "sgd", "blocks": "ours", "final_norm": "sgd"}
+    tx = optax.partition({"ours": tx, "sgd": optax.sgd(0.5)}, labels)
+    params, _ = run(tx, tree(0))
+    close(params["blocks"], plain(name)[0]["blocks"])
+    close(params["embed"], run(optax.sgd(0.5), tree(0))[0]["embed"])
+
+
+@every_case
+def test_multi_steps(name):
+    around = lambda seed: jax.tree.map(lambda x: 0.25 * x, tree(seed + 1000))
+    halves = lambda seed: jax.tree.map(
+        lambda g, d: g + d if seed % 2 else g - d, tree(100 + seed // 2), around(seed // 2)
+    )
+    accumulating = optax.MultiSteps(CASES[name].make(1e-2), 2)
+    params, _ = run(accumulating, tree(0), 2 * STEPS, lambda seed: halves(seed - 100))
+    close(params, plain(name)[0], rtol=2e-4)
+
+
+@every_case
+def test_none_leaves_and_empty_trees(name):
+    with_none = lambda seed: tree(seed) | {"frozen": None, "nothing": {}}
+    params, _ = run(CASES[name].make(1e-2), with_none(0), gradient=with_none)
+    close(params, plain(name)[0] | {"frozen": None, "nothing": {}})
+    assert run(CASES[name].make(1e-2), {}, 1, lambda seed: {})[0] == {}
+
+
+@every_case
+def test_abstract_init(name):
+    shapes = jax.eval_shape(lambda: tree(0))
+    concrete = plain(name)[1]
+    tx = CASES[name].make(1e-2)
+    chex.assert_trees_all_equal_shapes_and_dtypes(tx.init(shapes), concrete)
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, shapes), concrete)
+
+
+@every_case
+def test_scan_and_cond_carry(name):
+    tx = CASES[name].make(1e-2)
+
+    def step(carry, g):
+        params, state = carry
+        apply = lambda: tx.update(g, state, params)
+        skip = lambda: (jax.tree.map(jnp.zeros_like, params), state)
+        updates, state = jax.lax.cond(g["final_norm"]["scale"][0] == 0, skip, apply)
+        return (optax.apply_updates(params, updates), state), None
+
+    gradients = jax.tree.map(lambda *g: jnp.stack(g), *(tree(100 + t) for t in range(STEPS)))
+    train = lambda params: jax.lax.scan(step, (params, tx.init(params)), gradients)[0]
+    close(jax.jit(train)(tree(0)), plain(name))
+
+
+@every_case
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_sharded_is_unsharded(name, axis_type):
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(axis_type, axis_type))
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
+    place = lambda seed: jax.device_put(tree(seed), shardings)
+    with jax.set_mesh(mesh):
+        params, state = run(CASES[name].make(1e-2), place(0), gradient=place)
+        if axis_type == AxisType.Explicit:
+            chex.assert_trees_all_equal(jax.tree.map(lambda x: x.sharding, params), shardings)
+    close((params, state), plain(name), rtol=1e-4)
+
+
+@every_case
+def test_checkpoint_and_resume_bit_for_bit(name, tmp_path):
+    tx = CASES[name].make(1e-2)
+    half = run(tx, tree(0), 3)
+    ocp.save(tmp_path / "half", half)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), half)
+    params, state = ocp.load(tmp_path / "half", like)
+
+    @jax.jit
+    def step(params, state, g):
+        updates, state = tx.update(g, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for t in range(3, STEPS):
+        params, state = step(params, state, tree(100 + t))
+    chex.assert_trees_all_equal((params, state), plain(name))
