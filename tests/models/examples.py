@@ -1,0 +1,58 @@
+"""What the tests of this room share and is no fixture."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from memopt.models.hugging_face import tensors
+from memopt.models.llama import LlamaConfig, loss
+
+YARDSTICK = Path(__file__).parents[1] / "yardstick" / "llama_tiny"
+
+SMALL = LlamaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+)
+
+
+def by_name(params) -> dict[str, np.ndarray]:
+    """Parameters, or their gradients, under the names and in the layout of Hugging Face."""
+    flat = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in jax.tree.leaves_with_path(params)
+    }
+    arrays = {}
+    for tensor in tensors(flat):
+        leaf = flat[tensor.leaf]
+        array = leaf if tensor.layer is None else leaf[tensor.layer]
+        arrays[tensor.name] = array.T if tensor.transposed else array
+    return arrays
+
+
+def split(model):
+    """The model's definition, and its parameters as nested dicts."""
+    graphdef, params = nnx.split(model, nnx.Param)
+    return graphdef, nnx.to_pure_dict(params)
+
+
+def mean_loss(model, batch, **options):
+    total, count = loss(model, batch, **options)
+    return total / count
+
+
+def logits(model, *inputs):
+    """The model's call, compiled."""
+    return nnx.jit(lambda model, *inputs: model(*inputs))(model, *inputs)
+
+
+def value_and_grad(graphdef, params, batch, **options):
+    """Mean loss and its gradient, compiled."""
+    objective = lambda params, batch: mean_loss(nnx.merge(graphdef, params), batch, **options)
+    return jax.jit(jax.value_and_grad(objective))(params, batch)

@@ -1,0 +1,78 @@
+"""Generation with a cache says what the model without one says."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+from memopt.models.generate import generate
+from memopt.models.llama import Llama, from_hugging_face
+from tests.models.examples import SMALL, logits
+
+PROMPT = np.array([[1, 2, 3, 4, 5], [9, 8, 7, 6, 5]], np.int32)
+
+
+def greedy(model, tokens, count):
+    """Each token from a pass over all before it; causal, so what is still zero does not matter."""
+    start = tokens.shape[1]
+    tokens = np.pad(tokens, [(0, 0), (0, count)])
+    for end in range(start, start + count):
+        tokens[:, end] = logits(model, tokens)[:, end - 1].argmax(-1)
+    return tokens
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_greedy_continuation_is_the_uncached_one(recorded, count):
+    ours = generate(recorded["model"], PROMPT, count)
+    np.testing.assert_array_equal(ours, greedy(recorded["model"], PROMPT, count))
+    assert len(np.unique(ours[:, 5:])) > 1 or count == 1
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_split_model_generates_the_same(recorded, recorded_directory, axis_type):
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(axis_type,) * 3)
+    model = from_hugging_face(recorded_directory, mesh=mesh)
+    with jax.set_mesh(mesh):
+        ours = generate(model, PROMPT, 4)
+    np.testing.assert_array_equal(ours, generate(recorded["model"], PROMPT, 4))
+
+
+def test_a_prompt_without_a_batch(recorded):
+    alone = generate(recorded["model"], PROMPT[0], 3)
+    np.testing.assert_array_equal(alone, generate(recorded["model"], PROMPT, 3)[0])
+
+
+def test_samples_follow_the_models_probabilities(model):
+    """1500 first tokens against the softmax at that temperature."""
+    temperature, prompt = 2.0, np.tile(PROMPT[:1], (1500, 1))
+    samples = generate(model, prompt, 1, temperature=temperature, key=jax.random.key(0))[:, -1]
+    expected = jax.nn.softmax(logits(model, PROMPT[:1])[0, -1] / temperature)
+    counts = np.bincount(samples, minlength=64)
+    chi_square = ((counts - 1500 * expected) ** 2 / (1500 * expected)).sum()
+    assert chi_square < 63 + 4 * np.sqrt(2 * 63)
+
+
+def test_the_key_decides_the_sample(model):
+    draw = lambda seed: generate(model, PROMPT, 8, temperature=1.0, key=jax.random.key(seed))
+    np.testing.assert_array_equal(draw(0), draw(0))
+    assert not np.array_equal(draw(0), draw(1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; both must be at least 1"),
+        ({"prompt_ids": np.zeros((1, 0))}, "prompt_ids has 0 tokens"),
+        ({"temperature": 1.0}, "temperature is 1.0; it must be 0, or positive with a random key"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"max_new_tokens": 12}, "17 tokens is longer than max_seq_len=16"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    model = Llama(dataclasses.replace(SMALL, max_seq_len=16), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        generate(model, **{"prompt_ids": jnp.asarray(PROMPT), "max_new_tokens": 2, **arguments})

@@ -1,0 +1,252 @@
+"""Hugging Face directories: read, written, refused, and never left half written."""
+
+import dataclasses
+import json
+import os
+import pickle
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from memopt.models import hugging_face
+from memopt.models.llama import (
+    Llama,
+    RopeScaling,
+    abstract_model,
+    from_hugging_face,
+    preset,
+    to_hugging_face,
+)
+from tests.models.examples import SMALL, YARDSTICK, split
+
+SCALING = RopeScaling(factor=4.0, original_max_seq_len=64)
+
+
+@pytest.fixture
+def directory(model, tmp_path) -> Path:
+    to_hugging_face(model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit(path: Path, **changes) -> None:
+    """Change keys of a JSON file; None removes one."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: v for key, v in content.items() if v is not None}))
+
+
+def rewrite(directory: Path, **changes) -> None:
+    """Change tensors of a directory ("__" for "."); None removes one."""
+    content = load_file(directory / "model.safetensors")
+    content |= {name.replace("__", "."): value for name, value in changes.items()}
+    content = {name: value for name, value in content.items() if value is not None}
+    save_file(content, directory / "model.safetensors")
+
+
+def test_names_shapes_and_values_are_hugging_faces(recorded, tmp_path):
+    to_hugging_face(recorded["model"], tmp_path / "model")
+    ours = load_file(tmp_path / "model" / "model.safetensors")
+    chex.assert_trees_all_equal(ours, load_file(YARDSTICK / "weights.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_round_trip_changes_nothing(tmp_path, tied, dtype):
+    config = dataclasses.replace(SMALL, tied=tied, param_dtype=dtype, rope_scaling=SCALING)
+    model = Llama(config, rngs=nnx.Rngs(0))
+    to_hugging_face(model, tmp_path / "model")
+    loaded = from_hugging_face(tmp_path / "model")
+    assert loaded.config == config
+    chex.assert_trees_all_equal(split(loaded)[1], split(model)[1])
+
+
+def test_many_files_hold_what_one_holds(model, tmp_path):
+    to_hugging_face(model, tmp_path / "one")
+    to_hugging_face(model, tmp_path / "many", max_shard_bytes=10_000)
+    files = sorted((tmp_path / "many").glob("*.safetensors"))
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert len(files) > 3
+    assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    assert all(path.stat().st_size < 12_000 for path in files)
+    assert index["weight_map"]["lm_head.weight"] == files[-1].name
+    assert index["metadata"]["total_size"] == 4 * sum(p.size for p in jax.tree.leaves(split(model)))
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    parts = {name: value for path in files for name, value in load_file(path).items()}
+    chex.assert_trees_all_equal(parts, whole)
+    chex.assert_trees_all_equal(split(from_hugging_face(tmp_path / "many"))[1], split(model)[1])
+
+
+def test_parameters_take_the_type_asked_for(directory):
+    model = from_hugging_face(directory, param_dtype="bfloat16", dtype="bfloat16", remat="full")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(split(model)[1])} == {"bfloat16"}
+    assert (model.config.dtype, model.config.remat) == ("bfloat16", "full")
+
+
+def test_split_parameters_are_the_whole_ones(model, directory):
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
+    loaded = from_hugging_face(directory, mesh=mesh)
+    assert loaded.blocks.mlp.up.kernel.sharding.spec == jax.P(None, "fsdp", "tensor")
+    chex.assert_trees_all_equal(jax.device_get(split(loaded)[1]), jax.device_get(split(model)[1]))
+
+
+LLAMA_3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0} | {
+    "original_max_position_embeddings": 64
+}
+
+
+@pytest.mark.parametrize(
+    ("written", "theta", "scaling"),
+    [
+        ({"rope_theta": 5e5, "rope_scaling": None}, 5e5, None),
+        ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3"} | LLAMA_3}, 5e5, SCALING),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "llama3"} | LLAMA_3}, 5e5, SCALING),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7e4}}, 7e4, None),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 7e4} | LLAMA_3}, 7e4, SCALING),
+        ({"rope_theta": None, "rope_scaling": None}, 1e4, None),
+    ],
+)
+def test_old_and_new_rotary_keys(directory, written, theta, scaling):
+    edit(directory / "config.json", **({"rope_theta": None, "rope_scaling": None} | written))
+    config = from_hugging_face(directory).config
+    assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
+
+
+def test_keys_that_older_configs_lack(tmp_path):
+    """A LLaMA 1 config knows neither grouped heads nor a head width."""
+    config = dataclasses.replace(SMALL, num_kv_heads=4)
+    to_hugging_face(Llama(config, rngs=nnx.Rngs(0)), tmp_path / "model")
+    absent = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias")
+    edit(tmp_path / "model" / "config.json", **dict.fromkeys(absent))
+    assert from_hugging_face(tmp_path / "model").config == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["MistralForCausalLM"]}, "only LlamaForCausalLM is known"),
+        ({"model_type": "qwen2"}, "model_type is 'qwen2'; only 'llama' is supported"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is supported"),
+        ({"attention_bias": True}, "attention_bias is True; only False is supported"),
+        ({"mlp_bias": True}, "mlp_bias is True; only False is supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "only default and llama3 are known"),
+        ({"rope_scaling": {"type": "llama3"}}, "config.json lacks 'factor'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "only default and llama3 are known"),
+        ({"hidden_size": None}, "config.json lacks 'hidden_size'"),
+        ({"intermediate_size": 40}, r"gate_proj.weight has shape \(48, 32\).* makes it \(40, 32\)"),
+        ({"num_hidden_layers": 1}, "has unexpected tensor model.layers.1.input_layernorm.weight"),
+        ({"num_hidden_layers": 3}, "lacks tensor model.layers.2.input_layernorm.weight.*6 more"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(directory, changes, message):
+    edit(directory / "config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        from_hugging_face(directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lm_head__weight": None}, "lacks tensor lm_head.weight"),
+        ({"extra": np.zeros(2, np.float32)}, "has unexpected tensor extra"),
+        ({"model__norm__weight": np.ones(31, np.float32)}, r"shape \(31,\).* makes it \(32,\)"),
+        ({"model__norm__weight": np.ones(32, np.int8)}, "model.norm.weight is stored as I8"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(directory, changes, message):
+    rewrite(directory, **changes)
+    with pytest.raises(ValueError, match=message):
+        from_hugging_face(directory)
+
+
+def test_harmless_extra_tensors_are_passed_over(model, directory):
+    frequencies = np.ones(4, np.float32)
+    rewrite(directory, model__layers__0__self_attn__rotary_emb__inv_freq=frequencies)
+    chex.assert_trees_all_equal(split(from_hugging_face(directory))[1], split(model)[1])
+
+
+def test_directories_without_readable_weights_are_refused(directory, tmp_path):
+    with pytest.raises(ValueError, match=r"has no config.json; give a model directory"):
+        from_hugging_face(tmp_path / "nowhere")
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read as safetensors"):
+        from_hugging_face(directory)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"lacks model.safetensors\."):
+        from_hugging_face(directory)
+    (directory / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
+        from_hugging_face(directory)
+
+
+def test_pickled_weights_are_never_loaded(directory):
+    """The pickle would create a file if it were read."""
+    planted = directory / "planted"
+
+    class Plant:
+        def __reduce__(self):
+            return os.mkdir, (str(planted),)
+
+    (directory / "model.safetensors").unlink()
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Plant()))
+    with pytest.raises(ValueError, match=r"pickled \*.bin weights, which are never loaded"):
+        from_hugging_face(directory)
+    assert not planted.exists()
+
+
+def test_a_lost_shard_is_named(model, tmp_path):
+    to_hugging_face(model, tmp_path / "model", max_shard_bytes=10_000)
+    lost = min((tmp_path / "model").glob("*.safetensors"))
+    lost.unlink()
+    with pytest.raises(ValueError, match=f"lacks {lost.name}"):
+        from_hugging_face(tmp_path / "model")
+
+
+def test_an_interrupted_export_leaves_the_earlier_one(model, directory, monkeypatch):
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    save, written = hugging_face.save_file, []
+
+    def save_one(*arguments, **options):
+        if written:
+            raise OSError("No space left on device")
+        written.append(save(*arguments, **options))
+
+    monkeypatch.setattr(hugging_face, "save_file", save_one)
+    with pytest.raises(OSError, match="No space left"):
+        to_hugging_face(model, directory, max_shard_bytes=10_000)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
+
+
+def test_a_new_export_replaces_the_earlier_and_keeps_the_tokenizer(model, directory):
+    (directory / "tokenizer.json").write_text("{}")
+    to_hugging_face(model, directory, max_shard_bytes=10_000)
+    to_hugging_face(model, directory)
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+
+
+def test_a_directory_of_something_else_is_not_replaced(model, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="exists and is not a model directory"):
+        to_hugging_face(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_presets_name_their_tensors_as_meta_does():
+    """Llama-3.2-1B has no head of its own: it is the embedding."""
+    state = nnx.to_flat_state(nnx.state(abstract_model(preset("llama-3.2-1b")), nnx.Param))
+    shapes = {"/".join(path): param for path, param in state}
+    names = {tensor.name: tensor.shape for tensor in hugging_face.tensors(shapes)}
+    assert len(names) == 146
+    assert names["model.embed_tokens.weight"] == (128256, 2048)
+    assert names["model.layers.15.self_attn.k_proj.weight"] == (512, 2048)
+    assert "lm_head.weight" not in names
