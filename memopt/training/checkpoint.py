@@ -182,7 +182,7 @@ def _describe(tree: Any) -> dict[str, str]:
     """Maps names of arrays to dtypes and shapes, of arrays or of what Orbax says of them."""
 
     def describe(leaf: Any) -> str:
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.eval_shape(jax.random.key_data, leaf)  # as which Orbax stores keys
         return f"{leaf.dtype}{list(leaf.shape)}"
 
@@ -210,7 +210,7 @@ def _sum_of_words(x: jax.Array) -> jax.Array:
 
     Exact in any order of summation, so the same however the array is sharded.
     """
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == bool:
         x = x.astype(jnp.uint8)

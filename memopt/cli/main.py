@@ -1,0 +1,47 @@
+"""The command `memopt`."""
+
+from __future__ import annotations
+
+import sys
+
+from memopt.cli.errors import fail
+
+USAGE = """\
+usage: memopt COMMAND [OPTIONS]
+
+Memory-efficient optimizers for large models in JAX.
+
+commands:
+  pretrain          train a LLaMA on text, from nothing to a sample of what it writes
+  tokenizer train   learn a vocabulary from text
+  optimizers        list the optimizers that pretrain knows
+
+`memopt COMMAND --help` describes its options.
+"""
+
+
+def main() -> None:
+    """Runs the command that the command line names."""
+    arguments = sys.argv[1:]
+    try:
+        match arguments:
+            case ["pretrain", *rest]:
+                from memopt.cli.pretrain import pretrain
+
+                pretrain(rest)
+            case ["tokenizer", "train", *rest]:
+                from memopt.cli.tokenizer import train
+
+                train(rest)
+            case ["optimizers"]:
+                from memopt.optimizers import available
+
+                print("\n".join(available()))
+            case [] | ["-h" | "--help"] | ["tokenizer"] | ["tokenizer", "-h" | "--help"]:
+                print(USAGE, end="")
+            case _:
+                fail(f"there is no command {' '.join(arguments[:2])!r}: see memopt --help")
+    except ModuleNotFoundError as error:
+        fail(f"the package {error.name!r} is missing: pip install 'memopt[train]'")
+    except KeyboardInterrupt:
+        fail("interrupted before there was anything to save", exit_code=130)

@@ -1,0 +1,137 @@
+"""`memopt pretrain`: trains a LLaMA, and shows what came of it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import jax
+import optax
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from memopt.cli.errors import fail
+from memopt.planning.step_memory import StepMemory, step_memory
+from memopt.training.config import Config, read_flags
+from memopt.training.directory import choose_directory
+from memopt.training.loop import Stopped, compile_step, train
+from memopt.training.metrics import read_metrics
+from memopt.training.placement import abstract_state
+from memopt.training.prepare import Training, prepare
+from memopt.training.report import plot_loss, sample_text
+from memopt.training.step import TrainState
+
+DESCRIPTION = """\
+Train a LLaMA on text.
+
+With no options at all: the tiny model learns, with APOLLO-Mini and in a few minutes, the source of
+Python's own standard library, byte by byte.
+
+examples:
+  memopt pretrain --output runs/first
+  memopt pretrain --output runs/first --resume
+  memopt pretrain --optimizer adamw --learning-rate 3e-3
+  memopt pretrain --model 60m --optimizer apollo --option rank=128 --data 'books/**/*.txt'
+  memopt pretrain --model 1b --mesh data=2,fsdp=4 --compute-dtype bfloat16 --remat full
+
+The run directory holds config.json, metrics.jsonl (one step a line), TensorBoard events, loss.png
+and checkpoints. A run that was killed at any moment continues with --resume as if nothing had
+happened; Ctrl-C and SIGTERM save first.
+"""
+
+
+def pretrain(arguments: list[str]) -> None:
+    """Runs `memopt pretrain` with these arguments."""
+    warnings.formatwarning = lambda message, *_, **__: f"memopt: {message}\n"
+    console = Console()
+    try:
+        run = prepare(parse(arguments))
+    except (ValueError, ImportError) as error:
+        fail(error)
+    _introduce(run, console)
+    try:
+        state, step = train(run, console)
+    except Stopped as stopped:
+        command = f"memopt pretrain --resume --output {run.directory}"
+        fail(f"{stopped} All is saved; continue with: {command}", stopped.exit_code)
+    _conclude(run, state, step, console)
+
+
+def parse(arguments: list[str]) -> Config:
+    """Returns the options on the command line, over those of the config file or resumed run.
+
+    Raises:
+        ValueError: The config file cannot be read, or there is no run to resume.
+    """
+
+    def read(arguments: list[str]) -> Config:
+        return tyro.cli(
+            Config,
+            prog="memopt pretrain",
+            description=DESCRIPTION,
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        )
+
+    config, flags = read(arguments), []
+    if config.run.config:
+        flags += read_flags(config.run.config)
+    if config.run.resume:
+        flags += read_flags(choose_directory(config) / "config.json")
+    return read([*flags, *arguments]) if flags else config
+
+
+def _introduce(run: Training, console: Console) -> None:
+    config, step = run.config, int(run.state.step)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
+    mesh = ", ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items())
+    lines = (
+        f"model      {config.architecture.model}, {parameters:,} parameters",
+        f"optimizer  {config.optimization.optimizer} {' '.join(config.optimization.option)}",
+        f"text       {' '.join(config.text.data)}, tokenizer {run.tokenizer.name}",
+        f"mesh       {mesh} of {jax.device_count()} {jax.devices()[0].device_kind} devices",
+        f"output     {run.directory}" + (f", resumed at step {step}" if step else ""),
+    )
+    console.print("\n".join(lines), markup=False, highlight=False)
+
+
+def _conclude(
+    run: Training, state: TrainState, step: jax.stages.Compiled, console: Console
+) -> None:
+    metrics = run.directory / "metrics.jsonl"
+    losses = [line["val_loss"] for line in read_metrics(metrics) if line.get("val_loss")]
+    plot_loss(metrics, run.directory / "loss.png")
+    prompt, continuation = sample_text(run, state.params)
+    console.rule("sample")
+    console.print(prompt, style="dim", markup=False, highlight=False, end="")
+    console.print(continuation, markup=False, highlight=False)
+    console.rule()
+    console.print(_memory_table(run, state, step))
+    if losses:
+        perplexity = math.exp(min(losses[-1], 700))
+        console.print(f"validation loss {losses[-1]:.4f}, perplexity {perplexity:.3f} a token")
+    console.print(f"everything is in {run.directory}", markup=False, highlight=False)
+
+
+def _memory_table(run: Training, state: TrainState, step: jax.stages.Compiled) -> Table:
+    """Bytes of this run and of the same run with AdamW, both from the compiler."""
+
+    def measure(tx: optax.GradientTransformation, compiled: Any = None) -> StepMemory:
+        like = abstract_state(state.params, tx, run.mesh)
+        compiled = compiled or compile_step(run, tx, state.params)
+        return step_memory(compiled, like.params, like.opt_state)
+
+    ours, adamw = measure(run.tx, step), measure(optax.adamw(run.learning_rate))
+    table = Table("bytes on one device")
+    for name in (run.config.optimization.optimizer, "optax.adamw"):
+        table.add_column(name, justify="right")
+    for name, field in {
+        "parameters": "parameters",
+        "optimizer state": "state",
+        "peak of a step": "peak",
+    }.items():
+        sizes = (getattr(memory, field) for memory in (ours, adamw))
+        table.add_row(name, *(f"{size:,}" if size is not None else "unknown" for size in sizes))
+    return table

@@ -1,0 +1,36 @@
+"""`memopt tokenizer train`: learns a vocabulary from text."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from memopt.cli.errors import fail
+from memopt.training.documents import find_documents
+from memopt.training.tokenizer import train_tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Learn a byte-level BPE vocabulary, for `memopt pretrain --tokenizer FILE`."""
+
+    output: Path
+    """Where to write: a file ending in .json, or a directory to hold tokenizer.json."""
+    data: tuple[str, ...] = ("python",)
+    """Text to learn from, as in `memopt pretrain`."""
+    vocab_size: int = 4096
+    """Largest number of ids."""
+
+
+def train(arguments: list[str]) -> None:
+    """Runs `memopt tokenizer train` with these arguments."""
+    options = tyro.cli(Options, prog="memopt tokenizer train", args=arguments)
+    try:
+        training, _ = find_documents(options.data).split()
+        texts = (piece.text for piece in training.once())
+        tokenizer = train_tokenizer(texts, options.vocab_size, options.output)
+    except (ValueError, ImportError, OSError) as error:
+        fail(error)
+    print(f"{tokenizer.vocab_size} ids in {tokenizer.name}")

@@ -1,0 +1,50 @@
+"""What one training step needs, asked of the compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMemory:
+    """Bytes on one device.
+
+    Attributes:
+        parameters: The parameters.
+        state: The optimizer's state.
+        peak: The most that is held at any moment of a step; None where the compiler does not say.
+    """
+
+    parameters: int
+    state: int
+    peak: int | None
+
+
+def step_memory(compiled: jax.stages.Compiled, params: Any, opt_state: Any) -> StepMemory:
+    """Returns what a compiled step needs.
+
+    Args:
+        compiled: The step.
+        params: Its parameters, with shardings; arrays or `ShapeDtypeStruct`s.
+        opt_state: Its optimizer state, likewise.
+
+    Returns:
+        Bytes on one device; the peak is arguments, results and temporaries, less what is donated.
+    """
+    stats = compiled.memory_analysis()
+    peak = stats and (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        + stats.temp_size_in_bytes
+        - stats.alias_size_in_bytes
+    )
+    return StepMemory(_bytes(params), _bytes(opt_state), peak)
+
+
+def _bytes(tree: Any) -> int:
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

@@ -1,0 +1,106 @@
+"""The directory of a run: which one it is, and that no run is ever written over another."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from memopt.training.config import Config
+
+#: Options that may change when a run is resumed; all others decide what its checkpoints mean.
+MAY_CHANGE = {
+    "steps",
+    "mesh",
+    "eval_every",
+    "eval_tokens",
+    "checkpoint_every",
+    "keep",
+    "max_skipped",
+}
+
+
+def choose_directory(config: Config) -> Path:
+    """Returns the directory that `config` means: a free one or, to resume, one that holds a run.
+
+    Raises:
+        ValueError: The directory is taken or, to resume, holds no run.
+
+    Example:
+        >>> from memopt.training.config import Config
+        >>> str(choose_directory(Config()))
+        'runs/tiny-apollo_mini'
+    """
+    default = Path("runs", f"{config.architecture.model}-{config.optimization.optimizer}")
+    if config.run.resume:
+        numbered = default.parent.glob(f"{default.name}*/config.json")
+        latest = max(numbered, key=lambda path: path.stat().st_mtime, default=default / "none")
+        directory = config.run.output or latest.parent
+        if not (directory / "config.json").is_file():
+            raise ValueError(
+                f"there is no run to resume in {str(directory)!r}: give its directory with "
+                "--output, or start it without --resume."
+            )
+        return directory
+    if config.run.output is None:
+        names = (f"{default}-{number}" for number in itertools.count(2))
+        return next(path for path in (default, *map(Path, names)) if not _taken(path))
+    if _taken(config.run.output):
+        raise ValueError(
+            f"output {str(config.run.output)!r} is taken: continue the run in it with --resume, "
+            "or choose another --output."
+        )
+    return config.run.output
+
+
+def open_directory(directory: Path, config: Config) -> None:
+    """Makes the directory, with the run's `config.json` in it.
+
+    The file is written in one go: a run killed at any moment has all of it or none.
+
+    Raises:
+        ValueError: It cannot be written.
+    """
+    draft = directory / "config.tmp"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(config.flat(), indent=2) + "\n")
+        draft.replace(directory / "config.json")
+    except OSError as error:
+        raise ValueError(
+            f"output {str(directory)!r} cannot be written ({error.strerror}): choose another "
+            "--output."
+        ) from error
+
+
+def check_same(directory: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raises a sentence that names all that differs between a run and how it is resumed.
+
+    Args:
+        directory: The run's directory.
+        there: Options, or what identifies the data, as the run has them.
+        here: The same, as they are now.
+
+    Raises:
+        ValueError: Anything differs that may not.
+    """
+    names = sorted((there.keys() | here.keys()) - MAY_CHANGE)
+    differing = [
+        f"{name} is {reprlib.repr(there.get(name))} there and {reprlib.repr(here.get(name))} here"
+        for name in names
+        if there.get(name) != here.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"the run in {str(directory)!r} cannot be resumed like this: {'; '.join(differing)}. "
+            "Resume it as it was started, or start anew with another --output."
+        )
+
+
+def _taken(path: Path) -> bool:
+    if not path.is_dir():
+        return path.exists()
+    return any(entry.name != "config.tmp" for entry in path.iterdir())

@@ -1,0 +1,95 @@
+"""Where the arrays of a run live: the mesh, the state on it, the batches on it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from memopt.models.sharding import BATCH_AXES
+from memopt.training.step import TrainState, init_state
+
+
+def make_mesh(spec: str | None, rows: int) -> Mesh:
+    """Builds the mesh that `spec` describes, with Auto axes.
+
+    Args:
+        spec: Axes and their sizes, such as "data=2,fsdp=4". None: as many devices as `rows` divides
+            over, on one axis `data`.
+        rows: Rows of a (micro-)batch, to be split over `data` and `fsdp`.
+
+    Returns:
+        The mesh.
+
+    Raises:
+        ValueError: `spec` is no list of axes, needs more devices than there are, or does not divide
+            `rows`.
+
+    Example:
+        >>> make_mesh("data=1,fsdp=1", rows=4).shape
+        OrderedDict({'data': 1, 'fsdp': 1})
+    """
+    devices = jax.device_count()
+    axes = {"data": math.gcd(devices, rows)} if spec is None else _parse(spec)
+    if math.prod(axes.values()) > devices:
+        raise ValueError(
+            f"mesh {spec!r} needs {math.prod(axes.values())} devices, but there are {devices}: "
+            "choose sizes whose product is at most that."
+        )
+    shards = math.prod(axes.get(axis, 1) for axis in BATCH_AXES)
+    if rows % shards:
+        raise ValueError(
+            f"mesh {spec!r} splits a batch into {shards} parts, which does not divide its {rows} "
+            "rows (batch size ÷ accumulation): change --mesh or --batch-size."
+        )
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+def _parse(spec: str) -> dict[str, int]:
+    pairs = [part.partition("=") for part in spec.split(",")]
+    sizes = {name.strip(): int(size) for name, _, size in pairs if size.strip().isdecimal()}
+    if len(sizes) != len(pairs) or not all(sizes.values()):
+        raise ValueError(f"mesh {spec!r} must name axes once and size them, such as data=2,fsdp=4.")
+    return sizes
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `data` and `fsdp`, as far as the mesh has them."""
+    return NamedSharding(mesh, jax.P(tuple(axis for axis in BATCH_AXES if axis in mesh.shape)))
+
+
+def abstract_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Returns shapes and shardings of the state for parameters and an optimizer.
+
+    State with the name and the shape of a parameter lies where that does; the rest is whole on
+    every device.
+
+    Args:
+        params: The parameters, arrays or `ShapeDtypeStruct`s, with shardings.
+        tx: The optimizer.
+        mesh: Where the parameters are.
+
+    Returns:
+        The state, of `ShapeDtypeStruct`s with shardings.
+    """
+    whole = NamedSharding(mesh, jax.P())
+    placed = {
+        (_names(path), leaf.shape): leaf.sharding
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+    def place(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        names = _names(path)
+        suffixes = ((names[start:], leaf.shape) for start in range(len(names)))
+        sharding = next((placed[key] for key in suffixes if key in placed), whole)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    state = jax.eval_shape(lambda params: init_state(params, tx), params)
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

@@ -1,0 +1,61 @@
+"""What is left to see when a run has ended: a plot of the loss and a sample of text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from memopt.models.generate import generate
+from memopt.training.metrics import read_metrics
+from memopt.training.prepare import Training
+
+
+def plot_loss(metrics: Path, image: Path) -> None:
+    """Draws the training and validation loss of a `metrics.jsonl` as a PNG.
+
+    Args:
+        metrics: The file to read.
+        image: The file to write.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    lines = [line for line in read_metrics(metrics) if line["loss"] is not None]
+    evaluated = [line for line in lines if line.get("val_loss") is not None]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([x["step"] for x in lines], [x["loss"] for x in lines], lw=0.8, label="training")
+    axes.plot(
+        [x["step"] for x in evaluated], [x["val_loss"] for x in evaluated], "o-", label="validation"
+    )
+    axes.set(xlabel="step", ylabel="loss a token (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(image, dpi=150)
+
+
+def sample_text(
+    run: Training, params: Any, prompt_tokens: int = 64, new_tokens: int = 192
+) -> tuple[str, str]:
+    """Continues the beginning of the held-out text.
+
+    Args:
+        run: The run.
+        params: The parameters to use.
+        prompt_tokens: How much of the text to read.
+        new_tokens: How much to write.
+
+    Returns:
+        The prompt and its continuation.
+    """
+    prompt = run.validation[0]["inputs"][0]
+    prompt = prompt[prompt != run.tokenizer.eos_id][:prompt_tokens]
+    new_tokens = min(new_tokens, run.model_config.max_seq_len - len(prompt))
+    with jax.set_mesh(run.mesh):
+        ids = generate(
+            run.model(params), prompt, new_tokens, temperature=0.8, key=jax.random.key(0)
+        )
+    decode = run.tokenizer.decode
+    return decode(prompt), decode(np.asarray(ids)[len(prompt) :])

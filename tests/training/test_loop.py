@@ -1,0 +1,220 @@
+"""Runs from start to end: what they write, how they stop, how they go on."""
+
+import dataclasses
+import json
+import signal
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from memopt.models import llama
+from memopt.training.config import Architecture, Config, Optimization, Run, Text
+from memopt.training.loop import Stopped, compile_step, train
+from memopt.training.metrics import read_metrics
+from memopt.training.placement import abstract_state
+from memopt.training.prepare import prepare
+from memopt.training.report import plot_loss, sample_text
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text):
+    """A run of twelve steps of the nano model on one device: its options and its last state."""
+    config = Config(
+        architecture=Architecture(model="nano"),
+        text=Text(data=(str(text),), batch_size=8, seq_len=32, eval_tokens=512),
+        optimization=Optimization(steps=12),
+        run=Run(
+            output=tmp_path_factory.mktemp("finished") / "run",
+            mesh="data=1",
+            eval_every=4,
+            checkpoint_every=4,
+        ),
+    )
+    return config, run(config)[0]
+
+
+@pytest.fixture
+def config(finished, tmp_path):
+    """The options of `finished`, to be written elsewhere."""
+    return change(finished[0], output=tmp_path / "run")
+
+
+class Disturbed:
+    """Batches of which one, when it is asked for, comes with a disturbance."""
+
+    def __init__(self, batches, number, disturb):
+        self._batches, self._left, self._disturb = batches, number, disturb
+
+    def __next__(self):
+        self._left -= 1
+        if self._left == 0:
+            self._disturb()
+        return next(self._batches)
+
+    def __getattr__(self, name):
+        return getattr(self._batches, name)
+
+
+def change(config, **options):
+    """Replaces options by name, whatever group they are in."""
+    groups = {group.name: getattr(config, group.name) for group in dataclasses.fields(config)}
+    for name, group in groups.items():
+        own = {key: options.pop(key) for key in list(options) if hasattr(group, key)}
+        groups[name] = dataclasses.replace(group, **own)
+    assert not options
+    return Config(**groups)
+
+
+def run(config):
+    return train(prepare(config), Console(quiet=True))
+
+
+def metrics(config):
+    return read_metrics(config.run.output / "metrics.jsonl")
+
+
+def without_speed(lines):
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+def test_a_run_learns_and_its_directory_holds_everything(finished):
+    config, state = finished
+    directory, lines = config.run.output, metrics(config)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["step"] for line in lines if "val_loss" in line] == [4, 8, 12]
+    assert lines[-1]["val_loss"] < lines[0]["loss"] - 0.5
+    for name in ("loss", "learning_rate", "tokens_per_second", "gradient_norm"):
+        assert all(np.isfinite(line[name]) for line in lines)
+    assert all(line["tokens"] == 8 * 32 for line in lines)
+    assert max(line["learning_rate"] for line in lines) == pytest.approx(1e-2)
+    assert json.loads((directory / "config.json").read_text()) == config.flat()
+    assert sorted(int(path.name) for path in (directory / "checkpoints").iterdir()) == [4, 8, 12]
+    assert list((directory / "tensorboard").glob("events*"))
+    assert state.step == 12
+    plot_loss(directory / "metrics.jsonl", directory / "loss.png")
+    assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_run_is_resumed_to_its_end_with_nothing_to_do(finished):
+    config, state = finished
+    lines = metrics(config)
+    resumed = prepare(change(config, resume=True))
+    chex.assert_trees_all_equal(resumed.state, state)
+    prompt, continuation = sample_text(resumed, state.params, prompt_tokens=8, new_tokens=5)
+    assert len(prompt) == 8
+    assert isinstance(continuation, str)
+    again, _ = train(resumed, Console(quiet=True))
+    chex.assert_trees_all_equal(again, state)
+    assert metrics(config) == lines
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(finished, config):
+    stopping = prepare(config)
+    stopping.batches = Disturbed(stopping.batches, 6, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Stopped, match="SIGTERM after step 6") as stopped:
+        train(stopping, Console(quiet=True))
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    assert metrics(config)[-1]["step"] == 6
+    with (config.run.output / "metrics.jsonl").open("a") as file:  # as if killed a bit later
+        file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
+    state, _ = run(change(config, resume=True))
+    chex.assert_trees_all_equal(state, finished[1])
+    assert without_speed(metrics(config)) == without_speed(metrics(finished[0]))
+
+
+def test_on_a_mesh_the_numbers_are_the_same_and_the_state_is_split(finished, config):
+    state, _ = run(change(config, mesh="data=2,fsdp=4"))
+    for one, other in zip(metrics(finished[0]), metrics(config), strict=True):
+        for name in ("loss", "gradient_norm", "learning_rate"):
+            np.testing.assert_allclose(one[name], other[name], rtol=2e-3)
+    kernel = state.params["blocks"]["mlp"]["gate"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 4, 32)
+
+
+def test_what_was_saved_on_one_mesh_goes_on_on_another(finished):
+    config, state = finished
+    resumed = prepare(change(config, mesh="fsdp=8", resume=True))
+    chex.assert_trees_all_equal(jax.device_get(resumed.state), jax.device_get(state))
+    resumed.batches.close()
+
+
+def test_state_shaped_like_a_parameter_lies_with_it(config):
+    prepared = prepare(change(config, optimizer="adamw", mesh="fsdp=4"))
+    params = prepared.state.params
+    state = abstract_state(params, prepared.tx, prepared.mesh)
+    for moment in (state.opt_state[0].mu, state.opt_state[0].nu):
+        same = jax.tree.map(lambda m, p: m.sharding == p.sharding, moment, params)
+        assert jax.tree.all(same)
+    assert state.opt_state[0].count.sharding.spec == jax.P()
+    compiled = compile_step(prepared, prepared.tx, params)
+    assert compiled.output_shardings[0] == jax.tree.map(lambda x: x.sharding, state)
+    prepared.batches.close()
+
+
+def test_steps_that_are_not_finite_stop_the_run_and_change_nothing(config, monkeypatch):
+    true_loss = llama.loss
+
+    def loss(model, batch):
+        total, tokens = true_loss(model, batch)
+        return total * jnp.nan, tokens
+
+    monkeypatch.setattr(llama, "loss", loss)
+    prepared = prepare(change(config, max_skipped=3))
+    before = jax.device_get(prepared.state)
+    with pytest.raises(Stopped, match="3 steps up to 3") as stopped:
+        train(prepared, Console(quiet=True))
+    assert stopped.value.exit_code == 1
+    assert [line["loss"] for line in metrics(config)] == [None] * 3
+    monkeypatch.setattr(llama, "loss", true_loss)
+    saved = prepare(change(config, resume=True, max_skipped=3)).state
+    chex.assert_trees_all_equal(saved.params, before.params)
+    chex.assert_trees_all_equal(saved.opt_state, before.opt_state)
+    assert (saved.step, saved.skipped, saved.skipped_in_row) == (3, 3, 3)
+
+
+def test_data_that_cannot_be_read_stops_the_run_after_saving(config):
+    def fail():
+        raise ValueError("pages.jsonl, line 3 is not JSON")
+
+    prepared = prepare(config)
+    prepared.batches = Disturbed(prepared.batches, 3, fail)
+    with pytest.raises(Stopped, match=r"cannot be read: pages.jsonl, line 3 is not JSON"):
+        train(prepared, Console(quiet=True))
+    assert prepare(change(config, resume=True)).state.step == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"model": "tiny"}, "model is 'nano' there and 'tiny' here"),
+        ({"optimizer": "adamw"}, "optimizer is 'apollo_mini' there and 'adamw' here"),
+        ({"option": ("weight_decay=0.1",)}, "option is"),
+        ({"learning_rate": 1.0, "seed": 3}, "learning_rate is .*; seed is 0 there and 3 here"),
+        ({"batch_size": 4}, "batch_size is 8 there and 4 here"),
+    ],
+)
+def test_resuming_something_else_says_what_differs(finished, options, named):
+    with pytest.raises(ValueError, match=named):
+        prepare(change(finished[0], resume=True, **options))
+
+
+def test_resuming_on_other_data_says_what_differs(config, text, tmp_path):
+    copy = tmp_path / "copy.txt"
+    copy.write_text(text.read_text())
+    config = change(config, data=(str(copy),), steps=1)
+    run(config)
+    copy.write_text(text.read_text() + " more")
+    with pytest.raises(ValueError, match="data digest is"):
+        prepare(change(config, resume=True))
+
+
+def test_more_steps_may_be_asked_for_when_resuming(config):
+    short = change(config, steps=4, schedule="constant", warmup=0.0)
+    run(short)
+    state, _ = run(change(short, steps=6, resume=True))
+    assert state.step == 6
+    assert json.loads((config.run.output / "config.json").read_text())["steps"] == 6
