@@ -10,6 +10,7 @@ from memopt.optimizers import apollo as apollo
 from memopt.optimizers import apollo_mini as apollo_mini
 from memopt.optimizers import available as available
 from memopt.optimizers import lion as lion
+from memopt.optimizers import matrices_and_rest as matrices_and_rest
 from memopt.optimizers import optimizer as optimizer
 from memopt.state.bytes import StateBytes as StateBytes
 from memopt.state.bytes import state_bytes as state_bytes

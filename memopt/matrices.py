@@ -142,7 +142,9 @@ def hidden_matrices(name: str, leaf: Any) -> Matrix | None:
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
-    """The name of a leaf: the keys of its path joined by ``/``."""
+    """The name of a leaf: the keys of its path joined by ``/``, less the `value` of a box."""
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

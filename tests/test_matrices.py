@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -137,3 +138,9 @@ def test_a_pytree_may_be_a_prefix():
 def test_errors(matrices, sentence):
     with pytest.raises(ValueError, match=sentence):
         memopt.adafactor(1e-2, matrices=matrices).init({"w": jnp.ones((4, 8))})
+
+
+def test_a_parameter_in_a_box_has_the_name_of_its_box():
+    model = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
+    names = map_matrices(lambda axes, _: axes.name, nnx.state(model, nnx.Param))
+    assert set(jax.tree.leaves(names)) == {"kernel", "bias"}

@@ -19,6 +19,13 @@ def matrices_and_rest(
       method: what updates the matrices.
       rest: what updates embeddings, output head, norms and biases; None is `method` too.
       matrices: which leaves are matrices; see `memopt.matrices.hidden_matrices`.
+
+    Example:
+      >>> import memopt, jax.numpy as jnp
+      >>> tx = memopt.matrices_and_rest(optax.sgd(1e-2), optax.adam(1e-3))
+      >>> params = {"up": {"kernel": jnp.ones((8, 16))}, "norm": {"scale": jnp.ones(8)}}
+      >>> memopt.state_bytes(tx, params).states
+      {'norm/scale': 64, 'up/kernel': 0}
     """
     if rest is None:
         return optax.with_extra_args_support(method)

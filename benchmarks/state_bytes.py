@@ -1,0 +1,107 @@
+"""How many bytes of state each optimizer keeps for whole models, embedding and head included.
+
+    python -m benchmarks.state_bytes [--models 60m 7b] [--optimizers adamw adafactor ...]
+
+The figures are exact: they come from the abstract evaluation of each optimizer's ``init`` on the
+model's shapes, and nothing is allocated. Prints a table and writes it as JSON, with a plot.
+"""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import memopt
+from benchmarks.step_time import model_shapes
+
+LEARNING_RATE = 1e-3
+
+
+class Options(NamedTuple):
+    """What to count.
+
+    Attributes:
+      optimizers: names known to `memopt.optimizer`.
+      models: presets whose shapes are taken.
+      output: the JSON file; the plot stands beside it.
+    """
+
+    optimizers: tuple[str, ...] = ("adamw", "lion", "apollo", "apollo_mini", "adafactor")
+    models: tuple[str, ...] = ("60m", "7b")
+    output: Path = Path(__file__).parent / "results" / "state_bytes.json"
+
+
+def count(name: str, model: str) -> dict[str, Any]:
+    """Bytes one optimizer keeps for one model with float32 parameters."""
+    shapes = model_shapes(model, "float32")
+    table = memopt.state_bytes(memopt.optimizer(name, LEARNING_RATE), shapes)
+    hidden = sum(size for leaf, size in table.states.items() if leaf.startswith("blocks/"))
+    return {
+        "optimizer": name,
+        "model": model,
+        "parameter_bytes": sum(table.parameters.values()),
+        "state_bytes": table.total,
+        "hidden_bytes": hidden,
+    }
+
+
+def table(results: Sequence[dict[str, Any]]) -> Table:
+    """The records as a table for the terminal."""
+    shown = Table(title="Optimizer state, float32, embedding and head included")
+    for column in ("model", "optimizer", "state MB", "of it blocks", "bytes a parameter"):
+        shown.add_column(column, justify="left" if column in ("model", "optimizer") else "right")
+    for r in results:
+        shown.add_row(
+            r["model"],
+            r["optimizer"],
+            f"{r['state_bytes'] / 1e6:,.1f}",
+            f"{r['hidden_bytes'] / 1e6:,.1f}",
+            f"{4 * r['state_bytes'] / r['parameter_bytes']:.3f}",
+        )
+    return shown
+
+
+def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bars of bytes a parameter for each model, blocks and the rest apart."""
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(r["model"] for r in results))
+    figure = Figure(figsize=(8, 2.9), layout="constrained")
+    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        rows = [r for r in results if r["model"] == model]
+        names = [r["optimizer"] for r in rows]
+        scale = [4 / r["parameter_bytes"] for r in rows]
+        hidden = [r["hidden_bytes"] * s for r, s in zip(rows, scale, strict=True)]
+        rest = [r["state_bytes"] * s - h for r, s, h in zip(rows, scale, hidden, strict=True)]
+        axes.barh(names, hidden, label="blocks")
+        axes.barh(names, rest, left=hidden, label="embedding and head")
+        for i, total in enumerate(h + r for h, r in zip(hidden, rest, strict=True)):
+            axes.annotate(f" {total:.2f}", (total, i), va="center", fontsize=8)
+        axes.set(title=f"LLaMA-{model}", xlabel="state bytes a parameter", xlim=(0, 9.2))
+        axes.invert_yaxis()
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Counts, prints the table and writes the files."""
+    options = tyro.cli(Options, args=arguments, description=__doc__)
+    try:
+        results = [count(name, model) for model in options.models for name in options.optimizers]
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    Console().print(table(results))
+    command = shlex.join(["python", "-m", "benchmarks.state_bytes", *arguments])
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps({"command": command, "results": results}, indent=2) + "\n")
+    plot(results, options.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
