@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import optax
 import tyro
 from flax import nnx
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -223,9 +224,9 @@ def cpu_model() -> str:
 def table(report: dict[str, Any]) -> Table:
     """The records as a table for the terminal."""
     title = f"LLaMA-{report['model']}, {report['dtype']}, {report['cores']} cores"
-    shown = Table(title=f"{title}: one step, ratio to optax.adamw of the same round")
+    shown = Table(title=f"{title}: a step ÷ optax.adamw's of the same round", box=SIMPLE_HEAD)
     shown.add_column("optimizer", no_wrap=True)
-    shown.add_column("from")
+    shown.add_column("from", no_wrap=True)
     for column in ("ms", "ratio", "min–max", "state MB", "temp MB"):
         shown.add_column(column, justify="right", no_wrap=True)
     for result in report["results"]:
