@@ -224,7 +224,9 @@ def cpu_model() -> str:
 def table(report: dict[str, Any]) -> Table:
     """The records as a table for the terminal."""
     title = f"LLaMA-{report['model']}, {report['dtype']}, {report['cores']} cores"
-    shown = Table(title=f"{title}: a step ÷ optax.adamw's of the same round", box=SIMPLE_HEAD)
+    shown = Table(
+        title=f"{title}: a step ÷ optax.adamw's of the same round", box=SIMPLE_HEAD, pad_edge=False
+    )
     shown.add_column("optimizer", no_wrap=True)
     shown.add_column("from", no_wrap=True)
     for column in ("ms", "ratio", "min–max", "state MB", "temp MB"):
