@@ -19,7 +19,7 @@ from memopt.models import hugging_face
 from memopt.models.attention import causal_attention
 from memopt.models.config import PRESETS, DType, LlamaConfig, Remat, RopeScaling, preset
 from memopt.models.rotary import rotary_tables, rotate
-from memopt.models.sharding import batch_shards, batch_spec, constrain_batch, param_shardings
+from memopt.models.sharding import batch_shards, batch_spec, constrain, param_shardings
 
 __all__ = [
     "PRESETS",
@@ -141,9 +141,9 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        x = constrain_batch(x)
+        x = constrain(x, "batch", None, None)
         x = x + self.attention(self.attention_norm(x), context)
-        return constrain_batch(x + self.mlp(self.mlp_norm(x)))
+        return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, None)
 
 
 class Llama(nnx.Module):
@@ -238,8 +238,11 @@ class Llama(nnx.Module):
         """Rows of the embedding, `(batch, seq, hidden)` in the compute dtype.
 
         The cast follows the look-up so that the embedding's gradient is summed in its own dtype.
+        The table is gathered first: a look-up in split rows would gather the batch instead.
         """
-        return constrain_batch(self.embed(token_ids).astype(self.config.dtype))
+        table = constrain(self.embed.embedding[...], "vocab", None)
+        x = jnp.take(table, token_ids, axis=0).astype(self.config.dtype)
+        return constrain(x, "batch", None, None)
 
     def block_function(self) -> tuple[BlockFunction, Any]:
         """One block as a function, and the stacked parameters to slice its argument from.
@@ -372,7 +375,7 @@ def head_loss(
     rows, length = targets.shape
 
     def summed(x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        logits = model.unembed(constrain_batch(x))
+        logits = model.unembed(constrain(x, "batch", None, None))
         return (optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights).sum()
 
     row_bytes = 4 * model.config.vocab_size * -(-rows // batch_shards())

@@ -6,7 +6,7 @@ A mesh has axes among `data` (copies of the model), `fsdp` (parameters split, ga
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -88,6 +88,10 @@ def _spec(
                 f"{name}: axis {axis} of size {sizes[axis]} does not divide over mesh axis "
                 f"{_describe(entry, mesh)}; choose a mesh whose size divides it."
             )
+    return _partition(entries)
+
+
+def _partition(entries: Iterable[tuple[str, ...]]) -> jax.P:
     return jax.P(*(entry if len(entry) > 1 else entry[0] if entry else None for entry in entries))
 
 
@@ -106,16 +110,15 @@ def batch_spec(batch_size: int) -> jax.P:
         batch_size: Rows of the batch.
 
     Returns:
-        A partition of the first axis over `data` and `fsdp`, or of nothing where the mesh lacks
-        them, does not divide the batch, or where they are manual axes of a `jax.shard_map`.
+        A partition of the first axis over `data` and `fsdp`, as far as the mesh has them; of
+        nothing where they do not divide the batch.
 
     Example:
-        >>> batch_spec(8) == jax.P()  # no mesh in scope
+        >>> batch_spec(8) == jax.P(None)  # no mesh in scope
         True
 
     """
-    axes = _batch_axes()
-    return jax.P(axes) if axes and batch_size % batch_shards() == 0 else jax.P()
+    return _divided((batch_size,), (BATCH_AXES,))
 
 
 def batch_shards() -> int:
@@ -126,32 +129,43 @@ def batch_shards() -> int:
         1
 
     """
-    return _size(_batch_axes(), jax.sharding.get_abstract_mesh().shape)
+    axes = _usable_axes()
+    return math.prod(axes.get(axis, 1) for axis in BATCH_AXES)
 
 
-def _batch_axes() -> tuple[str, ...]:
-    mesh = jax.sharding.get_abstract_mesh()
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return tuple(axis for axis in BATCH_AXES if types.get(axis, AxisType.Manual) != AxisType.Manual)
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Tell the compiler how an array is split; it would otherwise guess from the parameters.
 
-
-def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keep activations split by rows, and whole along every other axis.
-
-    Without it the compiler may follow the parameters and split activations by channels.
+    Does nothing outside a mesh and, since types carry the placement there, in an Explicit one.
 
     Args:
-        x: `(batch, ...)`.
+        x: Any array.
+        *names: For each axis "batch", a logical axis of the parameters, or None for whole.
 
     Returns:
         `x`.
 
     Example:
-        >>> constrain_batch(jax.numpy.ones((2, 3))).shape
+        >>> constrain(jax.numpy.ones((2, 3)), "batch", None).shape
         (2, 3)
 
     """
-    spec = batch_spec(x.shape[0])
-    if spec == jax.P() or AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+    if not _usable_axes() or AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
         return x
-    return jax.lax.with_sharding_constraint(x, spec)
+    wanted = tuple(BATCH_AXES if n == "batch" else (RULES[n],) if n else () for n in names)
+    return jax.lax.with_sharding_constraint(x, _divided(x.shape, wanted))
+
+
+def _divided(shape: tuple[int, ...], wanted: tuple[tuple[str, ...], ...]) -> jax.P:
+    """The wanted partition without the mesh axes that are absent or do not divide."""
+    mesh = _usable_axes()
+    entries = [tuple(axis for axis in axes if axis in mesh) for axes in wanted]
+    divides = [size % _size(entry, mesh) == 0 for size, entry in zip(shape, entries, strict=True)]
+    return _partition(entry if ok else () for entry, ok in zip(entries, divides, strict=True))
+
+
+def _usable_axes() -> dict[str, int]:
+    """Axes of the mesh in scope that are not the manual ones of a `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {axis: mesh.shape[axis] for axis, kind in types if kind != AxisType.Manual}

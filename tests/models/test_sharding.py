@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 
 import chex
 import jax
@@ -59,6 +60,26 @@ def test_split_recorded_model_gives_the_recorded_numbers(recorded, recorded_dire
     np.testing.assert_allclose(ours, recorded["logits"], atol=1e-5)
     for name, theirs in recorded["gradients"].items():
         assert np.linalg.norm(gradient[name] - theirs) <= 1e-5 * np.linalg.norm(theirs), name
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+def test_parameters_are_gathered_and_activations_are_not(axis_type):
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, axis_type)
+    graphdef, params = split(abstract_model(SMALL))
+    objective = lambda params, batch: mean_loss(nnx.merge(graphdef, params), batch)
+    shardings = param_shardings(abstract_model(SMALL), mesh)
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    with jax.set_mesh(mesh):
+        rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
+        tokens = jax.ShapeDtypeStruct((16, 24), np.int32, sharding=rows)
+        step = jax.jit(jax.grad(objective), out_shardings=shardings)
+        lowered = step.lower(
+            jax.tree.map(place, params, shardings), {"inputs": tokens, "targets": tokens}
+        )
+        program = lowered.compile().as_text()
+    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", program)
+    assert gathered
+    assert all(len(shape.split(",")) == 2 for shape in gathered), gathered
 
 
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
