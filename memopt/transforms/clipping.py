@@ -1,5 +1,6 @@
 """Update clipping: bounds on the size of each matrix's update."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jax import Array
 
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.state.precision import statistics_dtype, zeros_of
+from memopt.transforms.sums import total
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
@@ -15,7 +17,8 @@ _TINY = float(jnp.finfo(jnp.float32).tiny)
 def rms(layout: Layout, x: Array) -> Array:
     """Root mean square of each matrix of the stack of `x`, its axes kept with length one."""
     square = jnp.square(x.astype(statistics_dtype(x)))
-    return jnp.sqrt(square.mean(layout.core, keepdims=True))
+    mean = total(square, layout.core, keepdims=True) / math.prod(x.shape[a] for a in layout.core)
+    return jnp.sqrt(mean)
 
 
 def clip_by_matrix_rms(
@@ -191,7 +194,7 @@ def limit_norm_growth(
     limiter = GrowthLimiter(limit, as_released)
 
     def norm(layout: Layout, u: Array) -> Array:
-        return jnp.sqrt(jnp.square(u.astype(statistics_dtype(u))).sum(layout.core))
+        return jnp.sqrt(total(jnp.square(u.astype(statistics_dtype(u))), layout.core))
 
     def init(params: Any) -> LimitNormGrowthState:
         start = lambda layout, p: zeros_of(lambda p: norm(layout, p), p)

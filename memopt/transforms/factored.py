@@ -8,7 +8,8 @@ import optax
 from jax import Array
 
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
-from memopt.state.precision import average, statistics_dtype, zeros_of
+from memopt.state.precision import statistics_dtype, zeros_of
+from memopt.transforms.sums import total
 
 
 class FactoredMoment(NamedTuple):
@@ -82,8 +83,9 @@ def scale_by_factored_rms(
         decay = 1.0 - count.astype(float) ** -decay_rate
 
         def step(layout: Layout, g: Array, moment: Any) -> tuple[Array, Any]:
-            new = _second_moment(layout, g, epsilon)
-            moment = jax.tree.map(lambda old, new: average(decay, old, new), moment, new)
+            beta = decay.astype(statistics_dtype(g))
+            new = _second_moment(layout, g, epsilon, 1 - beta)
+            moment = jax.tree.map(lambda old, new: beta * old + new, moment, new)
             return _over_root(layout, g, moment), moment
 
         updates, moments = map_matrices(
@@ -94,11 +96,17 @@ def scale_by_factored_rms(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _second_moment(layout: Layout, g: Array, epsilon: float) -> FactoredMoment | Array:
-    square = jnp.square(g.astype(statistics_dtype(g))) + epsilon
+def _second_moment(
+    layout: Layout, g: Array, epsilon: float, weight: Any = 1.0
+) -> FactoredMoment | Array:
+    """The second moment of one gradient, times `weight`."""
+    g = g.astype(statistics_dtype(g))
     if not layout.is_matrix:
-        return square
-    return FactoredMoment(square.mean(layout.cols), square.mean(layout.rows))
+        return weight * (jnp.square(g) + epsilon)
+    # The weight stands inside one of the two sums: XLA for CPUs would store a square they share.
+    rows = weight * jnp.square(g).mean(layout.cols)
+    cols = total(weight * g * g, layout.rows) / layout.shape(g)[-2]
+    return FactoredMoment(rows + weight * epsilon, cols + weight * epsilon)
 
 
 def _over_root(layout: Layout, g: Array, moment: FactoredMoment | Array) -> Array:
