@@ -11,13 +11,13 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from memopt.models.llama import Llama, from_hugging_face
-from tests.models.examples import SMALL, YARDSTICK
+from tests.models.examples import SMALL, YARDSTICK, init
 
 
 @pytest.fixture(scope="session")
 def model() -> Llama:
     """Matrices larger than the initial 0.02, so that every path matters."""
-    graphdef, params = nnx.split(Llama(SMALL, rngs=nnx.Rngs(0)), nnx.Param)
+    graphdef, params = nnx.split(init(SMALL), nnx.Param)
 
     def enlarge(path, leaf):
         return leaf if "scale" in jax.tree_util.keystr(path) else 5 * leaf

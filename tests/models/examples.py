@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from memopt.models.hugging_face import tensors
-from memopt.models.llama import LlamaConfig, loss
+from memopt.models.llama import Llama, LlamaConfig, loss
 
 YARDSTICK = Path(__file__).parents[1] / "yardstick" / "llama_tiny"
 
@@ -34,6 +34,11 @@ def by_name(params) -> dict[str, np.ndarray]:
         array = leaf if tensor.layer is None else leaf[tensor.layer]
         arrays[tensor.name] = array.T if tensor.transposed else array
     return arrays
+
+
+def init(config: LlamaConfig) -> Llama:
+    """A new model, compiled: much faster than op by op."""
+    return nnx.jit(lambda: Llama(config, rngs=nnx.Rngs(0)))()
 
 
 def split(model):

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import AxisType
 
 from memopt.models.generate import generate
-from memopt.models.llama import Llama, from_hugging_face
-from tests.models.examples import SMALL, logits
+from memopt.models.llama import from_hugging_face
+from tests.models.examples import SMALL, init, logits
 
 PROMPT = np.array([[1, 2, 3, 4, 5], [9, 8, 7, 6, 5]], np.int32)
 
@@ -73,6 +72,6 @@ def test_the_key_decides_the_sample(model):
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
-    model = Llama(dataclasses.replace(SMALL, max_seq_len=16), rngs=nnx.Rngs(0))
+    model = init(dataclasses.replace(SMALL, max_seq_len=16))
     with pytest.raises(ValueError, match=message):
         generate(model, **{"prompt_ids": jnp.asarray(PROMPT), "max_new_tokens": 2, **arguments})

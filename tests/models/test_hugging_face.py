@@ -15,14 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 from memopt.models import hugging_face
 from memopt.models.llama import (
-    Llama,
     RopeScaling,
     abstract_model,
     from_hugging_face,
     preset,
     to_hugging_face,
 )
-from tests.models.examples import SMALL, YARDSTICK, split
+from tests.models.examples import SMALL, YARDSTICK, init, split
 
 SCALING = RopeScaling(factor=4.0, original_max_seq_len=64)
 
@@ -57,7 +56,7 @@ def test_names_shapes_and_values_are_hugging_faces(recorded, tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_round_trip_changes_nothing(tmp_path, tied, dtype):
     config = dataclasses.replace(SMALL, tied=tied, param_dtype=dtype, rope_scaling=SCALING)
-    model = Llama(config, rngs=nnx.Rngs(0))
+    model = init(config)
     to_hugging_face(model, tmp_path / "model")
     loaded = from_hugging_face(tmp_path / "model")
     assert loaded.config == config
@@ -118,7 +117,7 @@ def test_old_and_new_rotary_keys(directory, written, theta, scaling):
 def test_keys_that_older_configs_lack(tmp_path):
     """A LLaMA 1 config knows neither grouped heads nor a head width."""
     config = dataclasses.replace(SMALL, num_kv_heads=4)
-    to_hugging_face(Llama(config, rngs=nnx.Rngs(0)), tmp_path / "model")
+    to_hugging_face(init(config), tmp_path / "model")
     absent = ("num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias")
     edit(tmp_path / "model" / "config.json", **dict.fromkeys(absent))
     assert from_hugging_face(tmp_path / "model").config == config
@@ -207,16 +206,26 @@ def test_a_lost_shard_is_named(model, tmp_path):
         from_hugging_face(tmp_path / "model")
 
 
-def test_an_interrupted_export_leaves_the_earlier_one(model, directory, monkeypatch):
+def no_space(*_, **__):
+    raise OSError("No space left on device")
+
+
+def fail_second_file(monkeypatch):
+    outcomes = iter([hugging_face.save_file, no_space])
+    monkeypatch.setattr(hugging_face, "save_file", lambda *a, **k: next(outcomes)(*a, **k))
+
+
+def fail_taking_the_place(monkeypatch):
+    """The earlier directory has already been moved aside by then."""
+    rename = Path.rename
+    broken = lambda path, to: no_space() if path.name == "new" else rename(path, to)
+    monkeypatch.setattr(Path, "rename", broken)
+
+
+@pytest.mark.parametrize("fail", [fail_second_file, fail_taking_the_place])
+def test_an_interrupted_export_leaves_the_earlier_one(model, directory, monkeypatch, fail):
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
-    save, written = hugging_face.save_file, []
-
-    def save_one(*arguments, **options):
-        if written:
-            raise OSError("No space left on device")
-        written.append(save(*arguments, **options))
-
-    monkeypatch.setattr(hugging_face, "save_file", save_one)
+    fail(monkeypatch)
     with pytest.raises(OSError, match="No space left"):
         to_hugging_face(model, directory, max_shard_bytes=10_000)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before

@@ -11,7 +11,7 @@ from memopt.models.config import preset
 from memopt.models.generate import generate
 from memopt.models.llama import Llama, RopeScaling, from_hugging_face, to_hugging_face
 from memopt.models.rotary import inverse_frequencies
-from tests.models.examples import SMALL, logits
+from tests.models.examples import SMALL, init, logits
 
 pytestmark = pytest.mark.interop
 
@@ -33,7 +33,7 @@ def transformers():
 
 def enlarged(config) -> Llama:
     """Weights far from zero, in the parameters' type."""
-    model = Llama(config, rngs=nnx.Rngs(0))
+    model = init(config)
     for _, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         if param.axes[-1] is not None:
             param[...] = param[...] * 5

@@ -11,8 +11,8 @@ import optax
 import pytest
 from flax import nnx
 
-from memopt.models.llama import Llama, abstract_model, head_loss, loss, preset
-from tests.models.examples import SMALL, by_name, logits, mean_loss, split, value_and_grad
+from memopt.models.llama import abstract_model, head_loss, loss, preset
+from tests.models.examples import SMALL, by_name, init, logits, mean_loss, split, value_and_grad
 
 
 def packed(rows=2, length=12, vocab=64):
@@ -72,7 +72,7 @@ def test_parameter_names_shapes_and_axes():
 
 
 def test_initial_values_are_normal_and_differ_between_layers():
-    params = split(Llama(preset("tiny"), rngs=nnx.Rngs(0)))[1]
+    params = split(init(preset("tiny")))[1]
     gate = params["blocks"]["mlp"]["gate"]["kernel"]
     assert abs(gate.std() - 0.02) < 1e-4
     assert abs(params["embed"]["embedding"].std() - 0.02) < 5e-4
@@ -97,10 +97,9 @@ def test_only_weighted_targets_count(model):
     np.testing.assert_allclose(total, losses[:, :10].sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("chunk", [1, 5])
+@pytest.mark.parametrize(("tied", "chunk"), [(False, 1), (True, 5)])
 def test_chunks_change_neither_loss_nor_gradient(tied, chunk):
-    model = split(Llama(dataclasses.replace(SMALL, tied=tied), rngs=nnx.Rngs(0)))
+    model = split(init(dataclasses.replace(SMALL, tied=tied)))
     whole = value_and_grad(*model, packed())
     chunked = value_and_grad(*model, packed(), logits_bytes=2 * 4 * 64 * chunk)
     chex.assert_trees_all_close(chunked, whole, rtol=1e-5, atol=1e-7)
@@ -164,7 +163,7 @@ def test_bfloat16_compute_stays_near_float32(recorded):
 
 
 def test_a_tied_head_is_the_embedding():
-    model = Llama(dataclasses.replace(SMALL, tied=True), rngs=nnx.Rngs(0))
+    model = init(dataclasses.replace(SMALL, tied=True))
     params = split(model)[1]
     assert "head" not in params
     untied = nnx.merge(
@@ -190,7 +189,7 @@ def test_blocks_one_by_one_are_the_scanned_model(model):
 
 
 def test_nnx_optimizer_trains_the_model():
-    model, batch = Llama(SMALL, rngs=nnx.Rngs(0)), packed()
+    model, batch = init(SMALL), packed()
     optimizer = nnx.Optimizer(model, optax.adamw(1e-2), wrt=nnx.Param)
 
     @nnx.jit
@@ -217,6 +216,6 @@ def test_a_donated_step_updates_in_place(model):
 
 
 def test_a_sequence_longer_than_the_model_is_refused():
-    model = Llama(dataclasses.replace(SMALL, max_seq_len=8), rngs=nnx.Rngs(0))
+    model = init(dataclasses.replace(SMALL, max_seq_len=8))
     with pytest.raises(ValueError, match="9 tokens is longer than max_seq_len=8; shorten it or"):
         model(jnp.zeros((1, 9), jnp.int32))

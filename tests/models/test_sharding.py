@@ -18,7 +18,7 @@ from memopt.models.llama import (
     param_shardings,
     preset,
 )
-from tests.models.examples import SMALL, by_name, logits, mean_loss, split, value_and_grad
+from tests.models.examples import SMALL, by_name, init, logits, mean_loss, split, value_and_grad
 
 AXIS_TYPES = [AxisType.Auto, AxisType.Explicit]
 MESHES = [{"data": 2, "fsdp": 4}, {"tensor": 2}]
@@ -86,11 +86,11 @@ def test_parameters_are_gathered_and_activations_are_not(axis_type):
 def test_parameters_are_born_split_and_equal(axis_type):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, axis_type)
     shardings = param_shardings(abstract_model(SMALL), mesh)
-    init = lambda key: nnx.to_pure_dict(nnx.state(Llama(SMALL, rngs=nnx.Rngs(key)), nnx.Param))
+    create = lambda key: nnx.to_pure_dict(nnx.state(Llama(SMALL, rngs=nnx.Rngs(key)), nnx.Param))
     with jax.set_mesh(mesh):
-        params = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
+        params = jax.jit(create, out_shardings=shardings)(jax.random.key(0))
     chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf.sharding, params), shardings)
-    chex.assert_trees_all_close(jax.device_get(params), init(jax.random.key(0)), atol=1e-7)
+    chex.assert_trees_all_close(jax.device_get(params), create(jax.random.key(0)), atol=1e-7)
 
 
 def specs(name, sizes):
@@ -155,7 +155,7 @@ def test_a_batch_that_does_not_divide_is_still_right(model):
 
 def test_an_odd_width_runs_when_split_elsewhere():
     config = dataclasses.replace(SMALL, intermediate_size=33)
-    model = Llama(config, rngs=nnx.Rngs(0))
+    model = init(config)
     graphdef, params = split(model)
     mesh = make_mesh({"fsdp": 2, "tensor": 2}, AxisType.Explicit)
     tokens = np.ones((2, 5), np.int32)
