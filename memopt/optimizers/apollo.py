@@ -8,10 +8,10 @@ from jax import Array
 from memopt.errors import check_at_least
 from memopt.matrices import Matrices
 from memopt.optimizers.by_partition import adamw_for_rest, matrices_and_rest
+from memopt.transforms import projectors
 from memopt.transforms.adam import adam_bias_correction, scale_by_uncorrected_adam
 from memopt.transforms.clipping import GrowthLimiter, limit_norm_growth
 from memopt.transforms.decay import decay_as_released, updated_weights
-from memopt.transforms.projectors import Projector, gaussian
 from memopt.transforms.recombine import scale_gradient
 from memopt.transforms.subspace import in_subspace
 
@@ -28,7 +28,7 @@ def apollo(
     eps: float = 1e-6,
     growth_limit: float | None = 1.01,
     scale_front: bool = False,
-    projector: Projector | None = None,
+    projector: projectors.Projector | str = "gaussian",
     matrices: Matrices = None,
     rest: optax.GradientTransformation | None = None,
     weight_decay: float = 0.0,
@@ -62,7 +62,8 @@ def apollo(
       growth_limit: how much a matrix's update may grow from step to step; None does not limit.
         A gradient of zeros does not freeze its matrix, as it does in the released code.
       scale_front: multiply by √scale before the limiter instead of after it.
-      projector: replaces the Gaussian projection, `rank` and `seed`; see `memopt.projectors`.
+      projector: "gaussian" or "rademacher", or a projector of `memopt.projectors`, which then
+        says rank and seed itself.
       matrices: which leaves are hidden matrices, and of which axes; see
         `memopt.matrices.hidden_matrices`.
       rest: what updates the other leaves; by default AdamW at the same learning rate and decay.
@@ -94,8 +95,7 @@ def apollo(
     check_at_least("scale", scale, 0)
     adam = scale_by_uncorrected_adam(b1, b2, eps)
     rescale = optax.scale(scale**0.5)
-    if projector is None:
-        projector = gaussian(rank, seed=seed, stored=as_released)
+    projector = projectors.by_name(projector, rank, seed=seed, stored=as_released)
 
     def project(limiter: GrowthLimiter | None = None) -> optax.GradientTransformation:
         rule = scale_gradient(per, limiter)
@@ -135,7 +135,7 @@ def apollo_mini(
     eps: float = 1e-6,
     growth_limit: float | None = 1.01,
     scale_front: bool = False,
-    projector: Projector | None = None,
+    projector: projectors.Projector | str = "gaussian",
     matrices: Matrices = None,
     rest: optax.GradientTransformation | None = None,
     weight_decay: float = 0.0,

@@ -289,6 +289,28 @@ def rademacher(
     return Rademacher(rank, side, stored, seed)
 
 
+def by_name(projector: Projector | str, rank: int | float, **options: Any) -> Projector:
+    """A projector as it is, or "gaussian" or "rademacher" of this rank.
+
+    Args:
+      projector: a `Projector`, or the name of a random one.
+      rank: r, or a fraction of each matrix's shorter side; for a name only.
+      **options: further arguments, for a name only.
+
+    Raises:
+      ValueError: if the name is unknown.
+
+    Example:
+      >>> by_name("rademacher", 4) == rademacher(4)
+      True
+    """
+    if isinstance(projector, Projector):
+        return projector
+    named = {"gaussian": gaussian, "rademacher": rademacher}
+    check_choice("projector", projector, named)
+    return named[projector](rank, **options)
+
+
 def replay(matrices: Mapping[str, Mapping[int, ArrayLike]], *, side: str = "short") -> Projector:
     """Given bases, so that a run of another framework can be followed number by number.
 

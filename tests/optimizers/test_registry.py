@@ -56,6 +56,7 @@ def test_unknown_names_suggest_the_nearest():
         ({"refresh_every": 0}, "refresh_every must be at least 1, got 0"),
         ({"per": "row"}, "per 'row' is unknown"),
         ({"scale": -1.0}, "scale must be at least 0"),
+        ({"projector": "gausian"}, "did you mean 'gaussian'"),
     ],
 )
 def test_bad_options_are_named(options, sentence):
