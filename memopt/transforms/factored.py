@@ -12,28 +12,20 @@ from memopt.state.precision import statistics_dtype, zeros_of
 from memopt.transforms.sums import total
 
 
-class FactoredMoment(NamedTuple):
-    """The second moment of a stack of m×n matrices, up to their product's scale.
-
-    Attributes:
-      rows: mean of g² over columns; the array's shape less its column axes.
-      cols: mean of g² over rows; the array's shape less its row axes.
-    """
-
-    rows: Array
-    cols: Array
-
-
 class ScaleByFactoredRmsState(NamedTuple):
     """State of `scale_by_factored_rms`.
 
     Attributes:
       count: steps taken, int32.
-      moments: a `FactoredMoment` for each matrix, a full second moment for each vector.
+      rows: of each matrix, the mean square over its columns: the array's axes less those;
+        ``()`` of each vector.
+      cols: of each matrix, the mean square over its rows: the array's axes less those; of each
+        vector, the second moment itself.
     """
 
     count: Array  # type: ignore[assignment]
-    moments: Any
+    rows: Any
+    cols: Any
 
 
 def scale_by_factored_rms(
@@ -69,51 +61,52 @@ def scale_by_factored_rms(
     Example:
       >>> tx = scale_by_factored_rms()
       >>> state = tx.init({"w": jnp.zeros((3, 6, 4)), "b": jnp.zeros((4,))})
-      >>> state.moments["w"].rows.shape, state.moments["w"].cols.shape, state.moments["b"].shape
-      ((3, 6), (3, 4), (4,))
+      >>> state.rows["w"].shape, state.cols["w"].shape, state.rows["b"], state.cols["b"].shape
+      ((3, 6), (3, 4), (), (4,))
     """
 
     def init(params: Any) -> ScaleByFactoredRmsState:
-        start = lambda layout, p: zeros_of(lambda p: _second_moment(layout, p, 0.0), p)
-        moments = map_matrices(start, params, matrices=matrices, default=every_matrix)
-        return ScaleByFactoredRmsState(jnp.zeros((), jnp.int32), moments)
+        start = lambda layout, p: zeros_of(lambda p: _mean_squares(layout, p, 1.0), p)
+        rows, cols = map_matrices(start, params, matrices=matrices, default=every_matrix, outputs=2)
+        return ScaleByFactoredRmsState(jnp.zeros((), jnp.int32), rows, cols)
 
     def update(updates: Any, state: ScaleByFactoredRmsState, params: Any = None, **_: Any) -> Any:
         count = optax.safe_increment(state.count)
         decay = 1.0 - count.astype(float) ** -decay_rate
 
-        def step(layout: Layout, g: Array, moment: Any) -> tuple[Array, Any]:
+        def step(layout: Layout, g: Array, *moments: Any) -> tuple[Array, Any, Array]:
             beta = decay.astype(statistics_dtype(g))
-            new = _second_moment(layout, g, epsilon, 1 - beta)
-            moment = jax.tree.map(lambda old, new: beta * old + new, moment, new)
-            return _over_root(layout, g, moment), moment
+            new = _mean_squares(layout, g, 1 - beta)
+            average = lambda old, new: beta * old + new + (1 - beta) * epsilon
+            rows, cols = jax.tree.map(average, moments, new)
+            return _over_root(layout, g, rows, cols), rows, cols
 
-        updates, moments = map_matrices(
-            step, updates, state.moments, matrices=matrices, default=every_matrix, outputs=2
+        updates, rows, cols = map_matrices(
+            step,
+            *(updates, state.rows, state.cols),
+            matrices=matrices,
+            default=every_matrix,
+            outputs=3,
         )
-        return updates, ScaleByFactoredRmsState(count, moments)
+        return updates, ScaleByFactoredRmsState(count, rows, cols)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _second_moment(
-    layout: Layout, g: Array, epsilon: float, weight: Any = 1.0
-) -> FactoredMoment | Array:
-    """The second moment of one gradient, times `weight`."""
+def _mean_squares(layout: Layout, g: Array, weight: Any) -> tuple[Any, Array]:
+    """The mean square over columns and over rows, times `weight`; a vector has no rows."""
     g = g.astype(statistics_dtype(g))
     if not layout.is_matrix:
-        return weight * (jnp.square(g) + epsilon)
+        return (), weight * jnp.square(g)
     # The weight stands inside one of the two sums: XLA for CPUs would store a square they share.
     rows = weight * jnp.square(g).mean(layout.cols)
-    cols = total(weight * g * g, layout.rows) / layout.shape(g)[-2]
-    return FactoredMoment(rows + weight * epsilon, cols + weight * epsilon)
+    return rows, total(weight * g * g, layout.rows) / layout.shape(g)[-2]
 
 
-def _over_root(layout: Layout, g: Array, moment: FactoredMoment | Array) -> Array:
+def _over_root(layout: Layout, g: Array, rows: Any, cols: Array) -> Array:
     """G / √(R C / mean(R)), from the inverse roots of the two short factors."""
-    if isinstance(moment, FactoredMoment):
-        rows = jnp.expand_dims(moment.rows, layout.cols)
-        cols = jnp.expand_dims(moment.cols, layout.rows)
-        over_rows = jax.lax.rsqrt(rows / rows.mean(layout.rows, keepdims=True))
-        return (g * over_rows * jax.lax.rsqrt(cols)).astype(g.dtype)
-    return (g * jax.lax.rsqrt(moment)).astype(g.dtype)
+    u = g * jax.lax.rsqrt(jnp.expand_dims(cols, layout.rows))
+    if layout.is_matrix:
+        rows = jnp.expand_dims(rows, layout.cols)
+        u = u * jax.lax.rsqrt(rows / rows.mean(layout.rows, keepdims=True))
+    return u.astype(g.dtype)
