@@ -38,9 +38,9 @@ class Text:
     `python` is the source of Python's standard library."""
     tokenizer: str = "bytes"
     """A tokenizer.json, or bytes."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Rows of a batch, over all devices and micro-batches."""
-    seq_len: int = 256
+    seq_len: int = 128
     """Tokens of a row."""
     eval_tokens: int = 2**16
     """Held-out tokens to evaluate on, at most."""
@@ -54,7 +54,7 @@ class Optimization:
     """A name that `memopt optimizers` lists."""
     option: Annotated[tuple[str, ...], conf.UseAppendAction, conf.arg(metavar="NAME=VALUE")] = ()
     """Argument of the optimizer, such as rank=128 or weight_decay=0.1."""
-    learning_rate: float = 1e-2
+    learning_rate: float = 5e-3
     """Highest learning rate. The default suits apollo_mini; adamw and lion want less."""
     schedule: str = "cosine"
     """cosine, linear, wsd (warm-up, stable, decay) or constant."""
@@ -64,7 +64,7 @@ class Optimization:
     """Share of the steps in which wsd decays. The others decay from warm-up to end."""
     final_learning_rate: float = 0.1
     """Learning rate at the end, as a share of the highest."""
-    steps: int = 600
+    steps: int = 750
     """Batches to train on."""
     accumulation: int = 1
     """Micro-batches that a batch is worked through in, to save memory."""
@@ -88,9 +88,9 @@ class Run:
     mesh: Annotated[str | None, conf.arg(metavar="AXIS=SIZE,...")] = None
     """Arrangement of the devices, such as data=2,fsdp=4; if not given, data=DEVICES.
     `data` copies the model, `fsdp` splits its parameters, `tensor` its heads and channels."""
-    eval_every: int = 100
+    eval_every: int = 250
     """Steps between evaluations."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = 250
     """Steps between checkpoints."""
     keep: int = 3
     """Latest checkpoints to keep. The one with the best validation loss is kept too."""

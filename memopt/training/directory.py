@@ -30,14 +30,14 @@ def choose_directory(config: Config) -> Path:
         ValueError: The directory is taken or, to resume, holds no run.
 
     Example:
-        >>> from memopt.training.config import Config
-        >>> str(choose_directory(Config()))
-        'runs/tiny-apollo_mini'
+        >>> from memopt.training.config import Config, Run
+        >>> str(choose_directory(Config(run=Run(output=Path("runs/that/nobody/made")))))
+        'runs/that/nobody/made'
     """
     default = Path("runs", f"{config.architecture.model}-{config.optimization.optimizer}")
     if config.run.resume:
-        numbered = default.parent.glob(f"{default.name}*/config.json")
-        latest = max(numbered, key=lambda path: path.stat().st_mtime, default=default / "none")
+        runs = default.parent.glob(f"{default.name}*/config.json")
+        latest = max(runs, key=lambda path: path.stat().st_mtime, default=default / "none")
         directory = config.run.output or latest.parent
         if not (directory / "config.json").is_file():
             raise ValueError(
@@ -46,8 +46,8 @@ def choose_directory(config: Config) -> Path:
             )
         return directory
     if config.run.output is None:
-        names = (f"{default}-{number}" for number in itertools.count(2))
-        return next(path for path in (default, *map(Path, names)) if not _taken(path))
+        numbered = (Path(f"{default}-{number}") for number in itertools.count(2))
+        return next(path for path in itertools.chain([default], numbered) if not _taken(path))
     if _taken(config.run.output):
         raise ValueError(
             f"output {str(config.run.output)!r} is taken: continue the run in it with --resume, "

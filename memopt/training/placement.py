@@ -29,8 +29,8 @@ def make_mesh(spec: str | None, rows: int) -> Mesh:
             `rows`.
 
     Example:
-        >>> make_mesh("data=1,fsdp=1", rows=4).shape
-        OrderedDict({'data': 1, 'fsdp': 1})
+        >>> make_mesh("data=1,fsdp=1", rows=4).axis_names
+        ('data', 'fsdp')
     """
     devices = jax.device_count()
     axes = {"data": math.gcd(devices, rows)} if spec is None else _parse(spec)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +116,16 @@ def prepare(config: Config) -> Training:
     model_config = _model_config(config, tokenizer)
     mesh = make_mesh(config.run.mesh, _rows_at_once(config))
     learning_rate = _learning_rate(config.optimization)
-    tx = optimizers.optimizer(
-        config.optimization.optimizer, learning_rate=learning_rate, **config.optimizer_options
-    )
 
     def init() -> TrainState:
         model = llama.Llama(model_config, rngs=nnx.Rngs(config.optimization.seed))
         return init_state(_params(model), tx)
 
-    like = abstract_state(_abstract_params(model_config, mesh), tx, mesh)
+    with _naming_options(config):
+        tx = optimizers.optimizer(
+            config.optimization.optimizer, learning_rate=learning_rate, **config.optimizer_options
+        )
+        like = abstract_state(_abstract_params(model_config, mesh), tx, mesh)
     training, held_out = find_documents(config.text.data).split()
     shape = {"batch_size": config.text.batch_size, "seq_len": config.text.seq_len}
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -195,6 +197,20 @@ def _model_config(config: Config, tokenizer: Tokenizer) -> llama.LlamaConfig:
             f"model {options.model!r} accepts: choose a shorter --seq-len."
         )
     return model
+
+
+@contextlib.contextmanager
+def _naming_options(config: Config) -> Iterator[None]:
+    """Turns what Python says of an option of the wrong type into a sentence."""
+    try:
+        yield
+    except TypeError as error:
+        if not config.optimization.option:
+            raise
+        raise ValueError(
+            f"optimizer {config.optimization.optimizer!r} cannot work with "
+            f"option {', '.join(config.optimization.option)} ({error})."
+        ) from error
 
 
 def _rows_at_once(config: Config) -> int:

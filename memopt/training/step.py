@@ -57,7 +57,8 @@ def train_step(
         state: The state before the step.
         batch: Arrays of shape (batch, ...).
         loss: Maps (params, batch) to (summed loss, number of tokens), both scalars.
-        tx: The optimizer; is also given the mean loss, as `value`.
+        tx: The optimizer; is also given the mean loss of the batch, as `value`, and as a function
+            of the parameters, `obj_fn`.
         learning_rate: The schedule `tx` follows, a function of the number of updates applied.
         accumulation: In how many micro-batches the batch is worked through, one after another;
             it divides the batch.
@@ -83,7 +84,11 @@ def train_step(
         finite &= jnp.isfinite(gradient).all()
 
     updates, opt_state = optax.with_extra_args_support(tx).update(
-        gradients, state.opt_state, state.params, value=mean_loss
+        gradients,
+        state.opt_state,
+        state.params,
+        value=mean_loss,
+        obj_fn=lambda params: loss(params, batch)[0] / tokens,
     )
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),

@@ -26,7 +26,7 @@ def finished(tmp_path_factory, text):
     config = Config(
         architecture=Architecture(model="nano"),
         text=Text(data=(str(text),), batch_size=8, seq_len=32, eval_tokens=512),
-        optimization=Optimization(steps=12),
+        optimization=Optimization(steps=12, learning_rate=1e-2),
         run=Run(
             output=tmp_path_factory.mktemp("finished") / "run",
             mesh="data=1",
@@ -90,7 +90,9 @@ def test_a_run_learns_and_its_directory_holds_everything(finished):
     for name in ("loss", "learning_rate", "tokens_per_second", "gradient_norm"):
         assert all(np.isfinite(line[name]) for line in lines)
     assert all(line["tokens"] == 8 * 32 for line in lines)
-    assert max(line["learning_rate"] for line in lines) == pytest.approx(1e-2)
+    assert max(line["learning_rate"] for line in lines) == pytest.approx(
+        config.optimization.learning_rate
+    )
     assert json.loads((directory / "config.json").read_text()) == config.flat()
     assert sorted(int(path.name) for path in (directory / "checkpoints").iterdir()) == [4, 8, 12]
     assert list((directory / "tensorboard").glob("events*"))

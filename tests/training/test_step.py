@@ -143,13 +143,13 @@ def test_logged_learning_rate_is_the_one_the_optimizer_used():
 def test_the_optimizer_is_given_the_loss():
     seen = []
 
-    def update(updates, state, params=None, *, value, **extra):
-        seen.append(value)
+    def update(updates, state, params=None, *, value, obj_fn, **extra):
+        seen.append((value, obj_fn(params)))
         return updates, state
 
     tx = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
     _, metrics = make_step(tx)(init_state(make_params(), tx), make_batch(0))
-    assert seen == [metrics["loss"]]
+    assert seen == [(metrics["loss"], metrics["loss"])]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

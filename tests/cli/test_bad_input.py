@@ -1,0 +1,125 @@
+"""What cannot work ends at once: one sentence on stderr, exit code 2, no traceback."""
+
+import json
+import sys
+
+import pytest
+
+from memopt.cli.main import main
+from tests.training import nano
+
+
+@pytest.fixture(autouse=True)
+def nano_preset():
+    nano.install()
+    yield
+    nano.remove()
+
+
+@pytest.fixture
+def complain(monkeypatch, capfd, tmp_path):
+    """Runs `memopt` with arguments and returns what it says on stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["memopt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 2
+        return capfd.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def pretrain(complain, tmp_path):
+    text = nano.write_text(tmp_path / "words.txt")
+
+    def run(*arguments):
+        defaults = ("--model=nano", "--data", text, "--batch-size=8", "--seq-len=32", "--steps=2")
+        complaint = complain("pretrain", *defaults, *arguments)
+        assert complaint.startswith("memopt: ")
+        assert complaint.count("\n") == 1
+        assert not (tmp_path / "runs").exists()
+        return complaint
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model=tinny"], "did you mean 'tiny'?"),
+        (["--optimizer=apolo"], "did you mean 'apollo'?"),
+        (["--schedule=cosin"], "did you mean 'cosine'?"),
+        (["--option=rnk=2"], "did you mean 'rank'?"),
+        (["--option=rank"], "must be NAME=VALUE"),
+        (["--optimizer=apollo", "--option=rank=64"], "rank"),
+        (["--optimizer=apollo", "--option=rank=x"], "'apollo' cannot work with option rank=x"),
+        (["--data=nowhere/*.txt"], "matches no text file"),
+        (["--data=empty.txt"], "empty"),
+        (["--tokenizer=nowhere.json"], "neither 'bytes' nor an existing tokenizer.json"),
+        (["--vocab-size=100"], "add --vocab-size 257"),
+        (["--seq-len=65"], "choose a shorter --seq-len"),
+        (["--mesh=data=3"], "does not divide its 8 rows"),
+        (["--mesh=data=4,fsdp=4"], "needs 16 devices, but there are 8"),
+        (["--mesh=data"], "must name axes once and size them"),
+        (["--mesh=rows=2"], "Mesh axis 'rows' is unknown"),
+        (["--mesh=tensor=8"], "choose a mesh whose size divides it"),
+        (["--batch-size=0"], "batch_size must be at least 1"),
+        (["--accumulation=3"], "accumulation=3 does not divide batch_size=8"),
+        (["--steps=0"], "steps must be at least 1"),
+        (["--warmup=2"], "warmup must be between 0 and 1"),
+        (["--learning-rate=-1"], "learning_rate must be at least 0"),
+        (["--learning-rate=nan"], "learning_rate must be at least 0"),
+        (["--eval-every=0"], "eval_every must be at least 1"),
+        (["--eval-tokens=8"], "eval_tokens must be at least 32"),
+        (["--seed=-1"], "seed=-1 must be between"),
+        (["--output=words.txt"], "is taken"),
+        (["--output=words.txt/run"], "cannot be written"),
+        (["--output=full"], "is taken: continue the run in it with --resume"),
+        (["--resume"], "there is no run to resume in"),
+        (["--resume", "--output=full"], "there is no run to resume in 'full'"),
+        (["--config=nowhere.json"], "config 'nowhere.json' cannot be read"),
+        (["--config=list.json"], "must hold a JSON object"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_one_sentence_says_what_to_change(pretrain, tmp_path, arguments, says):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("precious")
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "empty.txt").touch()
+    assert says in pretrain(*arguments)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_is_not_written_over(pretrain, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert "is taken" in pretrain("--output=run")
+    assert (tmp_path / "run" / "config.json").read_text() == "{}"
+
+
+def test_resuming_with_another_optimizer_says_what_differs(pretrain, tmp_path):
+    (tmp_path / "run").mkdir()
+    options = {"model": "nano", "optimizer": "adamw", "option": ["weight_decay=0.1"]}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(options))
+    complaint = pretrain("--resume", "--output=run", "--optimizer=lion")
+    assert "optimizer is 'adamw' there and 'lion' here" in complaint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train-tokenizer"], "there is no command 'train-tokenizer'"),
+        (["tokenizer", "train", "--output=t", "--data", "nowhere"], "matches no text file"),
+        (["tokenizer", "train", "--output=t", "--vocab-size=9"], "vocab_size=9 is too small"),
+        (["pretrain", "--stpes", "3"], "--steps"),
+        (["pretrain", "--steps=many"], "--steps"),
+    ],
+)
+def test_other_mistakes(complain, arguments, says):
+    complaint = complain(*arguments)
+    assert says in complaint
+    assert "Traceback" not in complaint

@@ -1,0 +1,184 @@
+"""`memopt pretrain` as a user runs it: whole runs, killed runs, interrupted runs."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import chex
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from tests.training import nano
+
+STEPS = 24
+ROOT = Path(__file__).parents[2]
+PROGRAM = (
+    "from tests.training import nano; nano.install(); from memopt.cli.main import main; main()"
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    nano.write_text(home / "words.txt")
+    return home
+
+
+def start(home, output, *arguments):
+    """Starts `memopt pretrain`; all runs of a module share what XLA compiled."""
+    flags = (
+        f"--model=nano --data words.txt --batch-size=8 --seq-len=32 --eval-tokens=512 "
+        f"--steps={STEPS} --eval-every=6 --checkpoint-every=2 --output={output}"
+    ).split()
+    if "--resume" in arguments:
+        flags = [f"--output={output}"]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "JAX_COMPILATION_CACHE_DIR": str(home / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "pretrain", *flags, *arguments],
+        cwd=home,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process, exit_code=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == exit_code, err
+    assert "Traceback" not in err
+    return out, err
+
+
+def kill(process):
+    process.kill()
+    process.communicate()
+
+
+def wait_for_step(process, directory, step):
+    """Waits until the log has this step, or the process has ended."""
+    log = directory / "metrics.jsonl"
+    while process.poll() is None:
+        if log.exists() and f'{{"step": {step}, ' in log.read_text():
+            return
+        time.sleep(0.002)
+
+
+def last_state(directory):
+    newest = max((directory / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    assert newest.name == str(STEPS)
+    with warnings.catch_warnings(action="ignore"):  # of being read without shardings
+        return ocp.load_checkpointables(newest)["state"]
+
+
+def metrics(directory):
+    lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    """The run that was never killed."""
+    out, _ = finish(start(home, "whole"))
+    return home / "whole", out
+
+
+def test_what_is_shown(whole):
+    directory, out = whole
+    assert f"step {STEPS}/{STEPS}  loss " in out
+    assert "tokens/s" in out
+    assert "perplexity" in out
+    assert "optax.adamw" in out
+    for name in ("parameters", "optimizer state", "peak of a step"):
+        assert name in out
+    assert (directory / "loss.png").stat().st_size > 5_000
+    assert [line["step"] for line in metrics(directory)] == list(range(1, STEPS + 1))
+
+
+def test_its_config_starts_the_same_run(home, whole):
+    directory, _ = whole
+    again = start(home, "again", f"--config={directory / 'config.json'}", "--steps=2")
+    finish(again)
+    assert metrics(home / "again")[0]["loss"] == metrics(directory)[0]["loss"]
+
+
+def check_killed(home, whole, name, kills, seed):
+    """Kills a run again and again; then it must end like the one that was not."""
+    draw = random.Random(seed)
+    directory = home / name
+    process = start(home, name)
+    for _ in range(kills):
+        step = draw.randrange(1, STEPS)
+        wait_for_step(process, directory, step)
+        time.sleep(draw.uniform(0, 0.1))
+        kill(process)
+        process = start(home, name, "--resume")
+    finish(process)
+    chex.assert_trees_all_equal(last_state(directory), last_state(whole[0]))
+    assert metrics(directory) == metrics(whole[0])
+
+
+def test_killed_runs_end_like_the_one_that_was_not(home, whole):
+    check_killed(home, whole, "killed", kills=3, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_killed_many_times(home, whole, seed):
+    check_killed(home, whole, f"killed-{seed}", kills=12, seed=seed)
+
+
+def test_interrupted_runs_save_first_and_end_the_same(home, whole):
+    directory = home / "interrupted"
+    process = start(home, "interrupted")
+    for step, number in ((3, signal.SIGTERM), (9, signal.SIGINT)):
+        wait_for_step(process, directory, step)
+        process.send_signal(number)
+        _, err = finish(process, exit_code=128 + number)
+        assert f"stopped by {number.name}" in err
+        assert "memopt pretrain --resume --output interrupted" in err
+        assert err.count("\n") == 1
+        newest = max(int(path.name) for path in (directory / "checkpoints").iterdir())
+        assert newest == metrics(directory)[-1]["step"]
+        process = start(home, "interrupted", "--resume")
+    finish(process)
+    chex.assert_trees_all_equal(last_state(directory), last_state(whole[0]))
+    assert metrics(directory) == metrics(whole[0])
+
+
+def test_a_damaged_checkpoint_is_skipped_and_the_run_ends_the_same(home, whole):
+    directory = home / "damaged"
+    process = start(home, "damaged")
+    wait_for_step(process, directory, 11)
+    kill(process)
+    saved = [path for path in (directory / "checkpoints").iterdir() if path.name.isdecimal()]
+    newest = max(saved, key=lambda path: int(path.name))
+    for file in newest.rglob("*"):
+        if file.is_file():
+            os.truncate(file, file.stat().st_size // 2)
+    _, err = finish(start(home, "damaged", "--resume"))
+    assert err.startswith(f"memopt: checkpoint {newest.name} is damaged")
+    assert err.count("\n") == 1
+    chex.assert_trees_all_equal(last_state(directory), last_state(whole[0]))
+    assert metrics(directory) == metrics(whole[0])
+
+
+def test_a_learned_vocabulary_serves_to_train_with(home):
+    program = [sys.executable, "-c", "from memopt.cli.main import main; main()"]
+    learn = "tokenizer train --data words.txt --vocab-size 300 --output words.json"
+    done = subprocess.run([*program, *learn.split()], cwd=home, capture_output=True, text=True)
+    assert done.stdout == "300 ids in words.json\n", done.stderr
+    options = ("--tokenizer=words.json", "--vocab-size=300", "--steps=1")
+    out, _ = finish(start(home, "vocabulary", *options))
+    assert "tokenizer words.json" in out

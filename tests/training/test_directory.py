@@ -1,0 +1,47 @@
+"""Which directory a run gets."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from memopt.training.config import Config, Run, read_flags
+from memopt.training.directory import choose_directory, open_directory
+
+FIRST, SECOND = Path("runs/tiny-apollo_mini"), Path("runs/tiny-apollo_mini-2")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_without_output_each_run_gets_a_directory_of_its_own():
+    for expected in (FIRST, SECOND):
+        assert choose_directory(Config()) == expected
+        open_directory(expected, Config())
+
+
+def test_without_output_the_latest_run_is_resumed():
+    for age, directory in enumerate((FIRST, SECOND)):
+        open_directory(directory, Config())
+        os.utime(directory / "config.json", (-age, -age))
+    assert choose_directory(Config(run=Run(resume=True))) == FIRST
+
+
+def test_an_empty_directory_is_free_and_one_with_anything_in_it_is_not():
+    output = Path("here")
+    output.mkdir()
+    (output / "config.tmp").touch()  # killed while its first file was being written
+    assert choose_directory(Config(run=Run(output=output))) == output
+    (output / "notes.txt").touch()
+    with pytest.raises(ValueError, match="is taken"):
+        choose_directory(Config(run=Run(output=output)))
+
+
+def test_flags_of_a_written_config():
+    open_directory(FIRST, Config())
+    flags = read_flags(FIRST / "config.json")
+    assert "--model=tiny" in flags
+    assert flags[flags.index("--data") + 1] == "python"
+    assert not any(flag.startswith(("--resume", "--output", "--config")) for flag in flags)
