@@ -64,7 +64,7 @@ class Optimization:
     """Share of the steps in which wsd decays. The others decay from warm-up to end."""
     final_learning_rate: float = 0.1
     """Learning rate at the end, as a share of the highest."""
-    steps: int = 750
+    steps: int = 600
     """Batches to train on."""
     accumulation: int = 1
     """Micro-batches that a batch is worked through in, to save memory."""
@@ -88,9 +88,9 @@ class Run:
     mesh: Annotated[str | None, conf.arg(metavar="AXIS=SIZE,...")] = None
     """Arrangement of the devices, such as data=2,fsdp=4; if not given, data=DEVICES.
     `data` copies the model, `fsdp` splits its parameters, `tensor` its heads and channels."""
-    eval_every: int = 250
+    eval_every: int = 200
     """Steps between evaluations."""
-    checkpoint_every: int = 250
+    checkpoint_every: int = 200
     """Steps between checkpoints."""
     keep: int = 3
     """Latest checkpoints to keep. The one with the best validation loss is kept too."""
