@@ -134,13 +134,13 @@ class Projector(abc.ABC):
     def down(self, leaf: Leaf, basis: Array, gradient: Array) -> Array:
         """The gradient in the subspace: PᵀG or G P."""
         if self.is_left(leaf):
-            return jnp.einsum("...mr,...mn->...rn", basis, gradient)
+            return jnp.einsum("...mr,...mn->...rn", _for_stack(basis, gradient), gradient)
         return jnp.einsum("...mn,...nr->...mr", gradient, basis)
 
     def up(self, leaf: Leaf, basis: Array, low: Array) -> Array:
         """What stands in the subspace, in full size: P R or R Pᵀ."""
         if self.is_left(leaf):
-            return jnp.einsum("...mr,...rn->...mn", basis, low)
+            return jnp.einsum("...mr,...rn->...mn", _for_stack(basis, low), low)
         return jnp.einsum("...mr,...nr->...mn", low, basis)
 
 
@@ -333,3 +333,11 @@ def replay(matrices: Mapping[str, Mapping[int, ArrayLike]], *, side: str = "shor
 
 def _is_tall(matrix: np.ndarray) -> bool:
     return matrix.shape[-2] >= matrix.shape[-1]
+
+
+def _for_stack(basis: Array, like: Array) -> Array:
+    """The basis once for each matrix: a batched product that copies no transposed gradient."""
+    stack = jax.typeof(like).sharding.spec[:-2]
+    sharding = jax.P(*stack, None, None) if any(stack) else None
+    shape = (*like.shape[:-2], *basis.shape[-2:])
+    return jnp.broadcast_to(basis, shape, out_sharding=sharding)
