@@ -20,6 +20,7 @@ def lion(
     rest: optax.GradientTransformation | None = None,
     weight_decay: float = 0.0,
     weight_decay_mask: Any = None,
+    as_released: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Lion: the sign of an interpolated momentum.
 
@@ -35,6 +36,8 @@ def lion(
       rest: what updates the leaves that are no hidden matrices; None is Lion for all.
       weight_decay: decoupled decay, times the learning rate.
       weight_decay_mask: which leaves decay, as in ``optax.adamw``.
+      as_released: changes nothing, since the authors' code does what the paper says; every
+        method has this switch.
 
     References:
       Chen et al., Symbolic Discovery of Optimization Algorithms, 2023,
