@@ -218,7 +218,7 @@ def _layout(name: str, leaf: Any, matrix: Matrix | None) -> Layout:
     if not isinstance(matrix, Matrix):
         raise ValueError(f"matrices must give a Matrix or None for {name!r}, got {matrix!r}.")
     rows, cols = (_axes(name, leaf, matrix, axes) for axes in (matrix.rows, matrix.cols))
-    if set(rows) & set(cols) or len({*rows, *cols}) != len(rows + cols) or not (rows and cols):
+    if len({*rows, *cols}) != len(rows + cols) or not (rows and cols):
         raise ValueError(
             f"{matrix} must name each axis once, and at least one for rows and one for columns; "
             f"{name!r} has shape {tuple(leaf.shape)}."

@@ -78,6 +78,8 @@ def adafactor(
     rate = optax.scale_by_learning_rate(learning_rate)
     if as_released:
         decayed = rms_scaled_weights(eps_scale) if scale_by_parameter else weights
-        decay = decay_as_released(decayed, learning_rate, weight_decay, weight_decay_mask)
+        decay = decay_as_released(
+            decayed, learning_rate, weight_decay, weight_decay_mask, matrices=matrices
+        )
     last = (rate, moment, decay) if as_released else (moment, decay, rate)
     return matrices_and_rest(optax.chain(*steps, *last), rest, matrices)

@@ -12,6 +12,7 @@ from memopt.state.precision import statistics_dtype, zeros_of
 from memopt.transforms.sums import total
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
+_VANISHED = 1e-3
 
 
 def rms(layout: Layout, x: Array) -> Array:
@@ -143,9 +144,6 @@ class GrowthLimiter(NamedTuple):
             return factor, jnp.maximum(limited, _TINY)
         # An update that all but vanishes says nothing of the next one's size.
         return factor, jnp.where(limited > _VANISHED * previous, limited, previous)
-
-
-_VANISHED = 1e-3
 
 
 class LimitNormGrowthState(NamedTuple):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.matrices import Layout, every_matrix, map_matrices
+from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.transforms.clipping import rms
 
 Decayed = Callable[[Layout, Array, Array], Array]
@@ -37,6 +37,8 @@ def decay_as_released(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: float,
     mask: Any = None,
+    *,
+    matrices: Matrices = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Subtracts learning_rate · weight_decay · decayed(W, U) from a finished update U.
 
@@ -47,6 +49,7 @@ def decay_as_released(
       learning_rate: a number or a schedule.
       weight_decay: the strength of the decay.
       mask: which leaves decay, as in ``optax.add_decayed_weights``.
+      matrices: which leaves are matrices, and of which axes; see `memopt.matrices`.
 
     Example:
       >>> tx = decay_as_released(updated_weights, learning_rate=0.1, weight_decay=0.5)
@@ -65,7 +68,7 @@ def decay_as_released(
         def decay(layout: Layout, u: Array, w: Array) -> Array:
             return (u - strength * decayed(layout, w, u)).astype(u.dtype)
 
-        updates = map_matrices(decay, updates, params, default=every_matrix)
+        updates = map_matrices(decay, updates, params, matrices=matrices, default=every_matrix)
         return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
     tx = optax.GradientTransformationExtraArgs(init, update)
