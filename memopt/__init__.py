@@ -6,10 +6,12 @@ from memopt.matrices import Matrix as Matrix
 from memopt.matrices import every_matrix as every_matrix
 from memopt.matrices import hidden_matrices as hidden_matrices
 from memopt.optimizers import adafactor as adafactor
+from memopt.optimizers import adalomo as adalomo
 from memopt.optimizers import apollo as apollo
 from memopt.optimizers import apollo_mini as apollo_mini
 from memopt.optimizers import available as available
 from memopt.optimizers import lion as lion
+from memopt.optimizers import lomo as lomo
 from memopt.optimizers import matrices_and_rest as matrices_and_rest
 from memopt.optimizers import optimizer as optimizer
 from memopt.state.bytes import StateBytes as StateBytes

@@ -9,11 +9,13 @@ import optax.contrib
 
 from memopt.errors import check_choice
 from memopt.optimizers.adafactor import adafactor
+from memopt.optimizers.adalomo import adalomo
 from memopt.optimizers.apollo import apollo, apollo_mini
 from memopt.optimizers.lion import lion
+from memopt.optimizers.lomo import lomo
 
 _OURS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    f.__name__: f for f in (adafactor, apollo, apollo_mini, lion)
+    f.__name__: f for f in (adafactor, adalomo, apollo, apollo_mini, lion, lomo)
 }
 
 _BASELINES: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -38,7 +40,7 @@ def available() -> tuple[str, ...]:
 
     Example:
       >>> available()[:4]
-      ('adafactor', 'apollo', 'apollo_mini', 'lion')
+      ('adafactor', 'adalomo', 'apollo', 'apollo_mini')
     """
     return (*_OURS, *_BASELINES)
 

@@ -40,6 +40,17 @@ def _adafactor(method, transpose):
     )
 
 
+def _adalomo(method, transpose):
+    _, _, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    return memopt.adalomo(
+        meta["lr"],
+        clip_value=h.get("clip_grad_value"),
+        weight_decay=h["weight_decay"],
+        as_released=True,
+    )
+
+
 def _lion(method, transpose):
     _, _, meta = yardstick.load(method)
     return memopt.lion(meta["lr"], weight_decay=meta["hyperparameters"]["weight_decay"])
@@ -63,6 +74,8 @@ RUNS = {
     "adafactor_hf_fixed": _adafactor,
     "adafactor_hf_beta1_wd": _adafactor,
     "adafactor_torch": _adafactor,
+    "adalomo": _adalomo,
+    "adalomo_wd": _adalomo,
     "lion": _lion,
     "lion_wd": _lion,
     "adamw_torch": _adamw,

@@ -30,6 +30,17 @@ def adafactor(w, gradients, name):
         yield w
 
 
+def adalomo(w, gradients, name):
+    """Adafactor's rule on clipped gradients."""
+    return adafactor(w, [np.clip(g, -0.05, 0.05) for g in gradients], name)
+
+
+def lomo(w, gradients, name):
+    for g in gradients:
+        w = w - LEARNING_RATE * (np.clip(g, -0.05, 0.05) + DECAY * w)
+        yield w
+
+
 def lion(w, gradients, name):
     m = np.zeros_like(w)
     for g in gradients:
@@ -89,6 +100,8 @@ def projector(r):
 
 OURS = {
     adafactor: lambda: memopt.adafactor(LEARNING_RATE, weight_decay=DECAY),
+    adalomo: lambda: memopt.adalomo(LEARNING_RATE, clip_value=0.05, weight_decay=DECAY),
+    lomo: lambda: memopt.lomo(LEARNING_RATE, clip_value=0.05, weight_decay=DECAY),
     lion: lambda: memopt.lion(LEARNING_RATE, weight_decay=DECAY),
     apollo: lambda: memopt.apollo(LEARNING_RATE, projector=projector(8), weight_decay=DECAY),
     apollo_mini: lambda: memopt.apollo_mini(

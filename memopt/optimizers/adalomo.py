@@ -1,0 +1,77 @@
+"""AdaLomo."""
+
+from typing import Any
+
+import optax
+
+from memopt.errors import check_at_least
+from memopt.matrices import Matrices
+from memopt.optimizers.by_partition import matrices_and_rest
+from memopt.transforms.clipping import normalize_by_group
+from memopt.transforms.decay import decay_as_released, rms_scaled_weights
+from memopt.transforms.factored import scale_by_factored_rms
+
+
+def adalomo(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    decay_rate: float = 0.8,
+    clip_threshold: float = 1.0,
+    eps: float = 1e-30,
+    eps_scale: float = 1e-3,
+    clip_value: float | None = None,
+    matrices: Matrices = None,
+    rest: optax.GradientTransformation | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    as_released: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """AdaLomo: LOMO with a factored second moment and updates normalised matrix by matrix.
+
+    Every step of it looks at one matrix only, so that it can run while the backward pass does.
+    Every parameter is treated alike, embeddings too; vectors keep a full second moment. State:
+    m + n float32 numbers a matrix.
+
+    Args:
+      learning_rate: a number or a schedule, multiplied by max(eps_scale, RMS(W)).
+      decay_rate: the second moment's decay is 1 − t^−decay_rate.
+      clip_threshold: the largest root mean square of an update.
+      eps: ε₁, added to the squared gradient.
+      eps_scale: ε₂, the least parameter scale.
+      clip_value: the largest magnitude of a gradient's entry; None does not clip.
+      matrices: which leaves are factored, and of which axes; by default
+        `memopt.matrices.every_matrix`.
+      rest: what updates the leaves that are no hidden matrices; None is AdaLomo for all.
+      weight_decay: decoupled decay, times the learning rate.
+      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
+      as_released: as in the authors' code, the decay is multiplied by max(eps_scale, RMS(W)),
+        as the step is.
+
+    Raises:
+      ValueError: if `clip_value` is negative.
+
+    References:
+      Lv et al., AdaLomo, 2023, https://arxiv.org/abs/2310.10195, Algorithm 1.
+
+    Example:
+      >>> import memopt, jax.numpy as jnp
+      >>> params = {"w": jnp.ones((3, 16, 8)), "norm": jnp.ones(8)}
+      >>> memopt.state_bytes(memopt.adalomo(1e-3), params).states    # 3·(16 + 8) and 8 floats
+      {'norm': 32, 'w': 288}
+    """
+    check_at_least("clip_value", clip_value, 0)
+    decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
+    rate = optax.scale_by_learning_rate(learning_rate)
+    if as_released:
+        scaled = rms_scaled_weights(eps_scale)
+        decay = decay_as_released(
+            scaled, learning_rate, weight_decay, weight_decay_mask, matrices=matrices
+        )
+    last = (rate, decay) if as_released else (decay, rate)
+    method = optax.chain(
+        optax.identity() if clip_value is None else optax.clip(clip_value),
+        scale_by_factored_rms(decay_rate, eps, matrices=matrices),
+        normalize_by_group(clip_threshold, eps_scale, matrices=matrices),
+        *last,
+    )
+    return matrices_and_rest(method, rest, matrices)

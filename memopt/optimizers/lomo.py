@@ -1,0 +1,58 @@
+"""LOMO."""
+
+from typing import Any
+
+import optax
+
+from memopt.errors import check_at_least
+from memopt.matrices import Matrices
+from memopt.optimizers.by_partition import matrices_and_rest
+
+
+def lomo(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    clip_value: float | None = None,
+    matrices: Matrices = None,
+    rest: optax.GradientTransformation | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    as_released: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """LOMO: stochastic gradient descent, to be run while the backward pass is.
+
+    As a chain it is plain SGD; that each gradient is used and forgotten as soon as it exists is
+    the training loop's affair. It clips element by element since the norm of all gradients is
+    not known before the last one exists. Every parameter is treated alike. State: none.
+
+    Args:
+      learning_rate: a number or a schedule; a schedule keeps its step count.
+      clip_value: the largest magnitude of a gradient's entry; None does not clip.
+      matrices: which leaves are hidden matrices, where `rest` is given.
+      rest: what updates the leaves that are no hidden matrices; None is LOMO for all.
+      weight_decay: decoupled decay, times the learning rate.
+      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
+      as_released: changes nothing, since the authors' code does what the paper says; every
+        method has this switch.
+
+    Raises:
+      ValueError: if `clip_value` is negative.
+
+    References:
+      Lv et al., Full Parameter Fine-tuning for Large Language Models with Limited Resources,
+      2023, https://arxiv.org/abs/2306.09782, section 3.
+
+    Example:
+      >>> import memopt, jax.numpy as jnp
+      >>> tx = memopt.lomo(0.1, clip_value=1.0)
+      >>> updates, _ = tx.update(jnp.array([0.5, -3.0]), tx.init(jnp.zeros(2)), jnp.zeros(2))
+      >>> [round(float(u), 3) for u in updates]
+      [-0.05, 0.1]
+    """
+    check_at_least("clip_value", clip_value, 0)
+    method = optax.chain(
+        optax.identity() if clip_value is None else optax.clip(clip_value),
+        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return matrices_and_rest(method, rest, matrices)
