@@ -1,0 +1,280 @@
+"""How many bytes a step of each optimizer moves in a TPU's memory, by the TPU's own compiler.
+
+    python -m benchmarks.traffic [--optimizer apollo] [--layout list] [--dtype bfloat16] [--explain]
+
+A step is one jitted ``update`` and ``apply_updates`` with donated parameters and state, on the
+hidden matrices of four LLaMA-7b blocks, compiled for one chip; nothing is run, and no TPU is
+needed, only libtpu (the extra `aot`). Its bytes accessed are divided by those of the parameters.
+
+The compiler counts what it copies into the chip's fast memory first, to read it from there, twice
+and more; hbm_traffic has only what goes to and from the main memory, at most, loops left out.
+
+Without ``--optimizer`` it measures a list, prints a table and writes it as JSON, with a plot.
+"""
+
+import importlib.util
+import inspect
+import json
+import math
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+import memopt
+from benchmarks.step_time import COLORS
+
+LAYERS, D, FF = 4, 4096, 11008
+KERNELS = dict.fromkeys("qkvo", (D, D)) | {"gate": (D, FF), "up": (D, FF), "down": (FF, D)}
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+BASELINES = ("adamw", "optax_adafactor", "optax_lion")
+METHODS = (
+    "adafactor",
+    "lion",
+    "apollo",
+    "apollo_mini",
+    "galore",
+    "flora",
+    "frugal",
+    "online_subspace_descent",
+    "fira",
+    "ldadam",
+    "adalomo",
+    "lomo",
+)
+LEARNING_RATE = 1e-3
+EXPLAINED = 40
+
+
+class Options(NamedTuple):
+    """What to measure.
+
+    Attributes:
+      optimizer: a name known to `memopt.optimizer`; by default a list of them, one by one.
+      layout: the blocks as one array a kernel, or as a list of arrays.
+      dtype: of parameters and gradients.
+      chip: what to compile for.
+      rank: of the methods that have one, but for APOLLO-Mini, whose rank is its own.
+      json: print one JSON object instead of a table.
+      explain: print what moves the most bytes, too.
+      output: the JSON file of a list; the plot stands beside it.
+    """
+
+    optimizer: str | None = None
+    layout: Literal["stacked", "list"] = "stacked"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    chip: Literal["v5e", "v5p", "v6e"] = "v5e"
+    rank: int = 256
+    json: bool = False
+    explain: bool = False
+    output: Path = Path(__file__).parent / "results" / "traffic.json"
+
+
+def chip_sharding(chip: str) -> SingleDeviceSharding:
+    """One chip to compile for.
+
+    Raises:
+      ModuleNotFoundError: if libtpu is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ModuleNotFoundError("compiling for a TPU needs libtpu: pip install 'memopt[aot]'.")
+    os.environ |= {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
+    jax.config.update("jax_platforms", "cpu")  # libtpu compiles here, and runs nothing
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
+    return SingleDeviceSharding(topology.devices[0])
+
+
+def blocks(layout: str, dtype: str) -> Any:
+    """The hidden matrices of four LLaMA-7b blocks, as shapes."""
+    stack = (LAYERS,) if layout == "stacked" else ()
+    block = {
+        name: {"kernel": jax.ShapeDtypeStruct((*stack, *shape), jnp.dtype(dtype))}
+        for name, shape in KERNELS.items()
+    }
+    return {"blocks": block if stack else [block] * LAYERS}
+
+
+def method_options(name: str, rank: int) -> dict[str, Any]:
+    """The rank, for whichever method of memopt has one."""
+    method = getattr(memopt.optimizers, name, None)
+    has_rank = callable(method) and "rank" in inspect.signature(method).parameters
+    return {"rank": rank} if has_rank and name != "apollo_mini" else {}
+
+
+def compile_step(
+    tx: optax.GradientTransformation, params: Any, sharding: jax.sharding.Sharding
+) -> jax.stages.Compiled:
+    """A step without a refresh, on arrays placed as `sharding` says."""
+    place = lambda tree: jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    )
+    is_count = lambda x: x.shape == () and x.dtype == jnp.int32
+
+    def step(params: Any, state: Any, gradients: Any) -> Any:
+        # With every count the constant 1 the compiler knows that no refresh is due, and drops
+        # the conditionals: otherwise it counts a branch of each, taken or not.
+        state = jax.tree.map(lambda x: jnp.ones_like(x) if is_count(x) else x, state)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, params = place(jax.eval_shape(tx.init, params)), place(params)
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+
+
+def measure(name: str, options: Options) -> tuple[dict[str, Any], jax.stages.Compiled]:
+    """The record of one optimizer, and its compiled step."""
+    chosen = method_options(name, options.rank)
+    tx = memopt.optimizer(name, LEARNING_RATE, **chosen)
+    params = blocks(options.layout, options.dtype)
+    counted = memopt.state_bytes(tx, params)
+    compiled = compile_step(tx, params, chip_sharding(options.chip))
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    assert cost is not None
+    assert memory is not None
+    size = sum(counted.parameters.values())
+    record = {
+        "optimizer": name,
+        "library": "memopt" if hasattr(memopt.optimizers, name) else "optax",
+        "layout": options.layout,
+        "dtype": options.dtype,
+        "chip": options.chip,
+        "rank": chosen.get("rank"),
+        "traffic": cost["bytes accessed"] / size,
+        "hbm_traffic": sum(moved for moved, _ in movers(compiled.as_text())) / size,
+        "bytes_accessed": cost["bytes accessed"],
+        "parameter_bytes": size,
+        "state_bytes": counted.total,
+        "temp_bytes": memory.temp_size_in_bytes,
+    }
+    return record, compiled
+
+
+_INSTRUCTION = re.compile(r"%(\S+) = (.+?) ([\w-]+)\((.*?)\)(?:, (.*))?$")
+_ARRAY = re.compile(r"[a-z]+(\d+)\w*\[([\d,]*)\]({[^}]*})?")
+_MOVES_NOTHING = {
+    *("parameter", "constant", "bitcast", "tuple", "get-tuple-element"),
+    *("while", "conditional", "call"),  # what they call does
+}
+
+
+def movers(hlo: str | None) -> list[tuple[int, str]]:
+    """Bytes that each instruction moves, the largest first, and its text.
+
+    Of a fusion these are all its operands and results in the chip's main memory: too much where
+    it reads a part of one. Bodies of loops are left out.
+    """
+    sizes: dict[str, int] = {}
+    moved = []
+    for line in (hlo or "").rpartition("ENTRY ")[2].splitlines():
+        if not (match := _INSTRUCTION.search(line)):
+            continue
+        name, shape, opcode, operands, attributes = match.groups()
+        sizes[name] = shape_bytes(shape, lambda layout: "S(" not in layout)  # S: fast memories
+        if opcode in _MOVES_NOTHING or opcode.endswith("-start"):
+            continue
+        if opcode.endswith("-done"):  # a copy between two memories
+            size = shape_bytes(shape)
+        else:
+            given = re.findall(r"%([^\s,)]+)", operands)
+            size = sizes[name] + sum(sizes.get(operand, 0) for operand in given)
+        source = re.search(r'op_name="([^"]*)"', attributes or "")
+        shape = re.sub(r"{[^}]*}|/\*.*?\*/", "", shape)
+        moved.append((size, f"{opcode} {shape}  {source[1] if source else name}"))
+    return sorted(moved, reverse=True)
+
+
+def shape_bytes(shape: str, where: Callable[[str], bool] = lambda layout: True) -> int:
+    """Bytes of the arrays in a shape as HLO writes it, of those whose layout passes."""
+    size = lambda bits, dims: int(bits) * math.prod(int(d) for d in dims.split(",") if d) // 8
+    return sum(size(bits, dims) for bits, dims, layout in _ARRAY.findall(shape) if where(layout))
+
+
+def table(results: Sequence[dict[str, Any]]) -> Table:
+    """The records as a table for the terminal."""
+    first = results[0]
+    title = f"Bytes a step moves ÷ bytes of parameters, {first['dtype']}, {first['layout']}"
+    shown = Table(title=title, box=SIMPLE_HEAD)
+    shown.add_column("optimizer")
+    for column in ("rank", "traffic", "HBM", "state MB", "temp MB"):
+        shown.add_column(column, justify="right")
+    for r in results:
+        shown.add_row(
+            r["optimizer"],
+            str(r["rank"] or ""),
+            f"{r['traffic']:.3f}",
+            f"{r['hbm_traffic']:.3f}",
+            f"{r['state_bytes'] / 1e6:,.1f}",
+            f"{r['temp_bytes'] / 1e6:,.1f}",
+        )
+    return shown
+
+
+def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bars of the traffic, one colour a library."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 0.9 + 0.32 * len(results)), layout="constrained")
+    axes = figure.subplots()
+    for library, color in COLORS.items():
+        rows = [i for i, r in enumerate(results) if r["library"] == library]
+        axes.barh(rows, [results[i]["traffic"] for i in rows], color=color, label=library)
+    for i, r in enumerate(results):
+        axes.annotate(f" {r['traffic']:.2f}", (r["traffic"], i), va="center", fontsize=8)
+    axes.set_yticks(range(len(results)), [r["optimizer"] for r in results])
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel("bytes a step moves ÷ bytes of parameters")
+    axes.set_title(f"Four LLaMA-7b blocks, {results[0]['dtype']}, one {results[0]['chip']} chip")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measures, prints and, of a list, writes the files."""
+    options = tyro.cli(Options, args=arguments, description=__doc__)
+    known = [name for name in METHODS if name in memopt.available()]
+    names = [options.optimizer] if options.optimizer else [*BASELINES, *known]
+    console = Console()
+    results = []
+    try:
+        for name in names:
+            record, compiled = measure(name, options)
+            results.append(record)
+            if options.explain:
+                print(f"{name}: parameter sizes that each instruction moves, at most")
+                for moved, text in movers(compiled.as_text())[:EXPLAINED]:
+                    print(f"  {moved / record['parameter_bytes']:.4f}  {text}")
+    except (ValueError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    if options.json:
+        print(json.dumps(results[0] if options.optimizer else results))
+    else:
+        console.print(table(results))
+    if not options.optimizer:
+        command = shlex.join(["python", "-m", "benchmarks.traffic", *arguments])
+        text = json.dumps({"command": command, "results": results}, indent=2)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(text + "\n")
+        plot(results, options.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
