@@ -33,3 +33,7 @@ def check_at_least(argument: str, given: Any, least: float) -> None:
     """
     if isinstance(given, numbers.Real) and not float(given) >= least:
         raise ValueError(f"{argument} must be at least {least}, got {given}.")
+
+
+class NoSuchPairing(ValueError):
+    """A projector, a recombination and a rule for refreshes that make no sense together."""

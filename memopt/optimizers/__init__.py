@@ -5,7 +5,15 @@ from memopt.optimizers.adalomo import adalomo as adalomo
 from memopt.optimizers.apollo import apollo as apollo
 from memopt.optimizers.apollo import apollo_mini as apollo_mini
 from memopt.optimizers.by_partition import matrices_and_rest as matrices_and_rest
+from memopt.optimizers.fira import fira as fira
+from memopt.optimizers.flora import flora as flora
+from memopt.optimizers.frugal import frugal as frugal
+from memopt.optimizers.galore import galore as galore
+from memopt.optimizers.ldadam import ldadam as ldadam
 from memopt.optimizers.lion import lion as lion
 from memopt.optimizers.lomo import lomo as lomo
+from memopt.optimizers.online_subspace_descent import (
+    online_subspace_descent as online_subspace_descent,
+)
 from memopt.optimizers.registry import available as available
 from memopt.optimizers.registry import optimizer as optimizer

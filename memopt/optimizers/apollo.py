@@ -7,11 +7,10 @@ from jax import Array
 
 from memopt.errors import check_at_least
 from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import adamw_for_rest, matrices_and_rest
+from memopt.optimizers.by_partition import adamw_for_rest, descend, matrices_and_rest
 from memopt.transforms import projectors
 from memopt.transforms.adam import adam_bias_correction, scale_by_uncorrected_adam
 from memopt.transforms.clipping import GrowthLimiter, limit_norm_growth
-from memopt.transforms.decay import decay_as_released, updated_weights
 from memopt.transforms.recombine import scale_gradient
 from memopt.transforms.subspace import in_subspace
 
@@ -110,16 +109,14 @@ def apollo(
     else:
         steps = (project(GrowthLimiter(growth_limit, as_released)), rescale)
 
-    corrected = optax.scale_by_schedule(adam_bias_correction(b1, b2))
-    decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
-    rate = optax.scale_by_learning_rate(learning_rate)
-    if as_released:
-        decay = decay_as_released(updated_weights, learning_rate, weight_decay, weight_decay_mask)
-    last = (corrected, rate, decay) if as_released else (corrected, decay, rate)
-    if rest is None and as_released:
-        rest = optax.chain(adam, *last)
-    elif rest is None:
-        rest = adamw_for_rest(learning_rate, weight_decay, weight_decay_mask)
+    decay = (weight_decay, weight_decay_mask)
+    last = (
+        optax.scale_by_schedule(adam_bias_correction(b1, b2)),
+        descend(learning_rate, *decay, as_released=as_released),
+    )
+    if rest is None:
+        released = optax.chain(adam, *last)
+        rest = released if as_released else adamw_for_rest(learning_rate, *decay)
     return matrices_and_rest(optax.chain(*steps, *last), rest, matrices)
 
 

@@ -1,4 +1,4 @@
-"""One method for the matrices, another for the rest."""
+"""One method for the matrices, another for the rest; and how both end."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import optax
 
 from memopt.matrices import Matrices, map_matrices
 from memopt.state.precision import in_float32
+from memopt.transforms.decay import decay_as_released, updated_weights
 
 
 def matrices_and_rest(
@@ -45,3 +46,25 @@ def adamw_for_rest(
     """Optax's AdamW with float32 statistics: what the rest gets unless the user says."""
     adamw = optax.adamw(learning_rate, weight_decay=weight_decay, mask=weight_decay_mask)
     return in_float32(adamw)
+
+
+def descend(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    *,
+    as_released: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Decoupled decay and the learning rate, the end of a chain.
+
+    Args:
+      learning_rate: a number or a schedule.
+      weight_decay: decoupled decay, times the learning rate.
+      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
+      as_released: decay the weights after the step, as GaLore's code and its kin do.
+    """
+    rate = optax.scale_by_learning_rate(learning_rate)
+    if as_released:
+        decayed = (updated_weights, learning_rate, weight_decay, weight_decay_mask)
+        return optax.chain(rate, decay_as_released(*decayed))
+    return optax.chain(optax.add_decayed_weights(weight_decay, weight_decay_mask), rate)

@@ -11,11 +11,21 @@ from memopt.errors import check_choice
 from memopt.optimizers.adafactor import adafactor
 from memopt.optimizers.adalomo import adalomo
 from memopt.optimizers.apollo import apollo, apollo_mini
+from memopt.optimizers.fira import fira
+from memopt.optimizers.flora import flora
+from memopt.optimizers.frugal import frugal
+from memopt.optimizers.galore import galore
+from memopt.optimizers.ldadam import ldadam
 from memopt.optimizers.lion import lion
 from memopt.optimizers.lomo import lomo
+from memopt.optimizers.online_subspace_descent import online_subspace_descent
 
 _OURS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    f.__name__: f for f in (adafactor, adalomo, apollo, apollo_mini, lion, lomo)
+    f.__name__: f
+    for f in (
+        *(adafactor, adalomo, apollo, apollo_mini, fira, flora, frugal, galore),
+        *(ldadam, lion, lomo, online_subspace_descent),
+    )
 }
 
 _BASELINES: dict[str, Callable[..., optax.GradientTransformation]] = {

@@ -66,6 +66,30 @@ def scale_by_uncorrected_adam(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def scale_by_released_adam(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6
+) -> optax.GradientTransformationExtraArgs:
+    """The Adam of GaLore's released code and its descendants': ε before the bias correction.
+
+    `scale_by_uncorrected_adam`, then `adam_bias_correction`.
+
+    Args:
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the uncorrected second moment.
+
+    Example:
+      >>> tx = scale_by_released_adam(eps=0.0)
+      >>> u, _ = tx.update(jnp.array([2.0]), tx.init(jnp.zeros(1)))
+      >>> round(float(u[0]), 3)
+      1.0
+    """
+    return optax.chain(
+        scale_by_uncorrected_adam(b1, b2, eps),
+        optax.scale_by_schedule(adam_bias_correction(b1, b2)),
+    )
+
+
 def adam_bias_correction(b1: float = 0.9, b2: float = 0.999) -> Callable[[Array], Array]:
     """The schedule √(1 − β₂ᵗ) / (1 − β₁ᵗ), t = count + 1, that corrects Adam's moments.
 

@@ -1,13 +1,16 @@
 """Recombinations: from what an inner optimizer did in a subspace to a full-size update."""
 
+import abc
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
-from memopt.errors import check_choice
+from memopt.errors import NoSuchPairing, check_at_least, check_choice
 from memopt.transforms.clipping import GrowthLimiter
+from memopt.transforms.projectors import Projector
 
 
 class Projected(NamedTuple):
@@ -19,6 +22,8 @@ class Projected(NamedTuple):
       low_update: N, what the inner optimizer made of R.
       low_axis: the axis of R that counts its r dimensions, -2 or -1.
       up: takes what is in the subspace to full size.
+      lost: gives what of the inner optimizer's first moment a refresh at this step left behind
+        in the old subspace, in full size.
     """
 
     gradient: Array
@@ -26,35 +31,143 @@ class Projected(NamedTuple):
     low_update: Array
     low_axis: int
     up: Callable[[Array], Array]
+    lost: Callable[[], Array]
+
+    def rest(self) -> Array:
+        """What of the gradient is outside the subspace: G − up(R)."""
+        return self.gradient - self.up(self.low_gradient)
+
+    def ratio(self, axes: int | tuple[int, int]) -> Array:
+        """‖N‖ / ‖R‖ over some axes, which are kept with length one."""
+        return norm(self.low_update, axes) / (norm(self.low_gradient, axes) + 1e-8)
 
 
-class Recombine(Protocol):
-    """The rule's two halves."""
+def norm(x: Array, axes: int | tuple[int, int]) -> Array:
+    """The root of the sum of squares, its axes kept with length one."""
+    return jnp.sqrt(jnp.square(x).sum(axes, keepdims=True))
+
+
+class Recombine(abc.ABC):
+    """How a full-size update is formed."""
+
+    def check(self, projector: Projector) -> None:
+        """Raises `NoSuchPairing` if this makes no sense with a projector."""
+        return
 
     def init(self, gradient: Array) -> Any:
-        """What the rule keeps between steps; only its shapes are looked at."""
+        """What is kept between steps, an array or (); only its shape and dtype are looked at."""
+        return ()
 
+    def correct(self, gradient: Array, state: Any) -> Array:
+        """The gradient that is projected, from the one that came."""
+        return gradient
+
+    @abc.abstractmethod
     def __call__(self, space: Projected, state: Any) -> tuple[Array, Any]:
         """The full-size update and the state to keep."""
 
 
-class Lift(NamedTuple):
+class Lift(Recombine):
     """See `lift`."""
-
-    def init(self, gradient: Array) -> Any:
-        """Nothing is kept."""
-        return ()
 
     def __call__(self, space: Projected, state: Any) -> tuple[Array, Any]:
         """N in full size."""
         return space.up(space.low_update), ()
 
 
-class ScaleGradient(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class LiftAndSign(Recombine):
+    """See `lift_and_sign`."""
+
+    scale: float | Array
+
+    def __call__(self, space: Projected, state: Any) -> tuple[Array, Any]:
+        """N in full size plus the signs of the rest."""
+        return space.up(space.low_update) + self.scale * jnp.sign(space.rest()), ()
+
+
+@dataclasses.dataclass(frozen=True)
+class LiftAndRest(Recombine):
+    """See `lift_and_rest`."""
+
+    scale: float | Array
+    recover: float | Array
+
+    def __call__(self, space: Projected, state: Any) -> tuple[Array, Any]:
+        """N in full size plus the rest."""
+        update = space.up(space.low_update) + self.scale * space.rest()
+        if isinstance(self.recover, float) and self.recover == 0:
+            return update, ()
+        return update + self.recover * space.lost(), ()
+
+
+@dataclasses.dataclass(frozen=True)
+class LiftAndScaledRest(Recombine):
+    """See `lift_and_scaled_rest`."""
+
+    scale: float | Array
+    limiter: GrowthLimiter | None
+    as_released: bool
+
+    def check(self, projector: Projector) -> None:
+        """R needs a channel for each of G's."""
+        _check_channels("lift_and_scaled_rest", projector)
+
+    def init(self, gradient: Array) -> Any:
+        """The norm of each matrix's last rest, if its growth is limited."""
+        return () if self.limiter is None else gradient.sum((-2, -1))
+
+    def __call__(self, space: Projected, state: Any) -> tuple[Array, Any]:
+        """N in full size plus the rest, scaled as N was."""
+        rest = space.rest()
+        if self.as_released:
+            rest = space.gradient - self.scale * space.up(space.low_gradient)
+        rest = rest * space.ratio(space.low_axis)
+        if self.limiter is not None:
+            factor, state = self.limiter(norm(rest, (-2, -1))[..., 0, 0], state)
+            rest = rest * factor[..., None, None]
+        return self.scale * space.up(space.low_update) + rest, state
+
+
+@dataclasses.dataclass(frozen=True)
+class LiftWithErrorFeedback(Recombine):
+    """See `lift_with_error_feedback`."""
+
+    b1: float | Array
+
+    def check(self, projector: Projector) -> None:
+        """Errors must shrink when they are projected out."""
+        if not projector.orthonormal:
+            raise NoSuchPairing(
+                "lift_with_error_feedback needs a projector with orthonormal bases: the errors of "
+                f"a {type(projector).__name__} projector would grow without bound. Take "
+                "orthogonal, svd, randomized_svd, power_iteration, columns, coordinates or blocks."
+            )
+
+    def init(self, gradient: Array) -> Array:
+        """What earlier steps left out."""
+        return gradient
+
+    def correct(self, gradient: Array, state: Array) -> Array:
+        """The gradient and what earlier steps left out."""
+        return gradient + state
+
+    def __call__(self, space: Projected, state: Array) -> tuple[Array, Array]:
+        """N in full size."""
+        error = space.rest() + self.b1 / (1 - self.b1) * space.lost()
+        return space.up(space.low_update), error
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleGradient(Recombine):
     """See `scale_gradient`."""
 
     per: str
     limiter: GrowthLimiter | None
+
+    def check(self, projector: Projector) -> None:
+        """R needs a channel for each of G's."""
+        _check_channels("scale_gradient", projector)
 
     def init(self, gradient: Array) -> Any:
         """The norm of each matrix's last update, if its growth is limited."""
@@ -63,18 +176,25 @@ class ScaleGradient(NamedTuple):
     def __call__(self, space: Projected, state: Any) -> tuple[Array, Any]:
         """G times ‖N‖/‖R‖."""
         axes = (-2, -1) if self.per == "matrix" else space.low_axis
-        norm = lambda x: jnp.sqrt(jnp.square(x).sum(axes, keepdims=True))
-        scale = norm(space.low_update) / (norm(space.low_gradient) + 1e-8)
+        scale = space.ratio(axes)
         if self.limiter is not None:
             # ‖G∘s‖ from the norms of G, so that G∘s is formed once, where it is used.
-            length = jnp.sqrt(jnp.square(scale * norm(space.gradient)).sum((-2, -1)))
+            length = jnp.sqrt(jnp.square(scale * norm(space.gradient, axes)).sum((-2, -1)))
             factor, state = self.limiter(length, state)
             scale = scale * factor[..., None, None]
         return space.gradient * scale, state
 
 
+def _check_channels(name: str, projector: Projector) -> None:
+    if not projector.per_matrix:
+        raise NoSuchPairing(
+            f"{name} needs ‖N‖/‖R‖ for each matrix; a {type(projector).__name__} projector has it "
+            "only for the matrices that are chosen. Take lift, lift_and_sign or lift_and_rest."
+        )
+
+
 def lift() -> Recombine:
-    """The inner update, lifted to full size: nothing outside the subspace moves.
+    """The inner update, lifted to full size: U = up(N). Nothing outside the subspace moves.
 
     References:
       Zhao et al., GaLore, 2024, https://arxiv.org/abs/2403.03507, Algorithm 2.
@@ -82,8 +202,85 @@ def lift() -> Recombine:
     return Lift()
 
 
+def lift_and_sign(scale: float | Array = 1.0) -> Recombine:
+    """The inner update, lifted, and sign descent outside: U = up(N) + scale·sign(G − up(R)).
+
+    Args:
+      scale: the learning rate outside the subspace, relative to that inside.
+
+    References:
+      Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, Algorithm 1.
+    """
+    return LiftAndSign(scale)
+
+
+def lift_and_rest(scale: float | Array = 1.0, *, recover: float | Array = 0.0) -> Recombine:
+    """The inner update, lifted, and gradient descent outside: U = up(N) + scale·(G − up(R)).
+
+    Args:
+      scale: the learning rate outside the subspace, relative to that inside.
+      recover: at a refresh, add this much of what the momentum loses with the old subspace.
+        With a momentum that decays by β₁ as the inner optimizer, ``lift_and_rest(1 - b1,
+        recover=b1)`` is Flora's released code: only what is older than this step is
+        compressed, and not by a subspace that is younger.
+
+    References:
+      Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, Algorithm 1; Hao et al.,
+      Flora, 2024, https://arxiv.org/abs/2402.03293.
+    """
+    return LiftAndRest(scale, recover)
+
+
+def lift_and_scaled_rest(
+    scale: float | Array = 1.0,
+    limiter: GrowthLimiter | None = None,
+    *,
+    as_released: bool = False,
+) -> Recombine:
+    """The inner update, lifted, and the rest scaled as the inner update was.
+
+    ::
+
+        U = scale · up(N) + limiter((G − up(R)) · ‖N‖ / ‖R‖)
+
+    with one ratio for each index of the side that is not projected.
+
+    Args:
+      scale: of the lifted update, α.
+      limiter: bounds the growth of the second term's norm. State: one number a matrix.
+      as_released: the rest is G − scale·up(R), as in the authors' code, where projecting back
+        always multiplies by α.
+
+    References:
+      Chen et al., Fira, 2024, https://arxiv.org/abs/2410.01623, Algorithm 1.
+    """
+    return LiftAndScaledRest(scale, limiter, as_released)
+
+
+def lift_with_error_feedback(b1: float | Array = 0.0) -> Recombine:
+    """The inner update, lifted; what a projection leaves out is added to the next gradient.
+
+    ::
+
+        A = G + E                                       is projected in G's place
+        U = up(N)
+        E ← A − up(R) + β₁/(1−β₁) · lost
+
+    where what is lost is what a first moment leaves behind when it is carried to a new
+    subspace. State: a full-size array, the place a gradient would be accumulated in.
+
+    Args:
+      b1: the decay of the inner optimizer's first moment.
+
+    References:
+      Robert et al., LDAdam, 2024, https://arxiv.org/abs/2410.16103, section 3.3.
+    """
+    check_at_least("b1", b1, 0)
+    return LiftWithErrorFeedback(b1)
+
+
 def scale_gradient(per: str = "channel", limiter: GrowthLimiter | None = None) -> Recombine:
-    """The gradient, scaled as the inner optimizer scaled its projection: G · ‖N‖ / ‖R‖.
+    """The gradient, scaled as the inner optimizer scaled its projection: U = G · ‖N‖ / ‖R‖.
 
     Args:
       per: "channel", one factor for each index of the side that is not projected, or "matrix",

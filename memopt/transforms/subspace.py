@@ -1,5 +1,7 @@
 """Optimizers that keep their state in a subspace of each matrix."""
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -7,9 +9,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.errors import check_at_least, check_choice
+from memopt.errors import NoSuchPairing, check_at_least, check_choice
 from memopt.matrices import Layout, Matrices, map_matrices
 from memopt.state.precision import statistics_dtype, zeros_of
+from memopt.transforms.moments import CarryOver, first_moment
 from memopt.transforms.projectors import Leaf, Projector, When
 from memopt.transforms.recombine import Projected, Recombine
 
@@ -19,13 +22,14 @@ class InSubspaceState(NamedTuple):
 
     Attributes:
       count: steps taken, int32.
-      projector: for each leaf what its projector keeps, ``()`` for one drawn from a seed.
+      projector: for each array that the projector keeps of a matrix, the tree of them: none for
+        one drawn from a seed.
       inner: the inner optimizer's state, on the projected gradients.
       recombine: for each leaf what the recombination keeps.
     """
 
     count: Array  # type: ignore[assignment]
-    projector: Any
+    projector: tuple[Any, ...]
     inner: Any
     recombine: Any
 
@@ -35,8 +39,9 @@ def in_subspace(
     projector: Projector,
     recombine: Recombine,
     refresh_every: int = 200,
-    on_refresh: str = "keep",
+    on_refresh: str | CarryOver = "keep",
     *,
+    refresh_phase: int | Sequence[int] = 0,
     matrices: Matrices = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs an optimizer on projections of the gradients.
@@ -55,8 +60,13 @@ def in_subspace(
       projector: how a matrix's subspace is found; see `memopt.projectors`.
       recombine: how the result is used; see `memopt.recombine`.
       refresh_every: steps between two refreshes of the subspace; the first step has one.
-      on_refresh: what happens to the inner state then: "keep" leaves it as it is, "reset"
-        begins anew.
+      on_refresh: what happens to the inner state then. "keep" leaves it as it is; "reset" begins
+        anew; "reset_moments" does so but for the step count, so that Adam's bias correction
+        goes on; "carry" takes moments to the new subspace, as a `CarryOver` with its arguments
+        does.
+      refresh_phase: by how many steps refreshes after the first come early. Of several numbers
+        the matrices take turns, by name, so that no step refreshes all of them; the state is
+        then an ``optax.partition`` of such transformations.
       matrices: which leaves are projected, and which axes are their rows and columns; by
         default the hidden matrices, see `memopt.matrices.hidden_matrices`.
 
@@ -65,6 +75,7 @@ def in_subspace(
 
     Raises:
       ValueError: if `refresh_every` is below one, or a rank does not fit its matrix.
+      NoSuchPairing: if projector, recombination and `on_refresh` make no sense together.
 
     References:
       Zhao et al., GaLore, 2024, https://arxiv.org/abs/2403.03507; Zhu et al., APOLLO, 2024,
@@ -77,68 +88,198 @@ def in_subspace(
       >>> state.inner.mu["w"].shape
       (3, 16, 2)
     """
+    if isinstance(refresh_phase, Sequence):
+        return _in_turns(
+            refresh_phase,
+            matrices,
+            lambda phase: in_subspace(
+                *(inner, projector, recombine, refresh_every, on_refresh),
+                refresh_phase=phase,
+                matrices=matrices,
+            ),
+        )
     check_at_least("refresh_every", refresh_every, 1)
-    check_choice("on_refresh", on_refresh, ("keep", "reset"))
+    check_at_least("refresh_phase", refresh_phase, 0)
+    if not isinstance(on_refresh, CarryOver):
+        check_choice("on_refresh", on_refresh, ("keep", "reset", "reset_moments", "carry"))
+    _check_pairing(projector, recombine, on_refresh)
+    carry = CarryOver() if on_refresh == "carry" else on_refresh
     inner = optax.with_extra_args_support(inner)
 
-    def enter(layout: Layout, g: Array, kept: Any, when: When) -> tuple[Any, Array, Any]:
-        """The basis, the gradient in the subspace, and what the projector keeps."""
-        if not layout.is_matrix:
-            return (), g.astype(statistics_dtype(g)), ()
-        leaf, g = _leaf(layout, g), _gradient(layout, g)
-        basis, kept = projector.space(leaf, kept, g, when)
-        return basis, projector.down(leaf, basis, g), kept
-
     def init(params: Any) -> InSubspaceState:
+        def start(layout: Layout, p: Array) -> tuple[Any, ...]:
+            leaf = _leaf(layout, p)
+            if leaf is None:
+                return zeros_of(_wide, p), (), ()
+            kept = projector.init(leaf)
+            space = lambda g: projector.space(leaf, kept, g, When.first(), None)[0]
+            down = lambda g: projector.down(leaf, space(g), g)
+            g = jax.eval_shape(lambda p: _gradient(layout, p), p)
+            return zeros_of(down, g), zeros_of(recombine.init, g), kept
 
-        def start(layout: Layout, p: Array) -> tuple[Any, Array, Any]:
-            kept = projector.init(_leaf(layout, p)) if layout.is_matrix else ()
-            low = zeros_of(lambda p: enter(layout, p, kept, When.first())[1], p)
-            rule = zeros_of(lambda p: recombine.init(_gradient(layout, p)), p)
-            return kept, low, rule if layout.is_matrix else ()
-
-        kept, low, rule = map_matrices(start, params, matrices=matrices, outputs=3)
-        return InSubspaceState(jnp.zeros((), jnp.int32), kept, inner.init(low), rule)
+        low, rule, kept = map_matrices(start, params, matrices=matrices, outputs=3)
+        count = jnp.zeros((), jnp.int32)
+        return InSubspaceState(count, _by_array(kept, params), inner.init(low), rule)
 
     def update(updates: Any, state: InSubspaceState, params: Any = None, **extra: Any) -> Any:
-        when = When.at(state.count, refresh_every)
-        bases, low, kept = map_matrices(
-            lambda layout, g, kept: enter(layout, g, kept, when),
-            updates,
-            state.projector,
-            matrices=matrices,
-            outputs=3,
-        )
-        inner_state = state.inner
-        if on_refresh == "reset":
-            restart = lambda: inner.init(jax.tree.map(jnp.zeros_like, low))
-            inner_state = jax.lax.cond(when.due, restart, lambda: inner_state)
+        when = When.at(state.count, refresh_every, refresh_phase)
+
+        def enter(layout: Layout, g: Array, kept: Any, rule: Any, momentum: Any) -> Any:
+            """The subspace, the gradient within, and what the projector keeps."""
+            leaf = _leaf(layout, g)
+            if leaf is None:
+                return None, _wide(g), ()
+            g = recombine.correct(_gradient(layout, g), rule)
+            basis, keep = projector.space(leaf, kept, g, when, momentum)
+            old = lambda: projector.before(leaf, kept, g, when)
+            return _Space(projector, leaf, g, basis, old), projector.down(leaf, basis, g), keep
+
+        def low_shape(layout: Layout, g: Array) -> Any:
+            leaf = _leaf(layout, g)
+            return g if leaf is None else projector.low(leaf)
+
+        like = map_matrices(low_shape, updates, matrices=matrices)
+        kept, before = _by_leaf(state.projector, updates), _momentum(state.inner, like)
+        given = (updates, kept, state.recombine, before)
+        spaces, low, kept = map_matrices(enter, *given, matrices=matrices, outputs=3)
+
+        inner_state, moved = state.inner, jnp.zeros((), bool)
+        if isinstance(carry, CarryOver):
+            turn = lambda tree, power: map_matrices(
+                lambda _, g, space, m: m if space is None else space.carry(m, power),
+                *(updates, spaces, tree),
+                matrices=matrices,
+            )
+            moved = when.due & (state.count > 0)
+            over = lambda: carry(state.inner, low, turn, state.count)
+            inner_state = jax.lax.cond(moved, over, lambda: state.inner)
+        elif on_refresh != "keep":
+            counts_too = on_refresh == "reset"
+            anew = lambda: _anew(inner.init(low), state.inner, counts_too=counts_too)
+            inner_state = jax.lax.cond(when.due, anew, lambda: state.inner)
+        after = _momentum(inner_state, like)
         low_updates, inner_state = inner.update(low, inner_state, None, **extra)
 
-        def leave(
-            layout: Layout, g: Array, basis: Any, low_g: Array, low_u: Array, rule: Any
-        ) -> tuple[Array, Any]:
-            if not layout.is_matrix:
+        def leave(layout: Layout, g: Array, space: Any, *rest: Any) -> tuple[Array, Any]:
+            """The full-size update, and what the recombination keeps."""
+            low_g, low_u, before, after, rule = rest
+            if space is None:
                 return low_u.astype(g.dtype), ()
-            leaf = _leaf(layout, g)
-            up = lambda low: projector.up(leaf, basis, low)
-            axis = -2 if projector.is_left(leaf) else -1
-            space = Projected(_gradient(layout, g), low_g, low_u, axis, up)
-            u, rule = recombine(space, rule)
+            lost = lambda: space.lost(before, after, moved)
+            axis = -2 if projector.is_left(space.leaf) else -1
+            projected = Projected(space.gradient, low_g, low_u, axis, space.up, lost)
+            u, rule = recombine(projected, rule)
             return layout.from_matrices(u, g).astype(g.dtype), rule
 
-        updates, rule = map_matrices(
-            leave, updates, bases, low, low_updates, state.recombine, matrices=matrices, outputs=2
-        )
+        ends = (updates, spaces, low, low_updates, before, after, state.recombine)
+        updates, rule = map_matrices(leave, *ends, matrices=matrices, outputs=2)
         count = optax.safe_increment(state.count)
-        return updates, InSubspaceState(count, kept, inner_state, rule)
+        return updates, InSubspaceState(count, _by_array(kept, updates), inner_state, rule)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Space:
+    """The subspace of one parameter at one step, and the one it may replace."""
+
+    projector: Projector
+    leaf: Leaf
+    gradient: Array
+    basis: Array
+    old: Callable[[], Array]
+
+    def up(self, low: Array) -> Array:
+        return self.projector.up(self.leaf, self.basis, low)
+
+    def carry(self, moment: Array, power: int) -> Array:
+        return self.projector.carry(self.leaf, self.old(), self.basis, moment, power=power)
+
+    def lost(self, before: Array | None, after: Array | None, moved: Array) -> Array:
+        """What of a moment stays behind in the old subspace, in full size."""
+        nothing = lambda: jnp.zeros_like(self.gradient)
+        if before is None or after is None:
+            return nothing()
+        gone = lambda: self.projector.up(self.leaf, self.old(), before) - self.up(after)
+        return jax.lax.cond(moved, gone, nothing)
+
+
+def _momentum(inner_state: Any, like: Any) -> Any:
+    """The inner optimizer's first moment; without one, None for each leaf."""
+    moment = first_moment(inner_state, like)
+    return jax.tree.map(lambda _: None, like) if moment is None else moment
+
+
+def _anew(fresh: Any, state: Any, *, counts_too: bool) -> Any:
+    """A fresh state, with the step counts of another unless they begin anew too."""
+    if counts_too:
+        return fresh
+    is_count = lambda x: jnp.issubdtype(x.dtype, jnp.integer)
+    return jax.tree.map(lambda new, old: old if is_count(old) else new, fresh, state)
+
+
+def _check_pairing(projector: Projector, recombine: Recombine, on_refresh: str | CarryOver) -> None:
+    recombine.check(projector)
+    name = type(projector).__name__
+    if not projector.per_matrix and on_refresh == "keep":
+        raise NoSuchPairing(
+            f"on_refresh='keep' would hand the moments of one layer to the next that a {name} "
+            "projector chooses. Take 'reset', 'reset_moments' or 'carry'."
+        )
+    if projector.moves and on_refresh != "keep":
+        raise NoSuchPairing(
+            f"a {name} projector moves its basis at every step and has no refreshes after the "
+            f"first; on_refresh must be 'keep', got {on_refresh!r}."
+        )
+
+
+def _in_turns(
+    phases: Sequence[int],
+    matrices: Matrices,
+    make: Callable[[int], optax.GradientTransformation],
+) -> optax.GradientTransformationExtraArgs:
+    """A partition of the tree; matrices of one name, whatever its numbers, stay together."""
+    if not phases:
+        raise ValueError("refresh_phase must be a number or several, got none.")
+
+    def labels(tree: Any) -> Any:
+        turns: dict[str, int] = {}
+
+        def label(layout: Layout, array: Any) -> int:
+            leaf = _leaf(layout, array)
+            return 0 if leaf is None else turns.setdefault(leaf.group, len(turns)) % len(phases)
+
+        return map_matrices(label, tree, matrices=matrices)
+
+    return optax.partition({i: make(phase) for i, phase in enumerate(phases)}, labels)
+
+
+def _by_array(kept: Any, tree: Any) -> tuple[Any, ...]:
+    """A tree of tuples as a tuple of trees, () where there is nothing."""
+    structure: Any = jax.tree.structure(tree)
+    leaves = structure.flatten_up_to(kept)
+    count = max(map(len, leaves), default=0)
+    return tuple(structure.unflatten([k[i] if k else () for k in leaves]) for i in range(count))
+
+
+def _by_leaf(arrays: tuple[Any, ...], tree: Any) -> Any:
+    """The inverse of `_by_array`."""
+    structure: Any = jax.tree.structure(tree)
+    columns = [structure.flatten_up_to(a) for a in arrays]
+    nothing = lambda x: isinstance(x, tuple)
+    rows = zip(*columns, strict=True) if columns else [()] * structure.num_leaves
+    return structure.unflatten([tuple(x for x in row if not nothing(x)) for row in rows])
+
+
+def _wide(g: Array) -> Array:
+    return g.astype(statistics_dtype(g))
+
+
 def _gradient(layout: Layout, g: Array) -> Array:
-    return layout.to_matrices(g.astype(statistics_dtype(g)))
+    return layout.to_matrices(_wide(g))
 
 
-def _leaf(layout: Layout, array: Any) -> Leaf:
+def _leaf(layout: Layout, array: Any) -> Leaf | None:
+    if not layout.is_matrix:
+        return None
     return Leaf(layout.name, layout.shape(array), statistics_dtype(array))

@@ -51,6 +51,92 @@ def _adalomo(method, transpose):
     )
 
 
+def _turned(bases, transpose):
+    return {
+        leaf: {t: b.T if transpose else b for t, b in steps.items()}
+        for leaf, steps in bases.items()
+    }
+
+
+def _galore(method, transpose):
+    _, bases, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    adafactor = {"b1": 0.9, "scale_by_parameter": False}
+    other = {}
+    if method == "galore_adafactor":
+        steps = memopt.scale_by_factored_rms(), memopt.clip_by_matrix_rms()
+        other["inner"] = optax.chain(*steps, optax.ema(0.9, debias=False))
+        other["rest"] = memopt.adafactor(meta["lr"], **adafactor)
+    return memopt.galore(
+        meta["lr"],
+        scale=h["scale"],
+        projector=projectors.replay(_turned(bases, transpose)),
+        weight_decay=h["weight_decay"],
+        as_released=True,
+        **other,
+    )
+
+
+def _online_subspace_descent(method, transpose):
+    _, bases, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    rate = 1 / h["update_proj_gap"]
+    first = {leaf: {1: steps[1]} for leaf, steps in _turned(bases, transpose).items()}
+    optimizers = {"continuous_sgd": optax.sgd(rate), "continuous_lion": memopt.lion(rate)}
+    return memopt.online_subspace_descent(
+        meta["lr"],
+        rank=h["rank"],
+        scale=h["scale"],
+        projector_learning_rate=rate,
+        projector_optimizer=optimizers.get(h["proj_type"]),
+        start=projectors.replay(first),
+        weight_decay=h["weight_decay"],
+        as_released=True,
+    )
+
+
+def _frugal(method, transpose):
+    _, given, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    side = "short"
+    if method == "frugal_block":
+        leaves = ("w_tall", "w_wide", "w_square", "big")
+        switches = given["active"].items()
+        given = {leaf: {t: on[i] for t, on in switches} for i, leaf in enumerate(leaves)}
+    elif method == "frugal_randk" and transpose:
+        turn = lambda leaf, k: np.ravel_multi_index(
+            np.unravel_index(k, yardstick.SHAPES[leaf])[::-1], yardstick.SHAPES[leaf][::-1]
+        )
+        given = {leaf: {t: turn(leaf, k) for t, k in s.items()} for leaf, s in given.items()}
+    elif "columns" in method:
+        side = "left" if transpose else "right"
+    else:
+        given = _turned(given, transpose)
+    return memopt.frugal(
+        meta["lr"],
+        inactive={"sign_sgd": "sign", "sgd": "sgd"}[h["inactive_update_rule"]],
+        scale=h["inactive_lr_scale"],
+        on_refresh="reset" if h["reset_statistics"] else "keep",
+        refresh_every=h["update_gap"],
+        projector=projectors.replay(given, side=side),
+        weight_decay=h["weight_decay"],
+        as_released=True,
+    )
+
+
+def _flora(method, transpose):
+    _, bases, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    return memopt.flora(
+        meta["lr"],
+        b1=h["beta1"],
+        refresh_every=h["kappa"],
+        projector=projectors.replay(_turned(bases, not transpose)),
+        weight_decay=h["weight_decay"],
+        as_released=True,
+    )
+
+
 def _lion(method, transpose):
     _, _, meta = yardstick.load(method)
     return memopt.lion(meta["lr"], weight_decay=meta["hyperparameters"]["weight_decay"])
@@ -70,6 +156,23 @@ RUNS = {
     "apollo_gap10": _apollo,
     "apollo_mini": _apollo,
     "apollo_mini_front_gap10": _apollo,
+    "galore": _galore,
+    "galore_gap10": _galore,
+    "galore_adafactor": _galore,
+    "galore_reverse": _galore,
+    "galore_rand_osd": _galore,
+    "osd_adamw_nozero": _online_subspace_descent,
+    "osd_lion_nozero": _online_subspace_descent,
+    "osd_sgd_nozero": _online_subspace_descent,
+    "frugal_columns": _frugal,
+    "frugal_columns_noreset_sgd": _frugal,
+    "frugal_svd": _frugal,
+    "frugal_random": _frugal,
+    "frugal_randk": _frugal,
+    "frugal_block": _frugal,
+    "flora": _flora,
+    "flora_kappa10": _flora,
+    "flora_default": _adalomo,
     "adafactor_hf_default": _adafactor,
     "adafactor_hf_fixed": _adafactor,
     "adafactor_hf_beta1_wd": _adafactor,

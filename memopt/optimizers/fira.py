@@ -1,0 +1,105 @@
+"""Fira."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import optax
+from jax import Array
+
+from memopt.errors import check_at_least
+from memopt.matrices import Matrices
+from memopt.optimizers.by_partition import adamw_for_rest, descend, matrices_and_rest
+from memopt.transforms import projectors
+from memopt.transforms.adam import adam_bias_correction, scale_by_uncorrected_adam
+from memopt.transforms.clipping import GrowthLimiter
+from memopt.transforms.recombine import lift_and_scaled_rest
+from memopt.transforms.subspace import in_subspace
+
+
+def fira(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: int | float = 0.25,
+    scale: float = 0.25,
+    refresh_every: int = 200,
+    refresh_phase: int | Sequence[int] = 0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    growth_limit: float | None = 1.01,
+    projector: projectors.Projector | str = "randomized_svd",
+    matrices: Matrices = None,
+    rest: optax.GradientTransformation | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    seed: int | Array = 0,
+    as_released: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Fira: GaLore, and what is outside its subspace scaled as Adam scales what is inside.
+
+    With t = count + 1::
+
+        P ← leading r singular vectors of G        every `refresh_every` steps
+        R = PᵀG                                    r×n (or G P, m×r, where m > n)
+        N = Adam(R), uncorrected
+        S = limit_norm_growth((G − P R) · ‖N‖ / ‖R‖)      per index of the longer side
+        W ← W − lr · (√(1−β₂ᵗ)/(1−β₁ᵗ) · (scale · P N + S) + weight_decay · W)
+
+    State: 2rq + rp + 1 numbers for a matrix of sides p ≤ q, and the step counts.
+
+    Args:
+      learning_rate: a number or a schedule.
+      rank: r, or a fraction of each matrix's shorter side.
+      scale: of the lifted update, α.
+      refresh_every: steps between two subspaces; the moments are kept.
+      refresh_phase: staggers them over the matrices; see `memopt.in_subspace`.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the uncorrected second moment.
+      growth_limit: how much the norm of S may grow from step to step; None does not limit. A
+        gradient of zeros does not freeze its matrix, as it does in the released code.
+      projector: "randomized_svd", "svd", any other name in `memopt.projectors`, or a projector,
+        which then says its rank itself.
+      matrices: which leaves are hidden matrices, and of which axes; see
+        `memopt.matrices.hidden_matrices`.
+      rest: what updates the other leaves; by default AdamW at the same learning rate and decay.
+      weight_decay: decoupled decay, times the learning rate.
+      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
+      seed: what random projectors draw from.
+      as_released: follow the authors' code: S is formed of G − scale · P R, the limiter freezes
+        a matrix after a gradient of zeros, decay applies to the weights after the step, and the
+        rest gets that code's Adam.
+
+    Raises:
+      ValueError: if `rank`, `refresh_every` or `scale` is out of range, or the rank larger than
+        a matrix's side.
+
+    References:
+      Chen et al., Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?,
+      2024, https://arxiv.org/abs/2410.01623, Algorithm 1.
+
+    Example:
+      >>> import memopt, jax.numpy as jnp
+      >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
+      >>> tx = memopt.fira(1e-2, rank=4)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> memopt.state_bytes(tx, params)["up/kernel"]            # 2·4·64 + 4·16 + 1 floats
+      2308
+    """
+    check_at_least("scale", scale, 0)
+    adam = scale_by_uncorrected_adam(b1, b2, eps)
+    limiter = None if growth_limit is None else GrowthLimiter(growth_limit, as_released)
+    rule = lift_and_scaled_rest(scale, limiter, as_released=as_released)
+    projector = projectors.by_name(projector, rank, seed=seed)
+    decay = (weight_decay, weight_decay_mask)
+    last = (
+        optax.scale_by_schedule(adam_bias_correction(b1, b2)),
+        descend(learning_rate, *decay, as_released=as_released),
+    )
+    subspace = in_subspace(
+        *(adam, projector, rule, refresh_every), refresh_phase=refresh_phase, matrices=matrices
+    )
+    if rest is None:
+        released = optax.chain(adam, *last)
+        rest = released if as_released else adamw_for_rest(learning_rate, *decay)
+    return matrices_and_rest(optax.chain(subspace, *last), rest, matrices)

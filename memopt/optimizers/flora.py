@@ -1,0 +1,103 @@
+"""Flora."""
+
+from typing import Any
+
+import optax
+from jax import Array
+
+from memopt.matrices import Matrices
+from memopt.optimizers.by_partition import descend, matrices_and_rest
+from memopt.transforms import projectors
+from memopt.transforms.clipping import clip_by_matrix_rms, scale_by_parameter_rms
+from memopt.transforms.factored import scale_by_factored_rms
+from memopt.transforms.recombine import lift, lift_and_rest
+from memopt.transforms.subspace import in_subspace
+
+
+def flora(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: int | float = 0.25,
+    b1: float = 0.9,
+    refresh_every: int = 1000,
+    decay_rate: float = 0.8,
+    clip_threshold: float | None = 1.0,
+    scale_by_parameter: bool = True,
+    eps: float = 1e-30,
+    eps_scale: float = 1e-3,
+    projector: projectors.Projector | str = "gaussian",
+    matrices: Matrices = None,
+    rest: optax.GradientTransformation | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    seed: int | Array = 0,
+    as_released: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Flora: Adafactor with a momentum that is kept in a random subspace.
+
+    With Â the update of Adafactor (factored second moment, clipped, scaled by the parameter)::
+
+        P ~ N(0, 1/r)                              drawn from the seed, never kept
+        M ← P_newᵀ P_old M                         when a new P is drawn
+        M ← β₁ M + (1 − β₁) PᵀÂ                    r×n (or m×r, where m > n)
+        W ← W − lr · (P M + weight_decay · W)
+
+    State: rq + m + n numbers for a matrix of longer side q. What is no hidden matrix, the
+    embedding too, has Adafactor with a momentum of full size unless `rest` says otherwise.
+
+    Args:
+      learning_rate: a number or a schedule, multiplied by RMS(W) if `scale_by_parameter`.
+      rank: r, or a fraction of each matrix's shorter side.
+      b1: decay of the momentum.
+      refresh_every: steps between two projections, κ.
+      decay_rate: the second moment's decay is 1 − t^−decay_rate.
+      clip_threshold: the largest root mean square of an update; None does not clip.
+      scale_by_parameter: multiply the step by max(eps_scale, RMS(W)).
+      eps: ε₁, added to the squared gradient.
+      eps_scale: ε₂, the least parameter scale.
+      projector: "gaussian", any other name in `memopt.projectors`, or a projector, which then
+        says rank and seed itself.
+      matrices: which leaves have their momentum in a subspace, and of which axes, by default
+        `memopt.matrices.hidden_matrices`. Leaves that it is given and leaves out have a second
+        moment of full size; by default every matrix's is factored.
+      rest: what updates the other leaves.
+      weight_decay: decoupled decay, times the learning rate.
+      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
+      seed: what the projections are drawn from.
+      as_released: follow the authors' PyTorch code: the newest update enters uncompressed,
+        clipping and parameter scale come after the momentum, and a new subspace comes one step
+        earlier and is lifted from one step later. That code keeps the whole momentum of
+        matrices with one side four times the other or below the rank; `matrices` can say so.
+
+    Raises:
+      ValueError: if `rank` or `refresh_every` is out of range, or the rank larger than a
+        matrix's side.
+
+    References:
+      Hao et al., Flora: Low-Rank Adapters Are Secretly Gradient Compressors, 2024,
+      https://arxiv.org/abs/2402.03293, Algorithm 2.
+
+    Example:
+      >>> import memopt, jax.numpy as jnp
+      >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
+      >>> tx = memopt.flora(1e-2, rank=4)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> memopt.state_bytes(tx, params)["up/kernel"]            # 4·64 + 64 + 16 floats
+      1344
+    """
+    on = {"matrices": matrices}
+    normalize = scale_by_factored_rms(decay_rate, eps, **on)
+    bound = optax.identity() if clip_threshold is None else clip_by_matrix_rms(clip_threshold, **on)
+    size = scale_by_parameter_rms(eps_scale, **on) if scale_by_parameter else optax.identity()
+    momentum = in_subspace(
+        inner=optax.ema(b1, debias=False),
+        projector=projectors.by_name(projector, rank, seed=seed),
+        recombine=lift_and_rest(1 - b1, recover=b1) if as_released else lift(),
+        refresh_every=refresh_every,
+        on_refresh="carry",
+        refresh_phase=1 if as_released else 0,
+        **on,
+    )
+    last = descend(learning_rate, weight_decay, weight_decay_mask)
+    steps = (momentum, bound, size) if as_released else (bound, size, momentum)
+    return matrices_and_rest(optax.chain(normalize, *steps, last), rest, matrices)

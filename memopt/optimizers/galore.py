@@ -1,0 +1,101 @@
+"""GaLore."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import optax
+from jax import Array
+
+from memopt.errors import check_at_least
+from memopt.matrices import Matrices
+from memopt.optimizers.by_partition import adamw_for_rest, descend, matrices_and_rest
+from memopt.transforms import projectors
+from memopt.transforms.adam import scale_by_released_adam
+from memopt.transforms.recombine import lift
+from memopt.transforms.subspace import in_subspace
+
+
+def galore(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: int | float = 0.25,
+    scale: float = 0.25,
+    refresh_every: int = 200,
+    refresh_phase: int | Sequence[int] = 0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    inner: optax.GradientTransformation | None = None,
+    projector: projectors.Projector | str = "randomized_svd",
+    matrices: Matrices = None,
+    rest: optax.GradientTransformation | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    seed: int | Array = 0,
+    as_released: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore: Adam in the subspace of the gradient's leading singular vectors.
+
+    ::
+
+        P ← leading r singular vectors of G        every `refresh_every` steps
+        R = PᵀG                                    r×n (or G P, m×r, where m > n)
+        N = Adam(R)                                its moments are kept when P changes
+        W ← W − lr · (scale · P N + weight_decay · W)
+
+    State: 2rq + rp numbers for a matrix of sides p ≤ q, and the step counts.
+
+    Args:
+      learning_rate: a number or a schedule.
+      rank: r, or a fraction of each matrix's shorter side.
+      scale: of the lifted update, α.
+      refresh_every: steps between two subspaces.
+      refresh_phase: staggers them over the matrices; see `memopt.in_subspace`.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      inner: runs in the subspace in Adam's place: any Optax transformation.
+      projector: "randomized_svd", "svd", any other name in `memopt.projectors`, or a projector,
+        which then says its rank itself.
+      matrices: which leaves are hidden matrices, and of which axes; see
+        `memopt.matrices.hidden_matrices`.
+      rest: what updates the other leaves; by default AdamW at the same learning rate and decay.
+      weight_decay: decoupled decay, times the learning rate.
+      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
+      seed: what random projectors draw from.
+      as_released: follow the authors' code: ε is added before Adam's bias correction, for the
+        rest too, and decay applies to the weights after the step.
+
+    Raises:
+      ValueError: if `rank`, `refresh_every` or `scale` is out of range, or the rank larger than
+        a matrix's side.
+
+    References:
+      Zhao et al., GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, 2024,
+      https://arxiv.org/abs/2403.03507, Algorithm 2.
+
+    Example:
+      >>> import memopt, jax.numpy as jnp
+      >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
+      >>> tx = memopt.galore(1e-2, rank=4)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> memopt.state_bytes(tx, params)["up/kernel"]            # 2·4·64 + 4·16 floats
+      2304
+    """
+    check_at_least("scale", scale, 0)
+    adam = (scale_by_released_adam if as_released else optax.scale_by_adam)(b1, b2, eps)
+    projector = projectors.by_name(projector, rank, seed=seed)
+    decay = (weight_decay, weight_decay_mask)
+    last = descend(learning_rate, *decay, as_released=as_released)
+    method = optax.chain(
+        in_subspace(
+            *(inner or adam, projector, lift(), refresh_every),
+            refresh_phase=refresh_phase,
+            matrices=matrices,
+        ),
+        optax.scale(scale),
+        last,
+    )
+    if rest is None:
+        rest = optax.chain(adam, last) if as_released else adamw_for_rest(learning_rate, *decay)
+    return matrices_and_rest(method, rest, matrices)

@@ -1,0 +1,98 @@
+"""LDAdam."""
+
+from typing import Any
+
+import optax
+from jax import Array
+
+from memopt.matrices import Matrices
+from memopt.optimizers.by_partition import adamw_for_rest, descend, matrices_and_rest
+from memopt.transforms import projectors
+from memopt.transforms.moments import CarryOver
+from memopt.transforms.recombine import lift, lift_with_error_feedback
+from memopt.transforms.subspace import in_subspace
+
+
+def ldadam(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: int | float = 0.25,
+    rho: float = 0.908,
+    error_feedback: bool = True,
+    refresh_every: int = 1,
+    b1: float = 0.908,
+    b2: float = 0.99,
+    eps: float = 1e-8,
+    projector: projectors.Projector | str = "power_iteration",
+    matrices: Matrices = None,
+    rest: optax.GradientTransformation | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    seed: int | Array = 0,
+    as_released: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """LDAdam: Adam in a subspace that moves at each step, and that forgets nothing.
+
+    With T = PᵀP_before, the turn from the old subspace to the new::
+
+        A = G + E                                  what earlier steps left out
+        B = ρ · P_before M̂ + (1 − ρ) · A
+        P ← qr(B BᵀP_before)                       one power iteration
+        R = PᵀA
+        M, V ← T M, |T² (V̂ − M̂²) + (T M̂)²|         T² entry by entry
+        N = Adam(R; M, V)
+        E ← A − P R + β₁/(1−β₁) · (P_before M_before − P T M_before)
+        W ← W − lr · (P N + weight_decay · W)
+
+    State: 2rq + rp numbers for a matrix of sides p ≤ q, and with error feedback mn more for E:
+    the authors keep it in the buffer of the gradients.
+
+    Args:
+      learning_rate: a number or a schedule.
+      rank: r, or a fraction of each matrix's shorter side.
+      rho: ρ, how much the momentum weighs in the subspace.
+      error_feedback: keep E; without it what a projection leaves out is lost.
+      refresh_every: steps between two subspaces.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      projector: "power_iteration", any other name in `memopt.projectors`, or a projector, which
+        then says its rank itself.
+      matrices: which leaves are hidden matrices, and of which axes; see
+        `memopt.matrices.hidden_matrices`.
+      rest: what updates the other leaves; by default AdamW at the same learning rate and decay.
+      weight_decay: decoupled decay, times the learning rate.
+      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
+      seed: what random projectors draw from.
+      as_released: follow the authors' code, which squares T² once more.
+
+    Raises:
+      ValueError: if `rank` or `refresh_every` is out of range, or the rank larger than a
+        matrix's side.
+      NoSuchPairing: for error feedback with a projector whose bases are not orthonormal.
+
+    References:
+      Robert et al., LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics,
+      2024, https://arxiv.org/abs/2410.16103, Algorithm 1.
+
+    Example:
+      >>> import memopt, jax.numpy as jnp
+      >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
+      >>> tx = memopt.ldadam(1e-2, rank=4, error_feedback=False)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> memopt.state_bytes(tx, params)["up/kernel"]            # 2·4·64 + 4·16 floats
+      2304
+    """
+    projector = projectors.by_name(projector, rank, rho=rho, b1=b1, seed=seed)
+    subspace = in_subspace(
+        inner=optax.scale_by_adam(b1, b2, eps),
+        projector=projector,
+        recombine=lift_with_error_feedback(b1) if error_feedback else lift(),
+        refresh_every=refresh_every,
+        on_refresh=CarryOver(b1, b2, power=4 if as_released else 2),
+        matrices=matrices,
+    )
+    decay = (weight_decay, weight_decay_mask)
+    if rest is None:
+        rest = adamw_for_rest(learning_rate, *decay)
+    return matrices_and_rest(optax.chain(subspace, descend(learning_rate, *decay)), rest, matrices)

@@ -1,0 +1,102 @@
+"""Online Subspace Descent."""
+
+from typing import Any
+
+import optax
+
+from memopt.matrices import Matrices
+from memopt.optimizers.galore import galore
+from memopt.transforms import projectors
+
+
+def online_subspace_descent(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    rank: int | float = 0.25,
+    scale: float = 0.25,
+    projector_learning_rate: optax.ScalarOrSchedule = 5e-3,
+    projector_optimizer: optax.GradientTransformation | None = None,
+    penalty: float = 0.1,
+    start: projectors.Projector | None = None,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    inner: optax.GradientTransformation | None = None,
+    matrices: Matrices = None,
+    rest: optax.GradientTransformation | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    as_released: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Online Subspace Descent: GaLore whose subspace takes a step of its own at each step.
+
+    With Ĝ = G / ‖G‖::
+
+        R = PᵀG                                    r×n (or G P, m×r, where m > n)
+        N = Adam(R)
+        W ← W − lr · (scale · P N + weight_decay · W)
+        P ← P − step(∇ (‖P PᵀĜ − Ĝ‖² + penalty · ‖PᵀP − I‖²))
+
+    It starts from singular vectors of the first gradient, and never decomposes another one. A
+    gradient of zeros leaves P as it is; the released code divides by its norm and turns to NaN.
+    State: 2rq + 3rp + 1 numbers for a matrix of sides p ≤ q, and the step counts; 2rp of them
+    and the one are of P's own Adam.
+
+    Args:
+      learning_rate: a number or a schedule.
+      rank: r, or a fraction of each matrix's shorter side.
+      scale: of the lifted update.
+      projector_learning_rate: of P's own optimizer, a number or a schedule.
+      projector_optimizer: takes P's steps instead, with a learning rate of its own.
+      penalty: λ, holds P near orthonormal.
+      start: the projector that gives the first P; by default a randomised SVD.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      inner: runs in the subspace in Adam's place: any Optax transformation.
+      matrices: which leaves are hidden matrices, and of which axes; see
+        `memopt.matrices.hidden_matrices`.
+      rest: what updates the other leaves; by default AdamW at the same learning rate and decay.
+      weight_decay: decoupled decay, times the learning rate.
+      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
+      as_released: follow the authors' code: no penalty, AdamW with decay 0.01 for P, and for
+        everything else as `galore` does.
+
+    Raises:
+      ValueError: if `rank` or `scale` is out of range, or the rank larger than a matrix's side.
+
+    References:
+      Liang et al., Memory-Efficient LLM Training with Online Subspace Descent, 2024,
+      https://arxiv.org/abs/2408.12857, Algorithm 1.
+
+    Example:
+      >>> import memopt, jax.numpy as jnp
+      >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
+      >>> tx = memopt.online_subspace_descent(1e-2, rank=4)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> memopt.state_bytes(tx, params)["up/kernel"]            # 2·4·64 + 3·4·16 + 1 numbers
+      2820
+    """
+    if projector_optimizer is None:
+        decay = 0.01 if as_released else 0.0
+        projector_optimizer = optax.adamw(projector_learning_rate, weight_decay=decay)
+    projector = projectors.online_pca(
+        rank,
+        optimizer=projector_optimizer,
+        penalty=0.0 if as_released else penalty,
+        start=start,
+    )
+    return galore(
+        learning_rate,
+        scale=scale,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        inner=inner,
+        projector=projector,
+        matrices=matrices,
+        rest=rest,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        as_released=as_released,
+    )

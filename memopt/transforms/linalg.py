@@ -1,0 +1,97 @@
+"""Products and factorisations of stacks of matrices, sharded or not."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def product(subscripts: str, a: Array, b: Array) -> Array:
+    """``jnp.einsum`` of two stacks in full precision; axes of explicit meshes are told apart.
+
+    An axis of the result is sharded as it is in `a`, else as in `b`; what both would shard by
+    the same mesh axis the second leaves whole, and a sum over sharded axes ends in one
+    all-reduce of the result.
+
+    Args:
+      subscripts: as for ``jnp.einsum``, each of the three terms begun by ``...``.
+      a: the first stack.
+      b: the second; without stack axes it serves all of `a`.
+
+    Example:
+      >>> product("...mn,...nr->...mr", jnp.ones((5, 2, 3)), jnp.ones((3, 4))).shape
+      (5, 2, 4)
+    """
+    ndim = max(a.ndim, b.ndim)
+    specs = [(None,) * (ndim - x.ndim) + tuple(jax.typeof(x).sharding.spec) for x in (a, b)]
+    sharding = None
+    if any(axis is not None for spec in specs for axis in spec):
+        inputs, output = subscripts.split("->")
+        terms = [term.removeprefix("...") for term in inputs.split(",")]
+        stack = [first or second for first, second in zip(*(s[:-2] for s in specs), strict=True)]
+        named = [dict(zip(t, s[-2:], strict=True)) for t, s in zip(terms, specs, strict=True)]
+        wanted = stack + [named[0].get(i) or named[1].get(i) for i in output.removeprefix("...")]
+        sharding = jax.P(*_once(wanted))
+    return jnp.einsum(subscripts, a, b, precision="highest", out_sharding=sharding)
+
+
+def _once(spec: list) -> list:
+    """`spec` less every mesh axis that stands in it a second time."""
+    used: set[str] = set()
+    result = []
+    for entry in spec:
+        axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+        result.append(None if used & set(axes) else entry)
+        used |= set(axes)
+    return result
+
+
+def whole(matrices: Array) -> Array:
+    """`matrices` with neither rows nor columns sharded over an explicit mesh.
+
+    For what is small, a basis, before it goes into a factorisation.
+    """
+    spec = jax.typeof(matrices).sharding.spec
+    if all(axis is None for axis in spec[-2:]):
+        return matrices
+    return jax.sharding.reshard(matrices, jax.P(*spec[:-2], None, None))
+
+
+def for_stack(basis: Array, like: Array) -> Array:
+    """The basis once for each matrix: a batched product that copies no transposed gradient."""
+    stack = tuple(jax.typeof(like).sharding.spec[:-2])
+    sharding = jax.P(*stack, None, None) if any(stack) else None
+    shape = (*like.shape[:-2], *basis.shape[-2:])
+    return jnp.broadcast_to(basis, shape, out_sharding=sharding)
+
+
+def orthonormal(matrices: Array) -> Array:
+    """Orthonormal columns that span the columns of a stack of side×r matrices, r ≤ side.
+
+    What is rank-deficient, zero too, is filled up with any directions.
+
+    Example:
+      >>> q = orthonormal(jnp.array([[3.0, 1.0], [0.0, 2.0], [0.0, 0.0]]))
+      >>> jnp.abs(q.T @ q - jnp.eye(2)).max() < 1e-6
+      Array(True, dtype=bool)
+    """
+    return jnp.linalg.qr(whole(matrices))[0]
+
+
+def leading_eigenvectors(symmetric: Array, r: int) -> Array:
+    """The eigenvectors of the r largest eigenvalues, largest first: ``(*stack, side, r)``.
+
+    The largest entry of each is positive, so that a vector does not turn round with the
+    rounding of its matrix.
+
+    Example:
+      >>> leading_eigenvectors(jnp.diag(jnp.array([1.0, 3.0, 2.0])), 1)[:, 0].tolist()
+      [0.0, 1.0, 0.0]
+    """
+    vectors = jnp.linalg.eigh(whole(symmetric))[1][..., ::-1][..., :r]
+    return positive(vectors)
+
+
+def positive(vectors: Array) -> Array:
+    """The columns of a stack, turned so that the largest entry of each is positive."""
+    index = jnp.abs(vectors).argmax(-2, keepdims=True)
+    return vectors * jnp.where(jnp.take_along_axis(vectors, index, -2) < 0, -1.0, 1.0)

@@ -1,0 +1,32 @@
+"""Projectors: the subspaces that `in_subspace` works in.
+
+A matrix G (m×n) is projected on one side, by a basis P of rank r:
+
+======== ============ ================ =================
+side     P            down: R =        up: G ≈
+======== ============ ================ =================
+"left"   m×r          PᵀG   (r×n)      P R
+"right"  n×r          G P   (m×r)      R Pᵀ
+======== ============ ================ =================
+
+``side="short"`` projects the shorter side (of a square the left one), so that R keeps the
+longer; ``side="long"`` the other. All of them may carry leading stack axes; a P without them
+serves the whole stack. `columns`, `coordinates` and `blocks` select entries of G instead.
+"""
+
+from memopt.transforms.projectors.base import Leaf as Leaf
+from memopt.transforms.projectors.base import Projector as Projector
+from memopt.transforms.projectors.base import When as When
+from memopt.transforms.projectors.named import by_name as by_name
+from memopt.transforms.projectors.random import gaussian as gaussian
+from memopt.transforms.projectors.random import orthogonal as orthogonal
+from memopt.transforms.projectors.random import rademacher as rademacher
+from memopt.transforms.projectors.random import sparse as sparse
+from memopt.transforms.projectors.replay import replay as replay
+from memopt.transforms.projectors.selected import blocks as blocks
+from memopt.transforms.projectors.selected import columns as columns
+from memopt.transforms.projectors.selected import coordinates as coordinates
+from memopt.transforms.projectors.singular import randomized_svd as randomized_svd
+from memopt.transforms.projectors.singular import svd as svd
+from memopt.transforms.projectors.tracked import online_pca as online_pca
+from memopt.transforms.projectors.tracked import power_iteration as power_iteration

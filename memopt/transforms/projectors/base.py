@@ -1,0 +1,207 @@
+"""What every projector has."""
+
+import abc
+import dataclasses
+import re
+import zlib
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from memopt.errors import check_at_least, check_choice
+from memopt.state.precision import zeros_of
+from memopt.transforms.linalg import for_stack, product
+
+SIDES = ("short", "long", "left", "right")
+
+
+class Leaf(NamedTuple):
+    """What a projector knows of a parameter.
+
+    Attributes:
+      name: its name in the tree.
+      shape: ``(*stack, m, n)``.
+      dtype: of the gradient's statistics.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def group(self) -> str:
+        """The name without its numbers: one for all layers, stacked or not."""
+        return re.sub(r"[/_]?\d+", "", self.name)
+
+    @property
+    def layer(self) -> int:
+        """The first number in the name, 0 without one: the place in a stack not stacked."""
+        number = re.search(r"\d+", self.name)
+        return int(number[0]) if number else 0
+
+    def key(self, seed: int | Array, refresh: Array) -> Array:
+        """A random key of (seed, parameter, refresh)."""
+        seed = seed if isinstance(seed, int) else jnp.asarray(seed, jnp.int32)
+        key = jax.random.key(seed, impl="threefry2x32")
+        key = jax.random.fold_in(key, np.uint32(zlib.crc32(self.group.encode())))
+        return jax.random.fold_in(key, refresh)
+
+
+class When(NamedTuple):
+    """Where in training a step stands.
+
+    Attributes:
+      step: steps taken before this one, int32.
+      refresh: the number of refreshes before the basis in force, int32.
+      due: whether this step begins with a refresh, bool.
+    """
+
+    step: Array
+    refresh: Array
+    due: Array
+
+    @classmethod
+    def at(cls, step: Array, refresh_every: Any, phase: int = 0) -> "When":
+        """The place of a step in a run that refreshes every so many, `phase` of them early."""
+        every = jnp.asarray(refresh_every).astype(jnp.int32)
+        due = (step == 0) | ((step + phase) % every == 0)
+        return cls(step, (step + phase) // every, due)
+
+    @classmethod
+    def first(cls) -> "When":
+        """The first step."""
+        return cls.at(jnp.zeros((), jnp.int32), 1)
+
+    @property
+    def before(self) -> "When":
+        """The step before one that is due; for the refresh in force then."""
+        return When(self.step - 1, self.refresh - 1, jnp.zeros((), bool))
+
+
+@dataclasses.dataclass(frozen=True)
+class Projector(abc.ABC):
+    """A rule that gives every matrix a subspace; subclasses say how its basis is made.
+
+    Attributes:
+      rank: r, or a fraction of each matrix's shorter side.
+      side: which side is projected: "short", "long", "left" or "right".
+      stored: whether the basis is kept between refreshes, in an array of side×r numbers, or
+        made anew at every step.
+      orthonormal: whether up∘down is an orthogonal projection.
+      per_matrix: whether R has a matrix for each of G's.
+      moves: whether the basis moves between refreshes too.
+    """
+
+    rank: int | float
+    side: str = "short"
+    stored: bool = False
+
+    orthonormal: ClassVar[bool] = True
+    per_matrix: ClassVar[bool] = True
+    moves: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_choice("side", self.side, SIDES)
+        if isinstance(self.rank, float):
+            if not 0 < self.rank <= 1:
+                raise ValueError(f"a fractional rank must be in (0, 1], got {self.rank}.")
+        else:
+            check_at_least("rank", self.rank, 1)
+
+    @abc.abstractmethod
+    def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
+        """A fresh basis for a gradient ``(*stack, m, n)``: ``(*stack, side, r)`` or one for all."""
+
+    def init(self, leaf: Leaf) -> tuple[Array, ...]:
+        """The arrays kept between steps: a basis of zeros if stored, else none."""
+        if not self.stored:
+            return ()
+        gradient = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return (zeros_of(lambda g: self.basis(leaf, g, When.first()), gradient),)
+
+    def space(
+        self, leaf: Leaf, kept: tuple[Array, ...], gradient: Array, when: When, momentum: Any
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """The basis in force at this step, and the arrays to keep.
+
+        Args:
+          leaf: the parameter.
+          kept: what the step before kept.
+          gradient: G, ``(*stack, m, n)``.
+          when: the place of the step in training.
+          momentum: the inner optimizer's first moment, in the subspace of the step before; None
+            if it has none.
+        """
+        if not self.stored:
+            return self.basis(leaf, gradient, when), ()
+        fresh = lambda: self.basis(leaf, gradient, when)
+        basis = jax.lax.cond(when.due, fresh, lambda: kept[0])
+        return basis, (basis,)
+
+    def before(self, leaf: Leaf, kept: tuple[Array, ...], gradient: Array, when: When) -> Array:
+        """The basis that a refresh due now replaces."""
+        return kept[0] if self.stored else self.basis(leaf, gradient, when.before)
+
+    def low(self, leaf: Leaf) -> jax.ShapeDtypeStruct:
+        """The shape and dtype of a gradient in the subspace."""
+
+        def down(gradient: Array) -> Array:
+            basis, _ = self.space(leaf, self.init(leaf), gradient, When.first(), None)
+            return self.down(leaf, basis, gradient)
+
+        return jax.eval_shape(down, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+
+    def is_left(self, leaf: Leaf) -> bool:
+        """Whether the rows, not the columns, are projected."""
+        if self.side in ("left", "right"):
+            return self.side == "left"
+        m, n = leaf.shape[-2:]
+        return (m <= n) == (self.side == "short")
+
+    def size(self, leaf: Leaf) -> tuple[int, int]:
+        """The length of the projected side, and r."""
+        m, n = leaf.shape[-2:]
+        side = m if self.is_left(leaf) else n
+        r = max(1, round(self.rank * min(m, n))) if isinstance(self.rank, float) else self.rank
+        if r > side:
+            raise ValueError(
+                f"rank must be between 1 and {side} for {leaf.name!r}, whose matrices are {m}×{n} "
+                f"with the {'rows' if self.is_left(leaf) else 'columns'} projected; got {r}."
+            )
+        return side, r
+
+    def down(self, leaf: Leaf, basis: Array, gradient: Array) -> Array:
+        """The gradient in the subspace: PᵀG or G P."""
+        if self.is_left(leaf):
+            return product("...mr,...mn->...rn", for_stack(basis, gradient), gradient)
+        return product("...mn,...nr->...mr", gradient, basis)
+
+    def up(self, leaf: Leaf, basis: Array, low: Array) -> Array:
+        """What stands in the subspace, in full size: P R or R Pᵀ."""
+        if self.is_left(leaf):
+            return product("...mr,...rn->...mn", for_stack(basis, low), low)
+        return product("...mr,...nr->...mn", low, basis)
+
+    def correlation(self, leaf: Leaf, gradient: Array, low: Array) -> Array:
+        """How the projected side goes with what stands in a subspace: G Rᵀ or GᵀR, side×r."""
+        spec = "...mn,...rn->...mr" if self.is_left(leaf) else "...mn,...mr->...nr"
+        return product(spec, gradient, low)
+
+    def carry(self, leaf: Leaf, old: Array, new: Array, low: Array, *, power: int) -> Array:
+        """What stands in an old subspace, in a new one: down_new(up_old(R)), by r×r numbers.
+
+        Args:
+          leaf: the parameter.
+          old: the basis that was in force.
+          new: the basis that is.
+          low: R, or the second moment of its entries.
+          power: to which those numbers are raised, 2 for a second moment.
+        """
+        turn = product("...ms,...mr->...sr", new, old)
+        turn = turn**power
+        if self.is_left(leaf):
+            return product("...sr,...rn->...sn", for_stack(turn, low), low)
+        return product("...mr,...sr->...ms", low, turn)

@@ -1,0 +1,195 @@
+"""Random subspaces, drawn from a seed: nothing of them is kept."""
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from memopt.transforms.linalg import orthonormal
+from memopt.transforms.projectors.base import Leaf, Projector, When
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomProjector(Projector):
+    """A basis drawn from (seed, parameter, refresh): the same numbers however it is sharded.
+
+    A stack shares one basis, and so do layers that are kept apart: a parameter is known by its
+    name without the numbers in it, so that ``layers/3/up`` has the basis of a stacked
+    ``layers/up``. What random projections promise, they promise for each matrix by itself; and
+    one basis is drawn, and held while it is used, instead of one for each layer.
+
+    Attributes:
+      seed: what the draws depend on, besides parameter and refresh.
+    """
+
+    seed: int | Array = 0
+
+    orthonormal: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def entries(self, key: Array, shape: tuple[int, int]) -> Array:
+        """Independent entries of mean 0 and variance 1, float32."""
+
+    def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
+        """Entries of variance 1/r, ``(side, r)``."""
+        side, r = self.size(leaf)
+        key = leaf.key(self.seed, when.refresh)
+        return (self.entries(key, (side, r)) / np.sqrt(r)).astype(leaf.dtype)
+
+
+class Gaussian(RandomProjector):
+    """Normal entries; see `gaussian`."""
+
+    def entries(self, key: Array, shape: tuple[int, int]) -> Array:
+        """Standard normal numbers."""
+        return jax.random.normal(key, shape, jnp.float32)
+
+
+class Rademacher(RandomProjector):
+    """Random signs; see `rademacher`."""
+
+    def entries(self, key: Array, shape: tuple[int, int]) -> Array:
+        """±1, one random bit each."""
+        count = shape[0] * shape[1]
+        words = jax.random.bits(key, (-(-count // 32), 1), jnp.uint32)
+        bits = (words >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        return (2.0 * bits.astype(jnp.float32) - 1.0).reshape(-1)[:count].reshape(shape)
+
+
+class Sparse(RandomProjector):
+    """Mostly zeros; see `sparse`."""
+
+    def entries(self, key: Array, shape: tuple[int, int]) -> Array:
+        """√3 times -1, 0 or 1, of which two in three are 0."""
+        third = jax.random.randint(key, shape, 0, 6)
+        return np.sqrt(3.0) * jnp.where(third < 2, 2.0 * third - 1.0, 0.0).astype(jnp.float32)
+
+
+class Orthogonal(Gaussian):
+    """A random rotation's columns; see `orthogonal`."""
+
+    orthonormal: ClassVar[bool] = True
+
+    def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
+        """Orthonormal columns that span what normal entries span."""
+        return orthonormal(super().basis(leaf, gradient, when))
+
+
+def gaussian(
+    rank: int | float,
+    *,
+    side: str = "short",
+    seed: int | Array = 0,
+    stored: bool = False,
+) -> Projector:
+    """Random bases with entries N(0, 1/r), not orthogonalised; E[P Pᵀ] = identity.
+
+    Args:
+      rank: r, or a fraction of each matrix's shorter side.
+      side: "short", "long", "left" or "right".
+      seed: what the draws depend on, besides parameter and refresh.
+      stored: keep the basis between refreshes (side×r numbers a parameter) and draw only
+        then, for when drawing costs more than reading. By default nothing is kept.
+
+    Raises:
+      ValueError: if `rank` is below one, or larger than the side it projects.
+
+    References:
+      Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270, section 4.1.
+
+    Example:
+      >>> gaussian(4).size(Leaf("w", (8, 512, 1376), jnp.float32))
+      (512, 4)
+    """
+    return Gaussian(rank, side, stored, seed)
+
+
+def rademacher(
+    rank: int | float,
+    *,
+    side: str = "short",
+    seed: int | Array = 0,
+    stored: bool = False,
+) -> Projector:
+    """Random bases with entries ±1/√r: one random bit an entry, the cheapest to draw.
+
+    Args:
+      rank: r, or a fraction of each matrix's shorter side.
+      side: "short", "long", "left" or "right".
+      seed: what the draws depend on, besides parameter and refresh.
+      stored: keep the basis between refreshes; see `gaussian`.
+
+    Raises:
+      ValueError: if `rank` is below one, or larger than the side it projects.
+
+    References:
+      Achlioptas, Database-friendly random projections, 2003, Theorem 1.1.
+
+    Example:
+      >>> rademacher(0.25).size(Leaf("w", (96, 32), jnp.float32))
+      (32, 8)
+    """
+    return Rademacher(rank, side, stored, seed)
+
+
+def sparse(
+    rank: int | float,
+    *,
+    side: str = "short",
+    seed: int | Array = 0,
+    stored: bool = False,
+) -> Projector:
+    """Random bases with entries √(3/r)·{-1, 0, 1}, of which two in three are 0.
+
+    Args:
+      rank: r, or a fraction of each matrix's shorter side.
+      side: "short", "long", "left" or "right".
+      seed: what the draws depend on, besides parameter and refresh.
+      stored: keep the basis between refreshes; see `gaussian`.
+
+    Raises:
+      ValueError: if `rank` is below one, or larger than the side it projects.
+
+    References:
+      Achlioptas, Database-friendly random projections, 2003, Theorem 1.1.
+
+    Example:
+      >>> p = sparse(100).basis(Leaf("w", (300, 300), jnp.float32), None, When.first())
+      >>> 0.6 < (p == 0).mean() < 0.7
+      Array(True, dtype=bool)
+    """
+    return Sparse(rank, side, stored, seed)
+
+
+def orthogonal(
+    rank: int | float,
+    *,
+    side: str = "short",
+    seed: int | Array = 0,
+    stored: bool = True,
+) -> Projector:
+    """Random orthonormal bases: PᵀP = identity.
+
+    Args:
+      rank: r, or a fraction of each matrix's shorter side.
+      side: "short", "long", "left" or "right".
+      seed: what the draws depend on, besides parameter and refresh.
+      stored: keep the basis between refreshes, side×r numbers a parameter; False draws and
+        orthogonalises it at every step.
+
+    Raises:
+      ValueError: if `rank` is below one, or larger than the side it projects.
+
+    References:
+      Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, section 5.1.
+
+    Example:
+      >>> p = orthogonal(2).basis(Leaf("w", (4, 6), jnp.float32), None, When.first())
+      >>> jnp.abs(p.T @ p - jnp.eye(2)).max() < 1e-6
+      Array(True, dtype=bool)
+    """
+    return Orthogonal(rank, side, stored, seed)

@@ -1,0 +1,197 @@
+"""Subspaces that follow the gradients step by step."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from memopt.errors import check_at_least
+from memopt.state.precision import zeros_of
+from memopt.transforms.linalg import for_stack, orthonormal, product
+from memopt.transforms.projectors.base import Leaf, Projector, When
+from memopt.transforms.projectors.singular import randomized_svd
+
+
+@dataclasses.dataclass(frozen=True)
+class Tracked(Projector):
+    """A basis that is moved on, from a first one that another projector gives.
+
+    Attributes:
+      start: what gives the first basis.
+    """
+
+    stored: bool = True
+    start: Projector | None = None
+
+    def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
+        """The first basis, one for each matrix of the stack."""
+        start = self.start or randomized_svd(self.rank, side=self.side)
+        return for_stack(start.basis(leaf, gradient, when), gradient)
+
+    def is_left(self, leaf: Leaf) -> bool:
+        """As the first basis is."""
+        return super().is_left(leaf) if self.start is None else self.start.is_left(leaf)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlinePca(Tracked):
+    """Online principal components; see `online_pca`."""
+
+    optimizer: optax.GradientTransformation = dataclasses.field(
+        default_factory=lambda: optax.adam(5e-3)
+    )
+    penalty: float = 0.1
+
+    moves: ClassVar[bool] = True
+
+    def init(self, leaf: Leaf) -> tuple[Array, ...]:
+        """The basis and the state of its optimizer."""
+        (basis,) = super().init(leaf)
+        return (basis, *jax.tree.leaves(zeros_of(self.optimizer.init, basis)))
+
+    def space(
+        self, leaf: Leaf, kept: tuple[Array, ...], gradient: Array, when: When, momentum: Any
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """The basis as it was left; the next one is a step of its optimizer further."""
+        first = when.step == 0
+        start = lambda: self.basis(leaf, gradient, when)
+        basis = jax.lax.cond(first, start, lambda: kept[0])
+        moved = self._moved(leaf, (basis, *kept[1:]), gradient)
+        # The first basis is the best there is; and zeros say nothing of a better one.
+        stay = first | ~jnp.any(gradient != 0)
+        keep = lambda old, new: jnp.where(stay, old, new)
+        return basis, tuple(map(keep, (basis, *kept[1:]), moved))
+
+    def _moved(self, leaf: Leaf, kept: tuple[Array, ...], gradient: Array) -> tuple[Array, ...]:
+        """Basis and optimizer's state after a step down ‖PPᵀĜ − Ĝ‖² + λ‖PᵀP − I‖²."""
+        basis, *leaves = kept
+        structure: Any = jax.tree.structure(jax.eval_shape(self.optimizer.init, basis))
+        low = self.down(leaf, basis, gradient)
+        squares = jnp.square(gradient).sum((-2, -1), keepdims=True)
+        scale = jnp.where(squares > 0, 1 / squares, 0)
+        cp = scale * self.correlation(leaf, gradient, low)  # Ĝ Ĝᵀ P
+        gram = "...mr,...ms->...rs"
+        pcp, pp = product(gram, basis, cp), product(gram, basis, basis)
+        times = lambda a, b: product("...mr,...rs->...ms", a, b)
+        slope = -4 * cp + 2 * times(cp, pp) + 2 * times(basis, pcp)
+        slope += 4 * self.penalty * (times(basis, pp) - basis)
+        state = structure.unflatten(leaves)
+        update, state = self.optimizer.update(slope, state, basis)
+        return (optax.apply_updates(basis, update), *jax.tree.leaves(state))
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerIteration(Tracked):
+    """Tracked power iteration; see `power_iteration`."""
+
+    rho: float = 0.908
+    b1: float = 0.0
+
+    def space(
+        self, leaf: Leaf, kept: tuple[Array, ...], gradient: Array, when: When, momentum: Any
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """One power iteration further at each refresh."""
+        start = lambda: self.basis(leaf, gradient, when)
+        further = lambda: self._further(leaf, kept[0], gradient, when, momentum)
+        fresh = lambda: jax.lax.cond(when.step == 0, start, further)
+        basis = jax.lax.cond(when.due, fresh, lambda: kept[0])
+        return basis, (basis,)
+
+    def _further(
+        self, leaf: Leaf, basis: Array, gradient: Array, when: When, momentum: Any
+    ) -> Array:
+        """An orthonormal basis of B BᵀP, with B = ρ·up(M̂) + (1−ρ)·G, which is never formed."""
+        weight = 1.0 if momentum is None else 1 - self.rho
+        low = weight * self.down(leaf, basis, gradient)
+        if momentum is None:
+            return orthonormal(self.correlation(leaf, gradient, low))
+        corrected = self.rho * momentum / (1 - self.b1 ** jnp.maximum(when.step, 1))
+        low += corrected
+        gram = "...rn,...sn->...rs" if self.is_left(leaf) else "...mr,...ms->...rs"
+        remembered = product("...mr,...rs->...ms", basis, product(gram, corrected, low))
+        return orthonormal(remembered + weight * self.correlation(leaf, gradient, low))
+
+
+def online_pca(
+    rank: int | float,
+    *,
+    side: str = "short",
+    optimizer: optax.GradientTransformation | None = None,
+    penalty: float = 0.1,
+    start: Projector | None = None,
+) -> Projector:
+    """A basis that takes one optimizer step at each step towards the principal components.
+
+    It starts from the first gradient's singular vectors; then, with Ĝ = G / ‖G‖::
+
+        P ← P − step(∇ (‖P PᵀĜ − Ĝ‖² + λ ‖PᵀP − I‖²))
+
+    A step is projected with the basis before it. A gradient of zeros leaves the basis as it
+    is (the released code divides by its norm). Kept: the basis, side×r numbers a matrix, and
+    its optimizer's state.
+
+    Args:
+      rank: r, or a fraction of each matrix's shorter side.
+      side: "short", "long", "left" or "right".
+      optimizer: takes the steps; by default ``optax.adam(5e-3)``. The released code has
+        ``optax.adamw(1 / refresh_every, weight_decay=0.01)``.
+      penalty: λ, which holds the basis near orthonormal; 0 in the released code.
+      start: the projector that gives the first basis; by default `randomized_svd`.
+
+    Raises:
+      ValueError: if `rank` is below one, or larger than the matrix's shorter side.
+
+    References:
+      Liang et al., Memory-Efficient LLM Training with Online Subspace Descent, 2024,
+      https://arxiv.org/abs/2408.12857, section 4.
+
+    Example:
+      >>> [x.shape for x in online_pca(2).init(Leaf("w", (3, 8, 4), jnp.float32))]
+      [(3, 4, 2), (), (3, 4, 2), (3, 4, 2)]
+    """
+    check_at_least("penalty", penalty, 0)
+    return OnlinePca(rank, side, True, start, optimizer or optax.adam(5e-3), penalty)
+
+
+def power_iteration(
+    rank: int | float,
+    *,
+    side: str = "short",
+    rho: float = 0.908,
+    b1: float = 0.0,
+    start: Projector | None = None,
+) -> Projector:
+    """A basis moved by one power iteration at each refresh, from where it stands.
+
+    It starts from the first gradient's singular vectors; then, with M̂ the inner optimizer's
+    first moment, corrected for its start::
+
+        B = ρ · up(M̂) + (1 − ρ) · G
+        P ← qr(B BᵀP)
+
+    With ``refresh_every=1`` it follows the gradients step by step. An inner optimizer without
+    a first moment leaves B = G. Kept: the basis, side×r numbers a matrix.
+
+    Args:
+      rank: r, or a fraction of each matrix's shorter side.
+      side: "short", "long", "left" or "right".
+      rho: ρ, how much the momentum weighs.
+      b1: decay of that momentum, for its correction; 0 corrects nothing.
+      start: the projector that gives the first basis; by default `randomized_svd`.
+
+    Raises:
+      ValueError: if `rank` is below one, or larger than the matrix's shorter side.
+
+    References:
+      Robert et al., LDAdam, 2024, https://arxiv.org/abs/2410.16103, section 3.1.
+
+    Example:
+      >>> [x.shape for x in power_iteration(2).init(Leaf("w", (3, 8, 4), jnp.float32))]
+      [(3, 4, 2)]
+    """
+    if not 0 <= rho < 1:
+        raise ValueError(f"rho must be in [0, 1), got {rho}.")
+    return PowerIteration(rank, side, True, start, rho, b1)
