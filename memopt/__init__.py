@@ -23,8 +23,11 @@ from memopt.optimizers import online_subspace_descent as online_subspace_descent
 from memopt.optimizers import optimizer as optimizer
 from memopt.state.bytes import StateBytes as StateBytes
 from memopt.state.bytes import state_bytes as state_bytes
+from memopt.transforms import AccumulateState as AccumulateState
 from memopt.transforms import CarryOver as CarryOver
 from memopt.transforms import GrowthLimiter as GrowthLimiter
+from memopt.transforms import accumulate as accumulate
+from memopt.transforms import accumulate_in_subspace as accumulate_in_subspace
 from memopt.transforms import adam_bias_correction as adam_bias_correction
 from memopt.transforms import clip_by_matrix_rms as clip_by_matrix_rms
 from memopt.transforms import in_subspace as in_subspace

@@ -2,6 +2,9 @@
 
 from memopt.transforms import projectors as projectors
 from memopt.transforms import recombine as recombine
+from memopt.transforms.accumulation import AccumulateState as AccumulateState
+from memopt.transforms.accumulation import accumulate as accumulate
+from memopt.transforms.accumulation import accumulate_in_subspace as accumulate_in_subspace
 from memopt.transforms.adam import adam_bias_correction as adam_bias_correction
 from memopt.transforms.adam import scale_by_released_adam as scale_by_released_adam
 from memopt.transforms.adam import scale_by_uncorrected_adam as scale_by_uncorrected_adam

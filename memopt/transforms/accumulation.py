@@ -1,0 +1,180 @@
+"""Gradients added up over micro-steps, in full or in a subspace."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from memopt.errors import check_at_least, check_choice
+from memopt.matrices import Layout, Matrices, map_matrices
+from memopt.state.precision import zeros_of
+from memopt.transforms.projectors import Projector, When, by_name
+from memopt.transforms.projectors.random import RandomProjector
+from memopt.transforms.projectors.replay import Replay
+from memopt.transforms.subspace import _gradient, _leaf, _wide
+
+
+class AccumulateState(NamedTuple):
+    """State of `accumulate` and `accumulate_in_subspace`.
+
+    Attributes:
+      micro_step: micro-steps taken, int32.
+      sum: of the cycle's gradients, or of their projections.
+      inner: the inner optimizer's state.
+    """
+
+    micro_step: Array
+    sum: Any
+    inner: Any
+
+
+def accumulate(
+    inner: optax.GradientTransformation, every: int
+) -> optax.GradientTransformationExtraArgs:
+    """Runs an optimizer once in `every` micro-steps, on the mean of their gradients.
+
+    It takes the place of `optax.MultiSteps`, which computes the inner update at every micro-step
+    and throws it away; here that stands in one branch of a ``lax.cond`` whose other branch does
+    nothing. Between its updates, zeros are returned.
+
+    The mean, rounded once to the gradients' dtype, is what `inner` would see of one large batch.
+    A micro-gradient that is not finite spoils its cycle; ``optax.apply_if_finite`` around this
+    leaves it out, uncounted. State: one float32 number a parameter, and what `inner` keeps.
+
+    Args:
+      inner: any Optax transformation.
+      every: micro-steps in a cycle.
+
+    Returns:
+      A transformation whose state is an `AccumulateState`.
+
+    Raises:
+      ValueError: if `every` is below one.
+
+    Example:
+      >>> tx = accumulate(optax.sgd(1.0), every=2)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for g in [1.0, 3.0, 5.0, 5.0]:
+      ...     u, state = tx.update(jnp.array([g]), state)
+      ...     print(float(u[0]))
+      0.0
+      -2.0
+      0.0
+      -5.0
+    """
+    down = lambda layout, g, cycle: _wide(g)
+    up = lambda layout, mean, g, cycle: mean
+    return _accumulate(inner, every, down, up)
+
+
+def accumulate_in_subspace(
+    inner: optax.GradientTransformation,
+    every: int,
+    rank: int | float,
+    *,
+    projector: Projector | str = "gaussian",
+    seed: int | Array = 0,
+    matrices: Matrices = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Accumulates the gradients of hidden matrices in random subspaces (Flora).
+
+    For each matrix, over a cycle of `every` micro-steps::
+
+        C ← C + PᵀG  or  C + G P        r·q numbers, q the longer side, in place of m·n
+        G ≈ P C / every  or  C Pᵀ / every
+
+    and `inner` runs on that, an unbiased estimate of the mean: E[P Pᵀ] = identity. P is drawn
+    from (seed, parameter, cycle) whenever it is needed; nothing of it is kept. Leaves that are
+    no hidden matrices have the exact sum of `accumulate`, which says the rest. State: r·q
+    float32 numbers a matrix, and what `inner` keeps.
+
+    Args:
+      inner: any Optax transformation; it sees gradients of full size.
+      every: micro-steps in a cycle.
+      rank: r, or a fraction of each matrix's shorter side.
+      projector: "gaussian", "rademacher" or "sparse", or a random projector, which then says
+        rank and seed itself (an orthogonal one is biased, unless its rank is the whole side), or
+        a replay, whose steps are cycles.
+      seed: what the projections are drawn from.
+      matrices: which leaves are projected, and which axes are their rows and columns; by
+        default the hidden matrices, see `memopt.matrices.hidden_matrices`.
+
+    Returns:
+      A transformation whose state is an `AccumulateState`.
+
+    Raises:
+      ValueError: if `every` or `rank` is below one, a rank does not fit its matrix, or the
+        projector is another.
+
+    References:
+      Hao et al., Flora, 2024, https://arxiv.org/abs/2402.03293, Algorithm 1.
+
+    Example:
+      >>> tx = accumulate_in_subspace(optax.sgd(1.0), every=8, rank=2)
+      >>> state = tx.init({"w": jnp.zeros((3, 16, 8)), "norm": jnp.zeros(8)})
+      >>> state.sum["w"].shape, state.sum["norm"].shape
+      ((3, 16, 2), (8,))
+    """
+    if isinstance(projector, str):
+        check_choice("projector", projector, ("gaussian", "rademacher", "sparse"))
+    space = by_name(projector, rank, seed=seed)
+    if not isinstance(space, RandomProjector | Replay):
+        raise ValueError(f"projector must be a random one or a replay, got {space}.")
+    unseen: Any = None  # no gradient of the cycle may shape its basis
+
+    def down(layout: Layout, g: Array, cycle: When) -> Array:
+        leaf = _leaf(layout, g)
+        if leaf is None:
+            return _wide(g)
+        return space.down(leaf, space.basis(leaf, unseen, cycle), _gradient(layout, g))
+
+    def up(layout: Layout, mean: Array, g: Array, cycle: When) -> Array:
+        leaf = _leaf(layout, g)
+        if leaf is None:
+            return mean
+        return layout.from_matrices(space.up(leaf, space.basis(leaf, unseen, cycle), mean), g)
+
+    return _accumulate(inner, every, down, up, matrices)
+
+
+def _accumulate(
+    inner: optax.GradientTransformation,
+    every: int,
+    down: Callable[[Layout, Array, When], Array],
+    up: Callable[[Layout, Array, Array, When], Array],
+    matrices: Matrices = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Sums ``down(g)`` over a cycle; at its end `inner` sees ``up`` of their mean."""
+    check_at_least("every", every, 1)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> AccumulateState:
+        start = lambda layout, p: zeros_of(lambda p: down(layout, p, When.first()), p)
+        total = map_matrices(start, params, matrices=matrices)
+        return AccumulateState(jnp.zeros((), jnp.int32), total, inner.init(params))
+
+    def update(updates: Any, state: AccumulateState, params: Any = None, **extra: Any) -> Any:
+        count = optax.safe_increment(state.micro_step)
+        begins, ends = When.at(state.micro_step, every), When.at(count, every)
+        cycle = When.at(begins.refresh, 1)
+
+        def add(layout: Layout, g: Array, total: Array) -> Array:
+            g = down(layout, g, cycle)
+            return jnp.where(begins.due, g, total + g)
+
+        total = map_matrices(add, updates, state.sum, matrices=matrices)
+
+        def step() -> tuple[Any, Any]:
+            lift = lambda layout, g, total: up(layout, total / every, g, cycle).astype(g.dtype)
+            mean = map_matrices(lift, updates, total, matrices=matrices)
+            return inner.update(mean, state.inner, params, **extra)
+
+        # Zeros as `inner` would return them: it decides the dtype of its updates.
+        wait = lambda: (zeros_of(lambda: step()[0]), state.inner)
+        updates, inner_state = jax.lax.cond(ends.due, step, wait)
+        return updates, AccumulateState(count, total, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
