@@ -1,5 +1,6 @@
 """How many bytes an optimizer's state takes, and for which parameter."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
@@ -19,11 +20,16 @@ class StateBytes:
       parameters: {leaf name: bytes of the parameter}.
       states: {leaf name: bytes of the state kept for it}.
       shared: bytes of state that belong to no one parameter: step counts, hyperparameters.
+      formulas: {leaf name: the arrays kept for it}, by their shapes: ``"2·(8×64×4) + 8"`` is two
+        arrays of that shape and eight numbers more, float32 where no other dtype is named.
+      shared_formula: the same of the shared state.
     """
 
     parameters: Mapping[str, int]
     states: Mapping[str, int]
     shared: int
+    formulas: Mapping[str, str]
+    shared_formula: str
 
     @property
     def total(self) -> int:
@@ -34,11 +40,12 @@ class StateBytes:
         return self.states[name]
 
     def __str__(self) -> str:
-        rows = [(name, size, self.states[name]) for name, size in self.parameters.items()]
-        rows += [("shared", 0, self.shared), ("total", sum(self.parameters.values()), self.total)]
-        width = max(len(name) for name, _, _ in rows)
-        lines = [f"{'leaf':<{width}} {'parameter':>16} {'state':>16}"]
-        lines += [f"{name:<{width}} {p:>16,} {s:>16,}" for name, p, s in rows]
+        rows = [(n, p, self.states[n], self.formulas[n]) for n, p in self.parameters.items()]
+        rows.append(("shared", 0, self.shared, self.shared_formula))
+        rows.append(("total", sum(self.parameters.values()), self.total, ""))
+        width = max(len(row[0]) for row in rows)
+        lines = [f"{'leaf':<{width}} {'parameter':>16} {'state':>16}  numbers kept (float32)"]
+        lines += [f"{n:<{width}} {p:>16,} {s:>16,}  {f}".rstrip() for n, p, s, f in rows]
         return "\n".join(lines)
 
 
@@ -50,30 +57,35 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
       params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
 
     Returns:
-      Bytes leaf by leaf. State that stands at a parameter's place in a tree shaped like
-      `params` counts for that parameter, whatever its own shape.
+      Bytes leaf by leaf, and the shapes they come from. State that stands at a parameter's place
+      in a tree shaped like `params` counts for that parameter, whatever its own shape.
 
     Example:
       >>> params = {"w": jax.ShapeDtypeStruct((8, 4), "bfloat16")}
       >>> print(state_bytes(optax.adam(1e-3), params))
-      leaf          parameter            state
-      w                    64              128
-      shared                0                4
+      leaf          parameter            state  numbers kept (float32)
+      w                    64              128  2·(8×4) bfloat16
+      shared                0                4  1 int32
       total                64              132
     """
     structure: Any
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     names = [leaf_name(path) for path, _ in leaves]
-    states = dict.fromkeys(names, 0)
-    shared = 0
+    kept: dict[str, list[Any]] = {name: [] for name in names}
+    shared: list[Any] = []
     for like_params, part in _parts(jax.eval_shape(tx.init, params), structure):
         if like_params:
-            for name, kept in zip(names, structure.flatten_up_to(part), strict=True):
-                states[name] += _bytes(kept)
+            for name, found in zip(names, structure.flatten_up_to(part), strict=True):
+                kept[name] += jax.tree.leaves(found)
         else:
-            shared += _bytes(part)
-    parameters = {name: _bytes(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
-    return StateBytes(parameters, states, shared)
+            shared.append(part)
+    return StateBytes(
+        parameters={name: _bytes([leaf]) for name, (_, leaf) in zip(names, leaves, strict=True)},
+        states={name: _bytes(arrays) for name, arrays in kept.items()},
+        shared=_bytes(shared),
+        formulas={name: _formula(arrays) for name, arrays in kept.items()},
+        shared_formula=_formula(shared),
+    )
 
 
 def _parts(state: Any, structure: Any) -> Iterator[tuple[bool, Any]]:
@@ -91,5 +103,20 @@ def _parts(state: Any, structure: Any) -> Iterator[tuple[bool, Any]]:
         yield True, state
 
 
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def _bytes(arrays: list[Any]) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+
+
+def _formula(arrays: list[Any]) -> str:
+    """The shapes of arrays, equal ones counted."""
+
+    def term(count: int, shape: tuple[int, ...], dtype: str) -> str:
+        size = "×".join(map(str, shape))
+        if not shape:
+            size = f"{count}"
+        elif count > 1:
+            size = f"{count}·({size})" if len(shape) > 1 else f"{count}·{size}"
+        return size if dtype == "float32" else f"{size} {dtype}"
+
+    counts = collections.Counter((x.shape, str(x.dtype)) for x in arrays)
+    return " + ".join(term(n, *which) for which, n in counts.items()) or "0"

@@ -6,6 +6,7 @@ import optax
 import pytest
 
 import memopt
+from memopt import projectors, recombine
 
 PARAMS = {"a": {"w": jnp.ones((6, 4))}, "b": jnp.ones(3, jnp.bfloat16), "none": None}
 
@@ -42,5 +43,38 @@ def test_a_tree_that_is_one_array_and_none_leaves():
 
 def test_prints_a_table():
     text = str(memopt.state_bytes(optax.adamw(1e-3), {"w": jnp.ones((1000, 4))}))
-    assert "32,000" in text
-    assert text.splitlines()[-1].split() == ["total", "16,000", "32,004"]
+    assert [line.split() for line in text.splitlines()[1:]] == [
+        ["w", "16,000", "32,000", "2·(1000×4)"],
+        ["shared", "0", "4", "1", "int32"],
+        ["total", "16,000", "32,004"],
+    ]
+
+
+def test_formulas():
+    params = {"w": jnp.ones((8, 16, 4), jnp.bfloat16), "b": jnp.ones(5)}
+    tx = optax.chain(
+        memopt.in_subspace(
+            optax.scale_by_adam(),
+            projectors.gaussian(2),
+            recombine.scale_gradient("matrix", memopt.GrowthLimiter()),
+        ),
+        optax.trace(0.9),
+        optax.scale_by_schedule(lambda t: 1.0),
+    )
+    table = memopt.state_bytes(tx, params)
+    assert table.formulas == {"b": "3·5", "w": "2·(8×16×2) + 8 + 8×16×4 bfloat16"}
+    assert table.shared_formula == "3 int32"
+    assert memopt.state_bytes(optax.sgd(1e-3), params).formulas == {"b": "0", "w": "0"}
+
+
+@pytest.mark.parametrize("name", memopt.available())
+def test_a_formula_comes_to_its_bytes(name):
+    def value(formula):
+        terms = (term.partition(" ") for term in formula.split(" + "))
+        numbers = lambda size: eval(size.replace("×", "*").replace("·", "*"))
+        return sum(numbers(s) * jnp.dtype(dtype or "float32").itemsize for s, _, dtype in terms)
+
+    params = {"up": jnp.ones((3, 8, 16), jnp.bfloat16), "embed": jnp.ones((8, 4)), "b": jnp.ones(5)}
+    table = memopt.state_bytes(memopt.optimizer(name, 1e-3), params)
+    assert {leaf: value(formula) for leaf, formula in table.formulas.items()} == table.states
+    assert value(table.shared_formula) == table.shared
