@@ -1,11 +1,20 @@
 """Products and factorisations of stacks of matrices, sharded or not."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 
-def product(subscripts: str, a: Array, b: Array) -> Array:
+def explicit_axes(x: Any) -> tuple[Any, ...] | None:
+    """How each axis of an array is sharded over an explicit mesh; None if it is over none."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return spec if any(axis is not None for axis in spec) else None
+
+
+def product(subscripts: str, a: Array, b: Array, *, like: Any = None) -> Array:
     """``jnp.einsum`` of two stacks in full precision; axes of explicit meshes are told apart.
 
     An axis of the result is sharded as it is in `a`, else as in `b`; what both would shard by
@@ -16,6 +25,7 @@ def product(subscripts: str, a: Array, b: Array) -> Array:
       subscripts: as for ``jnp.einsum``, each of the three terms begun by ``...``.
       a: the first stack.
       b: the second; without stack axes it serves all of `a`.
+      like: the sharding of the result instead.
 
     Example:
       >>> product("...mn,...nr->...mr", jnp.ones((5, 2, 3)), jnp.ones((3, 4))).shape
@@ -24,7 +34,9 @@ def product(subscripts: str, a: Array, b: Array) -> Array:
     ndim = max(a.ndim, b.ndim)
     specs = [(None,) * (ndim - x.ndim) + tuple(jax.typeof(x).sharding.spec) for x in (a, b)]
     sharding = None
-    if any(axis is not None for spec in specs for axis in spec):
+    if like is not None and any(axis is not None for axis in like.spec):
+        sharding = like
+    elif any(axis is not None for spec in specs for axis in spec):
         inputs, output = subscripts.split("->")
         terms = [term.removeprefix("...") for term in inputs.split(",")]
         stack = [first or second for first, second in zip(*(s[:-2] for s in specs), strict=True)]
@@ -50,8 +62,8 @@ def whole(matrices: Array) -> Array:
 
     For what is small, a basis, before it goes into a factorisation.
     """
-    spec = jax.typeof(matrices).sharding.spec
-    if all(axis is None for axis in spec[-2:]):
+    spec = explicit_axes(matrices)
+    if spec is None or spec[-2:] == (None, None):
         return matrices
     return jax.sharding.reshard(matrices, jax.P(*spec[:-2], None, None))
 
@@ -74,7 +86,7 @@ def orthonormal(matrices: Array) -> Array:
       >>> jnp.abs(q.T @ q - jnp.eye(2)).max() < 1e-6
       Array(True, dtype=bool)
     """
-    return jnp.linalg.qr(whole(matrices))[0]
+    return _per_matrix(lambda x: jnp.linalg.qr(x)[0], matrices)
 
 
 def leading_eigenvectors(symmetric: Array, r: int) -> Array:
@@ -87,11 +99,19 @@ def leading_eigenvectors(symmetric: Array, r: int) -> Array:
       >>> leading_eigenvectors(jnp.diag(jnp.array([1.0, 3.0, 2.0])), 1)[:, 0].tolist()
       [0.0, 1.0, 0.0]
     """
-    vectors = jnp.linalg.eigh(whole(symmetric))[1][..., ::-1][..., :r]
-    return positive(vectors)
+
+    def leading(x: Array) -> Array:
+        vectors = jnp.linalg.eigh(x)[1][..., ::-1][..., :r]
+        index = jnp.abs(vectors).argmax(-2, keepdims=True)
+        return vectors * jnp.where(jnp.take_along_axis(vectors, index, -2) < 0, -1.0, 1.0)
+
+    return _per_matrix(leading, symmetric)
 
 
-def positive(vectors: Array) -> Array:
-    """The columns of a stack, turned so that the largest entry of each is positive."""
-    index = jnp.abs(vectors).argmax(-2, keepdims=True)
-    return vectors * jnp.where(jnp.take_along_axis(vectors, index, -2) < 0, -1.0, 1.0)
+def _per_matrix(f: Callable[[Array], Array], matrices: Array) -> Array:
+    """``f`` of a stack whose matrices are whole; it need not know of explicit axes."""
+    spec = explicit_axes(matrices)
+    if spec is None:
+        return f(matrices)
+    sharding = jax.P(*spec[:-2], None, None)
+    return jax.sharding.auto_axes(f, out_sharding=sharding)(whole(matrices))

@@ -111,11 +111,8 @@ def in_subspace(
             leaf = _leaf(layout, p)
             if leaf is None:
                 return zeros_of(_wide, p), (), ()
-            kept = projector.init(leaf)
-            space = lambda g: projector.space(leaf, kept, g, When.first(), None)[0]
-            down = lambda g: projector.down(leaf, space(g), g)
-            g = jax.eval_shape(lambda p: _gradient(layout, p), p)
-            return zeros_of(down, g), zeros_of(recombine.init, g), kept
+            low = jax.tree.map(jnp.zeros_like, projector.low(leaf))
+            return low, zeros_of(recombine.init, leaf.gradient), projector.init(leaf)
 
         low, rule, kept = map_matrices(start, params, matrices=matrices, outputs=3)
         count = jnp.zeros((), jnp.int32)
@@ -282,4 +279,5 @@ def _gradient(layout: Layout, g: Array) -> Array:
 def _leaf(layout: Layout, array: Any) -> Leaf | None:
     if not layout.is_matrix:
         return None
-    return Leaf(layout.name, layout.shape(array), statistics_dtype(array))
+    g = jax.eval_shape(lambda x: _gradient(layout, x), array)
+    return Leaf(layout.name, g.shape, g.dtype, g.sharding)

@@ -62,6 +62,7 @@ def galore_at_random(learning_rate, rank=RANK):
     )
 
 
+low_moments = lambda k, m, n: k * (2 * RANK * max(m, n) + RANK * min(m, n))
 decays = {"weight_decay": 0.1}
 ranks = {"rank": RANK, "refresh_every": 3}
 CASES = {
@@ -104,6 +105,70 @@ CASES = {
     ),
     "lion": Case(variant(memopt.lion, **decays), once, once, once),
     "lomo": Case(variant(memopt.lomo, clip_value=0.5, **decays), none, none, none),
+    "galore": Case(variant(memopt.galore, **ranks, **decays), low_moments, twice, twice, ("rank",)),
+    "galore_in_turns": Case(
+        variant(memopt.galore, projector="svd", refresh_phase=(0, 1), as_released=True, **ranks),
+        low_moments,
+        twice,
+        twice,
+        ("rank",),
+    ),
+    "online_subspace_descent": Case(
+        variant(memopt.online_subspace_descent, rank=RANK, **decays),
+        lambda k, m, n: low_moments(k, m, n) + k * 2 * RANK * min(m, n) + 1,
+        twice,
+        twice,
+        ("rank",),
+    ),
+    "fira": Case(
+        variant(memopt.fira, **ranks, **decays),
+        lambda k, m, n: low_moments(k, m, n) + k,
+        twice,
+        twice,
+        ("rank",),
+    ),
+    "flora": Case(
+        variant(memopt.flora, **ranks, **decays),
+        lambda k, m, n: k * (RANK * max(m, n) + m + n),
+        lambda m, n: m + n + m * n,
+        twice,
+        ("rank",),
+    ),
+    "flora_as_released": Case(
+        variant(memopt.flora, as_released=True, **ranks),
+        lambda k, m, n: k * (RANK * max(m, n) + m + n),
+        lambda m, n: m + n + m * n,
+        twice,
+        ("rank",),
+    ),
+    "frugal": Case(
+        variant(memopt.frugal, refresh_every=3, **decays),
+        lambda k, m, n: 2 * k * math.ceil(m / 4) * n,
+        twice,
+        twice,
+        ("density",),
+    ),
+    "frugal_orthogonal": Case(
+        variant(memopt.frugal, projector="orthogonal", refresh_every=3, on_refresh="carry"),
+        lambda k, m, n: k * 2 * RANK * max(m, n) + RANK * min(m, n),
+        twice,
+        twice,
+        ("density",),
+    ),
+    "frugal_blocks": Case(
+        variant(memopt.frugal, projector="blocks", refresh_every=3, density=0.5),
+        lambda k, m, n: 2 * math.ceil(k / 2) * m * n,
+        twice,
+        twice,
+        ("density",),
+    ),
+    "ldadam": Case(
+        variant(memopt.ldadam, rank=RANK, **decays),
+        lambda k, m, n: low_moments(k, m, n) + k * m * n,
+        twice,
+        twice,
+        ("rank",),
+    ),
     "galore_at_random": Case(
         galore_at_random,
         lambda k, m, n: 2 * RANK * max(m, n) * k + RANK * min(m, n),
@@ -177,7 +242,7 @@ def test_state_bytes_are_the_formula(name):
         leaf = leaf_name(path)
         formula = case.matrix if "kernel" in leaf else case.rest if "embed" in leaf else case.vector
         assert table[leaf] == 4 * formula(*shape), leaf
-    assert table.shared <= 4 * 6  # step counts
+    assert table.shared <= 4 * 8  # step counts
     assert table.total == sum(x.nbytes for x in jax.tree.leaves(plain(name)[1]))
 
 
@@ -213,8 +278,8 @@ def test_bfloat16_gradients_keep_float32_statistics(name):
     tx = CASES[name].make(1e-2)
     _, state = run(tx, tree(0), gradient=narrow)
     _, exact = run(tx, tree(0), gradient=wide)
-    # Adafactor's momentum averages updates, which are bfloat16 themselves.
-    allowed = 2**-7 if "momentum" in name else 1e-3
+    # The momenta of Adafactor and Flora average updates, which are bfloat16 themselves.
+    allowed = 2**-7 if "momentum" in name or "flora" in name else 1e-3
     for got, expected in zip(jax.tree.leaves(state), jax.tree.leaves(exact), strict=True):
         if got.dtype == jnp.float32:
             assert jnp.abs(got - expected).max() <= allowed * jnp.abs(expected).max()
@@ -300,7 +365,10 @@ def test_sharded_is_unsharded(name, axis_type):
         params, state = run(CASES[name].make(1e-2), place(0), gradient=place)
         if axis_type == AxisType.Explicit:
             chex.assert_trees_all_equal(jax.tree.map(lambda x: x.sharding, params), shardings)
-    close((params, state), plain(name), rtol=1e-4)
+    # Relative to an array's largest entry: what rounding does to a singular vector it does to
+    # all of its entries, small ones too.
+    for got, expected in zip(*map(jax.tree.leaves, ((params, state), plain(name))), strict=True):
+        assert jnp.abs(got - expected).max() <= 1e-4 * jnp.abs(expected).max(initial=1e-2)
 
 
 @every_case

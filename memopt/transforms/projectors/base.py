@@ -13,7 +13,7 @@ from jax import Array
 
 from memopt.errors import check_at_least, check_choice
 from memopt.state.precision import zeros_of
-from memopt.transforms.linalg import for_stack, product
+from memopt.transforms.linalg import for_stack, product, whole
 
 SIDES = ("short", "long", "left", "right")
 
@@ -25,11 +25,18 @@ class Leaf(NamedTuple):
       name: its name in the tree.
       shape: ``(*stack, m, n)``.
       dtype: of the gradient's statistics.
+      sharding: of its matrices, where a mesh has explicit axes.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: Any
+    sharding: Any = None
+
+    @property
+    def gradient(self) -> jax.ShapeDtypeStruct:
+        """Of its matrices shape, dtype and sharding."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.sharding)
 
     @property
     def group(self) -> str:
@@ -119,8 +126,7 @@ class Projector(abc.ABC):
         """The arrays kept between steps: a basis of zeros if stored, else none."""
         if not self.stored:
             return ()
-        gradient = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        return (zeros_of(lambda g: self.basis(leaf, g, When.first()), gradient),)
+        return (zeros_of(lambda g: self.basis(leaf, g, When.first()), leaf.gradient),)
 
     def space(
         self, leaf: Leaf, kept: tuple[Array, ...], gradient: Array, when: When, momentum: Any
@@ -152,7 +158,7 @@ class Projector(abc.ABC):
             basis, _ = self.space(leaf, self.init(leaf), gradient, When.first(), None)
             return self.down(leaf, basis, gradient)
 
-        return jax.eval_shape(down, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+        return jax.eval_shape(down, leaf.gradient)
 
     def is_left(self, leaf: Leaf) -> bool:
         """Whether the rows, not the columns, are projected."""
@@ -182,13 +188,13 @@ class Projector(abc.ABC):
     def up(self, leaf: Leaf, basis: Array, low: Array) -> Array:
         """What stands in the subspace, in full size: P R or R Pᵀ."""
         if self.is_left(leaf):
-            return product("...mr,...rn->...mn", for_stack(basis, low), low)
-        return product("...mr,...nr->...mn", low, basis)
+            return product("...mr,...rn->...mn", for_stack(basis, low), low, like=leaf.sharding)
+        return product("...mr,...nr->...mn", low, basis, like=leaf.sharding)
 
     def correlation(self, leaf: Leaf, gradient: Array, low: Array) -> Array:
         """How the projected side goes with what stands in a subspace: G Rᵀ or GᵀR, side×r."""
         spec = "...mn,...rn->...mr" if self.is_left(leaf) else "...mn,...mr->...nr"
-        return product(spec, gradient, low)
+        return whole(product(spec, gradient, low))
 
     def carry(self, leaf: Leaf, old: Array, new: Array, low: Array, *, power: int) -> Array:
         """What stands in an old subspace, in a new one: down_new(up_old(R)), by r×r numbers.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from memopt.transforms.linalg import explicit_axes
 from memopt.transforms.projectors.base import Leaf, Projector, When
 
 
@@ -62,7 +63,7 @@ class Strata(Selected):
         """The chosen entries in their places, zeros elsewhere."""
         axis = self.axis(leaf)
         strata = jnp.where(self._chosen(leaf, basis), jnp.expand_dims(low, axis), 0)
-        return self._merge(strata, axis, leaf.shape[axis])
+        return self._merge(leaf, strata, axis)
 
     def _chosen(self, leaf: Leaf, basis: Array) -> Array:
         """Where the entries stand, in an array whose axis is split into (strata, c)."""
@@ -72,19 +73,33 @@ class Strata(Selected):
 
     def _split(self, x: Array, axis: int) -> Array:
         """An axis as (strata, c), the last stratum filled up with zeros."""
-        count = self._count(x.shape[axis])
-        missing = count * self.every - x.shape[axis]
-        if missing:
-            widths = [(0, 0)] * x.ndim
-            widths[axis] = (0, missing)
-            x = jnp.pad(x, widths)
         at = x.ndim + axis
-        return x.reshape(*x.shape[:at], count, self.every, *x.shape[at + 1 :])
+        length, count = x.shape[at], self._count(x.shape[at])
+        spec, sharding = explicit_axes(x), None
+        if spec is not None:
+            mesh = jax.typeof(x).sharding.mesh
+            names = spec[at] if isinstance(spec[at], tuple) else (spec[at],)
+            shards = math.prod(mesh.shape[name] for name in names if name)
+            if count * self.every > length or count % shards:
+                x = jax.sharding.reshard(x, jax.P(*spec[:at], None, *spec[at + 1 :]))
+            strata = jax.typeof(x).sharding.spec[at]
+            sharding = jax.P(*spec[:at], strata, None, *spec[at + 1 :])
+        if count * self.every > length:
+            x = jnp.pad(
+                x, [(0, count * self.every - n if i == at else 0) for i, n in enumerate(x.shape)]
+            )
+        shape = (*x.shape[:at], count, self.every, *x.shape[at + 1 :])
+        return x.reshape(shape, out_sharding=sharding)
 
-    def _merge(self, x: Array, axis: int, length: int) -> Array:
+    def _merge(self, leaf: Leaf, x: Array, axis: int) -> Array:
+        """The inverse of `_split`."""
         at = x.ndim + axis
-        x = x.reshape(*x.shape[: at - 1], -1, *x.shape[at + 1 :])
-        return jax.lax.slice_in_dim(x, 0, length, axis=at - 1)
+        spec = explicit_axes(x)
+        sharding = None if spec is None else jax.P(*spec[:at], *spec[at + 1 :])
+        shape = (*x.shape[: at - 1], x.shape[at - 1] * x.shape[at], *x.shape[at + 1 :])
+        x = x.reshape(shape, out_sharding=sharding)
+        x = jax.lax.slice_in_dim(x, 0, leaf.shape[axis], axis=at - 1)
+        return x if spec is None else jax.sharding.reshard(x, leaf.sharding)
 
 
 class Lines(Strata):

@@ -192,6 +192,5 @@ def power_iteration(
       >>> [x.shape for x in power_iteration(2).init(Leaf("w", (3, 8, 4), jnp.float32))]
       [(3, 4, 2)]
     """
-    if not 0 <= rho < 1:
-        raise ValueError(f"rho must be in [0, 1), got {rho}.")
+    check_at_least("rho", rho, 0)
     return PowerIteration(rank, side, True, start, rho, b1)
