@@ -18,6 +18,9 @@ class CarryOver:
         M ← T M
         V ← |T² (V − M²) + (T M)²|           entries squared, moments corrected for their start
 
+    A moment is what is shaped like the projected gradients; anything else, a factored second
+    moment too, is kept as it is.
+
     Attributes:
       b1: decay of the first moment, for its correction; 0 corrects nothing.
       b2: decay of the second moment, likewise.

@@ -9,9 +9,12 @@ import pytest
 import memopt
 from memopt import projectors, recombine
 from memopt.transforms.projectors import Leaf, When
+from tests.yardstick import yardstick
 
 LEAF = Leaf("blocks/up", (3, 64, 96), jnp.float32)
-random = pytest.mark.parametrize("make", [projectors.gaussian, projectors.rademacher])
+random = pytest.mark.parametrize(
+    "make", [projectors.gaussian, projectors.rademacher, projectors.sparse]
+)
 
 
 def basis(projector, leaf=LEAF, step=0, every=10):
@@ -135,3 +138,167 @@ def test_replay_errors(matrices, sentence):
     tx = memopt.in_subspace(optax.identity(), projectors.replay(matrices), recombine.lift())
     with pytest.raises(ValueError, match=sentence):
         tx.init({"w": jnp.ones((4, 6))})
+
+
+def subspace_angle(p, q):
+    """The sine of the largest angle between two column spaces, in float64."""
+    p, q = (np.linalg.qr(np.asarray(x, np.float64))[0] for x in (p, q))
+    return np.linalg.norm(q - p @ (p.swapaxes(-1, -2) @ q), ord=2, axis=(-2, -1)).max()
+
+
+def gradient(shape, rank=None, seed=0):
+    """A stack of matrices whose singular values fall by a fifth from one to the next."""
+    draw = np.random.default_rng(seed)
+    u, _, v = np.linalg.svd(draw.normal(size=shape), full_matrices=False)
+    values = 0.8 ** np.arange(min(shape[-2:]))
+    values[len(values) if rank is None else rank :] = 0
+    return (u * values) @ v
+
+
+@pytest.mark.parametrize("make", [projectors.svd, projectors.randomized_svd])
+@pytest.mark.parametrize("side", ["short", "long"])
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24), (3, 24, 40), (2, 3, 40, 24)])
+def test_singular_subspaces_are_numpys(make, side, shape):
+    g = gradient(shape)
+    leaf, projector = Leaf("w", shape, jnp.float32), make(4, side=side)
+    p = np.asarray(basis_of(projector, leaf, g))
+    u, _, vt = np.linalg.svd(g)
+    expected = u if projector.is_left(leaf) else vt.swapaxes(-1, -2)
+    # Of a random sketch what is left of the fifth direction shows: 0.8^(2·2+1) by two iterations.
+    assert subspace_angle(p, expected[..., :4]) < (1e-4 if make is projectors.svd else 0.05)
+    np.testing.assert_allclose(
+        p.swapaxes(-1, -2) @ p, np.broadcast_to(np.eye(4), (*shape[:-2], 4, 4)), atol=1e-5
+    )
+
+
+def basis_of(projector, leaf, g):
+    return projector.basis(leaf, jnp.asarray(g, jnp.float32), When.first())
+
+
+@pytest.mark.parametrize("make", [projectors.svd, projectors.randomized_svd])
+@pytest.mark.parametrize("rank", [0, 1, 3])
+@pytest.mark.parametrize("side", ["short", "long"])
+def test_rank_deficient_and_zero_gradients(make, rank, side):
+    g = gradient((3, 24, 40), rank)
+    leaf, projector = Leaf("w", g.shape, jnp.float32), make(4, side=side)
+    p = np.asarray(basis_of(projector, leaf, g))
+    np.testing.assert_allclose(
+        p.swapaxes(-1, -2) @ p, np.broadcast_to(np.eye(4), (3, 4, 4)), atol=1e-5
+    )
+    lifted = projector.up(leaf, p, projector.down(leaf, p, jnp.asarray(g, jnp.float32)))
+    np.testing.assert_allclose(lifted, g, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "iterations", "share"),
+    [("falling", 2, 0.999), ("noise", 2, 0.92), ("noise", 6, 0.98)],
+)
+def test_a_randomized_svd_captures_the_energy_of_an_svd(kind, iterations, share):
+    """Noise is the worst there is: all of its singular values are alike."""
+    noise = np.random.default_rng(0).normal(size=(128, 344))
+    g = noise if kind == "noise" else gradient((128, 344))
+    leaf = Leaf("w", g.shape, jnp.float32)
+    energy = lambda projector: np.square(np.asarray(basis_of(projector, leaf, g)).T @ g).sum()
+    captured = energy(projectors.randomized_svd(32, iterations=iterations))
+    assert share < captured / energy(projectors.svd(32)) < 1.0001
+
+
+def test_online_pca_follows_the_subspace():
+    """From a wrong start it comes to where the singular vectors are."""
+    g = jnp.asarray(gradient((24, 40)), jnp.float32)
+    start = projectors.gaussian(4)
+    projector = projectors.online_pca(4, optimizer=optax.adam(1e-2), start=start)
+    leaf = Leaf("w", g.shape, jnp.float32)
+
+    @jax.jit
+    def step(kept, t):
+        _, kept = projector.space(leaf, kept, g, When.at(t, 10), None)
+        return kept, None
+
+    kept = projector.init(leaf)
+    (p, *_), _ = jax.lax.scan(step, kept, jnp.arange(2000))
+    assert subspace_angle(p, np.linalg.svd(np.asarray(g))[0][:, :4]) < 0.05
+    np.testing.assert_allclose(p.T @ p, np.eye(4), atol=0.05)
+
+
+def test_online_pca_learns_what_was_recorded():
+    """The matrix at the end of the authors' own run."""
+    params, gradients = yardstick.make_problem(zero=False)
+    _, bases, _ = yardstick.load("osd_adamw_nozero")
+    first = projectors.replay({leaf: {1: steps[1]} for leaf, steps in bases.items()})
+    tx = memopt.online_subspace_descent(1e-2, rank=8, start=first, as_released=True)
+    stacked = jax.tree.map(lambda *g: jnp.asarray(np.stack(g)), *gradients)
+    params = jax.tree.map(jnp.asarray, params)
+    step = lambda state, g: (tx.update(g, state, params)[1], None)
+    state = jax.jit(lambda s, g: jax.lax.scan(step, s, g)[0])(tx.init(params), stacked)
+    learnt = state.inner_states["matrices"].inner_state[0].projector[0]
+    for leaf, steps in bases.items():
+        p = learnt[leaf].T if steps[50].shape[0] == 8 else learnt[leaf]
+        np.testing.assert_allclose(p, steps[50], atol=3e-3 * np.abs(steps[50]).max())
+
+
+def test_online_pca_survives_a_gradient_of_zeros():
+    tx = memopt.in_subspace(optax.scale_by_adam(), projectors.online_pca(4), recombine.lift())
+    g = {"up": jnp.asarray(gradient((2, 16, 24)), jnp.float32)}
+    none = jax.tree.map(jnp.zeros_like, g)
+    for order in ([g, none, g], [none, none, g]):
+        state = tx.init(g)
+        for gradients in order:
+            updates, state = jax.jit(tx.update)(gradients, state)
+            assert jax.tree.all(jax.tree.map(lambda x: jnp.isfinite(x).all(), (updates, state)))
+        assert jnp.abs(updates["up"]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "low"),
+    [
+        (projectors.columns, (3, 10, 6), (3, 3, 6)),
+        (projectors.coordinates, (3, 10, 6), (3, 3, 6)),
+        (projectors.blocks, (10, 4, 6), (3, 4, 6)),
+    ],
+)
+def test_selections_are_entries_of_the_gradient(make, shape, low):
+    """Over many draws each entry is chosen as often as the density says; no entry twice."""
+    leaf, g = Leaf("w", shape, jnp.float32), jnp.arange(1.0, 1 + np.prod(shape)).reshape(shape)
+    seen = 0
+    for seed in range(200):
+        projector = make(0.25, seed=seed)
+        p = basis(projector, leaf)
+        r = projector.down(leaf, p, g)
+        assert r.shape == low
+        lifted = np.asarray(projector.up(leaf, p, r))
+        assert np.isin(lifted, [0, *np.asarray(g).ravel()]).all()
+        np.testing.assert_array_equal(lifted[lifted != 0], np.asarray(g)[lifted != 0])
+        seen = seen + (lifted != 0)
+    np.testing.assert_allclose(seen / 200, 0.25, atol=0.14)
+
+
+def test_columns_are_whole_lines_of_either_side():
+    g = jnp.ones((8, 12))
+    leaf = Leaf("w", g.shape, jnp.float32)
+    for side, axis in (("left", 1), ("right", 0)):
+        projector = projectors.columns(0.25, side=side)
+        p = basis(projector, leaf)
+        lifted = np.asarray(projector.up(leaf, p, projector.down(leaf, p, g)))
+        assert set(lifted.mean(axis)) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: projectors.columns(0.3), "density must be one over a whole number.*got 0.3"),
+        (lambda: projectors.blocks(0), "density must be one over a whole number.*got 0"),
+        (lambda: projectors.randomized_svd(4, iterations=-1), "iterations must be at least 0"),
+        (lambda: projectors.online_pca(4, penalty=-1.0), "penalty must be at least 0"),
+        (lambda: projectors.power_iteration(4, rho=-0.1), "rho must be at least 0"),
+    ],
+)
+def test_errors(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()
+
+
+def test_a_rank_beyond_the_singular_vectors_is_refused():
+    tx = memopt.in_subspace(optax.identity(), projectors.svd(8, side="long"), recombine.lift())
+    with pytest.raises(ValueError, match="rank must be at most 4, the number of singular vectors"):
+        tx.init({"w": jnp.ones((4, 16))})

@@ -70,3 +70,126 @@ def test_extra_arguments_reach_the_inner_optimizer():
 def test_errors(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         memopt.in_subspace(optax.identity(), IDENTITY, recombine.lift(), **options)
+
+
+def test_moments_alone_begin_anew():
+    """Adam's own bias correction goes on: its first moment counts for less than all of it."""
+    adam = optax.scale_by_adam(b1=0.5, b2=0.5, eps=0.0)
+    seen = {}
+    for on_refresh in ("reset", "reset_moments"):
+        tx = memopt.in_subspace(adam, IDENTITY, recombine.lift(), 2, on_refresh)
+        seen[on_refresh] = updates_of(tx, [{"w": jnp.ones((4, 6))}] * 3)
+    assert seen["reset"] == pytest.approx([1.0, 1.0, 1.0])
+    mu, nu = 0.5 / (1 - 0.5**3), 0.5 / (1 - 0.5**3)
+    assert seen["reset_moments"] == pytest.approx([1.0, 1.0, mu / np.sqrt(nu)])
+
+
+@pytest.mark.parametrize("r", [8, 32])
+def test_carried_momentum_still_points_where_it_did(r):
+    """A random projection of side m keeps a correlation of √(r/(r+m+1)), a second one r/(r+m+1)."""
+    m, n = 64, 1000
+    g = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(m, n)), jnp.float32)}
+    none = jax.tree.map(jnp.zeros_like, g)
+
+    @jax.jit
+    def correlations(seed):
+        tx = memopt.in_subspace(
+            *(optax.trace(1.0), projectors.gaussian(r, seed=seed), recombine.lift(), 1, "carry")
+        )
+        first, state = tx.update(g, tx.init(g))
+        carried, _ = tx.update(none, state)
+        cosine = lambda u: (
+            (u["w"] * g["w"]).sum() / jnp.sqrt((u["w"] ** 2).sum() * (g["w"] ** 2).sum())
+        )
+        inner = lambda u: (u["w"] * g["w"]).sum() / (g["w"] ** 2).sum()
+        return cosine(first), cosine(carried), inner(carried)
+
+    once, twice, unbiased = np.mean(jax.vmap(correlations)(jnp.arange(100)), axis=1)
+    assert once == pytest.approx(np.sqrt(r / (r + m + 1)), rel=0.02)
+    assert twice == pytest.approx(r / (r + m + 1), rel=0.05)
+    assert unbiased == pytest.approx(1.0, rel=0.05)
+
+
+def test_carried_moments_in_a_turned_basis():
+    """A rotation carries the first moment exactly, the second as its rule says."""
+    turn = np.linalg.qr(np.random.default_rng(1).normal(size=(4, 4)))[0]
+    bases = projectors.replay({"w": {1: np.eye(4), 2: turn}}, side="left")
+    g = [np.random.default_rng(t).normal(size=(4, 6)) for t in range(2)]
+    adam = optax.scale_by_adam(b1=0.9, b2=0.99)
+    tx = memopt.in_subspace(adam, bases, recombine.lift(), 1, memopt.CarryOver(0.9, 0.99))
+    state = tx.init({"w": jnp.zeros((4, 6))})
+    for gradient in g:
+        _, state = tx.update({"w": jnp.asarray(gradient, jnp.float32)}, state)
+    m, v = 0.1 * g[0], 0.01 * g[0] ** 2
+    t = turn.T
+    m_hat, v_hat = m / 0.1, v / 0.01
+    v = 0.01 * np.abs(t**2 @ (v_hat - m_hat**2) + (t @ m_hat) ** 2)
+    low = t @ g[1]
+    np.testing.assert_allclose(state.inner.mu["w"], 0.9 * (t @ m) + 0.1 * low, atol=1e-6)
+    np.testing.assert_allclose(state.inner.nu["w"], 0.99 * v + 0.01 * low**2, atol=1e-7)
+
+
+def test_refreshes_in_turns():
+    """Matrices of different names refresh at different steps, layers of one name together."""
+    g = {name: jnp.ones((4, 6)) for name in ("a", "b", "layers_0", "layers_1")}
+    tx = memopt.in_subspace(
+        *(optax.identity(), projectors.gaussian(2), recombine.lift(), 4),
+        refresh_phase=(0, 2),
+    )
+    state, before, refreshed = tx.init(g), None, {name: [] for name in g}
+    for step in range(9):
+        updates, state = tx.update(g, state)
+        for name in g:
+            if before is not None and jnp.abs(updates[name] - before[name]).max() > 1e-3:
+                refreshed[name].append(step)
+        before = updates
+    assert refreshed == {"a": [4, 8], "b": [2, 6], "layers_0": [4, 8], "layers_1": [4, 8]}
+
+
+def test_a_refresh_is_a_branch_of_its_own():
+    """What decomposes a gradient stands in one branch of a conditional, and nowhere else."""
+    tx = memopt.in_subspace(optax.scale_by_adam(), projectors.svd(2), recombine.lift())
+    g = {"w": jnp.ones((4, 6))}
+    jaxpr = jax.make_jaxpr(tx.update)(g, tx.init(g)).jaxpr
+    assert "eigh" not in str([e for e in jaxpr.eqns if e.primitive.name != "cond"])
+    (refresh,) = [e for e in jaxpr.eqns if e.primitive.name == "cond" and "eigh" in str(e)]
+    with_eigh = ["eigh" in str(branch) for branch in refresh.params["branches"]]
+    assert sorted(with_eigh) == [False, True]
+
+
+def test_what_a_subspace_loses_comes_back_with_the_next_gradient():
+    """Error feedback: over all steps everything is applied but what still waits."""
+    bases = projectors.replay({"w": {1: np.eye(4)[:, :2], 2: np.eye(4)[:, 2:]}}, side="left")
+    rule = recombine.lift_with_error_feedback()
+    tx = memopt.in_subspace(optax.identity(), bases, rule, 1)
+    g, applied = {"w": jnp.ones((4, 6))}, 0.0
+    state = tx.init(g)
+    for _ in range(3):
+        updates, state = tx.update(g, state)
+        applied = applied + updates["w"]
+    np.testing.assert_allclose(applied + state.recombine["w"], 3 * g["w"])
+    assert state.recombine["w"][0].tolist() == [2.0] * 6
+
+
+@pytest.mark.parametrize("transform", ["plain", "in turns"])
+def test_hyperparameters_may_be_traced(transform):
+    """Everything but the rank: with `inject_hyperparams`, say."""
+    phase = 0 if transform == "plain" else (0, 1)
+    g = {"up": jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)}
+
+    @jax.jit
+    def two_steps(refresh_every, scale, b1):
+        tx = memopt.in_subspace(
+            optax.scale_by_adam(b1),
+            projectors.power_iteration(2, rho=scale, b1=b1),
+            recombine.lift_and_rest(scale, recover=b1),
+            refresh_every,
+            memopt.CarryOver(b1, 0.999),
+            refresh_phase=phase,
+        )
+        _, state = tx.update(g, tx.init(g))
+        return tx.update(g, state)[0]["up"]
+
+    moved = two_steps(2, 0.5, 0.9)
+    assert jnp.isfinite(moved).all()
+    assert jnp.abs(moved - two_steps(2, 0.1, 0.9)).max() > 1e-3

@@ -41,7 +41,7 @@ class Leaf(NamedTuple):
     @property
     def group(self) -> str:
         """The name without its numbers: one for all layers, stacked or not."""
-        return re.sub(r"[/_]?\d+", "", self.name)
+        return re.sub(r"[/_]?\d+", "", self.name).lstrip("/")
 
     @property
     def layer(self) -> int:

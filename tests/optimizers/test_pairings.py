@@ -1,0 +1,114 @@
+"""Each projector with each recombination; all cells run the whole common suite with ``-m slow``."""
+
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+
+import memopt
+from memopt import projectors, recombine
+from tests.optimizers import pairings
+
+LAYERS, STEPS = 4, 5
+SHAPES = {"up": {"kernel": (LAYERS, 8, 12)}, "norm": {"scale": (LAYERS, 8)}}
+SPECS = {"up": {"kernel": jax.P(None, "a", "b")}, "norm": {"scale": jax.P(None, "a")}}
+
+
+def gradients() -> dict:
+    """Of every step; the singular values of each matrix are well apart."""
+    draw = np.random.default_rng(0)
+    tree = jax.tree.map(
+        lambda s: draw.normal(size=(STEPS, *s)), SHAPES, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    u, _, v = np.linalg.svd(tree["up"]["kernel"], full_matrices=False)
+    tree["up"]["kernel"] = (u * 2.0 ** -np.arange(8)) @ v
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+
+def run(tx, gradients):
+    """Every step's updates, and the last state."""
+
+    @jax.jit
+    def steps(gradients):
+        zeros = jax.tree.map(lambda g: jnp.zeros_like(g[0]), gradients)
+        step = lambda state, g: tx.update(g, state, zeros)[::-1]
+        state, updates = jax.lax.scan(step, tx.init(zeros), gradients)
+        return updates, state
+
+    return steps(gradients)
+
+
+def close(got, expected):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-4 * max(1e-2, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("name", sorted(pairings.covering()))
+def test_a_pairing_works(name):
+    space, rule, inner = pairings.cells()[name]
+    tx = pairings.transformation(space, rule, inner)
+    stacked, state = run(tx, gradients())
+
+    assert any(jnp.abs(u).max() > 1e-3 for u in jax.tree.leaves(stacked))
+    shape = SHAPES["up"]["kernel"]
+    numbers = inner.matrix(*space.low(*shape)) + space.keeps(*shape) + rule.keeps(*shape)
+    params = jax.tree.map(lambda g: g[0], gradients())
+    assert memopt.state_bytes(tx, params)["up/kernel"] == 4 * numbers
+
+    narrow = jax.eval_shape(lambda: jax.tree.map(lambda p: p.astype(jnp.bfloat16), params))
+    before = jax.eval_shape(tx.init, narrow)
+    updates, after = jax.eval_shape(tx.update, narrow, before, narrow)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, narrow)
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
+    if inner is not pairings.INNERS["lion"]:
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+
+    layers = lambda i: jax.tree.map(lambda g: g[:, i], gradients())
+    separate, _ = run(tx, {str(i): layers(i) for i in range(LAYERS)})
+    for i in range(LAYERS):
+        close(separate[str(i)], jax.tree.map(lambda u, i=i: u[:, i], stacked))
+
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        spread = jax.tree.map(lambda s: NamedSharding(mesh, jax.P(None, *s)), SPECS)
+        sharded, _ = run(tx, jax.device_put(gradients(), spread))
+    close(sharded, stacked)
+
+
+@pytest.mark.parametrize("pair", sorted(pairings.SENSELESS), ids="-".join)
+def test_what_makes_no_sense_is_refused_when_built(pair):
+    projector, rule = pair
+    space = pairings.PROJECTORS[projector]
+    with pytest.raises(memopt.NoSuchPairing, match=f"^{rule} needs"):
+        pairings.transformation(space, pairings.RULES[rule], pairings.INNERS["adam"])
+
+
+@pytest.mark.parametrize(
+    ("projector", "on_refresh", "sentence"),
+    [
+        (projectors.blocks(0.5), "keep", "hand the moments of one layer to the next"),
+        (projectors.online_pca(4), "reset", "on_refresh must be 'keep', got 'reset'"),
+        (projectors.online_pca(4), memopt.CarryOver(), "on_refresh must be 'keep'"),
+    ],
+)
+def test_refreshes_that_make_no_sense_are_refused(projector, on_refresh, sentence):
+    with pytest.raises(memopt.NoSuchPairing, match=sentence):
+        memopt.in_subspace(
+            optax.scale_by_adam(), projector, recombine.lift(), on_refresh=on_refresh
+        )
+
+
+def test_the_table_is_whole():
+    """Every public projector and recombination stands in it."""
+    public = lambda module: {n for n, f in vars(module).items() if n[0].islower() and callable(f)}
+    assert public(projectors) - {"by_name", "replay"} == set(pairings.PROJECTORS)
+    rules = {n for n in public(recombine) if getattr(recombine, n).__module__ == recombine.__name__}
+    assert rules - {"norm"} == set(pairings.RULES)
+    pairs = {tuple(name.split("-")[:2]) for name in pairings.covering()}
+    every = set(itertools.product(pairings.PROJECTORS, pairings.RULES))
+    assert pairs == every - pairings.SENSELESS
