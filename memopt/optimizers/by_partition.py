@@ -42,10 +42,11 @@ def adamw_for_rest(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: float = 0.0,
     weight_decay_mask: Any = None,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Optax's AdamW with float32 statistics: what the rest gets unless the user says."""
-    adamw = optax.adamw(learning_rate, weight_decay=weight_decay, mask=weight_decay_mask)
-    return in_float32(adamw)
+    decay = {"weight_decay": weight_decay, "mask": weight_decay_mask}
+    return in_float32(optax.adamw(learning_rate, **decay, **options))
 
 
 def descend(

@@ -10,7 +10,11 @@ from memopt.errors import check_at_least
 from memopt.matrices import Matrices
 from memopt.optimizers.by_partition import adamw_for_rest, descend, matrices_and_rest
 from memopt.transforms import projectors
-from memopt.transforms.adam import adam_bias_correction, scale_by_uncorrected_adam
+from memopt.transforms.adam import (
+    adam_bias_correction,
+    scale_by_released_adam,
+    scale_by_uncorrected_adam,
+)
 from memopt.transforms.clipping import GrowthLimiter
 from memopt.transforms.recombine import lift_and_scaled_rest
 from memopt.transforms.subspace import in_subspace
@@ -37,20 +41,20 @@ def fira(
 ) -> optax.GradientTransformationExtraArgs:
     """Fira: GaLore, and what is outside its subspace scaled as Adam scales what is inside.
 
-    With t = count + 1::
+    ::
 
         P ← leading r singular vectors of G        every `refresh_every` steps
         R = PᵀG                                    r×n (or G P, m×r, where m > n)
-        N = Adam(R), uncorrected
+        N = Adam(R)
         S = limit_norm_growth((G − P R) · ‖N‖ / ‖R‖)      per index of the longer side
-        W ← W − lr · (√(1−β₂ᵗ)/(1−β₁ᵗ) · (scale · P N + S) + weight_decay · W)
+        W ← W − lr · (scale · (P N + S) + weight_decay · W)
 
     State: 2rq + rp + 1 numbers for a matrix of sides p ≤ q, and the step counts.
 
     Args:
       learning_rate: a number or a schedule.
       rank: r, or a fraction of each matrix's shorter side.
-      scale: of the lifted update, α.
+      scale: of the update, α.
       refresh_every: steps between two subspaces; the moments are kept.
       refresh_phase: staggers them over the matrices; see `memopt.in_subspace`.
       b1: decay of the first moment.
@@ -66,9 +70,10 @@ def fira(
       weight_decay: decoupled decay, times the learning rate.
       weight_decay_mask: which leaves decay, as in ``optax.adamw``.
       seed: what random projectors draw from.
-      as_released: follow the authors' code: S is formed of G − scale · P R, the limiter freezes
-        a matrix after a gradient of zeros, decay applies to the weights after the step, and the
-        rest gets that code's Adam.
+      as_released: follow the authors' code: N is corrected for the moments' start only after
+        the limiter, scale multiplies P N alone, S is formed of G − scale · P R, the limiter
+        freezes a matrix after a gradient of zeros, decay applies to the weights after the step,
+        and the rest gets that code's Adam.
 
     Raises:
       ValueError: if `rank`, `refresh_every` or `scale` is out of range, or the rank larger than
@@ -87,19 +92,21 @@ def fira(
       2308
     """
     check_at_least("scale", scale, 0)
-    adam = scale_by_uncorrected_adam(b1, b2, eps)
     limiter = None if growth_limit is None else GrowthLimiter(growth_limit, as_released)
-    rule = lift_and_scaled_rest(scale, limiter, as_released=as_released)
-    projector = projectors.by_name(projector, rank, seed=seed)
-    decay = (weight_decay, weight_decay_mask)
-    last = (
-        optax.scale_by_schedule(adam_bias_correction(b1, b2)),
-        descend(learning_rate, *decay, as_released=as_released),
-    )
+    adam, corrected = scale_by_released_adam(b1, b2, eps), optax.scale(scale)
+    rule = lift_and_scaled_rest(limiter=limiter)
+    if as_released:
+        adam = scale_by_uncorrected_adam(b1, b2, eps)
+        corrected = optax.scale_by_schedule(adam_bias_correction(b1, b2))
+        rule = lift_and_scaled_rest(scale, limiter, as_released=True)
     subspace = in_subspace(
-        *(adam, projector, rule, refresh_every), refresh_phase=refresh_phase, matrices=matrices
+        *(adam, projectors.by_name(projector, rank, seed=seed), rule, refresh_every),
+        refresh_phase=refresh_phase,
+        matrices=matrices,
     )
+    decay = (weight_decay, weight_decay_mask)
+    last = descend(learning_rate, *decay, as_released=as_released)
     if rest is None:
-        released = optax.chain(adam, *last)
+        released = optax.chain(adam, corrected, last)
         rest = released if as_released else adamw_for_rest(learning_rate, *decay)
-    return matrices_and_rest(optax.chain(subspace, *last), rest, matrices)
+    return matrices_and_rest(optax.chain(subspace, corrected, last), rest, matrices)

@@ -21,8 +21,8 @@ def flora(
     b1: float = 0.9,
     refresh_every: int = 1000,
     decay_rate: float = 0.8,
-    clip_threshold: float | None = 1.0,
-    scale_by_parameter: bool = True,
+    clip_threshold: float | None = None,
+    scale_by_parameter: bool | None = None,
     eps: float = 1e-30,
     eps_scale: float = 1e-3,
     projector: projectors.Projector | str = "gaussian",
@@ -35,7 +35,7 @@ def flora(
 ) -> optax.GradientTransformationExtraArgs:
     """Flora: Adafactor with a momentum that is kept in a random subspace.
 
-    With Â the update of Adafactor (factored second moment, clipped, scaled by the parameter)::
+    With Â the gradient over the root of Adafactor's factored second moment::
 
         P ~ N(0, 1/r)                              drawn from the seed, never kept
         M ← P_newᵀ P_old M                         when a new P is drawn
@@ -46,13 +46,14 @@ def flora(
     embedding too, has Adafactor with a momentum of full size unless `rest` says otherwise.
 
     Args:
-      learning_rate: a number or a schedule, multiplied by RMS(W) if `scale_by_parameter`.
+      learning_rate: a number or a schedule.
       rank: r, or a fraction of each matrix's shorter side.
       b1: decay of the momentum.
       refresh_every: steps between two projections, κ.
       decay_rate: the second moment's decay is 1 − t^−decay_rate.
-      clip_threshold: the largest root mean square of an update; None does not clip.
-      scale_by_parameter: multiply the step by max(eps_scale, RMS(W)).
+      clip_threshold: the largest root mean square of Â; by default, as the paper's rule has it,
+        Â is not clipped.
+      scale_by_parameter: multiply Â by max(eps_scale, RMS(W)); by default not.
       eps: ε₁, added to the squared gradient.
       eps_scale: ε₂, the least parameter scale.
       projector: "gaussian", any other name in `memopt.projectors`, or a projector, which then
@@ -65,9 +66,10 @@ def flora(
       weight_decay_mask: which leaves decay, as in ``optax.adamw``.
       seed: what the projections are drawn from.
       as_released: follow the authors' PyTorch code: the newest update enters uncompressed,
-        clipping and parameter scale come after the momentum, and a new subspace comes one step
-        earlier and is lifted from one step later. That code keeps the whole momentum of
-        matrices with one side four times the other or below the rank; `matrices` can say so.
+        clipping, by default at 1, and parameter scale, by default on, come after the momentum,
+        and a new subspace comes one step earlier and is lifted from one step later. That code
+        keeps the whole momentum of matrices with one side four times the other or below the
+        rank; `matrices` can say so.
 
     Raises:
       ValueError: if `rank` or `refresh_every` is out of range, or the rank larger than a
@@ -85,6 +87,9 @@ def flora(
       >>> memopt.state_bytes(tx, params)["up/kernel"]            # 4·64 + 64 + 16 floats
       1344
     """
+    if as_released:
+        clip_threshold = 1.0 if clip_threshold is None else clip_threshold
+        scale_by_parameter = scale_by_parameter is not False
     on = {"matrices": matrices}
     normalize = scale_by_factored_rms(decay_rate, eps, **on)
     bound = optax.identity() if clip_threshold is None else clip_by_matrix_rms(clip_threshold, **on)

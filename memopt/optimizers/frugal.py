@@ -72,7 +72,7 @@ def frugal(
       weight_decay_mask: which leaves decay, as in ``optax.adamw``.
       seed: what the choices depend on.
       as_released: nothing here departs from the authors' code but how a choice is drawn: there
-        any lines, here one of every 1/ρ successive ones.
+        any lines, here one of every 1/ρ.
 
     Raises:
       ValueError: if `density` or `refresh_every` is out of range, or `inactive` unknown.

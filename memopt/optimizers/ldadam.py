@@ -64,7 +64,8 @@ def ldadam(
       weight_decay: decoupled decay, times the learning rate.
       weight_decay_mask: which leaves decay, as in ``optax.adamw``.
       seed: what random projectors draw from.
-      as_released: follow the authors' code, which squares T² once more.
+      as_released: follow the authors' code, which squares T² once more, and gives the rest
+        the same b1 and b2.
 
     Raises:
       ValueError: if `rank` or `refresh_every` is out of range, or the rank larger than a
@@ -92,7 +93,7 @@ def ldadam(
         on_refresh=CarryOver(b1, b2, power=4 if as_released else 2),
         matrices=matrices,
     )
-    decay = (weight_decay, weight_decay_mask)
+    decay, betas = (weight_decay, weight_decay_mask), {"b1": b1, "b2": b2}
     if rest is None:
-        rest = adamw_for_rest(learning_rate, *decay)
+        rest = adamw_for_rest(learning_rate, *decay, **(betas if as_released else {}))
     return matrices_and_rest(optax.chain(subspace, descend(learning_rate, *decay)), rest, matrices)

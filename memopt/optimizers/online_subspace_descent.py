@@ -13,7 +13,7 @@ def online_subspace_descent(
     learning_rate: optax.ScalarOrSchedule,
     *,
     rank: int | float = 0.25,
-    scale: float = 0.25,
+    scale: float = 1.0,
     projector_learning_rate: optax.ScalarOrSchedule = 5e-3,
     projector_optimizer: optax.GradientTransformation | None = None,
     penalty: float = 0.1,
@@ -37,15 +37,16 @@ def online_subspace_descent(
         W ← W − lr · (scale · P N + weight_decay · W)
         P ← P − step(∇ (‖P PᵀĜ − Ĝ‖² + penalty · ‖PᵀP − I‖²))
 
-    It starts from singular vectors of the first gradient, and never decomposes another one. A
-    gradient of zeros leaves P as it is; the released code divides by its norm and turns to NaN.
+    It starts from singular vectors of the first gradient, and never decomposes another one. The
+    first step leaves P as it is, and so does a gradient of zeros; the released code divides by
+    its norm and turns to NaN.
     State: 2rq + 3rp + 1 numbers for a matrix of sides p ≤ q, and the step counts; 2rp of them
     and the one are of P's own Adam.
 
     Args:
       learning_rate: a number or a schedule.
       rank: r, or a fraction of each matrix's shorter side.
-      scale: of the lifted update.
+      scale: of the lifted update; 0.25 in the authors' scripts.
       projector_learning_rate: of P's own optimizer, a number or a schedule.
       projector_optimizer: takes P's steps instead, with a learning rate of its own.
       penalty: λ, holds P near orthonormal.

@@ -22,6 +22,7 @@ class Projected(NamedTuple):
       low_update: N, what the inner optimizer made of R.
       low_axis: the axis of R that counts its r dimensions, -2 or -1.
       up: takes what is in the subspace to full size.
+      rest: gives what of the gradient is outside the subspace, G − up(R).
       lost: gives what of the inner optimizer's first moment a refresh at this step left behind
         in the old subspace, in full size.
     """
@@ -31,11 +32,8 @@ class Projected(NamedTuple):
     low_update: Array
     low_axis: int
     up: Callable[[Array], Array]
+    rest: Callable[[], Array]
     lost: Callable[[], Array]
-
-    def rest(self) -> Array:
-        """What of the gradient is outside the subspace: G − up(R)."""
-        return self.gradient - self.up(self.low_gradient)
 
     def ratio(self, axes: int | tuple[int, int]) -> Array:
         """‖N‖ / ‖R‖ over some axes, which are kept with length one."""

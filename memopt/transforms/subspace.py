@@ -157,14 +157,15 @@ def in_subspace(
         after = _momentum(inner_state, like)
         low_updates, inner_state = inner.update(low, inner_state, None, **extra)
 
-        def leave(layout: Layout, g: Array, space: Any, *rest: Any) -> tuple[Array, Any]:
+        def leave(layout: Layout, g: Array, space: Any, *ends: Any) -> tuple[Array, Any]:
             """The full-size update, and what the recombination keeps."""
-            low_g, low_u, before, after, rule = rest
+            low_g, low_u, before, after, rule = ends
             if space is None:
                 return low_u.astype(g.dtype), ()
             lost = lambda: space.lost(before, after, moved)
             axis = -2 if projector.is_left(space.leaf) else -1
-            projected = Projected(space.gradient, low_g, low_u, axis, space.up, lost)
+            rest = lambda: projector.rest(space.leaf, space.basis, space.gradient, low_g)
+            projected = Projected(space.gradient, low_g, low_u, axis, space.up, rest, lost)
             u, rule = recombine(projected, rule)
             return layout.from_matrices(u, g).astype(g.dtype), rule
 

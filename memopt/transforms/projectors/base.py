@@ -191,6 +191,10 @@ class Projector(abc.ABC):
             return product("...mr,...rn->...mn", for_stack(basis, low), low, like=leaf.sharding)
         return product("...mr,...nr->...mn", low, basis, like=leaf.sharding)
 
+    def rest(self, leaf: Leaf, basis: Array, gradient: Array, low: Array) -> Array:
+        """What of the gradient is outside the subspace, where `low` stands: G − up(R)."""
+        return gradient - self.up(leaf, basis, low)
+
     def correlation(self, leaf: Leaf, gradient: Array, low: Array) -> Array:
         """How the projected side goes with what stands in a subspace: G Rᵀ or GᵀR, side×r."""
         spec = "...mn,...rn->...mr" if self.is_left(leaf) else "...mn,...mr->...nr"

@@ -32,7 +32,10 @@ class Selected(Projector):
 
 @dataclasses.dataclass(frozen=True)
 class Strata(Selected):
-    """One of every c successive lines, entries or layers, drawn from (seed, parameter, refresh).
+    """One of every c lines, entries or layers, drawn from (seed, parameter, refresh).
+
+    The members of a stratum stand some way apart: an axis splits into (b, c, width), one of
+    c is chosen, and (b, width) is left. Both directions are elementwise.
 
     Attributes:
       every: c; `rank` is 1/c.
@@ -44,86 +47,116 @@ class Strata(Selected):
 
     @abc.abstractmethod
     def axis(self, leaf: Leaf) -> int:
-        """The axis of G along which one of every c is chosen."""
+        """The axis of G along which one of every c is chosen, counted from the end."""
 
-    def _drawn(self, leaf: Leaf, when: When, shape: tuple[int, ...]) -> Array:
-        key = leaf.key(self.seed, when.refresh)
-        return jax.random.randint(key, shape, 0, self.every, jnp.int32)
-
-    def _count(self, length: int) -> int:
-        return math.ceil(length / self.every)
+    def parts(self, leaf: Leaf) -> tuple[int, int]:
+        """Of an axis, b and the width; b·c·width may exceed it."""
+        return math.ceil(leaf.shape[self.axis(leaf)] / self.every), 1
 
     def down(self, leaf: Leaf, basis: Array, gradient: Array) -> Array:
         """The chosen entries: the axis is c times shorter."""
-        axis = self.axis(leaf)
-        strata = self._split(gradient, axis)
-        return jnp.where(self._chosen(leaf, basis), strata, 0).sum(axis)
+        strata = self._split(leaf, gradient, self.every)
+        chosen = jnp.where(self._is_chosen(leaf, basis), strata, 0)
+        return self._join(leaf, chosen.sum(self.axis(leaf) - 1, keepdims=True))
 
     def up(self, leaf: Leaf, basis: Array, low: Array) -> Array:
         """The chosen entries in their places, zeros elsewhere."""
-        axis = self.axis(leaf)
-        strata = jnp.where(self._chosen(leaf, basis), jnp.expand_dims(low, axis), 0)
-        return self._merge(leaf, strata, axis)
+        strata = jnp.where(self._is_chosen(leaf, basis), self._split(leaf, low, 1), 0)
+        return self._full(leaf, strata)
 
-    def _chosen(self, leaf: Leaf, basis: Array) -> Array:
-        """Where the entries stand, in an array whose axis is split into (strata, c)."""
-        axis = self.axis(leaf)
-        within = jnp.arange(self.every).reshape(-1, *(1,) * (-axis - 1))
-        return jnp.expand_dims(basis, axis) == within
+    def rest(self, leaf: Leaf, basis: Array, gradient: Array, low: Array) -> Array:
+        """What is not chosen, read off the gradient alone."""
+        strata = self._split(leaf, gradient, self.every)
+        return self._full(leaf, jnp.where(self._is_chosen(leaf, basis), 0, strata))
 
-    def _split(self, x: Array, axis: int) -> Array:
-        """An axis as (strata, c), the last stratum filled up with zeros."""
-        at = x.ndim + axis
-        length, count = x.shape[at], self._count(x.shape[at])
+    def _is_chosen(self, leaf: Leaf, basis: Array) -> Array:
+        """Of an axis as (b, c, width), which entries are chosen."""
+        at = basis.ndim + self.axis(leaf)
+        b, _ = self.parts(leaf)
+        choice = basis.reshape(*basis.shape[:at], b, 1, -1, *basis.shape[at + 1 :])
+        return choice == jnp.arange(self.every).reshape(-1, *(1,) * -self.axis(leaf))
+
+    def _split(self, leaf: Leaf, x: Array, c: int) -> Array:
+        """An axis as (b, c, width), filled up with zeros."""
+        at = x.ndim + self.axis(leaf)
+        b, width = self.parts(leaf)
+        missing = b * c * width - x.shape[at]
         spec, sharding = explicit_axes(x), None
         if spec is not None:
-            mesh = jax.typeof(x).sharding.mesh
             names = spec[at] if isinstance(spec[at], tuple) else (spec[at],)
-            shards = math.prod(mesh.shape[name] for name in names if name)
-            if count * self.every > length or count % shards:
-                x = jax.sharding.reshard(x, jax.P(*spec[:at], None, *spec[at + 1 :]))
-            strata = jax.typeof(x).sharding.spec[at]
-            sharding = jax.P(*spec[:at], strata, None, *spec[at + 1 :])
-        if count * self.every > length:
-            x = jnp.pad(
-                x, [(0, count * self.every - n if i == at else 0) for i, n in enumerate(x.shape)]
-            )
-        shape = (*x.shape[:at], count, self.every, *x.shape[at + 1 :])
+            mesh = jax.typeof(x).sharding.mesh
+            stays = not missing and b % math.prod(mesh.shape[name] for name in names if name) == 0
+            spec = (*spec[:at], spec[at] if stays else None, *spec[at + 1 :])
+            x = jax.sharding.reshard(x, jax.P(*spec))
+            sharding = jax.P(*spec[: at + 1], None, None, *spec[at + 1 :])
+        if missing:
+            x = jnp.pad(x, [(0, missing if i == at else 0) for i in range(x.ndim)])
+        shape = (*x.shape[:at], b, c, width, *x.shape[at + 1 :])
         return x.reshape(shape, out_sharding=sharding)
 
-    def _merge(self, leaf: Leaf, x: Array, axis: int) -> Array:
-        """The inverse of `_split`."""
-        at = x.ndim + axis
+    def _full(self, leaf: Leaf, strata: Array) -> Array:
+        """The inverse of `_split`, of full size and sharded as the gradient is."""
+        axis = len(leaf.shape) + self.axis(leaf)
+        full = jax.lax.slice_in_dim(self._join(leaf, strata), 0, leaf.shape[axis], axis=axis)
+        return full if explicit_axes(full) is None else jax.sharding.reshard(full, leaf.sharding)
+
+    def _join(self, leaf: Leaf, x: Array) -> Array:
+        """The three axes of `_split` as one."""
+        at = x.ndim + self.axis(leaf) - 2
         spec = explicit_axes(x)
-        sharding = None if spec is None else jax.P(*spec[:at], *spec[at + 1 :])
-        shape = (*x.shape[: at - 1], x.shape[at - 1] * x.shape[at], *x.shape[at + 1 :])
-        x = x.reshape(shape, out_sharding=sharding)
-        x = jax.lax.slice_in_dim(x, 0, leaf.shape[axis], axis=at - 1)
-        return x if spec is None else jax.sharding.reshard(x, leaf.sharding)
+        sharding = None if spec is None else jax.P(*spec[: at + 1], *spec[at + 3 :])
+        shape = (*x.shape[:at], math.prod(x.shape[at : at + 3]), *x.shape[at + 3 :])
+        return x.reshape(shape, out_sharding=sharding)
 
 
-class Lines(Strata):
-    """Whole rows, or columns; see `columns`."""
-
-    def axis(self, leaf: Leaf) -> int:
-        """Rows or columns."""
-        return -2 if self.is_left(leaf) else -1
-
-    def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
-        """Of each stratum the place of the chosen line."""
-        shape = [1, 1]
-        shape[self.axis(leaf)] = self._count(leaf.shape[self.axis(leaf)])
-        return self._drawn(leaf, when, tuple(shape))
-
-
-class Coordinates(Lines):
+class Coordinates(Strata):
     """Entries, chosen in each line by themselves; see `coordinates`."""
 
+    def axis(self, leaf: Leaf) -> int:
+        """Down each column, or along each row."""
+        return -2 if self.is_left(leaf) else -1
+
+    def parts(self, leaf: Leaf) -> tuple[int, int]:
+        """Whole tiles of a TPU's memory wide, where they fit: splitting rows moves nothing."""
+        length = leaf.shape[self.axis(leaf)]
+        for width in (16, 8):
+            if length % (self.every * width) == 0:
+                return length // (self.every * width), width
+        return super().parts(leaf)
+
     def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
-        """Of each stratum of each line the place of the chosen entry."""
-        shape = list(leaf.shape[-2:])
-        shape[self.axis(leaf)] = self._count(leaf.shape[self.axis(leaf)])
-        return self._drawn(leaf, when, tuple(shape))
+        """Of each stratum of each line which of its entries is chosen."""
+        return self._drawn(leaf, when, leaf.shape[-2:], math.prod(self.parts(leaf)))
+
+    def _drawn(self, leaf: Leaf, when: When, shape: tuple[int, ...], strata: int) -> Array:
+        """Numbers from 0 to c - 1, one for each stratum."""
+        sizes = list(shape)
+        sizes[self.axis(leaf)] = strata
+        key = leaf.key(self.seed, when.refresh)
+        return jax.random.randint(key, tuple(sizes), 0, self.every, jnp.int32)
+
+
+class Lines(Coordinates):
+    """Rows, or columns, as many together as a tile is wide; see `columns`."""
+
+    def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
+        """Of each stratum which of its tiles is chosen."""
+        return self._drawn(leaf, when, (1, 1), self.parts(leaf)[0])
+
+    def down(self, leaf: Leaf, basis: Array, gradient: Array) -> Array:
+        """The chosen lines; whole tiles of rows are read by themselves."""
+        b, width = self.parts(leaf)
+        if not self.is_left(leaf) or width == 1 or explicit_axes(gradient) is not None:
+            return super().down(leaf, basis, gradient)
+        *stack, _, n = gradient.shape
+        tiles = gradient.reshape(*stack, b * self.every, width, n)
+        index = jnp.broadcast_to(basis[:, 0] + self.every * jnp.arange(b), (*stack, b))
+        take = lambda x, i: jnp.take(x, i, axis=0, mode="clip")
+        for _ in stack:
+            take = jax.vmap(take)
+        low = take(tiles, index).reshape(*stack, b * width, n)
+        # XLA for TPUs would compute what follows before this reshape, and store it twice.
+        return jax.lax.optimization_barrier(low)
 
 
 class Blocks(Strata):
@@ -141,7 +174,7 @@ class Blocks(Strata):
         draw = lambda i: jax.random.randint(jax.random.fold_in(key, i), (), 0, self.every)
         if len(leaf.shape) == 2:
             return draw(leaf.layer // self.every) == leaf.layer % self.every
-        chosen = jax.vmap(draw)(jnp.arange(self._count(leaf.shape[0])))
+        chosen = jax.vmap(draw)(jnp.arange(self.parts(leaf)[0]))
         return chosen.reshape(-1, *(1,) * (len(leaf.shape) - 1))
 
     def down(self, leaf: Leaf, basis: Array, gradient: Array) -> Array:
@@ -156,12 +189,19 @@ class Blocks(Strata):
             return jnp.where(basis, low, 0)
         return super().up(leaf, basis, low)
 
+    def rest(self, leaf: Leaf, basis: Array, gradient: Array, low: Array) -> Array:
+        """The other layers."""
+        if len(leaf.shape) == 2:
+            return jnp.where(basis, 0, gradient)
+        return super().rest(leaf, basis, gradient, low)
+
 
 def columns(density: float = 0.25, *, side: str = "left", seed: int | Array = 0) -> Projector:
     """Random input features: whole lines of each matrix, density·mn entries of it.
 
-    Of every 1/density successive lines one is drawn at each refresh; nothing of the choice is
-    kept. They are what the authors' code calls columns: of a kernel (in, out) its rows.
+    Of every 1/density lines one is drawn at each refresh; nothing of the choice is kept. Where
+    they divide the side, 16 or 8 adjacent lines, whole tiles of a TPU's memory, are drawn
+    together. They are what the authors' code calls columns: of a kernel (in, out) its rows.
 
     Args:
       density: ρ, one over a whole number.
@@ -187,7 +227,7 @@ def columns(density: float = 0.25, *, side: str = "left", seed: int | Array = 0)
 def coordinates(density: float = 0.25, *, side: str = "left", seed: int | Array = 0) -> Projector:
     """Random entries: density·mn of each matrix.
 
-    Of every 1/density successive entries of a column (of a row with ``side="right"``) one is
+    Of every 1/density entries of a column (of a row with ``side="right"``) one is
     drawn at each refresh; nothing of the choice is kept.
 
     Args:

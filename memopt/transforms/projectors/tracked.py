@@ -61,8 +61,8 @@ class OnlinePca(Tracked):
         basis = jax.lax.cond(first, start, lambda: kept[0])
         moved = self._moved(leaf, (basis, *kept[1:]), gradient)
         # The first basis is the best there is; and zeros say nothing of a better one.
-        stay = first | ~jnp.any(gradient != 0)
-        keep = lambda old, new: jnp.where(stay, old, new)
+        stay = first | (gradient == 0).all((-2, -1), keepdims=True)
+        keep = lambda old, new: jnp.where(stay if old.ndim else first, old, new)
         return basis, tuple(map(keep, (basis, *kept[1:]), moved))
 
     def _moved(self, leaf: Leaf, kept: tuple[Array, ...], gradient: Array) -> tuple[Array, ...]:
@@ -129,9 +129,9 @@ def online_pca(
 
         P ← P − step(∇ (‖P PᵀĜ − Ĝ‖² + λ ‖PᵀP − I‖²))
 
-    A step is projected with the basis before it. A gradient of zeros leaves the basis as it
-    is (the released code divides by its norm). Kept: the basis, side×r numbers a matrix, and
-    its optimizer's state.
+    A step is projected with the basis before it, and the first step leaves it as it is. So
+    does, for its matrix, a gradient of zeros (the released code divides by its norm). Kept: the
+    basis, side×r numbers a matrix, and its optimizer's state.
 
     Args:
       rank: r, or a fraction of each matrix's shorter side.
