@@ -1,5 +1,6 @@
 """Products and factorisations of stacks of matrices, sharded or not."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -66,6 +67,23 @@ def whole(matrices: Array) -> Array:
     if spec is None or spec[-2:] == (None, None):
         return matrices
     return jax.sharding.reshard(matrices, jax.P(*spec[:-2], None, None))
+
+
+def turned(matrices: Array, axis: int) -> Array:
+    """`matrices` with one of their axes, -2 or -1, whole, and the other sharded in its place.
+
+    Each device gives away most of its part and gets as much: none holds more than before.
+    """
+    spec = explicit_axes(matrices)
+    if spec is None or spec[axis] is None:
+        return matrices
+    names = lambda entry: entry if isinstance(entry, tuple) else (entry,) if entry else ()
+    both = (*names(spec[-3 - axis]), *names(spec[axis]))
+    mesh = jax.typeof(matrices).sharding.mesh
+    if matrices.shape[-3 - axis] % math.prod(mesh.shape[name] for name in both):
+        return matrices
+    last = (None, both) if axis == -2 else (both, None)
+    return jax.sharding.reshard(matrices, jax.P(*spec[:-2], *last))
 
 
 def for_stack(basis: Array, like: Array) -> Array:

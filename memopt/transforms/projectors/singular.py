@@ -6,7 +6,7 @@ import jax
 from jax import Array
 
 from memopt.errors import check_at_least
-from memopt.transforms.linalg import leading_eigenvectors, orthonormal, product
+from memopt.transforms.linalg import leading_eigenvectors, orthonormal, product, turned
 from memopt.transforms.projectors.base import Leaf, Projector, When
 
 
@@ -22,7 +22,8 @@ class Svd(Projector):
         m, n = leaf.shape[-2:]
         is_wide = m <= n
         gram = "...mn,...kn->...mk" if is_wide else "...mn,...mk->...nk"
-        vectors = leading_eigenvectors(product(gram, gradient, gradient), min(r, m, n))
+        whole = turned(gradient, -2 if is_wide else -1)
+        vectors = leading_eigenvectors(product(gram, whole, whole), min(r, m, n))
         if self.is_left(leaf) == is_wide:
             return vectors
         across = "...mn,...mr->...nr" if is_wide else "...mn,...nr->...mr"
@@ -73,9 +74,10 @@ class RandomizedSvd(Svd):
 def svd(rank: int | float, *, side: str = "short") -> Projector:
     """The leading r singular vectors of the gradient at each refresh.
 
-    They are the eigenvectors of the p×p Gram matrix of the shorter side, p, summed up where
-    the gradient lies: nothing of the gradient's size moves between devices. The basis is kept:
-    side×r numbers a matrix. `randomized_svd` costs far less.
+    They are the eigenvectors of the p×p Gram matrix of the shorter side, p. Where that side is
+    sharded, forming it moves each device's part of the gradient to others; under Auto axes XLA
+    gathers the whole gradient for it. `randomized_svd` never does, and costs far less. The
+    basis is kept: side×r numbers a matrix.
 
     Args:
       rank: r, or a fraction of each matrix's shorter side.

@@ -1,0 +1,71 @@
+"""What moves between devices: never a gradient."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+
+import memopt
+from memopt import recombine
+from tests.optimizers import pairings
+
+SHAPE = (16, 512, 1024)
+SPECS = {
+    "rows": jax.P(None, ("a", "b"), None),
+    "columns": jax.P(None, None, ("a", "b")),
+    "both": jax.P(None, "a", "b"),
+    "stack": jax.P(("a", "b"), None, None),
+}
+
+
+def gathered(hlo: str) -> list[int]:
+    """The numbers in each array that a device gets from others whole."""
+    found = re.findall(r"= (.*?) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", hlo)
+    arrays = [shape for shapes in found for shape in re.findall(r"\w+\[([\d,]*)\]", shapes)]
+    return [math.prod(int(d) for d in shape.split(",") if d) for shape in arrays]
+
+
+def compiled(tx, spec, axis_type):
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(axis_type,) * 2)
+    with jax.set_mesh(mesh):
+        place = lambda x, spec: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
+        )
+        g = {"up": place(jax.ShapeDtypeStruct(SHAPE, jnp.float32), spec)}
+        state = jax.eval_shape(tx.init, g)
+        if axis_type == AxisType.Auto:
+            # Of a moment the axes that are the gradient's lie as they do there.
+            same = lambda x: [
+                s if n == m else None for s, n, m in zip(spec, x.shape, SHAPE, strict=False)
+            ]
+            state = jax.tree.map(
+                lambda x: place(
+                    x, jax.P(*(same(x) if x.shape[-1:] == SHAPE[-1:] else spec[: x.ndim and 1]))
+                ),
+                state,
+            )
+        return jax.jit(tx.update).lower(g, state).compile().as_text()
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("layout", SPECS)
+@pytest.mark.parametrize("projector", pairings.PROJECTORS)
+def test_no_gradient_is_gathered(projector, layout, axis_type):
+    space = pairings.PROJECTORS[projector]
+    tx = memopt.in_subspace(
+        optax.scale_by_adam(),
+        space.make(),
+        recombine.lift(),
+        space.refresh_every,
+        space.on_refresh,
+    )
+    hlo = compiled(tx, SPECS[layout], axis_type)
+    if projector == "svd" and layout in ("rows", "both") and axis_type == AxisType.Auto:
+        assert max(gathered(hlo)) >= math.prod(SHAPE) // 4  # as its docstring says
+        return
+    assert "callback" not in hlo
+    assert max(gathered(hlo), default=0) < math.prod(SHAPE) // 4
