@@ -220,3 +220,24 @@ def test_more_steps_may_be_asked_for_when_resuming(config):
     state, _ = run(change(short, steps=6, resume=True))
     assert state.step == 6
     assert json.loads((config.run.output / "config.json").read_text())["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ldadam",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("galore", "flora", "frugal", "fira", "lomo", "adalomo")
+        ),
+        pytest.param("online_subspace_descent", marks=pytest.mark.slow),
+    ],
+)
+def test_every_method_trains(config, name):
+    """A few steps that fit the text better, with a state that a checkpoint holds."""
+    options = {"option": ("rank=4",)} if name in ("galore", "flora", "fira", "ldadam") else {}
+    config = change(config, optimizer=name, steps=4, learning_rate=2e-2, **options)
+    state, *_ = run(config)
+    assert jax.tree.all(jax.tree.map(lambda x: jnp.isfinite(x).all(), state))
+    losses = [line["loss"] for line in metrics(config) if "loss" in line]
+    assert losses[-1] < losses[0]
