@@ -9,7 +9,7 @@ import pytest
 
 import memopt
 from memopt import projectors
-from tests.optimizers.test_recorded_runs import follow
+from tests.optimizers.recorded_runs import follow
 from tests.yardstick import yardstick
 
 LEARNING_RATE, DECAY, RANK, EVERY = 1e-2, 0.1, 8, 10

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import memopt
-from tests.optimizers.test_recorded_runs import follow
+from tests.optimizers.recorded_runs import follow
 from tests.yardstick import yardstick
 
 

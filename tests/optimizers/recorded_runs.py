@@ -1,0 +1,245 @@
+"""The recorded runs: how memopt is set up to follow each, how far it is, how far it may be."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import memopt
+from memopt import projectors
+from tests.yardstick import yardstick
+
+
+def _apollo(method, transpose):
+    _, bases, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    if transpose:
+        bases = {leaf: {t: b.T for t, b in steps.items()} for leaf, steps in bases.items()}
+    return memopt.apollo(
+        meta["lr"],
+        projector=projectors.replay(bases),
+        scale=h["scale"],
+        per={"channel": "channel", "tensor": "matrix"}[h["scale_type"]],
+        scale_front=h["scale_front"],
+        weight_decay=h["weight_decay"],
+        as_released=True,
+    )
+
+
+def _adafactor(method, transpose):
+    _, _, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    paper = h.get("relative_step", method == "adafactor_torch")
+    return memopt.adafactor(
+        **({} if paper else {"learning_rate": meta["lr"]}),
+        b1=h.get("beta1"),
+        scale_by_parameter=h.get("scale_parameter", True),
+        weight_decay=h["weight_decay"],
+        as_released=True,
+    )
+
+
+def _adalomo(method, transpose):
+    _, _, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    return memopt.adalomo(
+        meta["lr"],
+        clip_value=h.get("clip_grad_value"),
+        weight_decay=h["weight_decay"],
+        as_released=True,
+    )
+
+
+def _turned(bases, transpose):
+    return {
+        leaf: {t: b.T if transpose else b for t, b in steps.items()}
+        for leaf, steps in bases.items()
+    }
+
+
+def _galore(method, transpose):
+    _, bases, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    adafactor = {"b1": 0.9, "scale_by_parameter": False}
+    other = {}
+    if method == "galore_adafactor":
+        steps = memopt.scale_by_factored_rms(), memopt.clip_by_matrix_rms()
+        other["inner"] = optax.chain(*steps, optax.ema(0.9, debias=False))
+        other["rest"] = memopt.adafactor(meta["lr"], **adafactor)
+    return memopt.galore(
+        meta["lr"],
+        scale=h["scale"],
+        projector=projectors.replay(_turned(bases, transpose)),
+        weight_decay=h["weight_decay"],
+        as_released=True,
+        **other,
+    )
+
+
+def _online_subspace_descent(method, transpose):
+    _, bases, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    rate = 1 / h["update_proj_gap"]
+    first = {leaf: {1: steps[1]} for leaf, steps in _turned(bases, transpose).items()}
+    optimizers = {"continuous_sgd": optax.sgd(rate), "continuous_lion": memopt.lion(rate)}
+    return memopt.online_subspace_descent(
+        meta["lr"],
+        rank=h["rank"],
+        scale=h["scale"],
+        projector_learning_rate=rate,
+        projector_optimizer=optimizers.get(h["proj_type"]),
+        start=projectors.replay(first),
+        weight_decay=h["weight_decay"],
+        as_released=True,
+    )
+
+
+def _frugal(method, transpose):
+    _, given, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    side = "short"
+    if method == "frugal_block":
+        leaves = ("w_tall", "w_wide", "w_square", "big")
+        switches = given["active"].items()
+        given = {leaf: {t: on[i] for t, on in switches} for i, leaf in enumerate(leaves)}
+    elif method == "frugal_randk" and transpose:
+        turn = lambda leaf, k: np.ravel_multi_index(
+            np.unravel_index(k, yardstick.SHAPES[leaf])[::-1], yardstick.SHAPES[leaf][::-1]
+        )
+        given = {leaf: {t: turn(leaf, k) for t, k in s.items()} for leaf, s in given.items()}
+    elif "columns" in method:
+        side = "left" if transpose else "right"
+    else:
+        given = _turned(given, transpose)
+    return memopt.frugal(
+        meta["lr"],
+        inactive={"sign_sgd": "sign", "sgd": "sgd"}[h["inactive_update_rule"]],
+        scale=h["inactive_lr_scale"],
+        on_refresh="reset" if h["reset_statistics"] else "keep",
+        refresh_every=h["update_gap"],
+        projector=projectors.replay(given, side=side),
+        weight_decay=h["weight_decay"],
+        as_released=True,
+    )
+
+
+def _flora(method, transpose):
+    _, bases, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    return memopt.flora(
+        meta["lr"],
+        b1=h["beta1"],
+        refresh_every=h["kappa"],
+        projector=projectors.replay(_turned(bases, not transpose)),
+        weight_decay=h["weight_decay"],
+        as_released=True,
+    )
+
+
+def _lion(method, transpose):
+    _, _, meta = yardstick.load(method)
+    return memopt.lion(meta["lr"], weight_decay=meta["hyperparameters"]["weight_decay"])
+
+
+def _adamw(method, transpose):
+    _, _, meta = yardstick.load(method)
+    return memopt.optimizer(
+        "adamw", meta["lr"], weight_decay=meta["hyperparameters"]["weight_decay"]
+    )
+
+
+METHODS = {
+    "adafactor": (
+        _adafactor,
+        ("adafactor_hf_default", "adafactor_hf_fixed", "adafactor_hf_beta1_wd", "adafactor_torch"),
+    ),
+    "adalomo": (_adalomo, ("adalomo", "adalomo_wd", "flora_default")),
+    "adamw": (_adamw, ("adamw_torch",)),
+    "apollo": (_apollo, ("apollo", "apollo_nozero", "apollo_wd", "apollo_gap10")),
+    "apollo_mini": (_apollo, ("apollo_mini", "apollo_mini_front_gap10")),
+    "flora": (_flora, ("flora", "flora_kappa10")),
+    "frugal": (
+        _frugal,
+        (
+            *("frugal_columns", "frugal_columns_noreset_sgd", "frugal_svd"),
+            *("frugal_random", "frugal_randk", "frugal_block"),
+        ),
+    ),
+    "galore": (
+        _galore,
+        ("galore", "galore_gap10", "galore_adafactor", "galore_reverse", "galore_rand_osd"),
+    ),
+    "lion": (_lion, ("lion", "lion_wd")),
+    "online_subspace_descent": (
+        _online_subspace_descent,
+        ("osd_adamw_nozero", "osd_lion_nozero", "osd_sgd_nozero"),
+    ),
+}
+"""For each method what sets it up to follow a run, and the runs. Flora without a momentum, as its
+code has it by default, projects nothing and is AdaLomo."""
+
+RUNS = {run: method for method, (_, runs) in METHODS.items() for run in runs}
+"""The method that follows each run."""
+
+
+def follow(tx, params, gradients, transpose=False):
+    """Parameters after the recorded steps, run as one compiled scan."""
+    turn = lambda tree: {k: v.T if transpose else v for k, v in tree.items()}
+    stacked = jax.tree.map(lambda *g: np.stack(g), *map(turn, gradients))
+
+    def step(carry, g):
+        params, state = carry
+        updates, state = tx.update(g, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    params = jax.tree.map(jnp.asarray, turn(params))
+    history = jax.jit(lambda c, g: jax.lax.scan(step, c, g))((params, tx.init(params)), stacked)[1]
+    return {
+        t: turn(jax.tree.map(lambda x, t=t: np.asarray(x[t - 1]), history)) for t in yardstick.SNAP
+    }
+
+
+def rounding(method, params, leaf, step):
+    """A unit in the last place of the largest weight each step, over the displacement.
+
+    transformers' Adafactor rounds the parameters twice a step, decay first; an Optax update
+    rounds them once. That run's steps are so small that this shows until step 5.
+    """
+    arrays = yardstick.load(method)[0]
+    key = f"{leaf}@{step}"
+    start = params[leaf]
+    if start.ndim == 2:
+        start, key = start[yardstick._stride(leaf)], key + "#sub"
+    end = arrays[key]
+    return step * np.spacing(np.abs(end).max()) / np.abs(end - start).max()
+
+
+def errors(run, transpose):
+    """How far memopt is from a run, for each parameter and step: {leaf: {step: error}}.
+
+    Kernels are as torch has them, (out, in), or transposed.
+    """
+    params, gradients = problem(run)
+    make, _ = METHODS[RUNS[run]]
+    trajectory = follow(make(run, transpose), params, gradients, transpose)
+    return yardstick.compare(run, trajectory)
+
+
+def tolerances(run):
+    """How far it may be, for each parameter and step."""
+    meta = yardstick.load(run)[2]
+    params, _ = problem(run)
+
+    def tolerance(leaf, step):
+        allowed = max(10 * meta["ulp_sensitivity"][leaf][str(step)], 3e-4)
+        if run == "adafactor_hf_beta1_wd":
+            allowed = max(allowed, rounding(run, params, leaf, step))
+        return allowed
+
+    return {leaf: {t: tolerance(leaf, t) for t in yardstick.SNAP} for leaf in yardstick.SHAPES}
+
+
+def problem(run):
+    """The parameters and gradients of a run."""
+    return yardstick.make_problem(zero=yardstick.load(run)[2]["zero_gradient_at_step_7"])
