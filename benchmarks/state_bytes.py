@@ -32,7 +32,10 @@ class Options(NamedTuple):
       output: the JSON file; the plot stands beside it.
     """
 
-    optimizers: tuple[str, ...] = ("adamw", "lion", "apollo", "apollo_mini", "adafactor")
+    optimizers: tuple[str, ...] = (
+        *("adamw", "ldadam", "lion", "online_subspace_descent", "fira", "galore", "frugal"),
+        *("apollo", "flora", "apollo_mini", "adafactor", "adalomo", "lomo"),
+    )
     models: tuple[str, ...] = ("60m", "7b")
     output: Path = Path(__file__).parent / "results" / "state_bytes.json"
 
@@ -72,8 +75,10 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     models = list(dict.fromkeys(r["model"] for r in results))
-    figure = Figure(figsize=(8, 2.9), layout="constrained")
-    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+    height = 1.1 + 0.22 * len({r["optimizer"] for r in results})
+    figure = Figure(figsize=(8, height), layout="constrained")
+    grid = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    for axes, model in zip(grid, models, strict=True):
         rows = [r for r in results if r["model"] == model]
         names = [r["optimizer"] for r in rows]
         scale = [4 / r["parameter_bytes"] for r in rows]
@@ -82,10 +87,10 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
         axes.barh(names, hidden, label="blocks")
         axes.barh(names, rest, left=hidden, label="embedding and head")
         for i, total in enumerate(h + r for h, r in zip(hidden, rest, strict=True)):
-            axes.annotate(f" {total:.2f}", (total, i), va="center", fontsize=8)
-        axes.set(title=f"LLaMA-{model}", xlabel="state bytes a parameter", xlim=(0, 9.2))
-        axes.invert_yaxis()
-    axes.legend(loc="lower right")
+            axes.annotate(f" {total:.3g}", (total, i), va="center", fontsize=8)
+        axes.set(title=f"LLaMA-{model}", xlabel="state bytes a parameter", xlim=(0, 9.5))
+    axes.invert_yaxis()  # of all: they share it
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
 
 
