@@ -212,7 +212,8 @@ def rounding(method, params, leaf, step):
     if start.ndim == 2:
         start, key = start[yardstick._stride(leaf)], key + "#sub"
     end = arrays[key]
-    return step * np.spacing(np.abs(end).max()) / np.abs(end - start).max()
+    moved = np.abs(end.astype(np.float64) - start).max()
+    return step * float(np.spacing(np.abs(end).max())) / moved
 
 
 def errors(run, transpose):

@@ -1,6 +1,7 @@
-"""The tables of docs/subspace.md say what memopt does."""
+"""The tables of docs/subspace.md, and README's of methods, say what memopt does."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -11,19 +12,19 @@ import pytest
 import memopt
 from tests.optimizers import pairings
 
-PAGE = Path(__file__).parents[2] / "docs" / "subspace.md"
+ROOT = Path(__file__).parents[2]
 METHODS = ("apollo", "flora", "frugal", "galore", "fira", "ldadam")  # files with an in_subspace
 
 
-def tables():
-    """Every table of the page: for each row {column: text}, the first column its name."""
-    for block in re.findall(r"(?:^\|.*\n)+", PAGE.read_text(), re.MULTILINE):
+def tables(page):
+    """Every table of a page: for each row {column: text}, the first column its name."""
+    for block in re.findall(r"(?:^\|.*\n)+", (ROOT / page).read_text(), re.MULTILINE):
         head, _, *rows = (line.strip("|").split("|") for line in block.splitlines())
         names = [cell.strip(" `") for cell in head]
         yield [dict(zip(names, map(str.strip, row), strict=True)) for row in rows]
 
 
-PICTURE, RULES, DEFAULTS = tables()
+PICTURE, RULES, DEFAULTS = tables("docs/subspace.md")
 CELLS = {
     (row["projector"].strip("`"), rule): row[rule] for row in PICTURE for rule in list(row)[3:]
 }
@@ -95,3 +96,38 @@ def test_the_defaults(subspaces):
         assert row["refresh_every"] == ("–" if projector.moves else str(every))
         carries = isinstance(on_refresh, memopt.CarryOver)
         assert row["on_refresh"] == ("carry" if carries else on_refresh)
+
+
+def readme_methods():
+    [table] = (t for t in tables("README.md") if "numbers kept for an m×n matrix" in t[0])
+    return {re.search(r"\.(\w+)", row["method"])[1]: row for row in table}
+
+
+def results(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["results"]
+
+
+@pytest.mark.parametrize("name", readme_methods())
+def test_the_formula_in_readme(name):
+    p, q = 8, 12
+    formula = re.sub(
+        r"(?<=\w)(?=[a-zρ])", "*", readme_methods()[name]["numbers kept for an m×n matrix"]
+    )
+    numbers = eval(formula, {"m": p, "n": q, "p": p, "q": q, "r": p // 4, "ρ": 0.25})
+    tree = {"up": {"kernel": jax.ShapeDtypeStruct((p, q), jnp.float32)}}
+    assert memopt.state_bytes(memopt.optimizer(name, 1e-3), tree)["up/kernel"] == 4 * numbers
+
+
+def test_the_figures_in_readme():
+    size = lambda b: f"{b / 1e9:.1f} GB" if b >= 1e9 else f"{b / 1e6:.1f} MB" if b else "0"
+    rows = readme_methods()
+    kept = {(r["optimizer"], r["model"]): size(r["state_bytes"]) for r in results("state_bytes")}
+    assert kept == {(n, m): row[f"LLaMA-{m}"] for n, row in rows.items() for m in ("60m", "7b")}
+    errors = {}
+    for r in results("parity"):
+        errors.setdefault(r["method"], []).append(r["error"])
+    brief = lambda e: f"{max(e):.1e} ({len(e)})".replace("e-0", "e-")
+    assert {n: brief(e) for n, e in errors.items()} == {
+        n: row["error (runs)"] for n, row in rows.items() if "only" not in row["error (runs)"]
+    }
+    assert max(r["error_over_tolerance"] for r in results("parity")) <= 1
