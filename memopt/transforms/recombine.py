@@ -23,6 +23,8 @@ class Projected(NamedTuple):
       low_axis: the axis of R that counts its r dimensions, -2 or -1.
       up: takes what is in the subspace to full size.
       rest: gives what of the gradient is outside the subspace, G − up(R).
+      squares: of each of G's channels the sum of squares, its other axis of length one; only for
+        a recombination that needs them.
       lost: gives what of the inner optimizer's first moment a refresh at this step left behind
         in the old subspace, in full size.
     """
@@ -33,6 +35,7 @@ class Projected(NamedTuple):
     low_axis: int
     up: Callable[[Array], Array]
     rest: Callable[[], Array]
+    squares: Any
     lost: Callable[[], Array]
 
     def ratio(self, axes: int | tuple[int, int]) -> Array:
@@ -46,7 +49,16 @@ def norm(x: Array, axes: int | tuple[int, int]) -> Array:
 
 
 class Recombine(abc.ABC):
-    """How a full-size update is formed."""
+    """How a full-size update is formed.
+
+    Attributes:
+      needs_squares: whether it needs the norms of the gradient's channels.
+    """
+
+    @property
+    def needs_squares(self) -> bool:
+        """Not unless a rule says so."""
+        return False
 
     def check(self, projector: Projector) -> None:
         """Raises `NoSuchPairing` if this makes no sense with a projector."""
@@ -163,6 +175,11 @@ class ScaleGradient(Recombine):
     per: str
     limiter: GrowthLimiter | None
 
+    @property
+    def needs_squares(self) -> bool:
+        """For the norm that the limiter sees."""
+        return self.limiter is not None
+
     def check(self, projector: Projector) -> None:
         """R needs a channel for each of G's."""
         _check_channels("scale_gradient", projector)
@@ -177,7 +194,7 @@ class ScaleGradient(Recombine):
         scale = space.ratio(axes)
         if self.limiter is not None:
             # ‖G∘s‖ from the norms of G, so that G∘s is formed once, where it is used.
-            length = jnp.sqrt(jnp.square(scale * norm(space.gradient, axes)).sum((-2, -1)))
+            length = jnp.sqrt((jnp.square(scale) * space.squares).sum((-2, -1)))
             factor, state = self.limiter(length, state)
             scale = scale * factor[..., None, None]
         return space.gradient * scale, state

@@ -129,7 +129,11 @@ def in_subspace(
             g = recombine.correct(_gradient(layout, g), rule)
             basis, keep = projector.space(leaf, kept, g, when, momentum)
             old = lambda: projector.before(leaf, kept, g, when)
-            return _Space(projector, leaf, g, basis, old), projector.down(leaf, basis, g), keep
+            if recombine.needs_squares:
+                low, squares = projector.down_and_squares(leaf, basis, g)
+            else:
+                low, squares = projector.down(leaf, basis, g), None
+            return _Space(projector, leaf, g, basis, squares, old), low, keep
 
         def low_shape(layout: Layout, g: Array) -> Any:
             leaf = _leaf(layout, g)
@@ -165,8 +169,8 @@ def in_subspace(
             lost = lambda: space.lost(before, after, moved)
             axis = -2 if projector.is_left(space.leaf) else -1
             rest = lambda: projector.rest(space.leaf, space.basis, space.gradient, low_g)
-            projected = Projected(space.gradient, low_g, low_u, axis, space.up, rest, lost)
-            u, rule = recombine(projected, rule)
+            full = (space.up, rest, space.squares, lost)
+            u, rule = recombine(Projected(space.gradient, low_g, low_u, axis, *full), rule)
             return layout.from_matrices(u, g).astype(g.dtype), rule
 
         ends = (updates, spaces, low, low_updates, before, after, state.recombine)
@@ -185,6 +189,7 @@ class _Space:
     leaf: Leaf
     gradient: Array
     basis: Array
+    squares: Array | None
     old: Callable[[], Array]
 
     def up(self, low: Array) -> Array:
@@ -281,4 +286,4 @@ def _leaf(layout: Layout, array: Any) -> Leaf | None:
     if not layout.is_matrix:
         return None
     g = jax.eval_shape(lambda x: _gradient(layout, x), array)
-    return Leaf(layout.name, g.shape, g.dtype, g.sharding)
+    return Leaf(layout.name, g.shape, g.dtype, g.sharding, array.dtype)

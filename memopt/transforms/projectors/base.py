@@ -26,12 +26,14 @@ class Leaf(NamedTuple):
       shape: ``(*stack, m, n)``.
       dtype: of the gradient's statistics.
       sharding: of its matrices, where a mesh has explicit axes.
+      given: the dtype in which the gradient comes, if not that of its statistics.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: Any
     sharding: Any = None
+    given: Any = None
 
     @property
     def gradient(self) -> jax.ShapeDtypeStruct:
@@ -184,6 +186,11 @@ class Projector(abc.ABC):
         if self.is_left(leaf):
             return product("...mr,...mn->...rn", for_stack(basis, gradient), gradient)
         return product("...mn,...nr->...mr", gradient, basis)
+
+    def down_and_squares(self, leaf: Leaf, basis: Array, gradient: Array) -> tuple[Array, Array]:
+        """The gradient in the subspace, and each of its channels' sum of squares."""
+        axis = -2 if self.is_left(leaf) else -1
+        return self.down(leaf, basis, gradient), jnp.square(gradient).sum(axis, keepdims=True)
 
     def up(self, leaf: Leaf, basis: Array, low: Array) -> Array:
         """What stands in the subspace, in full size: P R or R Pᵀ."""

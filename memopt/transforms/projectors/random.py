@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from memopt.transforms.linalg import orthonormal
+from memopt.transforms.project_and_norm import project_and_norm
 from memopt.transforms.projectors.base import Leaf, Projector, When
 
 
@@ -39,6 +40,12 @@ class RandomProjector(Projector):
         side, r = self.size(leaf)
         key = leaf.key(self.seed, when.refresh)
         return (self.entries(key, (side, r)) / np.sqrt(r)).astype(leaf.dtype)
+
+    def down_and_squares(self, leaf: Leaf, basis: Array, gradient: Array) -> tuple[Array, Array]:
+        """Both in one pass over the gradient as it came, where there is a kernel for it."""
+        return project_and_norm(
+            basis, gradient.astype(leaf.given or leaf.dtype), self.is_left(leaf)
+        )
 
 
 class Gaussian(RandomProjector):
