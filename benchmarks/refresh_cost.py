@@ -171,7 +171,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
 def table(report: dict[str, Any]) -> Table:
     """The records as a table for the terminal."""
     shown = Table(title=f"Refresh of a LLaMA-1b block, {report['cores']} cores", box=SIMPLE_HEAD)
-    shown.add_column("basis")
+    shown.add_column("basis", no_wrap=True)
     for column in ("rank", "CPU s", "times cheaper", "min–max", "energy, least", "of noise"):
         shown.add_column(column, justify="right")
     for r in report["results"]:
