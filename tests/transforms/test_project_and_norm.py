@@ -102,24 +102,51 @@ def test_it_is_a_transformable_function():
     np.testing.assert_allclose(slope, by_hand, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_products_are_in_full_precision(left):  # which only a TPU would tell
+    assert "HIGHEST" in str(
+        jax.make_jaxpr(functools.partial(_kernel, left=left))(*problem((64, 128), left))
+    )
+
+
 def test_kernel_under_vmap(interpreted):
     basis, gradient = problem((3, 64, 40), True)
     results = jax.vmap(lambda g: _kernel(basis, g, left=True))(gradient)
     assert_close(results, expected(basis, gradient, True))
 
 
-def compiled_for(sharding, shape, left, rank=256, dtype=jnp.float32):
+def lowered_for(sharding, shape, left, rank=256, dtype=jnp.float32):
     whole = NamedSharding(sharding.mesh, jax.P())
     side = shape[-2 if left else -1]
     basis = jax.ShapeDtypeStruct((side, rank), jnp.float32, sharding=whole)
     gradient = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     with jax.set_mesh(sharding.mesh):
-        lowered = jax.jit(project_and_norm, static_argnums=2).lower(basis, gradient, left)
-        return lowered.compile(compiler_options=traffic.NO_CACHE)
+        traced = jax.jit(project_and_norm, static_argnums=2).trace(basis, gradient, left)
+        return traced.lower(lowering_platforms=("tpu",))
 
 
-def has_kernel(compiled):
-    return re.search(r"%project_and_norm\S* = .* custom-call\(", compiled.as_text()) is not None
+def compiled_for(*args, **options):
+    return lowered_for(*args, **options).compile(compiler_options=traffic.NO_CACHE)
+
+
+@pytest.mark.parametrize(
+    ("rank", "kernel"), [(1, False), (2, True), (256, True), (1024, False), (2048, False)]
+)
+def test_ranks_the_kernel_takes(rank, kernel):
+    one = NamedSharding(jax.make_mesh((1,), ("a",), axis_types=(AxisType.Auto,)), jax.P())
+    assert has_kernel(lowered_for(one, (2, 4096, 512), True, rank).as_text()) == kernel
+
+
+@pytest.mark.parametrize(("kinds", "kernel"), [("AA", False), ("EE", True), ("AE", False)])
+def test_shardings_the_kernel_takes(kinds, kernel):
+    types = tuple({"A": AxisType.Auto, "E": AxisType.Explicit}[k] for k in kinds)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=types)
+    sharding = NamedSharding(mesh, jax.P(None, "a", "b"))
+    assert has_kernel(lowered_for(sharding, (2, 1024, 512), True).as_text()) == kernel
+
+
+def has_kernel(text):
+    return "tpu_custom_call" in text
 
 
 @pytest.mark.tpu
@@ -138,7 +165,7 @@ def has_kernel(compiled):
 )
 def test_a_tpu_reads_the_gradient_once(shape, left, dtype):
     compiled = compiled_for(traffic.one_chip("v5e"), shape, left, dtype=dtype)
-    assert has_kernel(compiled)
+    assert has_kernel(compiled.as_text())
     size, free = np.prod(shape) * jnp.dtype(dtype).itemsize, shape[-1 if left else -2]
     results = 4 * 257 * np.prod(shape[:-2], dtype=int) * free
     basis = 4 * 256 * shape[-2 if left else -1]
@@ -152,26 +179,20 @@ def test_a_tpu_reads_the_gradient_once(shape, left, dtype):
 @pytest.mark.parametrize(("side", "rank"), [(5632, 256), (2368, 512), (40, 3)])
 def test_what_the_kernel_takes_fits_every_chip(side, rank, left, chip):
     shape = (2, side, 6144) if left else (2, 6144, side)
-    assert has_kernel(compiled_for(traffic.one_chip(chip), shape, left, rank))
+    compiled = compiled_for(traffic.one_chip(chip), shape, left, rank)
+    assert has_kernel(compiled.as_text())
 
 
 @pytest.mark.tpu
-def test_the_rest_is_left_to_xla():
-    chip = traffic.one_chip("v5e")
-    for rank in (1, 1024, 2048):
-        assert not has_kernel(compiled_for(chip, (2, 4096, 4096), True, rank))
-
-
-@pytest.mark.tpu
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("spec", [("a",), (None, "a"), (None, None, "a"), (None, "a", "b")])
-def test_no_chip_gathers_a_gradient(spec, left, kind):
-    mesh = Mesh(np.reshape(traffic.tpu_devices("v5e"), (2, 2)), ("a", "b"), axis_types=(kind,) * 2)
-    shape = (4, 4096, 8192) if left else (4, 8192, 4096)
+def test_no_chip_gathers_a_gradient(spec, left):
+    chips = np.reshape(traffic.tpu_devices("v5e"), (2, 2))
+    mesh = Mesh(chips, ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    shape = (4, 4096, 11008) if left else (4, 11008, 4096)
     compiled = compiled_for(NamedSharding(mesh, jax.P(*spec)), shape, left)
-    assert has_kernel(compiled) == (kind is AxisType.Explicit)
     text = compiled.as_text()
+    assert has_kernel(text)
     assert not re.search("all-gather|all-to-all|collective-permute", text)
     projected = (*spec, None, None)[1 if left else 2]
     assert ("all-reduce" in text) == (projected is not None)
