@@ -6,7 +6,7 @@ import optax
 
 from memopt.errors import check_at_least
 from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import matrices_and_rest
+from memopt.optimizers.by_partition import descend, matrices_and_rest
 
 
 def lomo(
@@ -52,7 +52,6 @@ def lomo(
     check_at_least("clip_value", clip_value, 0)
     method = optax.chain(
         optax.identity() if clip_value is None else optax.clip(clip_value),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
+        descend(learning_rate, weight_decay, weight_decay_mask),
     )
     return matrices_and_rest(method, rest, matrices)

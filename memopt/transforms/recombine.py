@@ -129,9 +129,10 @@ class LiftAndScaledRest(Recombine):
 
     def __call__(self, space: Projected, state: Any) -> tuple[Array, Any]:
         """N in full size plus the rest, scaled as N was."""
-        rest = space.rest()
         if self.as_released:
             rest = space.gradient - self.scale * space.up(space.low_gradient)
+        else:
+            rest = space.rest()
         rest = rest * space.ratio(space.low_axis)
         if self.limiter is not None:
             factor, state = self.limiter(norm(rest, (-2, -1))[..., 0, 0], state)

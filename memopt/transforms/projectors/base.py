@@ -207,6 +207,10 @@ class Projector(abc.ABC):
         spec = "...mn,...rn->...mr" if self.is_left(leaf) else "...mn,...mr->...nr"
         return whole(product(spec, gradient, low))
 
+    def gram(self, leaf: Leaf, a: Array, b: Array) -> Array:
+        """The inner products of the r dimensions of two low arrays: A Bᵀ or AᵀB, r×r."""
+        return product("...rn,...sn->...rs" if self.is_left(leaf) else "...mr,...ms->...rs", a, b)
+
     def carry(self, leaf: Leaf, old: Array, new: Array, low: Array, *, power: int) -> Array:
         """What stands in an old subspace, in a new one: down_new(up_old(R)), by r×r numbers.
 

@@ -66,8 +66,7 @@ class RandomizedSvd(Svd):
         for _ in range(self.iterations):
             q = orthonormal(self.correlation(leaf, gradient, self.down(leaf, q, gradient)))
         low = self.down(leaf, q, gradient)
-        gram = "...rn,...sn->...rs" if self.is_left(leaf) else "...mr,...ms->...rs"
-        turn = leading_eigenvectors(product(gram, low, low), r)
+        turn = leading_eigenvectors(self.gram(leaf, low, low), r)
         return product("...mr,...rs->...ms", q, turn)
 
 

@@ -110,8 +110,7 @@ class PowerIteration(Tracked):
             return orthonormal(self.correlation(leaf, gradient, low))
         corrected = self.rho * momentum / (1 - self.b1 ** jnp.maximum(when.step, 1))
         low += corrected
-        gram = "...rn,...sn->...rs" if self.is_left(leaf) else "...mr,...ms->...rs"
-        remembered = product("...mr,...rs->...ms", basis, product(gram, corrected, low))
+        remembered = product("...mr,...rs->...ms", basis, self.gram(leaf, corrected, low))
         return orthonormal(remembered + weight * self.correlation(leaf, gradient, low))
 
 
