@@ -21,8 +21,15 @@ from memopt.optimizers import lomo as lomo
 from memopt.optimizers import matrices_and_rest as matrices_and_rest
 from memopt.optimizers import online_subspace_descent as online_subspace_descent
 from memopt.optimizers import optimizer as optimizer
+from memopt.state import codecs as codecs
 from memopt.state.bytes import StateBytes as StateBytes
 from memopt.state.bytes import state_bytes as state_bytes
+from memopt.state.quantize import QuantizedState as QuantizedState
+from memopt.state.quantize import quantize_state as quantize_state
+from memopt.state.quantized import Quantized as Quantized
+from memopt.state.quantized import apply_updates as apply_updates
+from memopt.state.quantized import dequantize_params as dequantize_params
+from memopt.state.quantized import quantize_params as quantize_params
 from memopt.transforms import AccumulateState as AccumulateState
 from memopt.transforms import CarryOver as CarryOver
 from memopt.transforms import GrowthLimiter as GrowthLimiter

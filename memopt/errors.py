@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def check_choice(argument: str, given: Any, allowed: Iterable[str]) -> None:
+def check_choice(argument: str, given: Any, allowed: Iterable[Any]) -> None:
     """Raises unless `given` is one of `allowed`, suggesting the nearest.
 
     Raises:
@@ -20,9 +20,11 @@ def check_choice(argument: str, given: Any, allowed: Iterable[str]) -> None:
     allowed = list(allowed)
     if given in allowed:
         return
-    near = difflib.get_close_matches(str(given), allowed, n=1)
+    near = difflib.get_close_matches(str(given), map(str, allowed), n=1)
     guess = f"; did you mean {near[0]!r}?" if near else "."
-    raise ValueError(f"{argument} {given!r} is unknown{guess} Allowed: {', '.join(allowed)}.")
+    raise ValueError(
+        f"{argument} {given!r} is unknown{guess} Allowed: {', '.join(map(str, allowed))}."
+    )
 
 
 def check_at_least(argument: str, given: Any, least: float) -> None:

@@ -10,6 +10,7 @@ import jax
 import optax
 
 from memopt.matrices import leaf_name
+from memopt.state.codecs import bits_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _parts(state: Any, structure: Any) -> Iterator[tuple[bool, Any]]:
 
 
 def _bytes(arrays: list[Any]) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+    return sum(math.prod(x.shape) * bits_of(x.dtype) // 8 for x in arrays)
 
 
 def _formula(arrays: list[Any]) -> str:

@@ -8,8 +8,8 @@ import optax
 from jax import Array
 
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
+from memopt.reductions import total
 from memopt.state.precision import statistics_dtype, zeros_of
-from memopt.transforms.sums import total
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _VANISHED = 1e-3

@@ -12,6 +12,7 @@ from jax import Array
 from memopt.errors import NoSuchPairing, check_at_least, check_choice
 from memopt.matrices import Layout, Matrices, map_matrices
 from memopt.state.precision import statistics_dtype, zeros_of
+from memopt.state.trees import by_array, by_leaf
 from memopt.transforms.moments import CarryOver, first_moment
 from memopt.transforms.projectors import Leaf, Projector, When
 from memopt.transforms.recombine import Projected, Recombine
@@ -116,7 +117,7 @@ def in_subspace(
 
         low, rule, kept = map_matrices(start, params, matrices=matrices, outputs=3)
         count = jnp.zeros((), jnp.int32)
-        return InSubspaceState(count, _by_array(kept, params), inner.init(low), rule)
+        return InSubspaceState(count, by_array(kept, params), inner.init(low), rule)
 
     def update(updates: Any, state: InSubspaceState, params: Any = None, **extra: Any) -> Any:
         when = When.at(state.count, refresh_every, refresh_phase)
@@ -140,7 +141,7 @@ def in_subspace(
             return g if leaf is None else projector.low(leaf)
 
         like = map_matrices(low_shape, updates, matrices=matrices)
-        kept, before = _by_leaf(state.projector, updates), _momentum(state.inner, like)
+        kept, before = by_leaf(state.projector, updates), _momentum(state.inner, like)
         given = (updates, kept, state.recombine, before)
         spaces, low, kept = map_matrices(enter, *given, matrices=matrices, outputs=3)
 
@@ -176,7 +177,7 @@ def in_subspace(
         ends = (updates, spaces, low, low_updates, before, after, state.recombine)
         updates, rule = map_matrices(leave, *ends, matrices=matrices, outputs=2)
         count = optax.safe_increment(state.count)
-        return updates, InSubspaceState(count, _by_array(kept, updates), inner_state, rule)
+        return updates, InSubspaceState(count, by_array(kept, updates), inner_state, rule)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -255,23 +256,6 @@ def _in_turns(
         return map_matrices(label, tree, matrices=matrices)
 
     return optax.partition({i: make(phase) for i, phase in enumerate(phases)}, labels)
-
-
-def _by_array(kept: Any, tree: Any) -> tuple[Any, ...]:
-    """A tree of tuples as a tuple of trees, () where there is nothing."""
-    structure: Any = jax.tree.structure(tree)
-    leaves = structure.flatten_up_to(kept)
-    count = max(map(len, leaves), default=0)
-    return tuple(structure.unflatten([k[i] if k else () for k in leaves]) for i in range(count))
-
-
-def _by_leaf(arrays: tuple[Any, ...], tree: Any) -> Any:
-    """The inverse of `_by_array`."""
-    structure: Any = jax.tree.structure(tree)
-    columns = [structure.flatten_up_to(a) for a in arrays]
-    nothing = lambda x: isinstance(x, tuple)
-    rows = zip(*columns, strict=True) if columns else [()] * structure.num_leaves
-    return structure.unflatten([tuple(x for x in row if not nothing(x)) for row in rows])
 
 
 def _wide(g: Array) -> Array:

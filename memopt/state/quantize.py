@@ -1,0 +1,131 @@
+"""Any optimizer's state in fewer bits."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from memopt.errors import check_at_least
+from memopt.matrices import leaf_name
+from memopt.state.codecs import AsIs, Codec, Coded, named
+from memopt.state.dither import dither
+from memopt.state.precision import in_float32
+from memopt.state.trees import by_array, by_leaf
+
+SECOND_MOMENTS = frozenset({"nu", "nu_max", "sum_of_squares", "e_g", "e_x"})
+"""The fields in which Optax, and memopt, keep second moments."""
+
+
+class QuantizedState(NamedTuple):
+    """State of `quantize_state`.
+
+    Attributes:
+      count: steps taken, int32.
+      codes: the inner state, with codes in place of the arrays that are quantised.
+      scales: for each array that codecs keep beside the codes, the inner state with those in
+        their places, and () in all others.
+    """
+
+    count: Array  # type: ignore[assignment]
+    codes: Any
+    scales: tuple[Any, ...]
+
+
+def quantize_state(
+    inner: optax.GradientTransformation,
+    codec: str | Codec | Mapping[str, str | Codec] = "int8",
+    *,
+    min_size: int = 4096,
+    seed: int | Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps an optimizer's state in 8 bits, in 4, or in bfloat16; it computes in float32.
+
+    Between steps every large array of floats in the state of `inner` is kept as codes of the same
+    shape, so that a sharding of the array is one of its codes. They are rounded stochastically,
+    by bits that depend on seed, array and step only: nothing freezes, and nothing depends on how
+    the array is sharded or stacked.
+
+    Args:
+      inner: any Optax transformation.
+      codec: "int8", "int4" (first moments; second ones stay at 8 bits), "float8", "bfloat16", or
+        a codec of `memopt.codecs`; or {pattern: codec}, where the first pattern found in an
+        array's name, such as ``"nu/blocks/up/kernel"``, counts (`re.search`), and arrays whose
+        name has none stay as they are. Second moments, those in a field called ``nu``, get the
+        unsigned map of a codec's name.
+      min_size: arrays of fewer numbers stay as they are.
+      seed: other roundings.
+
+    Returns:
+      A transformation whose state is a `QuantizedState`.
+
+    Raises:
+      ValueError: if a codec's name is unknown, or `min_size` negative.
+
+    References:
+      Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021,
+      https://arxiv.org/abs/2110.02861, for the idea; the maps are ours, see `memopt.codecs`.
+
+    Example:
+      >>> adamw8bit = optax.chain(
+      ...     quantize_state(optax.scale_by_adam()),
+      ...     optax.add_decayed_weights(0.1),
+      ...     optax.scale_by_learning_rate(1e-3),
+      ... )
+      >>> state = adamw8bit.init({"w": jnp.zeros((64, 256))})
+      >>> state[0].codes.mu["w"].dtype, state[0].codes.nu["w"].dtype
+      (dtype('int8'), dtype('uint8'))
+    """
+    check_at_least("min_size", min_size, 0)
+    rules = codec if isinstance(codec, Mapping) else {"": codec}
+    choices = [(re.compile(pattern), named(codec)) for pattern, codec in rules.items()]
+    inner = in_float32(inner)
+
+    def codec_of(path: tuple[Any, ...], leaf: Any) -> Codec:
+        if leaf.size < min_size or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return AsIs()
+        choice = next((c for pattern, c in choices if pattern.search(leaf_name(path))), None)
+        if choice is None:
+            return AsIs()
+        fields = {getattr(key, "name", None) for key in path}
+        return choice.unsigned if fields & SECOND_MOMENTS else choice.signed
+
+    def init(params: Any) -> QuantizedState:
+        start = lambda path, x: codec_of(path, x).init(x)
+        coded = jax.tree_util.tree_map_with_path(start, inner.init(params))
+        return QuantizedState(jnp.zeros((), jnp.int32), *_columns(coded))
+
+    def update(updates: Any, state: QuantizedState, params: Any = None, **extra: Any) -> Any:
+        like = jax.eval_shape(inner.init, updates)
+        codecs = jax.tree_util.tree_map_with_path(codec_of, like)
+        scales = by_leaf(state.scales, state.codes)
+
+        def step() -> tuple[Any, Any]:
+            decode = lambda codec, *coded: codec.decode(Coded(*coded))
+            old = jax.tree.map(decode, codecs, state.codes, scales)
+            return inner.update(updates, old, params, **extra)
+
+        def fitted() -> Any:
+            # The step is taken twice then, so that in others no array of floats is kept for this.
+            return jax.tree.map(lambda codec, s, x: codec.fit(s, x), codecs, scales, step()[1])
+
+        def encode(path: tuple[Any, ...], codec: Codec, x: Array, *like: Any) -> Coded:
+            name = re.sub(r"\d+", "", leaf_name(path))
+            return codec.encode(x, dither(x.shape, name, state.count, seed), Coded(*like))
+
+        new_updates, new = step()
+        like = state.codes, jax.lax.cond(state.count == 0, fitted, lambda: scales)
+        coded = jax.tree_util.tree_map_with_path(encode, codecs, new, *like)
+        return new_updates, QuantizedState(optax.safe_increment(state.count), *_columns(coded))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _columns(coded: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A tree of `Coded` as the tree of their codes, and those of their scales."""
+    is_coded = lambda x: isinstance(x, Coded)
+    codes = jax.tree.map(lambda c: c.codes, coded, is_leaf=is_coded)
+    return codes, by_array(jax.tree.map(lambda c: c.scales, coded, is_leaf=is_coded), codes)
