@@ -20,10 +20,11 @@ def check_choice(argument: str, given: Any, allowed: Iterable[Any]) -> None:
     allowed = list(allowed)
     if given in allowed:
         return
-    near = difflib.get_close_matches(str(given), map(str, allowed), n=1)
+    names = [str(x) for x in allowed]
+    near = difflib.get_close_matches(str(given), names, n=1)
     guess = f"; did you mean {near[0]!r}?" if near else "."
     raise ValueError(
-        f"{argument} {given!r} is unknown{guess} Allowed: {', '.join(map(str, allowed))}."
+        f"{argument} {given!r} is unknown{guess} Allowed: {', '.join(names)}."
     )
 
 
