@@ -13,11 +13,9 @@ to read it from there; ``--cache`` lets it.
 Without ``--optimizer`` it measures a list, prints a table and writes it as JSON, with a plot.
 """
 
-import importlib.util
 import inspect
 import json
 import math
-import os
 import re
 import shlex
 import sys
@@ -29,18 +27,17 @@ import jax
 import jax.numpy as jnp
 import optax
 import tyro
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 import memopt
+from benchmarks.compilers import tpu_devices
 from benchmarks.step_time import COLORS
 
 LAYERS, D, FF = 4, 4096, 11008
 KERNELS = dict.fromkeys("qkvo", (D, D)) | {"gate": (D, FF), "up": (D, FF), "down": (FF, D)}
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 BASELINES = ("adamw", "optax_adafactor", "optax_lion")
 METHODS = (
     "adafactor",
@@ -86,24 +83,6 @@ class Options(NamedTuple):
     json: bool = False
     explain: bool = False
     output: Path = Path(__file__).parent / "results" / "traffic.json"
-
-
-def tpu_devices(chip: str) -> list[jax.Device]:
-    """Four chips to compile for.
-
-    Raises:
-      ModuleNotFoundError: if libtpu is not installed.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise ModuleNotFoundError("compiling for a TPU needs libtpu: pip install 'memopt[aot]'.")
-    os.environ |= {
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
-    jax.config.update("jax_platforms", "cpu")  # libtpu compiles here, and runs nothing
-    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
 
 
 def one_chip(chip: str) -> NamedSharding:

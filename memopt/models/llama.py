@@ -20,6 +20,7 @@ from memopt.models.attention import causal_attention
 from memopt.models.config import PRESETS, DType, LlamaConfig, Remat, RopeScaling, preset
 from memopt.models.rotary import rotary_tables, rotate
 from memopt.models.sharding import batch_shards, batch_spec, constrain, param_shardings
+from memopt.models.stacked import StackedModel
 
 __all__ = [
     "PRESETS",
@@ -33,6 +34,7 @@ __all__ = [
     "loss",
     "param_shardings",
     "preset",
+    "stacked_model",
     "to_hugging_face",
 ]
 
@@ -410,6 +412,51 @@ def abstract_model(config: LlamaConfig) -> Llama:
 
     """
     return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+
+
+def stacked_model(config: LlamaConfig, *, logits_bytes: int = LOGITS_BYTES) -> StackedModel:
+    """The model as three functions of its parameters as nested dicts.
+
+    They are to be called with no Explicit mesh in scope; together they compute `loss`. A block is
+    not rematerialised, whatever `config.remat` says: whoever walks the blocks decides.
+
+    Args:
+        config: Shapes and options.
+        logits_bytes: As in `loss`.
+
+    Returns:
+        Embedding, block, and head with its loss.
+
+    Example:
+        >>> config = preset("tiny")
+        >>> params = nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(0)), nnx.Param))
+        >>> tokens = jnp.zeros((1, 8), jnp.int32)
+        >>> stacked_model(config).embed(params, {"inputs": tokens}).shape
+        (1, 8, 192)
+
+    """
+    abstract = abstract_model(config)
+    graphdef, shapes = nnx.split(abstract, nnx.Param)
+    shapes = nnx.to_pure_dict(shapes)
+    run_block, _ = abstract.block_function()
+
+    def model(rest: Any) -> Llama:
+        # What is not given stays a shape: the embedding needs no head.
+        return nnx.merge(graphdef, shapes | {k: v for k, v in rest.items() if k != "blocks"})
+
+    def embed(rest: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        return model(rest).embed_tokens(batch["inputs"])
+
+    def block(params: Any, x: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+        segments, positions = batch.get("segment_ids"), batch.get("positions")
+        return run_block(params, x, abstract.context(x.shape[1], segments, positions))
+
+    def head(
+        rest: Any, x: jax.Array, batch: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        return head_loss(model(rest), x, batch, logits_bytes=logits_bytes)
+
+    return StackedModel(embed, block, head)
 
 
 def from_hugging_face(

@@ -33,7 +33,7 @@ def make_mesh(spec: str | None, rows: int) -> Mesh:
         ('data', 'fsdp')
     """
     devices = jax.device_count()
-    axes = {"data": math.gcd(devices, rows)} if spec is None else _parse(spec)
+    axes = {"data": math.gcd(devices, rows)} if spec is None else parse_mesh(spec)
     if math.prod(axes.values()) > devices:
         raise ValueError(
             f"mesh {spec!r} needs {math.prod(axes.values())} devices, but there are {devices}: "
@@ -48,7 +48,8 @@ def make_mesh(spec: str | None, rows: int) -> Mesh:
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
-def _parse(spec: str) -> dict[str, int]:
+def parse_mesh(spec: str) -> dict[str, int]:
+    """The axes that a mesh's description such as "data=2,fsdp=4" names, and their sizes."""
     pairs = [part.partition("=") for part in spec.split(",")]
     sizes = {name.strip(): int(size) for name, _, size in pairs if size.strip().isdecimal()}
     if len(sizes) != len(pairs) or not all(sizes.values()):

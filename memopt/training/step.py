@@ -58,7 +58,7 @@ def train_step(
         batch: Arrays of shape (batch, ...).
         loss: Maps (params, batch) to (summed loss, number of tokens), both scalars.
         tx: The optimizer; is also given the mean loss of the batch, as `value`, and as a function
-            of the parameters, `obj_fn`.
+            of the parameters, `obj_fn`, and the norm of all gradients, `gradient_norm`.
         learning_rate: The schedule `tx` follows, a function of the number of updates applied.
         accumulation: In how many micro-batches the batch is worked through, one after another;
             it divides the batch.
@@ -79,6 +79,7 @@ def train_step(
         [0.1 0.1] 1.0
     """
     mean_loss, gradients, tokens = _mean_gradient(loss, state.params, batch, accumulation)
+    norm = optax.tree.norm(optax.tree.cast(gradients, jnp.float32))
     finite = jnp.isfinite(mean_loss)
     for gradient in jax.tree.leaves(gradients):
         finite &= jnp.isfinite(gradient).all()
@@ -89,21 +90,47 @@ def train_step(
         state.params,
         value=mean_loss,
         obj_fn=lambda params: loss(params, batch)[0] / tokens,
+        gradient_norm=norm,
     )
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
         (optax.apply_updates(state.params, updates), opt_state),
         (state.params, state.opt_state),
     )
-    skipped_in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
+    return advance(state, params, opt_state, finite, mean_loss, norm, tokens, learning_rate)
+
+
+def advance(
+    state: TrainState,
+    params: Any,
+    opt_state: optax.OptState,
+    applied: jax.Array,
+    loss: jax.Array,
+    gradient_norm: jax.Array,
+    tokens: jax.Array,
+    learning_rate: optax.Schedule,
+) -> tuple[TrainState, Metrics]:
+    """The state after a step, its counters moved on, and what is logged of it.
+
+    Args:
+        state: The state before.
+        params: The parameters after it.
+        opt_state: The optimizer's state after it.
+        applied: Whether the step was applied, bool.
+        loss: The mean loss.
+        gradient_norm: The norm of its gradient.
+        tokens: The number of tokens.
+        learning_rate: As in `train_step`.
+    """
+    skipped_in_row = jnp.where(applied, 0, state.skipped_in_row + 1)
     metrics = {
-        "loss": mean_loss,
+        "loss": loss,
         "learning_rate": jnp.asarray(learning_rate(state.step - state.skipped), jnp.float32),
-        "gradient_norm": optax.tree.norm(optax.tree.cast(gradients, jnp.float32)),
+        "gradient_norm": gradient_norm,
         "tokens": tokens,
         "skipped_in_row": skipped_in_row,
     }
-    skipped = state.skipped + ~finite
+    skipped = state.skipped + ~applied
     return TrainState(params, opt_state, state.step + 1, skipped, skipped_in_row), metrics
 
 
@@ -135,13 +162,13 @@ def _mean_gradient(
     else:
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p, "float32")), params)
         start = (jnp.zeros(()), jnp.zeros(()), zeros)
-        (total, tokens, gradients), _ = jax.lax.scan(add, start, _cut(batch, accumulation))
+        (total, tokens, gradients), _ = jax.lax.scan(add, start, cut(batch, accumulation))
     tokens = jnp.maximum(tokens, 1)
     gradients = jax.tree.map(lambda g, p: (g / tokens).astype(p.dtype), gradients, params)
     return total / tokens, gradients, tokens
 
 
-def _cut(batch: Batch, pieces: int) -> Batch:
+def cut(batch: Batch, pieces: int) -> Batch:
     """Cuts (batch, ...) into (pieces, batch / pieces, ...), every piece with rows of every shard.
 
     Row i goes to piece i mod pieces, so a batch sharded over its rows needs no communication.

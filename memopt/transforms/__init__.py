@@ -9,6 +9,7 @@ from memopt.transforms.adam import adam_bias_correction as adam_bias_correction
 from memopt.transforms.adam import scale_by_released_adam as scale_by_released_adam
 from memopt.transforms.adam import scale_by_uncorrected_adam as scale_by_uncorrected_adam
 from memopt.transforms.clipping import GrowthLimiter as GrowthLimiter
+from memopt.transforms.clipping import clip_by_gradient_norm as clip_by_gradient_norm
 from memopt.transforms.clipping import clip_by_matrix_rms as clip_by_matrix_rms
 from memopt.transforms.clipping import limit_norm_growth as limit_norm_growth
 from memopt.transforms.clipping import normalize_by_group as normalize_by_group

@@ -1,0 +1,189 @@
+"""How much memory a training step of a LLaMA needs on a chip, by the chip's own compiler.
+
+    python -m benchmarks.memory --model 7b --optimizer adafactor [--release] [--mesh fsdp=16]
+
+The step is that of ``memopt pretrain``, forward, backward and update, bfloat16 parameters: the
+ordinary one with full rematerialisation, or, released, the one that updates each block while the
+backward pass runs. Nothing is run, and no chip is needed, only its compiler: libtpu (the extra
+`aot`) for TPUs.
+
+Without ``--optimizer`` it measures a list, prints a table and writes it as JSON, with a plot.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+import memopt
+from benchmarks.compilers import tpu_devices
+from memopt.models import llama
+from memopt.planning.step_memory import step_memory
+from memopt.training.placement import abstract_state, batch_sharding, parse_mesh
+from memopt.training.release import release_step
+from memopt.training.step import train_step
+
+GIB = 2**30
+LEARNING_RATE = 1e-3
+UNLIMITED: dict[str, str | bool] = {"xla_tpu_max_hbm_size_mib": str(2**18)}  # more than fits
+LIST = [
+    (optimizer, release)
+    for optimizer in ("adafactor", "adalomo", "lomo", "apollo_mini", "lion")
+    for release in (False, True)
+]
+
+
+class Options(NamedTuple):
+    """What to measure.
+
+    Attributes:
+      model: a preset.
+      optimizer: a name known to `memopt.optimizer`; by default a list of them, one by one.
+      release: update each block while the backward pass runs.
+      weights: how the parameters are stored.
+      state: how the optimizer's state is stored; by default as the method does.
+      chip: what to compile for.
+      mesh: axes and their sizes, such as "fsdp=16"; by default one chip.
+      batch_size: rows, of all chips together.
+      seq_len: tokens a row.
+      accumulation: in how many micro-batches the batch is worked through.
+      json: print one JSON object instead of a table.
+      dump: a file for the compiled program.
+      output: the JSON file of a list; the plot stands beside it.
+    """
+
+    model: str = "7b"
+    optimizer: str | None = None
+    release: bool = False
+    weights: Literal["bfloat16", "int8"] = "bfloat16"
+    state: Literal["int8"] | None = None
+    chip: Literal["v5e", "v5p", "v6e"] = "v5e"
+    mesh: str | None = None
+    batch_size: int = 1
+    seq_len: int = 2048
+    accumulation: int = 1
+    json: bool = False
+    dump: Path | None = None
+    output: Path = Path(__file__).parent / "results" / "memory.json"
+
+
+def compile_step(options: Options) -> tuple[jax.stages.Compiled, Any]:
+    """The compiled step, and the shapes of its state."""
+    if options.weights != "bfloat16" or options.state is not None:
+        raise ValueError("--weights and --state in 8 bits are not available yet.")
+    config = dataclasses.replace(
+        llama.preset(options.model),
+        param_dtype="bfloat16",
+        dtype="bfloat16",
+        remat="none" if options.release else "full",
+    )
+    sizes = parse_mesh(options.mesh) if options.mesh else {"data": 1}
+    devices = tpu_devices(options.chip, math.prod(sizes.values()))
+    mesh = Mesh(
+        np.array(devices).reshape(tuple(sizes.values())),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+    )
+    model = llama.abstract_model(config)
+    graph, params = nnx.split(model, nnx.Param)
+    params = jax.tree.map(
+        lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s),
+        nnx.to_pure_dict(params),
+        llama.param_shardings(model, mesh),
+    )
+    tx = memopt.optimizer(options.optimizer, LEARNING_RATE)
+    if options.release:
+        step: Any = functools.partial(release_step, model=llama.stacked_model(config))
+    else:
+        step = functools.partial(
+            train_step, loss=lambda params, batch: llama.loss(nnx.merge(graph, params), batch)
+        )
+    step = functools.partial(
+        step,
+        tx=tx,
+        learning_rate=optax.constant_schedule(LEARNING_RATE),
+        accumulation=options.accumulation,
+    )
+    state = abstract_state(params, tx, mesh)
+    tokens = jax.ShapeDtypeStruct(
+        (options.batch_size, options.seq_len), jnp.int32, sharding=batch_sharding(mesh)
+    )
+    shardings = (jax.tree.map(lambda x: x.sharding, state), None)
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+        lowered = jitted.lower(state, {"inputs": tokens, "targets": tokens})
+        return lowered.compile(compiler_options=UNLIMITED), state
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """The record of one configuration."""
+    compiled, state = compile_step(options)
+    memory = step_memory(compiled, state.params, state.opt_state)
+    if options.dump:
+        options.dump.write_text(compiled.as_text() or "")
+    analysis = compiled.memory_analysis()
+    names = ("model", "optimizer", "release", "weights", "state", "chip", "mesh", "batch_size")
+    return {
+        **{name: getattr(options, name) for name in (*names, "seq_len", "accumulation")},
+        "peak_bytes": memory.peak,
+        "parameter_bytes": memory.parameters,
+        "state_bytes": memory.state,
+        "temp_bytes": analysis.temp_size_in_bytes,
+    }
+
+
+def table(results: Sequence[dict[str, Any]]) -> Table:
+    """The records as a table for the terminal."""
+    shown = Table(title="GiB on a chip in one training step", box=SIMPLE_HEAD)
+    for column in ("model", "optimizer", "released", "weights", "chip", "mesh"):
+        shown.add_column(column)
+    for column in ("peak", "weights", "state", "the rest"):
+        shown.add_column(column, justify="right")
+    for r in results:
+        sizes = (r["peak_bytes"], r["parameter_bytes"], r["state_bytes"], r["temp_bytes"])
+        shown.add_row(
+            *(r["model"], r["optimizer"], "yes" if r["release"] else "", r["weights"]),
+            *(r["chip"], r["mesh"] or "", *(f"{size / GIB:.2f}" for size in sizes)),
+        )
+    return shown
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measures, prints and, of a list, writes the files."""
+    options = tyro.cli(Options, args=arguments, description=__doc__)
+    chosen = [(options.optimizer, options.release)] if options.optimizer else LIST
+    results = []
+    try:
+        for optimizer, release in chosen:
+            results.append(measure(options._replace(optimizer=optimizer, release=release)))
+    except (ValueError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    if options.json:
+        print(json.dumps(results[0] if options.optimizer else results))
+    else:
+        Console().print(table(results))
+    if not options.optimizer:
+        command = shlex.join(["python", "-m", "benchmarks.memory", *arguments])
+        text = json.dumps({"command": command, "results": results}, indent=2)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,367 @@
+"""A training step that updates each layer while the backward pass runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.interpreters import partial_eval as pe
+
+from memopt.models.stacked import StackedModel
+from memopt.training.step import Batch, Metrics, TrainState, advance, cut
+from memopt.transforms.partwise import Partwise
+
+BLOCKS = "blocks"
+
+Load = Callable[[Any], Any]
+Write = Callable[[Any, Any, Array, Array | None], Any]
+
+
+def add_updates(params: Any, updates: Any, step: Array, layer: Array | None) -> Any:
+    """``optax.apply_updates``, whatever the step and the layer."""
+    return optax.apply_updates(params, updates)
+
+
+def release_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: StackedModel,
+    tx: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    accumulation: int = 1,
+    load: Load = lambda params: params,
+    write: Write = add_updates,
+) -> tuple[TrainState, Metrics]:
+    """Takes one step without ever holding all gradients; to be jitted with the state donated.
+
+    The forward pass keeps what enters each block. The backward pass walks the stack from its end,
+    computes one block again, updates its parameters and their optimizer state in place, and forgets
+    its gradient. The result is that of `train_step` for the same loss, optimizer and data, and the
+    state is interchangeable with its.
+
+    With micro-batches all of them go through a block before the next one is looked at; the block's
+    gradient is summed in float32.
+
+    What differs: a loss that is not finite leaves everything as it was, but a gradient that is not
+    finite behind a finite loss is found when the parameters nearer to the head are updated
+    already. It and what comes after it are left as they were, the step counts as skipped, and the
+    step counts of the optimizer stay. A transformation that reads this step's norm
+    (`memopt.clip_by_gradient_norm`) has the backward pass run twice, first only for the norm;
+    then nothing is updated unless every gradient is finite.
+
+    Args:
+        state: The state before the step; its parameters are a dict with ``"blocks"``, arrays with
+            a leading axis of layers.
+        batch: Arrays of shape (batch, ...).
+        model: The loss, in three parts.
+        tx: The optimizer: every update must depend on its own parameter's gradient only, and in
+            ``"blocks"`` on its own layer. It is given `value` and `gradient_norm` as in
+            `train_step`, but no `obj_fn`.
+        learning_rate: As in `train_step`.
+        accumulation: As in `train_step`.
+        load: Makes the parameters a model computes with of those that are stored, any part of
+            them, layers as stacks of one.
+        write: Maps (stored parameters, updates, step, layer) to the new stored parameters, of any
+            part: `step` is the number of updates applied before, int32; `layer` is that of the
+            stacks of one that it is given, int32, or None for what is not stacked.
+
+    Returns:
+        As `train_step`.
+
+    Raises:
+        ValueError: The optimizer needs more than one gradient at a time; says what to take instead.
+
+    Example:
+        >>> import functools
+        >>> from memopt.training.step import init_state
+        >>> model = StackedModel(
+        ...     embed=lambda rest, batch: batch["x"] @ rest["in"],
+        ...     block=lambda w, x, batch: x + jnp.tanh(x @ w),
+        ...     head=lambda rest, x, batch: (jnp.sum((x @ rest["out"]) ** 2), jnp.asarray(2.0)),
+        ... )
+        >>> params = {"in": jnp.eye(3), "blocks": jnp.ones((4, 3, 3)), "out": jnp.ones((3, 1))}
+        >>> tx, rate = optax.sgd(1e-3), optax.constant_schedule(1e-3)
+        >>> step = functools.partial(release_step, model=model, tx=tx, learning_rate=rate)
+        >>> state, metrics = jax.jit(step)(init_state(params, tx), {"x": jnp.ones((2, 3))})
+        >>> int(state.step), state.params["blocks"].shape
+        (1, (4, 3, 3))
+    """
+    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        release = _Release(state, batch, model, tx, accumulation, load, write)
+        return advance(state, *release.run(), learning_rate)
+
+    return jax.sharding.auto_axes(step, out_sharding=(specs, jax.P()))(state, batch)
+
+
+Leaves = dict[int, Any]
+"""Some leaves of the parameters, by their place in ``jax.tree.leaves``."""
+
+
+class _Sums(NamedTuple):
+    """What is known of the gradients so far.
+
+    Attributes:
+        finite: Whether the loss and all of them are finite, bool.
+        squares: The sum of their squares, float32.
+    """
+
+    finite: Array
+    squares: Array
+
+    def add(self, gradients: Leaves) -> tuple[_Sums, Leaves]:
+        """With more gradients; and for each whether it and all those before are finite."""
+        finite = {i: self.finite & jnp.isfinite(g).all() for i, g in gradients.items()}
+        squares = self.squares
+        for g in gradients.values():
+            squares += jnp.square(g.astype(jnp.float32)).sum()
+        return _Sums(jnp.stack(list(finite.values())).all(), squares), finite
+
+
+class _Carry(NamedTuple):
+    """What a backward pass changes.
+
+    Attributes:
+        params: The stored parameters, leaf by leaf.
+        state: The arrays of the optimizer's state.
+        sums: What is known of the gradients.
+    """
+
+    params: list[Any]
+    state: list[Array]
+    sums: _Sums
+
+
+class _Release:
+    """One step: what it reads, and which leaves are updated when."""
+
+    def __init__(
+        self,
+        start: TrainState,
+        batch: Batch,
+        model: StackedModel,
+        tx: optax.GradientTransformation,
+        accumulation: int,
+        load: Load,
+        write: Write,
+    ) -> None:
+        self.start, self.model, self.load, self.write = start, model, load, write
+        self.accumulation, self.pieces = accumulation, cut(batch, accumulation)
+        dense = jax.eval_shape(load, start.params)
+        self.structure: Any = jax.tree.structure(dense)
+        self.like = dict(enumerate(jax.tree.leaves(dense)))
+        stacked = jax.tree.leaves({k: jax.tree.map(lambda _: k == BLOCKS, dense[k]) for k in dense})
+        self.partwise = Partwise(tx, dense, stacked)
+        self.blocks = [i for i in self.like if stacked[i]]
+        self.layers = self.like[self.blocks[0]].shape[0]
+
+        rest, piece = self._without_blocks(self.like), jax.tree.map(lambda x: x[0], self.pieces)
+        x = jax.eval_shape(model.embed, rest, piece)
+        self.headed = self._reads(model.head, x, piece)
+        embedded = self._reads(model.embed, piece)
+        # A leaf that both ends read, a tied head, waits for the embedding's gradient.
+        self.first = [i for i in self.headed if i not in embedded]
+        self.last = [i for i in self.like if i not in self.blocks and i not in self.first]
+
+    def run(self) -> tuple[Any, Any, Array, Array, Array, Array]:
+        """The arguments of `advance`."""
+        partwise, start = self.partwise, self.start
+        params = self.structure.flatten_up_to(start.params)
+        state = jax.tree.leaves(start.opt_state)
+        self.rest = self._load(params, [*self.first, *self.last])
+        rest = self._without_blocks(self.rest)
+        x = self._each(lambda piece: self.model.embed(rest, piece), self.pieces)
+
+        def forward(x: Array, layer: Array) -> tuple[Array, Array]:
+            weights = self._one_block(self._load(params, self.blocks, layer))
+            return self._each(lambda *xs: self.model.block(weights, *xs), x, self.pieces), x
+
+        x, inputs = jax.lax.scan(forward, x, jnp.arange(self.layers))
+        gradients, (cotangent, totals, counts) = self._head(x)
+        self.tokens = jnp.maximum(counts.sum(), 1)
+        self.loss = totals.sum() / self.tokens
+        back = (inputs, gradients, cotangent)
+
+        sums = _Sums(jnp.isfinite(self.loss), jnp.zeros((), jnp.float32))
+        if partwise.needs_norm:
+            only_sums = lambda carry, gradients, *_: carry._replace(sums=carry.sums.add(gradients)[0])
+            sums = self._backward(_Carry(params, state, sums), *back, only_sums).sums
+            self.norm = jnp.sqrt(sums.squares)
+            sums = sums._replace(squares=jnp.zeros((), jnp.float32))
+        else:
+            self.norm = jnp.float32(jnp.nan)  # read by nothing
+        params, new_state, sums = self._backward(_Carry(params, state, sums), *back, self._update)
+        norm = jnp.sqrt(sums.squares)
+        shared = partwise.update_shared(state, value=self.loss, gradient_norm=norm)
+        for i, new in shared.items():
+            new_state[i] = jnp.where(sums.finite, new, state[i])
+        opt_state = jax.tree.structure(start.opt_state).unflatten(new_state)
+        params = self.structure.unflatten(params)
+        return params, opt_state, sums.finite, self.loss, norm, self.tokens
+
+    def _backward(
+        self, carry: _Carry, inputs: Array, gradients: Leaves, cotangent: Array, visit: Any
+    ) -> _Carry:
+        """Walks from the head to the embedding.
+
+        Args:
+            carry: What `visit` changes.
+            inputs: What entered each block, (layers, micro-batches, ...).
+            gradients: Of what the head reads.
+            cotangent: Of what leaves the last block, (micro-batches, ...).
+            visit: Maps (carry, gradients, parameters, layer) to carry.
+        """
+        if self.first:
+            mine = {i: self._mean(i, gradients[i]) for i in self.first}
+            carry = visit(carry, mine, {i: self.rest[i] for i in self.first}, None)
+
+        def block(back: tuple[_Carry, Array], xs: tuple[Array, Array]) -> Any:
+            (carry, cotangent), (layer, x) = back, xs
+            weights = self._load(carry.params, self.blocks, layer)
+            gradients, cotangent = self._block(weights, x, cotangent)
+            mine = {i: self._mean(i, g) for i, g in gradients.items()}
+            return (visit(carry, mine, weights, layer), cotangent), None
+
+        order = (jnp.arange(self.layers), inputs)
+        (carry, cotangent), _ = jax.lax.scan(block, (carry, cotangent), order, reverse=True)
+        if self.last:
+            mine = self._embed(cotangent)
+            for i in set(self.headed) & set(self.last):
+                mine[i] += gradients[i]
+            mine = {i: self._mean(i, g) for i, g in mine.items()}
+            carry = visit(carry, mine, {i: self.rest[i] for i in self.last}, None)
+        return carry
+
+    def _update(
+        self, carry: _Carry, gradients: Leaves, params: Leaves, layer: Array | None
+    ) -> _Carry:
+        """Updates some parameters and their state in place."""
+        partwise, (stored, state, sums) = self.partwise, carry
+        sums, finite = sums.add(gradients)
+        leaves = sorted(gradients)
+        axes = [None if layer is None else axis for axis in partwise.axes]
+        before = [_slice(s, layer, axis) for s, axis in zip(state, axes, strict=True)]
+        updates, new = partwise.update(
+            leaves, gradients, params, before, value=self.loss, gradient_norm=self.norm
+        )
+        old = {i: _slice(stored[i], layer, 0) for i in leaves}
+        written = self.write(
+            *(self._tree(old), self._tree(updates)),
+            *(self.start.step - self.start.skipped, layer),
+        )
+        stored, state = list(stored), list(state)
+        for i, fresh in zip(self.like, self.structure.flatten_up_to(written), strict=True):
+            if i in old:
+                keep = _where(finite[i], fresh, old[i])
+                stored[i] = _put(stored[i], keep, layer, 0)
+        for i, fresh in new.items():
+            ok = finite.get(partwise.owner(i), carry.sums.finite)
+            state[i] = _put(state[i], _where(ok, fresh, before[i]), layer, axes[i])
+        return _Carry(stored, state, sums)
+
+    def _head(self, x: Array) -> tuple[Leaves, tuple[Array, Array, Array]]:
+        """Gradients of what the head reads; and of x, the losses and counts by micro-batch."""
+
+        def one(x: Array, piece: Batch) -> Any:
+            def loss(leaves: Leaves, x: Array) -> tuple[Array, Array]:
+                return self.model.head(self._without_blocks(self.rest | leaves), x, piece)
+
+            wanted = {i: self.rest[i] for i in self.headed}
+            total, pull, tokens = jax.vjp(loss, wanted, x, has_aux=True)
+            gradients, cotangent = pull(jnp.ones_like(total))
+            return gradients, (cotangent, total, tokens)
+
+        return self._summed(one, x, self.pieces)
+
+    def _block(self, weights: Leaves, x: Array, cotangent: Array) -> tuple[Leaves, Array]:
+        """Gradients of one block's parameters, and of what entered it by micro-batch."""
+
+        def one(x: Array, cotangent: Array, piece: Batch) -> Any:
+            run = lambda weights, x: self.model.block(self._one_block(weights), x, piece)
+            return jax.vjp(run, weights, x)[1](cotangent)
+
+        return self._summed(one, x, cotangent, self.pieces)
+
+    def _embed(self, cotangent: Array) -> Leaves:
+        """Gradients of what is neither in blocks nor only in the head."""
+
+        def one(cotangent: Array, piece: Batch) -> Any:
+            run = lambda leaves: self.model.embed(self._without_blocks(self.rest | leaves), piece)
+            return jax.vjp(run, {i: self.rest[i] for i in self.last})[1](cotangent)[0], None
+
+        return self._summed(one, cotangent, self.pieces)[0]
+
+    def _mean(self, i: int, gradient: Array) -> Array:
+        return (gradient / self.tokens).astype(self.like[i].dtype)
+
+    def _each(self, f: Callable[..., Array], *xs: Any) -> Array:
+        """`f` of every micro-batch."""
+        if self.accumulation == 1:
+            return f(*jax.tree.map(lambda x: x[0], xs))[None]
+        return jax.lax.map(lambda xs: f(*xs), xs)
+
+    def _summed(self, f: Callable[..., Any], *xs: Any) -> tuple[Leaves, Any]:
+        """Of `f` of every micro-batch the gradients, summed in float32, and the rest, stacked."""
+        first = jax.tree.map(lambda x: x[0], xs)
+        if self.accumulation == 1:
+            gradients, rest = f(*first)
+            return gradients, jax.tree.map(lambda x: x[None], rest)
+
+        def add(sums: Leaves, xs: Any) -> tuple[Leaves, Any]:
+            gradients, rest = f(*xs)
+            return jax.tree.map(jnp.add, sums, gradients), rest
+
+        like = jax.eval_shape(f, *first)[0]
+        zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.promote_types(g, "float32")), like)
+        return jax.lax.scan(add, zeros, xs)
+
+    def _load(self, stored: Sequence[Any], leaves: Sequence[int], layer: Any = None) -> Leaves:
+        """Some parameters as the model computes with them; a layer as a stack of one."""
+        part = {i: _slice(stored[i], layer, 0) for i in leaves}
+        dense = self.structure.flatten_up_to(self.load(self._tree(part)))
+        return {i: dense[i] for i in leaves}
+
+    def _reads(self, f: Callable[..., Any], *args: Any) -> list[int]:
+        """Which leaves a function of the parameters without the blocks reads."""
+        leaves = {i: x for i, x in self.like.items() if i not in self.blocks}
+        run = lambda leaves, *args: f(self._without_blocks(leaves), *args)
+        jaxpr = jax.make_jaxpr(run)(leaves, *args).jaxpr
+        used = pe.dce_jaxpr_consts(jaxpr, [True] * len(jaxpr.outvars))[2]
+        return [i for i, read in zip(leaves, used, strict=False) if read]
+
+    def _tree(self, leaves: Leaves) -> Any:
+        """The parameters' tree, None where a leaf is not given."""
+        return self.structure.unflatten([leaves.get(i) for i in self.like])
+
+    def _without_blocks(self, leaves: Leaves) -> dict[str, Any]:
+        return {k: v for k, v in self._tree(leaves).items() if k != BLOCKS}
+
+    def _one_block(self, leaves: Leaves) -> Any:
+        """The parameters of a block, of stacks of one."""
+        return self._tree({i: x[0] for i, x in leaves.items()})[BLOCKS]
+
+
+def _slice(tree: Any, layer: Array | None, axis: int | None) -> Any:
+    """One layer, as a stack of one; all of it where there is no such axis."""
+    if layer is None or axis is None:
+        return tree
+    take = lambda x: jax.lax.dynamic_slice_in_dim(x, layer, 1, axis)
+    return jax.tree.map(take, tree)
+
+
+def _put(tree: Any, part: Any, layer: Array | None, axis: int | None) -> Any:
+    """The inverse of `_slice`."""
+    if layer is None or axis is None:
+        return part
+    put = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, layer, axis)
+    return jax.tree.map(put, tree, part)
+
+
+def _where(keep: Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda new, old: jnp.where(keep, new, old), new, old)

@@ -1,0 +1,324 @@
+"""Any Optax transformation, run on one part of the parameters at a time."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.interpreters import partial_eval as pe
+
+from memopt.matrices import leaf_name
+
+CHOICES = (
+    "Take one that looks at each matrix by itself (memopt.clip_by_matrix_rms), or "
+    "memopt.clip_by_gradient_norm, which divides by the norm of the step before (previous=True) "
+    "or, at the price of a second backward pass, by this step's own."
+)
+
+
+class Partwise:
+    """The update of a transformation, cut into what each parameter needs.
+
+    ``tx.update`` is traced once, on shapes. What of that program computes the update of some
+    parameters, and the new state that goes with them, is run when their gradients are there;
+    which state goes with which parameter is read off the program too, so that masks, partitions
+    and injected hyperparameters need no rule of their own. Parameters with a leading axis of
+    layers are updated one layer at a time, as stacks of one.
+
+    A parameter or a state array goes by its place in ``jax.tree.leaves``.
+
+    Args:
+      tx: any transformation; it is given `value` and `gradient_norm` as extra arguments.
+      params: its parameters, or their shapes.
+      stacked: for each parameter whether its first axis counts layers; all count as many.
+
+    Attributes:
+      axes: of each state array the axis that counts layers, or None.
+      needs_norm: whether an update depends on the norm of this step's whole gradient.
+
+    Raises:
+      ValueError: if the update of a parameter depends on other parameters or their gradients,
+        or that of a layer on other layers.
+
+    Example:
+      >>> params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+      >>> tx = optax.adam(0.1)
+      >>> partwise, state = Partwise(tx, params, [False, False]), jax.tree.leaves(tx.init(params))
+      >>> updates, state = partwise.update(
+      ...     [1], {1: jnp.ones(3)}, {1: params["b"]}, state, value=0.0, gradient_norm=0.0
+      ... )
+      >>> list(updates), list(state)                        # of b: its update, and its two moments
+      ([1], [2, 4])
+    """
+
+    def __init__(
+        self, tx: optax.GradientTransformation, params: Any, stacked: Sequence[bool]
+    ) -> None:
+        leaves: Any = jax.tree_util.tree_leaves_with_path(params)
+        self.names = [leaf_name(path) for path, _ in leaves]
+        self.stacked = list(stacked)
+        shapes = [leaf.shape for _, leaf in leaves]
+        counts = {s[0] for s, layered in zip(shapes, stacked, strict=True) if layered}
+        if len(counts) > 1:
+            raise ValueError(f"stacked parameters must count the same layers, got {counts}.")
+        # A number of layers that no other axis has tells an axis of layers by its length.
+        layers = counts.pop() if counts else 1
+        prime = _prime_beyond(layers, {n for s in shapes for n in s[1:]} | {layers})
+        one, some = (_with_layers(params, stacked, n) for n in (1, prime))
+        states = [jax.tree.leaves(jax.eval_shape(tx.init, p)) for p in (params, one, some)]
+        self.axes = _layer_axes(*states, layers=layers, prime=prime)
+        self._program = _trace(tx, one)
+        self._owners, self.needs_norm = self._separate()
+        tags = [int(s) for s in stacked] * 2 + [int(a is not None) for a in self.axes] + [0, 0]
+        closed = _trace(tx, some)
+        mixed = _mixed(closed.jaxpr, [0] * len(closed.consts), tags, prime)
+        for name, layered, tag in zip(self.names, stacked, mixed, strict=False):
+            if layered and tag == _MIXED:
+                raise ValueError(
+                    f"the update of {name!r} treats its layers together, as "
+                    "optax.clip_by_block_rms, norms of whole arrays and random draws do: it "
+                    "cannot be made a layer at a time. Take a transform that looks at each matrix "
+                    "by itself, such as memopt.clip_by_matrix_rms."
+                )
+
+    def state_of(self, leaves: Iterable[int]) -> list[int]:
+        """The state arrays that are updated with these parameters.
+
+        Those that count layers go with every set of parameters that do.
+        """
+        wanted = set(leaves)
+        layered = any(self.stacked[i] for i in wanted)
+        own = lambda i, axis: layered if axis is not None else self._owners[i] in wanted
+        return [i for i, axis in enumerate(self.axes) if own(i, axis)]
+
+    @property
+    def shared(self) -> list[int]:
+        """The state arrays that go with no parameter: step counts, hyperparameters."""
+        return [i for i, a in enumerate(self.axes) if a is None and self._owners[i] is None]
+
+    def owner(self, state: int) -> int | None:
+        """The parameter that a state array belongs to, None if to none or several."""
+        return self._owners[state]
+
+    def update(
+        self,
+        leaves: Sequence[int],
+        gradients: Mapping[int, Array],
+        params: Mapping[int, Array],
+        state: Sequence[Array],
+        *,
+        value: Any,
+        gradient_norm: Any,
+    ) -> tuple[dict[int, Array], dict[int, Array]]:
+        """The updates of some parameters, and the new state that goes with them.
+
+        Args:
+          leaves: which parameters; the stacked ones all together, or none of them.
+          gradients: of those.
+          params: those, layered ones as stacks of one.
+          state: all state arrays as they were before the step, layered ones as stacks of one.
+          value: the loss.
+          gradient_norm: the norm of the whole gradient; read only if `needs_norm`.
+        """
+        owned = self.state_of(leaves)
+        n = len(self.names)
+        outs = self._run(
+            [*leaves, *(n + i for i in owned)], gradients, params, state, value, gradient_norm
+        )
+        updates = dict(zip(leaves, outs, strict=False))
+        return updates, dict(zip(owned, outs[len(updates) :], strict=True))
+
+    def update_shared(
+        self, state: Sequence[Array], *, value: Any, gradient_norm: Any
+    ) -> dict[int, Array]:
+        """The new `shared` state, once a step."""
+        outputs = [len(self.names) + i for i in self.shared]
+        outs = self._run(outputs, {}, {}, state, value, gradient_norm)
+        return dict(zip(self.shared, outs, strict=True))
+
+    def _run(
+        self,
+        outputs: Sequence[int],
+        gradients: Mapping[int, Array],
+        params: Mapping[int, Array],
+        state: Sequence[Array],
+        value: Any,
+        gradient_norm: Any,
+    ) -> list[Array]:
+        """Some outputs of the traced update, in order of their number."""
+        jaxpr, consts, inputs = self._needed(outputs)
+        leaves = range(len(self.names))
+        given = [gradients.get(i) for i in leaves] + [params.get(i) for i in leaves]
+        given += [*state, value, gradient_norm]
+        closed = ClosedJaxpr(jaxpr, _where(self._program.consts, consts))
+        results = jaxpr_as_fun(closed)(*_where(given, inputs))
+        order = sorted(set(outputs))
+        return [results[order.index(i)] for i in outputs]
+
+    def _needed(self, outputs: Iterable[int]) -> tuple[Any, list[bool], list[bool]]:
+        """The program of some outputs, and which constants and inputs it reads."""
+        wanted = set(outputs)
+        count = len(self._program.jaxpr.outvars)
+        return pe.dce_jaxpr_consts(self._program.jaxpr, [i in wanted for i in range(count)])
+
+    def _separate(self) -> tuple[list[int | None], bool]:
+        """Which parameter each state array belongs to, and whether an update reads the norm."""
+        n = len(self.names)
+        reads = []  # of each output: parameters, state arrays
+        needs_norm = False
+        for output in range(n + len(self.axes)):
+            used = self._needed([output])[2]
+            leaves = {i % n for i in range(2 * n) if used[i]}
+            reads.append((leaves, {i for i in range(len(self.axes)) if used[2 * n + i]}))
+            needs_norm |= used[-1] and (output < n or bool(leaves))
+        owners = [next(iter(leaves), None) for leaves, _ in reads[n:]]
+        for output, (leaves, states) in enumerate(reads):
+            own = {output} if output < n else leaves
+            others = leaves - own or (leaves if len(leaves) > 1 else set())
+            others |= {k for s in states if (k := owners[s]) is not None} - own
+            if others:
+                first = self.names[min(own)] if own else "shared state"
+                second = self.names[min(others - {min(own)}) if own else min(others)]
+                raise ValueError(
+                    f"the update of {first!r} depends on {second!r} too, as clipping by the norm "
+                    "of all gradients does, but the gradients are never held together here. "
+                    f"{CHOICES}"
+                )
+        for axis, owner in zip(self.axes, owners, strict=True):
+            if owner is not None and self.stacked[owner] != (axis is not None):
+                raise ValueError(
+                    f"state kept for {self.names[owner]!r} has no place for each of its layers: "
+                    "it cannot be updated a layer at a time."
+                )
+        return owners, needs_norm
+
+
+def _where(items: Sequence[Any], chosen: Sequence[bool]) -> list[Any]:
+    return [item for item, keep in zip(items, chosen, strict=True) if keep]
+
+
+def _trace(tx: optax.GradientTransformation, params: Any) -> ClosedJaxpr:
+    """``tx.update`` as a program of flat gradients, parameters, state, loss and norm."""
+
+    def loss(_: Any) -> Any:
+        raise ValueError(
+            "the optimizer evaluates the loss once more (obj_fn), which has no place in a step "
+            "that updates parameters while the backward pass runs."
+        )
+
+    def update(gradients: Any, params: Any, state: Any, value: Array, norm: Array) -> Any:
+        extra = {"value": value, "obj_fn": loss, "gradient_norm": norm}
+        updates, state = optax.with_extra_args_support(tx).update(gradients, state, params, **extra)
+        return jax.tree.structure(params).flatten_up_to(updates), jax.tree.leaves(state)
+
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    state = jax.eval_shape(tx.init, params)
+    return jax.make_jaxpr(update)(params, params, state, scalar, scalar)
+
+
+def _with_layers(params: Any, stacked: Sequence[bool], layers: int) -> Any:
+    """The shapes of the parameters with so many layers."""
+    leaves, structure = jax.tree.flatten(params)
+    shapes = [
+        jax.ShapeDtypeStruct((layers, *p.shape[1:]) if layered else p.shape, p.dtype)
+        for p, layered in zip(leaves, stacked, strict=True)
+    ]
+    return structure.unflatten(shapes)
+
+
+def _prime_beyond(least: int, sizes: set[int]) -> int:
+    """The first prime above `least` that divides none of the sizes."""
+    product = math.prod(n for n in sizes if n)
+    n = least + 1
+    while any(n % k == 0 for k in range(2, math.isqrt(n) + 1)) or product % n == 0:
+        n += 1
+    return n
+
+
+def _layer_axes(
+    full: Sequence[Any], one: Sequence[Any], some: Sequence[Any], *, layers: int, prime: int
+) -> list[int | None]:
+    """Of each state array the axis that follows the number of layers."""
+    refused = ValueError(
+        "the optimizer's state does not grow by equal parts with the number of layers, so that it "
+        "cannot be updated a layer at a time; transforms that choose or group layers do this."
+    )
+    if not len(full) == len(one) == len(some):
+        raise refused
+    axes: list[int | None] = []
+    for a, b, c in zip(full, one, some, strict=True):
+        moved = [i for i, (m, n) in enumerate(zip(a.shape, c.shape, strict=False)) if m != n]
+        axis = moved[0] if moved else None
+        expected = list(a.shape)
+        for other, size in ((c, prime), (b, 1)):
+            if axis is not None:
+                expected[axis] = size
+            if tuple(expected) != other.shape or a.dtype != other.dtype:
+                raise refused
+        if axis is not None and a.shape[axis] != layers:
+            raise refused
+        axes.append(axis)
+    return axes
+
+
+_CLEAN, _BY_LAYER, _MIXED = range(3)
+_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+def _mixed(jaxpr: Any, consts: Sequence[int], tags: Sequence[int], prime: int) -> list[int]:
+    """Whether the layers of a program's inputs meet on the way to its outputs.
+
+    Layers are counted by axes whose length `prime` divides, and by no others. What is computed
+    from an array with such an axis and has none itself has seen several layers.
+
+    Args:
+      jaxpr: the program.
+      consts: the tags of its constants.
+      tags: of its inputs, `_CLEAN`, `_BY_LAYER` or `_MIXED`.
+      prime: the number of layers.
+
+    Returns:
+      The tags of its outputs.
+    """
+    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *tags], strict=True))
+    tag = lambda v: _CLEAN if isinstance(v, Literal) else known[v]
+    layered = lambda v: any(n and n % prime == 0 for n in getattr(v.aval, "shape", ()))
+
+    for eqn in jaxpr.eqns:
+        given, name, params = [tag(v) for v in eqn.invars], eqn.primitive.name, eqn.params
+        inner = lambda closed, tags: _mixed(closed.jaxpr, [_CLEAN] * len(closed.consts), tags, prime)
+        called = next((params[key] for key in _CALLS if key in params), None)
+        if name == "cond":
+            each = [inner(branch, given[1:]) for branch in params["branches"]]
+            outs = [max(column) for column in zip(*each, strict=True)]
+            outs = [_MIXED] * len(outs) if given[0] else outs
+        elif name == "scan":
+            first = params["num_consts"]
+            carried = slice(first, first + params["num_carry"])
+            outs, before = inner(called, given), None
+            while before != given[carried]:
+                before = given[carried]
+                given[carried] = list(map(max, before, outs))
+                outs = inner(called, given)
+        elif name == "while":
+            test, body = params["cond_nconsts"], params["body_nconsts"]
+            carry, before = given[test + body :], None
+            while before != carry:
+                before = carry
+                carry = list(map(max, carry, inner(params["body_jaxpr"], given[test:][:body] + carry)))
+            stop = inner(params["cond_jaxpr"], given[:test] + carry)[0]
+            outs = [_MIXED] * len(carry) if stop else carry
+        elif isinstance(called, ClosedJaxpr) and len(called.jaxpr.invars) == len(given):
+            outs = inner(called, given)
+        else:
+            outs = [max(given, default=_CLEAN)] * len(eqn.outvars)
+        drawn = name == "random_bits"
+        from_layers = any(t == _BY_LAYER and layered(v) for t, v in zip(given, eqn.invars, strict=True))
+        for v, t in zip(eqn.outvars, outs, strict=True):
+            lost = t == _BY_LAYER and from_layers and not layered(v)
+            known[v] = _MIXED if lost or (drawn and layered(v)) else t
+    return [tag(v) for v in jaxpr.outvars]

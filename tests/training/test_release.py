@@ -1,0 +1,321 @@
+"""The released step: the ordinary one's numbers, what it refuses, what it holds."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import memopt
+from memopt.models import llama
+from memopt.models.stacked import StackedModel
+from memopt.training.release import release_step
+from memopt.training.step import init_state, train_step
+from tests.training.nano import NANO
+
+VOCAB, DIM, WIDE, LAYERS, ROWS, LENGTH = 11, 8, 12, 3, 8, 5
+RATE = optax.linear_schedule(3e-3, 0.0, 40)
+CONFIG = dataclasses.replace(NANO, hidden_size=8, num_layers=3, head_dim=4, intermediate_size=12)
+
+
+def toy(*, tied=False):
+    """A model of plain functions, and its parameters."""
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+    normal = lambda *shape: 0.3 * jax.random.normal(next(keys), shape)
+    params = {
+        "embed": {"embedding": normal(VOCAB, DIM)},
+        "blocks": {
+            "up": normal(LAYERS, DIM, WIDE),
+            "down": normal(LAYERS, WIDE, DIM),
+            "norm": jnp.ones((LAYERS, DIM)),
+        },
+        "norm": jnp.ones(DIM),
+    }
+    if not tied:
+        params["head"] = normal(DIM, VOCAB)
+
+    def embed(rest, batch):
+        return rest["embed"]["embedding"][batch["inputs"]]
+
+    def block(layer, x, batch):
+        return x + jnp.tanh(x * layer["norm"] @ layer["up"]) @ layer["down"]
+
+    def head(rest, x, batch):
+        kernel = rest["embed"]["embedding"].T if tied else rest["head"]
+        logits = (x * rest["norm"]) @ kernel
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+        return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"])
+
+    return StackedModel(embed, block, head), params
+
+
+def loss_of(model):
+    """The same model as one function, for the ordinary step."""
+
+    def loss(params, batch):
+        x = model.embed(params, batch)
+        step = lambda x, layer: (model.block(layer, x, batch), None)
+        x, _ = jax.lax.scan(step, x, params["blocks"])
+        return model.head(params, x, batch)
+
+    return loss
+
+
+def make_batch(seed):
+    first, second = jax.random.split(jax.random.key(seed))
+    tokens = jax.random.randint(first, (ROWS, LENGTH + 1), 0, VOCAB)
+    weights = jax.random.bernoulli(second, 0.7, (ROWS, LENGTH)).astype(jnp.float32)
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+
+
+def run(step, tx, params, batches, **options):
+    state = init_state(jax.tree.map(jnp.copy, params), tx)
+    step = functools.partial(step, tx=tx, learning_rate=RATE, **options)
+    step = jax.jit(step, donate_argnums=0)
+    for batch in batches:
+        state, metrics = step(state, batch)
+    return state, metrics
+
+
+def both(tx, steps=20, released=None, tied=False, **options):
+    """States and metrics of the ordinary and the released step."""
+    model, params = toy(tied=tied)
+    batches = [make_batch(seed) for seed in range(steps)]
+    ordinary = run(train_step, tx, params, batches, loss=loss_of(model), **options)
+    return ordinary, run(release_step, released or tx, params, batches, model=model, **options)
+
+
+def assert_same(ordinary, released, atol=1e-6):
+    chex.assert_trees_all_equal_structs(*(r[0] for r in (ordinary, released)))
+    chex.assert_trees_all_close(ordinary[0].params, released[0].params, rtol=0, atol=atol)
+    chex.assert_trees_all_close(ordinary[0], released[0], rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(ordinary[1], released[1], rtol=1e-5)
+
+
+SUBSPACE = {"rank": 2, "refresh_every": 7}
+METHODS = {
+    **dict.fromkeys(["adafactor", "adalomo", "lomo", "lion", "adamw"], {}),
+    **dict.fromkeys(["apollo", "galore", "flora", "fira"], SUBSPACE),
+    **dict.fromkeys(["apollo_mini", "frugal"], {"refresh_every": 7}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_twenty_steps_are_the_ordinary_ones(name):
+    tx = memopt.optimizer(name, RATE, **METHODS[name])
+    assert_same(*both(tx))
+
+
+@pytest.mark.parametrize("name", ["adafactor", "lion"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_micro_batches(name, tied):
+    assert_same(*both(memopt.optimizer(name, RATE), accumulation=4, tied=tied))
+
+
+def test_a_tied_head_waits_for_the_embedding():
+    assert_same(*both(memopt.adafactor(RATE), tied=True))
+
+
+def test_masks_partitions_and_injected_hyperparameters():
+    """Masks that are trees, not functions, have the shape of the whole of the parameters."""
+    _, params = toy()
+    matrices = jax.tree.map(lambda p: p.ndim > 1, params)
+    labels = jax.tree.map(lambda m: "matrix" if m else "vector", matrices)
+    tx = optax.chain(
+        optax.masked(optax.clip(1e-2), matrices),
+        optax.partition({"matrix": optax.scale_by_adam(), "vector": optax.trace(0.9)}, labels),
+        optax.inject_hyperparams(optax.scale_by_learning_rate)(RATE),
+    )
+    ordinary, released = both(tx)
+    assert_same(ordinary, released)
+    used = released[0].opt_state[-1].hyperparams["learning_rate"]
+    np.testing.assert_allclose(used, RATE(19), rtol=1e-6)
+
+
+def test_a_state_without_place_for_the_layers_is_refused():
+    tx = memopt.optimizer("frugal", RATE, projector="blocks", rank=0.5)
+    with pytest.raises(ValueError, match="a layer at a time"):
+        both(tx, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (optax.clip_by_global_norm(1.0), "gradients are never held together.*memopt.clip_by"),
+        (optax.apply_if_finite(optax.identity(), 3), "never held together"),
+        (optax.clip_by_block_rms(1.0), "treats its layers together"),
+        (optax.scale_by_trust_ratio(), "treats its layers together"),
+        (optax.add_noise(0.1, 0.5, 0), "treats its layers together"),
+    ],
+)
+def test_what_looks_beyond_its_matrix_is_refused(wrong, says):
+    model, params = toy()
+    tx = optax.chain(wrong, optax.scale_by_adam(), optax.scale_by_learning_rate(RATE))
+    step = functools.partial(release_step, model=model, tx=tx, learning_rate=RATE)
+    with pytest.raises(ValueError, match=says):
+        jax.eval_shape(step, init_state(params, tx), make_batch(0))
+
+
+def test_an_optimizer_that_evaluates_the_loss_is_refused():
+    model, params = toy()
+    update = lambda updates, state, params=None, *, obj_fn, **_: (updates, obj_fn(params))
+    tx = optax.GradientTransformationExtraArgs(lambda _: jnp.zeros(()), update)
+    step = functools.partial(release_step, model=model, tx=tx, learning_rate=RATE)
+    with pytest.raises(ValueError, match="obj_fn"):
+        jax.eval_shape(step, init_state(params, tx), make_batch(0))
+
+
+@pytest.mark.parametrize("max_norm", [1e-2, 1e2])
+def test_clipping_by_this_steps_norm_is_exact(max_norm):
+    """Against Optax's own clipping, in an ordinary step."""
+    after = optax.sgd(RATE, momentum=0.9)
+    whole = optax.chain(optax.clip_by_global_norm(max_norm), after)
+    ours = optax.chain(memopt.clip_by_gradient_norm(max_norm), after)
+    assert_same(*both(whole, released=ours))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_clipping_by_the_norm_of_the_step_before(accumulation):
+    clip = memopt.clip_by_gradient_norm(1e-2, previous=True)
+    tx = optax.chain(clip, optax.sgd(RATE, momentum=0.9))
+    ordinary, released = both(tx, accumulation=accumulation)
+    assert_same(ordinary, released)
+    np.testing.assert_allclose(released[0].opt_state[0].norm, released[1]["gradient_norm"])
+
+
+def test_clipping_each_matrix():
+    assert_same(*both(optax.chain(memopt.clip_by_matrix_rms(1e-3), optax.sgd(RATE, momentum=0.9))))
+
+
+@pytest.mark.parametrize("poison", [jnp.nan, jnp.inf])
+def test_a_loss_that_is_not_finite_changes_nothing_but_the_counters(poison):
+    tx, (model, params) = optax.adam(RATE), toy()
+    good = [make_batch(seed) for seed in range(3)]
+    bad = good[0] | {"weights": jnp.full((ROWS, LENGTH), poison)}
+    clean, _ = run(release_step, tx, params, good, model=model)
+    holed, metrics = run(release_step, tx, params, [*good[:2], bad, bad, good[2]], model=model)
+    chex.assert_trees_all_equal(clean[:2], holed[:2])
+    assert (holed.step, holed.skipped, holed.skipped_in_row) == (5, 2, 0)
+    _, metrics = run(release_step, tx, params, [*good, bad, bad], model=model)
+    assert metrics["skipped_in_row"] == 2
+
+
+def steep():
+    """A toy whose middle block has a gradient that is not finite, behind a finite loss."""
+    model, params = toy()
+
+    def block(layer, x, batch):
+        return model.block(layer, x, batch) + jnp.sqrt(layer["steep"])
+
+    params["blocks"]["steep"] = jnp.array([1.0, 0.0, 1.0])
+    return model._replace(block=block), params
+
+
+def test_a_gradient_that_is_not_finite_stops_the_updates_behind_it():
+    tx, (model, params) = optax.adam(RATE), steep()
+    state, metrics = run(release_step, tx, params, [make_batch(0)], model=model)
+    assert jnp.isfinite(metrics["loss"])
+    assert state.skipped == 1
+    chex.assert_tree_all_finite((state.params, state.opt_state))
+    moved = lambda new, old: bool(jnp.any(new != old))
+    blocks = state.params["blocks"], params["blocks"]
+    by_layer = [jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(LAYERS)]
+    assert jax.tree.map(moved, *by_layer[2]) == dict.fromkeys(params["blocks"], True)
+    assert not moved(state.params["blocks"]["steep"][1], params["blocks"]["steep"][1])
+    assert jax.tree.map(moved, *by_layer[0]) == dict.fromkeys(params["blocks"], False)
+    chex.assert_trees_all_equal(state.params["embed"], params["embed"])
+    assert state.opt_state[0].count == 0  # as the learning rate's: the step is not counted
+
+
+def test_with_this_steps_norm_a_gradient_that_is_not_finite_changes_nothing():
+    model, params = steep()
+    tx = optax.chain(memopt.clip_by_gradient_norm(1.0), optax.adam(RATE))
+    state, _ = run(release_step, tx, params, [make_batch(0)], model=model)
+    chex.assert_trees_all_equal(state[:2], init_state(params, tx)[:2])
+    assert state.skipped == 1
+
+
+def llama_run(step, tx, batches, mesh=None, accumulation=1):
+    params = nnx.to_pure_dict(nnx.state(llama.Llama(CONFIG, rngs=nnx.Rngs(0)), nnx.Param))
+    if step is train_step:
+        graph, _ = nnx.split(llama.abstract_model(CONFIG), nnx.Param)
+        options = {"loss": lambda params, batch: llama.loss(nnx.merge(graph, params), batch)}
+    else:
+        options = {"model": llama.stacked_model(CONFIG)}
+    options["accumulation"] = accumulation
+    if mesh is None:
+        return run(step, tx, params, batches, **options)
+    shardings = llama.param_shardings(llama.abstract_model(CONFIG), mesh)
+    rows = jax.P(tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape))
+    with jax.set_mesh(mesh):
+        batches = [jax.device_put(b, jax.NamedSharding(mesh, rows)) for b in batches]
+        return run(step, tx, jax.device_put(params, shardings), batches, **options)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 4}, {"fsdp": 4, "tensor": 2}])
+def test_llama_sharded_over_eight_devices(kind, axes):
+    tx = memopt.adafactor(RATE)
+    batches = [make_batch(seed) for seed in range(3)]
+    types = (getattr(jax.sharding.AxisType, kind),) * len(axes)
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types)
+    ordinary = llama_run(train_step, tx, batches)
+    released = llama_run(release_step, tx, batches, mesh)
+    assert_same(*jax.device_get((ordinary, released)))
+    specs = jax.tree.map(lambda p: p.sharding.spec, released[0].params)
+    shardings = llama.param_shardings(llama.abstract_model(CONFIG), mesh)
+    chex.assert_trees_all_equal(specs, jax.tree.map(lambda s: s.spec, shardings))
+
+
+def test_state_is_donated_and_no_stack_of_gradients_is_held():
+    """A model of many wide layers: temporaries stay below the parameters of two of them."""
+    layers, wide = 16, 256
+    model = StackedModel(
+        embed=lambda rest, batch: batch["x"] * rest["scale"],
+        block=lambda w, x, batch: jnp.tanh(x @ w),
+        head=lambda rest, x, batch: (jnp.sum(x**2), jnp.asarray(1.0)),
+    )
+    params = {"scale": jnp.ones(wide), "blocks": jnp.ones((layers, wide, wide))}
+    tx = optax.sgd(RATE, momentum=0.9)
+    state, batch = init_state(params, tx), {"x": jnp.ones((4, wide))}
+    temporaries = {}
+    for step in (
+        functools.partial(release_step, model=model),
+        functools.partial(train_step, loss=loss_of(model)),
+    ):
+        step = functools.partial(step, tx=tx, learning_rate=RATE)
+        memory = jax.jit(step, donate_argnums=0).lower(state, batch).compile().memory_analysis()
+        assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state))
+        temporaries[len(temporaries)] = memory.temp_size_in_bytes
+    one = params["blocks"].nbytes / layers
+    assert temporaries[0] < 4 * one
+    assert temporaries[1] > layers * one
+
+
+def test_stored_parameters_are_read_and_written_by_the_hooks():
+    """Kept as halves in tuples: the numbers of the whole, in twice as many arrays."""
+    model, params = toy()
+    is_pair = lambda x: isinstance(x, tuple)
+    store = lambda tree: jax.tree.map(lambda p: (p / 2, p / 2), tree)
+    load = lambda tree: jax.tree.map(lambda pair: pair[0] + pair[1], tree, is_leaf=is_pair)
+    seen = []
+
+    def write(stored, updates, step, layer):
+        seen.append(layer is None)
+        add = lambda pair, u: (pair[0] + u / 2, pair[1] + u / 2)
+        return jax.tree.map(add, stored, updates, is_leaf=is_pair)
+
+    tx, batches = memopt.adafactor(RATE), [make_batch(seed) for seed in range(5)]
+    plain, _ = run(release_step, tx, params, batches, model=model)
+    step = functools.partial(release_step, model=model, load=load, write=write)
+    state = init_state(params, tx)._replace(params=store(params))
+    step = jax.jit(functools.partial(step, tx=tx, learning_rate=RATE), donate_argnums=0)
+    for batch in batches:
+        state, _ = step(state, batch)
+    chex.assert_trees_all_close(load(state.params), plain.params, rtol=1e-5, atol=1e-6)
+    assert seen == [True, False, True]  # head, a block, embedding
