@@ -49,7 +49,7 @@ class Options(NamedTuple):
 
     Attributes:
       ranks: of the subspaces.
-      iterations: of `randomized_svd`, each a row; the default is 2.
+      iterations: of `randomized_svd`, each a row; its default is 0.
       oversample: of `randomized_svd`.
       steps: of AdamW before the gradient is taken, 0 for the gradient at the start.
       repeats: rounds that are timed.
@@ -58,7 +58,7 @@ class Options(NamedTuple):
 
     ranks: tuple[int, ...] = (128, 512)
     iterations: tuple[int, ...] = (0, 1, 2)
-    oversample: int = 8
+    oversample: int = 64
     steps: int = 20
     repeats: int = 3
     output: Path = Path(__file__).parent / "results" / "refresh_cost.json"
