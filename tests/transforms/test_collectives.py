@@ -75,7 +75,7 @@ def test_no_gradient_is_gathered(projector, layout, axis_type):
 @pytest.mark.parametrize("layout", SPECS)
 def test_no_gradient_is_gathered_for_a_structured_sketch(layout, axis_type):
     """Its lines are in groups from 128 columns on, rank and oversampling together."""
-    projector = projectors.randomized_svd(64)
+    projector = projectors.randomized_svd(64, oversample=64)
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(axis_type,) * 2)
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, SPECS[layout])

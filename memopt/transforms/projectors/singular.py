@@ -56,13 +56,14 @@ class RandomizedSvd(Svd):
     """Nearly the leading singular vectors; see `randomized_svd`."""
 
     iterations: int = 0
-    oversample: int = 64
+    oversample: int | None = None
     seed: int | Array = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least("iterations", self.iterations, 0)
-        check_at_least("oversample", self.oversample, 0)
+        if self.oversample is not None:
+            check_at_least("oversample", self.oversample, 0)
 
     def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
         """Of a sketch of the gradient, or of G GᵀQ with its basis Q, the singular vectors."""
@@ -80,7 +81,10 @@ class RandomizedSvd(Svd):
     def sketch(self, leaf: Leaf, gradient: Array, key: Array) -> Array:
         """G Ω or GᵀΩ, side×k, with Ω = W ⊗ I: every so many lines are mixed by the same W."""
         axis = -1 if self.is_left(leaf) else -2
-        k = min(self.size(leaf)[1] + self.oversample, *leaf.shape[-2:])
+        r, more = self.size(leaf)[1], self.oversample
+        # A small sketch costs little beside the pass over G: up to 512 columns it is generous.
+        k = max(r + 64, min(4 * r, 512)) if more is None else r + more
+        k = min(k, *leaf.shape[-2:])
         across, shards = leaf.shape[axis], shard_count(gradient, axis)
         groups = 1 << max(k // LEAST, 1).bit_length() - 1
         while shards > 1 and across % (groups * shards):
@@ -132,7 +136,7 @@ def randomized_svd(
     *,
     side: str = "short",
     iterations: int = 0,
-    oversample: int = 64,
+    oversample: int | None = None,
     seed: int | Array = 0,
 ) -> Projector:
     """Nearly the leading r singular vectors, by one cheap pass over the gradient.
@@ -151,7 +155,8 @@ def randomized_svd(
       rank: r, or a fraction of each matrix's shorter side.
       side: "short", "long", "left" or "right".
       iterations: power iterations, two passes over the gradient and one QR each.
-      oversample: columns of the sketch beyond r.
+      oversample: columns of the sketch beyond r; by default 64, or more while the sketch has no
+        more than 4r columns, nor 512.
       seed: what the sketches depend on, besides parameter and refresh.
 
     Raises:
