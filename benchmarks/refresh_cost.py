@@ -49,8 +49,8 @@ class Options(NamedTuple):
 
     Attributes:
       ranks: of the subspaces.
-      iterations: of `randomized_svd`, each a row; the default is 2.
-      oversample: of `randomized_svd`.
+      iterations: of `randomized_svd`, each a row; its default is 0.
+      oversample: of `randomized_svd`; its own default if not given.
       steps: of AdamW before the gradient is taken, 0 for the gradient at the start.
       repeats: rounds that are timed.
       output: the JSON file; the plot stands beside it.
@@ -58,7 +58,7 @@ class Options(NamedTuple):
 
     ranks: tuple[int, ...] = (128, 512)
     iterations: tuple[int, ...] = (0, 1, 2)
-    oversample: int = 8
+    oversample: int | None = None
     steps: int = 20
     repeats: int = 3
     output: Path = Path(__file__).parent / "results" / "refresh_cost.json"

@@ -15,6 +15,15 @@ def explicit_axes(x: Any) -> tuple[Any, ...] | None:
     return spec if any(axis is not None for axis in spec) else None
 
 
+def shard_count(matrices: Array, axis: int) -> int:
+    """Over how many devices of an explicit mesh an axis is sharded; 1 if over none."""
+    spec = explicit_axes(matrices)
+    names = spec[axis] if spec else None
+    mesh = jax.typeof(matrices).sharding.mesh
+    names = names if isinstance(names, tuple) else (names,) if names else ()
+    return math.prod(mesh.shape[name] for name in names)
+
+
 def product(subscripts: str, a: Array, b: Array, *, like: Any = None) -> Array:
     """``jnp.einsum`` of two stacks in full precision; axes of explicit meshes are told apart.
 
@@ -23,7 +32,7 @@ def product(subscripts: str, a: Array, b: Array, *, like: Any = None) -> Array:
     all-reduce of the result.
 
     Args:
-      subscripts: as for ``jnp.einsum``, each of the three terms begun by ``...``.
+      subscripts: as for ``jnp.einsum``, with ``...`` for the stack's axes.
       a: the first stack.
       b: the second; without stack axes it serves all of `a`.
       like: the sharding of the result instead.
@@ -32,16 +41,18 @@ def product(subscripts: str, a: Array, b: Array, *, like: Any = None) -> Array:
       >>> product("...mn,...nr->...mr", jnp.ones((5, 2, 3)), jnp.ones((3, 4))).shape
       (5, 2, 4)
     """
-    ndim = max(a.ndim, b.ndim)
-    specs = [(None,) * (ndim - x.ndim) + tuple(jax.typeof(x).sharding.spec) for x in (a, b)]
+    inputs, output = subscripts.split("->")
+    terms = [term.removeprefix("...") for term in inputs.split(",")]
+    specs = [tuple(jax.typeof(x).sharding.spec) for x in (a, b)]
     sharding = None
     if like is not None and any(axis is not None for axis in like.spec):
         sharding = like
     elif any(axis is not None for spec in specs for axis in spec):
-        inputs, output = subscripts.split("->")
-        terms = [term.removeprefix("...") for term in inputs.split(",")]
-        stack = [first or second for first, second in zip(*(s[:-2] for s in specs), strict=True)]
-        named = [dict(zip(t, s[-2:], strict=True)) for t, s in zip(terms, specs, strict=True)]
+        stacks = [spec[: -len(term)] for term, spec in zip(terms, specs, strict=True)]
+        ndim = max(map(len, stacks))
+        stacks = [(None,) * (ndim - len(stack)) + stack for stack in stacks]
+        stack = [first or second for first, second in zip(*stacks, strict=True)]
+        named = [dict(zip(t, s[-len(t) :], strict=True)) for t, s in zip(terms, specs, strict=True)]
         wanted = stack + [named[0].get(i) or named[1].get(i) for i in output.removeprefix("...")]
         sharding = jax.P(*_once(wanted))
     return jnp.einsum(subscripts, a, b, precision="highest", out_sharding=sharding)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 import memopt
-from memopt import recombine
+from memopt import projectors, recombine
 from tests.optimizers import pairings
 
 SHAPE = (16, 512, 1024)
@@ -69,3 +69,19 @@ def test_no_gradient_is_gathered(projector, layout, axis_type):
         return
     assert "callback" not in hlo
     assert max(gathered(hlo), default=0) < math.prod(SHAPE) // 4
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("layout", SPECS)
+def test_no_gradient_is_gathered_for_a_structured_sketch(layout, axis_type):
+    """Its lines are in groups from 128 columns on, rank and oversampling together."""
+    projector = projectors.randomized_svd(64, oversample=64)
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(axis_type,) * 2)
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, SPECS[layout])
+        for shape in (SHAPE, (SHAPE[0], SHAPE[2], SHAPE[1])):
+            leaf = projectors.Leaf("up", shape, jnp.float32)
+            g = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+            basis = jax.jit(lambda g, leaf=leaf: projector.basis(leaf, g, projectors.When.first()))
+            hlo = basis.lower(g).compile().as_text()
+            assert max(gathered(hlo), default=0) < math.prod(SHAPE) // 4

@@ -3,11 +3,21 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from memopt.errors import check_at_least
-from memopt.transforms.linalg import leading_eigenvectors, orthonormal, product, turned
+from memopt.transforms.linalg import (
+    leading_eigenvectors,
+    orthonormal,
+    product,
+    shard_count,
+    turned,
+    whole,
+)
 from memopt.transforms.projectors.base import Leaf, Projector, When
+
+LEAST = 64  # columns that each group of lines is mixed to; fewer could miss what one group holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,29 +55,52 @@ class Svd(Projector):
 class RandomizedSvd(Svd):
     """Nearly the leading singular vectors; see `randomized_svd`."""
 
-    iterations: int = 2
-    oversample: int = 8
+    iterations: int = 0
+    oversample: int | None = None
     seed: int | Array = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least("iterations", self.iterations, 0)
-        check_at_least("oversample", self.oversample, 0)
+        if self.oversample is not None:
+            check_at_least("oversample", self.oversample, 0)
 
     def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
-        """QR-based power iterations on a random sketch, then the singular vectors within."""
-        m, n = leaf.shape[-2:]
+        """Of a sketch of the gradient, or of G GᵀQ with its basis Q, the singular vectors."""
         r = self.size(leaf)[1]
-        across = n if self.is_left(leaf) else m
-        k = min(r + self.oversample, m, n)
-        shape = (k, across) if self.is_left(leaf) else (across, k)
-        sketch = jax.random.normal(leaf.key(self.seed, when.refresh), shape, leaf.dtype)
-        q = orthonormal(self.correlation(leaf, gradient, sketch))
-        for _ in range(self.iterations):
-            q = orthonormal(self.correlation(leaf, gradient, self.down(leaf, q, gradient)))
-        low = self.down(leaf, q, gradient)
-        turn = leading_eigenvectors(self.gram(leaf, low, low), r)
-        return product("...mr,...rs->...ms", q, turn)
+        sketch = self.sketch(leaf, gradient, leaf.key(self.seed, when.refresh))
+        squares = product("...mk,...ml->...kl", sketch, sketch)
+        spans_all = sketch.shape[-1] == min(leaf.shape[-2:])  # one iteration is exact then
+        for _ in range(max(self.iterations, spans_all)):
+            low = self.down(leaf, orthonormal(sketch), gradient)
+            sketch, squares = self.correlation(leaf, gradient, low), self.gram(leaf, low, low)
+        # Columns that are near orthogonal, the longest first, keep their directions in a QR.
+        turn = leading_eigenvectors(squares, r)
+        return orthonormal(product("...mk,...kr->...mr", sketch, turn))
+
+    def sketch(self, leaf: Leaf, gradient: Array, key: Array) -> Array:
+        """G Ω or GᵀΩ, side×k, with Ω = W ⊗ I: every so many lines are mixed by the same W."""
+        axis = -1 if self.is_left(leaf) else -2
+        r, more = self.size(leaf)[1], self.oversample
+        # A small sketch costs little beside the pass over G: up to 512 columns it is generous.
+        k = max(r + 64, min(4 * r, 512)) if more is None else r + more
+        k = min(k, *leaf.shape[-2:])
+        across, shards = leaf.shape[axis], shard_count(gradient, axis)
+        groups = 1 << max(k // LEAST, 1).bit_length() - 1
+        while shards > 1 and across % (groups * shards):
+            groups //= 2
+        rows, columns = -(-across // groups), -(-k // groups)
+        weights = jax.random.normal(key, (rows, columns), leaf.dtype)
+        padding = [(0, 0)] * gradient.ndim
+        padding[axis] = (0, rows * groups - across)
+        lines = jnp.pad(gradient, padding)
+        if self.is_left(leaf):
+            lines = lines.reshape(*lines.shape[:-1], rows, groups)
+            mixed = product("...mbg,bc->...mcg", lines, weights)
+        else:
+            lines = lines.reshape(*lines.shape[:-2], rows, groups, lines.shape[-1])
+            mixed = product("...bgn,bc->...ncg", lines, weights)
+        return whole(mixed.reshape(*mixed.shape[:-2], columns * groups)[..., :k])
 
 
 def svd(rank: int | float, *, side: str = "short") -> Projector:
@@ -102,21 +135,28 @@ def randomized_svd(
     rank: int | float,
     *,
     side: str = "short",
-    iterations: int = 2,
-    oversample: int = 8,
+    iterations: int = 0,
+    oversample: int | None = None,
     seed: int | Array = 0,
 ) -> Projector:
-    """Nearly the leading r singular vectors, by a few passes over the gradient.
+    """Nearly the leading r singular vectors, by one cheap pass over the gradient.
 
-    A random sketch of r + oversample columns goes through power iterations with a QR each,
-    then the singular vectors within their span are taken. Nothing larger than side×(r +
-    oversample) is factorised. The basis is kept: side×r numbers a matrix.
+    G is mixed at random to r + oversample columns, and the singular vectors of these are taken.
+    That is enough where the singular values fall, as a gradient's do. Where they hardly fall,
+    power iterations by G Gᵀ bring the basis nearer; each costs several times the sketch. If
+    r + oversample is the shorter side or more there is one at least, and the vectors are exact.
+
+    The sketch is structured: normal weights mix every g-th line, the same ones for each of the g
+    groups, which get 64 columns or more. That is g times cheaper than a dense one; below 128
+    columns g is 1. Nothing larger than side×(r + oversample) is factorised. The basis is kept:
+    side×r numbers a matrix.
 
     Args:
       rank: r, or a fraction of each matrix's shorter side.
       side: "short", "long", "left" or "right".
-      iterations: power iterations, two passes over the gradient each.
-      oversample: columns of the sketch beyond r.
+      iterations: power iterations, two passes over the gradient and one QR each.
+      oversample: columns of the sketch beyond r; by default 64, or more while the sketch has no
+        more than 4r columns, nor 512.
       seed: what the sketches depend on, besides parameter and refresh.
 
     Raises:
@@ -124,7 +164,7 @@ def randomized_svd(
 
     References:
       Halko, Martinsson & Tropp, Finding structure with randomness, 2011,
-      https://arxiv.org/abs/0909.4061, Algorithm 4.4.
+      https://arxiv.org/abs/0909.4061, Algorithms 4.1 and 4.4, structured sketches in section 4.6.
 
     Example:
       >>> import jax.numpy as jnp
