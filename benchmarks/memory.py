@@ -71,8 +71,8 @@ class Options(NamedTuple):
     model: str = "7b"
     optimizer: str | None = None
     release: bool = False
-    weights: Literal["bfloat16", "int8"] = "bfloat16"
-    state: Literal["int8"] | None = None
+    weights: Literal["bfloat16", "int8", "int4", "bfloat16+8"] = "bfloat16"
+    state: Literal["int8", "int4", "float8", "bfloat16"] | None = None
     chip: Literal["v5e", "v5p", "v6e"] = "v5e"
     mesh: str | None = None
     batch_size: int = 1
@@ -85,8 +85,6 @@ class Options(NamedTuple):
 
 def compile_step(options: Options) -> tuple[jax.stages.Compiled, Any]:
     """The compiled step, and the shapes of its state."""
-    if options.weights != "bfloat16" or options.state is not None:
-        raise ValueError("--weights and --state in 8 bits are not available yet.")
     config = dataclasses.replace(
         llama.preset(options.model),
         param_dtype="bfloat16",
@@ -107,7 +105,11 @@ def compile_step(options: Options) -> tuple[jax.stages.Compiled, Any]:
         nnx.to_pure_dict(params),
         llama.param_shardings(model, mesh),
     )
+    if options.weights != "bfloat16":
+        params = memopt.quantize_params(params, options.weights)
     tx = memopt.optimizer(options.optimizer, LEARNING_RATE)
+    if options.state is not None:
+        tx = memopt.quantize_state(tx, options.state)
     if options.release:
         step: Any = functools.partial(release_step, model=llama.stacked_model(config))
     else:

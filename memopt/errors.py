@@ -23,9 +23,7 @@ def check_choice(argument: str, given: Any, allowed: Iterable[Any]) -> None:
     names = [str(x) for x in allowed]
     near = difflib.get_close_matches(str(given), names, n=1)
     guess = f"; did you mean {near[0]!r}?" if near else "."
-    raise ValueError(
-        f"{argument} {given!r} is unknown{guess} Allowed: {', '.join(names)}."
-    )
+    raise ValueError(f"{argument} {given!r} is unknown{guess} Allowed: {', '.join(names)}.")
 
 
 def check_at_least(argument: str, given: Any, least: float) -> None:

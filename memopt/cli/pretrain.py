@@ -14,6 +14,7 @@ from rich.table import Table
 
 from memopt.cli.errors import fail
 from memopt.planning.step_memory import StepMemory, step_memory
+from memopt.state.quantized import dequantize_params
 from memopt.training.config import Config, read_flags
 from memopt.training.directory import choose_directory
 from memopt.training.loop import Stopped, compile_step, train
@@ -35,6 +36,7 @@ examples:
   memopt pretrain --optimizer adamw --learning-rate 3e-3
   memopt pretrain --model 60m --optimizer apollo --option rank=128 --data 'books/**/*.txt'
   memopt pretrain --model 1b --mesh data=2,fsdp=4 --compute-dtype bfloat16 --remat full
+  memopt pretrain --model 7b --release --weights int8 --state int8 --compute-dtype bfloat16
 
 The run directory holds config.json, metrics.jsonl (one step a line), TensorBoard events, loss.png
 and checkpoints. A run that was killed at any moment continues with --resume as if nothing had
@@ -85,7 +87,8 @@ def parse(arguments: list[str]) -> Config:
 
 def _introduce(run: Training, console: Console) -> None:
     config, step = run.config, int(run.state.step)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
+    dense = jax.eval_shape(dequantize_params, run.state.params)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(dense))
     mesh = ", ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items())
     lines = (
         f"model      {config.architecture.model}, {parameters:,} parameters",
@@ -120,7 +123,7 @@ def _memory_table(run: Training, state: TrainState, step: jax.stages.Compiled) -
 
     def measure(tx: optax.GradientTransformation, compiled: Any = None) -> StepMemory:
         like = abstract_state(state.params, tx, run.mesh)
-        compiled = compiled or compile_step(run, tx, state.params)
+        compiled = compiled or compile_step(run, tx, state.params)[1]
         return step_memory(compiled, like.params, like.opt_state)
 
     ours, adamw = measure(run.tx, step), measure(optax.adamw(run.learning_rate))

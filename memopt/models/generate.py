@@ -8,6 +8,7 @@ from flax import nnx
 
 from memopt.models.attention import causal_attention
 from memopt.models.llama import Llama, in_auto_mesh
+from memopt.state.quantized import dequantize_params
 
 
 class Cache(NamedTuple):
@@ -130,7 +131,7 @@ def read(
 
     def step(x: jax.Array, layer: tuple[nnx.State, Cache]) -> tuple[jax.Array, Cache]:
         params, cache = layer
-        block = nnx.merge(graphdef, params)
+        block = nnx.merge(graphdef, dequantize_params(params))
         query, key, value = block.attention.project(block.attention_norm(x), context)
         cache = Cache(
             jax.lax.dynamic_update_slice_in_dim(cache.key, key, offset, axis=1),

@@ -21,6 +21,7 @@ from memopt.models.config import PRESETS, DType, LlamaConfig, Remat, RopeScaling
 from memopt.models.rotary import rotary_tables, rotate
 from memopt.models.sharding import batch_shards, batch_spec, constrain, param_shardings
 from memopt.models.stacked import StackedModel
+from memopt.state.quantized import dequantize_params
 
 __all__ = [
     "PRESETS",
@@ -251,7 +252,8 @@ class Llama(nnx.Module):
 
         Returns:
             `block(params, x, context) -> x`, without rematerialisation, and the parameters of all
-            blocks as nested dicts with a leading axis of layers.
+            blocks as nested dicts with a leading axis of layers. Those from
+            `memopt.quantize_params` are read one block at a time.
 
         Example:
             >>> model = Llama(preset("tiny"), rngs=nnx.Rngs(0))
@@ -265,7 +267,7 @@ class Llama(nnx.Module):
         graphdef, stacked = nnx.split(self.blocks, nnx.Param)
 
         def block(params: Any, x: jax.Array, context: Context) -> jax.Array:
-            return nnx.merge(graphdef, params)(x, context)
+            return nnx.merge(graphdef, dequantize_params(params))(x, context)
 
         return block, nnx.to_pure_dict(stacked)
 

@@ -325,26 +325,25 @@ class Asymmetric(Blockwise):
 
     def encode(self, x: Array, bits: Array, like: Coded | None = None) -> Coded:
         """The code below, or the one above, as often as the number is nearer to it."""
-        top = 2**self.bits - 1
+        first, last = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         low = jnp.minimum(self._per_block(jnp.min, x), 0)
         high = jnp.maximum(self._per_block(jnp.max, x), 0)
-        least = (high - low) / (top - 1)
+        least = (high - low) / (last - first - 1)
         if like is None:
             step = _up_to_bfloat16(least * self.slack)
         else:
             step = self._kept(like.scales[0], least)
         inverse = jnp.where(step > 0, 1 / step, 0)
-        # Zero in the middle of the room that is left, unless its old place still will do.
-        zero = jnp.round((top - (high + low) * inverse) / 2)
+        # The numbers in the middle of the codes, unless zero's old place will still do.
+        zero = jnp.round((first + last - (high + low) * inverse) / 2)
         if like is not None:
-            old = like.scales[1].astype(jnp.float32)
-            near = 1e-3  # what is at the edge is so up to rounding
-            fits = (low * inverse + old >= -near) & (high * inverse + old <= top + near)
+            old, near = like.scales[1].astype(jnp.float32), 1e-3  # near: up to rounding
+            fits = (low * inverse + old >= first - near) & (high * inverse + old <= last + near)
             zero = jnp.where(fits & (step == like.scales[0].astype(jnp.float32)), old, zero)
         n = x.shape[-1]
         y = x * self._spread(inverse, n) + self._spread(zero, n)
-        codes = jnp.clip(jnp.floor(y + _uniform(bits)), 0, top).astype(f"uint{self.bits}")
-        return Coded(codes, (step.astype(jnp.bfloat16), zero.astype(jnp.uint8)))
+        codes = jnp.clip(jnp.floor(y + _uniform(bits)), first, last).astype(f"int{self.bits}")
+        return Coded(codes, (step.astype(jnp.bfloat16), zero.astype(jnp.int8)))
 
     def decode(self, coded: Coded) -> Array:
         """The step times a code's distance from that of zero."""

@@ -1,5 +1,6 @@
 """Any optimizer's state in fewer bits."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,13 +11,15 @@ import optax
 from jax import Array
 
 from memopt.errors import check_at_least
-from memopt.matrices import leaf_name
+from memopt.matrices import Layout, every_matrix, leaf_name, map_matrices
 from memopt.state.codecs import AsIs, Codec, Coded, named
 from memopt.state.dither import dither
 from memopt.state.precision import in_float32
 from memopt.state.trees import by_array, by_leaf
 
-SECOND_MOMENTS = frozenset({"nu", "nu_max", "sum_of_squares", "e_g", "e_x"})
+SECOND_MOMENTS = frozenset(
+    {"nu", "nu_max", "sum_of_squares", "e_g", "e_x", "rows", "cols", "v", "v_row", "v_col"}
+)
 """The fields in which Optax, and memopt, keep second moments."""
 
 
@@ -56,7 +59,7 @@ def quantize_state(
         array's name, such as ``"nu/blocks/up/kernel"``, counts (`re.search`), and arrays whose
         name has none stay as they are. Second moments, those in a field called ``nu``, get the
         unsigned map of a codec's name.
-      min_size: arrays of fewer numbers stay as they are.
+      min_size: matrices (and vectors) of fewer numbers stay as they are.
       seed: other roundings.
 
     Returns:
@@ -84,8 +87,9 @@ def quantize_state(
     choices = [(re.compile(pattern), named(codec)) for pattern, codec in rules.items()]
     inner = in_float32(inner)
 
-    def codec_of(path: tuple[Any, ...], leaf: Any) -> Codec:
-        if leaf.size < min_size or not jnp.issubdtype(leaf.dtype, jnp.floating):
+    def codec_of(path: tuple[Any, ...], leaf: Any, stack: int) -> Codec:
+        size = math.prod(leaf.shape[stack:])
+        if size < min_size or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return AsIs()
         choice = next((c for pattern, c in choices if pattern.search(leaf_name(path))), None)
         if choice is None:
@@ -93,14 +97,19 @@ def quantize_state(
         fields = {getattr(key, "name", None) for key in path}
         return choice.unsigned if fields & SECOND_MOMENTS else choice.signed
 
+    def plan(params: Any) -> tuple[Any, Any]:
+        """Of each array of the inner state its stack axes, and its codec."""
+        like = jax.eval_shape(inner.init, params)
+        stacks = _stacks(like, params)
+        return stacks, jax.tree_util.tree_map_with_path(codec_of, like, stacks)
+
     def init(params: Any) -> QuantizedState:
-        start = lambda path, x: codec_of(path, x).init(x)
-        coded = jax.tree_util.tree_map_with_path(start, inner.init(params))
+        start = lambda codec, x: codec.init(x)
+        coded = jax.tree.map(start, plan(params)[1], inner.init(params))
         return QuantizedState(jnp.zeros((), jnp.int32), *_columns(coded))
 
     def update(updates: Any, state: QuantizedState, params: Any = None, **extra: Any) -> Any:
-        like = jax.eval_shape(inner.init, updates)
-        codecs = jax.tree_util.tree_map_with_path(codec_of, like)
+        stacks, codecs = plan(updates)
         scales = by_leaf(state.scales, state.codes)
 
         def step() -> tuple[Any, Any]:
@@ -112,16 +121,43 @@ def quantize_state(
             # The step is taken twice then, so that in others no array of floats is kept for this.
             return jax.tree.map(lambda codec, s, x: codec.fit(s, x), codecs, scales, step()[1])
 
-        def encode(path: tuple[Any, ...], codec: Codec, x: Array, *like: Any) -> Coded:
+        def encode(path: tuple[Any, ...], codec: Codec, stack: int, x: Array, *like: Any) -> Coded:
             name = re.sub(r"\d+", "", leaf_name(path))
-            return codec.encode(x, dither(x.shape, name, state.count, seed), Coded(*like))
+            is_vectors = x.ndim == stack + 1  # each of which is a matrix of one row
+            apart = lambda a: jnp.expand_dims(a, -2) if is_vectors else a
+            together = lambda a: jnp.squeeze(a, -2) if is_vectors else a
+            x, before = jax.tree.map(apart, (x, Coded(*like)))
+            coded = codec.encode(x, dither(x.shape, name, state.count, seed), before)
+            return jax.tree.map(together, coded)
 
         new_updates, new = step()
         like = state.codes, jax.lax.cond(state.count == 0, fitted, lambda: scales)
-        coded = jax.tree_util.tree_map_with_path(encode, codecs, new, *like)
+        coded = jax.tree_util.tree_map_with_path(encode, codecs, stacks, new, *like)
         return new_updates, QuantizedState(optax.safe_increment(state.count), *_columns(coded))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _stacks(state: Any, params: Any) -> Any:
+    """How many axes of each array of a state only count matrices, as those of its parameter do.
+
+    The parameter is the one whose name the array's ends with. What belongs to none is a matrix,
+    and so is each entry of its axes before the last two.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+
+    def note(layout: Layout, p: Any) -> None:
+        found[layout.name] = tuple(p.shape[axis] for axis in layout.stack)
+
+    map_matrices(note, params, default=every_matrix)
+
+    def count(path: tuple[Any, ...], x: Any) -> int:
+        name = f"/{leaf_name(path)}"
+        owners = [n for n in found if name.endswith(f"/{n}") or not n]
+        stack = found[max(owners, key=len)] if owners else ()
+        return len(stack) if x.shape[: len(stack)] == stack else 0
+
+    return jax.tree_util.tree_map_with_path(count, state)
 
 
 def _columns(coded: Any) -> tuple[Any, tuple[Any, ...]]:

@@ -73,7 +73,7 @@ def quantize_params(params: Any, codec: str | Codec = "int8", *, matrices: Matri
       >>> params = {"up": jnp.ones((4, 256)), "norm": jnp.ones(4)}
       >>> stored = quantize_params(params)
       >>> stored["up"].codes.dtype, stored["up"].scales[0].shape, stored["norm"].dtype
-      (dtype('uint8'), (4, 2), dtype('float32'))
+      (dtype('int8'), (4, 2), dtype('float32'))
       >>> bool(abs(dequantize_params(stored)["up"] - 1).max() < 0.005)
       True
     """

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from memopt.state.quantized import is_quantized
 from memopt.training.step import TrainState
 
 #: What is saved beside the arrays, JSON-serialisable.
@@ -186,7 +187,8 @@ def _describe(tree: Any) -> dict[str, str]:
             leaf = jax.eval_shape(jax.random.key_data, leaf)  # as which Orbax stores keys
         return f"{leaf.dtype}{list(leaf.shape)}"
 
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    is_leaf = lambda x: hasattr(x, "shape") and hasattr(x, "dtype") and not is_quantized(x)
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     return dict(zip(names, [describe(leaf) for _, leaf in leaves], strict=True))
 

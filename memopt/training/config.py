@@ -22,7 +22,9 @@ class Architecture:
     vocab_size: Annotated[int | None, conf.arg(metavar="INT")] = None
     """Token ids of the model, if not those of its preset."""
     param_dtype: DType = "float32"
-    """Type the parameters are stored in."""
+    """Type the parameters are stored in. In bfloat16 updates are rounded stochastically."""
+    weights: Literal["int8", "int4", "bfloat16+8"] | None = None
+    """Store matrices in fewer bits, read block by block; bfloat16+8: with 8 bits more beside it."""
     compute_dtype: DType = "float32"
     """Type the blocks compute in. Norms, softmax and loss are in float32."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -54,6 +56,10 @@ class Optimization:
     """A name that `memopt optimizers` lists."""
     option: Annotated[tuple[str, ...], conf.UseAppendAction, conf.arg(metavar="NAME=VALUE")] = ()
     """Argument of the optimizer, such as rank=128 or weight_decay=0.1."""
+    state: Literal["int8", "int4", "float8", "bfloat16"] | None = None
+    """Store the optimizer's state in fewer bits."""
+    release: bool = False
+    """Update each block while the backward pass runs, so that all gradients are never there."""
     learning_rate: float = 5e-3
     """Highest learning rate. The default suits apollo_mini; adamw and lion want less."""
     schedule: str = "cosine"
@@ -169,6 +175,8 @@ def read_flags(path: Path) -> list[str]:
             flags += [f"{flag}={item}" for item in value]
         elif isinstance(value, list):
             flags += [flag, *value]
+        elif isinstance(value, bool):
+            flags += [flag] * value
         elif value is not None:
             flags.append(f"{flag}={value}")
     return flags

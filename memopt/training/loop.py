@@ -6,18 +6,22 @@ import contextlib
 import functools
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import optax
 from rich.console import Console
 
+from memopt.models import llama
 from memopt.training.data import Batch
 from memopt.training.metrics import Display, MetricsLog
 from memopt.training.placement import abstract_state
 from memopt.training.prepare import Training
-from memopt.training.step import TrainState, evaluate, train_step
+from memopt.training.release import release_step
+from memopt.training.step import Metrics, TrainState, evaluate, train_step
+
+Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
 class Stopped(Exception):
@@ -55,7 +59,7 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
         Display(console, steps, start) as display,
         _signals() as caught,
     ):
-        step, loss = compile_step(run, run.tx, state.params), jax.jit(run.loss)
+        (step, compiled), loss = compile_step(run, run.tx, state.params), jax.jit(run.loss)
         try:
             for number in range(start + 1, steps + 1):
                 _stop_if_caught(caught, number - 1)
@@ -74,12 +78,12 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
         except Stopped:
             run.save(state)
             raise
-    return state, step
+    return state, compiled
 
 
 def compile_step(
     run: Training, tx: optax.GradientTransformation, params: Any
-) -> jax.stages.Compiled:
+) -> tuple[Step, jax.stages.Compiled]:
     """Compiles the training step of a run, with its own or another optimizer.
 
     Args:
@@ -88,20 +92,21 @@ def compile_step(
         params: The parameters, or their shapes and shardings.
 
     Returns:
-        `train_step` from (state, batch) to (state, metrics), the state donated.
+        `train_step`, or `release_step`, from (state, batch) to (state, metrics), the state donated;
+        and what was compiled for it, to be asked: called by itself it refuses arrays of 4 bits.
     """
     like = abstract_state(params, tx, run.mesh)
-    step = functools.partial(
-        train_step,
-        loss=run.loss,
-        tx=tx,
-        learning_rate=run.learning_rate,
-        accumulation=run.config.optimization.accumulation,
-    )
+    options = run.config.optimization
+    whole = {"tx": tx, "learning_rate": run.learning_rate, "accumulation": options.accumulation}
+    if options.release:
+        model = llama.stacked_model(run.model_config)
+        step = functools.partial(release_step, model=model, **whole)
+    else:
+        step = functools.partial(train_step, loss=run.loss, **whole)
     shardings = (jax.tree.map(lambda x: x.sharding, like), None)
     with jax.set_mesh(run.mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
-        return jitted.lower(like, run.place(run.validation[0])).compile()
+        return jitted, jitted.lower(like, run.place(run.validation[0])).compile()
 
 
 def _next_batch(run: Training) -> Batch:

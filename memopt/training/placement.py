@@ -10,6 +10,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from memopt.models.sharding import BATCH_AXES
+from memopt.state.quantized import is_quantized
 from memopt.training.step import TrainState, init_state
 
 
@@ -65,8 +66,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def abstract_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Returns shapes and shardings of the state for parameters and an optimizer.
 
-    State with the name and the shape of a parameter lies where that does; the rest is whole on
-    every device.
+    State with the name and the shape of a parameter, or codes of it, lies where that does; the
+    rest is whole on every device.
 
     Args:
         params: The parameters, arrays or `ShapeDtypeStruct`s, with shardings.
@@ -78,8 +79,8 @@ def abstract_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) ->
     """
     whole = NamedSharding(mesh, jax.P())
     placed = {
-        (_names(path), leaf.shape): leaf.sharding
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        (_names(path), leaf.shape): (leaf.codes if is_quantized(leaf) else leaf).sharding
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
     }
 
     def place(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
@@ -89,7 +90,9 @@ def abstract_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) ->
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     state = jax.eval_shape(lambda params: init_state(params, tx), params)
-    return jax.tree_util.tree_map_with_path(place, state)
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    state = jax.tree_util.tree_map_with_path(place, state)
+    return state._replace(params=jax.tree.map(like, params))
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:

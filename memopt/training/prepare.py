@@ -17,6 +17,8 @@ from jax.sharding import Mesh
 from memopt import optimizers, schedules
 from memopt.errors import check_at_least
 from memopt.models import llama
+from memopt.state.quantize import quantize_state
+from memopt.state.quantized import dequantize_params, quantize_params
 from memopt.training.checkpoint import Checkpoints, Record
 from memopt.training.config import Config, Optimization
 from memopt.training.data import (
@@ -66,9 +68,10 @@ class Training:
     state: TrainState
 
     def model(self, params: Any) -> llama.Llama:
-        """The model with these parameters."""
+        """The model with these parameters; of quantised ones it reads a block at a time."""
         graphdef, _ = nnx.split(llama.abstract_model(self.model_config), nnx.Param)
-        return nnx.merge(graphdef, params)
+        rest = {name: part for name, part in params.items() if name != "blocks"}
+        return nnx.merge(graphdef, params | dequantize_params(rest))
 
     def loss(self, params: Any, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
         """The summed loss of a batch and its number of tokens."""
@@ -119,13 +122,15 @@ def prepare(config: Config) -> Training:
 
     def init() -> TrainState:
         model = llama.Llama(model_config, rngs=nnx.Rngs(config.optimization.seed))
-        return init_state(_params(model), tx)
+        return init_state(_stored(config, _params(model)), tx)
 
     with _naming_options(config):
         tx = optimizers.optimizer(
             config.optimization.optimizer, learning_rate=learning_rate, **config.optimizer_options
         )
-        like = abstract_state(_abstract_params(model_config, mesh), tx, mesh)
+        if config.optimization.state:
+            tx = quantize_state(tx, config.optimization.state)
+        like = abstract_state(_stored(config, _abstract_params(model_config, mesh)), tx, mesh)
     training, held_out = find_documents(config.text.data).split()
     shape = {"batch_size": config.text.batch_size, "seq_len": config.text.seq_len}
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -164,6 +169,12 @@ def prepare(config: Config) -> Training:
 
 def _params(model: llama.Llama) -> dict[str, Any]:
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def _stored(config: Config, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters as the run stores them."""
+    weights = config.architecture.weights
+    return quantize_params(params, weights) if weights else params
 
 
 def _abstract_params(config: llama.LlamaConfig, mesh: Mesh) -> dict[str, Any]:

@@ -12,18 +12,11 @@ from jax import Array
 from jax.interpreters import partial_eval as pe
 
 from memopt.models.stacked import StackedModel
+from memopt.state.quantized import apply_updates, dequantize_params
 from memopt.training.step import Batch, Metrics, TrainState, advance, cut
 from memopt.transforms.partwise import Partwise
 
 BLOCKS = "blocks"
-
-Load = Callable[[Any], Any]
-Write = Callable[[Any, Any, Array, Array | None], Any]
-
-
-def add_updates(params: Any, updates: Any, step: Array, layer: Array | None) -> Any:
-    """``optax.apply_updates``, whatever the step and the layer."""
-    return optax.apply_updates(params, updates)
 
 
 def release_step(
@@ -34,8 +27,6 @@ def release_step(
     tx: optax.GradientTransformation,
     learning_rate: optax.Schedule,
     accumulation: int = 1,
-    load: Load = lambda params: params,
-    write: Write = add_updates,
 ) -> tuple[TrainState, Metrics]:
     """Takes one step without ever holding all gradients; to be jitted with the state donated.
 
@@ -56,7 +47,7 @@ def release_step(
 
     Args:
         state: The state before the step; its parameters are a dict with ``"blocks"``, arrays with
-            a leading axis of layers.
+            a leading axis of layers. Quantised ones are read one block at a time.
         batch: Arrays of shape (batch, ...).
         model: The loss, in three parts.
         tx: The optimizer: every update must depend on its own parameter's gradient only, and in
@@ -64,11 +55,6 @@ def release_step(
             `train_step`, but no `obj_fn`.
         learning_rate: As in `train_step`.
         accumulation: As in `train_step`.
-        load: Makes the parameters a model computes with of those that are stored, any part of
-            them, layers as stacks of one.
-        write: Maps (stored parameters, updates, step, layer) to the new stored parameters, of any
-            part: `step` is the number of updates applied before, int32; `layer` is that of the
-            stacks of one that it is given, int32, or None for what is not stacked.
 
     Returns:
         As `train_step`.
@@ -94,7 +80,7 @@ def release_step(
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        release = _Release(state, batch, model, tx, accumulation, load, write)
+        release = _Release(state, batch, model, tx, accumulation)
         return advance(state, *release.run(), learning_rate)
 
     return jax.sharding.auto_axes(step, out_sharding=(specs, jax.P()))(state, batch)
@@ -148,12 +134,10 @@ class _Release:
         model: StackedModel,
         tx: optax.GradientTransformation,
         accumulation: int,
-        load: Load,
-        write: Write,
     ) -> None:
-        self.start, self.model, self.load, self.write = start, model, load, write
+        self.start, self.model = start, model
         self.accumulation, self.pieces = accumulation, cut(batch, accumulation)
-        dense = jax.eval_shape(load, start.params)
+        dense = jax.eval_shape(dequantize_params, start.params)
         self.structure: Any = jax.tree.structure(dense)
         self.like = dict(enumerate(jax.tree.leaves(dense)))
         stacked = jax.tree.leaves({k: jax.tree.map(lambda _: k == BLOCKS, dense[k]) for k in dense})
@@ -190,7 +174,9 @@ class _Release:
 
         sums = _Sums(jnp.isfinite(self.loss), jnp.zeros((), jnp.float32))
         if partwise.needs_norm:
-            only_sums = lambda carry, gradients, *_: carry._replace(sums=carry.sums.add(gradients)[0])
+            only_sums = lambda carry, gradients, *_: carry._replace(
+                sums=carry.sums.add(gradients)[0]
+            )
             sums = self._backward(_Carry(params, state, sums), *back, only_sums).sums
             self.norm = jnp.sqrt(sums.squares)
             sums = sums._replace(squares=jnp.zeros((), jnp.float32))
@@ -251,10 +237,8 @@ class _Release:
             leaves, gradients, params, before, value=self.loss, gradient_norm=self.norm
         )
         old = {i: _slice(stored[i], layer, 0) for i in leaves}
-        written = self.write(
-            *(self._tree(old), self._tree(updates)),
-            *(self.start.step - self.start.skipped, layer),
-        )
+        taken = self.start.step - self.start.skipped
+        written = apply_updates(self._tree(old), self._tree(updates), taken)
         stored, state = list(stored), list(state)
         for i, fresh in zip(self.like, self.structure.flatten_up_to(written), strict=True):
             if i in old:
@@ -324,7 +308,7 @@ class _Release:
     def _load(self, stored: Sequence[Any], leaves: Sequence[int], layer: Any = None) -> Leaves:
         """Some parameters as the model computes with them; a layer as a stack of one."""
         part = {i: _slice(stored[i], layer, 0) for i in leaves}
-        dense = self.structure.flatten_up_to(self.load(self._tree(part)))
+        dense = self.structure.flatten_up_to(dequantize_params(self._tree(part)))
         return {i: dense[i] for i in leaves}
 
     def _reads(self, f: Callable[..., Any], *args: Any) -> list[int]:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from memopt.state.quantized import apply_updates, dequantize_params
+
 Batch = Mapping[str, Any]
 Loss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 Metrics = dict[str, jax.Array]
@@ -33,9 +35,10 @@ class TrainState(NamedTuple):
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first step."""
+    """Returns the state before the first step; the parameters may be quantised."""
     step, skipped, skipped_in_row = jnp.zeros((3,), jnp.int32)
-    return TrainState(params, tx.init(params), step, skipped, skipped_in_row)
+    opt_state = tx.init(dequantize_params(params))
+    return TrainState(params, opt_state, step, skipped, skipped_in_row)
 
 
 def train_step(
@@ -52,6 +55,7 @@ def train_step(
     The gradient is that of the loss summed over every token of the batch and divided by their
     number, however the batch is cut into micro-batches. When the loss or any gradient is not
     finite, parameters and optimizer state stay as they were and the step is counted as skipped.
+    Parameters in bfloat16 or from `memopt.quantize_params` are rounded stochastically.
 
     Args:
         state: The state before the step.
@@ -78,7 +82,8 @@ def train_step(
         >>> print(state.params, metrics["loss"])
         [0.1 0.1] 1.0
     """
-    mean_loss, gradients, tokens = _mean_gradient(loss, state.params, batch, accumulation)
+    dense = dequantize_params(state.params)
+    mean_loss, gradients, tokens = _mean_gradient(loss, dense, batch, accumulation)
     norm = optax.tree.norm(optax.tree.cast(gradients, jnp.float32))
     finite = jnp.isfinite(mean_loss)
     for gradient in jax.tree.leaves(gradients):
@@ -87,14 +92,14 @@ def train_step(
     updates, opt_state = optax.with_extra_args_support(tx).update(
         gradients,
         state.opt_state,
-        state.params,
+        dense,
         value=mean_loss,
         obj_fn=lambda params: loss(params, batch)[0] / tokens,
         gradient_norm=norm,
     )
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
-        (optax.apply_updates(state.params, updates), opt_state),
+        (apply_updates(state.params, updates, state.step - state.skipped), opt_state),
         (state.params, state.opt_state),
     )
     return advance(state, params, opt_state, finite, mean_loss, norm, tokens, learning_rate)

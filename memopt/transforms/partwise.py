@@ -290,7 +290,9 @@ def _mixed(jaxpr: Any, consts: Sequence[int], tags: Sequence[int], prime: int) -
 
     for eqn in jaxpr.eqns:
         given, name, params = [tag(v) for v in eqn.invars], eqn.primitive.name, eqn.params
-        inner = lambda closed, tags: _mixed(closed.jaxpr, [_CLEAN] * len(closed.consts), tags, prime)
+        inner = lambda closed, tags: _mixed(
+            closed.jaxpr, [_CLEAN] * len(closed.consts), tags, prime
+        )
         called = next((params[key] for key in _CALLS if key in params), None)
         if name == "cond":
             each = [inner(branch, given[1:]) for branch in params["branches"]]
@@ -309,7 +311,9 @@ def _mixed(jaxpr: Any, consts: Sequence[int], tags: Sequence[int], prime: int) -
             carry, before = given[test + body :], None
             while before != carry:
                 before = carry
-                carry = list(map(max, carry, inner(params["body_jaxpr"], given[test:][:body] + carry)))
+                carry = list(
+                    map(max, carry, inner(params["body_jaxpr"], given[test:][:body] + carry))
+                )
             stop = inner(params["cond_jaxpr"], given[:test] + carry)[0]
             outs = [_MIXED] * len(carry) if stop else carry
         elif isinstance(called, ClosedJaxpr) and len(called.jaxpr.invars) == len(given):
@@ -317,7 +321,9 @@ def _mixed(jaxpr: Any, consts: Sequence[int], tags: Sequence[int], prime: int) -
         else:
             outs = [max(given, default=_CLEAN)] * len(eqn.outvars)
         drawn = name == "random_bits"
-        from_layers = any(t == _BY_LAYER and layered(v) for t, v in zip(given, eqn.invars, strict=True))
+        from_layers = any(
+            t == _BY_LAYER and layered(v) for t, v in zip(given, eqn.invars, strict=True)
+        )
         for v, t in zip(eqn.outvars, outs, strict=True):
             lost = t == _BY_LAYER and from_layers and not layered(v)
             known[v] = _MIXED if lost or (drawn and layered(v)) else t

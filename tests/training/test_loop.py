@@ -152,7 +152,7 @@ def test_state_shaped_like_a_parameter_lies_with_it(config):
         same = jax.tree.map(lambda m, p: m.sharding == p.sharding, moment, params)
         assert jax.tree.all(same)
     assert state.opt_state[0].count.sharding.spec == jax.P()
-    compiled = compile_step(prepared, prepared.tx, params)
+    _, compiled = compile_step(prepared, prepared.tx, params)
     assert compiled.output_shardings[0] == jax.tree.map(lambda x: x.sharding, state)
     prepared.batches.close()
 
