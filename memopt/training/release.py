@@ -156,7 +156,8 @@ class _Release:
         dense = jax.eval_shape(load, start.params)
         self.structure: Any = jax.tree.structure(dense)
         self.like = dict(enumerate(jax.tree.leaves(dense)))
-        stacked = jax.tree.leaves({k: jax.tree.map(lambda _: k == BLOCKS, dense[k]) for k in dense})
+        paths: Any = jax.tree_util.tree_leaves_with_path(dense)
+        stacked = [path[0] == jax.tree_util.DictKey(BLOCKS) for path, _ in paths]
         self.partwise = Partwise(tx, dense, stacked)
         self.blocks = [i for i in self.like if stacked[i]]
         self.layers = self.like[self.blocks[0]].shape[0]
@@ -261,9 +262,10 @@ class _Release:
                 return self.structure.flatten_up_to(written)[i], new
 
             keep = lambda node=node, owned=owned: (node, {k: old[k] for k in owned})
-            # More than a way to skip: XLA reads all it needs of an array before it writes to it.
-            # It would else fuse reads and writes of several arrays, and copy them whole for that.
-            node, new = jax.lax.cond(finite[i], update, keep)
+            # In the loop more than a way to skip: XLA reads all it needs of an array before it
+            # writes to it. It would else fuse reads and writes of several, and copy them whole.
+            choose = jax.lax.cond if layered else _select
+            node, new = choose(finite[i], update, keep)
             stored[i] = _put(stored[i], node, layer, 0)
             for k, x in new.items():
                 state[k] = _put(state[k], x, layer, axes[k])
@@ -368,3 +370,8 @@ def _put(tree: Any, part: Any, layer: Array | None, axis: int | None) -> Any:
         return part
     put = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, layer, axis)
     return jax.tree.map(put, tree, part)
+
+
+def _select(condition: Array, new: Callable[[], Any], old: Callable[[], Any]) -> Any:
+    """``jax.lax.cond`` that computes both, in place where XLA can."""
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new(), old())

@@ -153,7 +153,8 @@ class Partwise:
             used = self._needed([output])[2]
             leaves = {i % n for i in range(2 * n) if used[i]}
             reads.append((leaves, {i for i in range(len(self.axes)) if used[2 * n + i]}))
-            needs_norm |= used[-1] and (output < n or bool(leaves))
+            once = output >= n and not leaves and self.axes[output - n] is None
+            needs_norm |= used[-1] and not once
         owners = [next(iter(leaves), None) for leaves, _ in reads[n:]]
         for output, (leaves, states) in enumerate(reads):
             own = {output} if output < n else leaves
