@@ -40,6 +40,7 @@ from memopt.training.release import release_step
 from memopt.training.step import train_step
 
 GIB = 2**30
+HBM = {"v5e": 15.75, "v5p": 95.0, "v6e": 31.25}  # GiB that a step may use
 LEARNING_RATE = 1e-3
 UNLIMITED: dict[str, str | bool] = {"xla_tpu_max_hbm_size_mib": str(2**18)}  # more than fits
 LIST = [
@@ -83,7 +84,7 @@ class Options(NamedTuple):
     output: Path = Path(__file__).parent / "results" / "memory.json"
 
 
-def compile_step(options: Options) -> tuple[jax.stages.Compiled, Any]:
+def compile_step(optimizer: str, options: Options) -> tuple[jax.stages.Compiled, Any]:
     """The compiled step, and the shapes of its state."""
     config = dataclasses.replace(
         llama.preset(options.model),
@@ -107,7 +108,7 @@ def compile_step(options: Options) -> tuple[jax.stages.Compiled, Any]:
     )
     if options.weights != "bfloat16":
         params = memopt.quantize_params(params, options.weights)
-    tx = memopt.optimizer(options.optimizer, LEARNING_RATE)
+    tx = memopt.optimizer(optimizer, LEARNING_RATE)
     if options.state is not None:
         tx = memopt.quantize_state(tx, options.state)
     if options.release:
@@ -133,15 +134,17 @@ def compile_step(options: Options) -> tuple[jax.stages.Compiled, Any]:
         return lowered.compile(compiler_options=UNLIMITED), state
 
 
-def measure(options: Options) -> dict[str, Any]:
+def measure(optimizer: str, options: Options) -> dict[str, Any]:
     """The record of one configuration."""
-    compiled, state = compile_step(options)
+    compiled, state = compile_step(optimizer, options)
     memory = step_memory(compiled, state.params, state.opt_state)
     if options.dump:
         options.dump.write_text(compiled.as_text() or "")
     analysis = compiled.memory_analysis()
-    names = ("model", "optimizer", "release", "weights", "state", "chip", "mesh", "batch_size")
+    assert analysis is not None
+    names = ("model", "release", "weights", "state", "chip", "mesh", "batch_size")
     return {
+        "optimizer": optimizer,
         **{name: getattr(options, name) for name in (*names, "seq_len", "accumulation")},
         "peak_bytes": memory.peak,
         "parameter_bytes": memory.parameters,
@@ -166,6 +169,37 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
+def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """One bar a configuration, cut into weights, state and what a step needs beside them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1.2 + 0.34 * len(results)), layout="constrained")
+    axes = figure.subplots()
+    rows, left = range(len(results)), np.zeros(len(results))
+    parts = {"weights": "parameter_bytes", "optimizer state": "state_bytes"}
+    sizes = {label: np.array([r[key] for r in results]) / GIB for label, key in parts.items()}
+    peaks = np.array([r["peak_bytes"] for r in results]) / GIB
+    sizes["gradients and activations"] = peaks - sum(sizes.values())
+    for label, size in sizes.items():
+        axes.barh(rows, size, left=left, label=label)
+        left = left + size
+    for row, peak in zip(rows, peaks, strict=True):
+        axes.annotate(f" {peak:.1f}", (peak, row), va="center", fontsize=8)
+    names = [r["optimizer"] + (", released" if r["release"] else "") for r in results]
+    axes.set_yticks(rows, names)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    first = results[0]
+    if first["chip"] in HBM:
+        axes.axvline(HBM[first["chip"]], color="black", linestyle=":")
+    axes.set_xlabel("GiB on a chip")
+    axes.set_title(
+        f"LLaMA-{first['model']}, one step on a {first['chip']} chip, {first['weights']}"
+    )
+    figure.legend(loc="outside lower right", ncols=3)
+    figure.savefig(path, dpi=120)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Measures, prints and, of a list, writes the files."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
@@ -173,7 +207,7 @@ def main(arguments: Sequence[str]) -> None:
     results = []
     try:
         for optimizer, release in chosen:
-            results.append(measure(options._replace(optimizer=optimizer, release=release)))
+            results.append(measure(optimizer, options._replace(release=release)))
     except (ValueError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     if options.json:
@@ -185,6 +219,7 @@ def main(arguments: Sequence[str]) -> None:
         text = json.dumps({"command": command, "results": results}, indent=2)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(text + "\n")
+        plot(results, options.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

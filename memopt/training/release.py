@@ -140,7 +140,8 @@ class _Release:
         dense = jax.eval_shape(dequantize_params, start.params)
         self.structure: Any = jax.tree.structure(dense)
         self.like = dict(enumerate(jax.tree.leaves(dense)))
-        stacked = jax.tree.leaves({k: jax.tree.map(lambda _: k == BLOCKS, dense[k]) for k in dense})
+        paths: Any = jax.tree_util.tree_leaves_with_path(dense)
+        stacked = [path[0] == jax.tree_util.DictKey(BLOCKS) for path, _ in paths]
         self.partwise = Partwise(tx, dense, stacked)
         self.blocks = [i for i in self.like if stacked[i]]
         self.layers = self.like[self.blocks[0]].shape[0]
@@ -184,8 +185,8 @@ class _Release:
             self.norm = jnp.float32(jnp.nan)  # read by nothing
         params, new_state, sums = self._backward(_Carry(params, state, sums), *back, self._update)
         norm = jnp.sqrt(sums.squares)
-        shared = partwise.update_shared(state, value=self.loss, gradient_norm=norm)
-        for i, new in shared.items():
+        scalars = {"value": self.loss, "gradient_norm": norm}
+        for i, new in partwise.update_shared(state, layered=False, **scalars).items():
             new_state[i] = jnp.where(sums.finite, new, state[i])
         opt_state = jax.tree.structure(start.opt_state).unflatten(new_state)
         params = self.structure.unflatten(params)
@@ -228,25 +229,33 @@ class _Release:
         self, carry: _Carry, gradients: Leaves, params: Leaves, layer: Array | None
     ) -> _Carry:
         """Updates some parameters and their state in place."""
-        partwise, (stored, state, sums) = self.partwise, carry
-        sums, finite = sums.add(gradients)
-        leaves = sorted(gradients)
-        axes = [None if layer is None else axis for axis in partwise.axes]
-        before = [_slice(s, layer, axis) for s, axis in zip(state, axes, strict=True)]
-        updates, new = partwise.update(
-            leaves, gradients, params, before, value=self.loss, gradient_norm=self.norm
-        )
-        old = {i: _slice(stored[i], layer, 0) for i in leaves}
-        taken = self.start.step - self.start.skipped
-        written = apply_updates(self._tree(old), self._tree(updates), taken)
-        stored, state = list(stored), list(state)
-        for i, fresh in zip(self.like, self.structure.flatten_up_to(written), strict=True):
-            if i in old:
-                keep = _where(finite[i], fresh, old[i])
-                stored[i] = _put(stored[i], keep, layer, 0)
-        for i, fresh in new.items():
-            ok = finite.get(partwise.owner(i), carry.sums.finite)
-            state[i] = _put(state[i], _where(ok, fresh, before[i]), layer, axes[i])
+        partwise, before, layered = self.partwise, carry.sums.finite, layer is not None
+        sums, finite = carry.sums.add(gradients)
+        stored, state = list(carry.params), list(carry.state)
+        axes = partwise.axes if layered else [None] * len(state)
+        old = [_slice(s, layer, axis) for s, axis in zip(state, axes, strict=True)]
+        scalars = {"value": self.loss, "gradient_norm": self.norm}
+        step = self.start.step - self.start.skipped
+
+        for i, gradient in gradients.items():
+            node, owned = _slice(stored[i], layer, 0), partwise.state_of(i, layered=layered)
+
+            def update(i: int = i, gradient: Array = gradient, node: Any = node) -> Any:
+                update, new = partwise.update(i, gradient, params[i], old, **scalars)
+                written = apply_updates(self._tree({i: node}), self._tree({i: update}), step)
+                return self.structure.flatten_up_to(written)[i], new
+
+            keep = lambda node=node, owned=owned: (node, {k: old[k] for k in owned})
+            # In the loop more than a way to skip: XLA reads all it needs of an array before it
+            # writes to it. It would else fuse reads and writes of several, and copy them whole.
+            choose = jax.lax.cond if layered else _select
+            node, new = choose(finite[i], update, keep)
+            stored[i] = _put(stored[i], node, layer, 0)
+            for k, x in new.items():
+                state[k] = _put(state[k], x, layer, axes[k])
+        if layered:
+            for k, x in partwise.update_shared(old, layered=True, **scalars).items():
+                state[k] = _put(state[k], jnp.where(before, x, old[k]), layer, axes[k])
         return _Carry(stored, state, sums)
 
     def _head(self, x: Array) -> tuple[Leaves, tuple[Array, Array, Array]]:
@@ -347,5 +356,6 @@ def _put(tree: Any, part: Any, layer: Array | None, axis: int | None) -> Any:
     return jax.tree.map(put, tree, part)
 
 
-def _where(keep: Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda new, old: jnp.where(keep, new, old), new, old)
+def _select(condition: Array, new: Callable[[], Any], old: Callable[[], Any]) -> Any:
+    """``jax.lax.cond`` that computes both, in place where XLA can."""
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new(), old())

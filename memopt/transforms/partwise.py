@@ -48,11 +48,11 @@ class Partwise:
       >>> params = {"a": jnp.ones(2), "b": jnp.ones(3)}
       >>> tx = optax.adam(0.1)
       >>> partwise, state = Partwise(tx, params, [False, False]), jax.tree.leaves(tx.init(params))
-      >>> updates, state = partwise.update(
-      ...     [1], {1: jnp.ones(3)}, {1: params["b"]}, state, value=0.0, gradient_norm=0.0
+      >>> update, state = partwise.update(
+      ...     1, jnp.ones(3), params["b"], state, value=0.0, gradient_norm=0.0
       ... )
-      >>> list(updates), list(state)                        # of b: its update, and its two moments
-      ([1], [2, 4])
+      >>> update.shape, list(state)                        # of b: its update, and its two moments
+      ((3,), [2, 4])
     """
 
     def __init__(
@@ -85,60 +85,41 @@ class Partwise:
                     "by itself, such as memopt.clip_by_matrix_rms."
                 )
 
-    def state_of(self, leaves: Iterable[int]) -> list[int]:
-        """The state arrays that are updated with these parameters.
-
-        Those that count layers go with every set of parameters that do.
-        """
-        wanted = set(leaves)
-        layered = any(self.stacked[i] for i in wanted)
-        own = lambda i, axis: layered if axis is not None else self._owners[i] in wanted
-        return [i for i, axis in enumerate(self.axes) if own(i, axis)]
-
-    @property
-    def shared(self) -> list[int]:
-        """The state arrays that go with no parameter: step counts, hyperparameters."""
-        return [i for i, a in enumerate(self.axes) if a is None and self._owners[i] is None]
-
-    def owner(self, state: int) -> int | None:
-        """The parameter that a state array belongs to, None if to none or several."""
-        return self._owners[state]
-
-    def update(
-        self,
-        leaves: Sequence[int],
-        gradients: Mapping[int, Array],
-        params: Mapping[int, Array],
-        state: Sequence[Array],
-        *,
-        value: Any,
-        gradient_norm: Any,
-    ) -> tuple[dict[int, Array], dict[int, Array]]:
-        """The updates of some parameters, and the new state that goes with them.
+    def state_of(self, leaf: int | None, *, layered: bool) -> list[int]:
+        """The state arrays that go with a parameter, or with none: counts, hyperparameters.
 
         Args:
-          leaves: which parameters; the stacked ones all together, or none of them.
-          gradients: of those.
-          params: those, layered ones as stacks of one.
-          state: all state arrays as they were before the step, layered ones as stacks of one.
-          value: the loss.
-          gradient_norm: the norm of the whole gradient; read only if `needs_norm`.
+          leaf: the parameter, or None.
+          layered: those that count layers, or those that do not.
         """
-        owned = self.state_of(leaves)
-        n = len(self.names)
-        outs = self._run(
-            [*leaves, *(n + i for i in owned)], gradients, params, state, value, gradient_norm
-        )
-        updates = dict(zip(leaves, outs, strict=False))
-        return updates, dict(zip(owned, outs[len(updates) :], strict=True))
+        own = zip(self._owners, self.axes, strict=True)
+        return [i for i, (o, axis) in enumerate(own) if o == leaf and (axis is not None) == layered]
+
+    def update(
+        self, leaf: int, gradient: Array, param: Array, state: Sequence[Array], **scalars: Any
+    ) -> tuple[Array, dict[int, Array]]:
+        """The update of a parameter, and the new state that goes with it.
+
+        Args:
+          leaf: which.
+          gradient: of it, a layer as a stack of one.
+          param: it, likewise.
+          state: all state arrays as they were before the step, likewise.
+          **scalars: `value`, the loss, and `gradient_norm`, the norm of the whole gradient, which
+            is read only if `needs_norm`.
+        """
+        owned = self.state_of(leaf, layered=self.stacked[leaf])
+        outputs = [leaf, *(len(self.names) + i for i in owned)]
+        update, *new = self._run(outputs, {leaf: gradient}, {leaf: param}, state, **scalars)
+        return update, dict(zip(owned, new, strict=True))
 
     def update_shared(
-        self, state: Sequence[Array], *, value: Any, gradient_norm: Any
+        self, state: Sequence[Array], *, layered: bool, **scalars: Any
     ) -> dict[int, Array]:
-        """The new `shared` state, once a step."""
-        outputs = [len(self.names) + i for i in self.shared]
-        outs = self._run(outputs, {}, {}, state, value, gradient_norm)
-        return dict(zip(self.shared, outs, strict=True))
+        """The new state that goes with no parameter, once a step or once a layer."""
+        which = self.state_of(None, layered=layered)
+        new = self._run([len(self.names) + i for i in which], {}, {}, state, **scalars)
+        return dict(zip(which, new, strict=True))
 
     def _run(
         self,
@@ -149,15 +130,13 @@ class Partwise:
         value: Any,
         gradient_norm: Any,
     ) -> list[Array]:
-        """Some outputs of the traced update, in order of their number."""
+        """Some outputs of the traced update; in the order of their numbers, as they are given."""
         jaxpr, consts, inputs = self._needed(outputs)
         leaves = range(len(self.names))
         given = [gradients.get(i) for i in leaves] + [params.get(i) for i in leaves]
         given += [*state, value, gradient_norm]
         closed = ClosedJaxpr(jaxpr, _where(self._program.consts, consts))
-        results = jaxpr_as_fun(closed)(*_where(given, inputs))
-        order = sorted(set(outputs))
-        return [results[order.index(i)] for i in outputs]
+        return jaxpr_as_fun(closed)(*_where(given, inputs))
 
     def _needed(self, outputs: Iterable[int]) -> tuple[Any, list[bool], list[bool]]:
         """The program of some outputs, and which constants and inputs it reads."""
@@ -174,7 +153,8 @@ class Partwise:
             used = self._needed([output])[2]
             leaves = {i % n for i in range(2 * n) if used[i]}
             reads.append((leaves, {i for i in range(len(self.axes)) if used[2 * n + i]}))
-            needs_norm |= used[-1] and (output < n or bool(leaves))
+            once = output >= n and not leaves and self.axes[output - n] is None
+            needs_norm |= used[-1] and not once
         owners = [next(iter(leaves), None) for leaves, _ in reads[n:]]
         for output, (leaves, states) in enumerate(reads):
             own = {output} if output < n else leaves
