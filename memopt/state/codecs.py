@@ -16,6 +16,7 @@ from memopt.reductions import largest
 from memopt.state.precision import zeros_of
 
 BLOCK = 128
+SUBLANES, LANES = 8, 128  # of the tiles in which a TPU keeps arrays of 32 bits
 
 
 class Coded(NamedTuple):
@@ -232,15 +233,42 @@ class Blockwise(Codec):
         """``f`` over each block of the last axis, the last one filled up with zeros."""
         n = x.shape[-1]
         block = min(self.block or n, n)
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % block)])
-        return f(x.reshape(*x.shape[:-1], -1, block), -1)
+
+        def plain(x: Array) -> Array:
+            x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % block)])
+            return f(x.reshape(*x.shape[:-1], -1, block), -1)
+
+        def tiled(x: Array) -> Array:
+            tiles = x.reshape(*x.shape[:-2], -1, SUBLANES, n // LANES, LANES).swapaxes(-3, -2)
+            return f(tiles, -1).swapaxes(-2, -1).reshape(*x.shape[:-1], -1)
+
+        if not self._has_tiles(x.shape):
+            return plain(x)
+        return jax.lax.platform_dependent(x, tpu=tiled, default=plain)
 
     def _spread(self, scales: Array, n: int) -> Array:
         """Each scale once for every number of its block, of which there are n."""
         if scales.shape[-1] == 1:
             return scales
-        block = min(self.block or n, n)
-        return jnp.repeat(scales.astype(jnp.float32), block, axis=-1)[..., :n]
+        shape = (*scales.shape[:-1], n)
+
+        def plain(scales: Array) -> Array:
+            return jnp.repeat(scales, min(self.block or n, n), axis=-1)[..., :n]
+
+        def tiled(scales: Array) -> Array:
+            rows = scales.reshape(*shape[:-2], -1, SUBLANES, n // LANES).swapaxes(-2, -1)
+            tiles = jnp.broadcast_to(rows[..., None], (*rows.shape, LANES))
+            return tiles.swapaxes(-3, -2).reshape(shape)
+
+        scales = scales.astype(jnp.float32)
+        if not self._has_tiles(shape):
+            return plain(scales)
+        return jax.lax.platform_dependent(scales, tpu=tiled, default=plain)
+
+    def _has_tiles(self, shape: tuple[int, ...]) -> bool:
+        """Whether blocks are the rows of a TPU's tiles, so that it need not copy to part them."""
+        sides = len(shape) > 1 and shape[-2] % SUBLANES == shape[-1] % LANES == 0
+        return sides and self.block == LANES
 
     def _kept(self, old: Array, least: Array) -> Array:
         """The old scale where `least` is at most that, and more than half of it."""
