@@ -438,8 +438,8 @@ def stacked_model(config: LlamaConfig, *, logits_bytes: int = LOGITS_BYTES) -> S
 
     """
     abstract = abstract_model(config)
-    graphdef, shapes = nnx.split(abstract, nnx.Param)
-    shapes = nnx.to_pure_dict(shapes)
+    graphdef, params = nnx.split(abstract, nnx.Param)
+    shapes = nnx.to_pure_dict(params)
     run_block, _ = abstract.block_function()
 
     def model(rest: Any) -> Llama:

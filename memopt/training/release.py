@@ -188,7 +188,8 @@ class _Release:
         scalars = {"value": self.loss, "gradient_norm": norm}
         for i, new in partwise.update_shared(state, layered=False, **scalars).items():
             new_state[i] = jnp.where(sums.finite, new, state[i])
-        opt_state = jax.tree.structure(start.opt_state).unflatten(new_state)
+        structure: Any = jax.tree.structure(start.opt_state)
+        opt_state = structure.unflatten(new_state)
         params = self.structure.unflatten(params)
         return params, opt_state, sums.finite, self.loss, norm, self.tokens
 

@@ -193,7 +193,8 @@ def _trace(tx: optax.GradientTransformation, params: Any) -> ClosedJaxpr:
     def update(gradients: Any, params: Any, state: Any, value: Array, norm: Array) -> Any:
         extra = {"value": value, "obj_fn": loss, "gradient_norm": norm}
         updates, state = optax.with_extra_args_support(tx).update(gradients, state, params, **extra)
-        return jax.tree.structure(params).flatten_up_to(updates), jax.tree.leaves(state)
+        structure: Any = jax.tree.structure(params)
+        return structure.flatten_up_to(updates), jax.tree.leaves(state)
 
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     state = jax.eval_shape(tx.init, params)
@@ -202,6 +203,7 @@ def _trace(tx: optax.GradientTransformation, params: Any) -> ClosedJaxpr:
 
 def _with_layers(params: Any, stacked: Sequence[bool], layers: int) -> Any:
     """The shapes of the parameters with so many layers."""
+    structure: Any
     leaves, structure = jax.tree.flatten(params)
     shapes = [
         jax.ShapeDtypeStruct((layers, *p.shape[1:]) if layered else p.shape, p.dtype)
