@@ -12,11 +12,17 @@ from jax import Array
 from memopt.errors import check_at_least
 from memopt.matrices import leaf_name
 from memopt.state.codecs import AsIs, Codec, Coded, named
-from memopt.state.dither import dither
+from memopt.state.dither import NEAREST, dither
 from memopt.state.precision import in_float32
 from memopt.state.trees import by_array, by_leaf
 
-SECOND_MOMENTS = frozenset({"nu", "nu_max", "sum_of_squares", "e_g", "e_x"})
+SECOND_MOMENTS = frozenset(
+    {
+        *("nu", "nu_max", "sum_of_squares", "e_g", "e_x", "v_row", "v_col"),
+        *("exp_avg_sq", "grad_sum_sq"),  # of optax.contrib
+        *("rows", "cols"),  # of memopt
+    }
+)
 """The fields in which Optax, and memopt, keep second moments."""
 
 
@@ -93,20 +99,23 @@ def quantize_state(
         fields = {getattr(key, "name", None) for key in path}
         return choice.unsigned if fields & SECOND_MOMENTS else choice.signed
 
+    def codecs_of(params: Any) -> tuple[Any, Any]:
+        like = jax.eval_shape(inner.init, params)
+        return jax.tree_util.tree_map_with_path(codec_of, like), like
+
     def init(params: Any) -> QuantizedState:
-        start = lambda path, x: codec_of(path, x).init(x)
-        coded = jax.tree_util.tree_map_with_path(start, inner.init(params))
+        coded = jax.tree.map(_first, codecs_of(params)[0], inner.init(params))
         return QuantizedState(jnp.zeros((), jnp.int32), *_columns(coded))
 
     def update(updates: Any, state: QuantizedState, params: Any = None, **extra: Any) -> Any:
-        like = jax.eval_shape(inner.init, updates)
-        codecs = jax.tree_util.tree_map_with_path(codec_of, like)
+        codecs, shapes = codecs_of(updates if params is None else params)
         scales = by_leaf(state.scales, state.codes)
 
         def step() -> tuple[Any, Any]:
-            decode = lambda codec, *coded: codec.decode(Coded(*coded))
-            old = jax.tree.map(decode, codecs, state.codes, scales)
-            return inner.update(updates, old, params, **extra)
+            decode = lambda codec, x, *coded: _cast(codec, codec.decode(Coded(*coded)), x.dtype)
+            old = jax.tree.map(decode, codecs, shapes, state.codes, scales)
+            new_updates, new = inner.update(updates, old, params, **extra)
+            return new_updates, jax.tree.map(lambda c, x: _cast(c, x, jnp.float32), codecs, new)
 
         def fitted() -> Any:
             # The step is taken twice then, so that in others no array of floats is kept for this.
@@ -122,6 +131,18 @@ def quantize_state(
         return new_updates, QuantizedState(optax.safe_increment(state.count), *_columns(coded))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _cast(codec: Codec, x: Array, dtype: Any) -> Array:
+    """What is quantised, in its own dtype or in that of codecs; keys and counts as they are."""
+    return x if isinstance(codec, AsIs) else x.astype(dtype)
+
+
+def _first(codec: Codec, x: Any) -> Coded:
+    """The codes of an initial state, whose zeros stay zeros."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return codec.init(x)
+    return codec.encode(_cast(codec, x, jnp.float32), NEAREST)
 
 
 def _columns(coded: Any) -> tuple[Any, tuple[Any, ...]]:
