@@ -122,8 +122,8 @@ def quantize_state(
             return jax.tree.map(lambda codec, s, x: codec.fit(s, x), codecs, scales, step()[1])
 
         def encode(path: tuple[Any, ...], codec: Codec, x: Array, *like: Any) -> Coded:
-            name = re.sub(r"\d+", "", leaf_name(path))
-            return codec.encode(x, dither(x.shape, name, state.count, seed), Coded(*like))
+            bits = dither(x.shape, leaf_name(path), state.count, seed)
+            return codec.encode(x, bits, Coded(*like))
 
         new_updates, new = step()
         like = state.codes, jax.lax.cond(state.count == 0, fitted, lambda: scales)
