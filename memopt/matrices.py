@@ -148,6 +148,16 @@ def leaf_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def group_name(name: str) -> str:
+    """A leaf's name less its numbers, which layers that are not stacked share with a stack.
+
+    Example:
+      >>> group_name("blocks/0/up/kernel"), group_name("layers_12/up/kernel")
+      ('blocks/up/kernel', 'layers/up/kernel')
+    """
+    return re.sub(r"[/_]?\d+", "", name).lstrip("/")
+
+
 def map_matrices(
     f: Callable[..., Any],
     tree: Any,

@@ -37,7 +37,7 @@ class Codec(abc.ABC):
 
     Rounding is stochastic: a number between two that have codes becomes either, so that the
     expected one is the number itself. A change too small for the next code is not lost, it is
-    made now and then.
+    made now and then. Where numbers share a scale, one that is not finite makes all NaN.
     """
 
     @abc.abstractmethod
@@ -147,6 +147,12 @@ class Dynamic(Codec):
     floor: ClassVar[float] = 2.0**-6
     """A row's largest number counts as at least this part of its matrix's."""
 
+    def __post_init__(self) -> None:
+        check_choice("exponent_bits", self.exponent_bits, range(2, 7))
+        most = 8 - self.signed - self.exponent_bits
+        check_choice("mantissa_bits", self.mantissa_bits, range(most + 1))
+        check_choice("headroom", self.headroom, range(7))
+
     @property
     def _top(self) -> int:
         """The largest magnitude's code."""
@@ -176,7 +182,7 @@ class Dynamic(Codec):
         greatest = largest(x)
         before = greatest if like is None else like.scales[1]
         scale = self._scale(before)
-        y = jnp.abs(x) * jnp.where(scale > 0, 1 / scale, 0) + self._origin
+        y = jnp.abs(x) * _inverse(scale) + self._origin
         y = jnp.minimum(y, self._float(self._top))
         words = jax.lax.bitcast_convert_type(y, jnp.int32)
         words += (bits >> (32 - self._dropped)).astype(jnp.int32)
@@ -184,6 +190,7 @@ class Dynamic(Codec):
         codes = ((words >> self._dropped) - self._offset).astype(jnp.float32)
         codes = jnp.where(x < 0, -codes, codes) if self.signed else jnp.maximum(codes, 1)
         codes = codes.astype(jnp.int8 if self.signed else jnp.uint8)
+        scale = jnp.where(jnp.isfinite(greatest), scale, jnp.nan)
         return Coded(codes, (scale, jnp.where(greatest > 0, greatest, before)))
 
     def decode(self, coded: Coded) -> Array:
@@ -200,12 +207,11 @@ class Dynamic(Codec):
     def _scale(self, greatest: Array) -> Array:
         """The power of two by which a row's numbers are below 2."""
         if greatest.ndim > 1:
-            matrix = greatest.max(-2, keepdims=True)
+            matrix = jnp.where(jnp.isfinite(greatest), greatest, 0).max(-2, keepdims=True)
             greatest = jnp.maximum(greatest, self.floor * matrix)
         words = jax.lax.bitcast_convert_type(greatest, jnp.uint32)
         power = jax.lax.bitcast_convert_type(words & np.uint32(0x7F800000), jnp.float32)
-        # Beyond these the inverse would not be a normal number.
-        return jnp.where(power > 2.0**-100, jnp.minimum(power, 2.0**100) * 2.0**self.headroom, 0)
+        return jnp.where(power > 2.0**-120, jnp.minimum(power, 2.0**120) * 2.0**self.headroom, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,50 +237,56 @@ class Blockwise(Codec):
 
     def _per_block(self, f: Callable[..., Array], x: Array) -> Array:
         """``f`` over each block of the last axis, the last one filled up with zeros."""
-        n = x.shape[-1]
-        block = min(self.block or n, n)
 
         def plain(x: Array) -> Array:
-            x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % block)])
-            return f(x.reshape(*x.shape[:-1], -1, block), -1)
+            return f(self._cut(x), -1)
 
         def tiled(x: Array) -> Array:
-            tiles = x.reshape(*x.shape[:-2], -1, SUBLANES, n // LANES, LANES).swapaxes(-3, -2)
-            return f(tiles, -1).swapaxes(-2, -1).reshape(*x.shape[:-1], -1)
+            return f(_tiles(x), -1).swapaxes(-2, -1).reshape(*x.shape[:-1], -1)
 
-        if not self._has_tiles(x.shape):
-            return plain(x)
-        return jax.lax.platform_dependent(x, tpu=tiled, default=plain)
+        return self._on_tiles(tiled, plain, x)
 
-    def _spread(self, scales: Array, n: int) -> Array:
-        """Each scale once for every number of its block, of which there are n."""
-        if scales.shape[-1] == 1:
-            return scales
-        shape = (*scales.shape[:-1], n)
+    def _scaled(self, f: Callable[..., Array], x: Array, *scales: Array) -> Array:
+        """``f`` of numbers and of what there is for each of their blocks."""
+        shape = x.shape
+        scales = tuple(s.astype(jnp.float32) for s in scales)
+        if all(s.shape[-1] == 1 for s in scales):
+            return f(x.astype(jnp.float32), *scales)
 
-        def plain(scales: Array) -> Array:
-            return jnp.repeat(scales, min(self.block or n, n), axis=-1)[..., :n]
+        def plain(x: Array, *scales: Array) -> Array:
+            y = f(self._cut(x.astype(jnp.float32)), *(s[..., None] for s in scales))
+            return y.reshape(*shape[:-1], -1)[..., : shape[-1]]
 
-        def tiled(scales: Array) -> Array:
-            rows = scales.reshape(*shape[:-2], -1, SUBLANES, n // LANES).swapaxes(-2, -1)
-            tiles = jnp.broadcast_to(rows[..., None], (*rows.shape, LANES))
-            return tiles.swapaxes(-3, -2).reshape(shape)
+        def tiled(x: Array, *scales: Array) -> Array:
+            rows = lambda s: s.reshape(*shape[:-2], -1, SUBLANES, s.shape[-1]).swapaxes(-2, -1)
+            y = f(_tiles(x).astype(jnp.float32), *(rows(s)[..., None] for s in scales))
+            return y.swapaxes(-3, -2).reshape(shape)
 
-        scales = scales.astype(jnp.float32)
-        if not self._has_tiles(shape):
-            return plain(scales)
-        return jax.lax.platform_dependent(scales, tpu=tiled, default=plain)
+        return self._on_tiles(tiled, plain, x, *scales)
 
-    def _has_tiles(self, shape: tuple[int, ...]) -> bool:
-        """Whether blocks are the rows of a TPU's tiles, so that it need not copy to part them."""
+    def _cut(self, x: Array) -> Array:
+        """The blocks as an axis of their own: ``(..., n)`` to ``(..., blocks, block)``."""
+        n = x.shape[-1]
+        block = min(self.block or n, n)
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % block)])
+        return x.reshape(*x.shape[:-1], -1, block)
+
+    def _on_tiles(
+        self, tiled: Callable[..., Array], plain: Callable[..., Array], *xs: Any
+    ) -> Array:
+        """On a TPU ``tiled``, if the blocks are the rows of its tiles: it need not copy then."""
+        shape = xs[0].shape
         sides = len(shape) > 1 and shape[-2] % SUBLANES == shape[-1] % LANES == 0
-        return sides and self.block == LANES
+        if not sides or self.block != LANES:
+            return plain(*xs)
+        return jax.lax.platform_dependent(*xs, tpu=tiled, default=plain)
 
     def _kept(self, old: Array, least: Array) -> Array:
         """The old scale where `least` is at most that, and more than half of it."""
         old = old.astype(jnp.float32)
         fresh = _up_to_bfloat16(least * self.slack)
-        return jnp.where((least <= old) & (2 * least > old), old, fresh)
+        near = 1 + 1e-5  # what it was fitted to is that only up to rounding
+        return jnp.where((least <= near * old) & (2 * least > old), old, fresh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,8 +324,7 @@ class Integers(Blockwise):
         largest = self._per_block(jnp.max, jnp.abs(x))
         old = jnp.zeros_like(largest) if like is None else like.scales[0]
         scale = self._kept(old, largest)
-        inverse = self._spread(jnp.where(scale > 0, 1 / scale, 0), x.shape[-1])
-        y = jnp.abs(x) * inverse
+        y = self._scaled(lambda x, inverse: jnp.abs(x) * inverse, x, _inverse(scale))
         below = jnp.floor(jnp.minimum(_root(y, self.power) * self._top, self._top))
         if self.power == 1:
             share = y * self._top - below
@@ -326,10 +337,12 @@ class Integers(Blockwise):
 
     def decode(self, coded: Coded) -> Array:
         """The power of a code, times its block's scale."""
-        y = coded.codes.astype(jnp.float32) / self._top
-        if self.power > 1:
-            y = jnp.sign(y) * jnp.abs(y) ** self.power
-        return y * self._spread(coded.scales[0].astype(jnp.float32), y.shape[-1])
+
+        def value(code: Array, scale: Array) -> Array:
+            y = code / self._top
+            return (y if self.power == 1 else jnp.sign(y) * jnp.abs(y) ** self.power) * scale
+
+        return self._scaled(value, coded.codes, *coded.scales)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,22 +374,21 @@ class Asymmetric(Blockwise):
             step = _up_to_bfloat16(least * self.slack)
         else:
             step = self._kept(like.scales[0], least)
-        inverse = jnp.where(step > 0, 1 / step, 0)
+        inverse = _inverse(step)
         # The numbers in the middle of the codes, unless zero's old place will still do.
         zero = jnp.round((first + last - (high + low) * inverse) / 2)
         if like is not None:
             old, near = like.scales[1].astype(jnp.float32), 1e-3  # near: up to rounding
             fits = (low * inverse + old >= first - near) & (high * inverse + old <= last + near)
             zero = jnp.where(fits & (step == like.scales[0].astype(jnp.float32)), old, zero)
-        n = x.shape[-1]
-        y = x * self._spread(inverse, n) + self._spread(zero, n)
+        y = self._scaled(lambda x, inverse, zero: x * inverse + zero, x, inverse, zero)
         codes = jnp.clip(jnp.floor(y + _uniform(bits)), first, last).astype(f"int{self.bits}")
         return Coded(codes, (step.astype(jnp.bfloat16), zero.astype(jnp.int8)))
 
     def decode(self, coded: Coded) -> Array:
         """The step times a code's distance from that of zero."""
-        step, zero = (self._spread(s.astype(jnp.float32), coded.codes.shape[-1]) for s in coded[1])
-        return (coded.codes.astype(jnp.float32) - zero) * step
+        value = lambda code, step, zero: (code - zero) * step
+        return self._scaled(value, coded.codes, *coded.scales)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -400,7 +412,7 @@ class Float8(Blockwise):
         largest = self._per_block(jnp.max, jnp.abs(x)) / top
         old = jnp.zeros_like(largest) if like is None else like.scales[0]
         scale = self._kept(old, largest)
-        y = x * self._spread(jnp.where(scale > 0, 1 / scale, 0), x.shape[-1])
+        y = self._scaled(jnp.multiply, x, _inverse(scale))
         # Adding c, a power of two, to a number leaves it as many bits as the float8 has.
         exponent = jnp.maximum(jnp.frexp(y)[1] - 1, int(info.minexp))
         step = jnp.ldexp(jnp.float32(1), exponent - int(info.nmant))
@@ -409,8 +421,7 @@ class Float8(Blockwise):
 
     def decode(self, coded: Coded) -> Array:
         """As float32, times the scale."""
-        y = coded.codes.astype(jnp.float32)
-        return y * self._spread(coded.scales[0].astype(jnp.float32), y.shape[-1])
+        return self._scaled(jnp.multiply, coded.codes, *coded.scales)
 
 
 class Named(NamedTuple):
@@ -459,6 +470,15 @@ def bits_of(dtype: Any) -> int:
     return 4 if dtype.name in ("int4", "uint4") else 8 * dtype.itemsize
 
 
+def _tiles(x: Array) -> Array:
+    """Each tile of 8×128 as two axes: ``(..., m, n)`` to ``(..., m/8, n/128, 8, 128)``."""
+    if x.dtype.itemsize == 1:
+        x = x.astype(jnp.bfloat16)  # exact, and of the tiles of which a TPU makes float32 ones
+    m, n = x.shape[-2:]
+    x = x.reshape(*x.shape[:-2], m // SUBLANES, SUBLANES, n // LANES, LANES)
+    return x.swapaxes(-3, -2)
+
+
 def _uniform(bits: Array) -> Array:
     """Numbers in [0, 1) from 32 bits."""
     return (bits >> 8).astype(jnp.float32) * np.float32(2**-24)
@@ -468,6 +488,11 @@ def _root(x: Array, power: int) -> Array:
     for _ in range(int(math.log2(power))):
         x = jnp.sqrt(x)
     return x
+
+
+def _inverse(scale: Array) -> Array:
+    """One over it, or 0 where that would not be a normal number."""
+    return jnp.where(scale > 2.0**-120, 1 / scale, 0)
 
 
 def _up_to_bfloat16(x: Array) -> Array:

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from memopt.matrices import group_name
+
 _GOLDEN = np.uint32(0x9E3779B9)  # 2³² divided by the golden ratio
+
+NEAREST = np.uint32(2**31)
+"""The bits that round to the nearest."""
 
 
 def dither(shape: tuple[int, ...], name: str, step: Array | int, seed: int | Array = 0) -> Array:
@@ -20,7 +25,7 @@ def dither(shape: tuple[int, ...], name: str, step: Array | int, seed: int | Arr
 
     Args:
       shape: of the array; its last two axes are the place in the matrix.
-      name: of the array; what differs only in numbers (layers that are not stacked) is the same.
+      name: of the array; its numbers do not count, see `memopt.matrices.group_name`.
       step: steps taken.
       seed: another seed, other bits.
 
@@ -37,7 +42,9 @@ def dither(shape: tuple[int, ...], name: str, step: Array | int, seed: int | Arr
       >>> bool((dither((4, 5), "w", 1) == dither((4, 5), "w", 0) + np.uint32(0x9E3779B9)).all())
       True
     """
-    start = jnp.asarray(seed).astype(jnp.uint32) * _GOLDEN + np.uint32(zlib.crc32(name.encode()))
+    start = jnp.asarray(seed).astype(jnp.uint32) * _GOLDEN + np.uint32(
+        zlib.crc32(group_name(name).encode())
+    )
     place = jnp.zeros((), jnp.uint32)
     for axis in range(len(shape))[-2:]:
         place = place * np.uint32(shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)

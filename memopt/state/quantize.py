@@ -13,12 +13,16 @@ from jax import Array
 from memopt.errors import check_at_least
 from memopt.matrices import Layout, every_matrix, leaf_name, map_matrices
 from memopt.state.codecs import AsIs, Codec, Coded, named
-from memopt.state.dither import dither
+from memopt.state.dither import NEAREST, dither
 from memopt.state.precision import in_float32
 from memopt.state.trees import by_array, by_leaf
 
 SECOND_MOMENTS = frozenset(
-    {"nu", "nu_max", "sum_of_squares", "e_g", "e_x", "rows", "cols", "v", "v_row", "v_col"}
+    {
+        *("nu", "nu_max", "sum_of_squares", "e_g", "e_x", "v_row", "v_col"),
+        *("exp_avg_sq", "grad_sum_sq"),  # of optax.contrib
+        *("rows", "cols"),  # of memopt
+    }
 )
 """The fields in which Optax, and memopt, keep second moments."""
 
@@ -97,37 +101,36 @@ def quantize_state(
         fields = {getattr(key, "name", None) for key in path}
         return choice.unsigned if fields & SECOND_MOMENTS else choice.signed
 
-    def plan(params: Any) -> tuple[Any, Any]:
-        """Of each array of the inner state its stack axes, and its codec."""
+    def plan(params: Any) -> tuple[Any, Any, Any]:
+        """Of each array of the inner state its codec, its shape and dtype, and its stack axes."""
         like = jax.eval_shape(inner.init, params)
         stacks = _stacks(like, params)
-        return stacks, jax.tree_util.tree_map_with_path(codec_of, like, stacks)
+        return jax.tree_util.tree_map_with_path(codec_of, like, stacks), like, stacks
 
     def init(params: Any) -> QuantizedState:
-        start = lambda codec, x: codec.init(x)
-        coded = jax.tree.map(start, plan(params)[1], inner.init(params))
+        coded = jax.tree.map(_first, plan(params)[0], inner.init(params))
         return QuantizedState(jnp.zeros((), jnp.int32), *_columns(coded))
 
     def update(updates: Any, state: QuantizedState, params: Any = None, **extra: Any) -> Any:
-        stacks, codecs = plan(updates)
+        codecs, shapes, stacks = plan(updates if params is None else params)
         scales = by_leaf(state.scales, state.codes)
 
         def step() -> tuple[Any, Any]:
-            decode = lambda codec, *coded: codec.decode(Coded(*coded))
-            old = jax.tree.map(decode, codecs, state.codes, scales)
-            return inner.update(updates, old, params, **extra)
+            decode = lambda codec, x, *coded: _cast(codec, codec.decode(Coded(*coded)), x.dtype)
+            old = jax.tree.map(decode, codecs, shapes, state.codes, scales)
+            new_updates, new = inner.update(updates, old, params, **extra)
+            return new_updates, jax.tree.map(lambda c, x: _cast(c, x, jnp.float32), codecs, new)
 
         def fitted() -> Any:
             # The step is taken twice then, so that in others no array of floats is kept for this.
             return jax.tree.map(lambda codec, s, x: codec.fit(s, x), codecs, scales, step()[1])
 
         def encode(path: tuple[Any, ...], codec: Codec, stack: int, x: Array, *like: Any) -> Coded:
-            name = re.sub(r"\d+", "", leaf_name(path))
             is_vectors = x.ndim == stack + 1  # each of which is a matrix of one row
             apart = lambda a: jnp.expand_dims(a, -2) if is_vectors else a
             together = lambda a: jnp.squeeze(a, -2) if is_vectors else a
             x, before = jax.tree.map(apart, (x, Coded(*like)))
-            coded = codec.encode(x, dither(x.shape, name, state.count, seed), before)
+            coded = codec.encode(x, dither(x.shape, leaf_name(path), state.count, seed), before)
             return jax.tree.map(together, coded)
 
         new_updates, new = step()
@@ -158,6 +161,18 @@ def _stacks(state: Any, params: Any) -> Any:
         return len(stack) if x.shape[: len(stack)] == stack else 0
 
     return jax.tree_util.tree_map_with_path(count, state)
+
+
+def _cast(codec: Codec, x: Array, dtype: Any) -> Array:
+    """What is quantised, in its own dtype or in that of codecs; keys and counts as they are."""
+    return x if isinstance(codec, AsIs) else x.astype(dtype)
+
+
+def _first(codec: Codec, x: Any) -> Coded:
+    """The codes of an initial state, whose zeros stay zeros."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return codec.init(x)
+    return codec.encode(_cast(codec, x, jnp.float32), NEAREST)
 
 
 def _columns(coded: Any) -> tuple[Any, tuple[Any, ...]]:

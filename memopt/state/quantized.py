@@ -1,20 +1,16 @@
 """Parameters in fewer bits, and updates that are rounded into them stochastically."""
 
 import dataclasses
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 
 from memopt.matrices import Layout, Matrices, every_matrix, leaf_name, map_matrices
 from memopt.state.codecs import BFloat16, Codec, Coded, named
-from memopt.state.dither import dither
-
-_NEAREST = np.uint32(2**31)  # rounds to the nearest code
+from memopt.state.dither import NEAREST, dither
 
 
 @jax.tree_util.register_dataclass
@@ -82,7 +78,7 @@ def quantize_params(params: Any, codec: str | Codec = "int8", *, matrices: Matri
     def store(layout: Layout, x: Any) -> Any:
         if not layout.is_matrix:
             return x
-        encode = lambda x: stored.encode(x.astype(jnp.float32), jnp.full(x.shape, _NEAREST))
+        encode = lambda x: stored.encode(x.astype(jnp.float32), NEAREST)
         coded = jax.eval_shape(encode, x) if isinstance(x, jax.ShapeDtypeStruct) else encode(x)
         if isinstance(x, jax.ShapeDtypeStruct) and isinstance(x.sharding, NamedSharding):
             coded = jax.tree.map(lambda part: _placed(part, x.sharding), coded)
@@ -129,7 +125,7 @@ def apply_updates(params: Any, updates: Any, step: Array | int, *, seed: int | A
         if p is None or u is None:
             return p
         wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        bits = lambda: dither(p.shape, re.sub(r"\d+", "", leaf_name(path)), step, seed)
+        bits = lambda: dither(p.shape, leaf_name(path), step, seed)
         if is_quantized(p):
             new = p.codec.decode(Coded(p.codes, p.scales)) + wide(u)
             coded = p.codec.encode(new, bits(), Coded(p.codes, p.scales))

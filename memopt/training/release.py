@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jax import Array
 from jax.interpreters import partial_eval as pe
 
 from memopt.models.stacked import StackedModel
-from memopt.state.quantized import apply_updates, dequantize_params
+from memopt.state.quantized import apply_updates, dequantize_params, is_quantized
 from memopt.training.step import Batch, Metrics, TrainState, advance, cut
 from memopt.transforms.partwise import Partwise
 
@@ -210,21 +211,45 @@ class _Release:
             carry = visit(carry, mine, {i: self.rest[i] for i in self.first}, None)
 
         def block(back: tuple[_Carry, Array], xs: tuple[Array, Array]) -> Any:
-            (carry, cotangent), (layer, x) = back, xs
-            weights = self._load(carry.params, self.blocks, layer)
+            (inside, cotangent), (layer, x) = back, xs
+            around = self._with_layers(carry, inside)
+            weights = self._load(around.params, self.blocks, layer)
             gradients, cotangent = self._block(weights, x, cotangent)
             mine = {i: self._mean(i, g) for i, g in gradients.items()}
-            return (visit(carry, mine, weights, layer), cotangent), None
+            return (self._layers_of(visit(around, mine, weights, layer)), cotangent), None
 
-        order = (jnp.arange(self.layers), inputs)
-        (carry, cotangent), _ = jax.lax.scan(block, (carry, cotangent), order, reverse=True)
+        back, order = (self._layers_of(carry), cotangent), (jnp.arange(self.layers), inputs)
+        (inside, cotangent), _ = jax.lax.scan(block, back, order, reverse=True)
+        carry = self._with_layers(carry, inside)
         if self.last:
-            mine = self._embed(cotangent)
+            # Read anew after the loop, so that they need not be kept dense through it.
+            last = {i: _after(cotangent, carry.params[i]) for i in self.last}
+            weights = self._load(last, self.last)
+            mine = self._embed(cotangent, weights)
             for i in set(self.headed) & set(self.last):
                 mine[i] += gradients[i]
             mine = {i: self._mean(i, g) for i, g in mine.items()}
-            carry = visit(carry, mine, {i: self.rest[i] for i in self.last}, None)
+            carry = visit(carry, mine, weights, None)
         return carry
+
+    def _layers_of(self, carry: _Carry) -> _Carry:
+        """What of it the loop over the layers changes: XLA may copy all that a loop is given."""
+        params = [carry.params[i] for i in self.blocks]
+        state = [
+            s for s, axis in zip(carry.state, self.partwise.axes, strict=True) if axis is not None
+        ]
+        return _Carry(params, state, carry.sums)
+
+    def _with_layers(self, carry: _Carry, layers: _Carry) -> _Carry:
+        """`carry` with that put in its places."""
+        params = dict(enumerate(carry.params)) | dict(zip(self.blocks, layers.params, strict=True))
+        state = iter(layers.state)
+        pairs = zip(carry.state, self.partwise.axes, strict=True)
+        return _Carry(
+            [params[i] for i in self.like],
+            [old if axis is None else next(state) for old, axis in pairs],
+            layers.sums,
+        )
 
     def _update(
         self, carry: _Carry, gradients: Leaves, params: Leaves, layer: Array | None
@@ -247,10 +272,7 @@ class _Release:
                 return self.structure.flatten_up_to(written)[i], new
 
             keep = lambda node=node, owned=owned: (node, {k: old[k] for k in owned})
-            # In the loop more than a way to skip: XLA reads all it needs of an array before it
-            # writes to it. It would else fuse reads and writes of several, and copy them whole.
-            choose = jax.lax.cond if layered else _select
-            node, new = choose(finite[i], update, keep)
+            node, new = (_choose if layered else _select)(finite[i], update, keep)
             stored[i] = _put(stored[i], node, layer, 0)
             for k, x in new.items():
                 state[k] = _put(state[k], x, layer, axes[k])
@@ -268,7 +290,9 @@ class _Release:
 
             wanted = {i: self.rest[i] for i in self.headed}
             total, pull, tokens = jax.vjp(loss, wanted, x, has_aux=True)
-            gradients, cotangent = pull(jnp.ones_like(total))
+            # Of the mean at once where it is known: no gradient need be scaled into another array.
+            mean = jnp.maximum(tokens, 1) if self.accumulation == 1 else jnp.ones(())
+            gradients, cotangent = pull((1 / mean).astype(total.dtype))
             return gradients, (cotangent, total, tokens)
 
         return self._summed(one, x, self.pieces)
@@ -282,17 +306,18 @@ class _Release:
 
         return self._summed(one, x, cotangent, self.pieces)
 
-    def _embed(self, cotangent: Array) -> Leaves:
+    def _embed(self, cotangent: Array, weights: Leaves) -> Leaves:
         """Gradients of what is neither in blocks nor only in the head."""
 
         def one(cotangent: Array, piece: Batch) -> Any:
-            run = lambda leaves: self.model.embed(self._without_blocks(self.rest | leaves), piece)
-            return jax.vjp(run, {i: self.rest[i] for i in self.last})[1](cotangent)[0], None
+            run = lambda leaves: self.model.embed(self._without_blocks(leaves), piece)
+            return jax.vjp(run, weights)[1](cotangent)[0], None
 
         return self._summed(one, cotangent, self.pieces)[0]
 
     def _mean(self, i: int, gradient: Array) -> Array:
-        return (gradient / self.tokens).astype(self.like[i].dtype)
+        tokens = 1 if self.accumulation == 1 else self.tokens
+        return (gradient / tokens).astype(self.like[i].dtype)
 
     def _each(self, f: Callable[..., Array], *xs: Any) -> Array:
         """`f` of every micro-batch."""
@@ -315,11 +340,16 @@ class _Release:
         zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.promote_types(g, "float32")), like)
         return jax.lax.scan(add, zeros, xs)
 
-    def _load(self, stored: Sequence[Any], leaves: Sequence[int], layer: Any = None) -> Leaves:
+    def _load(
+        self, stored: Sequence[Any] | Leaves, leaves: Sequence[int], layer: Any = None
+    ) -> Leaves:
         """Some parameters as the model computes with them; a layer as a stack of one."""
         part = {i: _slice(stored[i], layer, 0) for i in leaves}
+        if layer is not None:
+            # As matrices: of codes in stacks of one XLA for TPUs would turn the whole stack round.
+            part = jax.tree.map(lambda x: x[0], part)
         dense = self.structure.flatten_up_to(dequantize_params(self._tree(part)))
-        return {i: dense[i] for i in leaves}
+        return {i: dense[i] if layer is None else dense[i][None] for i in leaves}
 
     def _reads(self, f: Callable[..., Any], *args: Any) -> list[int]:
         """Which leaves a function of the parameters without the blocks reads."""
@@ -341,6 +371,14 @@ class _Release:
         return self._tree({i: x[0] for i, x in leaves.items()})[BLOCKS]
 
 
+def _after(x: Array, tree: Any) -> Any:
+    """A quantised parameter that XLA cannot read before `x` is there."""
+    if not is_quantized(tree):
+        return tree
+    scales, _ = jax.lax.optimization_barrier((tree.scales, x))
+    return dataclasses.replace(tree, scales=scales)
+
+
 def _slice(tree: Any, layer: Array | None, axis: int | None) -> Any:
     """One layer, as a stack of one; all of it where there is no such axis."""
     if layer is None or axis is None:
@@ -355,6 +393,16 @@ def _put(tree: Any, part: Any, layer: Array | None, axis: int | None) -> Any:
         return part
     put = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, layer, axis)
     return jax.tree.map(put, tree, part)
+
+
+def _choose(condition: Array, new: Callable[[], Any], old: Callable[[], Any]) -> Any:
+    """`_select` in a loop.
+
+    XLA for CPUs would fuse reads and writes of several arrays, and copy them whole; under a
+    conditional it reads all it needs of one before it writes to it.
+    """
+    cond = lambda: jax.lax.cond(condition, new, old)
+    return jax.lax.platform_dependent(cpu=cond, default=lambda: _select(condition, new, old))
 
 
 def _select(condition: Array, new: Callable[[], Any], old: Callable[[], Any]) -> Any:

@@ -17,13 +17,14 @@ from orbax.checkpoint import v1 as ocp
 import memopt
 from memopt import projectors, recombine
 from memopt.matrices import leaf_name
+from memopt.state.codecs import bits_of
 from tests.optimizers import pairings
 
 RANK = 4
 
 
 class Case(NamedTuple):
-    """An optimizer and the numbers it keeps for a parameter, from its shape.
+    """An optimizer and what it keeps for a parameter, in numbers of four bytes, from its shape.
 
     Attributes:
       make: from a learning rate to the optimizer.
@@ -34,8 +35,8 @@ class Case(NamedTuple):
     """
 
     make: Callable[..., optax.GradientTransformation]
-    matrix: Callable[[int, int, int], int]
-    rest: Callable[[int, int], int]
+    matrix: Callable[[int, int, int], float]
+    rest: Callable[[int, int], float]
     vector: Callable[[int], int]
     static: tuple[str, ...] = ()
 
@@ -63,6 +64,25 @@ def galore_at_random(learning_rate, rank=RANK):
     )
 
 
+def quantized_adamw(learning_rate, codec="int8"):
+    """AdamW whose moments are codes."""
+    return optax.chain(
+        memopt.quantize_state(optax.scale_by_adam(), codec, min_size=200),
+        optax.add_decayed_weights(0.1),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def quantized_galore(learning_rate, rank=RANK):
+    """GaLore whose Adam keeps codes."""
+    inner = memopt.quantize_state(optax.scale_by_adam(), min_size=0)
+    return memopt.galore(learning_rate, rank=rank, refresh_every=3, inner=inner)
+
+
+# Two codes a number, and two scales a row for each; of four bits half a code, and half a scale.
+int8_moments = lambda *shape: math.prod(shape) / 2 + 4 * math.prod(shape[:-1])
+int4_moments = lambda *shape: 3 / 8 * math.prod(shape) + 5 / 2 * math.prod(shape[:-1])
+bfloat16_moments = lambda *shape: math.prod(shape)
 low_moments = lambda k, m, n: k * (2 * RANK * max(m, n) + RANK * min(m, n))
 decays = {"weight_decay": 0.1}
 ranks = {"rank": RANK, "refresh_every": 3}
@@ -177,6 +197,18 @@ CASES = {
         twice,
         ("rank",),
     ),
+    "adamw_8bit": Case(quantized_adamw, int8_moments, int8_moments, twice),
+    "adamw_4bit": Case(variant(quantized_adamw, codec="int4"), int4_moments, int4_moments, twice),
+    "adamw_bfloat16": Case(
+        variant(quantized_adamw, codec="bfloat16"), bfloat16_moments, bfloat16_moments, twice
+    ),
+    "galore_8bit": Case(
+        quantized_galore,
+        lambda k, m, n: int8_moments(k, *((RANK, n) if m <= n else (m, RANK))) + k * RANK * min(m, n),
+        twice,
+        twice,
+        ("rank",),
+    ),
 }  # fmt: skip
 
 
@@ -249,7 +281,17 @@ def plain(name: str) -> Any:
 
 
 def close(a: Any, b: Any, rtol: float = 2e-5) -> None:
+    (a, codes), (b, others) = apart(a), apart(b)
     chex.assert_trees_all_close(a, b, rtol=rtol, atol=1e-6)
+    # What is rounded in another order may, at the edge, have the code beside.
+    chex.assert_trees_all_close(codes, others, rtol=0, atol=1)
+
+
+def apart(tree: Any) -> tuple[Any, Any]:
+    """The arrays of a tree, and those of codes, as int32."""
+    is_code = lambda x: x.dtype in (jnp.int4, jnp.int8, jnp.uint8)
+    split = lambda this: jax.tree.map(lambda x: x if is_code(x) == this else None, tree)
+    return split(False), jax.tree.map(lambda x: x.astype(jnp.int32), split(True))
 
 
 @every_case
@@ -261,7 +303,8 @@ def test_state_bytes_are_the_formula(name):
         formula = case.matrix if "kernel" in leaf else case.rest if "embed" in leaf else case.vector
         assert table[leaf] == 4 * formula(*shape), leaf
     assert table.shared <= 4 * 8  # step counts
-    assert table.total == sum(x.nbytes for x in jax.tree.leaves(plain(name)[1]))
+    bits = sum(x.size * bits_of(x.dtype) for x in jax.tree.leaves(plain(name)[1]))
+    assert table.total == bits / 8
 
 
 @every_case
@@ -284,9 +327,11 @@ def test_dtypes_never_change(name, dtype):
     updates, after = jax.eval_shape(tx.update, params, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
-    statistics = {x.dtype for x in jax.tree.leaves(after)} - {jnp.dtype("int32")}
+    statistics = {str(x.dtype) for x in jax.tree.leaves(after)} - {"int32"}
+    if "bit" in name or name == "adamw_bfloat16":
+        statistics -= {"int4", "int8", "uint8", "bfloat16"}
     # Lion's momentum follows the parameter, as Optax's does; every other statistic is float32.
-    assert statistics <= {jnp.dtype(dtype if name == "lion" else jnp.float32)}
+    assert statistics <= {jnp.dtype(dtype if name == "lion" else jnp.float32).name}
 
 
 @every_case
@@ -385,7 +430,9 @@ def test_sharded_is_unsharded(name, axis_type):
             chex.assert_trees_all_equal(jax.tree.map(lambda x: x.sharding, params), shardings)
     # Relative to an array's largest entry: what rounding does to a singular vector it does to
     # all of its entries, small ones too.
-    for got, expected in zip(*map(jax.tree.leaves, ((params, state), plain(name))), strict=True):
+    (arrays, codes), (others, other_codes) = apart((params, state)), apart(plain(name))
+    chex.assert_trees_all_close(codes, other_codes, rtol=0, atol=1)
+    for got, expected in zip(*map(jax.tree.leaves, (arrays, others)), strict=True):
         assert jnp.abs(got - expected).max() <= 1e-4 * jnp.abs(expected).max(initial=1e-2)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from memopt.errors import check_at_least, check_choice
+from memopt.matrices import group_name
 from memopt.state.precision import zeros_of
 from memopt.transforms.linalg import for_stack, product, whole
 
@@ -43,7 +44,7 @@ class Leaf(NamedTuple):
     @property
     def group(self) -> str:
         """The name without its numbers: one for all layers, stacked or not."""
-        return re.sub(r"[/_]?\d+", "", self.name).lstrip("/")
+        return group_name(self.name)
 
     @property
     def layer(self) -> int:
