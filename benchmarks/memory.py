@@ -29,6 +29,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 import memopt
@@ -42,11 +43,18 @@ from memopt.training.step import train_step
 GIB = 2**30
 HBM = {"v5e": 15.75, "v5p": 95.0, "v6e": 31.25}  # GiB that a step may use
 LEARNING_RATE = 1e-3
-UNLIMITED: dict[str, str | bool] = {"xla_tpu_max_hbm_size_mib": str(2**18)}  # more than fits
-LIST = [
-    (optimizer, release)
-    for optimizer in ("adafactor", "adalomo", "lomo", "apollo_mini", "lion")
-    for release in (False, True)
+ROOMY: Literal["v5p"] = "v5p"  # measures what does not fit the chip that was asked for
+INT8: dict[str, Any] = {"release": True, "weights": "int8"}
+LIST: list[tuple[str, dict[str, Any]]] = [
+    ("adafactor", {}),
+    ("adafactor", {"release": True}),
+    ("adalomo", {"release": True}),
+    ("apollo_mini", {"release": True, "state": "int8"}),
+    ("adafactor", INT8),
+    ("adalomo", INT8),
+    ("apollo_mini", INT8 | {"state": "int8"}),
+    ("adafactor", INT8 | {"weights": "int4"}),
+    ("adafactor", INT8 | {"model": "13b"}),
 ]
 
 
@@ -130,13 +138,19 @@ def compile_step(optimizer: str, options: Options) -> tuple[jax.stages.Compiled,
     shardings = (jax.tree.map(lambda x: x.sharding, state), None)
     with jax.set_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
-        lowered = jitted.lower(state, {"inputs": tokens, "targets": tokens})
-        return lowered.compile(compiler_options=UNLIMITED), state
+        return jitted.lower(state, {"inputs": tokens, "targets": tokens}).compile(), state
 
 
 def measure(optimizer: str, options: Options) -> dict[str, Any]:
-    """The record of one configuration."""
-    compiled, state = compile_step(optimizer, options)
+    """The record of one configuration; of one that does not fit, by a roomier chip's compiler."""
+    compiled_for = options.chip
+    try:
+        compiled, state = compile_step(optimizer, options)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) or options.chip == ROOMY:
+            raise
+        compiled_for = ROOMY
+        compiled, state = compile_step(optimizer, options._replace(chip=ROOMY))
     memory = step_memory(compiled, state.params, state.opt_state)
     if options.dump:
         options.dump.write_text(compiled.as_text() or "")
@@ -146,6 +160,7 @@ def measure(optimizer: str, options: Options) -> dict[str, Any]:
     return {
         "optimizer": optimizer,
         **{name: getattr(options, name) for name in (*names, "seq_len", "accumulation")},
+        "compiled_for": compiled_for,
         "peak_bytes": memory.peak,
         "parameter_bytes": memory.parameters,
         "state_bytes": memory.state,
@@ -156,17 +171,25 @@ def measure(optimizer: str, options: Options) -> dict[str, Any]:
 def table(results: Sequence[dict[str, Any]]) -> Table:
     """The records as a table for the terminal."""
     shown = Table(title="GiB on a chip in one training step", box=SIMPLE_HEAD)
-    for column in ("model", "optimizer", "released", "weights", "chip", "mesh"):
+    for column in ("model", "optimizer", "released", "weights", "state", "chip", "mesh"):
         shown.add_column(column)
-    for column in ("peak", "weights", "state", "the rest"):
+    for column in ("peak", "weights", "state", "temporaries"):
         shown.add_column(column, justify="right")
     for r in results:
         sizes = (r["peak_bytes"], r["parameter_bytes"], r["state_bytes"], r["temp_bytes"])
         shown.add_row(
             *(r["model"], r["optimizer"], "yes" if r["release"] else "", r["weights"]),
+            r["state"] or "",
             *(r["chip"], r["mesh"] or "", *(f"{size / GIB:.2f}" for size in sizes)),
         )
     return shown
+
+
+def describe(record: dict[str, Any]) -> str:
+    """A configuration in a few words."""
+    parts = [record["model"], record["optimizer"], record["weights"]]
+    parts += ["released"] * record["release"]
+    return ", ".join(parts + [f"state {record['state']}"] * bool(record["state"]))
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -185,17 +208,14 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
         left = left + size
     for row, peak in zip(rows, peaks, strict=True):
         axes.annotate(f" {peak:.1f}", (peak, row), va="center", fontsize=8)
-    names = [r["optimizer"] + (", released" if r["release"] else "") for r in results]
-    axes.set_yticks(rows, names)
+    axes.set_yticks(rows, [describe(r) for r in results])
     axes.invert_yaxis()
     axes.margins(x=0.1)
     first = results[0]
     if first["chip"] in HBM:
         axes.axvline(HBM[first["chip"]], color="black", linestyle=":")
     axes.set_xlabel("GiB on a chip")
-    axes.set_title(
-        f"LLaMA-{first['model']}, one step on a {first['chip']} chip, {first['weights']}"
-    )
+    axes.set_title(f"One step on one {first['chip']} chip, batch 1 × 2048")
     figure.legend(loc="outside lower right", ncols=3)
     figure.savefig(path, dpi=120)
 
@@ -203,11 +223,11 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Measures, prints and, of a list, writes the files."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
-    chosen = [(options.optimizer, options.release)] if options.optimizer else LIST
+    chosen = [(options.optimizer, {})] if options.optimizer else LIST
     results = []
     try:
-        for optimizer, release in chosen:
-            results.append(measure(optimizer, options._replace(release=release)))
+        for optimizer, changes in track(chosen, transient=True, disable=len(chosen) == 1):
+            results.append(measure(optimizer, options._replace(**changes)))
     except (ValueError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     if options.json:

@@ -172,7 +172,7 @@ def _first(codec: Codec, x: Any) -> Coded:
     """The codes of an initial state, whose zeros stay zeros."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return codec.init(x)
-    return codec.encode(_cast(codec, x, jnp.float32), NEAREST)
+    return codec.encode(_cast(codec, x, jnp.float32), jnp.asarray(NEAREST))
 
 
 def _columns(coded: Any) -> tuple[Any, tuple[Any, ...]]:

@@ -78,7 +78,7 @@ def quantize_params(params: Any, codec: str | Codec = "int8", *, matrices: Matri
     def store(layout: Layout, x: Any) -> Any:
         if not layout.is_matrix:
             return x
-        encode = lambda x: stored.encode(x.astype(jnp.float32), NEAREST)
+        encode = lambda x: stored.encode(x.astype(jnp.float32), jnp.asarray(NEAREST))
         coded = jax.eval_shape(encode, x) if isinstance(x, jax.ShapeDtypeStruct) else encode(x)
         if isinstance(x, jax.ShapeDtypeStruct) and isinstance(x.sharding, NamedSharding):
             coded = jax.tree.map(lambda part: _placed(part, x.sharding), coded)

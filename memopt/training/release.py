@@ -268,11 +268,14 @@ class _Release:
 
             def update(i: int = i, gradient: Array = gradient, node: Any = node) -> Any:
                 update, new = partwise.update(i, gradient, params[i], old, **scalars)
+                # Nothing added leaves what is stored as it is, without a copy to fall back on.
+                update = jnp.where(finite[i], update, 0)
                 written = apply_updates(self._tree({i: node}), self._tree({i: update}), step)
+                new = {k: jnp.where(finite[i], x, old[k]) for k, x in new.items()}
                 return self.structure.flatten_up_to(written)[i], new
 
             keep = lambda node=node, owned=owned: (node, {k: old[k] for k in owned})
-            node, new = (_choose if layered else _select)(finite[i], update, keep)
+            node, new = _in_place(finite[i], update, keep) if layered else update()
             stored[i] = _put(stored[i], node, layer, 0)
             for k, x in new.items():
                 state[k] = _put(state[k], x, layer, axes[k])
@@ -395,16 +398,11 @@ def _put(tree: Any, part: Any, layer: Array | None, axis: int | None) -> Any:
     return jax.tree.map(put, tree, part)
 
 
-def _choose(condition: Array, new: Callable[[], Any], old: Callable[[], Any]) -> Any:
-    """`_select` in a loop.
+def _in_place(condition: Array, update: Callable[[], Any], keep: Callable[[], Any]) -> Any:
+    """``update()``, which is ``keep()`` unless `condition` holds, in a loop.
 
     XLA for CPUs would fuse reads and writes of several arrays, and copy them whole; under a
     conditional it reads all it needs of one before it writes to it.
     """
-    cond = lambda: jax.lax.cond(condition, new, old)
-    return jax.lax.platform_dependent(cpu=cond, default=lambda: _select(condition, new, old))
-
-
-def _select(condition: Array, new: Callable[[], Any], old: Callable[[], Any]) -> Any:
-    """``jax.lax.cond`` that computes both, in place where XLA can."""
-    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new(), old())
+    cond = lambda: jax.lax.cond(condition, update, keep)
+    return jax.lax.platform_dependent(cpu=cond, default=update)

@@ -273,9 +273,9 @@ def test_llama_sharded_over_eight_devices(kind, axes):
     ordinary = llama_run(train_step, tx, batches)
     released = llama_run(release_step, tx, batches, mesh)
     assert_same(*jax.device_get((ordinary, released)))
-    specs = jax.tree.map(lambda p: p.sharding.spec, released[0].params)
     shardings = llama.param_shardings(llama.abstract_model(CONFIG), mesh)
-    chex.assert_trees_all_equal(specs, jax.tree.map(lambda s: s.spec, shardings))
+    stays = lambda p, sharding: p.sharding.is_equivalent_to(sharding, p.ndim)
+    assert all(jax.tree.leaves(jax.tree.map(stays, released[0].params, shardings)))
 
 
 def test_state_is_donated_and_no_stack_of_gradients_is_held():
