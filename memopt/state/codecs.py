@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from memopt.errors import check_at_least, check_choice
+from memopt.matrices import explicit_axes
 from memopt.reductions import largest
 from memopt.state.precision import zeros_of
 
@@ -238,15 +239,25 @@ class Blockwise(Codec):
         """``f`` over each block of the last axis, the last one filled up with zeros."""
         n = x.shape[-1]
         block = min(self.block or n, n)
+        spec, split = explicit_axes(x), None
+        if spec is not None:
+            shard = jax.typeof(x).sharding.shard_shape(x.shape)[-1]
+            last = spec[-1] if shard % block == 0 else None
+            x = jax.sharding.reshard(x, jax.P(*spec[:-1], last))
+            split = jax.P(*spec[:-1], last, None)
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % block)])
-        return f(x.reshape(*x.shape[:-1], -1, block), -1)
+        return f(jax.lax.reshape(x, (*x.shape[:-1], -(-n // block), block), out_sharding=split), -1)
 
-    def _spread(self, scales: Array, n: int) -> Array:
-        """Each scale once for every number of its block, of which there are n."""
+    def _spread(self, scales: Array, like: Array) -> Array:
+        """Each scale once for every number of its block in an array."""
         if scales.shape[-1] == 1:
             return scales
+        spec, n = explicit_axes(like), like.shape[-1]
+        if spec is not None:
+            scales = jax.sharding.reshard(scales, jax.P(*spec[:-1], None))
         block = min(self.block or n, n)
-        return jnp.repeat(scales.astype(jnp.float32), block, axis=-1)[..., :n]
+        spread = jnp.repeat(scales.astype(jnp.float32), block, axis=-1)[..., :n]
+        return spread if spec is None else jax.sharding.reshard(spread, jax.P(*spec))
 
     def _kept(self, old: Array, least: Array) -> Array:
         """The old scale where `least` is at most that, and more than half of it."""
@@ -291,7 +302,7 @@ class Integers(Blockwise):
         largest = self._per_block(jnp.max, jnp.abs(x))
         old = jnp.zeros_like(largest) if like is None else like.scales[0]
         scale = self._kept(old, largest)
-        inverse = self._spread(_inverse(scale), x.shape[-1])
+        inverse = self._spread(_inverse(scale), x)
         y = jnp.abs(x) * inverse
         below = jnp.floor(jnp.minimum(_root(y, self.power) * self._top, self._top))
         if self.power == 1:
@@ -308,7 +319,7 @@ class Integers(Blockwise):
         y = coded.codes.astype(jnp.float32) / self._top
         if self.power > 1:
             y = jnp.sign(y) * jnp.abs(y) ** self.power
-        return y * self._spread(coded.scales[0].astype(jnp.float32), y.shape[-1])
+        return y * self._spread(coded.scales[0].astype(jnp.float32), y)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,14 +359,13 @@ class Asymmetric(Blockwise):
             near = 1e-3  # what is at the edge is so up to rounding
             fits = (low * inverse + old >= -near) & (high * inverse + old <= top + near)
             zero = jnp.where(fits & (step == like.scales[0].astype(jnp.float32)), old, zero)
-        n = x.shape[-1]
-        y = x * self._spread(inverse, n) + self._spread(zero, n)
+        y = x * self._spread(inverse, x) + self._spread(zero, x)
         codes = jnp.clip(jnp.floor(y + _uniform(bits)), 0, top).astype(f"uint{self.bits}")
         return Coded(codes, (step.astype(jnp.bfloat16), zero.astype(jnp.uint8)))
 
     def decode(self, coded: Coded) -> Array:
         """The step times a code's distance from that of zero."""
-        step, zero = (self._spread(s.astype(jnp.float32), coded.codes.shape[-1]) for s in coded[1])
+        step, zero = (self._spread(s.astype(jnp.float32), coded.codes) for s in coded.scales)
         return (coded.codes.astype(jnp.float32) - zero) * step
 
 
@@ -380,7 +390,7 @@ class Float8(Blockwise):
         largest = self._per_block(jnp.max, jnp.abs(x)) / top
         old = jnp.zeros_like(largest) if like is None else like.scales[0]
         scale = self._kept(old, largest)
-        y = x * self._spread(_inverse(scale), x.shape[-1])
+        y = x * self._spread(_inverse(scale), x)
         # Adding c, a power of two, to a number leaves it as many bits as the float8 has.
         exponent = jnp.maximum(jnp.frexp(y)[1] - 1, int(info.minexp))
         step = jnp.ldexp(jnp.float32(1), exponent - int(info.nmant))
@@ -390,7 +400,7 @@ class Float8(Blockwise):
     def decode(self, coded: Coded) -> Array:
         """As float32, times the scale."""
         y = coded.codes.astype(jnp.float32)
-        return y * self._spread(coded.scales[0].astype(jnp.float32), y.shape[-1])
+        return y * self._spread(coded.scales[0].astype(jnp.float32), y)
 
 
 class Named(NamedTuple):

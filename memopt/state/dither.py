@@ -42,7 +42,9 @@ def dither(shape: tuple[int, ...], name: str, step: Array | int, seed: int | Arr
       >>> bool((dither((4, 5), "w", 1) == dither((4, 5), "w", 0) + np.uint32(0x9E3779B9)).all())
       True
     """
-    start = jnp.asarray(seed).astype(jnp.uint32) * _GOLDEN + np.uint32(zlib.crc32(group_name(name).encode()))
+    start = jnp.asarray(seed).astype(jnp.uint32) * _GOLDEN + np.uint32(
+        zlib.crc32(group_name(name).encode())
+    )
     place = jnp.zeros((), jnp.uint32)
     for axis in range(len(shape))[-2:]:
         place = place * np.uint32(shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
