@@ -158,6 +158,12 @@ def group_name(name: str) -> str:
     return re.sub(r"[/_]?\d+", "", name).lstrip("/")
 
 
+def explicit_axes(x: Any) -> tuple[Any, ...] | None:
+    """How each axis of an array is sharded over an explicit mesh; None if it is over none."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return spec if any(axis is not None for axis in spec) else None
+
+
 def map_matrices(
     f: Callable[..., Any],
     tree: Any,

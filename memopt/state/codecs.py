@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from memopt.errors import check_at_least, check_choice
+from memopt.matrices import explicit_axes
 from memopt.reductions import largest
 from memopt.state.precision import zeros_of
 
@@ -254,8 +255,16 @@ class Blockwise(Codec):
             return f(x.astype(jnp.float32), *scales)
 
         def plain(x: Array, *scales: Array) -> Array:
-            y = f(self._cut(x.astype(jnp.float32)), *(s[..., None] for s in scales))
-            return y.reshape(*shape[:-1], -1)[..., : shape[-1]]
+            blocks = self._cut(x.astype(jnp.float32))
+            flat = (*shape[:-1], blocks.shape[-2] * blocks.shape[-1])
+            spec = explicit_axes(x)
+            if spec is None:
+                y = f(blocks, *(s[..., None] for s in scales))
+                return y.reshape(flat)[..., : shape[-1]]
+            split = jax.P(*tuple(jax.typeof(blocks).sharding.spec)[:-1])
+            y = f(blocks, *(jax.sharding.reshard(s, split)[..., None] for s in scales))
+            y = jax.lax.reshape(y, flat, out_sharding=split)[..., : shape[-1]]
+            return jax.sharding.reshard(y, jax.P(*spec))
 
         def tiled(x: Array, *scales: Array) -> Array:
             rows = lambda s: s.reshape(*shape[:-2], -1, SUBLANES, s.shape[-1]).swapaxes(-2, -1)
@@ -268,8 +277,14 @@ class Blockwise(Codec):
         """The blocks as an axis of their own: ``(..., n)`` to ``(..., blocks, block)``."""
         n = x.shape[-1]
         block = min(self.block or n, n)
+        spec, split = explicit_axes(x), None
+        if spec is not None:
+            shard = jax.typeof(x).sharding.shard_shape(x.shape)[-1]
+            last = spec[-1] if shard % block == 0 else None
+            x = jax.sharding.reshard(x, jax.P(*spec[:-1], last))
+            split = jax.P(*spec[:-1], last, None)
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % block)])
-        return x.reshape(*x.shape[:-1], -1, block)
+        return jax.lax.reshape(x, (*x.shape[:-1], -(-n // block), block), out_sharding=split)
 
     def _on_tiles(
         self, tiled: Callable[..., Array], plain: Callable[..., Array], *xs: Any
@@ -277,7 +292,7 @@ class Blockwise(Codec):
         """On a TPU ``tiled``, if the blocks are the rows of its tiles: it need not copy then."""
         shape = xs[0].shape
         sides = len(shape) > 1 and shape[-2] % SUBLANES == shape[-1] % LANES == 0
-        if not sides or self.block != LANES:
+        if not sides or self.block != LANES or explicit_axes(xs[0]) is not None:
             return plain(*xs)
         return jax.lax.platform_dependent(*xs, tpu=tiled, default=plain)
 

@@ -26,6 +26,13 @@ SECOND_MOMENTS = frozenset(
 )
 """The fields in which Optax, and memopt, keep second moments."""
 
+_OTHER_NAMES: dict[str, frozenset[str]] = {
+    "ScaleBySM3State": frozenset({"mu"}),  # nu is the momentum
+    "ScaleByAdanState": frozenset({"n"}),
+    "FactoredState": frozenset({"v_row", "v_col", "v"}),
+}
+"""The fields of states in which other names say so."""
+
 
 class QuantizedState(NamedTuple):
     """State of `quantize_state`.
@@ -54,15 +61,16 @@ def quantize_state(
     Between steps every large array of floats in the state of `inner` is kept as codes of the same
     shape, so that a sharding of the array is one of its codes. They are rounded stochastically,
     by bits that depend on seed, array and step only: nothing freezes, and nothing depends on how
-    the array is sharded or stacked.
+    the array is sharded or stacked. An array that was all zeros until a step later than the first
+    is so for one step more, as the moments inside an ``optax.MultiSteps``: wrap from within.
 
     Args:
       inner: any Optax transformation.
       codec: "int8", "int4" (first moments; second ones stay at 8 bits), "float8", "bfloat16", or
         a codec of `memopt.codecs`; or {pattern: codec}, where the first pattern found in an
         array's name, such as ``"nu/blocks/up/kernel"``, counts (`re.search`), and arrays whose
-        name has none stay as they are. Second moments, those in a field called ``nu``, get the
-        unsigned map of a codec's name.
+        name has none stay as they are. Second moments, known by the field of Optax's
+        state that they are in, get the unsigned map of a codec's name.
       min_size: matrices (and vectors) of fewer numbers stay as they are.
       seed: other roundings.
 
@@ -91,21 +99,21 @@ def quantize_state(
     choices = [(re.compile(pattern), named(codec)) for pattern, codec in rules.items()]
     inner = in_float32(inner)
 
-    def codec_of(path: tuple[Any, ...], leaf: Any, stack: int) -> Codec:
+    def codec_of(path: tuple[Any, ...], leaf: Any, stack: int, is_second_moment: bool) -> Codec:
         size = math.prod(leaf.shape[stack:])
         if size < min_size or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return AsIs()
         choice = next((c for pattern, c in choices if pattern.search(leaf_name(path))), None)
         if choice is None:
             return AsIs()
-        fields = {getattr(key, "name", None) for key in path}
-        return choice.unsigned if fields & SECOND_MOMENTS else choice.signed
+        return choice.unsigned if is_second_moment else choice.signed
 
     def plan(params: Any) -> tuple[Any, Any, Any]:
         """Of each array of the inner state its codec, its shape and dtype, and its stack axes."""
         like = jax.eval_shape(inner.init, params)
         stacks = _stacks(like, params)
-        return jax.tree_util.tree_map_with_path(codec_of, like, stacks), like, stacks
+        codecs = jax.tree_util.tree_map_with_path(codec_of, like, stacks, _second_moments(like))
+        return codecs, like, stacks
 
     def init(params: Any) -> QuantizedState:
         coded = jax.tree.map(_first, plan(params)[0], inner.init(params))
@@ -161,6 +169,19 @@ def _stacks(state: Any, params: Any) -> Any:
         return len(stack) if x.shape[: len(stack)] == stack else 0
 
     return jax.tree_util.tree_map_with_path(count, state)
+
+
+def _second_moments(state: Any) -> Any:
+    """Whether each array of a state is a second moment: by its field, and whose that is."""
+    has_other_names = lambda x: type(x).__name__ in _OTHER_NAMES
+
+    def mark(path: tuple[Any, ...], x: Any) -> Any:
+        if not has_other_names(x):
+            return any(getattr(key, "name", None) in SECOND_MOMENTS for key in path)
+        names = _OTHER_NAMES[type(x).__name__]
+        return type(x)(*(jax.tree.map(lambda _, f=f: f in names, getattr(x, f)) for f in x._fields))
+
+    return jax.tree_util.tree_map_with_path(mark, state, is_leaf=has_other_names)
 
 
 def _cast(codec: Codec, x: Array, dtype: Any) -> Array:

@@ -8,11 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-
-def explicit_axes(x: Any) -> tuple[Any, ...] | None:
-    """How each axis of an array is sharded over an explicit mesh; None if it is over none."""
-    spec = tuple(jax.typeof(x).sharding.spec)
-    return spec if any(axis is not None for axis in spec) else None
+from memopt.matrices import explicit_axes
 
 
 def shard_count(matrices: Array, axis: int) -> int:

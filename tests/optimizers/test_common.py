@@ -204,7 +204,7 @@ CASES = {
     ),
     "galore_8bit": Case(
         quantized_galore,
-        lambda k, m, n: int8_moments(k, *((RANK, n) if m <= n else (m, RANK))) + k * RANK * min(m, n),
+        lambda k, m, n: int8_moments(*pairings.dense(k, m, n)) + k * RANK * min(m, n),
         twice,
         twice,
         ("rank",),

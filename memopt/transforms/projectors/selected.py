@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from memopt.transforms.linalg import explicit_axes
+from memopt.matrices import explicit_axes
 from memopt.transforms.projectors.base import Leaf, Projector, When
 
 

@@ -1,0 +1,232 @@
+"""Whether training in fewer bits ends where float32 does.
+
+    nice python -m benchmarks.precision [--steps 200] [--seeds 0 1 2] [--cases float32 int8-state]
+
+The tiny LLaMA on the source of Python's standard library, with AdamW, whose state or whose weights
+are stored in fewer bits; everything else, for a seed the initial weights and the data too, is the
+same. A case is indistinguishable from float32 if their mean validation losses differ by no more
+than the seeds do: the larger of both standard deviations.
+
+Prints a table and writes it as JSON, with a plot of the same name.
+"""
+
+import dataclasses
+import json
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+import tyro
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import memopt
+from benchmarks.step_time import cpu_model, versions
+from memopt.errors import check_at_least, check_choice
+from memopt.state.codecs import bits_of
+from memopt.training.config import Config, Optimization, Run, Text
+from memopt.training.prepare import Training, prepare
+from memopt.training.step import evaluate
+
+
+class Case(NamedTuple):
+    """How state and weights are stored; None is float32."""
+
+    state: str | None = None
+    weights: str | None = None
+
+
+BASELINE = "float32"
+CASES = {
+    BASELINE: Case(),
+    "int8-state": Case(state="int8"),
+    "int4-state": Case(state="int4"),
+    "bfloat16-state": Case(state="bfloat16"),
+    "int8-weights": Case(weights="int8"),
+    "bfloat16-weights": Case(weights="bfloat16"),
+    "bfloat16+8-weights": Case(weights="bfloat16+8"),
+    "int8-both": Case(state="int8", weights="int8"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    Attributes:
+      cases: which of them.
+      seeds: of the initial weights and the order of the data.
+      steps: of training.
+      seq_len: tokens of a row.
+      batch_size: rows.
+      eval_tokens: held-out tokens of the validation loss.
+      learning_rate: the highest; it rises for a tenth of the steps, then falls by a cosine.
+      output: the JSON file; the plot stands beside it.
+    """
+
+    cases: tuple[str, ...] = tuple(CASES)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 200
+    seq_len: int = 64
+    batch_size: int = 8
+    eval_tokens: int = 2**15
+    learning_rate: float = 2e-3
+    output: Path = Path(__file__).parent / "results" / "precision.json"
+
+
+def train(run: Training, case: Case, seed: int) -> dict[str, float]:
+    """The validation loss after a run's steps, and bytes a weight of state and weights."""
+    adam = optax.scale_by_adam()
+    if case.state:
+        adam = memopt.quantize_state(adam, case.state, seed=seed)
+    decay = optax.add_decayed_weights(0.1)
+    tx = optax.chain(adam, decay, optax.scale_by_learning_rate(run.learning_rate))
+
+    @jax.jit
+    def step(stored: Any, state: Any, batch: Any, number: int) -> tuple[Any, Any]:
+        params = memopt.dequantize_params(stored)
+        (_, tokens), gradients = jax.value_and_grad(run.loss, has_aux=True)(params, batch)
+        gradients = jax.tree.map(lambda g: g / tokens, gradients)
+        updates, state = tx.update(gradients, state, params)
+        return memopt.apply_updates(stored, updates, number, seed=seed), state
+
+    params = run.state.params
+    stored = memopt.quantize_params(params, case.weights) if case.weights else params
+    state, size = tx.init(params), sum(p.size for p in jax.tree.leaves(params))
+    kept = lambda tree: sum(x.size * bits_of(x.dtype) for x in jax.tree.leaves(tree)) / 8 / size
+    for number in range(run.config.optimization.steps):
+        stored, state = step(stored, state, run.place(next(run.batches)), number)
+    batches = map(run.place, run.validation)
+    loss = evaluate(memopt.dequantize_params(stored), batches, jax.jit(run.loss))
+    return {"loss": loss, "state_bytes": kept(state), "weight_bytes": kept(stored)}
+
+
+def measure(options: Options) -> list[dict[str, Any]]:
+    """Every case with every seed, as records."""
+    names = dict.fromkeys((BASELINE, *options.cases))
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for seed in options.seeds:
+        with tempfile.TemporaryDirectory() as directory:
+            run = prepare(configuration(options, seed, Path(directory) / "run"))
+            start = run.batches.get_state()
+            for name in track(names, description=f"seed {seed}", transient=True):
+                run.batches.set_state(start)
+                found[name].append(train(run, CASES[name], seed))
+            run.batches.close()
+    losses = {name: [one["loss"] for one in records] for name, records in found.items()}
+    spread = {name: statistics.stdev(values) for name, values in losses.items()}
+    mean = {name: statistics.mean(values) for name, values in losses.items()}
+    return [
+        {
+            "name": name,
+            "losses": losses[name],
+            "mean": mean[name],
+            "spread": spread[name],
+            "difference": mean[name] - mean[BASELINE],
+            "indistinguishable": abs(mean[name] - mean[BASELINE])
+            <= max(spread[name], spread[BASELINE]),
+            "state_bytes": found[name][0]["state_bytes"],
+            "weight_bytes": found[name][0]["weight_bytes"],
+        }
+        for name in names
+    ]
+
+
+def configuration(options: Options, seed: int, output: Path) -> Config:
+    """Of one run."""
+    return Config(
+        text=Text(
+            batch_size=options.batch_size,
+            seq_len=options.seq_len,
+            eval_tokens=options.eval_tokens,
+        ),
+        optimization=Optimization(
+            optimizer="adamw",
+            learning_rate=options.learning_rate,
+            steps=options.steps,
+            seed=seed,
+        ),
+        run=Run(output=output),
+    )
+
+
+def table(report: dict[str, Any]) -> Table:
+    """The records as a table for the terminal."""
+    title = f"Tiny LLaMA, {report['steps']} steps, {len(report['seeds'])} seeds: validation loss"
+    shown = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("stored", no_wrap=True)
+    for column in ("mean", "spread", "− float32", "state", "weights"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    shown.add_column("same")
+    for r in report["results"]:
+        shown.add_row(
+            r["name"],
+            *(f"{r[key]:.4f}" for key in ("mean", "spread")),
+            f"{r['difference']:+.4f}",
+            *(f"{r[key]:.2f}" for key in ("state_bytes", "weight_bytes")),
+            "yes" if r["indistinguishable"] else "no",
+        )
+    return shown
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Every run's loss, and the means, over bands of what the seeds of float32 do."""
+    from matplotlib.figure import Figure
+
+    results = report["results"]
+    figure = Figure(figsize=(7, 1 + 0.35 * len(results)), layout="constrained")
+    axes = figure.subplots()
+    first = results[0]
+    low, high = first["mean"] - first["spread"], first["mean"] + first["spread"]
+    axes.axvspan(low, high, color="C7", alpha=0.3)
+    for i, r in enumerate(results):
+        axes.plot(r["losses"], [i] * len(r["losses"]), "o", color="C0", alpha=0.5)
+        axes.plot(r["mean"], i, "|", color="black", markersize=14)
+    axes.set_yticks(range(len(results)), [r["name"] for r in results])
+    axes.invert_yaxis()
+    axes.set_xlabel("validation loss; band: mean ± spread of float32")
+    axes.set_title(f"Tiny LLaMA, {report['steps']} steps of AdamW")
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measures, prints the table and writes the files."""
+    options = tyro.cli(Options, args=arguments, description=__doc__)
+    try:
+        check_at_least("steps", options.steps, 1)
+        check_at_least("number of seeds", len(options.seeds), 2)
+        for name in options.cases:
+            check_choice("case", name, CASES)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    report = {
+        "command": shlex.join(["python", "-m", "benchmarks.precision", *arguments]),
+        "steps": options.steps,
+        "seeds": options.seeds,
+        "seq_len": options.seq_len,
+        "batch_size": options.batch_size,
+        "eval_tokens": options.eval_tokens,
+        "learning_rate": options.learning_rate,
+        "device": jax.devices()[0].device_kind,
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "versions": versions(("memopt", "jax", "jaxlib", "optax")),
+        "results": measure(options),
+    }
+    Console().print(table(report))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(report, indent=2) + "\n")
+    plot(report, options.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
