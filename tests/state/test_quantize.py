@@ -77,7 +77,7 @@ TRANSFORMATIONS = {
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_any_transformation(name):
     inner, part = TRANSFORMATIONS[name]
-    tx = quantize_state(inner, min_size=500)
+    tx = quantize_state(inner, min_size=100)
     params = tree()
     state = jax.eval_shape(tx.init, params)
     assert "float32" not in dtypes(state.codes)
