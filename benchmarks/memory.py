@@ -34,6 +34,7 @@ from rich.table import Table
 
 import memopt
 from benchmarks.compilers import tpu_devices
+from benchmarks.report import save
 from memopt.models import llama
 from memopt.planning.step_memory import step_memory
 from memopt.training.placement import abstract_state, batch_sharding, parse_mesh
@@ -236,10 +237,8 @@ def main(arguments: Sequence[str]) -> None:
         Console().print(table(results))
     if not options.optimizer:
         command = shlex.join(["python", "-m", "benchmarks.memory", *arguments])
-        text = json.dumps({"command": command, "results": results}, indent=2)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n")
-        plot(results, options.output.with_suffix(".png"))
+        report = {"command": command, "results": results}
+        save(report, options.output, lambda path: plot(results, path))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ run that rounds its parameters twice a step, one ulp of them a step. Kernels are
 them, (out, in), and transposed, (in, out), as in Flax. Prints a table and writes it as JSON.
 """
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.report import save
 from memopt.errors import check_choice
 from tests.optimizers import recorded_runs
 from tests.yardstick import yardstick
@@ -91,8 +91,7 @@ def main(arguments: Sequence[str]) -> None:
     results = [measure(run) for run in track(options.runs, "runs", console=console)]
     Console().print(table(results))
     command = shlex.join(["python", "-m", "benchmarks.parity", *arguments])
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"command": command, "results": results}, indent=2) + "\n")
+    save({"command": command, "results": results}, options.output)
     if any(r["error_over_tolerance"] > 1 for r in results):
         sys.exit("error: some errors are larger than their tolerance.")
 

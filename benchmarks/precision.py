@@ -11,8 +11,7 @@ Prints a table and writes it as JSON, with a plot of the same name.
 """
 
 import dataclasses
-import json
-import os
+import functools
 import shlex
 import statistics
 import sys
@@ -30,12 +29,13 @@ from rich.progress import track
 from rich.table import Table
 
 import memopt
-from benchmarks.step_time import cpu_model, versions
+from benchmarks.report import save
+from benchmarks.step_time import core_count, cpu_model, versions
 from memopt.errors import check_at_least, check_choice
 from memopt.state.codecs import bits_of
 from memopt.training.config import Config, Optimization, Run, Text
 from memopt.training.prepare import Training, prepare
-from memopt.training.step import evaluate
+from memopt.training.step import evaluate, init_state, train_step
 
 
 class Case(NamedTuple):
@@ -91,23 +91,17 @@ def train(run: Training, case: Case, seed: int) -> dict[str, float]:
     decay = optax.add_decayed_weights(0.1)
     tx = optax.chain(adam, decay, optax.scale_by_learning_rate(run.learning_rate))
 
-    @jax.jit
-    def step(stored: Any, state: Any, batch: Any, number: int) -> tuple[Any, Any]:
-        params = memopt.dequantize_params(stored)
-        (_, tokens), gradients = jax.value_and_grad(run.loss, has_aux=True)(params, batch)
-        gradients = jax.tree.map(lambda g: g / tokens, gradients)
-        updates, state = tx.update(gradients, state, params)
-        return memopt.apply_updates(stored, updates, number, seed=seed), state
-
     params = run.state.params
     stored = memopt.quantize_params(params, case.weights) if case.weights else params
-    state, size = tx.init(params), sum(p.size for p in jax.tree.leaves(params))
+    state, size = init_state(stored, tx), sum(p.size for p in jax.tree.leaves(params))
     kept = lambda tree: sum(x.size * bits_of(x.dtype) for x in jax.tree.leaves(tree)) / 8 / size
-    for number in range(run.config.optimization.steps):
-        stored, state = step(stored, state, run.place(next(run.batches)), number)
-    batches = map(run.place, run.validation)
-    loss = evaluate(memopt.dequantize_params(stored), batches, jax.jit(run.loss))
-    return {"loss": loss, "state_bytes": kept(state), "weight_bytes": kept(stored)}
+    whole = {"loss": run.loss, "tx": tx, "learning_rate": run.learning_rate}
+    step = jax.jit(functools.partial(train_step, **whole))
+    for _ in range(run.config.optimization.steps):
+        state, _ = step(state, run.place(next(run.batches)))
+    loss = evaluate(state.params, map(run.place, run.validation), jax.jit(run.loss))
+    sizes = {"state_bytes": kept(state.opt_state), "weight_bytes": kept(state.params)}
+    return {"loss": loss, **sizes}
 
 
 def measure(options: Options) -> list[dict[str, Any]]:
@@ -218,14 +212,12 @@ def main(arguments: Sequence[str]) -> None:
         "learning_rate": options.learning_rate,
         "device": jax.devices()[0].device_kind,
         "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "cores": core_count(),
         "versions": versions(("memopt", "jax", "jaxlib", "optax")),
         "results": measure(options),
     }
     Console().print(table(report))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=2) + "\n")
-    plot(report, options.output.with_suffix(".png"))
+    save(report, options.output, lambda path: plot(report, path))
 
 
 if __name__ == "__main__":

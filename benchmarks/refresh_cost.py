@@ -13,7 +13,6 @@ Prints a table and writes it as JSON, with a plot of the same name.
 """
 
 import dataclasses
-import json
 import os
 import shlex
 import sys
@@ -34,7 +33,8 @@ from rich.progress import track
 from rich.table import Table
 
 import memopt
-from benchmarks.step_time import cpu_model, spread, versions
+from benchmarks.report import save
+from benchmarks.step_time import core_count, cpu_model, spread, versions
 from memopt.errors import check_at_least
 from memopt.models import llama
 from memopt.training.data import find_documents, train_batches
@@ -233,15 +233,13 @@ def main(arguments: Sequence[str]) -> None:
         "oversample": options.oversample,
         "device": jax.devices()[0].device_kind,
         "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "cores": core_count(),
         "load_before": load,
         "versions": versions(("memopt", "jax", "jaxlib")),
         "results": measure(options),
     }
     Console().print(table(report))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=2) + "\n")
-    plot(report, options.output.with_suffix(".png"))
+    save(report, options.output, lambda path: plot(report, path))
 
 
 if __name__ == "__main__":

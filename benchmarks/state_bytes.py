@@ -6,7 +6,6 @@ The figures are exact: they come from the abstract evaluation of each optimizer'
 model's shapes, and nothing is allocated. Prints a table and writes it as JSON, with a plot.
 """
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import memopt
+from benchmarks.report import save
 from benchmarks.step_time import model_shapes
 
 LEARNING_RATE = 1e-3
@@ -103,9 +103,8 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(f"error: {error}")
     Console().print(table(results))
     command = shlex.join(["python", "-m", "benchmarks.state_bytes", *arguments])
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"command": command, "results": results}, indent=2) + "\n")
-    plot(results, options.output.with_suffix(".png"))
+    report = {"command": command, "results": results}
+    save(report, options.output, lambda path: plot(results, path))
 
 
 if __name__ == "__main__":

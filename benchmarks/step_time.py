@@ -12,7 +12,6 @@ Prints a table and writes it as JSON, with a plot of the same name.
 
 import dataclasses
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -36,6 +35,7 @@ from rich.table import Table
 
 import memopt
 from benchmarks import torch_optimizers
+from benchmarks.report import save
 from benchmarks.torch_optimizers import TORCH_OPTIMIZERS
 from memopt.errors import check_at_least, check_choice
 from memopt.matrices import leaf_name
@@ -202,9 +202,14 @@ def describe(options: Options, arguments: Sequence[str], shapes: Any) -> dict[st
         "repeats": options.repeats,
         "device": jax.devices()[0].device_kind,
         "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "cores": core_count(),
         "versions": {"python": platform.python_version()} | versions(packages),
     }
+
+
+def core_count() -> int | None:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
@@ -280,9 +285,7 @@ def main(arguments: Sequence[str]) -> None:
     report = describe(options, arguments, model_shapes(options.model, options.dtype))
     report["results"] = measure(found, options.repeats)
     Console().print(table(report))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=2) + "\n")
-    plot(report, options.output.with_suffix(".png"))
+    save(report, options.output, lambda path: plot(report, path))
 
 
 if __name__ == "__main__":

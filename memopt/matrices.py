@@ -164,6 +164,13 @@ def explicit_axes(x: Any) -> tuple[Any, ...] | None:
     return spec if any(axis is not None for axis in spec) else None
 
 
+def shard_count(x: Any, axis: int) -> int:
+    """Over how many devices of an explicit mesh an axis is sharded; 1 if over none."""
+    if explicit_axes(x) is None:
+        return 1
+    return x.shape[axis] // jax.typeof(x).sharding.shard_shape(x.shape)[axis]
+
+
 def map_matrices(
     f: Callable[..., Any],
     tree: Any,

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from memopt.matrices import shard_count
+
 
 def total(x: Array, axes: tuple[int, ...], *, keepdims: bool = False) -> Array:
     """``x.sum(axes)`` of an expression that is cheap to compute, such as a square.
@@ -47,10 +49,8 @@ def _on_cpu(cpu: Callable[[Array], Array], default: Callable[[Array], Array], x:
 def _folded(combine: Callable[[Array, Array], Array], x: Array, axis: int) -> Array:
     """`x` with the halves of an axis combined, up to four times."""
     for _ in range(4):
-        size, sharding = x.shape[axis], jax.typeof(x).sharding
-        split = sharding.spec[axis] is not None
-        shards = size // sharding.shard_shape(x.shape)[axis] if split else 1
-        if size % (2 * shards) or size < 64:
+        size = x.shape[axis]
+        if size % (2 * shard_count(x, axis)) or size < 64:
             break
         halves = (jax.lax.slice_in_dim(x, i, i + size // 2, axis=axis) for i in (0, size // 2))
         x = combine(*halves)

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from memopt.errors import check_at_least, check_choice
-from memopt.matrices import explicit_axes
+from memopt.matrices import explicit_axes, shard_count
 from memopt.reductions import largest
 from memopt.state.precision import zeros_of
 
@@ -279,8 +279,7 @@ class Blockwise(Codec):
         block = min(self.block or n, n)
         spec, split = explicit_axes(x), None
         if spec is not None:
-            shard = jax.typeof(x).sharding.shard_shape(x.shape)[-1]
-            last = spec[-1] if shard % block == 0 else None
+            last = spec[-1] if n // shard_count(x, -1) % block == 0 else None
             x = jax.sharding.reshard(x, jax.P(*spec[:-1], last))
             split = jax.P(*spec[:-1], last, None)
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % block)])

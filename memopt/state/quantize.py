@@ -61,8 +61,9 @@ def quantize_state(
     Between steps every large array of floats in the state of `inner` is kept as codes of the same
     shape, so that a sharding of the array is one of its codes. They are rounded stochastically,
     by bits that depend on seed, array and step only: nothing freezes, and nothing depends on how
-    the array is sharded or stacked. An array that was all zeros until a step later than the first
-    is so for one step more, as the moments inside an ``optax.MultiSteps``: wrap from within.
+    the array is sharded or stacked. An array that is all zeros after the first step loses what the
+    first step to change it adds, as the moments of an ``optax.MultiSteps`` would: quantise the
+    optimizer within, not the accumulation around it.
 
     Args:
       inner: any Optax transformation.

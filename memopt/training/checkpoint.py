@@ -187,7 +187,7 @@ def _describe(tree: Any) -> dict[str, str]:
             leaf = jax.eval_shape(jax.random.key_data, leaf)  # as which Orbax stores keys
         return f"{leaf.dtype}{list(leaf.shape)}"
 
-    is_leaf = lambda x: hasattr(x, "shape") and hasattr(x, "dtype") and not is_quantized(x)
+    is_leaf = lambda x: hasattr(x, "shape") and not is_quantized(x)
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     return dict(zip(names, [describe(leaf) for _, leaf in leaves], strict=True))

@@ -1,6 +1,5 @@
 """Products and factorisations of stacks of matrices, sharded or not."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,16 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from memopt.matrices import explicit_axes
-
-
-def shard_count(matrices: Array, axis: int) -> int:
-    """Over how many devices of an explicit mesh an axis is sharded; 1 if over none."""
-    spec = explicit_axes(matrices)
-    names = spec[axis] if spec else None
-    mesh = jax.typeof(matrices).sharding.mesh
-    names = names if isinstance(names, tuple) else (names,) if names else ()
-    return math.prod(mesh.shape[name] for name in names)
+from memopt.matrices import explicit_axes, shard_count
 
 
 def product(subscripts: str, a: Array, b: Array, *, like: Any = None) -> Array:
@@ -86,8 +76,7 @@ def turned(matrices: Array, axis: int) -> Array:
         return matrices
     names = lambda entry: entry if isinstance(entry, tuple) else (entry,) if entry else ()
     both = (*names(spec[-3 - axis]), *names(spec[axis]))
-    mesh = jax.typeof(matrices).sharding.mesh
-    if matrices.shape[-3 - axis] % math.prod(mesh.shape[name] for name in both):
+    if matrices.shape[-3 - axis] % (shard_count(matrices, -2) * shard_count(matrices, -1)):
         return matrices
     last = (None, both) if axis == -2 else (both, None)
     return jax.sharding.reshard(matrices, jax.P(*spec[:-2], *last))

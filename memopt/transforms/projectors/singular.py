@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from memopt.errors import check_at_least
+from memopt.matrices import shard_count
 from memopt.transforms.linalg import (
     leading_eigenvectors,
     orthonormal,
     product,
-    shard_count,
     turned,
     whole,
 )

@@ -1,0 +1,20 @@
+"""What a benchmark leaves behind: a JSON file, and a plot beside it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def save(report: dict[str, Any], path: Path, plot: Callable[[Path], None] | None = None) -> None:
+    """Writes a report, making its directory, and a PNG of the same name.
+
+    Args:
+      report: JSON-serialisable.
+      path: the JSON file.
+      plot: draws the image file it is given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    if plot is not None:
+        plot(path.with_suffix(".png"))
