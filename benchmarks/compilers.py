@@ -3,23 +3,95 @@
 import importlib.util
 import math
 import os
+from typing import Literal, NamedTuple
 
 import jax
 from jax.experimental import topologies
 
-TPUS = {"v5e": [2, 2], "v5p": [2, 2, 1], "v6e": [2, 2]}  # the chips of a host
+Tpu = Literal["v5e", "v5p", "v6e"]
+Gpu = Literal["h200", "a100-80", "rtx4090"]
+Chip = Literal[Tpu, Gpu]
+
+TPUS: dict[str, list[int]] = {"v5e": [2, 2], "v5p": [2, 2, 1], "v6e": [2, 2]}  # chips of a host
 
 
-def tpu_devices(chip: str, count: int = 4) -> list[jax.Device]:
-    """Chips to compile for, of the smallest grid that has so many.
+class _Card(NamedTuple):
+    """A GPU, as its compiler must know it.
+
+    Attributes:
+      capability: its compute capability, (major, minor).
+      cores: multiprocessors.
+      lanes: float32 units of a core.
+      threads: that a core holds at most.
+      shared: KiB of shared memory of a core; a block may ask for all but one of them.
+      cache: MiB of the second-level cache.
+      clock: GHz.
+      bandwidth: of its memory, GB a second.
+      memory: bytes of it, as CUDA reports them.
+    """
+
+    capability: tuple[int, int]
+    cores: int
+    lanes: int
+    threads: int
+    shared: int
+    cache: int
+    clock: float
+    bandwidth: int
+    memory: int
+
+    def target(self) -> str:
+        """A `GpuTargetConfigProto` in text format."""
+        major, minor = self.capability
+        return f"""
+            gpu_device_info {{
+              cuda_compute_capability {{ major: {major} minor: {minor} }}
+              core_count: {self.cores}
+              fpus_per_core: {self.lanes}
+              threads_per_core_limit: {self.threads}
+              threads_per_block_limit: 1024
+              threads_per_warp: 32
+              block_dim_limit_x: {2**31 - 1}
+              block_dim_limit_y: {2**16 - 1}
+              block_dim_limit_z: {2**16 - 1}
+              registers_per_core_limit: {2**16}
+              registers_per_block_limit: {2**16}
+              shared_memory_per_core: {self.shared * 2**10}
+              shared_memory_per_block: {48 * 2**10}
+              shared_memory_per_block_optin: {(self.shared - 1) * 2**10}
+              l2_cache_size: {self.cache * 2**20}
+              clock_rate_ghz: {self.clock}
+              memory_bandwidth: {self.bandwidth * 10**9}
+              device_memory_size: {self.memory}
+            }}
+            platform_name: "CUDA"
+            dnn_version_info {{ major: 9 minor: 10 }}
+        """
+
+
+GPUS = {
+    "h200": _Card((9, 0), 132, 128, 2048, 228, 50, 1.98, 4800, 151_397_597_184),
+    "a100-80": _Card((8, 0), 108, 64, 2048, 164, 40, 1.41, 2039, 85_100_068_864),
+    "rtx4090": _Card((8, 9), 128, 128, 1536, 100, 72, 2.52, 1008, 25_386_352_640),
+}
+
+
+def devices(chip: str, count: int = 1) -> list[jax.Device]:
+    """Chips to compile for; nothing can be run on them.
 
     Args:
-      chip: "v5e", "v5p" or "v6e".
-      count: how many are needed; a grid has at least four.
+      chip: one of `TPUS` or `GPUS`.
+      count: how many are needed.
 
     Raises:
-      ModuleNotFoundError: if libtpu is not installed.
+      ModuleNotFoundError: if the compiler is not installed; says what to install.
     """
+    jax.config.update("jax_platforms", "cpu")  # compilers run here, and programs nowhere
+    return (_gpus if chip in GPUS else _tpus)(chip, count)
+
+
+def _tpus(chip: str, count: int) -> list[jax.Device]:
+    """Of the smallest grid that has so many; a grid has at least four."""
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError("compiling for a TPU needs libtpu: pip install 'memopt[aot]'.")
     os.environ |= {
@@ -28,10 +100,21 @@ def tpu_devices(chip: str, count: int = 4) -> list[jax.Device]:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
     }
-    jax.config.update("jax_platforms", "cpu")  # libtpu compiles here, and runs nothing
     sides = list(TPUS[chip])
     while math.prod(sides) < count:  # 2×2, 2×4, 4×4, ... chips
         sides[sides[0] == sides[1]] *= 2
     grid = "x".join(map(str, sides))
     topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{grid}")
     return list(topology.devices)[:count]
+
+
+def _gpus(chip: str, count: int) -> list[jax.Device]:
+    """Of one host."""
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        raise ModuleNotFoundError(
+            "compiling for a GPU needs JAX's CUDA plugin: pip install 'memopt[aot-gpu]'."
+        )
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=GPUS[chip].target(), topology=f"1x1x{count}"
+    )
+    return list(topology.devices)

@@ -5,7 +5,10 @@
 The step is that of ``memopt pretrain``, forward, backward and update, bfloat16 parameters: the
 ordinary one with full rematerialisation, or, released, the one that updates each block while the
 backward pass runs. Nothing is run, and no chip is needed, only its compiler: libtpu (the extra
-`aot`) for TPUs.
+`aot`) for TPUs, JAX's CUDA plugin (the extra `aot-gpu`) for GPUs.
+
+Attention is the one that scores queries in chunks. On a GPU training takes cuDNN's instead, which
+JAX asks the GPU itself for.
 
 Without ``--optimizer`` it measures a list, prints a table and writes it as JSON, with a plot.
 """
@@ -33,7 +36,7 @@ from rich.progress import track
 from rich.table import Table
 
 import memopt
-from benchmarks.compilers import tpu_devices
+from benchmarks.compilers import GPUS, Chip, devices
 from benchmarks.report import save
 from memopt.models import llama
 from memopt.planning.step_memory import step_memory
@@ -42,7 +45,10 @@ from memopt.training.release import release_step
 from memopt.training.step import train_step
 
 GIB = 2**30
-HBM = {"v5e": 15.75, "v5p": 95.0, "v6e": 31.25}  # GiB that a step may use
+HBM = {  # GiB that a step may use
+    **{"v5e": 15.75, "v5p": 95.0, "v6e": 31.25},
+    **{chip: card.memory / GIB for chip, card in GPUS.items()},
+}
 LEARNING_RATE = 1e-3
 ROOMY: Literal["v5p"] = "v5p"  # measures what does not fit the chip that was asked for
 INT8: dict[str, Any] = {"release": True, "weights": "int8"}
@@ -83,7 +89,7 @@ class Options(NamedTuple):
     release: bool = False
     weights: Literal["bfloat16", "int8", "int4", "bfloat16+8"] = "bfloat16"
     state: Literal["int8", "int4", "float8", "bfloat16"] | None = None
-    chip: Literal["v5e", "v5p", "v6e"] = "v5e"
+    chip: Chip = "v5e"
     mesh: str | None = None
     batch_size: int = 1
     seq_len: int = 2048
@@ -102,9 +108,9 @@ def compile_step(optimizer: str, options: Options) -> tuple[jax.stages.Compiled,
         remat="none" if options.release else "full",
     )
     sizes = parse_mesh(options.mesh) if options.mesh else {"data": 1}
-    devices = tpu_devices(options.chip, math.prod(sizes.values()))
+    chips = devices(options.chip, math.prod(sizes.values()))
     mesh = Mesh(
-        np.array(devices).reshape(tuple(sizes.values())),
+        np.array(chips).reshape(tuple(sizes.values())),
         tuple(sizes),
         axis_types=(AxisType.Auto,) * len(sizes),
     )

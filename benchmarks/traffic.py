@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 import memopt
-from benchmarks.compilers import tpu_devices
+from benchmarks.compilers import Tpu, devices
 from benchmarks.report import save
 from benchmarks.step_time import COLORS
 
@@ -78,7 +78,7 @@ class Options(NamedTuple):
     optimizer: str | None = None
     layout: Literal["stacked", "list"] = "stacked"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    chip: Literal["v5e", "v5p", "v6e"] = "v5e"
+    chip: Tpu = "v5e"
     rank: int = 256
     cache: bool = False
     json: bool = False
@@ -88,7 +88,7 @@ class Options(NamedTuple):
 
 def one_chip(chip: str) -> NamedSharding:
     """Whole arrays on one chip; the mesh says that there is no other."""
-    return NamedSharding(Mesh(tpu_devices(chip)[:1], "chip"), jax.P())
+    return NamedSharding(Mesh(devices(chip), "chip"), jax.P())
 
 
 def blocks(layout: str, dtype: str) -> Any:

@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from benchmarks import traffic
+from benchmarks.compilers import devices
 from memopt.transforms.project_and_norm import _kernel, _on_shards, project_and_norm
 
 RANK = 4
@@ -187,7 +188,7 @@ def test_what_the_kernel_takes_fits_every_chip(side, rank, left, chip):
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("spec", [("a",), (None, "a"), (None, None, "a"), (None, "a", "b")])
 def test_no_chip_gathers_a_gradient(spec, left):
-    chips = np.reshape(traffic.tpu_devices("v5e"), (2, 2))
+    chips = np.reshape(devices("v5e", 4), (2, 2))
     mesh = Mesh(chips, ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
     shape = (4, 4096, 11008) if left else (4, 11008, 4096)
     compiled = compiled_for(NamedSharding(mesh, jax.P(*spec)), shape, left)
