@@ -7,8 +7,8 @@ ordinary one with full rematerialisation, or, released, the one that updates eac
 backward pass runs. Nothing is run, and no chip is needed, only its compiler: libtpu (the extra
 `aot`) for TPUs, JAX's CUDA plugin (the extra `aot-gpu`) for GPUs.
 
-Attention is the one that scores queries in chunks. On a GPU training takes cuDNN's instead, which
-JAX asks the GPU itself for.
+Attention is the one that scores queries in chunks, for GPUs too, where training takes cuDNN's if it
+is installed: how much room that works in only cuDNN itself says.
 
 Without ``--optimizer`` it measures a list, prints a table and writes it as JSON, with a plot.
 """
