@@ -10,7 +10,7 @@ from jax.experimental import topologies
 
 Tpu = Literal["v5e", "v5p", "v6e"]
 Gpu = Literal["h200", "a100-80", "rtx4090"]
-Chip = Literal[Tpu, Gpu]
+Chip = Literal[Tpu, Gpu, "cpu"]
 
 TPUS: dict[str, list[int]] = {"v5e": [2, 2], "v5p": [2, 2, 1], "v6e": [2, 2]}  # chips of a host
 
@@ -77,16 +77,18 @@ GPUS = {
 
 
 def devices(chip: str, count: int = 1) -> list[jax.Device]:
-    """Chips to compile for; nothing can be run on them.
+    """Chips to compile for; nothing can be run on them, but on "cpu".
 
     Args:
-      chip: one of `TPUS` or `GPUS`.
+      chip: one of `TPUS` or `GPUS`, or "cpu" for this machine.
       count: how many are needed.
 
     Raises:
       ModuleNotFoundError: if the compiler is not installed; says what to install.
     """
     jax.config.update("jax_platforms", "cpu")  # compilers run here, and programs nowhere
+    if chip == "cpu":
+        return jax.devices()[:count]
     return (_gpus if chip in GPUS else _tpus)(chip, count)
 
 

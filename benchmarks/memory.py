@@ -72,8 +72,9 @@ class Options(NamedTuple):
       model: a preset.
       optimizer: a name known to `memopt.optimizer`; by default a list of them, one by one.
       release: update each block while the backward pass runs.
-      weights: how the parameters are stored.
+      weights: how the parameters are stored; by default as they are.
       state: how the optimizer's state is stored; by default as the method does.
+      dtype: of parameters and activations; the compiler of CPUs widens bfloat16.
       chip: what to compile for.
       mesh: axes and their sizes, such as "fsdp=16"; by default one chip.
       batch_size: rows, of all chips together.
@@ -87,8 +88,9 @@ class Options(NamedTuple):
     model: str = "7b"
     optimizer: str | None = None
     release: bool = False
-    weights: Literal["bfloat16", "int8", "int4", "bfloat16+8"] = "bfloat16"
+    weights: Literal["int8", "int4", "bfloat16+8"] | None = None
     state: Literal["int8", "int4", "float8", "bfloat16"] | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     chip: Chip = "v5e"
     mesh: str | None = None
     batch_size: int = 1
@@ -103,8 +105,8 @@ def compile_step(optimizer: str, options: Options) -> tuple[jax.stages.Compiled,
     """The compiled step, and the shapes of its state."""
     config = dataclasses.replace(
         llama.preset(options.model),
-        param_dtype="bfloat16",
-        dtype="bfloat16",
+        param_dtype=options.dtype,
+        dtype=options.dtype,
         remat="none" if options.release else "full",
     )
     sizes = parse_mesh(options.mesh) if options.mesh else {"data": 1}
@@ -121,7 +123,7 @@ def compile_step(optimizer: str, options: Options) -> tuple[jax.stages.Compiled,
         nnx.to_pure_dict(params),
         llama.param_shardings(model, mesh),
     )
-    if options.weights != "bfloat16":
+    if options.weights:
         params = memopt.quantize_params(params, options.weights)
     tx = memopt.optimizer(optimizer, LEARNING_RATE)
     if options.state is not None:
@@ -163,7 +165,7 @@ def measure(optimizer: str, options: Options) -> dict[str, Any]:
         options.dump.write_text(compiled.as_text() or "")
     analysis = compiled.memory_analysis()
     assert analysis is not None
-    names = ("model", "release", "weights", "state", "chip", "mesh", "batch_size")
+    names = ("model", "release", "weights", "state", "dtype", "chip", "mesh", "batch_size")
     return {
         "optimizer": optimizer,
         **{name: getattr(options, name) for name in (*names, "seq_len", "accumulation")},
@@ -185,7 +187,12 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     for r in results:
         sizes = (r["peak_bytes"], r["parameter_bytes"], r["state_bytes"], r["temp_bytes"])
         shown.add_row(
-            *(r["model"], r["optimizer"], "yes" if r["release"] else "", r["weights"]),
+            *(
+                r["model"],
+                r["optimizer"],
+                "yes" if r["release"] else "",
+                r["weights"] or r["dtype"],
+            ),
             r["state"] or "",
             *(r["chip"], r["mesh"] or "", *(f"{size / GIB:.2f}" for size in sizes)),
         )
@@ -194,7 +201,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
 
 def describe(record: dict[str, Any]) -> str:
     """A configuration in a few words."""
-    parts = [record["model"], record["optimizer"], record["weights"]]
+    parts = [record["model"], record["optimizer"], record["weights"] or record["dtype"]]
     parts += ["released"] * record["release"]
     return ", ".join(parts + [f"state {record['state']}"] * bool(record["state"]))
 

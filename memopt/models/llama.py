@@ -383,9 +383,11 @@ def head_loss(
         return (optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights).sum()
 
     row_bytes = 4 * model.config.vocab_size * -(-rows // batch_shards())
-    chunk = max(1, logits_bytes // row_bytes)
-    if chunk >= length:
+    longest = max(1, logits_bytes // row_bytes)
+    if longest >= length:
         return summed(x, targets, weights), weights.sum()
+
+    chunk = -(-length // -(-length // longest))
 
     def chunked(array: jax.Array) -> jax.Array:
         # Cut along the sequence, which no mesh axis splits.

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from memopt.state.codecs import bits_of
+
 
 @dataclasses.dataclass(frozen=True)
 class StepMemory:
@@ -47,4 +49,5 @@ def step_memory(compiled: jax.stages.Compiled, params: Any, opt_state: Any) -> S
 
 def _bytes(tree: Any) -> int:
     leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    size = lambda x: math.prod(x.sharding.shard_shape(x.shape))
+    return sum(-(-size(x) * bits_of(x.dtype) // 8) for x in leaves)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.interpreters import partial_eval as pe
 
 from memopt.models.stacked import StackedModel
@@ -160,8 +161,7 @@ class _Release:
         partwise, start = self.partwise, self.start
         params = self.structure.flatten_up_to(start.params)
         state = jax.tree.leaves(start.opt_state)
-        self.rest = self._load(params, [*self.first, *self.last])
-        rest = self._without_blocks(self.rest)
+        rest = self._without_blocks(self._load(params, self.last))
         x = self._each(lambda piece: self.model.embed(rest, piece), self.pieces)
 
         def forward(x: Array, layer: Array) -> tuple[Array, Array]:
@@ -169,14 +169,15 @@ class _Release:
             return self._each(lambda *xs: self.model.block(weights, *xs), x, self.pieces), x
 
         x, inputs = jax.lax.scan(forward, x, jnp.arange(self.layers))
-        gradients, (cotangent, totals, counts) = self._head(x)
+        read = {i: _again(params[i], None, x)[0] for i in self.headed}
+        gradients, (cotangent, totals, counts) = self._head(x, self._load(read, self.headed))
         self.tokens = jnp.maximum(counts.sum(), 1)
         self.loss = totals.sum() / self.tokens
         back = (inputs, gradients, cotangent)
 
         sums = _Sums(jnp.isfinite(self.loss), jnp.zeros((), jnp.float32))
         if partwise.needs_norm:
-            only_sums = lambda carry, gradients, *_: carry._replace(
+            only_sums = lambda carry, gradients, _: carry._replace(
                 sums=carry.sums.add(gradients)[0]
             )
             sums = self._backward(_Carry(params, state, sums), *back, only_sums).sums
@@ -204,32 +205,32 @@ class _Release:
             inputs: What entered each block, (layers, micro-batches, ...).
             gradients: Of what the head reads.
             cotangent: Of what leaves the last block, (micro-batches, ...).
-            visit: Maps (carry, gradients, parameters, layer) to carry.
+            visit: Maps (carry, gradients, layer) to carry.
         """
         if self.first:
             mine = {i: self._mean(i, gradients[i]) for i in self.first}
-            carry = visit(carry, mine, {i: self.rest[i] for i in self.first}, None)
+            carry = visit(carry, mine, None)
 
         def block(back: tuple[_Carry, Array], xs: tuple[Array, Array]) -> Any:
             (inside, cotangent), (layer, x) = back, xs
             around = self._with_layers(carry, inside)
             weights = self._load(around.params, self.blocks, layer)
-            gradients, cotangent = self._block(weights, x, cotangent)
+            gradients, cotangent = self._block(weights, _as_it_lies(x), cotangent)
             mine = {i: self._mean(i, g) for i, g in gradients.items()}
-            return (self._layers_of(visit(around, mine, weights, layer)), cotangent), None
+            return (self._layers_of(visit(around, mine, layer)), cotangent), None
 
         back, order = (self._layers_of(carry), cotangent), (jnp.arange(self.layers), inputs)
         (inside, cotangent), _ = jax.lax.scan(block, back, order, reverse=True)
         carry = self._with_layers(carry, inside)
         if self.last:
             # Read anew after the loop, so that they need not be kept dense through it.
-            last = {i: _after(cotangent, carry.params[i]) for i in self.last}
+            last = {i: _again(carry.params[i], None, cotangent)[0] for i in self.last}
             weights = self._load(last, self.last)
             mine = self._embed(cotangent, weights)
             for i in set(self.headed) & set(self.last):
                 mine[i] += gradients[i]
             mine = {i: self._mean(i, g) for i, g in mine.items()}
-            carry = visit(carry, mine, weights, None)
+            carry = visit(carry, mine, None)
         return carry
 
     def _layers_of(self, carry: _Carry) -> _Carry:
@@ -251,9 +252,7 @@ class _Release:
             layers.sums,
         )
 
-    def _update(
-        self, carry: _Carry, gradients: Leaves, params: Leaves, layer: Array | None
-    ) -> _Carry:
+    def _update(self, carry: _Carry, gradients: Leaves, layer: Array | None) -> _Carry:
         """Updates some parameters and their state in place."""
         partwise, before, layered = self.partwise, carry.sums.finite, layer is not None
         sums, finite = carry.sums.add(gradients)
@@ -264,19 +263,22 @@ class _Release:
         step = self.start.step - self.start.skipped
 
         for i, gradient in gradients.items():
-            node, owned = _slice(stored[i], layer, 0), partwise.state_of(i, layered=layered)
+            # Read anew, so that it need not be kept since the model computed with it.
+            node, at = _again(stored[i], layer, finite[i])
+            owned = partwise.state_of(i, layered=layered)
 
             def update(i: int = i, gradient: Array = gradient, node: Any = node) -> Any:
-                update, new = partwise.update(i, gradient, params[i], old, **scalars)
+                weight = dequantize_params(node)
+                update, new = partwise.update(i, gradient, weight, old, **scalars)
                 # Nothing added leaves what is stored as it is, without a copy to fall back on.
-                update = jnp.where(finite[i], update, 0)
+                update = jnp.where(finite[i], update.astype(jnp.promote_types(update, "f4")), 0)
                 written = apply_updates(self._tree({i: node}), self._tree({i: update}), step)
                 new = {k: jnp.where(finite[i], x, old[k]) for k, x in new.items()}
                 return self.structure.flatten_up_to(written)[i], new
 
             keep = lambda node=node, owned=owned: (node, {k: old[k] for k in owned})
             node, new = _in_place(finite[i], update, keep) if layered else update()
-            stored[i] = _put(stored[i], node, layer, 0)
+            stored[i] = _put(stored[i], node, at, 0)
             for k, x in new.items():
                 state[k] = _put(state[k], x, layer, axes[k])
         if layered:
@@ -284,15 +286,14 @@ class _Release:
                 state[k] = _put(state[k], jnp.where(before, x, old[k]), layer, axes[k])
         return _Carry(stored, state, sums)
 
-    def _head(self, x: Array) -> tuple[Leaves, tuple[Array, Array, Array]]:
+    def _head(self, x: Array, weights: Leaves) -> tuple[Leaves, tuple[Array, Array, Array]]:
         """Gradients of what the head reads; and of x, the losses and counts by micro-batch."""
 
         def one(x: Array, piece: Batch) -> Any:
             def loss(leaves: Leaves, x: Array) -> tuple[Array, Array]:
-                return self.model.head(self._without_blocks(self.rest | leaves), x, piece)
+                return self.model.head(self._without_blocks(leaves), x, piece)
 
-            wanted = {i: self.rest[i] for i in self.headed}
-            total, pull, tokens = jax.vjp(loss, wanted, x, has_aux=True)
+            total, pull, tokens = jax.vjp(loss, weights, x, has_aux=True)
             # Of the mean at once where it is known: no gradient need be scaled into another array.
             mean = jnp.maximum(tokens, 1) if self.accumulation == 1 else jnp.ones(())
             gradients, cotangent = pull((1 / mean).astype(total.dtype))
@@ -351,6 +352,7 @@ class _Release:
         if layer is not None:
             # As matrices: of codes in stacks of one XLA for TPUs would turn the whole stack round.
             part = jax.tree.map(lambda x: x[0], part)
+            part = {i: x if is_quantized(x) else _as_it_lies(x) for i, x in part.items()}
         dense = self.structure.flatten_up_to(dequantize_params(self._tree(part)))
         return {i: dense[i] if layer is None else dense[i][None] for i in leaves}
 
@@ -374,12 +376,20 @@ class _Release:
         return self._tree({i: x[0] for i, x in leaves.items()})[BLOCKS]
 
 
-def _after(x: Array, tree: Any) -> Any:
-    """A quantised parameter that XLA cannot read before `x` is there."""
-    if not is_quantized(tree):
-        return tree
-    scales, _ = jax.lax.optimization_barrier((tree.scales, x))
-    return dataclasses.replace(tree, scales=scales)
+def _as_it_lies(x: Array) -> Array:
+    """Keeps XLA from turning a whole stack round to suit what reads or makes one layer of it."""
+    keep = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return jax.lax.platform_dependent(x, cpu=lambda x: x, default=keep)
+
+
+def _again(stored: Any, layer: Array | None, x: Array) -> tuple[Any, Array | None]:
+    """A parameter, or a layer of it and which, that XLA cannot have read before `x` is there."""
+    if layer is not None:
+        layer, _ = jax.lax.optimization_barrier((layer, x))
+    elif is_quantized(stored):
+        scales, _ = jax.lax.optimization_barrier((stored.scales, x))
+        stored = dataclasses.replace(stored, scales=scales)
+    return _slice(stored, layer, 0), layer
 
 
 def _slice(tree: Any, layer: Array | None, axis: int | None) -> Any:
@@ -395,7 +405,7 @@ def _put(tree: Any, part: Any, layer: Array | None, axis: int | None) -> Any:
     if layer is None or axis is None:
         return part
     put = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, layer, axis)
-    return jax.tree.map(put, tree, part)
+    return jax.tree.map(_as_it_lies, jax.tree.map(put, tree, part))
 
 
 def _in_place(condition: Array, update: Callable[[], Any], keep: Callable[[], Any]) -> Any:

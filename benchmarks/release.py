@@ -1,0 +1,193 @@
+"""The released step beside the ordinary one, run on this machine: speed, and resident memory.
+
+    nice python -m benchmarks.release [--model 350m] [--optimizer adafactor] [--repeats 5]
+
+Both compute the same update of the same model in float32, both compute each block again in the
+backward pass. For the speed they take turns in one process. For the memory each runs in a process
+of its own, which forgets what compiling took and then reports the most that was resident (Linux);
+beside it stands what the compiler said.
+
+Prints a table and writes it as JSON.
+"""
+
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import memory
+from benchmarks.report import save
+from benchmarks.step_time import core_count, cpu_model, spread, versions
+from memopt.errors import check_at_least
+from memopt.planning.step_memory import step_memory
+
+Kind = Literal["ordinary", "released"]
+KINDS: tuple[Kind, ...] = ("ordinary", "released")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    Attributes:
+      model: a preset.
+      optimizer: a name known to `memopt.optimizer`.
+      batch_size: rows.
+      seq_len: tokens a row.
+      repeats: rounds that are timed.
+      only: prints what a few steps of this kind take, as JSON.
+      output: the JSON file.
+    """
+
+    model: str = "350m"
+    optimizer: str = "adafactor"
+    batch_size: int = 1
+    seq_len: int = 256
+    repeats: int = 5
+    only: Kind | None = None
+    output: Path = Path(__file__).parent / "results" / "release.json"
+
+
+class Run:
+    """A step and its state."""
+
+    def __init__(self, options: Options, kind: Kind) -> None:
+        self.options = options
+        self.compiled, self.like = memory.compile_step(
+            options.optimizer,
+            memory.Options(
+                model=options.model,
+                release=kind == "released",
+                dtype="float32",
+                chip="cpu",
+                batch_size=options.batch_size,
+                seq_len=options.seq_len,
+            ),
+        )
+
+    def start(self) -> None:
+        """Makes the state; of zeros but for the parameters."""
+        keys = optax.tree.split_key_like(jax.random.key(0), self.like.params)
+        normal = lambda p, key: 0.02 * jax.random.normal(key, p.shape, p.dtype)
+        place = lambda x, like: jax.device_put(x, like.sharding)
+        state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.like._replace(params=()))
+        state = state._replace(params=jax.tree.map(normal, self.like.params, keys))
+        self.state = jax.tree.map(place, state, self.like)
+        shape = (self.options.batch_size, self.options.seq_len)
+        tokens = jax.random.randint(jax.random.key(1), shape, 0, 1000)
+        tokens = jax.device_put(tokens, self.compiled.input_shardings[0][1]["inputs"])
+        self.batch = {"inputs": tokens, "targets": tokens}
+
+    def step(self) -> float:
+        """Takes one, and returns its seconds."""
+        start = time.perf_counter()
+        self.state, _ = self.compiled(self.state, self.batch)
+        jax.block_until_ready(self.state)
+        return time.perf_counter() - start
+
+
+def resident(options: Options, kind: Kind) -> dict[str, int | None]:
+    """Bytes that a few steps take: what the compiler says, and the most that was resident."""
+    run = Run(options, kind)
+    said = step_memory(run.compiled, run.like.params, run.like.opt_state).peak
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
+    before = _status("VmRSS")
+    run.start()
+    for _ in range(3):
+        run.step()
+    return {"compiler_bytes": said, "resident_bytes": _status("VmHWM") - before}
+
+
+def _status(name: str) -> int:
+    """Bytes, from what Linux knows of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def in_own_process(arguments: Sequence[str], kind: Kind) -> dict[str, int]:
+    """`resident` there."""
+    command = [sys.executable, "-m", "benchmarks.release", *arguments, "--only", kind]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def measure(options: Options, arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """A record of each kind."""
+    sizes = [in_own_process(arguments, kind) for kind in KINDS]
+    runs = [Run(options, kind) for kind in KINDS]
+    for run in runs:
+        run.start()
+        run.step()  # warms up
+    rounds = [[run.step() for run in runs] for _ in range(options.repeats)]
+    tokens = options.batch_size * options.seq_len
+    return [
+        {
+            "kind": kind,
+            "tokens_per_second": spread([tokens / seconds for seconds in taken]),
+            "speed": spread(
+                [first / seconds for (first, _), seconds in zip(rounds, taken, strict=True)]
+            ),
+            **size,
+        }
+        for kind, size, taken in zip(KINDS, sizes, zip(*rounds, strict=True), strict=True)
+    ]
+
+
+def table(report: dict[str, Any]) -> Table:
+    """The records as a table for the terminal."""
+    title = f"LLaMA-{report['model']}, {report['optimizer']}, float32, {report['cores']} cores"
+    shown = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("step")
+    for column in ("tokens/s", "÷ ordinary", "min–max", "resident GiB", "compiler's GiB"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for r in report["results"]:
+        sizes = (r["resident_bytes"], r["compiler_bytes"])
+        speed = r["speed"]
+        shown.add_row(
+            r["kind"],
+            f"{r['tokens_per_second']['median']:.1f}",
+            f"{speed['median']:.2f}",
+            f"{speed['min']:.2f}–{speed['max']:.2f}",
+            *(f"{size / memory.GIB:.2f}" for size in sizes),
+        )
+    return shown
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measures, prints the table and writes the file."""
+    options = tyro.cli(Options, args=arguments, description=__doc__)
+    try:
+        check_at_least("repeats", options.repeats, 1)
+        if options.only:
+            print(json.dumps(resident(options, options.only)))
+            return
+        results = measure(options, arguments)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    report = {
+        "command": shlex.join(["python", "-m", "benchmarks.release", *arguments]),
+        **{k: getattr(options, k) for k in ("model", "optimizer", "batch_size", "seq_len")},
+        "device": jax.devices()[0].device_kind,
+        "cpu": cpu_model(),
+        "cores": core_count(),
+        "versions": versions(("memopt", "jax", "jaxlib", "optax")),
+        "results": results,
+    }
+    Console().print(table(report))
+    save(report, options.output)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
