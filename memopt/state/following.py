@@ -180,7 +180,7 @@ def _moves(
                 shape[axis] += sign * (max(shape[axis] // max(parts, 2), 1) if by_part else 1)
                 if shape[axis]:
                     sizes[i] = tuple(shape)
-            for some, shapes in init.parts(sizes):
+            for some, shapes in init.parts(sizes) if sizes else ():
                 for i, other in some.items():
                     axis = chosen[i].number
                     ratio = init.leaves[i].shape[axis], other[axis]
