@@ -32,15 +32,27 @@ class Follower(NamedTuple):
 
     Attributes:
       owner: the one parameter that it changes with; None if it changes with none or with several.
-      shared: whether it changes with several.
+      changes: whether it changes with any.
       axes: pairs of an axis of it and an axis of the owner that it follows.
-      unclear: axes of the owner of which the tries say different things.
+      unclear: axes of the owner of which the tries that count say different things.
+      uneven: axes of the owner with which it changes only in tries that do not count.
     """
 
     owner: int | None
-    shared: bool
-    axes: tuple[tuple[int, int], ...]
-    unclear: tuple[int, ...]
+    changes: bool
+    axes: tuple[tuple[int, int], ...] = ()
+    unclear: tuple[int, ...] = ()
+    uneven: tuple[int, ...] = ()
+
+    def seen(self, axis: int, tries: Sequence[Moves], path: Path) -> "Follower":
+        """With what the tries with an axis of the owner say of the array that stands there."""
+        moves = {moves[path] for moves in _sound(tries) or tries}
+        moved = moves.pop() if len(moves) == 1 else None
+        if moved is None:
+            return self._replace(unclear=(*self.unclear, axis))
+        if not moved and any(moves[path] is None for moves in tries):
+            return self._replace(uneven=(*self.uneven, axis))
+        return self._replace(axes=tuple(sorted((*self.axes, *((mine, axis) for mine in moved)))))
 
 
 def followers(
@@ -69,28 +81,16 @@ def followers(
     """
     init = _Init(tx, params)
     base = init({})
-    tries = _tries_by_parameter(init, base)
-    owners = {path: tries.owner(moved) for path, moved in tries.moved.items()}
-    follows: dict[Path, list[tuple[int, int]]] = {path: [] for path in base}
-    unclear: dict[Path, list[int]] = {path: [] for path in base}
+    grown = _tries_by_parameter(init, base)
+    owners = {path: grown.owner(moved) for path, moved in grown.moved.items()}
+    found = {path: Follower(owners[path], bool(moved)) for path, moved in grown.moved.items()}
     for turn in range(max(map(len, axes), default=0)):
         chosen = {i: own[turn] for i, own in enumerate(axes) if len(own) > turn}
-        for i, moves in _moves(init, base, owners, chosen).items():
-            axis = chosen[i].number
-            for path, moved in moves.items():
-                if moved is None:
-                    unclear[path].append(axis)
-                else:
-                    follows[path] += [(a, axis) for a in moved]
-    return [
-        Follower(
-            owners[path],
-            owners[path] is None and bool(tries.moved[path]),
-            tuple(sorted(follows[path])),
-            tuple(unclear[path]),
-        )
-        for path in base
-    ]
+        tries = _tries_by_axis(init, base, owners, chosen)
+        for path, owner in owners.items():
+            if owner in chosen:
+                found[path] = found[path].seen(chosen[owner].number, tries[owner], path)
+    return list(found.values())
 
 
 def shapes_of(tx: optax.GradientTransformation, params: Any) -> Any:
@@ -151,23 +151,23 @@ def _tries_by_parameter(init: _Init, base: Shapes) -> _Tries:
     size = lambda tries: (tries + 1) // 2
     tries = next(t for t in itertools.count(1) if math.comb(t, size(t)) >= count)
     combinations = list(itertools.islice(itertools.combinations(range(tries), size(tries)), count))
-    seen = []
+    changed: dict[Path, list[int]] = {path: [] for path in base}
     for number in range(tries):
         grown = [i for i, combination in enumerate(combinations) if number in combination]
-        seen.append(init({i: tuple(2 * n for n in init.leaves[i].shape) for i in grown}))
-    moved = {
-        path: tuple(t for t, shapes in enumerate(seen) if not _same(x, shapes.get(path)))
-        for path, x in base.items()
-    }
+        seen = list(init.parts({i: tuple(2 * n for n in init.leaves[i].shape) for i in grown}))
+        for path, x in base.items():
+            if any(not _same(x, shapes.get(path)) for _, shapes in seen):
+                changed[path].append(number)
+    moved = {path: tuple(numbers) for path, numbers in changed.items()}
     return _Tries(combinations, moved)
 
 
-def _moves(
+def _tries_by_axis(
     init: _Init, base: Shapes, owners: Mapping[Path, int | None], chosen: Mapping[int, Axis]
-) -> dict[int, Moves]:
+) -> dict[int, list[Moves]]:
     """How the state of some parameters moves with one axis of each, all tried at the same time.
 
-    The axes change by one of their parts; where no such try can be relied on, by one number.
+    The axes change by one of their parts; where no such try counts, by one number too.
     """
     owned = {i: [path for path, owner in owners.items() if owner == i] for i in chosen}
     tries: dict[int, list[Moves]] = {i: [] for i in chosen}
@@ -185,13 +185,7 @@ def _moves(
                     axis = chosen[i].number
                     ratio = init.leaves[i].shape[axis], other[axis]
                     tries[i].append({p: _moved(base[p], shapes.get(p), *ratio) for p in owned[i]})
-    return {i: {path: _agreed(tries[i], path) for path in paths} for i, paths in owned.items()}
-
-
-def _agreed(tries: Sequence[Moves], path: Path) -> tuple[int, ...] | None:
-    """What all tries that count say of an array; None if they say different things."""
-    seen = {moves[path] for moves in _sound(tries) or tries}
-    return seen.pop() if len(seen) == 1 else None
+    return tries
 
 
 def _sound(tries: Sequence[Moves]) -> list[Moves]:

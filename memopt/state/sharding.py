@@ -171,8 +171,8 @@ def _followed(
     """What of the mesh splits each axis of a state array, and why."""
     entries: list[Any] = [None] * len(shape)
     if follower.owner is None:
-        which = "changes with several parameters" if follower.shared else "follows no parameter"
-        return entries, [which]
+        what = "changes with several parameters" if follower.changes else "follows no parameter"
+        return entries, [what]
     owner = placed[follower.owner]
     reasons = []
     for mine, theirs in follower.axes:
@@ -181,14 +181,16 @@ def _followed(
         reason = f"axis {mine} follows axis {theirs} of {owner.name!r}"
         if _names(entry) & _names(*entries):
             reason += f", but {_text(entry)} splits an axis already"
-        elif entries[mine] is not None or shape[mine] % parts:
+        elif entries[mine] is not None:
+            reason += f", but {_text(entries[mine])} splits it already"
+        elif shape[mine] % parts:
             reason += f", but its length {shape[mine]} does not divide by {_text(entry)}={parts}"
         else:
             entries[mine] = entry
             reason += f" over {_text(entry)}"
         reasons.append(reason)
-    for theirs in follower.unclear:
-        reasons.append(f"which axis follows axis {theirs} of {owner.name!r} is not clear")
+    for theirs in follower.unclear or (() if reasons else follower.uneven):
+        reasons.append(f"what follows axis {theirs} of {owner.name!r} is not clear")
     return entries, reasons or [f"follows no split axis of {owner.name!r}"]
 
 
