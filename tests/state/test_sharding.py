@@ -148,13 +148,19 @@ EXPECTED = {
 }
 
 
-@AXIS_TYPES
 @pytest.mark.parametrize("name", EXPECTED)
-def test_leaf_by_leaf(name, axis_type):
+def test_leaf_by_leaf(name):
     tx, expected = EXPECTED[name]
-    found, _ = specs(tx, abstract(axis_type, **MODEL))
+    found, _ = specs(tx, abstract(**MODEL))
     counts = {name: () for name in found if name.endswith("count")}
     assert found == expected | counts
+
+
+@pytest.mark.parametrize("name", ["adafactor", "optax_adafactor", "galore", "int8"])
+def test_types_of_axes_do_not_matter(name):
+    tx, params = EXPECTED[name][0], abstract(AxisType.Explicit, **MODEL)
+    with jax.set_mesh(mesh_of(AxisType.Explicit)):
+        assert specs(tx, params) == specs(tx, abstract(**MODEL))
 
 
 # Whatever decides by comparing lengths must be seen through.
@@ -324,8 +330,8 @@ def test_errors(params, options, message):
         memopt.state_sharding(optax.adam(1e-3), params, **options)
 
 
-SHAPES = {"up": (2, 16, 32), "embed": (64, 16), "norm": (32,)}
-SPECS = {"up": jax.P(None, "a", "b"), "embed": jax.P("b", "a"), "norm": jax.P("b")}
+SPECS = {"stack": jax.P(None, "a", "b"), "matrix": jax.P("a", "b"), "norm": jax.P("b")}
+SHAPES = {"stack": (2, 16, 32), "matrix": (16, 32), "norm": (32,)}
 TRANSFORMATIONS = {name: memopt.optimizer(name, 1e-2) for name in memopt.available()} | {
     "optax_galore": optax.contrib.galore(1e-2, rank=4),
     "int8": optax.chain(
@@ -338,12 +344,23 @@ NOT_EXPLICIT = {
     "muon": "Contracting dimensions are sharded",
     "optax_galore": "Input 0 to svd must be unsharded",
 }
-"""Updates of Optax that axes of type Explicit stop, and how; `auto_axes` around them helps."""
+"""Updates of Optax that explicit axes stop, and how; they look at matrices without a stack."""
+SLOW = ("fira", "flora", "online_subspace_descent")
+"""Under explicit axes; they are GaLore's code."""
 
 
-def tree(seed):
+def leaves_of(name):
+    return ("matrix" if name in NOT_EXPLICIT else "stack", "norm")
+
+
+def tree(name, seed):
     draw = np.random.default_rng(seed)
-    return {name: np.asarray(draw.normal(size=s), np.float32) for name, s in SHAPES.items()}
+    return {n: np.asarray(draw.normal(size=SHAPES[n]), np.float32) for n in leaves_of(name)}
+
+
+def places(name, axis_type, **others):
+    mesh = mesh_of(axis_type)
+    return {n: NamedSharding(mesh, (SPECS | others)[n]) for n in leaves_of(name)}
 
 
 def step_of(tx):
@@ -359,10 +376,10 @@ def step_of(tx):
 
 @functools.cache
 def on_one_device(name):
-    tx, params = TRANSFORMATIONS[name], tree(0)
+    tx, params = TRANSFORMATIONS[name], tree(name, 0)
     state, step = jax.jit(tx.init)(params), jax.jit(step_of(tx))
     for t in range(STEPS):
-        params, state = step(params, state, tree(100 + t))
+        params, state = step(params, state, tree(name, 100 + t))
     return jax.device_get((params, state))
 
 
@@ -383,11 +400,10 @@ def names(entry):
     return (entry,) if isinstance(entry, str) else entry
 
 
-def run(name, axis_type, *, auto_axes=False, **options):
+def run(name, axis_type, placed, *, auto_axes=False, **options):
     """Parameters and state after some steps on eight devices, both in their places."""
     tx = TRANSFORMATIONS[name]
-    placed = jax.tree.map(lambda spec: NamedSharding(mesh_of(axis_type), spec), SPECS)
-    params = jax.device_put(tree(0), placed)
+    params = jax.device_put(tree(name, 0), placed)
     shardings = (placed, memopt.state_sharding(tx, params, **options))
     state = memopt.init_sharded(tx, params, **options)
     check_placed(state, shardings[1])
@@ -397,7 +413,7 @@ def run(name, axis_type, *, auto_axes=False, **options):
     with jax.set_mesh(mesh_of(axis_type)):
         step = jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings)
         for t in range(STEPS):
-            params, state = step(params, state, jax.device_put(tree(100 + t), placed))
+            params, state = step(params, state, jax.device_put(tree(name, 100 + t), placed))
     check_placed((params, state), shardings)
     return jax.device_get((params, state))
 
@@ -411,36 +427,40 @@ def assert_close(found: Any, expected: Any) -> None:
         assert np.abs(x - y).max(initial=0) <= 1e-5 * np.abs(y).max(initial=1e-2)
 
 
-@AXIS_TYPES
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
-def test_trains_as_on_one_device(name, axis_type):
-    if axis_type == AxisType.Explicit and name in NOT_EXPLICIT:
+def test_trains_as_on_one_device(name):
+    assert_close(run(name, AxisType.Auto, places(name, AxisType.Auto)), on_one_device(name))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in TRANSFORMATIONS],
+)
+def test_trains_under_explicit_axes(name):
+    placed, fails = places(name, AxisType.Explicit), name in NOT_EXPLICIT
+    if fails:
         with pytest.raises(Exception, match=NOT_EXPLICIT[name]):
-            run(name, axis_type)
-        return
-    assert_close(run(name, axis_type), on_one_device(name))
-
-
-@pytest.mark.parametrize("name", NOT_EXPLICIT)
-def test_auto_axes_around_an_update_that_knows_no_explicit_ones(name):
-    assert_close(run(name, AxisType.Explicit, auto_axes=True), on_one_device(name))
+            run(name, AxisType.Explicit, placed)
+    assert_close(run(name, AxisType.Explicit, placed, auto_axes=fails), on_one_device(name))
 
 
 @AXIS_TYPES
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
-def test_spread_state_trains_as_on_one_device(name, axis_type, monkeypatch):
-    monkeypatch.setitem(SPECS, "up", jax.P(None, "a"))
-    monkeypatch.setitem(SPECS, "norm", jax.P())
-    assert_close(run(name, axis_type, spread_over="b"), on_one_device(name))
+def test_spread_state_trains_as_on_one_device(name, axis_type):
+    placed = places(name, axis_type, stack=jax.P(None, "a"), norm=jax.P())
+    # Gradients that are split less than the state have other types of explicit axes.
+    auto_axes = axis_type == AxisType.Explicit
+    found = run(name, axis_type, placed, auto_axes=auto_axes, spread_over="b")
+    assert_close(found, on_one_device(name))
 
 
 @AXIS_TYPES
 def test_quantised_parameters(axis_type):
-    placed = jax.tree.map(lambda spec: NamedSharding(mesh_of(axis_type), spec), SPECS)
-    params = jax.device_put(tree(0), placed)
-    tx = optax.contrib.schedule_free_adamw(1e-2)  # whose state begins as the parameters
+    name = "schedule_free"  # whose state begins as the parameters
+    placed = places(name, axis_type)
+    params = jax.device_put(tree(name, 0), placed)
     with jax.set_mesh(mesh_of(axis_type)):
         stored = jax.jit(memopt.quantize_params)(params)
-    state = memopt.init_sharded(tx, stored)
+    state = memopt.init_sharded(TRANSFORMATIONS[name], stored)
     check_placed(state.z, placed)
     chex.assert_trees_all_close(state.z, memopt.dequantize_params(stored), rtol=1e-6)
