@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.sharding import AbstractMesh
 
 Path = tuple[Any, ...]
 """Where a state array stands in its tree."""
@@ -93,17 +92,6 @@ def followers(
     return list(found.values())
 
 
-def shapes_of(tx: optax.GradientTransformation, params: Any) -> Any:
-    """The shapes of ``tx.init(params)``, whatever mesh is in scope.
-
-    Args:
-      tx: any Optax transformation.
-      params: a tree of ``jax.ShapeDtypeStruct`` without shardings.
-    """
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-        return jax.eval_shape(tx.init, params)
-
-
 class _Init:
     """``tx.init`` as a function of the shapes of some parameters; the others keep theirs."""
 
@@ -115,7 +103,7 @@ class _Init:
     def __call__(self, sizes: Sizes) -> Shapes:
         """The shapes of the state."""
         leaves = [p.update(shape=sizes.get(i, p.shape)) for i, p in enumerate(self.leaves)]
-        state = shapes_of(self.tx, self.structure.unflatten(leaves))
+        state = jax.eval_shape(self.tx.init, self.structure.unflatten(leaves))
         return dict(jax.tree_util.tree_leaves_with_path(state))
 
     def parts(self, sizes: Sizes) -> Iterator[tuple[Sizes, Shapes]]:
@@ -156,7 +144,7 @@ def _tries_by_parameter(init: _Init, base: Shapes) -> _Tries:
         grown = [i for i, combination in enumerate(combinations) if number in combination]
         seen = list(init.parts({i: tuple(2 * n for n in init.leaves[i].shape) for i in grown}))
         for path, x in base.items():
-            if any(not _same(x, shapes.get(path)) for _, shapes in seen):
+            if any(path not in shapes or shapes[path].shape != x.shape for _, shapes in seen):
                 changed[path].append(number)
     moved = {path: tuple(numbers) for path, numbers in changed.items()}
     return _Tries(combinations, moved)
@@ -196,14 +184,10 @@ def _sound(tries: Sequence[Moves]) -> list[Moves]:
 
 def _moved(old: Any, new: Any, size: int, other: int) -> tuple[int, ...] | None:
     """The axes that changed, if all did as `size` to `other`; None if the array else changed."""
-    if new is None or len(new.shape) != len(old.shape) or new.dtype != old.dtype:
+    if new is None or len(new.shape) != len(old.shape):
         return None
     pairs = enumerate(zip(old.shape, new.shape, strict=True))
     changed = {a: (m, n) for a, (m, n) in pairs if m != n}
     if any(m * other != n * size for m, n in changed.values()):
         return None
     return tuple(changed)
-
-
-def _same(old: Any, new: Any) -> bool:
-    return new is not None and (old.shape, old.dtype) == (new.shape, new.dtype)

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 
 from memopt.errors import check_choice
 from memopt.matrices import leaf_name
-from memopt.state.following import Axis, Follower, followers, shapes_of
+from memopt.state.following import Axis, Follower, followers
 from memopt.state.quantized import dequantize_params, is_quantized
 
 
@@ -72,7 +72,7 @@ def state_sharding(
             return NamedSharding(mesh, owner.sharding.spec)  # as the user wrote it
         return NamedSharding(mesh, jax.P(*entries) if any(entries) else jax.P())
 
-    shardings = jax.tree_util.tree_map_with_path(place, shapes_of(tx, like))
+    shardings = jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, like))
     return (shardings, notes) if explain else shardings
 
 

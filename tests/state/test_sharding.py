@@ -196,6 +196,15 @@ ODD = {
     "shorter of equal": (lambda s: (min(s),), SQUARE, [NO]),
     "longer of equal": (lambda s: (max(s),), SQUARE, [NO]),
     "shorter side of equal, seen by the other": (SHORT_BASIS, SQUARE, [("a", None), (None, "b")]),
+    "beside one that goes by itself": (
+        lambda s: [*SHORT_BASIS(s), (s[0] + s[1],)],
+        *(SQUARE, [("a", None), (None, "b"), NO]),
+    ),
+    "less the longest, in the middle": (
+        lambda s: [tuple(np.delete(s, np.argsort(s)[-i]).tolist()) for i in (1, 2)],
+        {"w": ((40, 48, 56), jax.P(None, "a"))},
+        [(None, "a"), (None, None)],
+    ),
     "blocks": (lambda s: (s[0], -(-s[1] // 16)), W, [("a", "b")]),
     "blocks across devices": (lambda s: (s[0], -(-s[1] // 64)), W, [("a", None)]),
     "padded blocks": (lambda s: (s[0], -(-s[1] // 24)), W, [("a", None)]),
