@@ -24,7 +24,7 @@ def state_sharding(
 
     ``tx.init`` is evaluated on shapes, again and again, with axes of the parameters made longer
     or shorter. An axis of the state that moves in proportion to a parameter's follows it, and is
-    split over the same mesh axes if its length divides: that of moments, factors, low-rank
+    split over the same mesh axes, where it divides as evenly: that of moments, factors, low-rank
     moments, projections, codes and their scales, whoever wrote the transformation. What follows
     no split axis, or not clearly, is whole on every device. No array is made.
 
@@ -177,20 +177,20 @@ def _followed(
     reasons = []
     for mine, theirs in follower.axes:
         entry = owner.entries[theirs]
-        parts = _parts(mesh, entry)
         reason = f"axis {mine} follows axis {theirs} of {owner.name!r}"
         if _names(entry) & _names(*entries):
             reason += f", but {_text(entry)} splits an axis already"
-        elif entries[mine] is not None:
+        elif entries[mine]:
             reason += f", but {_text(entries[mine])} splits it already"
-        elif shape[mine] % parts:
-            reason += f", but its length {shape[mine]} does not divide by {_text(entry)}={parts}"
-        else:
+        else:  # what follows in parts divides into as many
             entries[mine] = entry
             reason += f" over {_text(entry)}"
         reasons.append(reason)
     for theirs in follower.unclear or (() if reasons else follower.uneven):
-        reasons.append(f"what follows axis {theirs} of {owner.name!r} is not clear")
+        parts = _parts(mesh, owner.entries[theirs])
+        reasons.append(
+            f"no axis clearly follows axis {theirs} of {owner.name!r} in {parts} equal parts"
+        )
     return entries, reasons or [f"follows no split axis of {owner.name!r}"]
 
 

@@ -200,10 +200,11 @@ ODD = {
         lambda s: [*SHORT_BASIS(s), (s[0] + s[1],)],
         *(SQUARE, [("a", None), (None, "b"), NO]),
     ),
-    "less the longest, in the middle": (
-        lambda s: [tuple(np.delete(s, np.argsort(s)[-i]).tolist()) for i in (1, 2)],
+    # Neither longer by a half nor shorter by it leaves everything as it is; by one does.
+    "all but the longest axis, and large enough": (
+        lambda s: [tuple(np.delete(s, np.argmax(s)).tolist()), (s[1],) if s[1] >= 48 else (1,)],
         {"w": ((40, 48, 56), jax.P(None, "a"))},
-        [(None, "a"), (None, None)],
+        [(None, "a"), ("a",)],
     ),
     "blocks": (lambda s: (s[0], -(-s[1] // 16)), W, [("a", "b")]),
     "blocks across devices": (lambda s: (s[0], -(-s[1] // 64)), W, [("a", None)]),
@@ -292,9 +293,9 @@ def test_explanations():
         "flat": "changes with several parameters.",
         "gram": "axis 0 follows axis 0 of 'w' over 'a'; axis 1 follows axis 0 of 'w', but 'a' "
         "splits an axis already.",
-        "blocks": "what follows axis 1 of 'w' is not clear.",
-        "least": "what follows axis 0 of 's' is not clear; what follows axis 1 of 's' "
-        "is not clear.",
+        "blocks": "no axis clearly follows axis 1 of 'w' in 4 equal parts.",
+        "least": "no axis clearly follows axis 0 of 's' in 2 equal parts; no axis clearly follows "
+        "axis 1 of 's' in 4 equal parts.",
         "raveled": "axis 0 follows axis 0 of 'w' over 'a'; axis 0 follows axis 1 of 'w', but 'a' "
         "splits it already.",
         "v": "follows no split axis of 'v'.",
@@ -304,7 +305,7 @@ def test_explanations():
 
 def test_spread_over_a_further_axis():
     params = abstract(
-        m=((2, 16, 32), jax.P(None, "a")),
+        m=((4, 16, 32), jax.P(None, "a")),
         tall=((16, 3), jax.P("a")),
         full=((16, 8), jax.P("b", None)),
         v=((30,), jax.P("a")),
@@ -473,3 +474,12 @@ def test_quantised_parameters(axis_type):
     state = memopt.init_sharded(TRANSFORMATIONS[name], stored)
     check_placed(state.z, placed)
     chex.assert_trees_all_close(state.z, memopt.dequantize_params(stored), rtol=1e-6)
+
+
+@AXIS_TYPES
+def test_an_init_that_explicit_axes_would_stop(axis_type):
+    like = abstract(axis_type, w=((64, 128), jax.P("a", "b")))["w"]
+    w = jax.device_put(jnp.ones(like.shape), like.sharding)
+    state = memopt.init_sharded(of_all(lambda w: w.T @ w), w)
+    assert state.sharding.spec == jax.P("b", None)
+    assert jnp.all(jax.device_get(state) == 64)
