@@ -30,6 +30,8 @@ from memopt.state.quantized import Quantized as Quantized
 from memopt.state.quantized import apply_updates as apply_updates
 from memopt.state.quantized import dequantize_params as dequantize_params
 from memopt.state.quantized import quantize_params as quantize_params
+from memopt.state.sharding import init_sharded as init_sharded
+from memopt.state.sharding import state_sharding as state_sharding
 from memopt.transforms import AccumulateState as AccumulateState
 from memopt.transforms import CarryOver as CarryOver
 from memopt.transforms import GrowthLimiter as GrowthLimiter

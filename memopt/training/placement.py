@@ -10,7 +10,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from memopt.models.sharding import BATCH_AXES
-from memopt.state.quantized import is_quantized
+from memopt.state.sharding import state_sharding
 from memopt.training.step import TrainState, init_state
 
 
@@ -66,34 +66,19 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def abstract_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Returns shapes and shardings of the state for parameters and an optimizer.
 
-    State with the name and the shape of a parameter, or codes of it, lies where that does; the
-    rest is whole on every device.
-
     Args:
         params: The parameters, arrays or `ShapeDtypeStruct`s, with shardings.
-        tx: The optimizer.
+        tx: The optimizer, whose state lies as `memopt.state_sharding` says.
         mesh: Where the parameters are.
 
     Returns:
         The state, of `ShapeDtypeStruct`s with shardings.
     """
     whole = NamedSharding(mesh, jax.P())
-    placed = {
-        (_names(path), leaf.shape): (leaf.codes if is_quantized(leaf) else leaf).sharding
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
-    }
-
-    def place(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
-        names = _names(path)
-        suffixes = ((names[start:], leaf.shape) for start in range(len(names)))
-        sharding = next((placed[key] for key in suffixes if key in placed), whole)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
     state = jax.eval_shape(lambda params: init_state(params, tx), params)
-    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-    state = jax.tree_util.tree_map_with_path(place, state)
-    return state._replace(params=jax.tree.map(like, params))
-
-
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+    shardings = jax.tree.map(lambda x: whole, state)._replace(
+        params=jax.tree.map(lambda x: x.sharding, params),
+        opt_state=state_sharding(tx, params),
+    )
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(place, state, shardings)

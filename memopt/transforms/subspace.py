@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from memopt.errors import NoSuchPairing, check_at_least, check_choice
-from memopt.matrices import Layout, Matrices, map_matrices
+from memopt.matrices import Layout, Matrices, explicit_axes, map_matrices
 from memopt.state.precision import statistics_dtype, zeros_of
 from memopt.state.trees import by_array, by_leaf
 from memopt.transforms.moments import CarryOver, first_moment
@@ -120,6 +120,9 @@ def in_subspace(
         return InSubspaceState(count, by_array(kept, params), inner.init(low), rule)
 
     def update(updates: Any, state: InSubspaceState, params: Any = None, **extra: Any) -> Any:
+        given, typed = state, any(explicit_axes(x) for x in jax.tree.leaves(state))
+        if typed:  # it may have been placed, where what is made anew has the types of `init`
+            state = _typed_as(state, jax.eval_shape(init, updates))
         when = When.at(state.count, refresh_every, refresh_phase)
 
         def enter(layout: Layout, g: Array, kept: Any, rule: Any, momentum: Any) -> Any:
@@ -142,8 +145,8 @@ def in_subspace(
 
         like = map_matrices(low_shape, updates, matrices=matrices)
         kept, before = by_leaf(state.projector, updates), _momentum(state.inner, like)
-        given = (updates, kept, state.recombine, before)
-        spaces, low, kept = map_matrices(enter, *given, matrices=matrices, outputs=3)
+        read = (updates, kept, state.recombine, before)
+        spaces, low, kept = map_matrices(enter, *read, matrices=matrices, outputs=3)
 
         inner_state, moved = state.inner, jnp.zeros((), bool)
         if isinstance(carry, CarryOver):
@@ -177,7 +180,8 @@ def in_subspace(
         ends = (updates, spaces, low, low_updates, before, after, state.recombine)
         updates, rule = map_matrices(leave, *ends, matrices=matrices, outputs=2)
         count = optax.safe_increment(state.count)
-        return updates, InSubspaceState(count, by_array(kept, updates), inner_state, rule)
+        state = InSubspaceState(count, by_array(kept, updates), inner_state, rule)
+        return updates, _typed_as(state, given) if typed else state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -256,6 +260,16 @@ def _in_turns(
         return map_matrices(label, tree, matrices=matrices)
 
     return optax.partition({i: make(phase) for i, phase in enumerate(phases)}, labels)
+
+
+def _typed_as(state: Any, like: Any) -> Any:
+    """A state whose arrays are sharded over explicit axes as others are."""
+
+    def move(x: Array, like: Any) -> Array:
+        spec = jax.typeof(x).sharding.spec, jax.typeof(like).sharding.spec
+        return x if spec[0] == spec[1] else jax.sharding.reshard(x, spec[1])
+
+    return jax.tree.map(move, state, like)
 
 
 def _wide(g: Array) -> Array:

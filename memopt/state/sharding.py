@@ -1,0 +1,228 @@
+"""Where an optimizer's state lives on a mesh, found out from what its `init` does."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import NamedSharding
+
+from memopt.errors import check_choice
+from memopt.matrices import leaf_name
+from memopt.state.following import Axis, Follower, followers
+from memopt.state.quantized import dequantize_params, is_quantized
+
+
+def state_sharding(
+    tx: optax.GradientTransformation,
+    params: Any,
+    *,
+    spread_over: str | None = None,
+    explain: bool = False,
+) -> Any:
+    """Places the state of any optimizer on the mesh that its parameters are on.
+
+    ``tx.init`` is evaluated on shapes, again and again, with axes of the parameters made longer
+    or shorter. An axis of the state that moves in proportion to a parameter's follows it, and is
+    split over the same mesh axes, where it divides as evenly: that of moments, factors, low-rank
+    moments, projections, codes and their scales, whoever wrote the transformation. What follows
+    no split axis, or not clearly, is whole on every device. No array is made.
+
+    Args:
+      tx: any Optax transformation.
+      params: arrays, or ``jax.ShapeDtypeStruct`` in their place, each with a `NamedSharding`, over
+        Auto or Explicit axes; those from `memopt.quantize_params` lie as their codes do.
+      spread_over: a mesh axis, such as "data", over which each state array is split further
+        (ZeRO-1): along its longest whole axis that divides, or else along one that is split.
+      explain: whether to return, too, {name of a state array: a sentence that says why}.
+
+    Returns:
+      A tree like ``tx.init(params)`` of `NamedSharding`; with `explain`, it and the sentences.
+
+    Raises:
+      ValueError: if a parameter has no `NamedSharding`, they are on several meshes, or
+        `spread_over` is no axis of theirs.
+
+    Example:
+      >>> mesh = jax.make_mesh((1,), ("fsdp",))
+      >>> w = jax.ShapeDtypeStruct((64, 32), "float32", sharding=NamedSharding(mesh, jax.P("fsdp")))
+      >>> shardings, notes = state_sharding(optax.sm3(1e-3), {"w": w}, explain=True)
+      >>> [x.spec for x in jax.tree.leaves(shardings)]
+      [P('fsdp',), P(), P('fsdp',)]
+      >>> notes["0/mu/w/0"]
+      "axis 0 follows axis 0 of 'w' over 'fsdp'."
+    """
+    placed = _read(params)
+    mesh = placed[0].sharding.mesh
+    if spread_over is not None:
+        check_choice("spread_over", spread_over, mesh.axis_names)
+    structure: Any = jax.tree.structure(params, is_leaf=is_quantized)
+    like = structure.unflatten([p.like for p in placed])
+    found = iter(followers(tx, like, [p.axes for p in placed]))
+    notes = {}
+
+    def place(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> NamedSharding:
+        follower = next(found)
+        entries, reasons = _followed(x.shape, follower, placed, mesh)
+        if spread_over is not None:
+            reasons.append(_spread(x.shape, entries, spread_over, mesh))
+        notes[leaf_name(path)] = "; ".join(filter(None, reasons)) + "."
+        owner = None if follower.owner is None else placed[follower.owner]
+        if owner and (x.shape, tuple(entries)) == (owner.like.shape, owner.entries):
+            return NamedSharding(mesh, owner.sharding.spec)  # as the user wrote it
+        return NamedSharding(mesh, jax.P(*entries) if any(entries) else jax.P())
+
+    shardings = jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, like))
+    return (shardings, notes) if explain else shardings
+
+
+def init_sharded(
+    tx: optax.GradientTransformation, params: Any, *, spread_over: str | None = None
+) -> Any:
+    """``tx.init(params)``, every array of it made in the place that `state_sharding` gives it.
+
+    No array is whole on one device on the way there, whatever `tx` does.
+
+    Args:
+      tx: any Optax transformation.
+      params: arrays with a `NamedSharding`, over Auto or Explicit axes.
+      spread_over: as in `state_sharding`.
+
+    Returns:
+      The state.
+
+    Raises:
+      ValueError: as `state_sharding`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> mesh = jax.make_mesh((1,), ("fsdp",))
+      >>> params = {"w": jax.device_put(jnp.ones((4, 2)), NamedSharding(mesh, jax.P("fsdp")))}
+      >>> init_sharded(optax.adam(1e-3), params)[0].mu["w"].sharding.spec
+      P('fsdp',)
+    """
+    shardings = state_sharding(tx, params, spread_over=spread_over)
+    mesh: Any = _read(params)[0].sharding.mesh
+
+    def init(params: Any) -> Any:
+        return tx.init(dequantize_params(params))
+
+    with jax.set_mesh(mesh):
+        # Types of explicit axes would have a say in where the arrays are, or refuse.
+        auto = jax.sharding.auto_axes(init, out_sharding=shardings)
+        return jax.jit(auto, out_shardings=shardings)(params)
+
+
+class _Param(NamedTuple):
+    """A parameter as it would be dense.
+
+    Attributes:
+      name: in its tree.
+      like: its shape and dtype.
+      sharding: where it is.
+    """
+
+    name: str
+    like: jax.ShapeDtypeStruct
+    sharding: NamedSharding
+
+    @property
+    def entries(self) -> tuple[Any, ...]:
+        """What of the mesh splits each axis."""
+        spec = tuple(self.sharding.spec)
+        return spec + (None,) * (len(self.like.shape) - len(spec))
+
+    @property
+    def axes(self) -> list[Axis]:
+        """The axes that are split."""
+        mesh = self.sharding.mesh
+        return [Axis(a, _parts(mesh, entry)) for a, entry in enumerate(self.entries) if entry]
+
+
+def _read(params: Any) -> list[_Param]:
+    """The parameters, leaf by leaf.
+
+    Raises:
+      ValueError: if there is none, one has no `NamedSharding`, or they are on several meshes.
+    """
+    placed = []
+    for path, p in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized):
+        sharding = getattr(p.codes if is_quantized(p) else p, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            where = "a numpy array" if sharding is None else f"on {sharding}"
+            raise ValueError(
+                f"params: {leaf_name(path)!r} has no NamedSharding, it is {where}; put all "
+                "parameters on a mesh, as by jax.device_put(params, NamedSharding(mesh, jax.P()))."
+            )
+        placed.append(_Param(leaf_name(path), jax.ShapeDtypeStruct(p.shape, p.dtype), sharding))
+        if sharding.mesh != placed[0].sharding.mesh:
+            raise ValueError(
+                f"params must be on one mesh: {placed[0].name!r} is on {placed[0].sharding.mesh}, "
+                f"{leaf_name(path)!r} on {sharding.mesh}."
+            )
+    if not placed:
+        raise ValueError("params has no array, and so no mesh to place state on.")
+    return placed
+
+
+def _followed(
+    shape: tuple[int, ...], follower: Follower, placed: list[_Param], mesh: Any
+) -> tuple[list[Any], list[str]]:
+    """What of the mesh splits each axis of a state array, and why."""
+    entries: list[Any] = [None] * len(shape)
+    if follower.owner is None:
+        what = "changes with several parameters" if follower.changes else "follows no parameter"
+        return entries, [what]
+    owner = placed[follower.owner]
+    reasons = []
+    for mine, theirs in follower.axes:
+        entry = owner.entries[theirs]
+        reason = f"axis {mine} follows axis {theirs} of {owner.name!r}"
+        if _names(entry) & _names(*entries):
+            reason += f", but {_text(entry)} splits an axis already"
+        elif entries[mine]:
+            reason += f", but {_text(entries[mine])} splits it already"
+        else:  # what follows in parts divides into as many
+            entries[mine] = entry
+            reason += f" over {_text(entry)}"
+        reasons.append(reason)
+    for theirs in follower.unclear or (() if reasons else follower.uneven):
+        parts = _parts(mesh, owner.entries[theirs])
+        reasons.append(
+            f"no axis clearly follows axis {theirs} of {owner.name!r} in {parts} equal parts"
+        )
+    return entries, reasons or [f"follows no split axis of {owner.name!r}"]
+
+
+def _spread(shape: tuple[int, ...], entries: list[Any], over: str, mesh: Any) -> str:
+    """Splits one more axis over a mesh axis; returns what is to be said of it."""
+    if over in _names(*entries) or not shape:
+        return ""
+    parts = mesh.shape[over]
+    lengths = [n // _parts(mesh, entry) for n, entry in zip(shape, entries, strict=True)]
+    whole = {a: n for a, n in enumerate(lengths) if entries[a] is None and n % parts == 0}
+    split = {a: n for a, n in enumerate(lengths) if entries[a] is not None and n % parts == 0}
+    choices = whole or split
+    if not choices:
+        return f"no axis divides by {over!r}={parts}"
+    axis = max(choices, key=lambda a: choices[a])
+    entries[axis] = (*_ordered(entries[axis]), over) if entries[axis] else over
+    return f"axis {axis} is spread over {over!r}"
+
+
+def _ordered(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that an entry of a `jax.P` names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _names(*entries: Any) -> set[str]:
+    return {name for entry in entries for name in _ordered(entry)}
+
+
+def _parts(mesh: Any, entry: Any) -> int:
+    """Into how many parts an entry splits an axis."""
+    return math.prod(mesh.shape[name] for name in _ordered(entry))
+
+
+def _text(entry: Any) -> str:
+    return "×".join(map(repr, _ordered(entry)))

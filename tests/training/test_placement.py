@@ -1,0 +1,33 @@
+"""The state of a run lies as `memopt.state_sharding` says."""
+
+import jax
+import optax
+import pytest
+
+import memopt
+from memopt.models import llama
+from memopt.training.placement import abstract_state, make_mesh
+from memopt.training.prepare import _abstract_params
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize(
+    "tx",
+    [
+        memopt.adafactor(1e-3),
+        memopt.galore(1e-3, rank=0.25),
+        memopt.quantize_state(optax.scale_by_adam()),
+    ],
+    ids=["factors", "low-rank moments", "codes and scales"],
+)
+def test_state_of_no_matrix_is_whole(tx, weights):
+    mesh = make_mesh("fsdp=4,tensor=2", rows=4)
+    params = _abstract_params(llama.preset("tiny"), mesh)
+    params = memopt.quantize_params(params, weights) if weights else params
+    state = abstract_state(params, tx, mesh)
+    placed = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
+    assert placed(state.params) == placed(params)
+    found = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    split = {jax.tree_util.keystr(path): any(x.sharding.spec) for path, x in found}
+    assert len(split) > 7
+    assert all(is_split for name, is_split in split.items() if "kernel" in name)
