@@ -40,6 +40,7 @@ from benchmarks.compilers import GPUS, Chip, devices
 from benchmarks.report import save
 from memopt.models import llama
 from memopt.planning.step_memory import step_memory
+from memopt.state.quantized import is_quantized
 from memopt.training.placement import abstract_state, batch_sharding, parse_mesh
 from memopt.training.release import release_step
 from memopt.training.step import train_step
@@ -51,17 +52,23 @@ HBM = {  # GiB that a step may use
 }
 LEARNING_RATE = 1e-3
 ROOMY: Literal["v5p"] = "v5p"  # measures what does not fit the chip that was asked for
-INT8: dict[str, Any] = {"release": True, "weights": "int8"}
+RELEASED: dict[str, Any] = {"release": True}
+INT8 = RELEASED | {"weights": "int8"}
+FSDP: dict[str, Any] = {"mesh": "fsdp=16", "batch_size": 16}
 LIST: list[tuple[str, dict[str, Any]]] = [
     ("adafactor", {}),
-    ("adafactor", {"release": True}),
-    ("adalomo", {"release": True}),
-    ("apollo_mini", {"release": True, "state": "int8"}),
+    ("adafactor", RELEASED),
     ("adafactor", INT8),
-    ("adalomo", INT8),
-    ("apollo_mini", INT8 | {"state": "int8"}),
     ("adafactor", INT8 | {"weights": "int4"}),
+    ("adalomo", {}),
+    ("adalomo", RELEASED),
+    ("adalomo", INT8),
+    ("apollo_mini", {"state": "int8"}),
+    ("apollo_mini", RELEASED | {"state": "int8"}),
+    ("apollo_mini", INT8 | {"state": "int8"}),
     ("adafactor", INT8 | {"model": "13b"}),
+    ("adafactor", FSDP),
+    ("adafactor", RELEASED | FSDP),
 ]
 
 
@@ -165,6 +172,7 @@ def measure(optimizer: str, options: Options) -> dict[str, Any]:
         options.dump.write_text(compiled.as_text() or "")
     analysis = compiled.memory_analysis()
     assert analysis is not None
+    gradient_bytes = _gradient_bytes(state.params, options.release)
     names = ("model", "release", "weights", "state", "dtype", "chip", "mesh", "batch_size")
     return {
         "optimizer": optimizer,
@@ -173,8 +181,24 @@ def measure(optimizer: str, options: Options) -> dict[str, Any]:
         "peak_bytes": memory.peak,
         "parameter_bytes": memory.parameters,
         "state_bytes": memory.state,
+        "gradient_bytes": gradient_bytes,
         "temp_bytes": analysis.temp_size_in_bytes,
     }
+
+
+def _gradient_bytes(params: Any, release: bool) -> int:
+    """Of the gradients that a step holds together: all, or those of a block or of an end."""
+
+    def size(p: Any) -> int:
+        stored = p.codes if is_quantized(p) else p
+        return math.prod(stored.sharding.shard_shape(stored.shape)) * p.dtype.itemsize
+
+    sizes = jax.tree.map(size, params, is_leaf=is_quantized)
+    if not release:
+        return sum(jax.tree.leaves(sizes))
+    blocks = jax.tree.leaves(params["blocks"], is_leaf=is_quantized)
+    block = sum(jax.tree.leaves(sizes["blocks"])) // blocks[0].shape[0]
+    return max(block, *jax.tree.leaves({k: v for k, v in sizes.items() if k != "blocks"}))
 
 
 def table(results: Sequence[dict[str, Any]]) -> Table:
@@ -202,21 +226,28 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
 def describe(record: dict[str, Any]) -> str:
     """A configuration in a few words."""
     parts = [record["model"], record["optimizer"], record["weights"] or record["dtype"]]
-    parts += ["released"] * record["release"]
+    parts += ["released"] * record["release"] + [record["mesh"]] * bool(record["mesh"])
     return ", ".join(parts + [f"state {record['state']}"] * bool(record["state"]))
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """One bar a configuration, cut into weights, state and what a step needs beside them."""
+    """One bar a configuration, cut into weights, state, gradients and what is needed beside them.
+
+    Gradients are counted from their shapes, the rest is what remains of the compiler's peak.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 1.2 + 0.34 * len(results)), layout="constrained")
     axes = figure.subplots()
     rows, left = range(len(results)), np.zeros(len(results))
-    parts = {"weights": "parameter_bytes", "optimizer state": "state_bytes"}
+    parts = {
+        "weights": "parameter_bytes",
+        "optimizer state": "state_bytes",
+        "gradients": "gradient_bytes",
+    }
     sizes = {label: np.array([r[key] for r in results]) / GIB for label, key in parts.items()}
     peaks = np.array([r["peak_bytes"] for r in results]) / GIB
-    sizes["gradients and activations"] = peaks - sum(sizes.values())
+    sizes["activations and the rest"] = peaks - sum(sizes.values())
     for label, size in sizes.items():
         axes.barh(rows, size, left=left, label=label)
         left = left + size
@@ -229,8 +260,8 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     if first["chip"] in HBM:
         axes.axvline(HBM[first["chip"]], color="black", linestyle=":")
     axes.set_xlabel("GiB on a chip")
-    axes.set_title(f"One step on one {first['chip']} chip, batch 1 × 2048")
-    figure.legend(loc="outside lower right", ncols=3)
+    axes.set_title(f"One training step compiled for {first['chip']}, a row of 2048 tokens a chip")
+    figure.legend(loc="outside lower right", ncols=4)
     figure.savefig(path, dpi=120)
 
 
@@ -241,6 +272,8 @@ def main(arguments: Sequence[str]) -> None:
     results = []
     try:
         for optimizer, changes in track(chosen, transient=True, disable=len(chosen) == 1):
+            if changes.get("mesh") and options.chip in GPUS:
+                continue  # the list is of one card then
             results.append(measure(optimizer, options._replace(**changes)))
     except (ValueError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")

@@ -169,7 +169,7 @@ class _Release:
             return self._each(lambda *xs: self.model.block(weights, *xs), x, self.pieces), x
 
         x, inputs = jax.lax.scan(forward, x, jnp.arange(self.layers))
-        read = {i: _again(params[i], None, x)[0] for i in self.headed}
+        read = {i: _again(params[i], x) for i in self.headed}
         gradients, (cotangent, totals, counts) = self._head(x, self._load(read, self.headed))
         self.tokens = jnp.maximum(counts.sum(), 1)
         self.loss = totals.sum() / self.tokens
@@ -224,7 +224,7 @@ class _Release:
         carry = self._with_layers(carry, inside)
         if self.last:
             # Read anew after the loop, so that they need not be kept dense through it.
-            last = {i: _again(carry.params[i], None, cotangent)[0] for i in self.last}
+            last = {i: _again(carry.params[i], cotangent) for i in self.last}
             weights = self._load(last, self.last)
             mine = self._embed(cotangent, weights)
             for i in set(self.headed) & set(self.last):
@@ -264,7 +264,7 @@ class _Release:
 
         for i, gradient in gradients.items():
             # Read anew, so that it need not be kept since the model computed with it.
-            node, at = _again(stored[i], layer, finite[i])
+            node = _again(_slice(stored[i], layer, 0), finite[i])
             owned = partwise.state_of(i, layered=layered)
 
             def update(i: int = i, gradient: Array = gradient, node: Any = node) -> Any:
@@ -278,7 +278,7 @@ class _Release:
 
             keep = lambda node=node, owned=owned: (node, {k: old[k] for k in owned})
             node, new = _in_place(finite[i], update, keep) if layered else update()
-            stored[i] = _put(stored[i], node, at, 0)
+            stored[i] = _as_it_lies(_put(stored[i], node, layer, 0))
             for k, x in new.items():
                 state[k] = _put(state[k], x, layer, axes[k])
         if layered:
@@ -376,20 +376,20 @@ class _Release:
         return self._tree({i: x[0] for i, x in leaves.items()})[BLOCKS]
 
 
-def _as_it_lies(x: Array) -> Array:
+def _as_it_lies(x: Any) -> Any:
     """Keeps XLA from turning a whole stack round to suit what reads or makes one layer of it."""
+    if is_quantized(x):  # scales are narrow, and better turned round
+        return dataclasses.replace(x, codes=_as_it_lies(x.codes))
     keep = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
     return jax.lax.platform_dependent(x, cpu=lambda x: x, default=keep)
 
 
-def _again(stored: Any, layer: Array | None, x: Array) -> tuple[Any, Array | None]:
-    """A parameter, or a layer of it and which, that XLA cannot have read before `x` is there."""
-    if layer is not None:
-        layer, _ = jax.lax.optimization_barrier((layer, x))
-    elif is_quantized(stored):
-        scales, _ = jax.lax.optimization_barrier((stored.scales, x))
-        stored = dataclasses.replace(stored, scales=scales)
-    return _slice(stored, layer, 0), layer
+def _again(stored: Any, x: Array) -> Any:
+    """A parameter that, if it is quantised, XLA cannot have read before `x` is there."""
+    if not is_quantized(stored):
+        return stored
+    scales, _ = jax.lax.optimization_barrier((stored.scales, x))
+    return dataclasses.replace(stored, scales=scales)
 
 
 def _slice(tree: Any, layer: Array | None, axis: int | None) -> Any:
@@ -405,7 +405,7 @@ def _put(tree: Any, part: Any, layer: Array | None, axis: int | None) -> Any:
     if layer is None or axis is None:
         return part
     put = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, layer, axis)
-    return jax.tree.map(_as_it_lies, jax.tree.map(put, tree, part))
+    return jax.tree.map(put, tree, part)
 
 
 def _in_place(condition: Array, update: Callable[[], Any], keep: Callable[[], Any]) -> Any:
