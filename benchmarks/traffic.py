@@ -69,6 +69,7 @@ class Options(NamedTuple):
       dtype: of parameters and gradients.
       chip: what to compile for.
       rank: of the methods that have one, but for APOLLO-Mini, whose rank is its own.
+      state: how the optimizer's state is stored; by default as the method does.
       cache: let the compiler keep arrays in fast memory, as it does by itself.
       json: print one JSON object instead of a table.
       explain: print what moves the most bytes, too.
@@ -80,6 +81,7 @@ class Options(NamedTuple):
     dtype: Literal["float32", "bfloat16"] = "float32"
     chip: Tpu = "v5e"
     rank: int = 256
+    state: Literal["int8", "int4", "float8", "bfloat16"] | None = None
     cache: bool = False
     json: bool = False
     explain: bool = False
@@ -137,6 +139,8 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], jax.stages.Com
     """The record of one optimizer, and its compiled step."""
     chosen = method_options(name, options.rank)
     tx = memopt.optimizer(name, LEARNING_RATE, **chosen)
+    if options.state:
+        tx = memopt.quantize_state(tx, options.state)
     params = blocks(options.layout, options.dtype)
     counted = memopt.state_bytes(tx, params)
     compiled = compile_step(tx, params, one_chip(options.chip), cache=options.cache)
@@ -151,6 +155,7 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], jax.stages.Com
         "dtype": options.dtype,
         "chip": options.chip,
         "rank": chosen.get("rank"),
+        "state": options.state,
         "cache": options.cache,
         "traffic": cost["bytes accessed"] / size,
         "bytes_accessed": cost["bytes accessed"],

@@ -14,6 +14,22 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch, chip, extra):
         compilers.devices(chip)
 
 
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+    ("optimizer", "options", "most"),
+    [
+        ("adafactor", {}, 13.6),
+        ("adafactor", {"weights": "int8"}, 8.0),
+        ("apollo_mini", {"weights": "int8", "state": "int8"}, 8.5),
+    ],
+)
+def test_7b_fits_one_v5e_chip(optimizer, options, most):
+    record = memory.measure(optimizer, memory.Options(release=True, **options))
+    assert record["compiled_for"] == "v5e"
+    assert record["parameter_bytes"] + record["gradient_bytes"] < record["peak_bytes"]
+    assert record["peak_bytes"] <= most * memory.GIB
+
+
 @pytest.mark.gpu
 def test_a_released_step_needs_less_of_a_gpu_than_the_ordinary_one(capsys):
     def peak(*arguments: str) -> int:

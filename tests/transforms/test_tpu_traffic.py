@@ -19,3 +19,10 @@ def test_bytes_accessed_over_parameter_bytes(name, most, temporary):
     record, _ = traffic.measure(name, traffic.Options())
     assert 3 < record["traffic"] <= most
     assert record["temp_bytes"] < temporary * record["parameter_bytes"]
+
+
+def test_state_of_8_bits_is_read_and_written_in_the_one_pass_of_the_update():
+    """Gradient, parameters there and back, and twice two bytes of moments: 4 sizes at least."""
+    record, _ = traffic.measure("adamw", traffic.Options(state="int8"))
+    assert 3.9 < record["traffic"] <= 4.3
+    assert record["temp_bytes"] < 0.05 * record["parameter_bytes"]
