@@ -157,6 +157,7 @@ def test_interrupted_runs_save_first_and_end_the_same(home, whole):
     assert metrics(directory) == metrics(whole[0])
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_skipped_and_the_run_ends_the_same(home, whole):
     directory = home / "damaged"
     process = start(home, "damaged")

@@ -128,7 +128,9 @@ def damage(file, how):
         file.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["delete", "truncate", "flip"])
+@pytest.mark.parametrize(
+    "how", ["flip", *(pytest.param(how, marks=pytest.mark.slow) for how in ("delete", "truncate"))]
+)
 @pytest.mark.filterwarnings("ignore:checkpoint . is damaged:UserWarning")
 def test_any_file_of_the_newest_may_be_damaged(tmp_path, whole, how):
     """What is read is what was written, from it or from the one before; and saving goes on."""

@@ -263,8 +263,14 @@ def llama_run(step, tx, batches, mesh=None, accumulation=1):
         return run(step, tx, jax.device_put(params, shardings), batches, **options)
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 4}, {"fsdp": 4, "tensor": 2}])
+@pytest.mark.parametrize(
+    ("kind", "axes"),
+    [
+        *(("Auto", {"data": 2, "fsdp": 4}), ("Explicit", {"fsdp": 4, "tensor": 2})),
+        pytest.param("Explicit", {"data": 2, "fsdp": 4}, marks=pytest.mark.slow),
+        pytest.param("Auto", {"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
 def test_llama_sharded_over_eight_devices(kind, axes):
     tx = memopt.adafactor(RATE)
     batches = [make_batch(seed) for seed in range(3)]
