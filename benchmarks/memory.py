@@ -269,22 +269,22 @@ def main(arguments: Sequence[str]) -> None:
     """Measures, prints and, of a list, writes the files."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
     chosen = [(options.optimizer, {})] if options.optimizer else LIST
-    results = []
+    results: list[dict[str, Any]] = []
+    command = shlex.join(["python", "-m", "benchmarks.memory", *arguments])
     try:
         for optimizer, changes in track(chosen, transient=True, disable=len(chosen) == 1):
             if changes.get("mesh") and options.chip in GPUS:
                 continue  # the list is of one card then
             results.append(measure(optimizer, options._replace(**changes)))
+            if not options.optimizer:  # each takes minutes: what is known is kept
+                report = {"command": command, "results": results}
+                save(report, options.output, lambda path: plot(results, path))
     except (ValueError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     if options.json:
         print(json.dumps(results[0] if options.optimizer else results))
     else:
         Console().print(table(results))
-    if not options.optimizer:
-        command = shlex.join(["python", "-m", "benchmarks.memory", *arguments])
-        report = {"command": command, "results": results}
-        save(report, options.output, lambda path: plot(results, path))
 
 
 if __name__ == "__main__":
