@@ -260,7 +260,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     if first["chip"] in HBM:
         axes.axvline(HBM[first["chip"]], color="black", linestyle=":")
     axes.set_xlabel("GiB on a chip")
-    axes.set_title(f"One training step compiled for {first['chip']}, a row of 2048 tokens a chip")
+    figure.suptitle(f"One training step compiled for {first['chip']}, a row of 2048 tokens a chip")
     figure.legend(loc="outside lower right", ncols=4)
     figure.savefig(path, dpi=120)
 

@@ -20,7 +20,6 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch, chip, extra):
     [
         ("adafactor", {}, 13.6),
         ("adafactor", {"weights": "int8"}, 8.0),
-        ("apollo_mini", {"weights": "int8", "state": "int8"}, 8.5),
     ],
 )
 def test_7b_fits_one_v5e_chip(optimizer, options, most):
