@@ -263,8 +263,12 @@ class _Release:
         step = self.start.step - self.start.skipped
 
         for i, gradient in gradients.items():
-            # Read anew, so that it need not be kept since the model computed with it.
-            node = _again(_slice(stored[i], layer, 0), finite[i])
+            # Read anew, so that it need not be kept since the model computed with it: of what is
+            # dense the layer is only then known, of codes the scales.
+            at = layer
+            if layered and not is_quantized(stored[i]):
+                at, _ = jax.lax.optimization_barrier((layer, finite[i]))
+            node = _again(_slice(stored[i], at, 0), finite[i])
             owned = partwise.state_of(i, layered=layered)
 
             def update(i: int = i, gradient: Array = gradient, node: Any = node) -> Any:
@@ -278,7 +282,7 @@ class _Release:
 
             keep = lambda node=node, owned=owned: (node, {k: old[k] for k in owned})
             node, new = _in_place(finite[i], update, keep) if layered else update()
-            stored[i] = _as_it_lies(_put(stored[i], node, layer, 0))
+            stored[i] = _as_it_lies(_put(stored[i], node, at, 0))
             for k, x in new.items():
                 state[k] = _put(state[k], x, layer, axes[k])
         if layered:
