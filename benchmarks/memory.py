@@ -172,7 +172,6 @@ def measure(optimizer: str, options: Options) -> dict[str, Any]:
         options.dump.write_text(compiled.as_text() or "")
     analysis = compiled.memory_analysis()
     assert analysis is not None
-    gradient_bytes = _gradient_bytes(state.params, options.release)
     names = ("model", "release", "weights", "state", "dtype", "chip", "mesh", "batch_size")
     return {
         "optimizer": optimizer,
@@ -181,7 +180,7 @@ def measure(optimizer: str, options: Options) -> dict[str, Any]:
         "peak_bytes": memory.peak,
         "parameter_bytes": memory.parameters,
         "state_bytes": memory.state,
-        "gradient_bytes": gradient_bytes,
+        "gradient_bytes": _gradient_bytes(state.params, options.release),
         "temp_bytes": analysis.temp_size_in_bytes,
     }
 
@@ -211,13 +210,8 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     for r in results:
         sizes = (r["peak_bytes"], r["parameter_bytes"], r["state_bytes"], r["temp_bytes"])
         shown.add_row(
-            *(
-                r["model"],
-                r["optimizer"],
-                "yes" if r["release"] else "",
-                r["weights"] or r["dtype"],
-            ),
-            r["state"] or "",
+            *(r["model"], r["optimizer"], "yes" if r["release"] else ""),
+            *(r["weights"] or r["dtype"], r["state"] or ""),
             *(r["chip"], r["mesh"] or "", *(f"{size / GIB:.2f}" for size in sizes)),
         )
     return shown

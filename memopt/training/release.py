@@ -169,7 +169,7 @@ class _Release:
             return self._each(lambda *xs: self.model.block(weights, *xs), x, self.pieces), x
 
         x, inputs = jax.lax.scan(forward, x, jnp.arange(self.layers))
-        read = {i: _again(params[i], x) for i in self.headed}
+        read = {i: _again(params[i], x)[0] for i in self.headed}
         gradients, (cotangent, totals, counts) = self._head(x, self._load(read, self.headed))
         self.tokens = jnp.maximum(counts.sum(), 1)
         self.loss = totals.sum() / self.tokens
@@ -224,7 +224,7 @@ class _Release:
         carry = self._with_layers(carry, inside)
         if self.last:
             # Read anew after the loop, so that they need not be kept dense through it.
-            last = {i: _again(carry.params[i], cotangent) for i in self.last}
+            last = {i: _again(carry.params[i], cotangent)[0] for i in self.last}
             weights = self._load(last, self.last)
             mine = self._embed(cotangent, weights)
             for i in set(self.headed) & set(self.last):
@@ -263,12 +263,8 @@ class _Release:
         step = self.start.step - self.start.skipped
 
         for i, gradient in gradients.items():
-            # Read anew, so that it need not be kept since the model computed with it: of what is
-            # dense the layer is only then known, of codes the scales.
-            at = layer
-            if layered and not is_quantized(stored[i]):
-                at, _ = jax.lax.optimization_barrier((layer, finite[i]))
-            node = _again(_slice(stored[i], at, 0), finite[i])
+            # Read anew, so that it need not be kept since the model computed with it.
+            node, at = _again(stored[i], finite[i], layer)
             owned = partwise.state_of(i, layered=layered)
 
             def update(i: int = i, gradient: Array = gradient, node: Any = node) -> Any:
@@ -388,12 +384,19 @@ def _as_it_lies(x: Any) -> Any:
     return jax.lax.platform_dependent(x, cpu=lambda x: x, default=keep)
 
 
-def _again(stored: Any, x: Array) -> Any:
-    """A parameter that, if it is quantised, XLA cannot have read before `x` is there."""
-    if not is_quantized(stored):
-        return stored
-    scales, _ = jax.lax.optimization_barrier((stored.scales, x))
-    return dataclasses.replace(stored, scales=scales)
+def _again(stored: Any, x: Array, layer: Array | None = None) -> tuple[Any, Array | None]:
+    """A parameter, or a layer of it and which, that XLA cannot have read before `x` is there.
+
+    Of codes it is the scales that are not known before, of dense layers which one it is; what is
+    dense and no layer may be read at any time.
+    """
+    if layer is not None and not is_quantized(stored):
+        layer, _ = jax.lax.optimization_barrier((layer, x))
+    part = _slice(stored, layer, 0)
+    if is_quantized(part):
+        scales, _ = jax.lax.optimization_barrier((part.scales, x))
+        part = dataclasses.replace(part, scales=scales)
+    return part, layer
 
 
 def _slice(tree: Any, layer: Array | None, axis: int | None) -> Any:
