@@ -42,7 +42,11 @@ from memopt.matrices import leaf_name
 from memopt.models import llama
 
 BASELINE = "adamw"
-DEFAULTS = ("adafactor", "optax_adafactor", "lion", "optax_lion", "apollo", "apollo_mini")
+EIGHT_BITS = "_8bit"
+DEFAULTS = (
+    *("adamw" + EIGHT_BITS, "adafactor", "optax_adafactor", "lion", "optax_lion"),
+    *("apollo", "apollo_mini"),
+)
 LEARNING_RATE = 1e-4
 COLORS = {"memopt": "C0", "optax": "C7", "torch": "C1"}
 
@@ -52,9 +56,9 @@ class Options:
     """What to measure.
 
     Attributes:
-      optimizers: names known to `memopt.optimizer`, and torch_adamw, torch_adafactor, torch_lion,
-        torch_apollo, torch_apollo_mini; by default the methods of memopt, their baselines, and of
-        torch's what is installed.
+      optimizers: names known to `memopt.optimizer`, also with _8bit at their end for a state of
+        int8, and torch_adamw, torch_adafactor, torch_lion, torch_apollo, torch_apollo_mini; by
+        default the methods of memopt, their baselines, and of torch's what is installed.
       model: the preset whose shapes are taken.
       dtype: of parameters and gradients.
       repeats: rounds that are timed.
@@ -102,8 +106,10 @@ class Parameters:
         self.gradients = normal(1e-3)
 
     def contender(self, name: str) -> Contender:
-        """Compiles a step of ``memopt.optimizer(name)``."""
-        tx = memopt.optimizer(name, learning_rate=LEARNING_RATE)
+        """Compiles a step of ``memopt.optimizer(name)``, or of that with its state in int8."""
+        method = name.removesuffix(EIGHT_BITS)
+        tx = memopt.optimizer(method, learning_rate=LEARNING_RATE)
+        tx = tx if method == name else memopt.quantize_state(tx)
         # Donated arrays must be distinct: some states start as the parameters themselves.
         state = jax.tree.map(jnp.copy, tx.init(self.values))
 
@@ -120,7 +126,7 @@ class Parameters:
             jax.block_until_ready((self.values, state))
 
         size = memopt.state_bytes(tx, self.values).total
-        library = "memopt" if hasattr(memopt.optimizers, name) else "optax"
+        library = "memopt" if hasattr(memopt.optimizers, method) or method != name else "optax"
         memory = compiled.memory_analysis()
         temp = None if memory is None else memory.temp_size_in_bytes
         return Contender(name, library, step, size, temp)
@@ -130,7 +136,8 @@ def contenders(options: Options) -> list[Contender]:
     """Builds all that take part, the baseline first."""
     names = options.optimizers or (*DEFAULTS, *torch_optimizers.installed())
     for name in names:
-        check_choice("optimizer", name, (*memopt.available(), *TORCH_OPTIMIZERS))
+        method = name.removesuffix(EIGHT_BITS)
+        check_choice("optimizer", method, (*memopt.available(), *TORCH_OPTIMIZERS))
     from_torch = [name for name in names if name in TORCH_OPTIMIZERS]
     ours = dict.fromkeys((BASELINE, *(name for name in names if name not in from_torch)))
     shapes = model_shapes(options.model, options.dtype)

@@ -13,7 +13,7 @@ from jax import Array
 
 from memopt.errors import check_at_least, check_choice
 from memopt.matrices import explicit_axes, shard_count
-from memopt.reductions import largest
+from memopt.reductions import octave
 from memopt.state.precision import zeros_of
 
 BLOCK = 128
@@ -128,10 +128,10 @@ class Dynamic(Codec):
     without a sign no number is rounded to zero.
 
     The scale of a row (the array's last axis) is a power of two that leaves `headroom` octaves
-    above the largest number *of the step before*, which is kept too: this step's largest is not
+    above the largest number *of the step before*, whose octave is kept too: this step's is not
     known before all of the row is, and to look twice would cost a pass over the gradient. What
     outgrows even that is cut off, for one step. A row far below its matrix goes by the matrix,
-    from which it may be lifted at any step; one of zeros remembers its largest number.
+    from which it may be lifted at any step; one of zeros remembers its last octave.
 
     Attributes:
       exponent_bits: the octaves are one less than 2 to this power.
@@ -175,29 +175,35 @@ class Dynamic(Codec):
         return int(np.float32(self._origin).view(np.int32)) >> self._dropped
 
     def fit(self, scales: tuple[Array, ...], x: Array) -> tuple[Array, ...]:
-        """The largest number of each row of `x`, as if it were the step before's."""
-        return scales[0], largest(x)
+        """The octave of each row of `x`, as if it were the step before's."""
+        return scales[0], octave(x)
 
     def encode(self, x: Array, bits: Array, like: Coded | None = None) -> Coded:
         """A float32 of fewer bits, to whose mantissa a random rest is added."""
-        greatest = largest(x)
-        before = greatest if like is None else like.scales[1]
+        now = octave(x)
+        before = now if like is None else like.scales[1]
         scale = self._scale(before)
         y = jnp.abs(x) * _inverse(scale) + self._origin
         y = jnp.minimum(y, self._float(self._top))
         words = jax.lax.bitcast_convert_type(y, jnp.int32)
         words += (bits >> (32 - self._dropped)).astype(jnp.int32)
-        # As floats: of integers XLA for TPUs would make another pass over gradient and codes.
-        codes = ((words >> self._dropped) - self._offset).astype(jnp.float32)
-        codes = jnp.where(x < 0, -codes, codes) if self.signed else jnp.maximum(codes, 1)
-        codes = codes.astype(jnp.int8 if self.signed else jnp.uint8)
-        scale = jnp.where(jnp.isfinite(greatest), scale, jnp.nan)
-        return Coded(codes, (scale, jnp.where(greatest > 0, greatest, before)))
+        codes = (words >> self._dropped) - self._offset
+
+        def stored(codes: Array, x: Array) -> Array:
+            codes = jnp.where(x < 0, -codes, codes) if self.signed else jnp.maximum(codes, 1)
+            return codes.astype(jnp.int8 if self.signed else jnp.uint8)
+
+        # Of integers XLA for TPUs would make another pass over gradient and codes.
+        as_floats = lambda codes, x: stored(codes.astype(jnp.float32), x)
+        codes = jax.lax.platform_dependent(codes, x, cpu=stored, default=as_floats)
+        scale = jnp.where(jnp.isfinite(now), scale, jnp.nan)
+        return Coded(codes, (scale, jnp.where(now > 0, now, before)))
 
     def decode(self, coded: Coded) -> Array:
         """The float32 whose word begins with a code, times its row's scale."""
         codes = coded.codes.astype(jnp.int32)
-        words = (jnp.abs(codes) + self._offset) << self._dropped
+        magnitudes = jnp.abs(codes) if self.signed else codes
+        words = (magnitudes + self._offset) << self._dropped
         y = jax.lax.bitcast_convert_type(words, jnp.float32) - self._origin
         return (jnp.where(codes < 0, -y, y) if self.signed else y) * coded.scales[0]
 
@@ -205,14 +211,14 @@ class Dynamic(Codec):
         """The float32 whose word begins with a code."""
         return np.int32((code + self._offset) << self._dropped).view(np.float32)
 
-    def _scale(self, greatest: Array) -> Array:
+    def _scale(self, octaves: Array) -> Array:
         """The power of two by which a row's numbers are below 2."""
-        if greatest.ndim > 1:
-            matrix = jnp.where(jnp.isfinite(greatest), greatest, 0).max(-2, keepdims=True)
-            greatest = jnp.maximum(greatest, self.floor * matrix)
-        words = jax.lax.bitcast_convert_type(greatest, jnp.uint32)
-        power = jax.lax.bitcast_convert_type(words & np.uint32(0x7F800000), jnp.float32)
-        return jnp.where(power > 2.0**-120, jnp.minimum(power, 2.0**120) * 2.0**self.headroom, 0)
+        if octaves.ndim > 1:
+            matrix = jnp.where(jnp.isfinite(octaves), octaves, 0).max(-2, keepdims=True)
+            octaves = jnp.maximum(octaves, self.floor * matrix)
+        return jnp.where(
+            octaves > 2.0**-120, jnp.minimum(octaves, 2.0**120) * 2.0**self.headroom, 0
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Any optimizer's state in fewer bits."""
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -130,9 +131,8 @@ def quantize_state(
             new_updates, new = inner.update(updates, old, params, **extra)
             return new_updates, jax.tree.map(lambda c, x: _cast(c, x, jnp.float32), codecs, new)
 
-        def fitted() -> Any:
-            # The step is taken twice then, so that in others no array of floats is kept for this.
-            return jax.tree.map(lambda codec, s, x: codec.fit(s, x), codecs, scales, step()[1])
+        def fitted(x: Any) -> Any:
+            return jax.tree.map(lambda codec, s, x: codec.fit(s, x), codecs, scales, x)
 
         def encode(path: tuple[Any, ...], codec: Codec, stack: int, x: Array, *like: Any) -> Coded:
             is_vectors = x.ndim == stack + 1  # each of which is a matrix of one row
@@ -143,7 +143,12 @@ def quantize_state(
             return jax.tree.map(together, coded)
 
         new_updates, new = step()
-        like = state.codes, jax.lax.cond(state.count == 0, fitted, lambda: scales)
+        is_first = state.count == 0
+        # A first step is taken twice, so that in others no array of floats is kept to be fitted
+        # to; but not on CPUs, where codecs look at the numbers before they encode them anyway.
+        twice = lambda: jax.lax.cond(is_first, lambda: fitted(step()[1]), lambda: scales)
+        once = lambda: jax.tree.map(functools.partial(jnp.where, is_first), fitted(new), scales)
+        like = state.codes, jax.lax.platform_dependent(cpu=once, default=twice)
         coded = jax.tree_util.tree_map_with_path(encode, codecs, stacks, new, *like)
         return new_updates, QuantizedState(optax.safe_increment(state.count), *_columns(coded))
 
