@@ -15,7 +15,7 @@ from jax.interpreters import partial_eval as pe
 
 from memopt.models.stacked import StackedModel
 from memopt.state.quantized import apply_updates, dequantize_params, is_quantized
-from memopt.training.step import Batch, Metrics, TrainState, advance, cut
+from memopt.training.step import Batch, Metrics, TrainState, advance, choose, cut
 from memopt.transforms.partwise import Partwise
 
 BLOCKS = "blocks"
@@ -189,7 +189,7 @@ class _Release:
         norm = jnp.sqrt(sums.squares)
         scalars = {"value": self.loss, "gradient_norm": norm}
         for i, new in partwise.update_shared(state, layered=False, **scalars).items():
-            new_state[i] = jnp.where(sums.finite, new, state[i])
+            new_state[i] = choose(sums.finite, new, state[i])
         structure: Any = jax.tree.structure(start.opt_state)
         opt_state = structure.unflatten(new_state)
         params = self.structure.unflatten(params)
@@ -273,7 +273,7 @@ class _Release:
                 # Nothing added leaves what is stored as it is, without a copy to fall back on.
                 update = jnp.where(finite[i], update.astype(jnp.promote_types(update, "f4")), 0)
                 written = apply_updates(self._tree({i: node}), self._tree({i: update}), step)
-                new = {k: jnp.where(finite[i], x, old[k]) for k, x in new.items()}
+                new = {k: choose(finite[i], x, old[k]) for k, x in new.items()}
                 return self.structure.flatten_up_to(written)[i], new
 
             keep = lambda node=node, owned=owned: (node, {k: old[k] for k in owned})
@@ -283,7 +283,7 @@ class _Release:
                 state[k] = _put(state[k], x, layer, axes[k])
         if layered:
             for k, x in partwise.update_shared(old, layered=True, **scalars).items():
-                state[k] = _put(state[k], jnp.where(before, x, old[k]), layer, axes[k])
+                state[k] = _put(state[k], choose(before, x, old[k]), layer, axes[k])
         return _Carry(stored, state, sums)
 
     def _head(self, x: Array, weights: Leaves) -> tuple[Leaves, tuple[Array, Array, Array]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -98,11 +99,23 @@ def train_step(
         gradient_norm=norm,
     )
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
+        functools.partial(choose, finite),
         (apply_updates(state.params, updates, state.step - state.skipped), opt_state),
         (state.params, state.opt_state),
     )
     return advance(state, params, opt_state, finite, mean_loss, norm, tokens, learning_rate)
+
+
+def choose(applied: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """`new` if `applied`, or else `old`.
+
+    Codes are chosen as floats: of integers of 8 bits XLA for TPUs makes copies first, and a pass of
+    their own.
+    """
+    if new.dtype in (jnp.int4, jnp.int8, jnp.uint8):
+        wide = jnp.where(applied, new.astype(jnp.float32), old.astype(jnp.float32))
+        return wide.astype(new.dtype)
+    return jnp.where(applied, new, old)
 
 
 def advance(
