@@ -22,6 +22,7 @@ def muon(
     ns_coeffs: Sequence[float] | Sequence[Sequence[float]] = STEEPEST,
     eps: float = 1e-7,
     consistent_rms: float | None = None,
+    copied_over: str = "data",
     matrices: Matrices = None,
     rest: optax.GradientTransformation | None = None,
     weight_decay: float = 0.0,
@@ -38,8 +39,8 @@ def muon(
 
     State: mn numbers a matrix.
 
-    On a mesh each device orthogonalises whole matrices of its share, at the price of moving the
-    momentum there and the update back; see `memopt.transforms.orthogonalize`.
+    On a mesh each device orthogonalises whole matrices, its share of them all, at the price of
+    moving momentum there and updates back; see `memopt.orthogonalize`.
 
     Args:
       learning_rate: a number or a schedule.
@@ -50,6 +51,8 @@ def muon(
       eps: added to the norm that the iteration starts from.
       consistent_rms: scale updates by consistent_rms · √max(m, n) instead, to this root mean
         square; 0.2 is about AdamW's, whose learning rate and decay then serve both.
+      copied_over: the mesh axis over which parameters are copied, if there is one; numbers do not
+        depend on it.
       matrices: which leaves are hidden matrices, and of which axes; see
         `memopt.matrices.hidden_matrices`.
       rest: what updates the other leaves; by default AdamW at the same learning rate and decay.
@@ -75,7 +78,9 @@ def muon(
     dtype = jnp.bfloat16 if as_released else None
     method = optax.chain(
         in_float32(optax.trace(beta, nesterov)),
-        orthogonalize(ns_steps, ns_coeffs, eps, dtype=dtype, matrices=matrices),
+        orthogonalize(
+            ns_steps, ns_coeffs, eps, dtype=dtype, copied_over=copied_over, matrices=matrices
+        ),
         scale_by_shape(consistent_rms, matrices=matrices),
         descend(learning_rate, weight_decay, weight_decay_mask),
     )

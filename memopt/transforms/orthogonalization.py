@@ -27,6 +27,7 @@ def orthogonalize(
     eps: float = 1e-7,
     *,
     dtype: DTypeLike | None = None,
+    copied_over: str = "data",
     matrices: Matrices = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces each matrix U S Vᵀ by about U Vᵀ, with nothing but products of matrices.
@@ -39,14 +40,16 @@ def orthogonalize(
     With the default coefficients singular values end between 0.7 and 1.2. No state.
 
     Matrices of equal sides are one batch, whatever parameters they belong to. On a mesh they are
-    dealt out to its devices, so that each is whole on one of them while it is iterated on: what
-    moves is each matrix, once there and once back. A vector is a matrix of one row.
+    dealt out to its devices, so that each is whole on one of them while it is iterated on, and
+    nothing moves but on the way there and back. A vector is a matrix of one row.
 
     Args:
       steps: how often.
       coefficients: a, b and c, or those of each step, whose number is then that of the steps.
       eps: added to the norm.
       dtype: in which the iteration runs; by default float32, or wider if the updates are.
+      copied_over: the mesh axis over which parameters are copied, if there is one; what moves
+        depends on it, the numbers do not.
       matrices: which leaves are matrices, and of which axes; see `memopt.matrices`.
 
     Returns:
@@ -86,7 +89,10 @@ def orthogonalize(
             wide = map_matrices(_to_wide, updates, matrices=matrices, default=every_matrix)
             structure: Any
             leaves, structure = jax.tree.flatten(wide)
-            done = list(map(iterate, leaves)) if leaf_by_leaf else _in_batches(iterate, leaves)
+            if leaf_by_leaf:
+                done = list(map(iterate, leaves))
+            else:
+                done = _in_batches(iterate, leaves, copied_over)
             wide = structure.unflatten(done)
             return map_matrices(_from_wide, updates, wide, matrices=matrices, default=every_matrix)
 
@@ -155,63 +161,47 @@ def _from_wide(layout: Layout, u: Array, x: Array) -> Array:
     return layout.from_matrices((x.mT if m > n else x).reshape(shape), u)
 
 
-def _in_batches(f: Callable[[Array], Array], stacks: Sequence[Array]) -> list[Array]:
+def _in_batches(
+    f: Callable[[Array], Array], stacks: Sequence[Array], copied_over: str
+) -> list[Array]:
     """``f`` of every stack of matrices; those of matrices of one shape in one call."""
     kinds: dict[Any, list[int]] = {}
     for i, x in enumerate(stacks):
         kinds.setdefault((x.shape[1:], x.dtype), []).append(i)
     done: dict[int, Array] = {}
     for kind in kinds.values():
-        done.update(zip(kind, _dealt_out(f, [stacks[i] for i in kind]), strict=True))
+        batch = _dealt_out(f, [stacks[i] for i in kind], copied_over)
+        done.update(zip(kind, batch, strict=True))
     return [done[i] for i in range(len(stacks))]
 
 
-def _dealt_out(f: Callable[[Array], Array], stacks: Sequence[Array]) -> list[Array]:
-    """``f`` of stacks of equal matrices, each device of the mesh with as many of them."""
-    mesh = jax.typeof(stacks[0]).sharding.mesh
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    axes = [a for a in mesh.axis_names if types[a] != AxisType.Manual]
-    devices = math.prod(mesh.shape[a] for a in axes)
+def _dealt_out(
+    f: Callable[[Array], Array], stacks: Sequence[Array], copied_over: str
+) -> list[Array]:
+    """``f`` of stacks of equal matrices, each device of the mesh with as many of them.
 
-    # A stack that divides is dealt out by itself: joined to another it would first have to lie
-    # as that does.
-    even = [[i] for i, x in enumerate(stacks) if len(x) % devices == 0]
-    odd = [i for i, x in enumerate(stacks) if len(x) % devices]
-    packs = [*even, odd] if odd else even
-    shares = [_deal([stacks[i] for i in pack], mesh, axes, devices) for pack in packs]
-    done: dict[int, Array] = {}
-    for pack, share in zip(packs, _split(f(jnp.concatenate(shares, 1)), shares, 1), strict=True):
-        matrices = _moved(share, mesh, axes, back=True).reshape(-1, *share.shape[2:])
-        done.update(zip(pack, _split(matrices, [stacks[i] for i in pack], 0), strict=True))
-    return [done[i] for i in range(len(stacks))]
-
-
-def _deal(pack: Sequence[Array], mesh: Any, axes: Sequence[str], devices: int) -> Array:
-    """Stacks of m×n matrices, filled up with zeros, as (devices, each one's share, m, n)."""
-    x = jnp.concatenate(pack) if len(pack) > 1 else pack[0]
-    x = jnp.pad(x, ((0, -len(x) % devices), (0, 0), (0, 0)))
-    return _moved(x.reshape(devices, -1, *x.shape[1:]), mesh, axes)
-
-
-def _moved(x: Array, mesh: Any, axes: Sequence[str], *, back: bool = False) -> Array:
-    """An array whose first axis is split over all of a mesh, or that is on its way back.
-
-    It gets there by one mesh axis after the other. XLA makes an all-to-all of each; what is to
-    change several at once it gathers whole on every device.
+    By way of a layout in which all of them can be joined, rows over the whole mesh. XLA finds a
+    way there from anything, but that what lies over two axes, and is copied over a third, must not
+    change all three at once: it would gather it whole on every device.
     """
-    free = jax.P.UNCONSTRAINED
-    specs = [jax.P(tuple(axes[:i]), free, free, free) for i in range(1, len(axes) + 1)]
-    specs.append(jax.P(tuple(axes)))
-    for spec in reversed(specs) if back else specs:
-        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)) if axes else x
-    return x
+    mesh = jax.typeof(stacks[0]).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    names = [name for name, kind in kinds if kind != AxisType.Manual]
+    split = tuple(name for name in names if name != copied_over)
+    everywhere = (*split, *(name for name in names if name == copied_over))
+    devices = math.prod(mesh.shape[name] for name in names)
 
+    def place(x: Array, *spec: Any) -> Array:
+        if not names or any(n % devices for n, axes in zip(x.shape, spec, strict=False) if axes):
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, jax.P(*spec)))
 
-def _split(x: Array, like: Sequence[Array], axis: int) -> list[Array]:
-    """Parts of `x` as long as those of `like`, along one axis; what is beyond is dropped."""
-    ends = itertools.accumulate(part.shape[axis] for part in like)
-    cut = lambda part, end: jax.lax.slice_in_dim(x, end - part.shape[axis], end, axis=axis)
-    return [cut(part, end) for part, end in zip(like, ends, strict=True)]
+    x = jnp.concatenate([place(x, None, split) for x in stacks])
+    x = place(jnp.pad(x, ((0, -len(x) % devices), (0, 0), (0, 0))), None, everywhere)
+    x = place(f(place(x, everywhere)), everywhere)
+    x = place(place(x, None, everywhere), None, split)
+    ends = itertools.accumulate(map(len, stacks))
+    return [place(x[end - len(y) : end], None, split) for y, end in zip(stacks, ends, strict=True)]
 
 
 def _under_auto_axes(f: Callable[[Any], Any], tree: Any) -> Any:
