@@ -19,6 +19,7 @@ from memopt.optimizers import ldadam as ldadam
 from memopt.optimizers import lion as lion
 from memopt.optimizers import lomo as lomo
 from memopt.optimizers import matrices_and_rest as matrices_and_rest
+from memopt.optimizers import muon as muon
 from memopt.optimizers import online_subspace_descent as online_subspace_descent
 from memopt.optimizers import optimizer as optimizer
 from memopt.state import codecs as codecs
@@ -43,10 +44,12 @@ from memopt.transforms import clip_by_matrix_rms as clip_by_matrix_rms
 from memopt.transforms import in_subspace as in_subspace
 from memopt.transforms import limit_norm_growth as limit_norm_growth
 from memopt.transforms import normalize_by_group as normalize_by_group
+from memopt.transforms import orthogonalize as orthogonalize
 from memopt.transforms import projectors as projectors
 from memopt.transforms import recombine as recombine
 from memopt.transforms import scale_by_factored_rms as scale_by_factored_rms
 from memopt.transforms import scale_by_parameter_rms as scale_by_parameter_rms
 from memopt.transforms import scale_by_released_adam as scale_by_released_adam
+from memopt.transforms import scale_by_shape as scale_by_shape
 from memopt.transforms import scale_by_sign_momentum as scale_by_sign_momentum
 from memopt.transforms import scale_by_uncorrected_adam as scale_by_uncorrected_adam

@@ -18,13 +18,14 @@ from memopt.optimizers.galore import galore
 from memopt.optimizers.ldadam import ldadam
 from memopt.optimizers.lion import lion
 from memopt.optimizers.lomo import lomo
+from memopt.optimizers.muon import muon
 from memopt.optimizers.online_subspace_descent import online_subspace_descent
 
 _OURS: dict[str, Callable[..., optax.GradientTransformation]] = {
     f.__name__: f
     for f in (
         *(adafactor, adalomo, apollo, apollo_mini, fira, flora, frugal, galore),
-        *(ldadam, lion, lomo, online_subspace_descent),
+        *(ldadam, lion, lomo, muon, online_subspace_descent),
     )
 }
 
@@ -35,9 +36,9 @@ _BASELINES: dict[str, Callable[..., optax.GradientTransformation]] = {
     "amsgrad": optax.amsgrad,
     "lamb": optax.lamb,
     "lars": optax.lars,
-    "muon": optax.contrib.muon,
     "optax_adafactor": optax.adafactor,
     "optax_lion": optax.lion,
+    "optax_muon": optax.contrib.muon,
     "schedule_free": optax.contrib.schedule_free_adamw,
     "sgd": optax.sgd,
     "sm3": optax.sm3,

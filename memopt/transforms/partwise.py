@@ -191,7 +191,7 @@ def _trace(tx: optax.GradientTransformation, params: Any) -> ClosedJaxpr:
         )
 
     def update(gradients: Any, params: Any, state: Any, value: Array, norm: Array) -> Any:
-        extra = {"value": value, "obj_fn": loss, "gradient_norm": norm}
+        extra = {"value": value, "obj_fn": loss, "gradient_norm": norm, "leaf_by_leaf": True}
         updates, state = optax.with_extra_args_support(tx).update(gradients, state, params, **extra)
         structure: Any = jax.tree.structure(params)
         return structure.flatten_up_to(updates), jax.tree.leaves(state)

@@ -126,6 +126,7 @@ CASES = {
     ),
     "lion": Case(variant(memopt.lion, **decays), once, once, once),
     "lomo": Case(variant(memopt.lomo, clip_value=0.5, **decays), none, none, none),
+    "muon": Case(variant(memopt.muon, **decays), once, twice, twice, ("ns_steps",)),
     "galore": Case(variant(memopt.galore, **ranks, **decays), low_moments, twice, twice, ("rank",)),
     "galore_in_turns": Case(
         variant(memopt.galore, projector="svd", refresh_phase=(0, 1), as_released=True, **ranks),

@@ -224,6 +224,19 @@ def lion(w, gradients, name):
         yield w
 
 
+def muon(w, gradients, name, nesterov=True, scale=lambda m, n: np.sqrt(max(1, n / m))):
+    """Newton–Schulz as what it does to singular values."""
+    momentum = 0.0
+    for g in gradients:
+        momentum = 0.95 * momentum + g
+        u, s, v = np.linalg.svd(g + 0.95 * momentum if nesterov else momentum, full_matrices=False)
+        s = s / (np.linalg.norm(s) + 1e-7)
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        w = descend(w, scale(*g.shape) * (u * s) @ v)
+        yield w
+
+
 def adamw(w, gradients, name, b1=0.9, b2=0.999):
     adam = Adam(b1, b2)
     for g in gradients:
@@ -353,6 +366,7 @@ REFRESHED = {"rank": RANK, "refresh_every": EVERY}
 BY_SVD = {"projector": "svd", **REFRESHED}
 UNBOUNDED = {"clip_threshold": None, "scale_by_parameter": False, **REFRESHED}
 BOUNDED = {"clip_threshold": 1.0, "scale_by_parameter": True, **REFRESHED}
+consistent = functools.partial(muon, nesterov=False, scale=lambda m, n: 0.2 * np.sqrt(max(m, n)))
 mini = functools.partial(apollo, r=1, scale=128.0, axis=None)
 bounded = functools.partial(flora, bound=clip_and_scale)
 carried = functools.partial(frugal, on_refresh="carry")
@@ -366,6 +380,12 @@ METHODS = {
     "adalomo": (adalomo, memopt.adalomo, {"clip_value": 0.05}),
     "lomo": (lomo, memopt.lomo, {"clip_value": 0.05}),
     "lion": (lion, memopt.lion, {}),
+    "muon": (or_rest(stacked(muon)), memopt.muon, {}),
+    "muon_consistent_rms": (
+        or_rest(stacked(consistent)),
+        memopt.muon,
+        {"nesterov": False, "consistent_rms": 0.2},
+    ),
     "apollo": (apollo, memopt.apollo, {"projector": replayed(RANK)}),
     "apollo_mini": (mini, memopt.apollo_mini, {"projector": replayed(1)}),
     "galore": (galore, memopt.galore, BY_SVD),

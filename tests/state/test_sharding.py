@@ -351,7 +351,7 @@ TRANSFORMATIONS = {name: memopt.optimizer(name, 1e-2) for name in memopt.availab
 }
 STEPS = 5
 NOT_EXPLICIT = {
-    "muon": "Contracting dimensions are sharded",
+    "optax_muon": "Contracting dimensions are sharded",
     "optax_galore": "Input 0 to svd must be unsharded",
 }
 """Updates of Optax that explicit axes stop, and how; they look at matrices without a stack."""

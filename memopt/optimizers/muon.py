@@ -1,0 +1,89 @@
+"""Muon."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from memopt.errors import check_at_least
+from memopt.matrices import Matrices
+from memopt.optimizers.by_partition import adamw_for_rest, descend, matrices_and_rest
+from memopt.state.precision import in_float32
+from memopt.transforms.orthogonalization import STEEPEST, orthogonalize, scale_by_shape
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    beta: float = 0.95,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    ns_coeffs: Sequence[float] | Sequence[Sequence[float]] = STEEPEST,
+    eps: float = 1e-7,
+    consistent_rms: float | None = None,
+    copied_over: str = "data",
+    matrices: Matrices = None,
+    rest: optax.GradientTransformation | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
+    as_released: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon: momentum, made orthogonal by Newton–Schulz.
+
+    ::
+
+        M ← β M + G
+        O = NewtonSchulz(G + β M)                  ≈ U Vᵀ of the singular value decomposition
+        W ← W − lr · (√max(1, n/m) · O + weight_decay · W)           of m inputs and n outputs
+
+    State: mn numbers a matrix.
+
+    On a mesh each device orthogonalises whole matrices, its share of them all, at the price of
+    moving momentum there and updates back; see `memopt.orthogonalize`.
+
+    Args:
+      learning_rate: a number or a schedule.
+      beta: the decay of the momentum.
+      nesterov: look one step ahead, as above; otherwise O is that of M.
+      ns_steps: iterations of Newton–Schulz.
+      ns_coeffs: a, b and c of its polynomial, or those of each iteration.
+      eps: added to the norm that the iteration starts from.
+      consistent_rms: scale updates by consistent_rms · √max(m, n) instead, to this root mean
+        square; 0.2 is about AdamW's, whose learning rate and decay then serve both.
+      copied_over: the mesh axis over which parameters are copied, if there is one; numbers do not
+        depend on it.
+      matrices: which leaves are hidden matrices, and of which axes; see
+        `memopt.matrices.hidden_matrices`.
+      rest: what updates the other leaves; by default AdamW at the same learning rate and decay.
+      weight_decay: decoupled decay, times the learning rate.
+      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
+      as_released: iterate in bfloat16, as the authors' code does.
+
+    Raises:
+      ValueError: if `ns_steps` is below 1, `consistent_rms` negative, or `ns_coeffs` no threes.
+
+    References:
+      Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024,
+      https://kellerjordan.github.io/posts/muon/; `consistent_rms`: Liu et al., Muon is Scalable
+      for LLM Training, 2025, https://arxiv.org/abs/2502.16982, section 2.2.
+
+    Example:
+      >>> import memopt
+      >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
+      >>> memopt.state_bytes(memopt.muon(2e-2), params)["up/kernel"]   # 64·16 floats
+      4096
+    """
+    check_at_least("consistent_rms", consistent_rms, 0)
+    dtype = jnp.bfloat16 if as_released else None
+    method = optax.chain(
+        in_float32(optax.trace(beta, nesterov)),
+        orthogonalize(
+            ns_steps, ns_coeffs, eps, dtype=dtype, copied_over=copied_over, matrices=matrices
+        ),
+        scale_by_shape(consistent_rms, matrices=matrices),
+        descend(learning_rate, weight_decay, weight_decay_mask),
+    )
+    if rest is None:
+        rest = adamw_for_rest(learning_rate, weight_decay, weight_decay_mask)
+    return matrices_and_rest(method, rest, matrices)

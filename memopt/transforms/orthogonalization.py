@@ -1,0 +1,213 @@
+"""The nearest orthogonal matrices by Newton–Schulz, and how large they should be (Muon)."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import AxisType, NamedSharding
+from jax.typing import DTypeLike
+
+from memopt.errors import check_at_least
+from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
+from memopt.state.precision import statistics_dtype
+
+STEEPEST = (3.4445, -4.7750, 2.0315)
+"""Muon's polynomial, the steepest at zero that keeps singular values around one."""
+
+
+def orthogonalize(
+    steps: int = 5,
+    coefficients: Sequence[float] | Sequence[Sequence[float]] = STEEPEST,
+    eps: float = 1e-7,
+    *,
+    dtype: DTypeLike | None = None,
+    copied_over: str = "data",
+    matrices: Matrices = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Replaces each matrix U S Vᵀ by about U Vᵀ, with nothing but products of matrices.
+
+    ::
+
+        X = G / (‖G‖ + ε)                            of an m×n matrix, m ≤ n; else of its transpose
+        X ← a X + (b A + c A²) X,    A = X Xᵀ        `steps` times
+
+    With the default coefficients singular values end between 0.7 and 1.2. No state.
+
+    Matrices of equal sides are one batch, whatever parameters they belong to. On a mesh they are
+    dealt out to its devices, so that each is whole on one of them while it is iterated on, and
+    nothing moves but on the way there and back. A vector is a matrix of one row.
+
+    Args:
+      steps: how often.
+      coefficients: a, b and c, or those of each step, whose number is then that of the steps.
+      eps: added to the norm.
+      dtype: in which the iteration runs; by default float32, or wider if the updates are.
+      copied_over: the mesh axis over which parameters are copied, if there is one; what moves
+        depends on it, the numbers do not.
+      matrices: which leaves are matrices, and of which axes; see `memopt.matrices`.
+
+    Returns:
+      A transformation whose update knows the extra argument `leaf_by_leaf`, by which a training
+      step that never holds all gradients keeps parameters from being batched.
+
+    Raises:
+      ValueError: if `steps` is below 1, or coefficients do not come in threes.
+
+    References:
+      Jordan et al., Muon, 2024, https://kellerjordan.github.io/posts/muon/.
+
+    Example:
+      >>> g = jnp.array([[3.0, 0.0, 0.0], [0.0, 0.0, -2.0]])
+      >>> u, _ = orthogonalize(10, (1.5, -0.5, 0.0)).update({"w": g}, optax.EmptyState())
+      >>> print(u["w"].round(3) + 0.0)
+      [[ 1.  0.  0.]
+       [ 0.  0. -1.]]
+    """
+    check_at_least("steps", steps, 1)
+    polynomials = np.asarray(coefficients, float)
+    if polynomials.ndim not in (1, 2) or polynomials.shape[-1] != 3:
+        raise ValueError(
+            f"coefficients must be three numbers, or three for each step, got {coefficients!r}."
+        )
+    if polynomials.ndim == 1:
+        polynomials = np.tile(polynomials, (steps, 1))
+
+    def iterate(x: Array) -> Array:
+        wide = x.astype(dtype or statistics_dtype(x))
+        return _newton_schulz(wide, polynomials, eps).astype(x.dtype)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, leaf_by_leaf: bool = False, **_: Any
+    ) -> tuple[Any, Any]:
+        def orthogonal(updates: Any) -> Any:
+            wide = map_matrices(_to_wide, updates, matrices=matrices, default=every_matrix)
+            structure: Any
+            leaves, structure = jax.tree.flatten(wide)
+            if leaf_by_leaf:
+                done = list(map(iterate, leaves))
+            else:
+                done = _in_batches(iterate, leaves, copied_over)
+            wide = structure.unflatten(done)
+            return map_matrices(_from_wide, updates, wide, matrices=matrices, default=every_matrix)
+
+        return _under_auto_axes(orthogonal, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def scale_by_shape(
+    consistent_rms: float | None = None, *, matrices: Matrices = None
+) -> optax.GradientTransformationExtraArgs:
+    """Scales the update of an m×n matrix, of m inputs and n outputs, by its shape.
+
+    By √max(1, n/m), or so that an orthogonal one has the root mean square `consistent_rms`: by
+    consistent_rms · √max(m, n). No state.
+
+    Args:
+      consistent_rms: that of every update; 0.2 is about AdamW's.
+      matrices: which leaves are matrices, and of which axes; see `memopt.matrices`. A vector is a
+        matrix of one row.
+
+    References:
+      Jordan et al., Muon, 2024, https://kellerjordan.github.io/posts/muon/; Liu et al., Muon is
+      Scalable for LLM Training, 2025, https://arxiv.org/abs/2502.16982, section 2.2.
+
+    Example:
+      >>> u, _ = scale_by_shape().update({"w": jnp.ones((2, 8))}, optax.EmptyState())
+      >>> float(u["w"][0, 0])
+      2.0
+    """
+
+    def scale(layout: Layout, u: Array) -> Array:
+        m, n = layout.shape(u)[-2:]
+        if consistent_rms is None:
+            return u * math.sqrt(max(1, n / m))
+        return (u * (consistent_rms * math.sqrt(max(m, n)))).astype(u.dtype)
+
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
+        return map_matrices(scale, updates, matrices=matrices, default=every_matrix), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _newton_schulz(x: Array, polynomials: np.ndarray, eps: float) -> Array:
+    """The iteration on a stack of m×n matrices, m ≤ n, one polynomial after the other."""
+
+    def step(x: Array, polynomial: Array) -> tuple[Array, None]:
+        a, b, c = polynomial
+        gram = jnp.einsum("...mn,...pn->...mp", x, x)
+        return a * x + (b * gram + c * (gram @ gram)) @ x, None
+
+    norm = jnp.sqrt(jnp.square(x).sum((-2, -1), keepdims=True))
+    return jax.lax.scan(step, x / (norm + eps), jnp.asarray(polynomials, x.dtype))[0]
+
+
+def _to_wide(layout: Layout, u: Array) -> Array:
+    """An update as a stack of matrices with no more rows than columns."""
+    x = layout.to_matrices(u)
+    x = x.reshape(-1, *x.shape[-2:])
+    return x.mT if x.shape[-2] > x.shape[-1] else x
+
+
+def _from_wide(layout: Layout, u: Array, x: Array) -> Array:
+    """The inverse of `_to_wide`."""
+    *_, m, n = shape = layout.shape(u)
+    return layout.from_matrices((x.mT if m > n else x).reshape(shape), u)
+
+
+def _in_batches(
+    f: Callable[[Array], Array], stacks: Sequence[Array], copied_over: str
+) -> list[Array]:
+    """``f`` of every stack of matrices; those of matrices of one shape in one call."""
+    kinds: dict[Any, list[int]] = {}
+    for i, x in enumerate(stacks):
+        kinds.setdefault((x.shape[1:], x.dtype), []).append(i)
+    done: dict[int, Array] = {}
+    for kind in kinds.values():
+        batch = _dealt_out(f, [stacks[i] for i in kind], copied_over)
+        done.update(zip(kind, batch, strict=True))
+    return [done[i] for i in range(len(stacks))]
+
+
+def _dealt_out(
+    f: Callable[[Array], Array], stacks: Sequence[Array], copied_over: str
+) -> list[Array]:
+    """``f`` of stacks of equal matrices, each device of the mesh with as many of them.
+
+    By way of a layout in which all of them can be joined, rows over the whole mesh. XLA finds a
+    way there from anything, but that what lies over two axes, and is copied over a third, must not
+    change all three at once: it would gather it whole on every device.
+    """
+    mesh = jax.typeof(stacks[0]).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    names = [name for name, kind in kinds if kind != AxisType.Manual]
+    split = tuple(name for name in names if name != copied_over)
+    everywhere = (*split, *(name for name in names if name == copied_over))
+    devices = math.prod(mesh.shape[name] for name in names)
+
+    def place(x: Array, *spec: Any) -> Array:
+        if not names or any(n % devices for n, axes in zip(x.shape, spec, strict=False) if axes):
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, jax.P(*spec)))
+
+    x = jnp.concatenate([place(x, None, split) for x in stacks])
+    x = place(jnp.pad(x, ((0, -len(x) % devices), (0, 0), (0, 0))), None, everywhere)
+    x = place(f(place(x, everywhere)), everywhere)
+    x = place(place(x, None, everywhere), None, split)
+    ends = itertools.accumulate(map(len, stacks))
+    return [place(x[end - len(y) : end], None, split) for y, end in zip(stacks, ends, strict=True)]
+
+
+def _under_auto_axes(f: Callable[[Any], Any], tree: Any) -> Any:
+    """``f(tree)``, a tree of the same shardings, by an `f` that need not know explicit axes."""
+    kinds = [jax.typeof(x).sharding for x in jax.tree.leaves(tree)]
+    if any(AxisType.Explicit in kind.mesh.axis_types for kind in kinds):
+        places = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
+        f = jax.sharding.auto_axes(f, out_sharding=places)
+    return jax.jit(f)(tree)

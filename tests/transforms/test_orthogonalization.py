@@ -1,0 +1,126 @@
+"""Newton–Schulz in batches, dealt out to devices."""
+
+import math
+import re
+
+import chex
+import jax
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from jax.sharding import AxisType, NamedSharding
+
+import memopt
+
+AXIS_TYPES = pytest.mark.parametrize(
+    "axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
+)
+LAYERS = 8
+SHAPES = {
+    "q": (LAYERS, 64, 64),
+    "o": (LAYERS, 64, 64),
+    "up": (LAYERS, 64, 128),
+    "down": (LAYERS, 128, 64),
+}
+# A mesh, and of a matrix that reads from the model and of one that writes to it the spec; how many
+# times what a device has of the parameters moves, there and back.
+ROWS = ({"fsdp": 8}, (None, "fsdp"), (None, None, "fsdp"), 2.4)
+BOTH = ({"fsdp": 4, "tensor": 2}, (None, "fsdp", "tensor"), (None, "tensor", "fsdp"), 4.4)
+STACK = ({"fsdp": 4, "tensor": 2}, (("fsdp", "tensor"),), (("fsdp", "tensor"),), 4.1)
+# Of copies the update is made once and then gathered.
+COPIES = ({"data": 2, "fsdp": 4}, (None, "fsdp"), (None, None, "fsdp"), 2.4)
+ALL = (
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    *((None, "fsdp", "tensor"), (None, "tensor", "fsdp"), 4.4),
+)
+LAYOUTS = {"rows": ROWS, "both": BOTH, "stack": STACK, "copies": COPIES, "all": ALL}
+
+
+def tree(seed=0, shapes=SHAPES):
+    draw = np.random.default_rng(seed)
+    return {n: np.asarray(draw.normal(size=s), np.float32) for n, s in shapes.items()}
+
+
+def places(layout, axis_type):
+    sizes, reads, writes, _ = LAYOUTS[layout]
+    types = (axis_type,) * len(sizes)
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
+    spec = lambda name: jax.P(*(writes if name in ("o", "down") else reads))
+    return {name: NamedSharding(mesh, spec(name)) for name in SHAPES}
+
+
+def update(tree, **options):
+    return memopt.orthogonalize().update(tree, optax.EmptyState(), **options)[0]
+
+
+def test_matrices_become_orthogonal():
+    for u in update(tree()).values():
+        assert ((s := np.linalg.svd(u, compute_uv=False)) > 0.5).mean() > 0.95
+        assert s.max() < 1.25
+
+
+def test_equals_optax():
+    """Without Nesterov, of which each has its own: Optax corrects both of its terms."""
+    params = {n: x[0] for n, x in tree().items()}
+    options = {"nesterov": False, "eps": 1e-8, "weight_decay": 0.1}
+    for rms in (None, 0.2):
+        ours = memopt.muon(1e-2, **options, consistent_rms=rms)
+        theirs = optax.contrib.muon(1e-2, **options, consistent_rms=rms)
+        state, other = ours.init(params), theirs.init(params)
+        for t in range(3):
+            gradients = {n: x[0] for n, x in tree(t + 1).items()}
+            found, state = jax.jit(ours.update)(gradients, state, params)
+            expected, other = jax.jit(theirs.update)(gradients, other, params)
+            chex.assert_trees_all_close(found, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("layers", [1, 3, 8])
+def test_neither_batches_nor_devices_change_the_numbers(layers):
+    shapes = {n: (layers, *s[1:]) for n, s in SHAPES.items()} | {"more": (5, 64, 64), "v": (7,)}
+    gradients = tree(shapes=shapes)
+    apart = update(gradients, leaf_by_leaf=True)
+    chex.assert_trees_all_close(update(gradients), apart, atol=1e-5)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    whole = jax.device_put(gradients, NamedSharding(mesh, jax.P()))
+    chex.assert_trees_all_close(jax.device_get(update(whole)), apart, atol=1e-5)
+
+
+@AXIS_TYPES
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_moves_but_on_the_way_there_and_back(layout, axis_type):
+    placed = places(layout, axis_type)
+    given = {n: jax.ShapeDtypeStruct(s, "float32", sharding=placed[n]) for n, s in SHAPES.items()}
+    with jax.set_mesh(placed["q"].mesh):
+        hlo = jax.jit(update, out_shardings=placed).lower(given).compile().as_text()
+    moves = re.findall(r"= (.*?) ((?:all|collective|reduce)-[a-z-]+)\(", hlo)
+    kinds = {"all-to-all", "collective-permute"} | (
+        {"all-gather"} if "data" in placed["q"].mesh.shape else set()
+    )
+    assert {kind for _, kind in moves} <= kinds
+    sizes = [sum(map(numbers, re.findall(r"f32\[([\d,]+)\]", shapes))) for shapes, _ in moves]
+    share = sum(math.prod(placed[n].shard_shape(s)) for n, s in SHAPES.items())
+    assert share <= sum(sizes) <= LAYOUTS[layout][-1] * share
+
+
+def numbers(shape):
+    return math.prod(map(int, shape.split(",")))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"ns_steps": 0}, "steps must be at least 1, got 0"),
+        ({"ns_coeffs": (1.5, -0.5)}, "coefficients must be three numbers"),
+        ({"consistent_rms": -1.0}, "consistent_rms must be at least 0"),
+    ],
+)
+def test_bad_options_are_named(options, says):
+    with pytest.raises(ValueError, match=says):
+        memopt.muon(1e-2, **options)
+
+
+def test_each_step_may_have_a_polynomial_of_its_own():
+    same = memopt.orthogonalize(coefficients=[(3.4445, -4.7750, 2.0315)] * 5)
+    found, _ = same.update(tree(), optax.EmptyState())
+    chex.assert_trees_all_equal(found, update(tree()))
