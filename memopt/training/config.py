@@ -12,6 +12,12 @@ from tyro import conf
 
 DType = Literal["float32", "bfloat16", "float16"]
 
+#: Options that `config.json` does not hold.
+OF_ONE_INVOCATION = (
+    *("output", "resume", "config"),
+    *("coordinator", "processes", "process", "heartbeat_timeout"),
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -94,6 +100,14 @@ class Run:
     mesh: Annotated[str | None, conf.arg(metavar="AXIS=SIZE,...")] = None
     """Arrangement of the devices, such as data=2,fsdp=4; if not given, data=DEVICES.
     `data` copies the model, `fsdp` splits its parameters, `tensor` its heads and channels."""
+    coordinator: Annotated[str | None, conf.arg(metavar="HOST:PORT")] = None
+    """Where process 0 of several is reached. Not needed on TPU pods and under Slurm."""
+    processes: Annotated[int | None, conf.arg(metavar="INT")] = None
+    """How many processes there are, with --coordinator."""
+    process: Annotated[int | None, conf.arg(metavar="INT")] = None
+    """Which of them this is, from 0, with --coordinator."""
+    heartbeat_timeout: int = 60
+    """Seconds of silence after which a process is taken for dead, and all others end."""
     eval_every: int = 200
     """Steps between evaluations."""
     checkpoint_every: int = 200
@@ -139,7 +153,7 @@ class Config:
             flat |= group
         options = [f"{name}={value}" for name, value in sorted(self.optimizer_options.items())]
         flat |= {"data": list(self.text.data), "option": options}
-        return {name: flat[name] for name in flat if name not in ("output", "resume", "config")}
+        return {name: flat[name] for name in flat if name not in OF_ONE_INVOCATION}
 
 
 def _value(text: str) -> Any:

@@ -18,6 +18,7 @@ from memopt.training.data import Batch
 from memopt.training.metrics import Display, MetricsLog
 from memopt.training.placement import abstract_state
 from memopt.training.prepare import Training
+from memopt.training.processes import agree_to_stop, writes
 from memopt.training.release import release_step
 from memopt.training.step import Metrics, TrainState, evaluate, train_step
 
@@ -25,15 +26,17 @@ Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
 class Stopped(Exception):
-    """A run ended before its last step; where it was is saved.
+    """A run ended before its last step.
 
     Attributes:
         exit_code: What the process should exit with.
+        saved: Whether where it was is saved. It is, unless only one of several processes stopped.
     """
 
-    def __init__(self, reason: str, exit_code: int = 1):
+    def __init__(self, reason: str, exit_code: int = 1, saved: bool = True):
         super().__init__(reason)
         self.exit_code = exit_code
+        self.saved = saved
 
 
 def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compiled]:
@@ -55,7 +58,9 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
         jax.set_mesh(run.mesh),
         contextlib.closing(run.checkpoints),
         contextlib.closing(run.batches),
-        contextlib.closing(MetricsLog(run.directory, start)) as log,
+        contextlib.closing(MetricsLog(run.directory, start))
+        if writes()
+        else contextlib.nullcontext() as log,
         Display(console, steps, start) as display,
         _signals() as caught,
     ):
@@ -70,13 +75,15 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
                 if number % options.eval_every == 0 or number == steps:
                     batches = map(run.place, run.validation)
                     metrics["val_loss"] = evaluate(state.params, batches, loss)
-                log.write(number, metrics)
+                if log:
+                    log.write(number, metrics)
                 display.update(number, metrics)
                 _stop_if_stuck(metrics, run.config.optimization.max_skipped, number)
                 if number % options.checkpoint_every == 0 or number == steps:
                     run.save(state, metrics.get("val_loss"))
-        except Stopped:
-            run.save(state)
+        except Stopped as stopped:
+            if stopped.saved:
+                run.save(state)
             raise
     return state, compiled
 
@@ -113,7 +120,8 @@ def _next_batch(run: Training) -> Batch:
     try:
         return next(run.batches)
     except (OSError, ValueError) as error:
-        raise Stopped(f"the data cannot be read: {error}") from error
+        alone = jax.process_count() > 1
+        raise Stopped(f"the data cannot be read: {error}", saved=not alone) from error
 
 
 def _stop_if_stuck(metrics: dict[str, float], limit: int, step: int) -> None:
@@ -125,8 +133,8 @@ def _stop_if_stuck(metrics: dict[str, float], limit: int, step: int) -> None:
 
 
 def _stop_if_caught(caught: list[signal.Signals], step: int) -> None:
-    if caught:
-        raise Stopped(f"stopped by {caught[0].name} after step {step}.", 128 + caught[0])
+    if number := agree_to_stop(caught[0] if caught else 0):
+        raise Stopped(f"stopped by {signal.Signals(number).name} after step {step}.", 128 + number)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,15 +20,15 @@ def make_mesh(spec: str | None, rows: int) -> Mesh:
 
     Args:
         spec: Axes and their sizes, such as "data=2,fsdp=4". None: as many devices as `rows` divides
-            over, on one axis `data`.
+            over, on one axis `data`. Where there are several processes, all devices are needed.
         rows: Rows of a (micro-)batch, to be split over `data` and `fsdp`.
 
     Returns:
         The mesh.
 
     Raises:
-        ValueError: `spec` is no list of axes, needs more devices than there are, or does not divide
-            `rows`.
+        ValueError: `spec` is no list of axes, needs more devices than there are or leaves out some
+            of several processes, or does not divide `rows`.
 
     Example:
         >>> make_mesh("data=1,fsdp=1", rows=4).axis_names
@@ -39,6 +40,12 @@ def make_mesh(spec: str | None, rows: int) -> Mesh:
         raise ValueError(
             f"mesh {spec!r} needs {math.prod(axes.values())} devices, but there are {devices}: "
             "choose sizes whose product is at most that."
+        )
+    if math.prod(axes.values()) < devices and jax.process_count() > 1:
+        raise ValueError(
+            f"mesh {spec!r} must take in all {devices} devices of the {jax.process_count()} "
+            f"processes, got {math.prod(axes.values())} for {rows} rows (batch size ÷ "
+            "accumulation): change --mesh or --batch-size."
         )
     shards = math.prod(axes.get(axis, 1) for axis in BATCH_AXES)
     if rows % shards:
@@ -61,6 +68,17 @@ def parse_mesh(spec: str) -> dict[str, int]:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over `data` and `fsdp`, as far as the mesh has them."""
     return NamedSharding(mesh, jax.P(tuple(axis for axis in BATCH_AXES if axis in mesh.shape)))
+
+
+def rows_here(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a batch that devices of this process hold, in order.
+
+    Example:
+        >>> rows_here(make_mesh("data=1", rows=4), batch_size=4)
+        [0, 1, 2, 3]
+    """
+    places: Mapping[Any, Any] = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return sorted({row for (rows,) in places.values() for row in range(batch_size)[rows]})
 
 
 def abstract_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:

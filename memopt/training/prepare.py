@@ -30,7 +30,8 @@ from memopt.training.data import (
     validation_batches,
 )
 from memopt.training.directory import check_same, choose_directory, open_directory
-from memopt.training.placement import abstract_state, batch_sharding, make_mesh
+from memopt.training.placement import abstract_state, batch_sharding, make_mesh, rows_here
+from memopt.training.processes import check_alike
 from memopt.training.step import TrainState, init_state
 from memopt.training.tokenizer import Tokenizer, load_tokenizer
 
@@ -79,11 +80,8 @@ class Training:
 
     def place(self, batch: Batch) -> dict[str, jax.Array]:
         """Puts this process's rows of a batch on its devices."""
-        sharding = batch_sharding(self.mesh)
-        return {
-            name: jax.make_array_from_process_local_data(sharding, rows)
-            for name, rows in batch.items()
-        }
+        shape = (self.config.text.batch_size, self.config.text.seq_len)
+        return jax.make_array_from_process_local_data(batch_sharding(self.mesh), batch, shape)
 
     def save(self, state: TrainState, val_loss: float | None = None) -> None:
         """Starts to save a checkpoint of everything that changes, and of what it belongs to."""
@@ -133,13 +131,15 @@ def prepare(config: Config) -> Training:
         like = abstract_state(_stored(config, _abstract_params(model_config, mesh)), tx, mesh)
     training, held_out = find_documents(config.text.data).split()
     shape = {"batch_size": config.text.batch_size, "seq_len": config.text.seq_len}
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = train_batches(training, tokenizer, **shape, seed=config.optimization.seed, **share)
+    rows = rows_here(mesh, config.text.batch_size)
+    batches = train_batches(training, tokenizer, **shape, seed=config.optimization.seed, rows=rows)
     validation = validation_batches(
-        held_out, tokenizer, max_tokens=config.text.eval_tokens, **shape, **share
+        held_out, tokenizer, max_tokens=config.text.eval_tokens, **shape, rows=rows
     )
     identity = fingerprint(training, tokenizer, **shape, seed=config.optimization.seed)
     identity = {f"data {name}": value for name, value in identity.items()}
+
+    check_alike({"output": str(directory), **config.flat(), "content of the data": identity})
 
     checkpoints = Checkpoints(directory / "checkpoints", config.run.keep)
     restored = checkpoints.restore(like) if config.run.resume else None

@@ -1,0 +1,111 @@
+"""`memopt pretrain` in several processes, real ones: they do what one does, and end together."""
+
+import json
+import socket
+
+import chex
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from memopt.cli.pretrain import parse
+from memopt.training.loop import train
+from memopt.training.prepare import prepare
+from tests.cli.runs import finish, kill, metrics, start, wait_for_step
+from tests.training import nano
+
+STEPS = 30
+FLAGS = (
+    f"--model=nano --data words.txt --batch-size=8 --seq-len=32 --eval-tokens=512 --steps={STEPS} "
+    "--eval-every=10 --checkpoint-every=10 --learning-rate=1e-2 --mesh=data=2,fsdp=2"
+).split()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    nano.write_text(home / "words.txt")
+    return home
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nano_preset():
+    nano.install()
+    yield
+    nano.remove()
+
+
+@pytest.fixture(scope="module")
+def alone(home):
+    """The directory of the same run in one process, on as many devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        train(prepare(parse([*FLAGS, "--output=alone"])), Console(quiet=True))
+    return home / "alone"
+
+
+def last_state(directory):
+    """What was saved last, as this one process resumes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory.parent)
+        run = prepare(parse(["--resume", f"--output={directory.name}"]))
+    run.batches.close()
+    return jax.device_get(run.state)
+
+
+def start_all(home, count, *flags):
+    """Starts processes with four devices in all, each with a working directory of its own."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    together = (f"--coordinator=localhost:{port}", f"--processes={count}", "--heartbeat-timeout=9")
+    return [
+        start(home, *flags, *together, f"--process={index}", devices=4 // count)
+        for index in range(count)
+    ]
+
+
+def check_same(directory, alone):
+    """Every loss and all that was saved last; sums over devices are added in another order."""
+    for one, other in zip(metrics(directory), metrics(alone), strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            np.testing.assert_allclose(value, other[name], rtol=1e-5, err_msg=name)
+    assert len(metrics(directory)) == STEPS
+    chex.assert_trees_all_close(last_state(directory), last_state(alone), rtol=1e-5, atol=1e-6)
+
+
+def check_written_once(outputs, directory):
+    """Only the first process speaks, and nothing is written twice."""
+    (out, _), *others = outputs
+    assert out.count("everything is in") == 1
+    assert "sample" in out
+    assert not any("loss" in out for out, _ in others)
+    assert len(list((directory / "tensorboard").iterdir())) == 1
+    assert (directory / "loss.png").stat().st_size > 5_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_do_what_one_does(home, alone, count):
+    output = f"together-{count}"
+    outputs = [finish(process) for process in start_all(home, count, *FLAGS, f"--output={output}")]
+    check_same(home / output, alone)
+    check_written_once(outputs, home / output)
+    assert json.loads((home / output / "config.json").read_text()) == json.loads(
+        (alone / "config.json").read_text()
+    )
+
+
+def test_one_is_killed_all_end_and_resumed_they_do_what_one_does(home, alone):
+    processes = start_all(home, 2, *FLAGS, "--output=killed")
+    wait_for_step(processes[0], home / "killed", 15)
+    kill(processes[1])
+    _, err = finish(processes[0], exit_code=1)
+    assert "memopt: process 0: a process has ended or is out of reach" in err
+    assert metrics(home / "killed")[-1]["step"] < STEPS
+    resumed = start_all(home, 2, "--resume", "--output=killed")
+    outputs = [finish(process) for process in resumed]
+    assert "resumed at step 10" in outputs[0][0]
+    check_same(home / "killed", alone)
