@@ -1,7 +1,6 @@
 """`memopt pretrain` in several processes, real ones: they do what one does, and end together."""
 
 import json
-import socket
 
 import chex
 import jax
@@ -12,7 +11,7 @@ from rich.console import Console
 from memopt.cli.pretrain import parse
 from memopt.training.loop import train
 from memopt.training.prepare import prepare
-from tests.cli.runs import finish, kill, metrics, start, wait_for_step
+from tests.cli.runs import finish, free_port, kill, metrics, start, wait_for_step
 from tests.training import nano
 
 STEPS = 30
@@ -55,11 +54,9 @@ def last_state(directory):
 
 
 def start_all(home, count, *flags):
-    """Starts processes with four devices in all, each with a working directory of its own."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    together = (f"--coordinator=localhost:{port}", f"--processes={count}", "--heartbeat-timeout=9")
+    """Starts processes with four devices in all."""
+    address = f"localhost:{free_port()}"
+    together = (f"--coordinator={address}", f"--processes={count}", "--heartbeat-timeout=9")
     return [
         start(home, *flags, *together, f"--process={index}", devices=4 // count)
         for index in range(count)
