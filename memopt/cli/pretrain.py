@@ -24,7 +24,7 @@ from memopt.training.loop import Stopped, compile_step, train
 from memopt.training.metrics import read_metrics
 from memopt.training.placement import abstract_state
 from memopt.training.prepare import Training, prepare
-from memopt.training.processes import join, writes
+from memopt.training.processes import join, wait_for_all, writes
 from memopt.training.report import plot_loss, sample_text
 from memopt.training.step import TrainState
 
@@ -80,6 +80,7 @@ def _pretrain(arguments: list[str]) -> None:
             _leave(f"{stopped} Continue in all processes with: {command}")
         fail(f"{stopped} All is saved; continue with: {command}", stopped.exit_code)
     _conclude(run, state, step, console)
+    wait_for_all()  # JAX's own patience at the exit is that with a silent process
 
 
 def _leave(message: str) -> NoReturn:

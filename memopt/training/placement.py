@@ -42,10 +42,11 @@ def make_mesh(spec: str | None, rows: int) -> Mesh:
             "choose sizes whose product is at most that."
         )
     if math.prod(axes.values()) < devices and jax.process_count() > 1:
+        taken = ",".join(f"{axis}={size}" for axis, size in axes.items())
         raise ValueError(
-            f"mesh {spec!r} must take in all {devices} devices of the {jax.process_count()} "
-            f"processes, got {math.prod(axes.values())} for {rows} rows (batch size ÷ "
-            "accumulation): change --mesh or --batch-size."
+            f"mesh {taken!r}, for {rows} rows (batch size ÷ accumulation), must take in all "
+            f"{devices} devices of the {jax.process_count()} processes: change --mesh or "
+            "--batch-size."
         )
     shards = math.prod(axes.get(axis, 1) for axis in BATCH_AXES)
     if rows % shards:

@@ -90,6 +90,11 @@ def writes() -> bool:
     return jax.process_index() == 0
 
 
+def wait_for_all() -> None:
+    """Returns when all processes have come here."""
+    multihost_utils.sync_global_devices("memopt")
+
+
 def check_alike(options: Mapping[str, Any]) -> None:
     """Raises unless all processes were started alike; none goes on before all have asked.
 

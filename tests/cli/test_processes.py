@@ -1,6 +1,8 @@
 """`memopt pretrain` in several processes, real ones: they do what one does, and end together."""
 
 import json
+import re
+import signal
 
 import chex
 import jax
@@ -106,3 +108,29 @@ def test_one_is_killed_all_end_and_resumed_they_do_what_one_does(home, alone):
     outputs = [finish(process) for process in resumed]
     assert "resumed at step 10" in outputs[0][0]
     check_same(home / "killed", alone)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_after_the_same_step(home, alone):
+    processes = start_all(home, 2, *FLAGS, "--output=stopped")
+    wait_for_step(processes[0], home / "stopped", 5)
+    processes[1].send_signal(signal.SIGTERM)
+    last = set()
+    for process in processes:
+        _, err = finish(process, exit_code=128 + signal.SIGTERM)
+        last |= set(re.findall(r"memopt: stopped by SIGTERM after step (\d+)\. All is saved", err))
+    assert last == {str(metrics(home / "stopped")[-1]["step"])}
+    for process in start_all(home, 2, "--resume", "--output=stopped"):
+        finish(process)
+    check_same(home / "stopped", alone)
+
+
+@pytest.mark.slow
+def test_a_process_that_falls_silent_ends_all(home):
+    processes = start_all(home, 2, *FLAGS, "--output=silent")
+    wait_for_step(processes[0], home / "silent", 5)
+    processes[1].send_signal(signal.SIGSTOP)
+    _, err = processes[0].communicate(timeout=300)
+    kill(processes[1])
+    assert processes[0].returncode not in (0, None)
+    assert "another task died" in err
