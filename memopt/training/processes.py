@@ -62,6 +62,7 @@ def join(options: Run) -> None:
             options.coordinator,
             options.processes,
             options.process,
+            cluster_detection_method=None if cluster else "deactivate",
             heartbeat_timeout_seconds=options.heartbeat_timeout,
             shutdown_timeout_seconds=options.heartbeat_timeout,
         )

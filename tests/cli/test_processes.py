@@ -75,13 +75,13 @@ def check_same(directory, alone):
     chex.assert_trees_all_close(last_state(directory), last_state(alone), rtol=1e-5, atol=1e-6)
 
 
-def check_written_once(outputs, directory):
-    """Only the first process speaks, and nothing is written twice."""
+def check_one_writes(outputs, directory, starts=1):
+    """Only the first process speaks, and each time writes one file of events."""
     (out, _), *others = outputs
     assert out.count("everything is in") == 1
     assert "sample" in out
     assert not any("loss" in out for out, _ in others)
-    assert len(list((directory / "tensorboard").iterdir())) == 1
+    assert len(list((directory / "tensorboard").iterdir())) == starts
     assert (directory / "loss.png").stat().st_size > 5_000
 
 
@@ -91,7 +91,7 @@ def test_several_processes_do_what_one_does(home, alone, count):
     output = f"together-{count}"
     outputs = [finish(process) for process in start_all(home, count, *FLAGS, f"--output={output}")]
     check_same(home / output, alone)
-    check_written_once(outputs, home / output)
+    check_one_writes(outputs, home / output)
     assert json.loads((home / output / "config.json").read_text()) == json.loads(
         (alone / "config.json").read_text()
     )
@@ -108,6 +108,7 @@ def test_one_is_killed_all_end_and_resumed_they_do_what_one_does(home, alone):
     outputs = [finish(process) for process in resumed]
     assert "resumed at step 10" in outputs[0][0]
     check_same(home / "killed", alone)
+    check_one_writes(outputs, home / "killed", starts=2)
 
 
 @pytest.mark.slow

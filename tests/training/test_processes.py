@@ -31,8 +31,10 @@ def joined(monkeypatch):
     """How `jax.distributed.initialize` was called: the three and the heartbeat."""
     calls = []
 
-    def initialize(*three, heartbeat_timeout_seconds, shutdown_timeout_seconds):
+    def initialize(*three, heartbeat_timeout_seconds, shutdown_timeout_seconds, **method):
         assert shutdown_timeout_seconds == heartbeat_timeout_seconds
+        in_cluster = any(cluster.is_env_present() for cluster in processes.CLUSTERS)
+        assert method == {"cluster_detection_method": None if in_cluster else "deactivate"}
         calls.append((*three, heartbeat_timeout_seconds))
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
@@ -40,6 +42,8 @@ def joined(monkeypatch):
 
 
 def surround(monkeypatch, environment):
+    for name in (*SLURM, *TPU):
+        monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     in_pod = "TPU_WORKER_ID" in environment
