@@ -160,8 +160,9 @@ def evaluate(params: Any, batches: Any, loss: Loss) -> float:
         batches: Iterable of batches.
         loss: As in `train_step`, jitted.
     """
-    sums = [loss(params, batch) for batch in batches]
-    total, tokens = (sum(float(x) for x in column) for column in zip(*sums, strict=True))
+    # One batch at a time: of several processes on CPUs, programs that overlap wait for each other.
+    sums = [tuple(map(float, loss(params, batch))) for batch in batches]
+    total, tokens = map(sum, zip(*sums, strict=True))
     return total / tokens
 
 

@@ -43,7 +43,11 @@ def free_port():
 
 
 def finish(process, exit_code=0):
-    out, err = process.communicate(timeout=300)
+    try:
+        out, err = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     assert process.returncode == exit_code, err
     assert "Traceback" not in err
     return out, err
