@@ -178,3 +178,21 @@ def test_evaluation_divides_the_summed_loss_by_the_tokens():
     whole = jax.tree.map(lambda *rows: jnp.concatenate(rows), *batches)
     total, tokens = loss(params, whole)
     np.testing.assert_allclose(evaluate(params, batches, loss), total / tokens, rtol=1e-6)
+
+
+def test_evaluation_reads_a_loss_before_it_asks_for_the_next_batch():
+    """Two programs under way at a time hang several CPU processes, now and then."""
+    events = []
+
+    class Number:
+        def __float__(self):
+            events.append("read")
+            return 2.0
+
+    def batches():
+        for _ in range(3):
+            events.append("batch")
+            yield {}
+
+    assert evaluate(None, batches(), lambda params, batch: (Number(), Number())) == 1.0
+    assert events == ["batch", "read", "read"] * 3
