@@ -90,7 +90,7 @@ def ssh(tmp_path, monkeypatch):
 
 WORKER = """
 trap 'echo told; exit 143' TERM
-printf '<%s>' "$@"; echo
+echo "$(printf '<%s>' "$@")"
 for i in {1..1000}; do
     sleep 0.05
     if [[ -f "end${@: -1}" ]]; then exit "$(< "end${@: -1}")"; fi
