@@ -36,6 +36,7 @@ import memopt
 from benchmarks.compilers import Tpu, devices
 from benchmarks.report import save
 from benchmarks.step_time import COLORS
+from memopt.state.quantize import QuantizedState
 
 LAYERS, D, FF = 4, 4096, 11008
 KERNELS = dict.fromkeys("qkvo", (D, D)) | {"gate": (D, FF), "up": (D, FF), "down": (FF, D)}
@@ -122,11 +123,20 @@ def compile_step(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
     )
     is_count = lambda x: x.shape == () and x.dtype == jnp.int32
+    is_quantized = lambda x: isinstance(x, QuantizedState)
+
+    def with_known_octaves(state: Any) -> Any:
+        if not is_quantized(state):
+            return state
+        scales, *octaves = state.scales
+        return state._replace(scales=(scales, *jax.tree.map(jnp.ones_like, octaves)))
 
     def step(params: Any, state: Any, gradients: Any) -> Any:
-        # With every count the constant 1 the compiler knows that no refresh is due, and drops
-        # the conditionals: otherwise it counts a branch of each, taken or not.
+        # With every count the constant 1, and every row's octave, the compiler knows that nothing
+        # is due to be refreshed or fitted anew, and drops the conditionals: otherwise it counts a
+        # branch of each, taken or not.
         state = jax.tree.map(lambda x: jnp.ones_like(x) if is_count(x) else x, state)
+        state = jax.tree.map(with_known_octaves, state, is_leaf=is_quantized)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 

@@ -20,9 +20,9 @@ def dither(shape: tuple[int, ...], name: str, step: Array | int, seed: int | Arr
     """32 random bits for each number of an array, by which it is rounded up or down.
 
     They are a product of hashes, of (seed, name), row and column, plus `step` times 2³²/φ: uniform
-    at every step, and over the steps of one number a golden-ratio sequence. So rounding errors do not add
-    up as a random walk would, which a second moment of decay 0.999 multiplies by 22, but stay
-    within about a code. Every matrix of a stack has the same bits, however it is sharded.
+    at every step, and over the steps of one number a golden-ratio sequence. So rounding errors do
+    not add up as a random walk would, which a second moment of decay 0.999 multiplies by 22, but
+    stay within about a code. Every matrix of a stack has the same bits, however it is sharded.
 
     Args:
       shape: of the array; its last two axes are the place in the matrix.

@@ -1,15 +1,15 @@
 """Any optimizer's state in fewer bits."""
 
-import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from memopt.errors import check_at_least
 from memopt.matrices import Layout, every_matrix, leaf_name, map_matrices
@@ -62,9 +62,9 @@ def quantize_state(
     Between steps every large array of floats in the state of `inner` is kept as codes of the same
     shape, so that a sharding of the array is one of its codes. They are rounded stochastically,
     by bits that depend on seed, array and step only: nothing freezes, and nothing depends on how
-    the array is sharded or stacked. An array that is all zeros after the first step loses what the
-    first step to change it adds, as the moments of an ``optax.MultiSteps`` would: quantise the
-    optimizer within, not the accumulation around it.
+    the array is sharded or stacked. `inner` is computed once more at a step whose scales are not
+    known from the one before: at the first, while a matrix is all zeros, and after numbers outgrew
+    theirs.
 
     Args:
       inner: any Optax transformation.
@@ -131,9 +131,6 @@ def quantize_state(
             new_updates, new = inner.update(updates, old, params, **extra)
             return new_updates, jax.tree.map(lambda c, x: _cast(c, x, jnp.float32), codecs, new)
 
-        def fitted(x: Any) -> Any:
-            return jax.tree.map(lambda codec, s, x: codec.fit(s, x), codecs, scales, x)
-
         def encode(path: tuple[Any, ...], codec: Codec, stack: int, x: Array, *like: Any) -> Coded:
             is_vectors = x.ndim == stack + 1  # each of which is a matrix of one row
             apart = lambda a: jnp.expand_dims(a, -2) if is_vectors else a
@@ -142,17 +139,41 @@ def quantize_state(
             coded = codec.encode(x, dither(x.shape, leaf_name(path), state.count, seed), before)
             return jax.tree.map(together, coded)
 
+        def fitted(codec: Codec, scales: tuple[Array, ...], x: Callable[[], Array]) -> Any:
+            unfit = codec.is_unfit(scales)
+            if unfit is False:
+                return scales
+            # Computed twice where it is to be looked at first, so that otherwise no array of
+            # floats is kept; and each array by itself, as released steps update it.
+            return jax.lax.cond(unfit, lambda: codec.fit(scales, x()), lambda: scales)
+
         new_updates, new = step()
-        is_first = state.count == 0
-        # A first step is taken twice, so that in others no array of floats is kept to be fitted
-        # to; but not on CPUs, where codecs look at the numbers before they encode them anyway.
-        twice = lambda: jax.lax.cond(is_first, lambda: fitted(step()[1]), lambda: scales)
-        once = lambda: jax.tree.map(functools.partial(jnp.where, is_first), fitted(new), scales)
-        like = state.codes, jax.lax.platform_dependent(cpu=once, default=twice)
+        alone = jax.tree.unflatten(jax.tree.structure(new), _separately(lambda: step()[1]))
+        like = state.codes, jax.tree.map(fitted, codecs, scales, alone)
         coded = jax.tree_util.tree_map_with_path(encode, codecs, stacks, new, *like)
         return new_updates, QuantizedState(optax.safe_increment(state.count), *_columns(coded))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _separately(f: Callable[[], Any]) -> list[Callable[[], Array]]:
+    """For each array that `f` makes, a function that computes it and nothing else."""
+    program = jax.make_jaxpr(f)()
+    makers = {var: eqn for eqn in program.eqns for var in eqn.outvars}
+    places = {id(eqn): i for i, eqn in enumerate(program.eqns)}
+
+    def alone(output: Any) -> Callable[[], Array]:
+        needed, missing = {}, [output]
+        while missing:
+            eqn = None if isinstance(var := missing.pop(), Literal) else makers.get(var)
+            if eqn is not None and id(eqn) not in needed:
+                needed[id(eqn)] = eqn
+                missing += eqn.invars
+        eqns = sorted(needed.values(), key=lambda eqn: places[id(eqn)])
+        part = program.jaxpr.replace(eqns=eqns, outvars=[output])
+        return lambda: jaxpr_as_fun(ClosedJaxpr(part, program.consts))()[0]
+
+    return [alone(output) for output in program.jaxpr.outvars]
 
 
 def _stacks(state: Any, params: Any) -> Any:
