@@ -15,6 +15,7 @@ from rich.table import Table
 from memopt.cli.errors import fail
 from memopt.planning.step_memory import StepMemory, step_memory
 from memopt.state.quantized import dequantize_params
+from memopt.training import processes
 from memopt.training.config import Config, read_flags
 from memopt.training.directory import choose_directory
 from memopt.training.loop import Stopped, compile_step, train
@@ -37,6 +38,7 @@ examples:
   memopt pretrain --model 60m --optimizer apollo --option rank=128 --data 'books/**/*.txt'
   memopt pretrain --model 1b --mesh data=2,fsdp=4 --compute-dtype bfloat16 --remat full
   memopt pretrain --model 7b --release --weights int8 --state int8 --compute-dtype bfloat16
+  memopt pretrain --mesh fsdp=16 --output DIR --coordinator 10.0.0.1:1234 --processes 4 --process 0
 
 The run directory holds config.json, metrics.jsonl (one step a line), TensorBoard events, loss.png
 and checkpoints. A run that was killed at any moment continues with --resume as if nothing had
@@ -47,11 +49,13 @@ happened; Ctrl-C and SIGTERM save first.
 def pretrain(arguments: list[str]) -> None:
     """Runs `memopt pretrain` with these arguments."""
     warnings.formatwarning = lambda message, *_, **__: f"memopt: {message}\n"
-    console = Console()
     try:
-        run = prepare(parse(arguments))
+        config = parse(arguments)
+        processes.join(config.processes)
+        run = prepare(config)
     except (ValueError, ImportError) as error:
         fail(error)
+    console = Console(quiet=not processes.is_first())
     _introduce(run, console)
     try:
         state, step = train(run, console)
@@ -105,7 +109,8 @@ def _conclude(
 ) -> None:
     metrics = run.directory / "metrics.jsonl"
     losses = [line["val_loss"] for line in read_metrics(metrics) if line.get("val_loss")]
-    plot_loss(metrics, run.directory / "loss.png")
+    if processes.is_first():
+        plot_loss(metrics, run.directory / "loss.png")
     prompt, continuation = sample_text(run, state.params)
     console.rule("sample")
     console.print(prompt, style="dim", markup=False, highlight=False, end="")

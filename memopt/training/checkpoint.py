@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from memopt.state.quantized import is_quantized
+from memopt.training.processes import is_first
 from memopt.training.step import TrainState
 
 #: What is saved beside the arrays, JSON-serialisable.
@@ -158,6 +159,8 @@ def _read(path: Path, metadata: dict[str, Any], like: TrainState) -> tuple[Train
 
 
 def _set_aside(path: Path, folder: Path, reason: str) -> None:
+    if not is_first():
+        return
     folder.mkdir(exist_ok=True)
     taken = {other.name for other in folder.iterdir()}
     names = (f"{path.name}{'-' * bool(n)}{n or ''}" for n in range(len(taken) + 1))

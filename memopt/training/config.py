@@ -103,6 +103,20 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Processes:
+    """The processes it runs in. On TPU pods and under Slurm they find each other by themselves."""
+
+    coordinator: Annotated[str | None, conf.arg(metavar="HOST:PORT")] = None
+    """Where process 0 listens, with a free port."""
+    processes: Annotated[int | None, conf.arg(metavar="INT")] = None
+    """How many processes there are, each with devices of its own."""
+    process: Annotated[int | None, conf.arg(metavar="INT")] = None
+    """Which of them this is, from 0."""
+    heartbeat_timeout: int = 60
+    """Seconds without a sign of life after which a process is lost, and all others end."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """All options of a run, in groups; their names are unique over all groups.
 
@@ -116,6 +130,7 @@ class Config:
     text: Text = Text()
     optimization: Optimization = Optimization()
     run: Run = Run()
+    processes: Processes = Processes()
 
     @property
     def optimizer_options(self) -> dict[str, Any]:
@@ -135,8 +150,8 @@ class Config:
     def flat(self) -> dict[str, Any]:
         """All options by name, JSON-serialisable, without those of one invocation only."""
         flat: dict[str, Any] = {}
-        for group in dataclasses.asdict(self).values():
-            flat |= group
+        for group in (self.architecture, self.text, self.optimization, self.run):
+            flat |= dataclasses.asdict(group)
         options = [f"{name}={value}" for name, value in sorted(self.optimizer_options.items())]
         flat |= {"data": list(self.text.data), "option": options}
         return {name: flat[name] for name in flat if name not in ("output", "resume", "config")}

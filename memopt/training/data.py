@@ -7,6 +7,7 @@ row ends, so that a row holds no padding. Rows are mixed within windows of 2^18 
 
 import functools
 import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -71,14 +72,13 @@ def train_batches(
     batch_size: int,
     seq_len: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Batches:
     """Returns endless training batches, shuffled anew in each epoch.
 
     The order is a function of the documents, tokenizer, `batch_size`, `seq_len` and `seed` alone.
-    Process i of n gets rows i·B/n to (i+1)·B/n of every batch, so any number of processes together
-    see the same batches (each of them tokenizes all the text for that).
+    A process gets its `rows` of every batch, so any number of processes together see the same
+    batches (each of them tokenizes all the text for that).
 
     Args:
         documents: The training part of `find_documents(...).split()`.
@@ -86,17 +86,16 @@ def train_batches(
         batch_size: Rows of the global batch, B.
         seq_len: Tokens of a row, S.
         seed: Decides the order.
-        process_index: This process, from 0.
-        process_count: All processes; must divide `batch_size`.
+        rows: This process's rows of a batch, from 0 to B − 1; None for all of them.
 
     Returns:
-        An iterator of batches, dicts of int32 arrays (B/n, S): `inputs`; `targets`, the token after
-        each input in the same document; `segment_ids`, 1, 2, 3 … for the documents of a row;
+        An iterator of batches, dicts of int32 arrays (rows, S): `inputs`; `targets`, the token
+        after each input in the same document; `segment_ids`, 1, 2, 3 … for the documents of a row;
         `positions`, from 0 in each; `weights`, 1 where the target counts (everywhere, here).
 
     Raises:
-        ValueError: `seq_len` below 2, a `batch_size` that is not positive or that `process_count`
-            does not divide, or a negative `seed`.
+        ValueError: `seq_len` below 2, a `batch_size` that is not positive, rows that it does not
+            have, or a negative `seed`.
 
     Example:
         >>> from memopt.training.tokenizer import load_tokenizer
@@ -114,7 +113,7 @@ def train_batches(
         True
         >>> batches.close()
     """
-    rows = _rows_of_process(batch_size, seq_len, process_index, process_count)
+    take = _taker(batch_size, seq_len, rows)
     if not 0 <= seed < 2**31:
         raise ValueError(f"seed={seed} must be between 0 and 2147483647.")
     dataset = grain.experimental.WindowShuffleIterDataset(
@@ -122,7 +121,7 @@ def train_batches(
         window_size=max(1, WINDOW_TOKENS // seq_len),
         seed=seed,
     )
-    dataset = dataset.batch(batch_size).map(functools.partial(_take_rows, rows=rows))
+    dataset = dataset.batch(batch_size).map(take)
     return Batches(
         grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=PREFETCH)
     )
@@ -135,8 +134,7 @@ def validation_batches(
     batch_size: int,
     seq_len: int,
     max_tokens: int = 2**17,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> list[Batch]:
     """Returns the same held-out batches at every call.
 
@@ -150,8 +148,7 @@ def validation_batches(
         batch_size: Rows of the global batch.
         seq_len: Tokens of a row.
         max_tokens: Hold at most this many tokens, in whole rows.
-        process_index: This process, from 0.
-        process_count: All processes; must divide `batch_size`.
+        rows: As in `train_batches`.
 
     Returns:
         The batches, as `train_batches` describes them.
@@ -159,13 +156,13 @@ def validation_batches(
     Raises:
         ValueError: As `train_batches`; `max_tokens` below `seq_len`; or no text is held out.
     """
-    rows = _rows_of_process(batch_size, seq_len, process_index, process_count)
+    take = _taker(batch_size, seq_len, rows)
     if max_tokens < seq_len:
         raise ValueError(f"max_tokens={max_tokens} must be at least seq_len={seq_len}.")
     dataset = _packed(documents.once(), tokenizer, seq_len)
     dataset = grain.experimental.LimitIterDataset(dataset, max_tokens // seq_len)
     dataset = dataset.batch(batch_size, batch_fn=functools.partial(_stack_and_fill, batch_size))
-    batches = list(dataset.map(functools.partial(_take_rows, rows=rows)))
+    batches = list(dataset.map(take))
     if not batches:
         raise ValueError("the validation part of the data holds no text: give more data.")
     return batches
@@ -238,23 +235,22 @@ def _stack_and_fill(batch_size: int, rows: list[Batch]) -> Batch:
     }
 
 
-def _take_rows(batch: Batch, rows: slice) -> Batch:
-    return {name: array[rows] for name, array in batch.items()}
-
-
-def _rows_of_process(batch_size: int, seq_len: int, index: int, count: int) -> slice:
+def _taker(batch_size: int, seq_len: int, rows: Sequence[int] | None) -> Callable[[Batch], Batch]:
+    """What takes these rows of a batch."""
     if seq_len < 2:
         raise ValueError(f"seq_len={seq_len} must be at least 2.")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
-    if count < 1 or batch_size % count:
+    chosen = np.arange(batch_size) if rows is None else np.asarray(rows, int)
+    if not chosen.size or chosen.min() < 0 or chosen.max() >= batch_size:
         raise ValueError(
-            f"batch_size={batch_size} must be a multiple of the number of processes, {count}."
+            f"rows must be from 0 to {batch_size - 1}, as batch_size={batch_size}; got {rows}."
         )
-    if not 0 <= index < count:
-        raise ValueError(f"process_index={index} must be from 0 to {count - 1}.")
-    share = batch_size // count
-    return slice(index * share, (index + 1) * share)
+    return functools.partial(_take, rows=chosen)
+
+
+def _take(batch: Batch, rows: np.ndarray) -> Batch:
+    return {name: array[rows] for name, array in batch.items()}
 
 
 def _tuples(state: Any) -> Any:

@@ -14,6 +14,7 @@ import optax
 from rich.console import Console
 
 from memopt.models import llama
+from memopt.training import processes
 from memopt.training.data import Batch
 from memopt.training.metrics import Display, MetricsLog
 from memopt.training.placement import abstract_state
@@ -47,7 +48,8 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
         The state after the last step, and the compiled step.
 
     Raises:
-        Stopped: A signal, steps that are not finite, or data that cannot be read ended it earlier.
+        Stopped: A signal, steps that are not finite, or data that cannot be read ended it earlier;
+            of several processes, in any of them.
     """
     options, steps = run.config.run, run.config.optimization.steps
     state, start = run.state, int(run.state.step)
@@ -55,30 +57,49 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
         jax.set_mesh(run.mesh),
         contextlib.closing(run.checkpoints),
         contextlib.closing(run.batches),
-        contextlib.closing(MetricsLog(run.directory, start)) as log,
-        Display(console, steps, start) as display,
+        _report(run, console, start) as report,
         _signals() as caught,
     ):
         (step, compiled), loss = compile_step(run, run.tx, state.params), jax.jit(run.loss)
         try:
             for number in range(start + 1, steps + 1):
-                _stop_if_caught(caught, number - 1)
                 began = time.perf_counter()
-                state, outcome = step(state, run.place(_next_batch(run)))
+                batch = _next_batch(run, caught, number - 1)
+                state, outcome = step(state, run.place(batch))
                 metrics = {name: value.item() for name, value in outcome.items()}
                 metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - began)
                 if number % options.eval_every == 0 or number == steps:
                     batches = map(run.place, run.validation)
                     metrics["val_loss"] = evaluate(state.params, batches, loss)
-                log.write(number, metrics)
-                display.update(number, metrics)
+                for tell in report:
+                    tell(number, metrics)
                 _stop_if_stuck(metrics, run.config.optimization.max_skipped, number)
                 if number % options.checkpoint_every == 0 or number == steps:
                     run.save(state, metrics.get("val_loss"))
         except Stopped:
             run.save(state)
             raise
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            processes.leave(
+                f"{str(error).splitlines()[0]}\nIf this is because another process is gone, start "
+                f"all of them again with --resume --output {run.directory}"
+            )
     return state, compiled
+
+
+@contextlib.contextmanager
+def _report(run: Training, console: Console, start: int) -> Iterator[list[Callable[..., None]]]:
+    """What is to be told of each step: the log and the screen, of the first process alone."""
+    if not processes.is_first():
+        yield []
+        return
+    with (
+        contextlib.closing(MetricsLog(run.directory, start)) as log,
+        Display(console, run.config.optimization.steps, start) as display,
+    ):
+        yield [log.write, display.update]
 
 
 def compile_step(
@@ -109,11 +130,20 @@ def compile_step(
         return jitted, jitted.lower(like, run.place(run.validation[0])).compile()
 
 
-def _next_batch(run: Training) -> Batch:
-    try:
-        return next(run.batches)
-    except (OSError, ValueError) as error:
-        raise Stopped(f"the data cannot be read: {error}") from error
+def _next_batch(run: Training, caught: list[signal.Signals], step: int) -> Batch:
+    """The next batch, unless this process, or another one, has to stop."""
+    reason = None
+    if caught:
+        reason = Stopped(f"stopped by {caught[0].name} after step {step}.", 128 + caught[0])
+    else:
+        try:
+            batch = next(run.batches)
+        except (OSError, ValueError) as error:
+            reason = Stopped(f"the data cannot be read: {error}")
+    exit_code = processes.largest(reason.exit_code if reason else 0)
+    if exit_code:
+        raise reason or Stopped(f"another process stopped after step {step}.", exit_code)
+    return batch
 
 
 def _stop_if_stuck(metrics: dict[str, float], limit: int, step: int) -> None:
@@ -122,11 +152,6 @@ def _stop_if_stuck(metrics: dict[str, float], limit: int, step: int) -> None:
             f"the loss or its gradients were not finite in the {limit} steps up to {step}, which "
             "changed nothing: lower --learning-rate, or look at the data."
         )
-
-
-def _stop_if_caught(caught: list[signal.Signals], step: int) -> None:
-    if caught:
-        raise Stopped(f"stopped by {caught[0].name} after step {step}.", 128 + caught[0])
 
 
 @contextlib.contextmanager

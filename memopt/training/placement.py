@@ -27,7 +27,7 @@ def make_mesh(spec: str | None, rows: int) -> Mesh:
 
     Raises:
         ValueError: `spec` is no list of axes, needs more devices than there are, or does not divide
-            `rows`.
+            `rows`; or, of several processes, some would have no part in it.
 
     Example:
         >>> make_mesh("data=1,fsdp=1", rows=4).axis_names
@@ -39,6 +39,11 @@ def make_mesh(spec: str | None, rows: int) -> Mesh:
         raise ValueError(
             f"mesh {spec!r} needs {math.prod(axes.values())} devices, but there are {devices}: "
             "choose sizes whose product is at most that."
+        )
+    if jax.process_count() > 1 and math.prod(axes.values()) < devices:
+        raise ValueError(
+            f"mesh {axes} leaves some of the {devices} devices of {jax.process_count()} processes "
+            "out: give a --mesh of all, or a --batch-size that they divide."
         )
     shards = math.prod(axes.get(axis, 1) for axis in BATCH_AXES)
     if rows % shards:
@@ -61,6 +66,12 @@ def parse_mesh(spec: str) -> dict[str, int]:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over `data` and `fsdp`, as far as the mesh has them."""
     return NamedSharding(mesh, jax.P(tuple(axis for axis in BATCH_AXES if axis in mesh.shape)))
+
+
+def rows_here(mesh: Mesh, batch_size: int) -> list[int]:
+    """Which rows of a batch the devices of this process hold, in their order."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for index in held if index for row in range(batch_size)[index[0]]})
 
 
 def abstract_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -19,6 +20,7 @@ from memopt.errors import check_at_least
 from memopt.models import llama
 from memopt.state.quantize import quantize_state
 from memopt.state.quantized import dequantize_params, quantize_params
+from memopt.training import processes
 from memopt.training.checkpoint import Checkpoints, Record
 from memopt.training.config import Config, Optimization
 from memopt.training.data import (
@@ -30,7 +32,12 @@ from memopt.training.data import (
     validation_batches,
 )
 from memopt.training.directory import check_same, choose_directory, open_directory
-from memopt.training.placement import abstract_state, batch_sharding, make_mesh
+from memopt.training.placement import (
+    abstract_state,
+    batch_sharding,
+    make_mesh,
+    rows_here,
+)
 from memopt.training.step import TrainState, init_state
 from memopt.training.tokenizer import Tokenizer, load_tokenizer
 
@@ -79,11 +86,14 @@ class Training:
 
     def place(self, batch: Batch) -> dict[str, jax.Array]:
         """Puts this process's rows of a batch on its devices."""
-        sharding = batch_sharding(self.mesh)
-        return {
-            name: jax.make_array_from_process_local_data(sharding, rows)
-            for name, rows in batch.items()
-        }
+        sharding, count = batch_sharding(self.mesh), self.config.text.batch_size
+        here = {row: i for i, row in enumerate(rows_here(self.mesh, count))}
+
+        def put(array: np.ndarray) -> jax.Array:
+            part = lambda index: array[[here[row] for row in range(count)[index[0]]]]
+            return jax.make_array_from_callback((count, *array.shape[1:]), sharding, part)
+
+        return jax.tree.map(put, batch)
 
     def save(self, state: TrainState, val_loss: float | None = None) -> None:
         """Starts to save a checkpoint of everything that changes, and of what it belongs to."""
@@ -133,10 +143,10 @@ def prepare(config: Config) -> Training:
         like = abstract_state(_stored(config, _abstract_params(model_config, mesh)), tx, mesh)
     training, held_out = find_documents(config.text.data).split()
     shape = {"batch_size": config.text.batch_size, "seq_len": config.text.seq_len}
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = train_batches(training, tokenizer, **shape, seed=config.optimization.seed, **share)
+    rows = rows_here(mesh, config.text.batch_size)
+    batches = train_batches(training, tokenizer, **shape, seed=config.optimization.seed, rows=rows)
     validation = validation_batches(
-        held_out, tokenizer, max_tokens=config.text.eval_tokens, **shape, **share
+        held_out, tokenizer, max_tokens=config.text.eval_tokens, **shape, rows=rows
     )
     identity = fingerprint(training, tokenizer, **shape, seed=config.optimization.seed)
     identity = {f"data {name}": value for name, value in identity.items()}
@@ -147,7 +157,9 @@ def prepare(config: Config) -> Training:
         state, record = restored
         check_same(directory, record["identity"], identity)
         batches.set_state(record["batches"])
-    open_directory(directory, config)
+    processes.meet("every process has chosen its directory")
+    if processes.is_first():
+        open_directory(directory, config)
     if not restored:
         with jax.set_mesh(mesh):
             state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, like))()

@@ -11,6 +11,7 @@ import numpy as np
 from memopt.models.generate import generate
 from memopt.training.metrics import read_metrics
 from memopt.training.prepare import Training
+from memopt.training.processes import of_first
 
 
 def plot_loss(metrics: Path, image: Path) -> None:
@@ -50,7 +51,7 @@ def sample_text(
     Returns:
         The prompt and its continuation.
     """
-    prompt = run.validation[0]["inputs"][0]
+    prompt = of_first(run.validation[0]["inputs"][0])
     prompt = prompt[prompt != run.tokenizer.eos_id][:prompt_tokens]
     new_tokens = min(new_tokens, run.model_config.max_seq_len - len(prompt))
     with jax.set_mesh(run.mesh):

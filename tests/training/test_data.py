@@ -392,8 +392,8 @@ def test_processes_together_see_what_one_sees(spec, count):
         expected = take(batches, 12)
     shares = []
     for index in range(count):
-        options = {"process_index": index, "process_count": count}
-        with contextlib.closing(training(spec, **options)) as batches:
+        rows = range(4)[index * 4 // count : (index + 1) * 4 // count]
+        with contextlib.closing(training(spec, rows=rows)) as batches:
             shares.append(take(batches, 12))
         assert shares[-1][0]["inputs"].shape == (4 // count, 32)
     joined = [
@@ -451,10 +451,8 @@ def test_validation_is_split_by_process(spec):
     held = find_documents([spec]).split(0.1)[1]
     whole = validation_batches(held, BYTES, batch_size=4, seq_len=16)
     shares = [
-        validation_batches(
-            held, BYTES, batch_size=4, seq_len=16, process_index=index, process_count=2
-        )
-        for index in (0, 1)
+        validation_batches(held, BYTES, batch_size=4, seq_len=16, rows=rows)
+        for rows in ([0, 1], [2, 3])
     ]
     joined = [
         {k: np.concatenate([b[k] for b in share]) for k in NAMES}
@@ -509,8 +507,8 @@ def test_two_readers_of_a_stream_do_not_disturb_each_other(tmp_path):
     [
         ({"seq_len": 1}, "seq_len=1 must be at least 2"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-        ({"process_count": 3}, "batch_size=4 must be a multiple of the number of processes, 3"),
-        ({"process_count": 2, "process_index": 2}, "process_index=2 must be from 0 to 1"),
+        ({"rows": [3, 4]}, r"rows must be from 0 to 3, as batch_size=4; got \[3, 4\]"),
+        ({"rows": []}, "rows must be from 0 to 3"),
         ({"seed": -1}, "seed=-1 must be between 0 and"),
     ],
 )
