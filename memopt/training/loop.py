@@ -132,7 +132,7 @@ def compile_step(
 
 def _next_batch(run: Training, caught: list[signal.Signals], step: int) -> Batch:
     """The next batch, unless this process, or another one, has to stop."""
-    reason = None
+    before, reason = run.batches.get_state(), None
     if caught:
         reason = Stopped(f"stopped by {caught[0].name} after step {step}.", 128 + caught[0])
     else:
@@ -141,8 +141,11 @@ def _next_batch(run: Training, caught: list[signal.Signals], step: int) -> Batch
         except (OSError, ValueError) as error:
             reason = Stopped(f"the data cannot be read: {error}")
     exit_code = processes.largest(reason.exit_code if reason else 0)
+    if reason:
+        raise reason
     if exit_code:
-        raise reason or Stopped(f"another process stopped after step {step}.", exit_code)
+        run.batches.set_state(before)  # the step of this batch is not taken
+        raise Stopped(f"another process stopped after step {step}.", exit_code)
     return batch
 
 
