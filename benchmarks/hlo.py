@@ -12,6 +12,8 @@ KINDS = (
     *("ragged-all-to-all", "reduce-scatter"),
 )
 
+_COPIES = ("bitcast", "convert", "copy")
+
 _HEAD = re.compile(r"(ENTRY )?%(\S+) \(.*\{$")
 _INSTRUCTION = re.compile(r"(ROOT )?%(\S+) = (.+?) ([\w-]+)\((.*?)\)(?:, (.*))?$")
 _ARRAY = re.compile(r"(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]({[^}]*})?")
@@ -186,12 +188,17 @@ class _Program:
             index = self._index(counter)
             start = self.by_name[loop.operands[0]]
             first, last = self._value(start.operands[index or 0]), self._value(limit.name, start)
-            step = self.by_name[end.operands[index or 0]]
+            step = self._made(end.operands[index or 0])
             by = [self._value(name, start) for name in step.operands]
             width = next((n for n in by if n), None) if step.opcode == "add" else None
             if index is not None and first is not None and last is not None and width:
                 return -(-(last - first) // width)
         raise ValueError(f"the loop {loop.name!r} does not say how often it turns.")
+
+    def _made(self, name: str) -> Instruction:
+        """What an instruction is, or is a copy of."""
+        one = self.by_name[name]
+        return self._made(one.operands[0]) if one.opcode in _COPIES else one
 
     def _root(self, computation: str) -> Instruction:
         return next(i for i in self.computations[computation] if i.is_root)
@@ -203,11 +210,9 @@ class _Program:
 
     def _value(self, name: str, carried: Instruction | None = None) -> int | None:
         """The number that an instruction gives, if it is constant; or carried into a loop."""
-        one = self.by_name[name]
+        one = self._made(name)
         if one.opcode == "constant":
             return int(one.given) if one.given.isdecimal() else None
-        if one.opcode in ("copy", "bitcast", "convert"):
-            return self._value(one.operands[0], carried)
         index = self._index(one)
         if carried and index is not None and carried.opcode == "tuple":
             return self._value(carried.operands[index])
