@@ -1,26 +1,57 @@
 #!/usr/bin/env bash
-# One process on each host, by plain SSH; the first host coordinates:
-#   docs/recipes/ssh.sh "node-a node-b" --model 1b --mesh fsdp=16 --output runs/1b
-# Further arguments are those of `memopt pretrain`. It is started in this directory, which all
-# hosts share. If one host fails, the others end within the heartbeat's time; with --resume
-# everything goes on from the last checkpoint.
-set -uo pipefail
+# Trains on machines that are reached by SSH, one process on each; when one fails, all end. Run it
+# on any of them, in a directory that they share, with memopt's .venv in it; Ctrl-C saves first:
+#   docs/recipes/ssh.sh node1 node2 -- .venv/bin/memopt pretrain \
+#       --model 1b --mesh data=2,fsdp=8 --batch-size 64 --output runs/1b
+# and after a failure the same with --resume. Process 0 is on the first machine, at port $PORT.
+set -euo pipefail
 
-read -ra hosts <<<"$1"
+hosts=()
+while (($#)) && [[ $1 != -- ]]; do
+    hosts+=("$1")
+    shift
+done
+if ((${#hosts[@]} == 0 || $# < 2)); then
+    echo "usage: ssh.sh HOST ... -- COMMAND ..." >&2
+    exit 2
+fi
 shift
-coordinator=${COORDINATOR:-${hosts[0]}:1234}
-arguments=$(printf ' %q' "$@")
+command=("$@" --coordinator "${hosts[0]#*@}:${PORT:-12321}" --processes "${#hosts[@]}")
 
-started=()
-for i in "${!hosts[@]}"; do
-    together="--coordinator $coordinator --processes ${#hosts[@]} --process $i"
-    ${SSH:-ssh -tt} "${hosts[i]}" "cd $(printf %q "$PWD") && memopt pretrain$arguments $together" &
-    started+=($!)
-done
-trap 'kill -TERM "${started[@]}" 2>/dev/null' INT TERM # the runs save and stop
+# On each machine: the command, which is told to end when standard input does.
+remote='
+exec 3<&0
+cd "$1" && shift
+"$@" </dev/null &
+process=$!
+{ while read -r _; do :; done; kill "$process"; } <&3 &
+watch=$!
+status=0
+wait "$process" || status=$?
+kill "$watch" 2>/dev/null
+exit "$status"'
 
-worst=0
-for pid in "${started[@]}"; do
-    wait "$pid" || worst=$?
+# Standard input of all of them is a pipe that only this script holds open, while it lives.
+directory=$(mktemp -d)
+trap 'rm -r "$directory"' EXIT
+mkfifo "$directory/alive"
+exec 9<>"$directory/alive"
+trap 'exec 9>&-' INT TERM HUP
+for index in "${!hosts[@]}"; do
+    printf -v line '%q ' bash -c "$remote" memopt "$PWD" "${command[@]}" --process "$index"
+    ssh -o BatchMode=yes "${hosts[index]}" "$line" 0<"$directory/alive" 9>&- &
 done
-exit "$worst"
+
+status=0
+left=${#hosts[@]}
+while ((left)); do
+    code=0
+    wait -n -p ended || code=$?
+    if [[ -z ${ended:-} ]]; then continue; fi # a signal: now all save, and end
+    left=$((left - 1))
+    if ((code)); then
+        exec 9>&-
+        if ((status == 0)); then status=$code; fi
+    fi
+done
+exit "$status"

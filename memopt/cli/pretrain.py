@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
+import time
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import optax
@@ -15,15 +18,18 @@ from rich.table import Table
 from memopt.cli.errors import fail
 from memopt.planning.step_memory import StepMemory, step_memory
 from memopt.state.quantized import dequantize_params
-from memopt.training import processes
 from memopt.training.config import Config, read_flags
 from memopt.training.directory import choose_directory
 from memopt.training.loop import Stopped, compile_step, train
 from memopt.training.metrics import read_metrics
 from memopt.training.placement import abstract_state
 from memopt.training.prepare import Training, prepare
+from memopt.training.processes import join, wait_for_all, writes
 from memopt.training.report import plot_loss, sample_text
 from memopt.training.step import TrainState
+
+#: How long the first process, through which all others hear of each other, outlives a failure.
+SECONDS_TO_SPEAK = 2.0
 
 DESCRIPTION = """\
 Train a LLaMA on text.
@@ -38,7 +44,6 @@ examples:
   memopt pretrain --model 60m --optimizer apollo --option rank=128 --data 'books/**/*.txt'
   memopt pretrain --model 1b --mesh data=2,fsdp=4 --compute-dtype bfloat16 --remat full
   memopt pretrain --model 7b --release --weights int8 --state int8 --compute-dtype bfloat16
-  memopt pretrain --mesh fsdp=16 --output DIR --coordinator 10.0.0.1:1234 --processes 4 --process 0
 
 The run directory holds config.json, metrics.jsonl (one step a line), TensorBoard events, loss.png
 and checkpoints. A run that was killed at any moment continues with --resume as if nothing had
@@ -50,19 +55,40 @@ def pretrain(arguments: list[str]) -> None:
     """Runs `memopt pretrain` with these arguments."""
     warnings.formatwarning = lambda message, *_, **__: f"memopt: {message}\n"
     try:
+        _pretrain(arguments)
+    except jax.errors.JaxRuntimeError as error:
+        if not jax.distributed.is_initialized():
+            raise
+        reason = f"{error}".splitlines()[0]
+        _leave(f"a process has ended or is out of reach ({reason}): start all again, --resume.")
+
+
+def _pretrain(arguments: list[str]) -> None:
+    try:
         config = parse(arguments)
-        processes.join(config.processes)
+        join(config.run)
+        console = Console(quiet=not writes())
         run = prepare(config)
     except (ValueError, ImportError) as error:
         fail(error)
-    console = Console(quiet=not processes.is_first())
     _introduce(run, console)
+    command = f"memopt pretrain --resume --output {run.directory}"
     try:
         state, step = train(run, console)
     except Stopped as stopped:
-        command = f"memopt pretrain --resume --output {run.directory}"
+        if not stopped.saved:
+            _leave(f"{stopped} Continue in all processes with: {command}")
         fail(f"{stopped} All is saved; continue with: {command}", stopped.exit_code)
     _conclude(run, state, step, console)
+    wait_for_all()  # JAX's own patience at the exit is that with a silent process
+
+
+def _leave(message: str) -> NoReturn:
+    """Ends one of several processes; at an ordinary exit JAX would wait for the others."""
+    print(f"memopt: process {jax.process_index()}: {message}", file=sys.stderr, flush=True)
+    if writes():
+        time.sleep(SECONDS_TO_SPEAK)
+    os._exit(1)
 
 
 def parse(arguments: list[str]) -> Config:
@@ -107,16 +133,17 @@ def _introduce(run: Training, console: Console) -> None:
 def _conclude(
     run: Training, state: TrainState, step: jax.stages.Compiled, console: Console
 ) -> None:
-    metrics = run.directory / "metrics.jsonl"
-    losses = [line["val_loss"] for line in read_metrics(metrics) if line.get("val_loss")]
-    if processes.is_first():
-        plot_loss(metrics, run.directory / "loss.png")
     prompt, continuation = sample_text(run, state.params)
     console.rule("sample")
     console.print(prompt, style="dim", markup=False, highlight=False, end="")
     console.print(continuation, markup=False, highlight=False)
     console.rule()
     console.print(_memory_table(run, state, step))
+    if not writes():
+        return
+    metrics = run.directory / "metrics.jsonl"
+    plot_loss(metrics, run.directory / "loss.png")
+    losses = [line["val_loss"] for line in read_metrics(metrics) if line.get("val_loss")]
     if losses:
         perplexity = math.exp(min(losses[-1], 700))
         console.print(f"validation loss {losses[-1]:.4f}, perplexity {perplexity:.3f} a token")

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from memopt.state.quantized import is_quantized
-from memopt.training.processes import is_first
+from memopt.training.processes import writes
 from memopt.training.step import TrainState
 
 #: What is saved beside the arrays, JSON-serialisable.
@@ -97,7 +97,7 @@ class Checkpoints:
                 f"no checkpoint in {self._directory} can be continued from (the newest, "
                 f"{path.name}: {reason}); start anew with another --output."
             )
-        for path, reason in damaged.items():
+        for path, reason in damaged.items() if writes() else ():
             _set_aside(path, self._directory.parent / "damaged", reason)
         return found
 
@@ -159,8 +159,6 @@ def _read(path: Path, metadata: dict[str, Any], like: TrainState) -> tuple[Train
 
 
 def _set_aside(path: Path, folder: Path, reason: str) -> None:
-    if not is_first():
-        return
     folder.mkdir(exist_ok=True)
     taken = {other.name for other in folder.iterdir()}
     names = (f"{path.name}{'-' * bool(n)}{n or ''}" for n in range(len(taken) + 1))

@@ -12,6 +12,12 @@ from tyro import conf
 
 DType = Literal["float32", "bfloat16", "float16"]
 
+#: Options that `config.json` does not hold.
+OF_ONE_INVOCATION = (
+    *("output", "resume", "config"),
+    *("coordinator", "processes", "process", "heartbeat_timeout"),
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -94,26 +100,20 @@ class Run:
     mesh: Annotated[str | None, conf.arg(metavar="AXIS=SIZE,...")] = None
     """Arrangement of the devices, such as data=2,fsdp=4; if not given, data=DEVICES.
     `data` copies the model, `fsdp` splits its parameters, `tensor` its heads and channels."""
+    coordinator: Annotated[str | None, conf.arg(metavar="HOST:PORT")] = None
+    """Where process 0 of several is reached. Not needed on TPU pods and under Slurm."""
+    processes: Annotated[int | None, conf.arg(metavar="INT")] = None
+    """How many processes there are, with --coordinator."""
+    process: Annotated[int | None, conf.arg(metavar="INT")] = None
+    """Which of them this is, from 0, with --coordinator."""
+    heartbeat_timeout: int = 60
+    """Seconds of silence after which a process is taken for dead, and all others end."""
     eval_every: int = 200
     """Steps between evaluations."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     keep: int = 3
     """Latest checkpoints to keep. The one with the best validation loss is kept too."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Processes:
-    """The processes it runs in. On TPU pods and under Slurm they find each other by themselves."""
-
-    coordinator: Annotated[str | None, conf.arg(metavar="HOST:PORT")] = None
-    """Where process 0 listens, with a free port."""
-    processes: Annotated[int | None, conf.arg(metavar="INT")] = None
-    """How many processes there are, each with devices of its own."""
-    process: Annotated[int | None, conf.arg(metavar="INT")] = None
-    """Which of them this is, from 0."""
-    heartbeat_timeout: int = 60
-    """Seconds without a sign of life after which a process is lost, and all others end."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,6 @@ class Config:
     text: Text = Text()
     optimization: Optimization = Optimization()
     run: Run = Run()
-    processes: Processes = Processes()
 
     @property
     def optimizer_options(self) -> dict[str, Any]:
@@ -150,11 +149,11 @@ class Config:
     def flat(self) -> dict[str, Any]:
         """All options by name, JSON-serialisable, without those of one invocation only."""
         flat: dict[str, Any] = {}
-        for group in (self.architecture, self.text, self.optimization, self.run):
-            flat |= dataclasses.asdict(group)
+        for group in dataclasses.asdict(self).values():
+            flat |= group
         options = [f"{name}={value}" for name, value in sorted(self.optimizer_options.items())]
         flat |= {"data": list(self.text.data), "option": options}
-        return {name: flat[name] for name in flat if name not in ("output", "resume", "config")}
+        return {name: flat[name] for name in flat if name not in OF_ONE_INVOCATION}
 
 
 def _value(text: str) -> Any:

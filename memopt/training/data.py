@@ -1,4 +1,4 @@
-"""Batches for pretraining: documents tokenized, packed into rows, mixed and split by process.
+"""Batches for pretraining: documents tokenized, packed into rows, mixed and split by rows.
 
 The pipeline is Grain's from end to end. A document becomes `[eos] text [eos]`; every token but the
 first is predicted once. Documents are packed one after another into rows of `seq_len`, cut where a
@@ -7,7 +7,7 @@ row ends, so that a row holds no padding. Rows are mixed within windows of 2^18 
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -77,8 +77,8 @@ def train_batches(
     """Returns endless training batches, shuffled anew in each epoch.
 
     The order is a function of the documents, tokenizer, `batch_size`, `seq_len` and `seed` alone.
-    A process gets its `rows` of every batch, so any number of processes together see the same
-    batches (each of them tokenizes all the text for that).
+    With `rows` a process gets these rows of every batch, so any number of processes together see
+    the same batches (each of them tokenizes all the text for that).
 
     Args:
         documents: The training part of `find_documents(...).split()`.
@@ -86,16 +86,16 @@ def train_batches(
         batch_size: Rows of the global batch, B.
         seq_len: Tokens of a row, S.
         seed: Decides the order.
-        rows: This process's rows of a batch, from 0 to B − 1; None for all of them.
+        rows: Which rows of the global batch to return, R of them; all, if not given.
 
     Returns:
-        An iterator of batches, dicts of int32 arrays (rows, S): `inputs`; `targets`, the token
-        after each input in the same document; `segment_ids`, 1, 2, 3 … for the documents of a row;
+        An iterator of batches, dicts of int32 arrays (R, S): `inputs`; `targets`, the token after
+        each input in the same document; `segment_ids`, 1, 2, 3 … for the documents of a row;
         `positions`, from 0 in each; `weights`, 1 where the target counts (everywhere, here).
 
     Raises:
-        ValueError: `seq_len` below 2, a `batch_size` that is not positive, rows that it does not
-            have, or a negative `seed`.
+        ValueError: `seq_len` below 2, a `batch_size` that is not positive, `rows` that a batch does
+            not have, or a negative `seed`.
 
     Example:
         >>> from memopt.training.tokenizer import load_tokenizer
@@ -113,7 +113,7 @@ def train_batches(
         True
         >>> batches.close()
     """
-    take = _taker(batch_size, seq_len, rows)
+    rows = _check_rows(batch_size, seq_len, rows)
     if not 0 <= seed < 2**31:
         raise ValueError(f"seed={seed} must be between 0 and 2147483647.")
     dataset = grain.experimental.WindowShuffleIterDataset(
@@ -121,7 +121,7 @@ def train_batches(
         window_size=max(1, WINDOW_TOKENS // seq_len),
         seed=seed,
     )
-    dataset = dataset.batch(batch_size).map(take)
+    dataset = dataset.batch(batch_size).map(functools.partial(_take_rows, rows=rows))
     return Batches(
         grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=PREFETCH)
     )
@@ -148,7 +148,7 @@ def validation_batches(
         batch_size: Rows of the global batch.
         seq_len: Tokens of a row.
         max_tokens: Hold at most this many tokens, in whole rows.
-        rows: As in `train_batches`.
+        rows: Which rows of the global batch to return, R of them; all, if not given.
 
     Returns:
         The batches, as `train_batches` describes them.
@@ -156,13 +156,13 @@ def validation_batches(
     Raises:
         ValueError: As `train_batches`; `max_tokens` below `seq_len`; or no text is held out.
     """
-    take = _taker(batch_size, seq_len, rows)
+    rows = _check_rows(batch_size, seq_len, rows)
     if max_tokens < seq_len:
         raise ValueError(f"max_tokens={max_tokens} must be at least seq_len={seq_len}.")
     dataset = _packed(documents.once(), tokenizer, seq_len)
     dataset = grain.experimental.LimitIterDataset(dataset, max_tokens // seq_len)
     dataset = dataset.batch(batch_size, batch_fn=functools.partial(_stack_and_fill, batch_size))
-    batches = list(dataset.map(take))
+    batches = list(dataset.map(functools.partial(_take_rows, rows=rows)))
     if not batches:
         raise ValueError("the validation part of the data holds no text: give more data.")
     return batches
@@ -235,22 +235,19 @@ def _stack_and_fill(batch_size: int, rows: list[Batch]) -> Batch:
     }
 
 
-def _taker(batch_size: int, seq_len: int, rows: Sequence[int] | None) -> Callable[[Batch], Batch]:
-    """What takes these rows of a batch."""
+def _take_rows(batch: Batch, rows: Sequence[int]) -> Batch:
+    return {name: array[rows] for name, array in batch.items()}
+
+
+def _check_rows(batch_size: int, seq_len: int, rows: Sequence[int] | None) -> Sequence[int]:
     if seq_len < 2:
         raise ValueError(f"seq_len={seq_len} must be at least 2.")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
-    chosen = np.arange(batch_size) if rows is None else np.asarray(rows, int)
-    if not chosen.size or chosen.min() < 0 or chosen.max() >= batch_size:
-        raise ValueError(
-            f"rows must be from 0 to {batch_size - 1}, as batch_size={batch_size}; got {rows}."
-        )
-    return functools.partial(_take, rows=chosen)
-
-
-def _take(batch: Batch, rows: np.ndarray) -> Batch:
-    return {name: array[rows] for name, array in batch.items()}
+    rows = list(range(batch_size) if rows is None else rows)
+    if not rows or min(rows) < 0 or max(rows) >= batch_size:
+        raise ValueError(f"rows={rows} must be some of 0 to {batch_size - 1}, as batch_size says.")
+    return rows
 
 
 def _tuples(state: Any) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from memopt.training.config import Config
+from memopt.training.processes import writes
 
 #: Options that may change when a run is resumed; all others decide what its checkpoints mean.
 MAY_CHANGE = {
@@ -57,13 +58,15 @@ def choose_directory(config: Config) -> Path:
 
 
 def open_directory(directory: Path, config: Config) -> None:
-    """Makes the directory, with the run's `config.json` in it.
+    """Makes the directory, with the run's `config.json` in it; the first of several processes does.
 
     The file is written in one go: a run killed at any moment has all of it or none.
 
     Raises:
         ValueError: It cannot be written.
     """
+    if not writes():
+        return
     draft = directory / "config.tmp"
     try:
         directory.mkdir(parents=True, exist_ok=True)

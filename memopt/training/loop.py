@@ -14,11 +14,11 @@ import optax
 from rich.console import Console
 
 from memopt.models import llama
-from memopt.training import processes
 from memopt.training.data import Batch
 from memopt.training.metrics import Display, MetricsLog
 from memopt.training.placement import abstract_state
 from memopt.training.prepare import Training
+from memopt.training.processes import agree_to_stop, writes
 from memopt.training.release import release_step
 from memopt.training.step import Metrics, TrainState, evaluate, train_step
 
@@ -26,15 +26,17 @@ Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
 class Stopped(Exception):
-    """A run ended before its last step; where it was is saved.
+    """A run ended before its last step.
 
     Attributes:
         exit_code: What the process should exit with.
+        saved: Whether where it was is saved. It is, unless only one of several processes stopped.
     """
 
-    def __init__(self, reason: str, exit_code: int = 1):
+    def __init__(self, reason: str, exit_code: int = 1, saved: bool = True):
         super().__init__(reason)
         self.exit_code = exit_code
+        self.saved = saved
 
 
 def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compiled]:
@@ -48,8 +50,7 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
         The state after the last step, and the compiled step.
 
     Raises:
-        Stopped: A signal, steps that are not finite, or data that cannot be read ended it earlier;
-            of several processes, in any of them.
+        Stopped: A signal, steps that are not finite, or data that cannot be read ended it earlier.
     """
     options, steps = run.config.run, run.config.optimization.steps
     state, start = run.state, int(run.state.step)
@@ -57,49 +58,34 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
         jax.set_mesh(run.mesh),
         contextlib.closing(run.checkpoints),
         contextlib.closing(run.batches),
-        _report(run, console, start) as report,
+        contextlib.closing(MetricsLog(run.directory, start))
+        if writes()
+        else contextlib.nullcontext() as log,
+        Display(console, steps, start) as display,
         _signals() as caught,
     ):
         (step, compiled), loss = compile_step(run, run.tx, state.params), jax.jit(run.loss)
         try:
             for number in range(start + 1, steps + 1):
+                _stop_if_caught(caught, number - 1)
                 began = time.perf_counter()
-                batch = _next_batch(run, caught, number - 1)
-                state, outcome = step(state, run.place(batch))
+                state, outcome = step(state, run.place(_next_batch(run)))
                 metrics = {name: value.item() for name, value in outcome.items()}
                 metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - began)
                 if number % options.eval_every == 0 or number == steps:
                     batches = map(run.place, run.validation)
                     metrics["val_loss"] = evaluate(state.params, batches, loss)
-                for tell in report:
-                    tell(number, metrics)
+                if log:
+                    log.write(number, metrics)
+                display.update(number, metrics)
                 _stop_if_stuck(metrics, run.config.optimization.max_skipped, number)
                 if number % options.checkpoint_every == 0 or number == steps:
                     run.save(state, metrics.get("val_loss"))
-        except Stopped:
-            run.save(state)
+        except Stopped as stopped:
+            if stopped.saved:
+                run.save(state)
             raise
-        except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() == 1:
-                raise
-            processes.leave(
-                f"{str(error).splitlines()[0]}\nIf this is because another process is gone, start "
-                f"all of them again with --resume --output {run.directory}"
-            )
     return state, compiled
-
-
-@contextlib.contextmanager
-def _report(run: Training, console: Console, start: int) -> Iterator[list[Callable[..., None]]]:
-    """What is to be told of each step: the log and the screen, of the first process alone."""
-    if not processes.is_first():
-        yield []
-        return
-    with (
-        contextlib.closing(MetricsLog(run.directory, start)) as log,
-        Display(console, run.config.optimization.steps, start) as display,
-    ):
-        yield [log.write, display.update]
 
 
 def compile_step(
@@ -130,23 +116,12 @@ def compile_step(
         return jitted, jitted.lower(like, run.place(run.validation[0])).compile()
 
 
-def _next_batch(run: Training, caught: list[signal.Signals], step: int) -> Batch:
-    """The next batch, unless this process, or another one, has to stop."""
-    before, reason = run.batches.get_state(), None
-    if caught:
-        reason = Stopped(f"stopped by {caught[0].name} after step {step}.", 128 + caught[0])
-    else:
-        try:
-            batch = next(run.batches)
-        except (OSError, ValueError) as error:
-            reason = Stopped(f"the data cannot be read: {error}")
-    exit_code = processes.largest(reason.exit_code if reason else 0)
-    if reason:
-        raise reason
-    if exit_code:
-        run.batches.set_state(before)  # the step of this batch is not taken
-        raise Stopped(f"another process stopped after step {step}.", exit_code)
-    return batch
+def _next_batch(run: Training) -> Batch:
+    try:
+        return next(run.batches)
+    except (OSError, ValueError) as error:
+        alone = jax.process_count() > 1
+        raise Stopped(f"the data cannot be read: {error}", saved=not alone) from error
 
 
 def _stop_if_stuck(metrics: dict[str, float], limit: int, step: int) -> None:
@@ -155,6 +130,11 @@ def _stop_if_stuck(metrics: dict[str, float], limit: int, step: int) -> None:
             f"the loss or its gradients were not finite in the {limit} steps up to {step}, which "
             "changed nothing: lower --learning-rate, or look at the data."
         )
+
+
+def _stop_if_caught(caught: list[signal.Signals], step: int) -> None:
+    if number := agree_to_stop(caught[0] if caught else 0):
+        raise Stopped(f"stopped by {signal.Signals(number).name} after step {step}.", 128 + number)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,15 +20,15 @@ def make_mesh(spec: str | None, rows: int) -> Mesh:
 
     Args:
         spec: Axes and their sizes, such as "data=2,fsdp=4". None: as many devices as `rows` divides
-            over, on one axis `data`.
+            over, on one axis `data`. Where there are several processes, all devices are needed.
         rows: Rows of a (micro-)batch, to be split over `data` and `fsdp`.
 
     Returns:
         The mesh.
 
     Raises:
-        ValueError: `spec` is no list of axes, needs more devices than there are, or does not divide
-            `rows`; or, of several processes, some would have no part in it.
+        ValueError: `spec` is no list of axes, needs more devices than there are or leaves out some
+            of several processes, or does not divide `rows`.
 
     Example:
         >>> make_mesh("data=1,fsdp=1", rows=4).axis_names
@@ -40,10 +41,12 @@ def make_mesh(spec: str | None, rows: int) -> Mesh:
             f"mesh {spec!r} needs {math.prod(axes.values())} devices, but there are {devices}: "
             "choose sizes whose product is at most that."
         )
-    if jax.process_count() > 1 and math.prod(axes.values()) < devices:
+    if math.prod(axes.values()) < devices and jax.process_count() > 1:
+        taken = ",".join(f"{axis}={size}" for axis, size in axes.items())
         raise ValueError(
-            f"mesh {axes} leaves some of the {devices} devices of {jax.process_count()} processes "
-            "out: give a --mesh of all, or a --batch-size that they divide."
+            f"mesh {taken!r}, for {rows} rows (batch size ÷ accumulation), must take in all "
+            f"{devices} devices of the {jax.process_count()} processes: change --mesh or "
+            "--batch-size."
         )
     shards = math.prod(axes.get(axis, 1) for axis in BATCH_AXES)
     if rows % shards:
@@ -69,9 +72,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def rows_here(mesh: Mesh, batch_size: int) -> list[int]:
-    """Which rows of a batch the devices of this process hold, in their order."""
-    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for index in held if index for row in range(batch_size)[index[0]]})
+    """The rows of a batch that devices of this process hold, in order.
+
+    Example:
+        >>> rows_here(make_mesh("data=1", rows=4), batch_size=4)
+        [0, 1, 2, 3]
+    """
+    places: Mapping[Any, Any] = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return sorted({row for (rows,) in places.values() for row in range(batch_size)[rows]})
 
 
 def abstract_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:

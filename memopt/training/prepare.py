@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -20,7 +19,6 @@ from memopt.errors import check_at_least
 from memopt.models import llama
 from memopt.state.quantize import quantize_state
 from memopt.state.quantized import dequantize_params, quantize_params
-from memopt.training import processes
 from memopt.training.checkpoint import Checkpoints, Record
 from memopt.training.config import Config, Optimization
 from memopt.training.data import (
@@ -32,12 +30,8 @@ from memopt.training.data import (
     validation_batches,
 )
 from memopt.training.directory import check_same, choose_directory, open_directory
-from memopt.training.placement import (
-    abstract_state,
-    batch_sharding,
-    make_mesh,
-    rows_here,
-)
+from memopt.training.placement import abstract_state, batch_sharding, make_mesh, rows_here
+from memopt.training.processes import check_alike
 from memopt.training.step import TrainState, init_state
 from memopt.training.tokenizer import Tokenizer, load_tokenizer
 
@@ -86,14 +80,8 @@ class Training:
 
     def place(self, batch: Batch) -> dict[str, jax.Array]:
         """Puts this process's rows of a batch on its devices."""
-        sharding, count = batch_sharding(self.mesh), self.config.text.batch_size
-        here = {row: i for i, row in enumerate(rows_here(self.mesh, count))}
-
-        def put(array: np.ndarray) -> jax.Array:
-            part = lambda index: array[[here[row] for row in range(count)[index[0]]]]
-            return jax.make_array_from_callback((count, *array.shape[1:]), sharding, part)
-
-        return jax.tree.map(put, batch)
+        shape = (self.config.text.batch_size, self.config.text.seq_len)
+        return jax.make_array_from_process_local_data(batch_sharding(self.mesh), batch, shape)
 
     def save(self, state: TrainState, val_loss: float | None = None) -> None:
         """Starts to save a checkpoint of everything that changes, and of what it belongs to."""
@@ -151,15 +139,15 @@ def prepare(config: Config) -> Training:
     identity = fingerprint(training, tokenizer, **shape, seed=config.optimization.seed)
     identity = {f"data {name}": value for name, value in identity.items()}
 
+    check_alike({"output": str(directory), **config.flat(), "content of the data": identity})
+
     checkpoints = Checkpoints(directory / "checkpoints", config.run.keep)
     restored = checkpoints.restore(like) if config.run.resume else None
     if restored:
         state, record = restored
         check_same(directory, record["identity"], identity)
         batches.set_state(record["batches"])
-    processes.meet("every process has chosen its directory")
-    if processes.is_first():
-        open_directory(directory, config)
+    open_directory(directory, config)
     if not restored:
         with jax.set_mesh(mesh):
             state = jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, like))()

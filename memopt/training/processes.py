@@ -1,95 +1,128 @@
-"""Several processes that train together as one program, by `jax.distributed`."""
+"""The processes of a run: how they find each other, and which of them writes.
+
+Everything else about them is `jax.distributed`'s. All run the same program on the same global
+arrays; files are written, and the screen, by the first alone.
+"""
 
 from __future__ import annotations
 
-import os
-import sys
-from typing import NoReturn
+import json
+import re
+import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
+from jax._src import clusters  # what jax.distributed.initialize asks; it cannot be asked only
 from jax.experimental import multihost_utils
 
-from memopt.training.config import Processes
+from memopt.errors import check_at_least
+from memopt.training.config import Run
+
+#: Where processes find each other by themselves. In Kubernetes JAX would ask for permissions.
+CLUSTERS: tuple[Any, ...] = (
+    clusters.OmpiCluster,
+    clusters.SlurmCluster,
+    clusters.GkeTpuCluster,
+    clusters.GceTpuCluster,
+)
 
 
-def join(options: Processes) -> None:
-    """Joins the other processes of this run, if there are any; before JAX is used for anything.
-
-    Without options JAX finds them out by itself, on TPU pods and under Slurm, Open MPI and
-    Kubernetes; elsewhere there are none.
+def join(options: Run) -> None:
+    """Starts `jax.distributed`, if there is more than one process; before any use of a device.
 
     Args:
-        options: Who the others are, and how long one may be silent.
+        options: `coordinator`, `processes` and `process`, all three or none: then Slurm, Open MPI
+            or a TPU pod decide, and elsewhere the process is alone. `heartbeat_timeout`, seconds.
 
     Raises:
-        ValueError: Some options are missing or contradict each other, or JAX is in use already.
+        ValueError: Some of the three are missing, are impossible or contradict the cluster.
+
+    Example:
+        >>> join(Run())  # a laptop
+        >>> join(Run(processes=2))
+        Traceback (most recent call last):
+        ValueError: coordinator, processes and process go together, got None, 2 and None: ...
     """
-    given = {
-        "coordinator": options.coordinator,
-        "processes": options.processes,
-        "process": options.process,
-    }
-    missing = [name for name, value in given.items() if value is None]
-    if 0 < len(missing) < len(given):
-        raise ValueError(
-            f"--coordinator, --processes and --process go together; --{missing[0]} is missing."
-        )
-    if not missing:
-        _check(options)
-    try:
+    check_at_least("heartbeat_timeout", options.heartbeat_timeout, 1)
+    given = _given(options)
+    cluster = next((cluster for cluster in CLUSTERS if cluster.is_env_present()), None)
+    count, index = given or (1, 0)
+    if cluster:
+        count, index = cluster.get_process_count(), cluster.get_process_id()
+        if given not in (None, (count, index)):
+            raise ValueError(
+                f"processes={options.processes} and process={options.process} contradict the "
+                f"cluster ({cluster.name}), where this is process {index} of {count}: leave them "
+                "and --coordinator out, or give the same."
+            )
+    if count > 1:
         jax.distributed.initialize(
             options.coordinator,
             options.processes,
             options.process,
+            cluster_detection_method=None if cluster else "deactivate",
             heartbeat_timeout_seconds=options.heartbeat_timeout,
             shutdown_timeout_seconds=options.heartbeat_timeout,
         )
-    except (ValueError, RuntimeError) as error:
-        if not missing:
-            raise ValueError(f"the processes cannot be joined: {error}") from error
 
 
-def is_first() -> bool:
-    """Whether this is the process that shows progress and writes what is not a checkpoint."""
+def _given(options: Run) -> tuple[int, int] | None:
+    """The number of processes and which of them this is, as the options have them."""
+    coordinator, processes, process = options.coordinator, options.processes, options.process
+    if coordinator is None and processes is None and process is None:
+        return None
+    if coordinator is None or processes is None or process is None:
+        raise ValueError(
+            "coordinator, processes and process go together, "
+            f"got {coordinator}, {processes} and {process}: give all three or none."
+        )
+    if not re.fullmatch(r".+:\d+", coordinator):
+        raise ValueError(f"coordinator {coordinator!r} must be HOST:PORT, such as node0:1234.")
+    check_at_least("processes", processes, 1)
+    if not 0 <= process < processes:
+        raise ValueError(f"process={process} must be from 0 to processes - 1, {processes - 1}.")
+    return processes, process
+
+
+def writes() -> bool:
+    """Whether this process is the one that writes files and shows how the run goes."""
     return jax.process_index() == 0
 
 
-def meet(where: str) -> None:
-    """Waits until every process is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
+def wait_for_all() -> None:
+    """Returns when all processes have come here."""
+    multihost_utils.sync_global_devices("memopt")
 
 
-def largest(number: int) -> int:
-    """The largest of the processes' numbers, on each."""
-    if jax.process_count() == 1:
-        return number
-    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+def check_alike(options: Mapping[str, Any]) -> None:
+    """Raises unless all processes were started alike; none goes on before all have asked.
 
+    Args:
+        options: JSON-serialisable values, of the same names everywhere.
 
-def of_first(array: np.ndarray) -> np.ndarray:
-    """The first process's array, on each; its shape and dtype are the same everywhere."""
-    if jax.process_count() == 1:
-        return array
-    return np.asarray(multihost_utils.broadcast_one_to_all(array))
+    Raises:
+        ValueError: Something differs; names it.
 
-
-def leave(reason: str) -> NoReturn:
-    """Ends this process at once: to wait for one that is gone would take for ever."""
-    print(f"memopt: process {jax.process_index()} ends: {reason}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)
-
-
-def _check(options: Processes) -> None:
-    host, _, port = (options.coordinator or "").rpartition(":")
-    if not (host and port.isdecimal()):
+    Example:
+        >>> check_alike({"seed": 0})
+    """
+    digests = [zlib.crc32(json.dumps(value).encode()) for value in options.values()]
+    everywhere = multihost_utils.process_allgather(np.array(digests, np.uint32))
+    differing = np.array(list(options))[(everywhere != everywhere[0]).any(axis=0)]
+    if differing.size:
         raise ValueError(
-            f"coordinator {options.coordinator!r} must be HOST:PORT, such as 10.0.0.1:1234."
+            f"{', '.join(differing)} must be the same in all {len(everywhere)} processes, but "
+            "differs: start them with the same options and data."
         )
-    count, index = options.processes or 0, options.process or 0
-    if count < 1 or not 0 <= index < count:
-        raise ValueError(
-            f"process={index} must be from 0 to {count - 1}, one less than processes={count}."
-        )
+
+
+def agree_to_stop(signal: int) -> int:
+    """Returns a signal that any of the processes has caught, or 0, the same in all of them.
+
+    Example:
+        >>> agree_to_stop(0)
+        0
+    """
+    return int(multihost_utils.process_allgather(np.uint32(signal)).max())

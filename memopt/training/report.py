@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from memopt.models.generate import generate
 from memopt.training.metrics import read_metrics
 from memopt.training.prepare import Training
-from memopt.training.processes import of_first
 
 
 def plot_loss(metrics: Path, image: Path) -> None:
@@ -51,7 +51,7 @@ def sample_text(
     Returns:
         The prompt and its continuation.
     """
-    prompt = of_first(run.validation[0]["inputs"][0])
+    prompt = multihost_utils.broadcast_one_to_all(run.validation[0]["inputs"][0])
     prompt = prompt[prompt != run.tokenizer.eos_id][:prompt_tokens]
     new_tokens = min(new_tokens, run.model_config.max_seq_len - len(prompt))
     with jax.set_mesh(run.mesh):

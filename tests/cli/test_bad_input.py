@@ -66,6 +66,7 @@ def pretrain(complain, tmp_path):
         (["--mesh=data"], "must name axes once and size them"),
         (["--mesh=rows=2"], "Mesh axis 'rows' is unknown"),
         (["--mesh=tensor=8"], "choose a mesh whose size divides it"),
+        (["--processes=2"], "coordinator, processes and process go together"),
         (["--batch-size=0"], "batch_size must be at least 1"),
         (["--accumulation=3"], "accumulation=3 does not divide batch_size=8"),
         (["--steps=0"], "steps must be at least 1"),

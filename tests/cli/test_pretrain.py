@@ -1,26 +1,20 @@
 """`memopt pretrain` as a user runs it: whole runs, killed runs, interrupted runs."""
 
-import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-import warnings
-from pathlib import Path
 
 import chex
 import pytest
-from orbax.checkpoint import v1 as ocp
 
+from tests.cli import runs
+from tests.cli.runs import finish, kill, last_state, metrics, wait_for_step
 from tests.training import nano
 
 STEPS = 24
-ROOT = Path(__file__).parents[2]
-PROGRAM = (
-    "from tests.training import nano; nano.install(); from memopt.cli.main import main; main()"
-)
 
 
 @pytest.fixture(scope="module")
@@ -31,60 +25,13 @@ def home(tmp_path_factory):
 
 
 def start(home, output, *arguments):
-    """Starts `memopt pretrain`; all runs of a module share what XLA compiled."""
     flags = (
         f"--model=nano --data words.txt --batch-size=8 --seq-len=32 --eval-tokens=512 "
-        f"--steps={STEPS} --eval-every=6 --checkpoint-every=2 --output={output}"
+        f"--steps={STEPS} --eval-every=6 --checkpoint-every=2"
     ).split()
     if "--resume" in arguments:
-        flags = [f"--output={output}"]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        "JAX_COMPILATION_CACHE_DIR": str(home / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONPATH": str(ROOT),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "pretrain", *flags, *arguments],
-        cwd=home,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process, exit_code=0):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == exit_code, err
-    assert "Traceback" not in err
-    return out, err
-
-
-def kill(process):
-    process.kill()
-    process.communicate()
-
-
-def wait_for_step(process, directory, step):
-    """Waits until the log has this step, or the process has ended."""
-    log = directory / "metrics.jsonl"
-    while process.poll() is None:
-        if log.exists() and f'{{"step": {step}, ' in log.read_text():
-            return
-        time.sleep(0.002)
-
-
-def last_state(directory):
-    newest = max((directory / "checkpoints").iterdir(), key=lambda path: int(path.name))
-    assert newest.name == str(STEPS)
-    with warnings.catch_warnings(action="ignore"):  # of being read without shardings
-        return ocp.load_checkpointables(newest)["state"]
-
-
-def metrics(directory):
-    lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+        flags = []
+    return runs.start(home, *flags, f"--output={output}", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -1,90 +1,145 @@
-"""The launch recipes are complete: the shell and `memopt pretrain` understand every line."""
+"""The launch recipes are what they say: commands that parse, scripts that run."""
 
-import json
+import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
 from memopt.cli.pretrain import parse
-from memopt.models import llama
-from tests.cli.test_pretrain import ROOT, metrics
+from memopt.models.llama import preset
+from memopt.training.placement import parse_mesh
+from tests.cli.runs import PROGRAM, ROOT, free_port, metrics, wait_for_step
 from tests.training import nano
 
 RECIPES = ROOT / "docs" / "recipes"
+#: What each recipe's devices are, as its own text has them.
+DEVICES = {
+    "slurm.sbatch": lambda text: math.prod(
+        int(re.search(rf"#SBATCH --{name}=(\d+)", text)[1]) for name in ("nodes", "gpus-per-node")
+    ),
+    "gke-tpu.yaml": lambda text: math.prod(
+        int(re.search(rf"{name}: (\d+)", text)[1]) for name in ("parallelism", "google.com/tpu")
+    ),
+    "ssh.sh": lambda text: 16,
+}
 
 
-def jobset():
-    (job,) = yaml.safe_load((RECIPES / "jobset.yaml").read_text())["spec"]["replicatedJobs"]
-    return job["template"]["spec"]
+def commands(text):
+    """The arguments of every `memopt pretrain` in a script, its variables left out."""
+    text = re.sub(r"^# ?", "", text, flags=re.MULTILINE)
+    found = re.findall(r"memopt pretrain ((?:.*\\\n)*.*)", text)
+    words = [shlex.split(line.replace("\\\n", " ").split("||")[0]) for line in found]
+    return [[word for word in line if not word.startswith("${")] for line in words]
 
 
-def scripts():
-    """{recipe: the shell script in it}"""
-    (container,) = jobset()["template"]["spec"]["containers"]
-    files = {name: (RECIPES / name).read_text() for name in ("slurm.sh", "ssh.sh")}
-    return files | {"jobset.yaml": container["args"][0]}
+@pytest.mark.parametrize("name", DEVICES)
+def test_commands_parse_and_fill_the_devices(name):
+    text = (RECIPES / name).read_text()
+    (command,) = commands(text)
+    config = parse(command)
+    mesh = parse_mesh(config.run.mesh)
+    assert math.prod(mesh.values()) == DEVICES[name](text)
+    assert config.text.batch_size % (mesh.get("data", 1) * mesh.get("fsdp", 1)) == 0
+    assert config.text.seq_len <= preset(config.architecture.model).max_seq_len
+    assert config.run.output
 
 
-def test_no_recipe_is_left_out():
-    assert {path.name for path in RECIPES.iterdir()} == set(scripts())
+def test_every_recipe_is_looked_at():
+    assert {path.name for path in RECIPES.iterdir()} == DEVICES.keys()
 
 
-@pytest.mark.parametrize("name", ["slurm.sh", "ssh.sh", "jobset.yaml"])
-def test_the_shell_understands_it(name):
-    done = subprocess.run(["bash", "-n"], input=scripts()[name], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_scripts_are_bash():
+    (job,) = yaml.safe_load((RECIPES / "gke-tpu.yaml").read_text())["spec"]["replicatedJobs"]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    scripts = [(RECIPES / name).read_text() for name in ("slurm.sbatch", "ssh.sh")]
+    for script in (*scripts, *container["args"]):
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
-@pytest.mark.parametrize(("name", "devices"), [("slurm.sh", 32), ("jobset.yaml", 16)])
-def test_memopt_understands_its_options(name, devices):
-    text = scripts()[name].replace("\\\n", " ")
-    (command,) = re.findall(r"memopt pretrain (.*) \"\$\{resume\[@\]\}\"", text)
-    config = parse(shlex.split(command))
-    assert config.run.mesh == f"fsdp={devices}"
-    assert config.text.batch_size % devices == 0
-    assert llama.preset(config.architecture.model).max_seq_len >= config.text.seq_len
+def test_slurm_gives_each_gpu_a_task():
+    text = (RECIPES / "slurm.sbatch").read_text()
+    tasks, gpus = (
+        re.search(rf"#SBATCH --{name}=(\d+)", text)[1]
+        for name in ("ntasks-per-node", "gpus-per-node")
+    )
+    assert tasks == gpus
 
 
-def test_devices_add_up():
-    spec = jobset()
-    (container,) = spec["template"]["spec"]["containers"]
-    assert spec["parallelism"] * container["resources"]["limits"]["google.com/tpu"] == 16
-    assert spec["parallelism"] == spec["completions"]
-    options = dict(re.findall(r"#SBATCH --([\w-]+)=(\S+)", scripts()["slurm.sh"]))
-    assert int(options["nodes"]) * int(options["ntasks-per-node"]) == 32
-    assert options["ntasks-per-node"] == options["gpus-per-node"]
+@pytest.fixture
+def ssh(tmp_path, monkeypatch):
+    """Starts ssh.sh on two "machines", which are this one."""
+    fake = tmp_path / "ssh"
+    fake.write_text('#!/usr/bin/env bash\n[[ "$1 $2" = "-o BatchMode=yes" ]]; exec bash -c "$4"\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    def start(*command, **environment):
+        script = ["bash", RECIPES / "ssh.sh", "localhost", "localhost", "--", *command]
+        return subprocess.Popen(
+            script, cwd=tmp_path, env=os.environ | environment, stdout=subprocess.PIPE, text=True
+        )
+
+    return start
+
+
+WORKER = """
+trap 'echo told; exit 143' TERM
+echo "$(printf '<%s>' "$@")"  # in one go, as others write there too
+for i in {1..1000}; do
+    sleep 0.05
+    if [[ -f "end${@: -1}" ]]; then exit "$(< "end${@: -1}")"; fi
+done
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "exit_code", "told"), [({0: 0, 1: 0}, 0, 0), ({1: 7}, 7, 1), ({0: 7}, 7, 1)]
+)
+def test_over_ssh_all_end_when_one_fails(ssh, tmp_path, ends, exit_code, told):
+    process = ssh("bash", "-c", WORKER, "worker", "--data", "a b", "it's")
+    out = "".join(process.stdout.readline() for _ in range(2))  # both are there
+    for index, code in ends.items():
+        (tmp_path / f"end{index}").write_text(str(code))
+    out += process.communicate(timeout=60)[0]
+    assert process.returncode == exit_code
+    three = "<--coordinator><localhost:12321><--processes><2><--process>"
+    for index in (0, 1):
+        assert f"<--data><a b><it's>{three}<{index}>" in out
+    assert out.count("told") == told
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_over_ssh_all_end_when_the_script_does(ssh, number):
+    process = ssh("bash", "-c", WORKER, "worker")
+    for _ in range(2):
+        assert "--process" in process.stdout.readline()
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[0].count("told") == 2
+    assert process.returncode in (128 + number, -number)
 
 
 @pytest.mark.slow
-def test_by_ssh(tmp_path):
-    """With a stand-in for ssh, which runs the command here."""
+def test_over_ssh_a_run_is_stopped_and_resumed(ssh, tmp_path):
     nano.write_text(tmp_path / "words.txt")
-    program = (
-        "import sys; from tests.training import nano; nano.install(); "
-        "from memopt.cli.main import main; main()"
-    )
-    for name, content in {
-        "ssh": '#!/usr/bin/env bash\nshift\nexec bash -c "$*"\n',
-        "memopt": f'#!/usr/bin/env bash\nexec {sys.executable} -c "{program}" "$@"\n',
-    }.items():
-        (tmp_path / name).write_text(content)
-        (tmp_path / name).chmod(0o755)
-    environment = os.environ | {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "SSH": "ssh",
-        "COORDINATOR": "127.0.0.1:43217",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
-    flags = "--model=nano --data=words.txt --steps=3 --seq-len=32 --eval-tokens=64 --output=run"
-    command = [RECIPES / "ssh.sh", "one two", *flags.split(), "--mesh=data=2,fsdp=2"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(metrics(tmp_path / "run")) == 3
-    assert json.loads((Path(tmp_path) / "run" / "config.json").read_text())["steps"] == 3
+    run = tmp_path / "run"
+    flags = "--model=nano --data words.txt --batch-size=8 --seq-len=32 --steps=20 --output=run"
+    environment = {"PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    memopt = (sys.executable, "-c", PROGRAM, "pretrain")
+    process = ssh(*memopt, *flags.split(), **environment)
+    wait_for_step(process, run, 5)
+    process.terminate()
+    process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert 5 <= metrics(run)[-1]["step"] < 20
+    process = ssh(*memopt, "--resume", "--output=run", **environment)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert out.count("everything is in run") == 1
+    assert [line["step"] for line in metrics(run)] == list(range(1, 21))
