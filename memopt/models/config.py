@@ -159,16 +159,6 @@ PRESETS = {
     "7b": _plain(4096, 11008, 32, 32),
     "13b": _plain(5120, 13824, 40, 40),
     "llama-2-7b": dataclasses.replace(_plain(4096, 11008, 32, 32), max_seq_len=4096, norm_eps=1e-5),
-    "llama-2-70b": LlamaConfig(
-        vocab_size=32000,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_layers=80,
-        num_heads=64,
-        num_kv_heads=8,
-        head_dim=128,
-        max_seq_len=4096,
-    ),
     "llama-3-8b": _LLAMA_3,
     "llama-3.2-1b": dataclasses.replace(
         _LLAMA_3,
