@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AxisType
 
 from memopt.matrices import shard_count
 
@@ -60,7 +61,10 @@ def _on_cpu(cpu: Callable[[Array], Array], default: Callable[[Array], Array], x:
 
 
 def _folded(combine: Callable[[Array, Array], Array], x: Array, axis: int) -> Array:
-    """`x` with the halves of an axis combined, up to four times."""
+    """`x` with the halves of an axis combined, up to four times, where none is on other devices."""
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Auto in mesh.axis_types and mesh.size > 1:  # which axes are split is not known
+        return x
     for _ in range(4):
         size = x.shape[axis]
         if size % (2 * shard_count(x, axis)) or size < 64:
