@@ -64,8 +64,8 @@ def parse(hlo: str) -> tuple[dict[str, list[Instruction]], str]:
             lines = computations[head[2]] = []
             entry = head[2] if head[1] else entry
         elif found := _INSTRUCTION.match(line):
-            root, *parts, attributes = found.groups()
-            lines.append(Instruction(*parts, attributes or "", bool(root)))
+            root, name, shape, opcode, given, attributes = found.groups()
+            lines.append(Instruction(name, shape, opcode, given, attributes or "", bool(root)))
     return computations, entry
 
 
@@ -92,14 +92,14 @@ class Collective(NamedTuple):
       bytes: what one device gives or gets, whichever is more; of an all-reduce, which is a
         reduce-scatter and an all-gather, both.
       largest: the numbers in the largest array that it takes or leaves on a device.
-      count: how often it happens in a run of the program.
+      times: how often it happens in a run of the program.
       source: the function calls of Python that it comes from.
     """
 
     kind: str
     bytes: int
     largest: int
-    count: int
+    times: int
     source: str
 
 
@@ -124,21 +124,21 @@ def by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
     """{kind: {"bytes": all that it moves, "count": how often it happens}}."""
     sums: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"bytes": 0, "count": 0})
     for one in found:
-        sums[one.kind]["bytes"] += one.count * one.bytes
-        sums[one.kind]["count"] += one.count
+        sums[one.kind]["bytes"] += one.times * one.bytes
+        sums[one.kind]["count"] += one.times
     return dict(sorted(sums.items()))
 
 
 def total_bytes(found: list[Collective]) -> int:
     """All bytes of some collectives."""
-    return sum(one.count * one.bytes for one in found)
+    return sum(one.times * one.bytes for one in found)
 
 
 class _Program:
     """The computations of a program, and what is found in each."""
 
     def __init__(self, hlo: str, refresh: bool) -> None:
-        self.choose = max if refresh else min
+        self.choose: Callable[..., list[Collective]] = max if refresh else min
         self.computations, _ = parse(hlo)
         self.by_name = {i.name: i for lines in self.computations.values() for i in lines}
         self.inside = functools.cache(self._inside)
@@ -158,7 +158,7 @@ class _Program:
                 (body,) = one.named("body")
                 if each := self.inside(body):
                     turns = self._turns(one)
-                    found += [c._replace(count=c.count * turns) for c in each]
+                    found += [c._replace(times=c.times * turns) for c in each]
             elif one.opcode == "conditional":
                 names = one.named("branch_computations")
                 names = names or one.named("true_computation") + one.named("false_computation")
