@@ -5,7 +5,8 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import NamedTuple
 
 KINDS = (
     *("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute"),
@@ -85,8 +86,7 @@ def _numbers(dims: str) -> int:
     return math.prod(int(d) for d in dims.split(",") if d)
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
+class Collective(NamedTuple):
     """Something that devices do together.
 
     Attributes:
@@ -94,14 +94,14 @@ class Collective:
       bytes: what one device gives or gets, whichever is more; of an all-reduce, which is a
         reduce-scatter and an all-gather, both.
       largest: the numbers in the largest array that it takes or leaves on a device.
-      count: how often it happens in a run of the program.
+      times: how often it happens in a run of the program.
       source: the function calls of Python that it comes from.
     """
 
     kind: str
     bytes: int
     largest: int
-    count: int
+    times: int
     source: str
 
 
@@ -122,25 +122,25 @@ def collectives(hlo: str, *, refresh: bool = False) -> list[Collective]:
     return _Program(hlo, refresh).inside(parse(hlo)[1])
 
 
-def by_kind(found: Iterable[Collective]) -> dict[str, dict[str, int]]:
+def by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
     """{kind: {"bytes": all that it moves, "count": how often it happens}}."""
     sums: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"bytes": 0, "count": 0})
     for one in found:
-        sums[one.kind]["bytes"] += one.count * one.bytes
-        sums[one.kind]["count"] += one.count
+        sums[one.kind]["bytes"] += one.times * one.bytes
+        sums[one.kind]["count"] += one.times
     return dict(sorted(sums.items()))
 
 
-def total_bytes(found: Iterable[Collective]) -> int:
+def total_bytes(found: list[Collective]) -> int:
     """All bytes of some collectives."""
-    return sum(one.count * one.bytes for one in found)
+    return sum(one.times * one.bytes for one in found)
 
 
 class _Program:
     """The computations of a program, and what is found in each."""
 
     def __init__(self, hlo: str, refresh: bool) -> None:
-        self.choose = max if refresh else min
+        self.choose: Callable[..., list[Collective]] = max if refresh else min
         self.computations, _ = parse(hlo)
         self.by_name = {i.name: i for lines in self.computations.values() for i in lines}
         self.inside = functools.cache(self._inside)
@@ -160,7 +160,7 @@ class _Program:
                 (body,) = one.named("body")
                 if each := self.inside(body):
                     turns = self._turns(one)
-                    found += [dataclasses.replace(c, count=c.count * turns) for c in each]
+                    found += [c._replace(times=c.times * turns) for c in each]
             elif one.opcode == "conditional":
                 names = one.named("branch_computations")
                 names = names or one.named("true_computation") + one.named("false_computation")
@@ -191,8 +191,8 @@ class _Program:
             step = self._made(end.operands[index or 0])
             by = [self._value(name, start) for name in step.operands]
             width = next((n for n in by if n), None) if step.opcode == "add" else None
-            if index is not None and first is not None and last is not None and width:
-                return -(-(last - first) // width)
+            if None not in (index, first, last, width):
+                return -(-(last - first) // width)  # type: ignore[operator]
         raise ValueError(f"the loop {loop.name!r} does not say how often it turns.")
 
     def _made(self, name: str) -> Instruction:

@@ -8,6 +8,7 @@ reduction.
 
 import jax
 from jax import Array
+from jax.sharding import AxisType
 
 from memopt.matrices import shard_count
 
@@ -31,7 +32,13 @@ def total(x: Array, axes: tuple[int, ...], *, keepdims: bool = False) -> Array:
 
 
 def _folded(x: Array, axis: int) -> Array:
-    """`x` with the halves of an axis added to each other, up to four times."""
+    """`x` with the halves of an axis added to each other, up to four times.
+
+    Not where an axis may be on several devices that types do not tell of.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Auto in mesh.axis_types and mesh.size > 1:
+        return x
     for _ in range(4):
         size = x.shape[axis]
         if size % (2 * shard_count(x, axis)) or size < 64:
