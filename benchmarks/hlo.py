@@ -182,11 +182,11 @@ class _Program:
         (condition,), (body,) = loop.named("condition"), loop.named("body")
         test, end = self._root(condition), self._root(body)
         if test.opcode == "compare" and "direction=LT" in test.attributes:
-            counter, limit = (self.by_name[name] for name in test.operands)
+            counter, limit = map(self._behind, test.operands)
             index = self._index(counter)
             start = self.by_name[loop.operands[0]]
             first, last = self._value(start.operands[index or 0]), self._value(limit.name, start)
-            step = self.by_name[end.operands[index or 0]]
+            step = self._behind(end.operands[index or 0])
             by = [self._value(name, start) for name in step.operands]
             width = next((n for n in by if n), None) if step.opcode == "add" else None
             if None not in (index, first, last, width):
@@ -201,13 +201,17 @@ class _Program:
         found = re.search(r"index=(\d+)", one.attributes)
         return int(found[1]) if found and one.opcode == "get-tuple-element" else None
 
+    def _behind(self, name: str) -> Instruction:
+        """What an instruction is a copy of."""
+        one = self.by_name[name]
+        is_copy = one.opcode in ("bitcast", "convert", "copy", "copy-done", "copy-start")
+        return self._behind(one.operands[0]) if is_copy else one
+
     def _value(self, name: str, carried: Instruction | None = None) -> int | None:
         """The number that an instruction gives, if it is constant; or carried into a loop."""
-        one = self.by_name[name]
+        one = self._behind(name)
         if one.opcode == "constant":
             return int(one.given) if one.given.isdecimal() else None
-        if one.opcode in ("copy", "bitcast", "convert"):
-            return self._value(one.operands[0], carried)
         index = self._index(one)
         if carried and index is not None and carried.opcode == "tuple":
             return self._value(carried.operands[index])

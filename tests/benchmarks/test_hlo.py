@@ -138,8 +138,9 @@ collective-permute-start(%w), channel_id=9, source_target_pairs={{0,1},{1,0}}
   %working = bf16[256,8]{1,0} fusion(%w, %all), kind=kOutput, calls=%then
   %permute-done = bf16[16,8]{1,0} collective-permute-done(%permute-start)
   %next = u32[]{:T(128)} add(%i, %two)
+  %moved = u32[]{:T(128)} copy(%next)
   ROOT %out = (u32[]{:T(128)}, bf16[16,8]{1,0}, bf16[256,8]{1,0}, u32[]{:T(128)}) \
-tuple(%next, %permute-done, %working, %n)
+tuple(%moved, %permute-done, %working, %n)
 }
 
 %condition (p.4: (u32[], bf16[16,8], bf16[256,8], u32[])) -> pred[] {
