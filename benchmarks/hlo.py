@@ -13,8 +13,6 @@ KINDS = (
     *("ragged-all-to-all", "reduce-scatter"),
 )
 
-_COPIES = ("bitcast", "convert", "copy")
-
 _HEAD = re.compile(r"(ENTRY )?%(\S+) \(.*\{$")
 _INSTRUCTION = re.compile(r"(ROOT )?%(\S+) = (.+?) ([\w-]+)\((.*?)\)(?:, (.*))?$")
 _ARRAY = re.compile(r"(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]({[^}]*})?")
@@ -184,21 +182,16 @@ class _Program:
         (condition,), (body,) = loop.named("condition"), loop.named("body")
         test, end = self._root(condition), self._root(body)
         if test.opcode == "compare" and "direction=LT" in test.attributes:
-            counter, limit = (self.by_name[name] for name in test.operands)
+            counter, limit = map(self._behind, test.operands)
             index = self._index(counter)
             start = self.by_name[loop.operands[0]]
             first, last = self._value(start.operands[index or 0]), self._value(limit.name, start)
-            step = self._made(end.operands[index or 0])
+            step = self._behind(end.operands[index or 0])
             by = [self._value(name, start) for name in step.operands]
             width = next((n for n in by if n), None) if step.opcode == "add" else None
             if None not in (index, first, last, width):
                 return -(-(last - first) // width)  # type: ignore[operator]
         raise ValueError(f"the loop {loop.name!r} does not say how often it turns.")
-
-    def _made(self, name: str) -> Instruction:
-        """What an instruction is, or is a copy of."""
-        one = self.by_name[name]
-        return self._made(one.operands[0]) if one.opcode in _COPIES else one
 
     def _root(self, computation: str) -> Instruction:
         return next(i for i in self.computations[computation] if i.is_root)
@@ -208,9 +201,15 @@ class _Program:
         found = re.search(r"index=(\d+)", one.attributes)
         return int(found[1]) if found and one.opcode == "get-tuple-element" else None
 
+    def _behind(self, name: str) -> Instruction:
+        """What an instruction is a copy of."""
+        one = self.by_name[name]
+        is_copy = one.opcode in ("bitcast", "convert", "copy", "copy-done", "copy-start")
+        return self._behind(one.operands[0]) if is_copy else one
+
     def _value(self, name: str, carried: Instruction | None = None) -> int | None:
         """The number that an instruction gives, if it is constant; or carried into a loop."""
-        one = self._made(name)
+        one = self._behind(name)
         if one.opcode == "constant":
             return int(one.given) if one.given.isdecimal() else None
         index = self._index(one)
