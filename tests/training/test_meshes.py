@@ -85,7 +85,9 @@ def train(state, mesh, tx, step, numbers):
     return state
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", ["factors", *(pytest.param(n, marks=pytest.mark.slow) for n in ("projector", "codes"))]
+)
 def test_a_run_goes_on_on_another_mesh(tmp_path, name):
     tx, weights, step = RUNS[name]
     saved = jax.device_get(first_state(tx, weights))
