@@ -103,8 +103,8 @@ def _tpus(chip: str, count: int) -> list[jax.Device]:
         "TPU_WORKER_HOSTNAMES": "localhost",
     }
     sides = list(TPUS[chip])
-    while math.prod(sides) < count:  # 2×2, 2×4, 4×4, ... chips
-        sides[sides[0] == sides[1]] *= 2
+    while math.prod(sides) < count:  # 2×2, 2×4, 4×4, ... chips; 2×2×1, 2×2×2, 2×2×4, ...
+        sides[max(range(len(sides)), key=lambda i: (-sides[i], i))] *= 2
     grid = "x".join(map(str, sides))
     topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{grid}")
     return list(topology.devices)[:count]

@@ -33,8 +33,8 @@ class Options(NamedTuple):
     """
 
     optimizers: tuple[str, ...] = (
-        *("adamw", "ldadam", "lion", "online_subspace_descent", "fira", "galore", "frugal"),
-        *("apollo", "flora", "apollo_mini", "adafactor", "adalomo", "lomo"),
+        *("adamw", "ldadam", "muon", "lion", "online_subspace_descent", "fira", "galore"),
+        *("frugal", "apollo", "flora", "apollo_mini", "adafactor", "adalomo", "lomo"),
     )
     models: tuple[str, ...] = ("60m", "7b")
     output: Path = Path(__file__).parent / "results" / "state_bytes.json"

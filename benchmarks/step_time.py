@@ -197,16 +197,18 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def describe(options: Options, arguments: Sequence[str], shapes: Any) -> dict[str, Any]:
+def describe(
+    benchmark: str, arguments: Sequence[str], shapes: Any, model: str, dtype: str, repeats: int
+) -> dict[str, Any]:
     """What was run, where and with which versions."""
     packages = ("memopt", "jax", "jaxlib", "optax", "torch", "apollo-torch", "lion-pytorch")
     leaves = jax.tree.leaves(shapes)
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.step_time", *arguments]),
-        "model": options.model,
-        "dtype": options.dtype,
+        "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *arguments]),
+        "model": model,
+        "dtype": dtype,
         "parameter_bytes": sum(math.prod(p.shape) * p.dtype.itemsize for p in leaves),
-        "repeats": options.repeats,
+        "repeats": repeats,
         "device": jax.devices()[0].device_kind,
         "cpu": cpu_model(),
         "cores": core_count(),
@@ -233,11 +235,11 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor()
 
 
-def table(report: dict[str, Any]) -> Table:
+def table(report: dict[str, Any], baseline: str = "optax.adamw") -> Table:
     """The records as a table for the terminal."""
     title = f"LLaMA-{report['model']}, {report['dtype']}, {report['cores']} cores"
     shown = Table(
-        title=f"{title}: a step ÷ optax.adamw's of the same round", box=SIMPLE_HEAD, pad_edge=False
+        title=f"{title}: a step ÷ {baseline}'s of the same round", box=SIMPLE_HEAD, pad_edge=False
     )
     shown.add_column("optimizer", no_wrap=True)
     shown.add_column("from", no_wrap=True)
@@ -289,7 +291,8 @@ def main(arguments: Sequence[str]) -> None:
         found = contenders(options)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    report = describe(options, arguments, model_shapes(options.model, options.dtype))
+    shapes = model_shapes(options.model, options.dtype)
+    report = describe("step_time", arguments, shapes, options.model, options.dtype, options.repeats)
     report["results"] = measure(found, options.repeats)
     Console().print(table(report))
     save(report, options.output, lambda path: plot(report, path))

@@ -15,11 +15,10 @@ Without ``--optimizer`` it measures a list, prints a table and writes it as JSON
 
 import inspect
 import json
-import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,9 +32,11 @@ from rich.console import Console
 from rich.table import Table
 
 import memopt
+from benchmarks import hlo
 from benchmarks.compilers import Tpu, devices
 from benchmarks.report import save
 from benchmarks.step_time import COLORS
+from memopt.state.quantize import QuantizedState
 
 LAYERS, D, FF = 4, 4096, 11008
 KERNELS = dict.fromkeys("qkvo", (D, D)) | {"gate": (D, FF), "up": (D, FF), "down": (FF, D)}
@@ -122,11 +123,20 @@ def compile_step(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
     )
     is_count = lambda x: x.shape == () and x.dtype == jnp.int32
+    is_quantized = lambda x: isinstance(x, QuantizedState)
+
+    def with_known_octaves(state: Any) -> Any:
+        if not is_quantized(state):
+            return state
+        scales, *octaves = state.scales
+        return state._replace(scales=(scales, *jax.tree.map(jnp.ones_like, octaves)))
 
     def step(params: Any, state: Any, gradients: Any) -> Any:
-        # With every count the constant 1 the compiler knows that no refresh is due, and drops
-        # the conditionals: otherwise it counts a branch of each, taken or not.
+        # With every count the constant 1, and every row's octave, the compiler knows that nothing
+        # is due to be refreshed or fitted anew, and drops the conditionals: otherwise it counts a
+        # branch of each, taken or not.
         state = jax.tree.map(lambda x: jnp.ones_like(x) if is_count(x) else x, state)
+        state = jax.tree.map(with_known_octaves, state, is_leaf=is_quantized)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -166,44 +176,33 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], jax.stages.Com
     return record, compiled
 
 
-_INSTRUCTION = re.compile(r"%(\S+) = (.+?) ([\w-]+)\((.*?)\)(?:, (.*))?$")
-_ARRAY = re.compile(r"[a-z]+(\d+)\w*\[([\d,]*)\]({[^}]*})?")
 _MOVES_NOTHING = {
     *("parameter", "constant", "bitcast", "tuple", "get-tuple-element"),
     *("while", "conditional", "call"),  # what they call does
 }
 
 
-def movers(hlo: str | None) -> list[tuple[int, str]]:
-    """Bytes that each instruction moves, the largest first, and its text.
+def movers(text: str | None) -> list[tuple[int, str]]:
+    """Bytes that each instruction moves, the largest first, and what it is.
 
     Of a fusion these are all its operands and results in the chip's main memory: too much where
     it reads a part of one. Bodies of loops are left out.
     """
+    computations, entry = hlo.parse(text or "")
     sizes: dict[str, int] = {}
     moved = []
-    for line in (hlo or "").rpartition("ENTRY ")[2].splitlines():
-        if not (match := _INSTRUCTION.search(line)):
+    for one in computations.get(entry, []):
+        in_main = lambda layout: "S(" not in layout  # S: fast memories
+        sizes[one.name] = hlo.shape_bytes(one.shape, in_main)
+        if one.opcode in _MOVES_NOTHING or one.opcode.endswith("-start"):
             continue
-        name, shape, opcode, operands, attributes = match.groups()
-        sizes[name] = shape_bytes(shape, lambda layout: "S(" not in layout)  # S: fast memories
-        if opcode in _MOVES_NOTHING or opcode.endswith("-start"):
-            continue
-        if opcode.endswith("-done"):  # a copy between two memories
-            size = shape_bytes(shape)
+        if one.opcode.endswith("-done"):  # a copy between two memories
+            size = hlo.shape_bytes(one.shape)
         else:
-            given = re.findall(r"%([^\s,)]+)", operands)
-            size = sizes[name] + sum(sizes.get(operand, 0) for operand in given)
-        source = re.search(r'op_name="([^"]*)"', attributes or "")
-        shape = re.sub(r"{[^}]*}|/\*.*?\*/", "", shape)
-        moved.append((size, f"{opcode} {shape}  {source[1] if source else name}"))
+            size = sizes[one.name] + sum(sizes.get(operand, 0) for operand in one.operands)
+        shape = re.sub(r"{[^}]*}|/\*.*?\*/", "", one.shape)
+        moved.append((size, f"{one.opcode} {shape}  {one.source or one.name}"))
     return sorted(moved, reverse=True)
-
-
-def shape_bytes(shape: str, where: Callable[[str], bool] = lambda layout: True) -> int:
-    """Bytes of the arrays in a shape as HLO writes it, of those whose layout passes."""
-    size = lambda bits, dims: int(bits) * math.prod(int(d) for d in dims.split(",") if d) // 8
-    return sum(size(bits, dims) for bits, dims, layout in _ARRAY.findall(shape) if where(layout))
 
 
 def table(results: Sequence[dict[str, Any]]) -> Table:

@@ -158,6 +158,7 @@ PRESETS = {
     "1b": _plain(2048, 5461, 24, 32),
     "7b": _plain(4096, 11008, 32, 32),
     "13b": _plain(5120, 13824, 40, 40),
+    "70b": dataclasses.replace(_plain(8192, 28672, 80, 64), num_kv_heads=8),
     "llama-2-7b": dataclasses.replace(_plain(4096, 11008, 32, 32), max_seq_len=4096, norm_eps=1e-5),
     "llama-3-8b": _LLAMA_3,
     "llama-3.2-1b": dataclasses.replace(
@@ -177,7 +178,7 @@ def preset(name: str) -> LlamaConfig:
     """The configuration of a published size.
 
     "tiny" is made for bytes on a laptop; "60m" to "13b" are the shapes of the GaLore and APOLLO
-    papers (arXiv 2403.03507, 2412.05270); the rest are Meta's releases.
+    papers (arXiv 2403.03507, 2412.05270), and "70b" is Llama 2's; the rest are Meta's releases.
 
     Args:
         name: One of `PRESETS`.

@@ -13,7 +13,6 @@ from jax import Array
 
 from memopt.errors import check_at_least, check_choice
 from memopt.matrices import explicit_axes, shard_count
-from memopt.reductions import octave
 from memopt.state.precision import zeros_of
 
 BLOCK = 128
@@ -56,11 +55,15 @@ class Codec(abc.ABC):
     def decode(self, coded: Coded) -> Array:
         """The numbers, float32."""
 
-    def fit(self, scales: tuple[Array, ...], x: Array) -> tuple[Array, ...]:
-        """The scales by which `encode` is to go for numbers like `x`.
+    def is_unfit(self, scales: tuple[Array, ...]) -> Array | bool:
+        """Whether numbers outgrew their scales, which `fit` must see to before the next `encode`.
 
-        Only for a codec that goes by the scales of the step before; others look at the numbers.
+        Only of a codec that goes by the scales of the step before; others look at the numbers.
         """
+        return False
+
+    def fit(self, scales: tuple[Array, ...], x: Array) -> tuple[Array, ...]:
+        """The scales by which `encode` is to go for numbers like `x`."""
         return scales
 
     def init(self, x: Any) -> Coded:
@@ -129,9 +132,11 @@ class Dynamic(Codec):
 
     The scale of a row (the array's last axis) is a power of two that leaves `headroom` octaves
     above the largest number *of the step before*, whose octave is kept too: this step's is not
-    known before all of the row is, and to look twice would cost a pass over the gradient. What
-    outgrows even that is cut off, for one step. A row far below its matrix goes by the matrix,
-    from which it may be lifted at any step; one of zeros remembers its last octave.
+    known before all of the row is, and to look twice would cost a pass over the gradient. It is
+    read off the codes. What outgrows even that is cut off for one step, and the row is to be
+    fitted anew; so is a matrix of zeros, of which nothing is known. A row far below its matrix
+    goes by the matrix, from which it may be lifted at any step. The highest code is of what is
+    not finite.
 
     Attributes:
       exponent_bits: the octaves are one less than 2 to this power.
@@ -145,7 +150,7 @@ class Dynamic(Codec):
     signed: bool = True
     headroom: int = 4
 
-    floor: ClassVar[float] = 2.0**-6
+    floor: ClassVar[float] = 2.0**-5
     """A row's largest number counts as at least this part of its matrix's."""
 
     def __post_init__(self) -> None:
@@ -155,8 +160,8 @@ class Dynamic(Codec):
         check_choice("headroom", self.headroom, range(7))
 
     @property
-    def _top(self) -> int:
-        """The largest magnitude's code."""
+    def _last(self) -> int:
+        """The code of what is not finite; the one before is of the largest magnitude."""
         return 2 ** (self.exponent_bits + self.mantissa_bits) - 1
 
     @property
@@ -174,30 +179,52 @@ class Dynamic(Codec):
         """The word of `_origin`, less what is left out of it."""
         return int(np.float32(self._origin).view(np.int32)) >> self._dropped
 
+    def is_unfit(self, scales: tuple[Array, ...]) -> Array:
+        """Whether of some row the octave is not known."""
+        return jnp.isinf(scales[1]).any()
+
     def fit(self, scales: tuple[Array, ...], x: Array) -> tuple[Array, ...]:
-        """The octave of each row of `x`, as if it were the step before's."""
-        return scales[0], octave(x)
+        """The octave of each row whose own is not known, as if `x` were the step before's."""
+        return scales[0], jnp.where(jnp.isinf(scales[1]), _octave(x), scales[1])
 
     def encode(self, x: Array, bits: Array, like: Coded | None = None) -> Coded:
         """A float32 of fewer bits, to whose mantissa a random rest is added."""
-        now = octave(x)
-        before = now if like is None else like.scales[1]
+        before = _octave(x) if like is None else like.scales[1]
         scale = self._scale(before)
-        y = jnp.abs(x) * _inverse(scale) + self._origin
-        y = jnp.minimum(y, self._float(self._top))
-        words = jax.lax.bitcast_convert_type(y, jnp.int32)
-        words += (bits >> (32 - self._dropped)).astype(jnp.int32)
-        codes = (words >> self._dropped) - self._offset
 
-        def stored(codes: Array, x: Array) -> Array:
+        def magnitude(x: Array, bits: Array) -> Array:
+            y = jnp.abs(x) * _inverse(scale) + self._origin
+            y = jnp.minimum(y, self._float(self._last - 1))
+            words = jax.lax.bitcast_convert_type(y, jnp.int32)
+            words += (bits >> (32 - self._dropped)).astype(jnp.int32)
+            return (words >> self._dropped) - self._offset
+
+        def finite(x: Array, codes: Array) -> Array:
+            return jnp.where(jnp.isfinite(x), codes, self._last)
+
+        def stored(x: Array, codes: Array) -> Array:
             codes = jnp.where(x < 0, -codes, codes) if self.signed else jnp.maximum(codes, 1)
             return codes.astype(jnp.int8 if self.signed else jnp.uint8)
 
-        # Of integers XLA for TPUs would make another pass over gradient and codes.
-        as_floats = lambda codes, x: stored(codes.astype(jnp.float32), x)
-        codes = jax.lax.platform_dependent(codes, x, cpu=stored, default=as_floats)
-        scale = jnp.where(jnp.isfinite(now), scale, jnp.nan)
-        return Coded(codes, (scale, jnp.where(now > 0, now, before)))
+        def on_cpu(x: Array, bits: Array) -> tuple[Array, Array]:
+            codes = stored(x, finite(x, magnitude(x, bits)))
+            # Reductions of a stored array, with nothing before them, are the cheapest.
+            largest = codes.max(-1, keepdims=True).astype(jnp.int32)
+            least = codes.min(-1, keepdims=True).astype(jnp.int32) if self.signed else 0
+            return codes, jnp.maximum(largest, -least)
+
+        def default(x: Array, bits: Array) -> tuple[Array, Array]:
+            # Of integers XLA for TPUs would make another pass over gradient and codes.
+            codes = stored(x, magnitude(x, bits).astype(jnp.float32))
+            largest = jnp.abs(x).max(-1, keepdims=True)
+            return codes, finite(largest, magnitude(largest, jnp.zeros((), jnp.uint32)))
+
+        codes, largest = jax.lax.platform_dependent(x, bits, cpu=on_cpu, default=default)
+        now = self._octave_of(largest) * scale
+        now = jnp.where(largest > (not self.signed), now, before)  # zeros remember their last
+        unknown = (scale == 0) | (largest == self._last - 1)
+        scale = jnp.where(largest < self._last, scale, jnp.nan)
+        return Coded(codes, (scale, jnp.where(unknown, jnp.inf, now)))
 
     def decode(self, coded: Coded) -> Array:
         """The float32 whose word begins with a code, times its row's scale."""
@@ -206,6 +233,11 @@ class Dynamic(Codec):
         words = (magnitudes + self._offset) << self._dropped
         y = jax.lax.bitcast_convert_type(words, jnp.float32) - self._origin
         return (jnp.where(codes < 0, -y, y) if self.signed else y) * coded.scales[0]
+
+    def _octave_of(self, codes: Array) -> Array:
+        """The power of two up to a code's number, the scale apart."""
+        words = (codes + self._offset) >> self.mantissa_bits << 23
+        return jax.lax.bitcast_convert_type(words, jnp.float32)
 
     def _float(self, code: int) -> np.float32:
         """The float32 whose word begins with a code."""
@@ -497,6 +529,15 @@ def _tiles(x: Array) -> Array:
     m, n = x.shape[-2:]
     x = x.reshape(*x.shape[:-2], m // SUBLANES, SUBLANES, n // LANES, LANES)
     return x.swapaxes(-3, -2)
+
+
+def _octave(x: Array) -> Array:
+    """The power of two up to a row's largest magnitude: 0 if zeros, infinite if not finite.
+
+    The row is the last axis, kept with length one.
+    """
+    words = jax.lax.bitcast_convert_type(jnp.abs(x).max(-1, keepdims=True), jnp.uint32)
+    return jax.lax.bitcast_convert_type(words >> 23 << 23, jnp.float32)
 
 
 def _uniform(bits: Array) -> Array:

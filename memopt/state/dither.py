@@ -1,6 +1,7 @@
 """Random bits that decide how numbers are rounded."""
 
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,10 @@ NEAREST = np.uint32(2**31)
 def dither(shape: tuple[int, ...], name: str, step: Array | int, seed: int | Array = 0) -> Array:
     """32 random bits for each number of an array, by which it is rounded up or down.
 
-    They are a hash of (seed, name, place in the matrix) plus `step` times 2³²/φ: uniform at every
-    step, and over the steps of one number a golden-ratio sequence. So rounding errors do not add
-    up as a random walk would, which a second moment of decay 0.999 multiplies by 22, but stay
-    within about a code. Every matrix of a stack has the same bits, however it is sharded.
+    They are a product of hashes, of (seed, name), row and column, plus `step` times 2³²/φ: uniform
+    at every step, and over the steps of one number a golden-ratio sequence. So rounding errors do
+    not add up as a random walk would, which a second moment of decay 0.999 multiplies by 22, but
+    stay within about a code. Every matrix of a stack has the same bits, however it is sharded.
 
     Args:
       shape: of the array; its last two axes are the place in the matrix.
@@ -42,16 +43,19 @@ def dither(shape: tuple[int, ...], name: str, step: Array | int, seed: int | Arr
       >>> bool((dither((4, 5), "w", 1) == dither((4, 5), "w", 0) + np.uint32(0x9E3779B9)).all())
       True
     """
-    start = jnp.asarray(seed).astype(jnp.uint32) * _GOLDEN + np.uint32(
+    stream = jnp.asarray(seed).astype(jnp.uint32) * _GOLDEN + np.uint32(
         zlib.crc32(group_name(name).encode())
     )
-    place = jnp.zeros((), jnp.uint32)
+    bits = jnp.broadcast_to(_hashed(stream) | 1, shape)
     for axis in range(len(shape))[-2:]:
-        place = place * np.uint32(shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    return _hashed(place + _hashed(start)) + jnp.asarray(step).astype(jnp.uint32) * _GOLDEN
+        # Constants: one multiplication a number, where a hash of the place takes three.
+        start = len(shape) - axis << 16  # rows and columns have other hashes
+        places = np.arange(start, start + shape[axis], dtype=np.uint32)
+        bits = bits * jax.lax.broadcast_in_dim(_hashed(places) | 1, shape, (axis,))
+    return bits + jnp.asarray(step).astype(jnp.uint32) * _GOLDEN
 
 
-def _hashed(x: Array) -> Array:
+def _hashed(x: Any) -> Any:
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)

@@ -3,13 +3,14 @@
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from memopt.errors import check_at_least
 from memopt.matrices import Layout, every_matrix, leaf_name, map_matrices
@@ -62,9 +63,9 @@ def quantize_state(
     Between steps every large array of floats in the state of `inner` is kept as codes of the same
     shape, so that a sharding of the array is one of its codes. They are rounded stochastically,
     by bits that depend on seed, array and step only: nothing freezes, and nothing depends on how
-    the array is sharded or stacked. An array that is all zeros after the first step loses what the
-    first step to change it adds, as the moments of an ``optax.MultiSteps`` would: quantise the
-    optimizer within, not the accumulation around it.
+    the array is sharded or stacked. `inner` is computed once more at a step whose scales are not
+    known from the one before: at the first, while a matrix is all zeros, and after numbers outgrew
+    theirs.
 
     Args:
       inner: any Optax transformation.
@@ -101,8 +102,8 @@ def quantize_state(
     choices = [(re.compile(pattern), named(codec)) for pattern, codec in rules.items()]
     inner = in_float32(inner)
 
-    def codec_of(path: tuple[Any, ...], leaf: Any, stack: int, is_second_moment: bool) -> Codec:
-        size = math.prod(leaf.shape[stack:])
+    def codec_of(path: tuple[Any, ...], leaf: Any, owner: Owner, is_second_moment: bool) -> Codec:
+        size = math.prod(leaf.shape[owner.stack :])
         if size < min_size or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return AsIs()
         choice = next((c for pattern, c in choices if pattern.search(leaf_name(path))), None)
@@ -111,18 +112,18 @@ def quantize_state(
         return choice.unsigned if is_second_moment else choice.signed
 
     def plan(params: Any) -> tuple[Any, Any, Any]:
-        """Of each array of the inner state its codec, its shape and dtype, and its stack axes."""
+        """Of each array of the inner state its codec, its shape and dtype, and its owner."""
         like = jax.eval_shape(inner.init, params)
-        stacks = _stacks(like, params)
-        codecs = jax.tree_util.tree_map_with_path(codec_of, like, stacks, _second_moments(like))
-        return codecs, like, stacks
+        owners = _owners(like, params)
+        codecs = jax.tree_util.tree_map_with_path(codec_of, like, owners, _second_moments(like))
+        return codecs, like, owners
 
     def init(params: Any) -> QuantizedState:
         coded = jax.tree.map(_first, plan(params)[0], inner.init(params))
         return QuantizedState(jnp.zeros((), jnp.int32), *_columns(coded))
 
     def update(updates: Any, state: QuantizedState, params: Any = None, **extra: Any) -> Any:
-        codecs, shapes, stacks = plan(updates if params is None else params)
+        codecs, shapes, owners = plan(updates if params is None else params)
         scales = by_leaf(state.scales, state.codes)
 
         def step() -> tuple[Any, Any]:
@@ -131,11 +132,8 @@ def quantize_state(
             new_updates, new = inner.update(updates, old, params, **extra)
             return new_updates, jax.tree.map(lambda c, x: _cast(c, x, jnp.float32), codecs, new)
 
-        def fitted(x: Any) -> Any:
-            return jax.tree.map(lambda codec, s, x: codec.fit(s, x), codecs, scales, x)
-
-        def encode(path: tuple[Any, ...], codec: Codec, stack: int, x: Array, *like: Any) -> Coded:
-            is_vectors = x.ndim == stack + 1  # each of which is a matrix of one row
+        def encode(path: Any, codec: Codec, owner: Owner, x: Array, *like: Any) -> Coded:
+            is_vectors = x.ndim == owner.stack + 1  # each of which is a matrix of one row
             apart = lambda a: jnp.expand_dims(a, -2) if is_vectors else a
             together = lambda a: jnp.squeeze(a, -2) if is_vectors else a
             x, before = jax.tree.map(apart, (x, Coded(*like)))
@@ -143,23 +141,29 @@ def quantize_state(
             return jax.tree.map(together, coded)
 
         new_updates, new = step()
-        is_first = state.count == 0
-        # A first step is taken twice, so that in others no array of floats is kept to be fitted
-        # to; but not on CPUs, where codecs look at the numbers before they encode them anyway.
-        twice = lambda: jax.lax.cond(is_first, lambda: fitted(step()[1]), lambda: scales)
-        once = lambda: jax.tree.map(functools.partial(jnp.where, is_first), fitted(new), scales)
-        like = state.codes, jax.lax.platform_dependent(cpu=once, default=twice)
-        coded = jax.tree_util.tree_map_with_path(encode, codecs, stacks, new, *like)
+        like = state.codes, _fitted(codecs, owners, scales, lambda: step()[1])
+        coded = jax.tree_util.tree_map_with_path(encode, codecs, owners, new, *like)
         return new_updates, QuantizedState(optax.safe_increment(state.count), *_columns(coded))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _stacks(state: Any, params: Any) -> Any:
-    """How many axes of each array of a state only count matrices, as those of its parameter do.
+class Owner(NamedTuple):
+    """The parameter that an array of a state belongs to.
 
-    The parameter is the one whose name the array's ends with. What belongs to none is a matrix,
-    and so is each entry of its axes before the last two.
+    Attributes:
+      name: its name, or the array's own where it belongs to none.
+      stack: how many of the array's first axes only count matrices, as the parameter's do.
+    """
+
+    name: str
+    stack: int
+
+
+def _owners(state: Any, params: Any) -> Any:
+    """The owner of each array of a state: the parameter whose name the array's ends with.
+
+    What belongs to none is a matrix, and so is each entry of its axes before the last two.
     """
     found: dict[str, tuple[int, ...]] = {}
 
@@ -168,13 +172,64 @@ def _stacks(state: Any, params: Any) -> Any:
 
     map_matrices(note, params, default=every_matrix)
 
-    def count(path: tuple[Any, ...], x: Any) -> int:
-        name = f"/{leaf_name(path)}"
-        owners = [n for n in found if name.endswith(f"/{n}") or not n]
-        stack = found[max(owners, key=len)] if owners else ()
-        return len(stack) if x.shape[: len(stack)] == stack else 0
+    def owner(path: tuple[Any, ...], x: Any) -> Owner:
+        name = leaf_name(path)
+        candidates = [n for n in found if f"/{name}".endswith(f"/{n}") or not n]
+        if not candidates:
+            return Owner(name, 0)
+        best = max(candidates, key=len)
+        stack = found[best]
+        return Owner(best, len(stack) if x.shape[: len(stack)] == stack else 0)
 
-    return jax.tree_util.tree_map_with_path(count, state)
+    return jax.tree_util.tree_map_with_path(owner, state)
+
+
+def _fitted(codecs: Any, owners: Any, scales: Any, new: Callable[[], Any]) -> Any:
+    """The scales to go by: those of the step before, or fitted to `new` where they do not serve.
+
+    Then it is computed twice, so that otherwise no array of floats is kept to be looked at first;
+    and only what belongs to a parameter together, as released steps update them.
+    """
+    structure: Any = jax.tree.structure(codecs)
+    columns = (structure.flatten_up_to(tree) for tree in (codecs, owners, scales))
+    leaves = list(zip(*columns, strict=True))
+    groups: dict[str, list[int]] = {}
+    for i, (codec, owner, kept) in enumerate(leaves):
+        if codec.is_unfit(kept) is not False:
+            groups.setdefault(owner.name, []).append(i)
+    fitted = [kept for _, _, kept in leaves]
+    for group, part in zip(groups.values(), _parts(new, list(groups.values())), strict=True):
+        mine = [(leaves[i][0], leaves[i][2]) for i in group]
+        unfit = functools.reduce(jnp.logical_or, (codec.is_unfit(kept) for codec, kept in mine))
+        fit = lambda mine=mine, part=part: [
+            codec.fit(kept, x) for (codec, kept), x in zip(mine, part(), strict=True)
+        ]
+        chosen = jax.lax.cond(unfit, fit, lambda mine=mine: [kept for _, kept in mine])
+        for i, kept in zip(group, chosen, strict=True):
+            fitted[i] = kept
+    return structure.unflatten(fitted)
+
+
+def _parts(f: Callable[[], Any], groups: list[list[int]]) -> list[Callable[[], list[Array]]]:
+    """For each group of the arrays that `f` makes, a function that computes them alone."""
+    program = jax.make_jaxpr(f)()
+    makers = {var: i for i, eqn in enumerate(program.eqns) for var in eqn.outvars}
+
+    def part(group: list[int]) -> Callable[[], list[Array]]:
+        outputs = [program.jaxpr.outvars[i] for i in group]
+        needed: set[int] = set()
+        missing = list(outputs)
+        while missing:
+            var = missing.pop()
+            place = None if isinstance(var, Literal) else makers.get(var)
+            if place is not None and place not in needed:
+                needed.add(place)
+                missing += program.eqns[place].invars
+        eqns = [program.eqns[i] for i in sorted(needed)]
+        jaxpr = program.jaxpr.replace(eqns=eqns, outvars=outputs)
+        return lambda: jaxpr_as_fun(ClosedJaxpr(jaxpr, program.consts))()
+
+    return [part(group) for group in groups]
 
 
 def _second_moments(state: Any) -> Any:

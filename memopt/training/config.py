@@ -24,7 +24,7 @@ class Architecture:
     """What is trained."""
 
     model: str = "tiny"
-    """tiny, 60m, 130m, 350m, 1b, 7b, 13b, llama-2-7b, llama-3-8b or llama-3.2-1b."""
+    """tiny, 60m, 130m, 350m, 1b, 7b, 13b, 70b, llama-2-7b, llama-3-8b or llama-3.2-1b."""
     vocab_size: Annotated[int | None, conf.arg(metavar="INT")] = None
     """Token ids of the model, if not those of its preset."""
     param_dtype: DType = "float32"

@@ -94,7 +94,8 @@ def abstract_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) ->
         The state, of `ShapeDtypeStruct`s with shardings.
     """
     whole = NamedSharding(mesh, jax.P())
-    state = jax.eval_shape(lambda params: init_state(params, tx), params)
+    bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    state = jax.eval_shape(lambda params: init_state(params, tx), bare)
     shardings = jax.tree.map(lambda x: whole, state)._replace(
         params=jax.tree.map(lambda x: x.sharding, params),
         opt_state=state_sharding(tx, params),

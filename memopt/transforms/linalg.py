@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AxisType
 
 from memopt.matrices import explicit_axes, shard_count
 
@@ -80,6 +81,20 @@ def turned(matrices: Array, axis: int) -> Array:
         return matrices
     last = (None, both) if axis == -2 else (both, None)
     return jax.sharding.reshard(matrices, jax.P(*spec[:-2], *last))
+
+
+def undivided(x: Array, axis: int) -> Array:
+    """`x` with an axis, of r dimensions, whole on every device, where mesh axes are automatic.
+
+    What uses it may be split along r, and the gradient along the projected side; XLA would then
+    gather gradients, or sum up updates of full size, rather than what is in the subspace.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if set(mesh.axis_types) != {AxisType.Auto}:
+        return x
+    spec: list[Any] = [jax.P.UNCONSTRAINED] * x.ndim
+    spec[axis] = None
+    return jax.lax.with_sharding_constraint(x, jax.P(*spec))
 
 
 def for_stack(basis: Array, like: Array) -> Array:

@@ -90,7 +90,7 @@ def ssh(tmp_path, monkeypatch):
 
 WORKER = """
 trap 'echo told; exit 143' TERM
-echo "$(printf '<%s>' "$@")"
+echo "$(printf '<%s>' "$@")"  # in one go, as others write there too
 for i in {1..1000}; do
     sleep 0.05
     if [[ -f "end${@: -1}" ]]; then exit "$(< "end${@: -1}")"; fi
@@ -103,9 +103,10 @@ done
 )
 def test_over_ssh_all_end_when_one_fails(ssh, tmp_path, ends, exit_code, told):
     process = ssh("bash", "-c", WORKER, "worker", "--data", "a b", "it's")
+    out = "".join(process.stdout.readline() for _ in range(2))  # both are there
     for index, code in ends.items():
         (tmp_path / f"end{index}").write_text(str(code))
-    out, _ = process.communicate(timeout=60)
+    out += process.communicate(timeout=60)[0]
     assert process.returncode == exit_code
     three = "<--coordinator><localhost:12321><--processes><2><--process>"
     for index in (0, 1):

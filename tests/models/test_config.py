@@ -20,6 +20,7 @@ from memopt.models.llama import PRESETS, LlamaConfig, RopeScaling, abstract_mode
         ("1b", 1339, 0.5),
         ("7b", 6738, 0.5),
         ("13b", 13000, 50),
+        ("70b", 68977, 0.5),
         ("llama-2-7b", 6738, 0.5),
         ("llama-3-8b", 8030, 0.5),
         ("llama-3.2-1b", 1236, 0.5),
@@ -32,7 +33,7 @@ def test_presets_have_their_published_size(name, millions, within):
 
 
 def test_every_preset_is_measured():
-    assert len(PRESETS) == 10
+    assert len(PRESETS) == 11
 
 
 def test_unknown_preset_suggests_the_nearest():

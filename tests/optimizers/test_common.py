@@ -227,7 +227,8 @@ def cell(space: pairings.Space, rule: pairings.Rule, inner: pairings.Inner) -> C
 
 CELLS = {name: cell(*parts) for name, parts in pairings.cells().items()}
 VARIANTS = {  # of methods that stand in the table otherwise, too
-    *("adafactor_momentum", "adalomo_as_released", "adamw_4bit", "apollo_as_released"),
+    *("adafactor_momentum", "adalomo_as_released", "adamw_4bit", "adamw_bfloat16"),
+    *("apollo_as_released",),
     *("apollo_mini_scale_front", "flora_as_released", "frugal_blocks", "frugal_orthogonal"),
     *("galore_8bit", "galore_at_random", "galore_in_turns"),
 }

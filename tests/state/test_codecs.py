@@ -45,6 +45,8 @@ def numbers(name, shape=(6, 5, 200), seed=0):
 
 def coded_and_decoded(name, x, bits=NEAREST, like=None):
     codec = CODECS[name][0]
+    if like is not None and codec.is_unfit(like.scales):
+        like = like._replace(scales=codec.fit(like.scales, x))
     coded = jitted(codec.encode)(x, bits, like)
     return coded, jitted(codec.decode)(coded)
 
@@ -131,12 +133,15 @@ def test_bits_depend_on_seed_name_and_step_alone():
     np.testing.assert_array_equal(dither((2, 64, 64), "w", 5), [bits(step=5)] * 2)
 
 
-def test_bits_are_uniform_and_independent_of_place():
+def test_bits_are_uniform_and_independent():
     u = np.asarray(dither((256, 256), "w", 0)) / 2**32
     counts = np.histogram(u, 64, (0, 1))[0]
     assert ((counts - 1024) ** 2 / 1024).sum() < 63 + 5 * np.sqrt(2 * 63)
     for shifted in (np.roll(u, 1, 0), np.roll(u, 1, 1), np.asarray(dither((256, 256), "v", 0))):
         assert abs(np.corrcoef(u.ravel(), np.ravel(shifted))[0, 1]) < 5 / 256
+    # Rounding errors of a matrix add up in no direction more than independent ones would.
+    for e in (u - 0.5, (u < 0.5) - 0.5, (u < 0.1) - 0.1):
+        assert np.linalg.norm(e, 2) < 1.1 * 2 * np.sqrt(256) * e.std()
 
 
 @every_codec
@@ -145,8 +150,11 @@ def test_what_does_not_change_keeps_its_codes(name):
     coded, back = coded_and_decoded(name, x, dither(x.shape, "w", 0))
     for step in range(1, 4):
         coded2, back2 = coded_and_decoded(name, back, dither(x.shape, "w", step), coded)
-        if name in DYNAMIC:  # the scale may be the next power of two: same numbers, other codes
-            np.testing.assert_allclose(back2, back, atol=1e-8 * np.abs(x).max(), rtol=0)
+        if name in DYNAMIC:  # the scale may be the next power of two: same numbers, other codes,
+            # but for what is so small that it lies a little beside a code of the new scale.
+            moved = np.abs(back2 - back) > 1e-8 * np.abs(x).max()
+            assert moved.mean() < 1e-3
+            assert (np.abs(back2 - back) <= allowed(name, back)).all()
         else:
             np.testing.assert_array_equal(coded2.codes, coded.codes)
             np.testing.assert_array_equal(back2, back)
@@ -166,10 +174,6 @@ def test_zeros_are_zeros_and_wake_up(name):
         assert not back[1, 3].any()
     awake = numbers(name, x.shape, seed=1)
     coded, back = coded_and_decoded(name, awake, dither(x.shape, "w", 1), coded)
-    if name in DYNAMIC:  # a matrix of zeros needs one step more, a row does not
-        assert not back[0].any()
-        assert (np.abs(back - awake) <= allowed(name, awake))[1].all()
-        coded, back = coded_and_decoded(name, awake, dither(x.shape, "w", 2), coded)
     assert (np.abs(back - awake) <= allowed(name, awake)).all()
 
 

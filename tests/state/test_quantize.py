@@ -120,16 +120,39 @@ def test_inside_and_around_multi_steps():
     expected, _ = run(plain, tree(), 4)
     chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
     inside = quantize_state(optax.MultiSteps(optax.scale_by_adam(), 2), min_size=500)
-
-    def last(tx):
-        """The last of some updates: what the moments lose in the first is forgotten by then."""
-        (before, _), (after, state) = (run(tx, tree(), 2 * n, halves) for n in (23, 24))
-        return after["embed"] - before["embed"], state
-
-    got, state = last(inside)
+    got, state = run(inside, tree(), 8, halves)
     assert "float32" not in dtypes(state.codes)
-    exact, _ = last(optax.MultiSteps(optax.scale_by_adam(), 2))
-    assert jnp.abs(got - exact).mean() < 0.35 * jnp.abs(exact).mean()
+    exact, _ = run(optax.MultiSteps(optax.scale_by_adam(), 2), tree(), 8, halves)
+    moved = jax.tree.map(jnp.subtract, exact, tree())
+    off = jax.tree.map(
+        lambda a, b, by: jnp.abs(a - b).mean() / jnp.abs(by).mean(), got, exact, moved
+    )
+    assert max(jax.tree.leaves(off)) < 0.1
+
+
+def test_inner_is_computed_again_only_where_scales_are_not_known():
+    computed = []
+
+    def noted(x):
+        computed.append(1)
+        return x
+
+    def update(updates, state, params=None):
+        """Gradients as the state, and a note whenever that is computed."""
+        return updates, jax.tree.map(lambda x: jax.pure_callback(noted, x, x), updates)
+
+    keep = optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), update)
+    tx = quantize_state(keep)
+    g = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(64, 128)), jnp.float32)}
+    state, step = tx.init(g), jax.jit(tx.update)
+    zeros, spike = jax.tree.map(jnp.zeros_like, g), jax.tree.map(lambda x: 1e9 * x, g)
+    for gradients, times in ((zeros, 2), (g, 2), (g, 1), (spike, 1), (spike, 2), (spike, 1)):
+        computed.clear()
+        _, state = jax.block_until_ready(step(gradients, state))
+        assert len(computed) == times
+    codec = memopt.codecs.named("int8").signed
+    back = codec.decode(memopt.codecs.Coded(state.codes["w"], tuple(s["w"] for s in state.scales)))
+    chex.assert_trees_all_close(back, spike["w"], rtol=0.25, atol=1)
 
 
 def test_partition_and_inject_hyperparams():
@@ -239,13 +262,13 @@ def test_second_moments_freeze_in_bfloat16_and_not_as_codes():
     np.testing.assert_allclose(exact, expected, rtol=1e-3)
     frozen = second_moment(optax.scale_by_adam(), jnp.bfloat16, steps).nu["w"]
     np.testing.assert_allclose(frozen.astype(jnp.float32), 3.05e-5, rtol=5e-3)
-    # 9.50e-5; each number is within two codes of it, and all together within a half: in which
-    # direction they are on their way decides by how much.
+    # 9.50e-5; each number is within two codes of it. All together are half a code above, whatever
+    # the seed (0.49 to 0.53 of bfloat16's over eight): that is where numbers are on their way.
     for codec, code in (("bfloat16", 2**-7), ("int8", 2**-3)):
         tx = quantize_state(optax.scale_by_adam(), codec, min_size=1)
         nu = decoded(second_moment(tx, jnp.bfloat16, steps), codec, "nu")
         assert (np.abs(nu / expected - 1) < 2 * code).all()
-        assert abs(nu.mean() / expected - 1) < code / 2
+        assert abs(nu.mean() / expected - 1) < 0.6 * code
 
 
 def test_factored_second_moments_freeze_in_bfloat16_and_not_as_codes():

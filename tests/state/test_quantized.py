@@ -48,9 +48,10 @@ def test_bfloat16_weights_move_by_updates_that_optax_loses():
     assert (lost["w"] == 1).all()
     kept = moved(params, update, 2000)["w"]
     assert kept.dtype == jnp.bfloat16
-    # Every weight by itself is within two of bfloat16's steps, their mean within a hundredth.
+    # Every weight by itself is within two of bfloat16's steps, their mean within three hundredths:
+    # over twelve seeds it is off by 0.009 ± 0.011 of them.
     assert (np.abs(kept.astype(jnp.float32) - 1.2) <= 2 * 2**-7).all()
-    assert abs(kept.astype(jnp.float32).mean() - 1.2) < 0.01 * 2**-7
+    assert abs(kept.astype(jnp.float32).mean() - 1.2) < 0.03 * 2**-7
 
 
 @pytest.mark.parametrize("codec", CODECS)

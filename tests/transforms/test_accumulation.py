@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 
 import memopt
 from memopt import accumulate, accumulate_in_subspace, projectors
-from tests.optimizers.test_common import LAYERS, SHAPES, SPECS, close, run, tree
+from tests.optimizers.test_common import LAYERS, SHAPES, SPECS, close, draw, run
 
 EVERY, RANK, MICRO_STEPS = 3, 4, 8  # two cycles and two micro-steps of a third
 
@@ -21,6 +21,7 @@ WRAPPERS = {
     "subspace": lambda inner, every=EVERY: accumulate_in_subspace(inner, every, RANK),
 }
 every_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
+tree = functools.partial(draw, SHAPES)
 
 
 def wrap(wrapper, every=EVERY):
@@ -30,7 +31,7 @@ def wrap(wrapper, every=EVERY):
 @functools.cache
 def plain(wrapper):
     """The run that most tests compare with."""
-    return run(wrap(wrapper), tree(0), MICRO_STEPS)
+    return run(wrap(wrapper), tree(0), tree, MICRO_STEPS)
 
 
 def lifted(gradients, **options):
@@ -45,8 +46,8 @@ def lifted(gradients, **options):
 @pytest.mark.parametrize("inner", [optax.sgd, optax.adam, memopt.adafactor])
 @pytest.mark.parametrize("every", [1, EVERY])
 def test_equals_multi_steps(inner, every):
-    params, _ = run(accumulate(inner(1e-2), every), tree(0), MICRO_STEPS)
-    expected, _ = run(optax.MultiSteps(inner(1e-2), every), tree(0), MICRO_STEPS)
+    params, _ = run(accumulate(inner(1e-2), every), tree(0), tree, MICRO_STEPS)
+    expected, _ = run(optax.MultiSteps(inner(1e-2), every), tree(0), tree, MICRO_STEPS)
     close(params, expected, rtol=2e-4)
 
 
@@ -68,7 +69,7 @@ def counted(runs):
 def test_computes_the_inner_update_once_a_cycle(wrapper, computed):
     """Optax's MultiSteps computes it at every micro-step."""
     runs = []
-    run(wrapper(counted(runs), EVERY), tree(0), MICRO_STEPS)
+    run(wrapper(counted(runs), EVERY), tree(0), tree, MICRO_STEPS)
     jax.effects_barrier()
     assert len(runs) == computed
 
@@ -152,8 +153,8 @@ def test_in_the_whole_space_it_is_exact(basis):
     whole = lambda inner: accumulate_in_subspace(inner, EVERY, 6, projector=basis)
     params = {"w": jnp.ones((8, 6))}
     gradient = lambda seed: {"w": jnp.asarray(np.random.default_rng(seed).normal(size=(8, 6)))}
-    got, _ = run(whole(optax.adam(1e-2)), params, 6, gradient)
-    expected, _ = run(accumulate(optax.adam(1e-2), EVERY), params, 6, gradient)
+    got, _ = run(whole(optax.adam(1e-2)), params, gradient, 6)
+    expected, _ = run(accumulate(optax.adam(1e-2), EVERY), params, gradient, 6)
     close(got, expected, rtol=2e-4)
 
 
@@ -180,9 +181,9 @@ def test_sums_are_float32(wrapper):
 @every_wrapper
 def test_none_leaves_and_empty_trees(wrapper):
     with_none = lambda seed: tree(seed) | {"frozen": None, "nothing": {}}
-    params, _ = run(wrap(wrapper), with_none(0), MICRO_STEPS, with_none)
+    params, _ = run(wrap(wrapper), with_none(0), with_none, MICRO_STEPS)
     close(params, plain(wrapper)[0] | {"frozen": None, "nothing": {}})
-    assert run(wrap(wrapper), {}, EVERY, lambda seed: {})[0] == {}
+    assert run(wrap(wrapper), {}, lambda seed: {}, EVERY)[0] == {}
 
 
 @every_wrapper
@@ -211,7 +212,7 @@ def test_stacked_layers_are_separate_layers(wrapper):
         layers = [jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(LAYERS)]
         return params | {"blocks": layers}
 
-    separate, _ = run(wrap(wrapper), unstack(tree(0)), MICRO_STEPS, lambda t: unstack(tree(t)))
+    separate, _ = run(wrap(wrapper), unstack(tree(0)), lambda t: unstack(tree(t)), MICRO_STEPS)
     close(unstack(plain(wrapper)[0]), separate)
 
 
@@ -222,7 +223,7 @@ def test_sharded_is_unsharded(wrapper, axis_type):
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
     place = lambda seed: jax.device_put(tree(seed), shardings)
     with jax.set_mesh(mesh):
-        params, state = run(wrap(wrapper), place(0), MICRO_STEPS, place)
+        params, state = run(wrap(wrapper), place(0), place, MICRO_STEPS)
         if axis_type == AxisType.Explicit:
             chex.assert_trees_all_equal(jax.tree.map(lambda x: x.sharding, params), shardings)
     close((params, state), plain(wrapper), rtol=1e-4)
@@ -232,8 +233,8 @@ def test_sharded_is_unsharded(wrapper, axis_type):
 def test_inject_hyperparams_inside_counts_cycles(wrapper):
     schedule = optax.linear_schedule(1e-2, 0.0, 4)
     inner = optax.inject_hyperparams(memopt.adafactor)(learning_rate=schedule)
-    injected, state = run(WRAPPERS[wrapper](inner), tree(0), MICRO_STEPS)
-    scheduled, _ = run(WRAPPERS[wrapper](memopt.adafactor(schedule)), tree(0), MICRO_STEPS)
+    injected, state = run(WRAPPERS[wrapper](inner), tree(0), tree, MICRO_STEPS)
+    scheduled, _ = run(WRAPPERS[wrapper](memopt.adafactor(schedule)), tree(0), tree, MICRO_STEPS)
     close(injected, scheduled)
     rate = state.inner.hyperparams["learning_rate"]
     assert float(rate) == pytest.approx(0.75e-2)  # the second cycle's
@@ -260,7 +261,7 @@ def test_optax_leaves_out_what_is_not_finite(wrapper):
         return spoil(tree(0)) if i is None else tree(100 + i)
 
     tx = optax.apply_if_finite(wrap(wrapper), max_consecutive_errors=5)
-    params, state = run(tx, tree(0), len(order), gradient)
+    params, state = run(tx, tree(0), gradient, len(order))
     close((params, state.inner_state), plain(wrapper))
 
 

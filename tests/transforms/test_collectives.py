@@ -1,7 +1,6 @@
 """What moves between devices: never a gradient."""
 
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 import memopt
+from benchmarks import hlo
 from memopt import projectors, recombine
 from tests.optimizers import pairings
 
@@ -22,11 +22,10 @@ SPECS = {
 }
 
 
-def gathered(hlo: str) -> list[int]:
+def gathered(text: str) -> list[int]:
     """The numbers in each array that a device gets from others whole."""
-    found = re.findall(r"= (.*?) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", hlo)
-    arrays = [shape for shapes in found for shape in re.findall(r"\w+\[([\d,]*)\]", shapes)]
-    return [math.prod(int(d) for d in shape.split(",") if d) for shape in arrays]
+    kinds = ("all-gather", "all-to-all", "collective-permute")
+    return [c.largest for c in hlo.collectives(text, refresh=True) if c.kind in kinds]
 
 
 def compiled(tx, spec, axis_type):
@@ -63,12 +62,12 @@ def test_no_gradient_is_gathered(projector, layout, axis_type):
         space.refresh_every,
         space.on_refresh,
     )
-    hlo = compiled(tx, SPECS[layout], axis_type)
+    text = compiled(tx, SPECS[layout], axis_type)
     if projector == "svd" and layout in ("rows", "both") and axis_type == AxisType.Auto:
-        assert max(gathered(hlo)) >= math.prod(SHAPE) // 4  # as its docstring says
+        assert max(gathered(text)) >= math.prod(SHAPE) // 4  # as its docstring says
         return
-    assert "callback" not in hlo
-    assert max(gathered(hlo), default=0) < math.prod(SHAPE) // 4
+    assert "callback" not in text
+    assert max(gathered(text), default=0) < math.prod(SHAPE) // 4
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
@@ -83,5 +82,5 @@ def test_no_gradient_is_gathered_for_a_structured_sketch(layout, axis_type):
             leaf = projectors.Leaf("up", shape, jnp.float32)
             g = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
             basis = jax.jit(lambda g, leaf=leaf: projector.basis(leaf, g, projectors.When.first()))
-            hlo = basis.lower(g).compile().as_text()
-            assert max(gathered(hlo), default=0) < math.prod(SHAPE) // 4
+            text = basis.lower(g).compile().as_text()
+            assert max(gathered(text), default=0) < math.prod(SHAPE) // 4

@@ -14,7 +14,7 @@ from jax import Array
 from memopt.errors import check_at_least, check_choice
 from memopt.matrices import group_name
 from memopt.state.precision import zeros_of
-from memopt.transforms.linalg import for_stack, product, whole
+from memopt.transforms.linalg import for_stack, product, undivided, whole
 
 SIDES = ("short", "long", "left", "right")
 
@@ -184,9 +184,11 @@ class Projector(abc.ABC):
 
     def down(self, leaf: Leaf, basis: Array, gradient: Array) -> Array:
         """The gradient in the subspace: PᵀG or G P."""
+        basis = undivided(basis, -1)
         if self.is_left(leaf):
-            return product("...mr,...mn->...rn", for_stack(basis, gradient), gradient)
-        return product("...mn,...nr->...mr", gradient, basis)
+            low = product("...mr,...mn->...rn", for_stack(basis, gradient), gradient)
+            return undivided(low, -2)
+        return undivided(product("...mn,...nr->...mr", gradient, basis), -1)
 
     def down_and_squares(self, leaf: Leaf, basis: Array, gradient: Array) -> tuple[Array, Array]:
         """The gradient in the subspace, and each of its channels' sum of squares."""
@@ -195,6 +197,7 @@ class Projector(abc.ABC):
 
     def up(self, leaf: Leaf, basis: Array, low: Array) -> Array:
         """What stands in the subspace, in full size: P R or R Pᵀ."""
+        basis, low = undivided(basis, -1), undivided(low, -2 if self.is_left(leaf) else -1)
         if self.is_left(leaf):
             return product("...mr,...rn->...mn", for_stack(basis, low), low, like=leaf.sharding)
         return product("...mr,...nr->...mn", low, basis, like=leaf.sharding)

@@ -1,0 +1,176 @@
+"""What a training step of a LLaMA needs and moves on each chip of a pod, by the chip's compiler.
+
+    python -m benchmarks.pods [--only "7b v5e fsdp=16 apollo_mini"]
+
+Steps are those of `benchmarks.memory`, with one row of 2048 tokens a chip; plain SGD is the first
+of each kind, to see what another optimizer adds to it. Every row takes minutes. It is written as
+soon as it is measured, and what the file has already is not measured again: stop it at any time.
+"""
+
+import itertools
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tyro
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks import hlo, memory
+from benchmarks.report import save
+from memopt.training.placement import parse_mesh
+
+BASELINE = "sgd"
+OPTIMIZERS: list[tuple[str, Any]] = [
+    *((BASELINE, None), ("apollo_mini", None), ("adafactor", None), ("lion", None)),
+    *(("adamw", "int8"), ("galore", None)),
+]
+PODS = [
+    ("7b", "v5e", "fsdp=16"),
+    ("7b", "v5e", "fsdp=256"),
+    ("7b", "v5e", "data=4,fsdp=16,tensor=4"),
+    ("7b", "v5p", "fsdp=256"),
+    ("7b", "v5p", "data=4,fsdp=16,tensor=4"),
+]
+LARGE = [("70b", "v5p", "fsdp=256", "adafactor", None, released) for released in (False, True)]
+LIST = [
+    *(
+        (*pod, *method, released)
+        for pod, released, method in itertools.product(PODS, (False, True), OPTIMIZERS)
+    ),
+    *LARGE,
+]
+KEY = ("model", "chip", "mesh", "optimizer", "state", "release")
+
+
+class Options(NamedTuple):
+    """What to measure.
+
+    Attributes:
+      only: words, such as "v5e fsdp=16 released", that a row has; by default all rows are measured.
+      output: the JSON file; the plot stands beside it.
+    """
+
+    only: str = ""
+    output: Path = Path(__file__).parent / "results" / "pods.json"
+
+
+def measure(
+    model: str, chip: Any, mesh: str, optimizer: str, state: Any, release: bool
+) -> dict[str, Any]:
+    """The record of one step: that of `benchmarks.memory`, and what moves between the chips.
+
+    Of conditionals the branch is counted that moves least, as between two refreshes; and, in
+    "refresh_bytes", that which moves most.
+    """
+    chips = math.prod(parse_mesh(mesh).values())
+    with tempfile.NamedTemporaryFile(suffix=".hlo") as file:
+        options = memory.Options(
+            *(model, optimizer, release),
+            **{"state": state, "chip": chip, "mesh": mesh, "batch_size": chips},
+            dump=Path(file.name),
+        )
+        record = memory.measure(optimizer, options)
+        text = Path(file.name).read_text()
+    return record | {"chips": chips} | moved(text)
+
+
+def moved(text: str) -> dict[str, Any]:
+    """What a compiled step moves."""
+    between = hlo.collectives(text)
+    return {
+        "collectives": hlo.by_kind(between),
+        "collective_bytes": hlo.total_bytes(between),
+        "refresh_bytes": hlo.total_bytes(hlo.collectives(text, refresh=True)),
+    }
+
+
+def key(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells a row from the others."""
+    return tuple(record[name] for name in KEY)
+
+
+def added(record: dict[str, Any], results: Sequence[dict[str, Any]]) -> float | None:
+    """What an optimizer adds to the bytes of plain SGD's collectives, as a part of these."""
+    same = record | {"optimizer": BASELINE, "state": None}
+    plain = next((r for r in results if key(r) == key(same)), None)
+    if plain is None:
+        return None
+    return record["collective_bytes"] / plain["collective_bytes"] - 1
+
+
+def describe(row: tuple[Any, ...]) -> str:
+    """A row in a few words."""
+    model, chip, mesh, optimizer, state, release = row
+    words = [model, chip, mesh, optimizer, state or "", "released" if release else "ordinary"]
+    return " ".join(filter(None, words))
+
+
+def table(results: Sequence[dict[str, Any]]) -> Table:
+    """The records as a table for the terminal."""
+    shown = Table(title="One step on each chip", box=SIMPLE_HEAD)
+    shown.add_column("step")
+    for column in ("peak GiB", "collectives GiB", "added to sgd", "with a refresh GiB"):
+        shown.add_column(column, justify="right")
+    for r in results:
+        more = added(r, results)
+        shown.add_row(
+            describe(key(r)),
+            f"{r['peak_bytes'] / memory.GIB:.2f}",
+            f"{r['collective_bytes'] / memory.GIB:.2f}",
+            "" if more is None else f"{100 * more:+.2f}%",
+            f"{r['refresh_bytes'] / memory.GIB:.2f}",
+        )
+    return shown
+
+
+def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bars of the peak, and of what moves, by kind."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 1.4 + 0.3 * len(results)), layout="constrained")
+    peaks, bytes_moved = figure.subplots(1, 2, sharey=True)
+    rows = range(len(results))
+    peaks.barh(rows, [r["peak_bytes"] / memory.GIB for r in results], color="tab:gray")
+    peaks.set_yticks(rows, [describe(key(r)) for r in results])
+    peaks.set_xlabel("peak, GiB on a chip")
+    left = [0.0] * len(results)
+    for kind in hlo.KINDS:
+        sizes = [r["collectives"].get(kind, {"bytes": 0})["bytes"] / memory.GIB for r in results]
+        if any(sizes):
+            bytes_moved.barh(rows, sizes, left=left, label=kind)
+            left = [a + b for a, b in zip(left, sizes, strict=True)]
+    bytes_moved.set_xlabel("collectives of a step, GiB on a chip")
+    bytes_moved.legend()
+    peaks.invert_yaxis()
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measures what is missing, prints all and writes the files."""
+    options = tyro.cli(Options, args=arguments, description=__doc__)
+    wanted = set(options.only.split())
+    results: list[dict[str, Any]] = []
+    if options.output.exists():
+        results = json.loads(options.output.read_text())["results"]
+    known, order = set(map(key, results)), list[tuple[Any, ...]](LIST)
+    missing = [row for row in LIST if row not in known and wanted <= set(describe(row).split())]
+    try:
+        for row in track(missing, transient=True):
+            results.append(measure(*row))
+            results.sort(key=lambda r: order.index(key(r)))
+            report = {"command": "python -m benchmarks.pods", "results": results}
+            save(report, options.output, lambda path: plot(results, path))
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}")
+    Console().print(table(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

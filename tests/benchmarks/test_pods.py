@@ -1,0 +1,32 @@
+"""The measured pods, and what is made of their records."""
+
+import json
+
+import pytest
+
+from benchmarks import pods
+
+RESULTS = json.loads(pods.Options().output.read_text())["results"]
+AS_LARGE = ("galore",)  # its gradients in the subspace, a quarter of the matrices, are summed up
+
+
+def test_every_row_is_one_of_the_list():
+    assert len(RESULTS) == len({pods.key(r) for r in RESULTS})
+    assert {pods.key(r) for r in RESULTS} <= set(pods.LIST)
+
+
+@pytest.mark.parametrize("record", RESULTS, ids=lambda r: pods.describe(pods.key(r)))
+def test_an_optimizer_adds_a_hundredth_at_most_to_what_moves(record):
+    more = pods.added(record, RESULTS)
+    assert record["chips"] * record["parameter_bytes"] > 13e9
+    if more is not None and record["optimizer"] in AS_LARGE:
+        assert 0.3 < more < 0.4
+    elif more is not None:
+        assert -0.01 < more <= 0.01
+
+
+def test_what_is_added_is_told_by_the_same_step_of_sgd():
+    names = dict.fromkeys(pods.KEY) | {"optimizer": "sgd", "collective_bytes": 200}
+    other = names | {"optimizer": "lion", "collective_bytes": 201}
+    assert pods.added(other, [names, other]) == pytest.approx(0.005)
+    assert pods.added(other | {"mesh": "fsdp=4"}, [names, other]) is None

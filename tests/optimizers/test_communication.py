@@ -1,0 +1,76 @@
+"""What an optimizer moves between devices: of no parameter, gradient or state the whole."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+import memopt
+from benchmarks import compilers, hlo
+
+PARAMS = {
+    "blocks": {
+        "up": {"kernel": ((8, 64, 256), jax.P(None, "fsdp"))},
+        "down": {"kernel": ((8, 256, 64), jax.P(None, None, "fsdp"))},
+        "norm": {"scale": ((8, 64), jax.P())},
+    },
+    "embed": {"embedding": ((2048, 64), jax.P(None, "fsdp"))},
+}
+WHOLE = 8 * 64 * 256  # numbers in each of the three that are split
+GATHERS = ("optax_muon",)  # Newton–Schulz as XLA splits it, by itself
+
+
+def collectives(tx, devices):
+    """Those of an update, with everything where `memopt.state_sharding` puts it."""
+    mesh = Mesh(devices, ("fsdp",), axis_types=(AxisType.Auto,))
+    is_leaf = lambda x: isinstance(x, tuple)
+    params = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p[0], jnp.float32, sharding=NamedSharding(mesh, p[1])),
+        PARAMS,
+        is_leaf=is_leaf,
+    )
+    places = memopt.state_sharding(tx, params)
+    like = jax.eval_shape(tx.init, jax.tree.map(lambda p: p.update(sharding=None), params))
+    state = jax.tree.map(lambda x, s: x.update(sharding=s), like, places)
+    loss = lambda params: sum(jnp.square(p).sum() for p in jax.tree.leaves(params))
+
+    def update(gradients, state, params):
+        return tx.update(gradients, state, params, obj_fn=loss, value=jnp.float32(1))
+
+    shardings = (jax.tree.map(lambda p: p.sharding, params), places)
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(update, donate_argnums=(0, 1), out_shardings=shardings)
+        return hlo.collectives(jitted.lower(params, state, params).compile().as_text())
+
+
+def most_numbers(name):
+    """Of an array that moves between refreshes, in parts of a whole parameter."""
+    if name == "muon":
+        return WHOLE // 8  # each device's share of two of them, in whole matrices
+    method = getattr(memopt, name, None)
+    has_rank = method and {"rank", "density"} & set(inspect.signature(method).parameters)
+    return WHOLE // 4 if has_rank and name != "apollo_mini" else WHOLE // 32  # the default rank
+
+
+def check(name, devices):
+    found = collectives(optax.with_extra_args_support(memopt.optimizer(name, 1e-3)), devices)
+    largest = max(found, key=lambda c: c.largest, default=None)
+    if name in GATHERS:
+        assert largest.largest == WHOLE
+    else:
+        assert largest is None or largest.largest <= most_numbers(name), largest
+
+
+@pytest.mark.parametrize("name", memopt.available())
+def test_nothing_whole_moves_between_devices(name):
+    check(name, jax.devices())
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("name", memopt.available())
+def test_nothing_whole_moves_between_chips(name):
+    """Of a v5e 4×4, by its own compiler."""
+    check(name, compilers.devices("v5e", 16))
