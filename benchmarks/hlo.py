@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+
 KINDS = (
     *("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute"),
     *("ragged-all-to-all", "reduce-scatter"),
@@ -16,6 +18,14 @@ KINDS = (
 _HEAD = re.compile(r"(ENTRY )?%(\S+) \(.*\{$")
 _INSTRUCTION = re.compile(r"(ROOT )?%(\S+) = (.+?) ([\w-]+)\((.*?)\)(?:, (.*))?$")
 _ARRAY = re.compile(r"(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]({[^}]*})?")
+
+
+def text(compiled: jax.stages.Compiled) -> str:
+    """The compiled program; "" if jaxlib cannot read what a newer compiler wrote, as a v5p's."""
+    try:
+        return compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError:
+        return ""
 
 
 @dataclasses.dataclass(frozen=True)

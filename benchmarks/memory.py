@@ -36,6 +36,7 @@ from rich.progress import track
 from rich.table import Table
 
 import memopt
+from benchmarks import hlo
 from benchmarks.compilers import GPUS, Chip, devices
 from benchmarks.report import save
 from memopt.models import llama
@@ -169,7 +170,7 @@ def measure(optimizer: str, options: Options) -> dict[str, Any]:
         compiled, state = compile_step(optimizer, options._replace(chip=compiled_for))
     memory = step_memory(compiled, state.params, state.opt_state)
     if options.dump:
-        options.dump.write_text(compiled.as_text() or "")
+        options.dump.write_text(hlo.text(compiled))
     analysis = compiled.memory_analysis()
     assert analysis is not None
     names = ("model", "release", "weights", "state", "dtype", "chip", "mesh", "batch_size")

@@ -82,7 +82,9 @@ def measure(
 
 
 def moved(text: str) -> dict[str, Any]:
-    """What a compiled step moves."""
+    """What a compiled step moves; None for all of it where the program cannot be read."""
+    if not text:
+        return dict.fromkeys(("collectives", "collective_bytes", "refresh_bytes"))
     between = hlo.collectives(text)
     return {
         "collectives": hlo.by_kind(between),
@@ -100,7 +102,7 @@ def added(record: dict[str, Any], results: Sequence[dict[str, Any]]) -> float | 
     """What an optimizer adds to the bytes of plain SGD's collectives, as a part of these."""
     same = record | {"optimizer": BASELINE, "state": None}
     plain = next((r for r in results if key(r) == key(same)), None)
-    if plain is None:
+    if plain is None or None in (record["collective_bytes"], plain["collective_bytes"]):
         return None
     return record["collective_bytes"] / plain["collective_bytes"] - 1
 
@@ -114,6 +116,7 @@ def describe(row: tuple[Any, ...]) -> str:
 
 def table(results: Sequence[dict[str, Any]]) -> Table:
     """The records as a table for the terminal."""
+    gib = lambda size: "" if size is None else f"{size / memory.GIB:.2f}"
     shown = Table(title="One step on each chip", box=SIMPLE_HEAD)
     shown.add_column("step")
     for column in ("peak GiB", "collectives GiB", "added to sgd", "with a refresh GiB"):
@@ -122,10 +125,10 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
         more = added(r, results)
         shown.add_row(
             describe(key(r)),
-            f"{r['peak_bytes'] / memory.GIB:.2f}",
-            f"{r['collective_bytes'] / memory.GIB:.2f}",
+            gib(r["peak_bytes"]),
+            gib(r["collective_bytes"]),
             "" if more is None else f"{100 * more:+.2f}%",
-            f"{r['refresh_bytes'] / memory.GIB:.2f}",
+            gib(r["refresh_bytes"]),
         )
     return shown
 
@@ -142,7 +145,9 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     peaks.set_xlabel("peak, GiB on a chip")
     left = [0.0] * len(results)
     for kind in hlo.KINDS:
-        sizes = [r["collectives"].get(kind, {"bytes": 0})["bytes"] / memory.GIB for r in results]
+        sizes = [
+            (r["collectives"] or {}).get(kind, {"bytes": 0})["bytes"] / memory.GIB for r in results
+        ]
         if any(sizes):
             bytes_moved.barh(rows, sizes, left=left, label=kind)
             left = [a + b for a, b in zip(left, sizes, strict=True)]
