@@ -74,7 +74,17 @@ TRANSFORMATIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+# Those whose arrays are like Adam's, momentum's or GaLore's.
+ALIKE = {
+    *("adadelta", "adagrad", "ademamix", "amsgrad", "apollo"),
+    *("belief", "nesterov", "rms", "yogi"),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n in TRANSFORMATIONS],
+)
 def test_any_transformation(name):
     inner, part = TRANSFORMATIONS[name]
     tx = quantize_state(inner, min_size=100)

@@ -86,12 +86,16 @@ def train(state, mesh, tx, step, numbers):
 
 
 @pytest.mark.parametrize(
-    "name", ["factors", *(pytest.param(n, marks=pytest.mark.slow) for n in ("projector", "codes"))]
+    ("name", "meshes"),
+    [
+        ("factors", MESHES[:2]),
+        *(pytest.param(name, MESHES, marks=pytest.mark.slow) for name in RUNS),
+    ],
 )
-def test_a_run_goes_on_on_another_mesh(tmp_path, name):
+def test_a_run_goes_on_on_another_mesh(tmp_path, name, meshes):
     tx, weights, step = RUNS[name]
     saved = jax.device_get(first_state(tx, weights))
-    for i, (sizes, axis_type) in enumerate(MESHES):
+    for i, (sizes, axis_type) in enumerate(meshes):
         mesh = make_mesh(sizes, axis_type)
         like = shapes_on(mesh, tx, weights)
         places = jax.tree.map(lambda x: x.sharding, like)
@@ -107,7 +111,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, name):
 
     alone = make_mesh({"data": 1}, AxisType.Auto)
     whole = jax.device_put(first_state(tx, weights), NamedSharding(alone, jax.P()))
-    expected = jax.device_get(train(whole, alone, tx, step, range(STEPS * len(MESHES))))
+    expected = jax.device_get(train(whole, alone, tx, step, range(STEPS * len(meshes))))
     check_same(saved, expected)
 
 

@@ -51,7 +51,10 @@ def compiled(tx, spec, axis_type):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("layout", SPECS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "both")) for name in SPECS],
+)
 @pytest.mark.parametrize("projector", pairings.PROJECTORS)
 def test_no_gradient_is_gathered(projector, layout, axis_type):
     space = pairings.PROJECTORS[projector]

@@ -42,7 +42,7 @@ def assert_close(results, wanted):
 
 
 @pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "shape",
     [
