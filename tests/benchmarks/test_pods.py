@@ -19,7 +19,7 @@ def test_every_row_is_one_of_the_list():
 def test_an_optimizer_adds_a_hundredth_at_most_to_what_moves(record):
     more = pods.added(record, RESULTS)
     if more is not None and record["optimizer"] in AS_LARGE:
-        assert 0.3 < more < 0.4
+        assert 0.3 < more < 0.5  # of a released step, which itself moves less, the more
     elif more is not None:
         assert -0.01 < more <= 0.01
 
