@@ -127,7 +127,8 @@ def collectives(hlo: str, *, refresh: bool = False) -> list[Collective]:
     Raises:
       ValueError: if a loop with collectives does not say how often it turns.
     """
-    return _Program(hlo, refresh).inside(parse(hlo)[1])
+    program = _Program(hlo, refresh)
+    return program.inside(program.entry)
 
 
 def by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
@@ -149,7 +150,7 @@ class _Program:
 
     def __init__(self, hlo: str, refresh: bool) -> None:
         self.choose: Callable[..., list[Collective]] = max if refresh else min
-        self.computations, _ = parse(hlo)
+        self.computations, self.entry = parse(hlo)
         self.by_name = {i.name: i for lines in self.computations.values() for i in lines}
         self.inside = functools.cache(self._inside)
 

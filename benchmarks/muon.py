@@ -51,15 +51,21 @@ class Options:
     output: Path = Path(__file__).parent / "results" / "muon.json"
 
 
-def hidden(tree: Any) -> dict[str, Any]:
-    """The leaves of a model's parameters that are hidden matrices, by name."""
-    leaves = [(leaf_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
-    return {name: leaf for name, leaf in leaves if "kernel" in name and "blocks" in name}
+def by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def hidden(model: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a model's hidden matrices."""
+    leaves = by_name(model_shapes(model, "float32"))
+    return {name: leaf for name, leaf in leaves.items() if memopt.hidden_matrices(name, leaf)}
 
 
 def places(model: str, mesh: jax.sharding.Mesh) -> dict[str, jax.NamedSharding]:
-    """Where the model's hidden matrices lie."""
-    return hidden(llama.param_shardings(llama.abstract_model(llama.preset(model)), mesh))
+    """Where they lie."""
+    found = by_name(llama.param_shardings(llama.abstract_model(llama.preset(model)), mesh))
+    return {name: found[name] for name in hidden(model)}
 
 
 def contender(
@@ -101,7 +107,7 @@ def contenders(options: Options) -> list[Contender]:
         tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes)
     )
     explicit, auto = axes(AxisType.Explicit), axes(AxisType.Auto)
-    stacked = hidden(model_shapes(options.model, "float32"))
+    stacked = hidden(options.model)
     numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
     optax_stacked = optax.contrib.muon(
         LEARNING_RATE,
@@ -133,7 +139,7 @@ def main(arguments: Sequence[str]) -> None:
     options = tyro.cli(Options, args=arguments, description=__doc__)
     jax.config.update("jax_num_cpu_devices", math.prod(parse_mesh(options.mesh).values()))
     found = contenders(options)
-    shapes = hidden(model_shapes(options.model, "float32"))
+    shapes = hidden(options.model)
     report = describe("muon", arguments, shapes, options.model, "float32", options.repeats)
     report |= {"mesh": options.mesh, "results": measure(found, options.repeats)}
     Console().print(table(report, "memopt.muon"))

@@ -193,18 +193,19 @@ def _fitted(codecs: Any, owners: Any, scales: Any, new: Callable[[], Any]) -> An
     structure: Any = jax.tree.structure(codecs)
     columns = (structure.flatten_up_to(tree) for tree in (codecs, owners, scales))
     leaves = list(zip(*columns, strict=True))
+    unfit = [codec.is_unfit(kept) for codec, _, kept in leaves]
     groups: dict[str, list[int]] = {}
-    for i, (codec, owner, kept) in enumerate(leaves):
-        if codec.is_unfit(kept) is not False:
+    for i, (_, owner, _) in enumerate(leaves):
+        if unfit[i] is not False:
             groups.setdefault(owner.name, []).append(i)
     fitted = [kept for _, _, kept in leaves]
     for group, part in zip(groups.values(), _parts(new, list(groups.values())), strict=True):
         mine = [(leaves[i][0], leaves[i][2]) for i in group]
-        unfit = functools.reduce(jnp.logical_or, (codec.is_unfit(kept) for codec, kept in mine))
+        any_unfit = functools.reduce(jnp.logical_or, [unfit[i] for i in group])
         fit = lambda mine=mine, part=part: [
             codec.fit(kept, x) for (codec, kept), x in zip(mine, part(), strict=True)
         ]
-        chosen = jax.lax.cond(unfit, fit, lambda mine=mine: [kept for _, kept in mine])
+        chosen = jax.lax.cond(any_unfit, fit, lambda mine=mine: [kept for _, kept in mine])
         for i, kept in zip(group, chosen, strict=True):
             fitted[i] = kept
     return structure.unflatten(fitted)

@@ -84,6 +84,19 @@ FACTORS = {
     **{"rows/square": (None, "a"), "cols/square": (None, "b")},
     **{"rows/embed": ("b",), "cols/embed": ("a",), "cols/norm": ("b",)},
 }
+
+
+def subspace(low=LOW, inner="inner/", bases=(), ones=(), others=()):
+    """Adam's moments in a subspace, what a projector and a recombination keep, Adam elsewhere."""
+    return (
+        each(SUBSPACE, low, (f"{inner}mu", f"{inner}nu"))
+        | each(SUBSPACE, BASES, bases)
+        | each(SUBSPACE, ONE_EACH, ones)
+        | each(SUBSPACE, MATRICES, others)
+        | BY_ADAM
+    )
+
+
 with_rank = {
     name: functools.partial(memopt.optimizer, name, 1e-3, rank=8)
     for name in ("apollo", "fira", "flora", "galore", "ldadam", "online_subspace_descent")
@@ -95,62 +108,34 @@ EXPECTED = {  # scalars, which are whole everywhere, apart
     "adamw": (optax.adamw(1e-3), each("0/", AS_PARAMETERS)),
     "adopt": (optax.contrib.adopt(1e-3), each("0/", AS_PARAMETERS)),
     "amsgrad": (optax.amsgrad(1e-3), each("0/", AS_PARAMETERS, ("mu", "nu", "nu_max"))),
-    "apollo": (
-        with_rank["apollo"](),
-        each(SUBSPACE, LOW, ("inner/mu", "inner/nu"))
-        | each(SUBSPACE, ONE_EACH, ["recombine"])
-        | BY_ADAM,
-    ),
-    "apollo_mini": (
-        memopt.apollo_mini(1e-3),
-        each(SUBSPACE, LOW, ("inner/mu", "inner/nu"))
-        | each(SUBSPACE, ONE_EACH, ["recombine"])
-        | BY_ADAM,
-    ),
+    "apollo": (with_rank["apollo"](), subspace(ones=["recombine"])),
+    "apollo_mini": (memopt.apollo_mini(1e-3), subspace(ones=["recombine"])),
     "fira": (
         with_rank["fira"](),
-        each(SUBSPACE, LOW, ("inner/0/mu", "inner/0/nu"))
-        | each(SUBSPACE, BASES, ["projector/0"])
-        | each(SUBSPACE, ONE_EACH, ["recombine"])
-        | BY_ADAM,
+        subspace(inner="inner/0/", bases=["projector/0"], ones=["recombine"]),
     ),
     "flora": (
         with_rank["flora"](),
         each("0/", FACTORS, [""]) | each("3/inner/", LOW | REST, ["ema"]),
     ),
-    "frugal": (
-        memopt.frugal(1e-3),
-        each(SUBSPACE, LOW_BY_SIDE, ("inner/mu", "inner/nu")) | BY_ADAM,
-    ),
-    "galore": (
-        with_rank["galore"](),
-        each(SUBSPACE, LOW, ("inner/mu", "inner/nu"))
-        | each(SUBSPACE, BASES, ["projector/0"])
-        | BY_ADAM,
-    ),
+    "frugal": (memopt.frugal(1e-3), subspace(LOW_BY_SIDE)),
+    "galore": (with_rank["galore"](), subspace(bases=["projector/0"])),
     "galore_fraction": (
         memopt.galore(1e-3, rank=0.25),
-        each(SUBSPACE, LOW_BY_SIDE, ("inner/mu", "inner/nu"))
-        | each(SUBSPACE, BASES, ["projector/0"])
-        | BY_ADAM,
+        subspace(LOW_BY_SIDE, bases=["projector/0"]),
     ),
     "lamb": (optax.lamb(1e-3), each("0/", AS_PARAMETERS)),
     "lars": (optax.lars(1e-3), each("3/", AS_PARAMETERS, ["trace"])),
     "ldadam": (
         with_rank["ldadam"](),
-        each(SUBSPACE, LOW, ("inner/mu", "inner/nu"))
-        | each(SUBSPACE, BASES, ["projector/0"])
-        | each(SUBSPACE, MATRICES, ["recombine"])
-        | BY_ADAM,
+        subspace(bases=["projector/0"], others=["recombine"]),
     ),
     "lion": (memopt.lion(1e-3), each("0/", AS_PARAMETERS, ["mu"])),
     "lomo": (memopt.lomo(1e-3), {}),
     "muon": (memopt.muon(1e-3), each(SUBSPACE, MATRICES, ["trace"]) | BY_ADAM),
     "online_subspace_descent": (
         with_rank["online_subspace_descent"](),
-        each(SUBSPACE, LOW, ("inner/mu", "inner/nu"))
-        | each(SUBSPACE, BASES, ("projector/0", "projector/2", "projector/3"))
-        | BY_ADAM,
+        subspace(bases=("projector/0", "projector/2", "projector/3")),
     ),
     "optax_adafactor": (
         optax.adafactor(1e-3),
