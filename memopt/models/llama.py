@@ -241,11 +241,12 @@ class Llama(nnx.Module):
         """Rows of the embedding, `(batch, seq, hidden)` in the compute dtype.
 
         The cast follows the look-up so that the embedding's gradient is summed in its own dtype.
-        The table is gathered first: a look-up in split rows would gather the batch instead.
+        Of a table whose rows are split each device looks up its part for all rows of the batch,
+        and the parts change places: no device holds the whole table, nor its gradient.
         """
-        table = constrain(self.embed.embedding[...], "vocab", None)
-        x = jnp.take(table, token_ids, axis=0).astype(self.config.dtype)
-        return constrain(x, "batch", None, None)
+        token_ids = constrain(token_ids, "data", None)
+        x = jnp.take(self.embed.embedding[...], token_ids, axis=0).astype(self.config.dtype)
+        return constrain(constrain(x, "data", None, "embed"), "batch", None, None)
 
     def block_function(self) -> tuple[BlockFunction, Any]:
         """One block as a function, and the stacked parameters to slice its argument from.

@@ -140,7 +140,8 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
     Args:
         x: Any array.
-        *names: For each axis "batch", a logical axis of the parameters, or None for whole.
+        *names: For each axis "batch", "data" for a batch split by copies of the model only, a
+            logical axis of the parameters, or None for whole.
 
     Returns:
         `x`.
@@ -152,7 +153,8 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """
     if not _usable_axes() or AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
         return x
-    wanted = tuple(BATCH_AXES if n == "batch" else (RULES[n],) if n else () for n in names)
+    batch = {"batch": BATCH_AXES, "data": ("data",)}
+    wanted = tuple(batch.get(n) or (RULES[n],) if n else () for n in names)
     return jax.lax.with_sharding_constraint(x, _divided(x.shape, wanted))
 
 

@@ -62,9 +62,8 @@ def test_split_recorded_model_gives_the_recorded_numbers(recorded, recorded_dire
         assert np.linalg.norm(gradient[name] - theirs) <= 1e-5 * np.linalg.norm(theirs), name
 
 
-@pytest.mark.parametrize("axis_type", AXIS_TYPES)
-def test_parameters_are_gathered_and_activations_are_not(axis_type):
-    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, axis_type)
+def program_of_gradients(sizes, axis_type):
+    mesh = make_mesh(sizes, axis_type)
     graphdef, params = split(abstract_model(SMALL))
     objective = lambda params, batch: mean_loss(nnx.merge(graphdef, params), batch)
     shardings = param_shardings(abstract_model(SMALL), mesh)
@@ -76,10 +75,24 @@ def test_parameters_are_gathered_and_activations_are_not(axis_type):
         lowered = step.lower(
             jax.tree.map(place, params, shardings), {"inputs": tokens, "targets": tokens}
         )
-        program = lowered.compile().as_text()
-    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", program)
-    assert gathered
-    assert all(len(shape.split(",")) == 2 for shape in gathered), gathered
+        return lowered.compile().as_text()
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+def test_parameters_are_gathered_and_activations_are_not(axis_type):
+    program = program_of_gradients({"data": 2, "fsdp": 2, "tensor": 2}, axis_type)
+    gathered = re.findall(r'= f32\[([\d,]+)\]\S* all-gather\(.*op_name="([^"]*)"', program)
+    shapes = [shape for shape, source in gathered if "_take" not in source]
+    assert shapes
+    assert all(len(shape.split(",")) == 2 for shape in shapes), shapes
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+def test_no_device_holds_the_whole_embedding_or_its_gradient(axis_type):
+    program = program_of_gradients({"data": 2, "fsdp": 4}, axis_type)
+    of_lookup = "\n".join(line for line in program.splitlines() if "(_take)" in line)
+    assert f"[{SMALL.vocab_size},{SMALL.hidden_size // 4}]" in of_lookup
+    assert f"[{SMALL.vocab_size},{SMALL.hidden_size}]" not in of_lookup
 
 
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
