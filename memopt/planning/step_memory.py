@@ -44,10 +44,11 @@ def step_memory(compiled: jax.stages.Compiled, params: Any, opt_state: Any) -> S
         + stats.temp_size_in_bytes
         - stats.alias_size_in_bytes
     )
-    return StepMemory(_bytes(params), _bytes(opt_state), peak)
+    return StepMemory(bytes_here(params), bytes_here(opt_state), peak)
 
 
-def _bytes(tree: Any) -> int:
+def bytes_here(tree: Any) -> int:
+    """Bytes of a tree's arrays, or of `ShapeDtypeStruct`s with shardings, on one device."""
     leaves = jax.tree.leaves(tree)
     size = lambda x: math.prod(x.sharding.shard_shape(x.shape))
     return sum(-(-size(x) * bits_of(x.dtype) // 8) for x in leaves)

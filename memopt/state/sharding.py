@@ -34,6 +34,7 @@ def state_sharding(
         Auto or Explicit axes; those from `memopt.quantize_params` lie as their codes do.
       spread_over: a mesh axis, such as "data", over which each state array is split further
         (ZeRO-1): along its longest whole axis that divides, or else along one that is split.
+        An Explicit one must split no parameter: types would have it split two axes of an update.
       explain: whether to return, too, {name of a state array: a sentence that says why}.
 
     Returns:

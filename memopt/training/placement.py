@@ -87,18 +87,20 @@ def abstract_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) ->
 
     Args:
         params: The parameters, arrays or `ShapeDtypeStruct`s, with shardings.
-        tx: The optimizer, whose state lies as `memopt.state_sharding` says.
+        tx: The optimizer, whose state lies as `memopt.state_sharding` says; over an axis `fsdp`,
+            unless it is Explicit, is spread what of it follows no axis that is split.
         mesh: Where the parameters are.
 
     Returns:
         The state, of `ShapeDtypeStruct`s with shardings.
     """
+    spread = dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get("fsdp") == AxisType.Auto
     whole = NamedSharding(mesh, jax.P())
     bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     state = jax.eval_shape(lambda params: init_state(params, tx), bare)
     shardings = jax.tree.map(lambda x: whole, state)._replace(
         params=jax.tree.map(lambda x: x.sharding, params),
-        opt_state=state_sharding(tx, params),
+        opt_state=state_sharding(tx, params, spread_over="fsdp" if spread else None),
     )
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     return jax.tree.map(place, state, shardings)

@@ -3,9 +3,11 @@
 import jax
 import optax
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 import memopt
 from memopt.models import llama
+from memopt.planning.step_memory import bytes_here
 from memopt.training.placement import abstract_state, make_mesh
 from memopt.training.prepare import _abstract_params
 
@@ -31,3 +33,16 @@ def test_state_of_no_matrix_is_whole(tx, weights):
     split = {jax.tree_util.keystr(path): any(x.sharding.spec) for path, x in found}
     assert len(split) > 7
     assert all(is_split for name, is_split in split.items() if "kernel" in name)
+
+
+@pytest.mark.parametrize("name", [*memopt.available(), "adamw-int8"])
+def test_what_a_chip_holds_falls_with_their_number(name):
+    tx = memopt.optimizer(name.removesuffix("-int8"), 1e-3)
+    tx = memopt.quantize_state(tx, "int8") if name.endswith("-int8") else tx
+    held = {}
+    for chips in (16, 256):
+        mesh = AbstractMesh((chips,), ("fsdp",), axis_types=(AxisType.Auto,))
+        params = _abstract_params(llama.preset("7b"), mesh)
+        state = abstract_state(params, tx, mesh)
+        held[chips] = bytes_here((state.params, state.opt_state))
+    assert held[16] / held[256] >= 0.85 * 256 / 16
