@@ -26,7 +26,7 @@ from rich.console import Console
 
 import memopt
 from benchmarks.report import save
-from benchmarks.step_time import Contender, describe, measure, model_shapes, table
+from benchmarks.step_time import Contender, Parameters, describe, measure, model_shapes, table
 from memopt.matrices import leaf_name
 from memopt.models import llama
 from memopt.training.placement import parse_mesh
@@ -68,38 +68,6 @@ def places(model: str, mesh: jax.sharding.Mesh) -> dict[str, jax.NamedSharding]:
     return {name: found[name] for name in hidden(model)}
 
 
-def contender(
-    name: str, tx: optax.GradientTransformation, shapes: Any, shardings: Any, mesh: Any
-) -> Contender:
-    """Compiles a step on random parameters and gradients in their places."""
-
-    def draw(scale: float) -> Any:
-        keys = optax.tree.split_key_like(jax.random.key(0), shapes)
-        normal = lambda x, key: scale * jax.random.normal(key, x.shape, x.dtype)
-        return jax.jit(lambda: jax.tree.map(normal, shapes, keys), out_shardings=shardings)()
-
-    def apply(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    with jax.set_mesh(mesh):
-        params, gradients = draw(0.02), draw(1e-3)
-        state = memopt.init_sharded(tx, params)
-        where = (shardings, memopt.state_sharding(tx, params))
-        jitted = jax.jit(apply, donate_argnums=(0, 1), out_shardings=where)
-        compiled = jitted.lower(params, state, gradients).compile()
-
-    def step() -> None:
-        nonlocal params, state
-        params, state = compiled(params, state, gradients)
-        jax.block_until_ready((params, state))
-
-    memory = compiled.memory_analysis()
-    temp = None if memory is None else memory.temp_size_in_bytes
-    size = memopt.state_bytes(tx, params).total
-    return Contender(name, name.partition("_")[0], step, size, temp)
-
-
 def contenders(options: Options) -> list[Contender]:
     """Muon of memopt, and Optax's of stacked and of separate layers."""
     sizes = parse_mesh(options.mesh)
@@ -118,19 +86,13 @@ def contenders(options: Options) -> list[Contender]:
         return {n: [of_one(x) for _ in range(stacked[n].shape[0])] for n, x in tree.items()}
 
     separate = layers(stacked, lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
-    apart = layers(
-        places(options.model, auto), lambda s: jax.NamedSharding(s.mesh, jax.P(*s.spec[1:]))
-    )
+    ours, theirs = places(options.model, explicit), places(options.model, auto)
+    apart = layers(theirs, lambda s: jax.NamedSharding(s.mesh, jax.P(*s.spec[1:])))
+    one_by_one = optax.contrib.muon(LEARNING_RATE)
     return [
-        contender(
-            "memopt_muon",
-            memopt.muon(LEARNING_RATE),
-            stacked,
-            places(options.model, explicit),
-            explicit,
-        ),
-        contender("optax_stacked", optax_stacked, stacked, places(options.model, auto), auto),
-        contender("optax_separate", optax.contrib.muon(LEARNING_RATE), separate, apart, auto),
+        Parameters(stacked, ours).contender("memopt_muon", "memopt", memopt.muon(LEARNING_RATE)),
+        Parameters(stacked, theirs).contender("optax_stacked", "optax", optax_stacked),
+        Parameters(separate, apart).contender("optax_separate", "optax", one_by_one),
     ]
 
 

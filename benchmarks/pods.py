@@ -7,6 +7,7 @@ of each kind, to see what another optimizer adds to it. Every row takes minutes.
 soon as it is measured, and what the file has already is not measured again: stop it at any time.
 """
 
+import importlib.metadata
 import itertools
 import json
 import math
@@ -78,7 +79,8 @@ def measure(
         )
         record = memory.measure(optimizer, options)
         text = Path(file.name).read_text()
-    return record | {"chips": chips} | moved(text)
+    compiler = {"libtpu": importlib.metadata.version("libtpu")}
+    return record | {"chips": chips} | compiler | moved(text)
 
 
 def moved(text: str) -> dict[str, Any]:

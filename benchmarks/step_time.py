@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 import tyro
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
@@ -96,40 +96,36 @@ class Parameters:
     Only the optimizers' states add up in memory this way.
     """
 
-    def __init__(self, shapes: Any) -> None:
-        normal = lambda scale: jax.tree.map(
-            lambda leaf, key: scale * jax.random.normal(key, leaf.shape, leaf.dtype),
-            shapes,
-            optax.tree.split_key_like(jax.random.key(0), shapes),
-        )
-        self.values = normal(0.02)
-        self.gradients = normal(1e-3)
+    def __init__(self, shapes: Any, places: Any) -> None:
+        self.places, (self.mesh,) = places, {s.mesh for s in jax.tree.leaves(places)}
+        self.values, self.gradients = self._drawn(shapes, 0.02), self._drawn(shapes, 1e-3)
 
-    def contender(self, name: str) -> Contender:
-        """Compiles a step of ``memopt.optimizer(name)``, or of that with its state in int8."""
-        method = name.removesuffix(EIGHT_BITS)
-        tx = memopt.optimizer(method, learning_rate=LEARNING_RATE)
-        tx = tx if method == name else memopt.quantize_state(tx)
-        # Donated arrays must be distinct: some states start as the parameters themselves.
-        state = jax.tree.map(jnp.copy, tx.init(self.values))
+    def contender(self, name: str, library: str, tx: optax.GradientTransformation) -> Contender:
+        """Compiles a step, whose state lies where `memopt.state_sharding` says."""
 
         def apply(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
             updates, state = tx.update(gradients, state, params)
             return optax.apply_updates(params, updates), state
 
-        jitted = jax.jit(apply, donate_argnums=(0, 1))
-        compiled = jitted.lower(self.values, state, self.gradients).compile()
+        with jax.set_mesh(self.mesh):
+            state = memopt.init_sharded(tx, self.values)
+            where = (self.places, memopt.state_sharding(tx, self.values))
+            jitted = jax.jit(apply, donate_argnums=(0, 1), out_shardings=where)
+            compiled = jitted.lower(self.values, state, self.gradients).compile()
 
         def step() -> None:
             nonlocal state
             self.values, state = compiled(self.values, state, self.gradients)
             jax.block_until_ready((self.values, state))
 
-        size = memopt.state_bytes(tx, self.values).total
-        library = "memopt" if hasattr(memopt.optimizers, method) or method != name else "optax"
         memory = compiled.memory_analysis()
         temp = None if memory is None else memory.temp_size_in_bytes
-        return Contender(name, library, step, size, temp)
+        return Contender(name, library, step, memopt.state_bytes(tx, self.values).total, temp)
+
+    def _drawn(self, shapes: Any, scale: float) -> Any:
+        keys = optax.tree.split_key_like(jax.random.key(0), shapes)
+        normal = lambda x, key: scale * jax.random.normal(key, x.shape, x.dtype)
+        return jax.jit(lambda: jax.tree.map(normal, shapes, keys), out_shardings=self.places)()
 
 
 def contenders(options: Options) -> list[Contender]:
@@ -141,9 +137,19 @@ def contenders(options: Options) -> list[Contender]:
     from_torch = [name for name in names if name in TORCH_OPTIMIZERS]
     ours = dict.fromkeys((BASELINE, *(name for name in names if name not in from_torch)))
     shapes = model_shapes(options.model, options.dtype)
-    parameters = Parameters(shapes)
-    found = [parameters.contender(name) for name in ours]
+    here = NamedSharding(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,)), jax.P())
+    parameters = Parameters(shapes, jax.tree.map(lambda _: here, shapes))
+    found = [parameters.contender(name, *optimizer(name)) for name in ours]
     return found + torch_contenders(shapes, options.dtype, from_torch)
+
+
+def optimizer(name: str) -> tuple[str, optax.GradientTransformation]:
+    """The library and ``memopt.optimizer(name)``, or that with its state in int8."""
+    method = name.removesuffix(EIGHT_BITS)
+    tx = memopt.optimizer(method, learning_rate=LEARNING_RATE)
+    tx = tx if method == name else memopt.quantize_state(tx)
+    is_ours = hasattr(memopt.optimizers, method) or method != name
+    return "memopt" if is_ours else "optax", tx
 
 
 def torch_contenders(shapes: Any, dtype: str, names: Sequence[str]) -> list[Contender]:
