@@ -217,6 +217,8 @@ class _Release:
             weights = self._load(around.params, self.blocks, layer)
             gradients, cotangent = self._block(weights, _as_it_lies(x), cotangent)
             mine = {i: self._mean(i, g) for i, g in gradients.items()}
+            finite = _after(cotangent, around.sums.finite)
+            around = around._replace(sums=around.sums._replace(finite=finite))
             return (self._layers_of(visit(around, mine, layer)), cotangent), None
 
         back, order = (self._layers_of(carry), cotangent), (jnp.arange(self.layers), inputs)
@@ -406,6 +408,20 @@ def _again(stored: Any, x: Array, layer: Array | None = None) -> tuple[Any, Arra
         scales, _ = jax.lax.optimization_barrier((part.scales, x))
         part = dataclasses.replace(part, scales=scales)
     return part, layer
+
+
+def _after(x: Array, flag: Array) -> Array:
+    """`flag`, which on CPUs is not known before `x` is.
+
+    XLA would not see there that all reads of a stack come before the write, and copy it whole: the
+    gradient of a matrix need not depend on the matrix, but what leaves the block does.
+    """
+
+    def known(x: Array, flag: Array) -> Array:
+        largest = x.max()
+        return flag & ((largest <= jnp.inf) | jnp.isnan(largest))  # as always, but who knows
+
+    return jax.lax.platform_dependent(x, flag, cpu=known, default=lambda x, flag: flag)
 
 
 def _slice(tree: Any, layer: Array | None, axis: int | None) -> Any:
