@@ -381,18 +381,21 @@ class _Release:
 def _as_it_lies(x: Any) -> Any:
     """Keeps XLA from turning a whole stack round to suit what reads or makes one layer of it.
 
-    Scales are narrow, and lie by columns; by rows most of each of a TPU's lanes would be empty.
+    Scales are narrow, and lie by columns on a TPU; by rows most of its lanes would be empty.
     """
     if is_quantized(x):
-        scales = tuple(_laid(s, (s.ndim - 1, *range(s.ndim - 1))) for s in x.scales)
+        by_columns = lambda s: _laid(s, s.ndim - 1, *range(s.ndim - 1))
+        scales = tuple(
+            jax.lax.platform_dependent(s, tpu=by_columns, default=lambda s: s) for s in x.scales
+        )
         return dataclasses.replace(x, codes=_as_it_lies(x.codes), scales=scales)
-    return _laid(x, tuple(range(x.ndim)))
+    as_it_lies = lambda x: _laid(x, *range(x.ndim))
+    return jax.lax.platform_dependent(x, cpu=lambda x: x, default=as_it_lies)
 
 
-def _laid(x: Array, major_to_minor: tuple[int, ...]) -> Array:
+def _laid(x: Array, *major_to_minor: int) -> Array:
     """`x` with its axes in this order in memory."""
-    constrain = lambda x: with_layout_constraint(x, Layout(major_to_minor))
-    return jax.lax.platform_dependent(x, cpu=lambda x: x, default=constrain)
+    return with_layout_constraint(x, Layout(major_to_minor))
 
 
 def _again(stored: Any, x: Array, layer: Array | None = None) -> tuple[Any, Array | None]:

@@ -14,6 +14,42 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch, chip, extra):
         compilers.devices(chip)
 
 
+RESULTS = memory.Options().output.parent
+V5E, RTX4090 = (
+    json.loads((RESULTS / name).read_text())["results"]
+    for name in ("memory.json", "memory_rtx4090.json")
+)
+BFLOAT16 = {"weights": None, "release": True, "mesh": None}
+INT8 = {"weights": "int8", "release": True}
+
+
+@pytest.mark.parametrize(
+    ("record", "most"),
+    [
+        ({"optimizer": "adafactor"} | BFLOAT16, 13.6),
+        ({"optimizer": "adalomo"} | BFLOAT16, 13.6),
+        ({"optimizer": "apollo_mini"} | BFLOAT16, 14.2),
+        ({"optimizer": "adafactor", "model": "7b"} | INT8, 8.0),
+        ({"optimizer": "adalomo"} | INT8, 8.0),
+        ({"optimizer": "apollo_mini"} | INT8, 8.5),
+        ({"optimizer": "adafactor", "model": "13b"} | INT8, 15.75),
+    ],
+)
+def test_measured_peaks_on_a_v5e_are_as_low_as_was_aimed_at(record, most):
+    (found,) = (r for r in V5E if record.items() <= r.items())
+    assert found["compiled_for"] == "v5e"
+    assert found["peak_bytes"] <= most * memory.GIB
+
+
+def test_7b_in_int8_leaves_a_quarter_of_a_gpu_of_12_gb():
+    (found,) = (
+        r
+        for r in RTX4090
+        if (INT8 | {"optimizer": "adafactor", "model": "7b"}).items() <= r.items()
+    )
+    assert found["peak_bytes"] <= 9e9
+
+
 @pytest.mark.tpu
 @pytest.mark.parametrize(
     ("optimizer", "options", "most"),

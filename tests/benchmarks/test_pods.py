@@ -8,11 +8,14 @@ from benchmarks import memory, pods
 
 RESULTS = json.loads(pods.Options().output.read_text())["results"]
 AS_LARGE = ("galore",)  # its gradients in the subspace, a quarter of the matrices, are summed up
+NOT_YET = ("galore", "v5p")  # of which rows are missing
 
 
 def test_every_row_is_one_of_the_list():
     assert len(RESULTS) == len({pods.key(r) for r in RESULTS})
-    assert {pods.key(r) for r in RESULTS} <= set(pods.LIST)
+    known = {pods.key(r) for r in RESULTS}
+    assert known <= set(pods.LIST)
+    assert all(set(row) & set(NOT_YET) for row in set(pods.LIST) - known)
 
 
 @pytest.mark.parametrize("record", RESULTS, ids=lambda r: pods.describe(pods.key(r)))
