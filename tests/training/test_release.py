@@ -313,6 +313,22 @@ def test_state_is_donated_and_no_stack_is_held_twice():
     assert temporaries[1] > 2 * layers * one
 
 
+def test_layouts_are_said_to_one_device_only():
+    """XLA for TPUs may gather whole stacks of a mesh to lay them as it is told."""
+    model, params = toy()
+    tx = optax.sgd(RATE)
+    step = jax.jit(functools.partial(release_step, model=model, tx=tx, learning_rate=RATE))
+
+    def program():
+        traced = step.trace(init_state(params, tx), make_batch(0))
+        return traced.lower(lowering_platforms=("tpu",)).as_text()
+
+    assert "LayoutConstraint" in program()
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        assert "LayoutConstraint" not in program()
+
+
 def test_quantised_weights_and_state():
     """The codes of the ordinary step, but for the few at the edge of rounding either way."""
     model, params = toy()
