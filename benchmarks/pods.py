@@ -7,7 +7,6 @@ of each kind, to see what another optimizer adds to it. Every row takes minutes.
 soon as it is measured, and what the file has already is not measured again: stop it at any time.
 """
 
-import importlib.metadata
 import itertools
 import json
 import math
@@ -25,6 +24,7 @@ from rich.table import Table
 
 from benchmarks import hlo, memory
 from benchmarks.report import save
+from benchmarks.step_time import versions
 from memopt.training.placement import parse_mesh
 
 BASELINE = "sgd"
@@ -79,8 +79,7 @@ def measure(
         )
         record = memory.measure(optimizer, options)
         text = Path(file.name).read_text()
-    compiler = {"libtpu": importlib.metadata.version("libtpu")}
-    return record | {"chips": chips} | compiler | moved(text)
+    return record | {"chips": chips} | versions(("libtpu",)) | moved(text)
 
 
 def moved(text: str) -> dict[str, Any]:

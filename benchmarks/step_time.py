@@ -97,8 +97,14 @@ class Parameters:
     """
 
     def __init__(self, shapes: Any, places: Any) -> None:
-        self.places, (self.mesh,) = places, {s.mesh for s in jax.tree.leaves(places)}
-        self.values, self.gradients = self._drawn(shapes, 0.02), self._drawn(shapes, 1e-3)
+        keys = optax.tree.split_key_like(jax.random.key(0), shapes)
+
+        def normal(scale: float) -> Any:
+            one = lambda x, key: scale * jax.random.normal(key, x.shape, x.dtype)
+            return jax.jit(lambda: jax.tree.map(one, shapes, keys), out_shardings=places)()
+
+        (self.mesh,) = {place.mesh for place in jax.tree.leaves(places)}
+        self.values, self.gradients = normal(0.02), normal(1e-3)
 
     def contender(self, name: str, library: str, tx: optax.GradientTransformation) -> Contender:
         """Compiles a step, whose state lies where `memopt.state_sharding` says."""
@@ -109,7 +115,7 @@ class Parameters:
 
         with jax.set_mesh(self.mesh):
             state = memopt.init_sharded(tx, self.values)
-            where = (self.places, memopt.state_sharding(tx, self.values))
+            where = jax.tree.map(lambda x: x.sharding, (self.values, state))
             jitted = jax.jit(apply, donate_argnums=(0, 1), out_shardings=where)
             compiled = jitted.lower(self.values, state, self.gradients).compile()
 
@@ -121,11 +127,6 @@ class Parameters:
         memory = compiled.memory_analysis()
         temp = None if memory is None else memory.temp_size_in_bytes
         return Contender(name, library, step, memopt.state_bytes(tx, self.values).total, temp)
-
-    def _drawn(self, shapes: Any, scale: float) -> Any:
-        keys = optax.tree.split_key_like(jax.random.key(0), shapes)
-        normal = lambda x, key: scale * jax.random.normal(key, x.shape, x.dtype)
-        return jax.jit(lambda: jax.tree.map(normal, shapes, keys), out_shardings=self.places)()
 
 
 def contenders(options: Options) -> list[Contender]:
@@ -228,8 +229,9 @@ def core_count() -> int | None:
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of those that are installed."""
-    found = {d.name: d.version for d in importlib.metadata.distributions()}
+    """Of those that are installed; of one that is so twice that which is imported, the first."""
+    installed = list(importlib.metadata.distributions())
+    found = {d.name: d.version for d in reversed(installed)}
     return {name: found[name] for name in packages if name in found}
 
 
