@@ -42,7 +42,7 @@ from benchmarks.report import save
 from memopt.models import llama
 from memopt.planning.step_memory import step_memory
 from memopt.state.quantized import is_quantized
-from memopt.training.placement import abstract_state, batch_sharding, parse_mesh
+from memopt.training.placement import abstract_state, batch_sharding, parse_mesh, split_update
 from memopt.training.release import release_step
 from memopt.training.step import train_step
 
@@ -136,6 +136,7 @@ def compile_step(optimizer: str, options: Options) -> tuple[jax.stages.Compiled,
     tx = memopt.optimizer(optimizer, LEARNING_RATE)
     if options.state is not None:
         tx = memopt.quantize_state(tx, options.state)
+    tx = split_update(tx, optimizer, params)
     if options.release:
         step: Any = functools.partial(release_step, model=llama.stacked_model(config))
     else:

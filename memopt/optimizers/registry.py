@@ -45,6 +45,9 @@ _BASELINES: dict[str, Callable[..., optax.GradientTransformation]] = {
     "sophia": optax.contrib.sophia,
 }
 
+SUMS_PROJECTIONS = ("apollo", "fira", "flora", "galore", "online_subspace_descent")
+"""Those of memopt that move less over a mesh by way of `memopt.split_longer_side`."""
+
 
 def available() -> tuple[str, ...]:
     """The names `optimizer` knows, memopt's own first.

@@ -53,7 +53,7 @@ def state_sharding(
       >>> notes["0/mu/w/0"]
       "axis 0 follows axis 0 of 'w' over 'fsdp'."
     """
-    placed = _read(params)
+    placed = placed_params(params)
     mesh = placed[0].sharding.mesh
     if spread_over is not None:
         check_choice("spread_over", spread_over, mesh.axis_names)
@@ -103,7 +103,7 @@ def init_sharded(
       P('fsdp',)
     """
     shardings = state_sharding(tx, params, spread_over=spread_over)
-    mesh: Any = _read(params)[0].sharding.mesh
+    mesh: Any = placed_params(params)[0].sharding.mesh
 
     def init(params: Any) -> Any:
         return tx.init(dequantize_params(params))
@@ -114,7 +114,7 @@ def init_sharded(
         return jax.jit(auto, out_shardings=shardings)(params)
 
 
-class _Param(NamedTuple):
+class Placed(NamedTuple):
     """A parameter as it would be dense.
 
     Attributes:
@@ -140,7 +140,7 @@ class _Param(NamedTuple):
         return [Axis(a, _parts(mesh, entry)) for a, entry in enumerate(self.entries) if entry]
 
 
-def _read(params: Any) -> list[_Param]:
+def placed_params(params: Any) -> list[Placed]:
     """The parameters, leaf by leaf.
 
     Raises:
@@ -155,7 +155,7 @@ def _read(params: Any) -> list[_Param]:
                 f"params: {leaf_name(path)!r} has no NamedSharding, it is {where}; put all "
                 "parameters on a mesh, as by jax.device_put(params, NamedSharding(mesh, jax.P()))."
             )
-        placed.append(_Param(leaf_name(path), jax.ShapeDtypeStruct(p.shape, p.dtype), sharding))
+        placed.append(Placed(leaf_name(path), jax.ShapeDtypeStruct(p.shape, p.dtype), sharding))
         if sharding.mesh != placed[0].sharding.mesh:
             raise ValueError(
                 f"params must be on one mesh: {placed[0].name!r} is on {placed[0].sharding.mesh}, "
@@ -167,7 +167,7 @@ def _read(params: Any) -> list[_Param]:
 
 
 def _followed(
-    shape: tuple[int, ...], follower: Follower, placed: list[_Param], mesh: Any
+    shape: tuple[int, ...], follower: Follower, placed: list[Placed], mesh: Any
 ) -> tuple[list[Any], list[str]]:
     """What of the mesh splits each axis of a state array, and why."""
     entries: list[Any] = [None] * len(shape)
@@ -207,23 +207,23 @@ def _spread(shape: tuple[int, ...], entries: list[Any], over: str, mesh: Any) ->
     if not choices:
         return f"no axis divides by {over!r}={parts}"
     axis = max(choices, key=lambda a: choices[a])
-    entries[axis] = (*_ordered(entries[axis]), over) if entries[axis] else over
+    entries[axis] = (*axis_names(entries[axis]), over) if entries[axis] else over
     return f"axis {axis} is spread over {over!r}"
 
 
-def _ordered(entry: Any) -> tuple[str, ...]:
+def axis_names(entry: Any) -> tuple[str, ...]:
     """The mesh axes that an entry of a `jax.P` names."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _names(*entries: Any) -> set[str]:
-    return {name for entry in entries for name in _ordered(entry)}
+    return {name for entry in entries for name in axis_names(entry)}
 
 
 def _parts(mesh: Any, entry: Any) -> int:
     """Into how many parts an entry splits an axis."""
-    return math.prod(mesh.shape[name] for name in _ordered(entry))
+    return math.prod(mesh.shape[name] for name in axis_names(entry))
 
 
 def _text(entry: Any) -> str:
-    return "×".join(map(repr, _ordered(entry)))
+    return "×".join(map(repr, axis_names(entry)))

@@ -11,8 +11,10 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from memopt.models.sharding import BATCH_AXES
+from memopt.optimizers.registry import SUMS_PROJECTIONS
 from memopt.state.sharding import state_sharding
 from memopt.training.step import TrainState, init_state
+from memopt.transforms.longer_side import split_longer_side
 
 
 def make_mesh(spec: str | None, rows: int) -> Mesh:
@@ -80,6 +82,19 @@ def rows_here(mesh: Mesh, batch_size: int) -> list[int]:
     """
     places: Mapping[Any, Any] = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     return sorted({row for (rows,) in places.values() for row in range(batch_size)[rows]})
+
+
+def split_update(
+    tx: optax.GradientTransformation, name: str, params: Any
+) -> optax.GradientTransformation:
+    """`memopt.split_longer_side` of an optimizer that moves less over a mesh so; else itself.
+
+    Args:
+        tx: The optimizer.
+        name: Its name in `memopt.available()`.
+        params: The parameters, arrays or `ShapeDtypeStruct`s, with shardings.
+    """
+    return split_longer_side(tx, params) if name in SUMS_PROJECTIONS else tx
 
 
 def abstract_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:

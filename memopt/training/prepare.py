@@ -30,7 +30,13 @@ from memopt.training.data import (
     validation_batches,
 )
 from memopt.training.directory import check_same, choose_directory, open_directory
-from memopt.training.placement import abstract_state, batch_sharding, make_mesh, rows_here
+from memopt.training.placement import (
+    abstract_state,
+    batch_sharding,
+    make_mesh,
+    rows_here,
+    split_update,
+)
 from memopt.training.processes import check_alike
 from memopt.training.step import TrainState, init_state
 from memopt.training.tokenizer import Tokenizer, load_tokenizer
@@ -128,7 +134,9 @@ def prepare(config: Config) -> Training:
         )
         if config.optimization.state:
             tx = quantize_state(tx, config.optimization.state)
-        like = abstract_state(_stored(config, _abstract_params(model_config, mesh)), tx, mesh)
+        params = _stored(config, _abstract_params(model_config, mesh))
+        tx = split_update(tx, config.optimization.optimizer, params)
+        like = abstract_state(params, tx, mesh)
     training, held_out = find_documents(config.text.data).split()
     shape = {"batch_size": config.text.batch_size, "seq_len": config.text.seq_len}
     rows = rows_here(mesh, config.text.batch_size)

@@ -15,6 +15,7 @@ from memopt.transforms.clipping import limit_norm_growth as limit_norm_growth
 from memopt.transforms.clipping import normalize_by_group as normalize_by_group
 from memopt.transforms.clipping import scale_by_parameter_rms as scale_by_parameter_rms
 from memopt.transforms.factored import scale_by_factored_rms as scale_by_factored_rms
+from memopt.transforms.longer_side import split_longer_side as split_longer_side
 from memopt.transforms.moments import CarryOver as CarryOver
 from memopt.transforms.orthogonalization import orthogonalize as orthogonalize
 from memopt.transforms.orthogonalization import scale_by_shape as scale_by_shape

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 
 from memopt.matrices import explicit_axes, shard_count
 
@@ -94,7 +94,7 @@ def undivided(x: Array, axis: int) -> Array:
         return x
     spec: list[Any] = [jax.P.UNCONSTRAINED] * x.ndim
     spec[axis] = None
-    return jax.lax.with_sharding_constraint(x, jax.P(*spec))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, jax.P(*spec)))
 
 
 def for_stack(basis: Array, like: Array) -> Array:

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 import memopt
 from benchmarks import compilers, hlo
+from memopt.optimizers.registry import SUMS_PROJECTIONS
 
 PARAMS = {
     "blocks": {
@@ -23,16 +24,17 @@ WHOLE = 8 * 64 * 256  # numbers in each of the three that are split
 GATHERS = ("optax_muon",)  # Newton–Schulz as XLA splits it, by itself
 
 
-def collectives(tx, devices):
-    """Those of an update, with everything where `memopt.state_sharding` puts it."""
+def on_mesh(devices):
+    """The parameters' shapes and places."""
     mesh = Mesh(devices, ("fsdp",), axis_types=(AxisType.Auto,))
-    is_leaf = lambda x: isinstance(x, tuple)
-    params = jax.tree.map(
-        lambda p: jax.ShapeDtypeStruct(p[0], jnp.float32, sharding=NamedSharding(mesh, p[1])),
-        PARAMS,
-        is_leaf=is_leaf,
-    )
-    places = memopt.state_sharding(tx, params)
+    place = lambda p: jax.ShapeDtypeStruct(p[0], jnp.float32, sharding=NamedSharding(mesh, p[1]))
+    return jax.tree.map(place, PARAMS, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def collectives(tx, params, spread_over=None):
+    """Those of an update, with everything where `memopt.state_sharding` puts it."""
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    places = memopt.state_sharding(tx, params, spread_over=spread_over)
     like = jax.eval_shape(tx.init, jax.tree.map(lambda p: p.update(sharding=None), params))
     state = jax.tree.map(lambda x, s: x.update(sharding=s), like, places)
     loss = lambda params: sum(jnp.square(p).sum() for p in jax.tree.leaves(params))
@@ -56,7 +58,8 @@ def most_numbers(name):
 
 
 def check(name, devices):
-    found = collectives(optax.with_extra_args_support(memopt.optimizer(name, 1e-3)), devices)
+    tx = optax.with_extra_args_support(memopt.optimizer(name, 1e-3))
+    found = collectives(tx, on_mesh(devices))
     largest = max(found, key=lambda c: c.largest, default=None)
     if name in GATHERS:
         assert largest.largest == WHOLE
@@ -74,3 +77,13 @@ def test_nothing_whole_moves_between_devices(name):
 def test_nothing_whole_moves_between_chips(name):
     """Of a v5e 4×4, by its own compiler."""
     check(name, compilers.devices("v5e", 16))
+
+
+@pytest.mark.parametrize("name", SUMS_PROJECTIONS)
+def test_along_the_longer_side_less_moves(name):
+    tx, params = memopt.optimizer(name, 1e-3), on_mesh(jax.devices())
+    plain, split = (
+        hlo.total_bytes(collectives(tx, params, spread_over="fsdp"))
+        for tx in (tx, memopt.split_longer_side(tx, params))
+    )
+    assert split < 0.8 * plain
