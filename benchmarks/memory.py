@@ -39,6 +39,7 @@ import memopt
 from benchmarks import hlo
 from benchmarks.compilers import GPUS, Chip, devices
 from benchmarks.report import save
+from benchmarks.traffic import between_refreshes
 from memopt.models import llama
 from memopt.planning.step_memory import step_memory
 from memopt.state.quantized import is_quantized
@@ -88,6 +89,8 @@ class Options(NamedTuple):
       batch_size: rows, of all chips together.
       seq_len: tokens a row.
       accumulation: in how many micro-batches the batch is worked through.
+      refresh: whether the step may be one that refreshes a subspace, by an SVD, say, which the
+        compiler of TPUs takes a quarter of an hour for.
       json: print one JSON object instead of a table.
       dump: a file for the compiled program.
       output: the JSON file of a list; the plot stands beside it.
@@ -104,6 +107,7 @@ class Options(NamedTuple):
     batch_size: int = 1
     seq_len: int = 2048
     accumulation: int = 1
+    refresh: bool = True
     json: bool = False
     dump: Path | None = None
     output: Path = Path(__file__).parent / "results" / "memory.json"
@@ -149,6 +153,8 @@ def compile_step(optimizer: str, options: Options) -> tuple[jax.stages.Compiled,
         learning_rate=optax.constant_schedule(LEARNING_RATE),
         accumulation=options.accumulation,
     )
+    if not options.refresh:
+        step = _without_refresh(step)
     state = abstract_state(params, tx, mesh)
     tokens = jax.ShapeDtypeStruct(
         (options.batch_size, options.seq_len), jnp.int32, sharding=batch_sharding(mesh)
@@ -157,6 +163,12 @@ def compile_step(optimizer: str, options: Options) -> tuple[jax.stages.Compiled,
     with jax.set_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
         return jitted.lower(state, {"inputs": tokens, "targets": tokens}).compile(), state
+
+
+def _without_refresh(step: Any) -> Any:
+    return lambda state, batch: step(
+        state._replace(opt_state=between_refreshes(state.opt_state)), batch
+    )
 
 
 def measure(optimizer: str, options: Options) -> dict[str, Any]:
@@ -177,7 +189,7 @@ def measure(optimizer: str, options: Options) -> dict[str, Any]:
     names = ("model", "release", "weights", "state", "dtype", "chip", "mesh", "batch_size")
     return {
         "optimizer": optimizer,
-        **{name: getattr(options, name) for name in (*names, "seq_len", "accumulation")},
+        **{name: getattr(options, name) for name in (*names, "seq_len", "accumulation", "refresh")},
         "compiled_for": compiled_for,
         "peak_bytes": memory.peak,
         "parameter_bytes": memory.parameters,

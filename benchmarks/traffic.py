@@ -111,6 +111,16 @@ def method_options(name: str, rank: int) -> dict[str, Any]:
     return {"rank": rank} if has_rank and name != "apollo_mini" else {}
 
 
+def between_refreshes(state: Any) -> Any:
+    """An optimizer's state with every count the constant 1.
+
+    The compiler then knows that no refresh is due and drops the conditionals, of which it would
+    otherwise count a branch each, taken or not.
+    """
+    is_count = lambda x: x.shape == () and x.dtype == jnp.int32
+    return jax.tree.map(lambda x: jnp.ones_like(x) if is_count(x) else x, state)
+
+
 def compile_step(
     tx: optax.GradientTransformation,
     params: Any,
@@ -122,7 +132,6 @@ def compile_step(
     place = lambda tree: jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
     )
-    is_count = lambda x: x.shape == () and x.dtype == jnp.int32
     is_quantized = lambda x: isinstance(x, QuantizedState)
 
     def with_known_octaves(state: Any) -> Any:
@@ -132,11 +141,8 @@ def compile_step(
         return state._replace(scales=(scales, *jax.tree.map(jnp.ones_like, octaves)))
 
     def step(params: Any, state: Any, gradients: Any) -> Any:
-        # With every count the constant 1, and every row's octave, the compiler knows that nothing
-        # is due to be refreshed or fitted anew, and drops the conditionals: otherwise it counts a
-        # branch of each, taken or not.
-        state = jax.tree.map(lambda x: jnp.ones_like(x) if is_count(x) else x, state)
-        state = jax.tree.map(with_known_octaves, state, is_leaf=is_quantized)
+        # Every row's octave is known, too, so that nothing is due to be fitted anew.
+        state = jax.tree.map(with_known_octaves, between_refreshes(state), is_leaf=is_quantized)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 

@@ -79,7 +79,10 @@ def test_nothing_whole_moves_between_chips(name):
     check(name, compilers.devices("v5e", 16))
 
 
-@pytest.mark.parametrize("name", SUMS_PROJECTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "galore" else pytest.param(n, marks=pytest.mark.slow) for n in SUMS_PROJECTIONS],
+)
 def test_along_the_longer_side_less_moves(name):
     tx, params = memopt.optimizer(name, 1e-3), on_mesh(jax.devices())
     plain, split = (

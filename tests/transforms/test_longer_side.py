@@ -48,7 +48,10 @@ def train(tx, seeds, place):
     return params
 
 
-@pytest.mark.parametrize("name", SUMS_PROJECTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "galore" else pytest.param(n, marks=pytest.mark.slow) for n in SUMS_PROJECTIONS],
+)
 def test_the_numbers_stay(name):
     mesh = make_mesh(AxisType.Auto)
     tx = memopt.optimizer(name, RATE)
