@@ -142,7 +142,11 @@ def compile_step(optimizer: str, options: Options) -> tuple[jax.stages.Compiled,
         tx = memopt.quantize_state(tx, options.state)
     tx = split_update(tx, optimizer, params)
     if options.release:
-        step: Any = functools.partial(release_step, model=llama.stacked_model(config))
+        step: Any = functools.partial(
+            release_step,
+            model=llama.stacked_model(config),
+            shardings=jax.tree.map(lambda x: x.sharding, params),
+        )
     else:
         step = functools.partial(
             train_step, loss=lambda params, batch: llama.loss(nnx.merge(graph, params), batch)

@@ -106,6 +106,7 @@ def compile_step(
     options = run.config.optimization
     whole = {"tx": tx, "learning_rate": run.learning_rate, "accumulation": options.accumulation}
     if options.release:
+        whole |= {"shardings": jax.tree.map(lambda x: x.sharding, params)}
         model = llama.stacked_model(run.model_config)
         step = functools.partial(release_step, model=model, **whole)
     else:

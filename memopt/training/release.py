@@ -12,6 +12,7 @@ import optax
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.interpreters import partial_eval as pe
+from jax.sharding import AxisType
 
 from memopt.models.stacked import StackedModel
 from memopt.state.quantized import apply_updates, dequantize_params, is_quantized
@@ -29,6 +30,7 @@ def release_step(
     tx: optax.GradientTransformation,
     learning_rate: optax.Schedule,
     accumulation: int = 1,
+    shardings: Any = None,
 ) -> tuple[TrainState, Metrics]:
     """Takes one step without ever holding all gradients; to be jitted with the state donated.
 
@@ -57,6 +59,9 @@ def release_step(
             `train_step`, but no `obj_fn`.
         learning_rate: As in `train_step`.
         accumulation: As in `train_step`.
+        shardings: Where the parameters are, like them, of `NamedSharding`s. On a mesh of Auto axes,
+            whose types do not say it, XLA is then kept from copying whole stacks to lay them
+            otherwise in memory.
 
     Returns:
         As `train_step`.
@@ -80,9 +85,12 @@ def release_step(
         (1, (4, 3, 3))
     """
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state)
+    places = jax.tree.map(lambda x: x.spec, shardings) if shardings else None
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        places = specs.params
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        release = _Release(state, batch, model, tx, accumulation)
+        release = _Release(state, batch, model, tx, accumulation, places)
         return advance(state, *release.run(), learning_rate)
 
     return jax.sharding.auto_axes(step, out_sharding=(specs, jax.P()))(state, batch)
@@ -136,12 +144,15 @@ class _Release:
         model: StackedModel,
         tx: optax.GradientTransformation,
         accumulation: int,
+        places: Any,
     ) -> None:
         self.start, self.model = start, model
         self.accumulation, self.pieces = accumulation, cut(batch, accumulation)
         dense = jax.eval_shape(dequantize_params, start.params)
-        self.structure: Any = jax.tree.structure(dense)
+        structure: Any = jax.tree.structure(dense)
+        self.structure = structure
         self.like = dict(enumerate(jax.tree.leaves(dense)))
+        self.places = structure.flatten_up_to(places) if places else [None] * len(self.like)
         paths: Any = jax.tree_util.tree_leaves_with_path(dense)
         stacked = [path[0] == jax.tree_util.DictKey(BLOCKS) for path, _ in paths]
         self.partwise = Partwise(tx, dense, stacked)
@@ -280,7 +291,7 @@ class _Release:
 
             keep = lambda node=node, owned=owned: (node, {k: old[k] for k in owned})
             node, new = _in_place(finite[i], update, keep) if layered else update()
-            stored[i] = _as_it_lies(_put(stored[i], node, at, 0))
+            stored[i] = _as_it_lies(_put(stored[i], node, at, 0), self.places[i])
             for k, x in new.items():
                 state[k] = _put(state[k], x, layer, axes[k])
         if layered:
@@ -378,27 +389,36 @@ class _Release:
         return self._tree({i: x[0] for i, x in leaves.items()})[BLOCKS]
 
 
-def _as_it_lies(x: Any) -> Any:
+def _as_it_lies(x: Any, place: Any = None) -> Any:
     """Keeps XLA from turning a whole stack round to suit what reads or makes one layer of it.
 
-    Scales are narrow, and lie by columns on a TPU; by rows most of its lanes would be empty. On a
-    mesh nothing is said: XLA, of libtpu 0.0.42 for one, would gather whole stacks to lay them so.
+    Scales are narrow, and lie by columns on a TPU; by rows most of its lanes would be empty.
+
+    Args:
+        x: An array, or a quantised one.
+        place: Its `jax.P`, or those of its arrays, where a mesh splits it.
     """
-    if jax.sharding.get_abstract_mesh().size > 1:
-        return x
-    if is_quantized(x):
-        by_columns = lambda s: _laid(s, s.ndim - 1, *range(s.ndim - 1))
-        scales = tuple(
-            jax.lax.platform_dependent(s, tpu=by_columns, default=lambda s: s) for s in x.scales
-        )
-        return dataclasses.replace(x, codes=_as_it_lies(x.codes), scales=scales)
-    as_it_lies = lambda x: _laid(x, *range(x.ndim))
-    return jax.lax.platform_dependent(x, cpu=lambda x: x, default=as_it_lies)
+    if not is_quantized(x):
+        return jax.lax.platform_dependent(x, cpu=lambda x: x, default=lambda x: _laid(x, place))
+    by_columns = lambda s, p: jax.lax.platform_dependent(
+        s, tpu=lambda s: _laid(s, p, last=0), default=lambda s: s
+    )
+    places = place.scales if place else [None] * len(x.scales)
+    scales = tuple(map(by_columns, x.scales, places))
+    return dataclasses.replace(x, codes=_as_it_lies(x.codes, place and place.codes), scales=scales)
 
 
-def _laid(x: Array, *major_to_minor: int) -> Array:
-    """`x` with its axes in this order in memory."""
-    return with_layout_constraint(x, Layout(major_to_minor))
+def _laid(x: Array, place: jax.P | None, *, last: int = -1) -> Array:
+    """`x` with its axes in their order in memory, the last of them put in the place `last`.
+
+    On a mesh each part of it, if it is known which; XLA would gather the whole to lay it so.
+    """
+    *order, end = range(x.ndim)
+    order.insert(last % x.ndim, end)
+    lay = lambda x: with_layout_constraint(x, Layout(tuple(order)))
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return lay(x)
+    return x if place is None else jax.shard_map(lay, in_specs=place, out_specs=place)(x)
 
 
 def _again(stored: Any, x: Array, layer: Array | None = None) -> tuple[Any, Array | None]:

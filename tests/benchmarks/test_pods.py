@@ -7,8 +7,8 @@ import pytest
 from benchmarks import memory, pods
 
 RESULTS = json.loads(pods.Options().output.read_text())["results"]
-AS_LARGE = ("galore",)  # its gradients in the subspace, a quarter of the matrices, are summed up
-NOT_YET = ("galore", "v5p")  # of which rows are missing
+AS_LARGE = ("galore",)  # its bases, a quarter of a side squared for each matrix, are gathered
+NOT_YET = ("galore",)  # of which rows are missing
 
 
 def test_every_row_is_one_of_the_list():
@@ -22,7 +22,7 @@ def test_every_row_is_one_of_the_list():
 def test_an_optimizer_adds_a_hundredth_at_most_to_what_moves(record):
     more = pods.added(record, RESULTS)
     if more is not None and record["optimizer"] in AS_LARGE:
-        assert 0.3 < more < 0.5  # of a released step, which itself moves less, the more
+        assert 0.01 < more < 0.15
     elif more is not None:
         assert -0.01 < more <= 0.01
 
@@ -35,7 +35,7 @@ def test_it_fits_the_chip(record):
 
 
 def test_a_program_that_cannot_be_read_moves_nobody_knows_what():
-    assert set(pods.moved("").values()) == {None}
+    assert set(pods.moved("", refresh=True).values()) == {None}
 
 
 def test_what_is_added_is_told_by_the_same_step_of_sgd():

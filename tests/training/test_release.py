@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import chex
 import jax
@@ -313,20 +314,34 @@ def test_state_is_donated_and_no_stack_is_held_twice():
     assert temporaries[1] > 2 * layers * one
 
 
-def test_layouts_are_said_to_one_device_only():
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_layouts_are_said_of_parts_only(weights):
     """XLA for TPUs may gather whole stacks of a mesh to lay them as it is told."""
     model, params = toy()
-    tx = optax.sgd(RATE)
-    step = jax.jit(functools.partial(release_step, model=model, tx=tx, learning_rate=RATE))
+    step = functools.partial(release_step, model=model, tx=optax.sgd(RATE), learning_rate=RATE)
 
-    def program():
-        traced = step.trace(init_state(params, tx), make_batch(0))
-        return traced.lower(lowering_platforms=("tpu",)).as_text()
+    def laid(params, **options):
+        """The shapes of what is."""
+        params = memopt.quantize_params(params, weights) if weights else params
+        if options:
+            options = {"shardings": jax.tree.map(lambda x: x.sharding, params)}
+        traced = jax.jit(functools.partial(step, **options)).trace(
+            init_state(params, optax.sgd(RATE)), make_batch(0)
+        )
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+        found = re.findall(r"@LayoutConstraint.*-> tensor<([\dx]+)x\w+>", text)
+        return {tuple(map(int, shape.split("x"))) for shape in found}
 
-    assert "LayoutConstraint" in program()
-    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole = params["blocks"]["up"].shape
+    assert whole in laid(params)
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = lambda x: jax.NamedSharding(mesh, jax.P(None, "fsdp") if x.ndim == 3 else jax.P())
     with jax.set_mesh(mesh):
-        assert "LayoutConstraint" not in program()
+        placed = jax.device_put(params, jax.tree.map(place, params))
+        assert not laid(placed)
+        parts = laid(placed, shardings=True)
+    assert (whole[0], whole[1] // 4, whole[2]) in parts
+    assert whole not in parts
 
 
 def test_quantised_weights_and_state():
