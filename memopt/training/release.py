@@ -413,8 +413,9 @@ def _laid(x: Array, place: jax.P | None, *, last: int = -1) -> Array:
 
     On a mesh each part of it, if it is known which; XLA would gather the whole to lay it so.
     """
-    *order, end = range(x.ndim)
-    order.insert(last % x.ndim, end)
+    order = list(range(x.ndim))
+    if order:
+        order.insert(last % x.ndim, order.pop())
     lay = lambda x: with_layout_constraint(x, Layout(tuple(order)))
     if jax.sharding.get_abstract_mesh().size <= 1:
         return lay(x)

@@ -314,7 +314,7 @@ def test_state_is_donated_and_no_stack_is_held_twice():
     assert temporaries[1] > 2 * layers * one
 
 
-@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("weights", [None, pytest.param("int8", marks=pytest.mark.slow)])
 def test_layouts_are_said_of_parts_only(weights):
     """XLA for TPUs may gather whole stacks of a mesh to lay them as it is told."""
     model, params = toy()
