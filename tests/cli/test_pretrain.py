@@ -123,6 +123,7 @@ def test_a_damaged_checkpoint_is_skipped_and_the_run_ends_the_same(home, whole):
     assert metrics(directory) == metrics(whole[0])
 
 
+@pytest.mark.slow
 def test_a_learned_vocabulary_serves_to_train_with(home):
     program = [sys.executable, "-c", "from memopt.cli.main import main; main()"]
     learn = "tokenizer train --data words.txt --vocab-size 300 --output words.json"

@@ -21,6 +21,7 @@ def test_outputs_are_committed(path):
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
 
 
+@pytest.mark.slow
 def test_every_notebook_runs():
     command = [sys.executable, str(FOLDER / "run.py")]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}

@@ -35,7 +35,16 @@ def test_state_of_no_matrix_is_whole(tx, weights):
     assert all(is_split for name, is_split in split.items() if "kernel" in name)
 
 
-@pytest.mark.parametrize("name", [*memopt.available(), "adamw-int8"])
+SLOW = ("adamw-int8", "online_subspace_descent", "ldadam", "fira", "flora")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+        for name in (*memopt.available(), "adamw-int8")
+    ],
+)
 def test_what_a_chip_holds_falls_with_their_number(name):
     tx = memopt.optimizer(name.removesuffix("-int8"), 1e-3)
     tx = memopt.quantize_state(tx, "int8") if name.endswith("-int8") else tx
