@@ -90,7 +90,7 @@ class Options(NamedTuple):
       seq_len: tokens a row.
       accumulation: in how many micro-batches the batch is worked through.
       refresh: whether the step may be one that refreshes a subspace, by an SVD, say, which the
-        compiler of TPUs takes a quarter of an hour for.
+        compiler of TPUs takes half an hour for.
       json: print one JSON object instead of a table.
       dump: a file for the compiled program.
       output: the JSON file of a list; the plot stands beside it.

@@ -137,7 +137,7 @@ class Placed(NamedTuple):
     def axes(self) -> list[Axis]:
         """The axes that are split."""
         mesh = self.sharding.mesh
-        return [Axis(a, _parts(mesh, entry)) for a, entry in enumerate(self.entries) if entry]
+        return [Axis(a, part_count(mesh, entry)) for a, entry in enumerate(self.entries) if entry]
 
 
 def placed_params(params: Any) -> list[Placed]:
@@ -188,7 +188,7 @@ def _followed(
             reason += f" over {_text(entry)}"
         reasons.append(reason)
     for theirs in follower.unclear or (() if reasons else follower.uneven):
-        parts = _parts(mesh, owner.entries[theirs])
+        parts = part_count(mesh, owner.entries[theirs])
         reasons.append(
             f"no axis clearly follows axis {theirs} of {owner.name!r} in {parts} equal parts"
         )
@@ -200,7 +200,7 @@ def _spread(shape: tuple[int, ...], entries: list[Any], over: str, mesh: Any) ->
     if over in _names(*entries) or not shape:
         return ""
     parts = mesh.shape[over]
-    lengths = [n // _parts(mesh, entry) for n, entry in zip(shape, entries, strict=True)]
+    lengths = [n // part_count(mesh, entry) for n, entry in zip(shape, entries, strict=True)]
     whole = {a: n for a, n in enumerate(lengths) if entries[a] is None and n % parts == 0}
     split = {a: n for a, n in enumerate(lengths) if entries[a] is not None and n % parts == 0}
     choices = whole or split
@@ -220,7 +220,7 @@ def _names(*entries: Any) -> set[str]:
     return {name for entry in entries for name in axis_names(entry)}
 
 
-def _parts(mesh: Any, entry: Any) -> int:
+def part_count(mesh: Any, entry: Any) -> int:
     """Into how many parts an entry splits an axis."""
     return math.prod(mesh.shape[name] for name in axis_names(entry))
 

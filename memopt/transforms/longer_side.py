@@ -1,6 +1,5 @@
 """Where an update is computed: on gradients that are split along their longer side."""
 
-import math
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding
 
 from memopt.matrices import Layout, Matrices, map_matrices
-from memopt.state.sharding import Placed, axis_names, placed_params
+from memopt.state.sharding import Placed, axis_names, part_count, placed_params
 
 
 def split_longer_side(
@@ -85,7 +84,7 @@ def _places(layout: Layout, x: Array, param: Placed) -> tuple[NamedSharding, ...
     shorter, longer = (layout.rows, layout.cols) if m <= n else (layout.cols, layout.rows)
     moved = [name for axis in shorter for name in axis_names(here[axis])]
     both = (*axis_names(here[longer[0]]), *moved)
-    fits = x.shape[longer[0]] % math.prod(mesh.shape[name] for name in both) == 0
+    fits = x.shape[longer[0]] % part_count(mesh, both) == 0
     if not both or not fits or AxisType.Explicit in mesh.axis_types:
         return ()
     there = [None if axis in shorter else entry for axis, entry in enumerate(here)]
