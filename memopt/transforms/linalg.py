@@ -138,9 +138,19 @@ def leading_eigenvectors(symmetric: Array, r: int) -> Array:
 
 
 def _per_matrix(f: Callable[[Array], Array], matrices: Array) -> Array:
-    """``f`` of a stack whose matrices are whole; it need not know of explicit axes."""
+    """``f`` of a stack whose matrices are whole; it need not know of explicit axes.
+
+    On CPUs one matrix after another: LAPACK's calls of a batch hold a thread of the pool they wait
+    for, and those of several devices that share it, as on a laptop, would wait for ever.
+    """
+
+    def one_by_one(x: Array) -> Array:
+        each = jax.lax.map(f, x.reshape(-1, *x.shape[-2:]))
+        return each.reshape(*x.shape[:-2], *each.shape[-2:])
+
+    by_platform = lambda x: jax.lax.platform_dependent(x, cpu=one_by_one, default=f)
     spec = explicit_axes(matrices)
     if spec is None:
-        return f(matrices)
+        return by_platform(matrices)
     sharding = jax.P(*spec[:-2], None, None)
-    return jax.sharding.auto_axes(f, out_sharding=sharding)(whole(matrices))
+    return jax.sharding.auto_axes(by_platform, out_sharding=sharding)(whole(matrices))
