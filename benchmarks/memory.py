@@ -43,7 +43,7 @@ from benchmarks.traffic import between_refreshes
 from memopt.models import llama
 from memopt.planning.step_memory import step_memory
 from memopt.state.quantized import is_quantized
-from memopt.training.placement import abstract_state, batch_sharding, parse_mesh, split_update
+from memopt.training.placement import abstract_state, batch_sharding, parse_mesh, place_update
 from memopt.training.release import release_step
 from memopt.training.step import train_step
 
@@ -140,7 +140,7 @@ def compile_step(optimizer: str, options: Options) -> tuple[jax.stages.Compiled,
     tx = memopt.optimizer(optimizer, LEARNING_RATE)
     if options.state is not None:
         tx = memopt.quantize_state(tx, options.state)
-    tx = split_update(tx, optimizer, params)
+    tx, places = place_update(tx, optimizer, params, by_layer=options.release)
     if options.release:
         step: Any = functools.partial(
             release_step,
@@ -159,7 +159,7 @@ def compile_step(optimizer: str, options: Options) -> tuple[jax.stages.Compiled,
     )
     if not options.refresh:
         step = _without_refresh(step)
-    state = abstract_state(params, tx, mesh)
+    state = abstract_state(params, tx, mesh, places)
     tokens = jax.ShapeDtypeStruct(
         (options.batch_size, options.seq_len), jnp.int32, sharding=batch_sharding(mesh)
     )

@@ -53,4 +53,5 @@ from memopt.transforms import scale_by_released_adam as scale_by_released_adam
 from memopt.transforms import scale_by_shape as scale_by_shape
 from memopt.transforms import scale_by_sign_momentum as scale_by_sign_momentum
 from memopt.transforms import scale_by_uncorrected_adam as scale_by_uncorrected_adam
-from memopt.transforms import split_longer_side as split_longer_side
+from memopt.transforms import update_at as update_at
+from memopt.transforms import whole_shorter_sides as whole_shorter_sides

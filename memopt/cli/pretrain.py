@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import optax
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memopt.cli.errors import fail
-from memopt.planning.step_memory import StepMemory, step_memory
+from memopt.planning.step_memory import step_memory
 from memopt.state.quantized import dequantize_params
 from memopt.training.config import Config, read_flags
 from memopt.training.directory import choose_directory
@@ -152,13 +152,12 @@ def _conclude(
 
 def _memory_table(run: Training, state: TrainState, step: jax.stages.Compiled) -> Table:
     """Bytes of this run and of the same run with AdamW, both from the compiler."""
-
-    def measure(tx: optax.GradientTransformation, compiled: Any = None) -> StepMemory:
-        like = abstract_state(state.params, tx, run.mesh)
-        compiled = compiled or compile_step(run, tx, state.params)[1]
-        return step_memory(compiled, like.params, like.opt_state)
-
-    ours, adamw = measure(run.tx, step), measure(optax.adamw(run.learning_rate))
+    adamw = optax.adamw(run.learning_rate)
+    like = abstract_state(state.params, adamw, run.mesh)
+    memories = (
+        step_memory(step, state.params, state.opt_state),
+        step_memory(compile_step(run, adamw, like)[1], like.params, like.opt_state),
+    )
     table = Table("bytes on one device")
     for name in (run.config.optimization.optimizer, "optax.adamw"):
         table.add_column(name, justify="right")
@@ -167,6 +166,6 @@ def _memory_table(run: Training, state: TrainState, step: jax.stages.Compiled) -
         "optimizer state": "state",
         "peak of a step": "peak",
     }.items():
-        sizes = (getattr(memory, field) for memory in (ours, adamw))
+        sizes = (getattr(memory, field) for memory in memories)
         table.add_row(name, *(f"{size:,}" if size is not None else "unknown" for size in sizes))
     return table

@@ -46,7 +46,7 @@ _BASELINES: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 SUMS_PROJECTIONS = ("apollo", "fira", "flora", "galore", "online_subspace_descent")
-"""Those of memopt that move less over a mesh by way of `memopt.split_longer_side`."""
+"""Those of memopt that move less over a mesh where `memopt.whole_shorter_sides` says."""
 
 
 def available() -> tuple[str, ...]:

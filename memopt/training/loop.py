@@ -16,7 +16,6 @@ from rich.console import Console
 from memopt.models import llama
 from memopt.training.data import Batch
 from memopt.training.metrics import Display, MetricsLog
-from memopt.training.placement import abstract_state
 from memopt.training.prepare import Training
 from memopt.training.processes import agree_to_stop, writes
 from memopt.training.release import release_step
@@ -64,7 +63,7 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
         Display(console, steps, start) as display,
         _signals() as caught,
     ):
-        (step, compiled), loss = compile_step(run, run.tx, state.params), jax.jit(run.loss)
+        (step, compiled), loss = compile_step(run, run.tx, state), jax.jit(run.loss)
         try:
             for number in range(start + 1, steps + 1):
                 _stop_if_caught(caught, number - 1)
@@ -89,32 +88,31 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
 
 
 def compile_step(
-    run: Training, tx: optax.GradientTransformation, params: Any
+    run: Training, tx: optax.GradientTransformation, state: TrainState
 ) -> tuple[Step, jax.stages.Compiled]:
     """Compiles the training step of a run, with its own or another optimizer.
 
     Args:
         run: The run.
         tx: The optimizer.
-        params: The parameters, or their shapes and shardings.
+        state: The state, or its shapes and shardings.
 
     Returns:
         `train_step`, or `release_step`, from (state, batch) to (state, metrics), the state donated;
         and what was compiled for it, to be asked: called by itself it refuses arrays of 4 bits.
     """
-    like = abstract_state(params, tx, run.mesh)
+    places = jax.tree.map(lambda x: x.sharding, state)
     options = run.config.optimization
     whole = {"tx": tx, "learning_rate": run.learning_rate, "accumulation": options.accumulation}
     if options.release:
-        whole |= {"shardings": jax.tree.map(lambda x: x.sharding, params)}
+        whole |= {"shardings": places.params}
         model = llama.stacked_model(run.model_config)
         step = functools.partial(release_step, model=model, **whole)
     else:
         step = functools.partial(train_step, loss=run.loss, **whole)
-    shardings = (jax.tree.map(lambda x: x.sharding, like), None)
     with jax.set_mesh(run.mesh):
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
-        return jitted, jitted.lower(like, run.place(run.validation[0])).compile()
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+        return jitted, jitted.lower(state, run.place(run.validation[0])).compile()
 
 
 def _next_batch(run: Training) -> Batch:

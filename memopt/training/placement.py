@@ -14,7 +14,7 @@ from memopt.models.sharding import BATCH_AXES
 from memopt.optimizers.registry import SUMS_PROJECTIONS
 from memopt.state.sharding import state_sharding
 from memopt.training.step import TrainState, init_state
-from memopt.transforms.longer_side import split_longer_side
+from memopt.transforms.placed_update import update_at, whole_shorter_sides
 
 
 def make_mesh(spec: str | None, rows: int) -> Mesh:
@@ -84,20 +84,29 @@ def rows_here(mesh: Mesh, batch_size: int) -> list[int]:
     return sorted({row for (rows,) in places.values() for row in range(batch_size)[rows]})
 
 
-def split_update(
-    tx: optax.GradientTransformation, name: str, params: Any
-) -> optax.GradientTransformation:
-    """`memopt.split_longer_side` of an optimizer that moves less over a mesh so; else itself.
+def place_update(
+    tx: optax.GradientTransformation, name: str, params: Any, *, by_layer: bool
+) -> tuple[optax.GradientTransformation, Any]:
+    """An optimizer that runs where it moves least over a mesh, and where that is.
 
     Args:
         tx: The optimizer.
         name: Its name in `memopt.available()`.
         params: The parameters, arrays or `ShapeDtypeStruct`s, with shardings.
+        by_layer: Whether a layer is updated at a time.
+
+    Returns:
+        By `memopt.whole_shorter_sides`, if it is one that gains by it, or else as it was.
     """
-    return split_longer_side(tx, params) if name in SUMS_PROJECTIONS else tx
+    if name not in SUMS_PROJECTIONS:
+        return tx, params
+    places = whole_shorter_sides(params, by_layer=by_layer)
+    return update_at(tx, params, places), places
 
 
-def abstract_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    params: Any, tx: optax.GradientTransformation, mesh: Mesh, places: Any = None
+) -> TrainState:
     """Returns shapes and shardings of the state for parameters and an optimizer.
 
     Args:
@@ -105,6 +114,7 @@ def abstract_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) ->
         tx: The optimizer, whose state lies as `memopt.state_sharding` says; over an axis `fsdp`,
             unless it is Explicit, is spread what of it follows no axis that is split.
         mesh: Where the parameters are.
+        places: Where they would be where their update is computed, if elsewhere.
 
     Returns:
         The state, of `ShapeDtypeStruct`s with shardings.
@@ -115,7 +125,9 @@ def abstract_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) ->
     state = jax.eval_shape(lambda params: init_state(params, tx), bare)
     shardings = jax.tree.map(lambda x: whole, state)._replace(
         params=jax.tree.map(lambda x: x.sharding, params),
-        opt_state=state_sharding(tx, params, spread_over="fsdp" if spread else None),
+        opt_state=state_sharding(
+            tx, params if places is None else places, spread_over="fsdp" if spread else None
+        ),
     )
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     return jax.tree.map(place, state, shardings)

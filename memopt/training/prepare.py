@@ -34,8 +34,8 @@ from memopt.training.placement import (
     abstract_state,
     batch_sharding,
     make_mesh,
+    place_update,
     rows_here,
-    split_update,
 )
 from memopt.training.processes import check_alike
 from memopt.training.step import TrainState, init_state
@@ -135,8 +135,9 @@ def prepare(config: Config) -> Training:
         if config.optimization.state:
             tx = quantize_state(tx, config.optimization.state)
         params = _stored(config, _abstract_params(model_config, mesh))
-        tx = split_update(tx, config.optimization.optimizer, params)
-        like = abstract_state(params, tx, mesh)
+        name, by_layer = config.optimization.optimizer, config.optimization.release
+        tx, places = place_update(tx, name, params, by_layer=by_layer)
+        like = abstract_state(params, tx, mesh, places)
     training, held_out = find_documents(config.text.data).split()
     shape = {"batch_size": config.text.batch_size, "seq_len": config.text.seq_len}
     rows = rows_here(mesh, config.text.batch_size)

@@ -15,9 +15,10 @@ from memopt.transforms.clipping import limit_norm_growth as limit_norm_growth
 from memopt.transforms.clipping import normalize_by_group as normalize_by_group
 from memopt.transforms.clipping import scale_by_parameter_rms as scale_by_parameter_rms
 from memopt.transforms.factored import scale_by_factored_rms as scale_by_factored_rms
-from memopt.transforms.longer_side import split_longer_side as split_longer_side
 from memopt.transforms.moments import CarryOver as CarryOver
 from memopt.transforms.orthogonalization import orthogonalize as orthogonalize
 from memopt.transforms.orthogonalization import scale_by_shape as scale_by_shape
+from memopt.transforms.placed_update import update_at as update_at
+from memopt.transforms.placed_update import whole_shorter_sides as whole_shorter_sides
 from memopt.transforms.sign_momentum import scale_by_sign_momentum as scale_by_sign_momentum
 from memopt.transforms.subspace import in_subspace as in_subspace

@@ -153,7 +153,7 @@ def test_state_shaped_like_a_parameter_lies_with_it(config):
             assert m.sharding == p.sharding or not any(p.sharding.spec)  # of a norm: spread
             assert "fsdp" in m.sharding.spec
     assert state.opt_state[0].count.sharding.spec == jax.P()
-    _, compiled = compile_step(prepared, prepared.tx, params)
+    _, compiled = compile_step(prepared, prepared.tx, state)
     assert compiled.output_shardings[0] == jax.tree.map(lambda x: x.sharding, state)
     prepared.batches.close()
 

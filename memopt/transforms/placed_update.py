@@ -1,0 +1,139 @@
+"""Where an update is computed, if not where its parameters are."""
+
+from typing import Any
+
+import jax
+import optax
+from jax import Array
+from jax.sharding import AxisType, NamedSharding
+
+from memopt.matrices import Layout, Matrices, leaf_name, map_matrices
+from memopt.state.quantized import is_quantized
+from memopt.state.sharding import Placed, axis_names, part_count, placed_params
+
+
+def whole_shorter_sides(params: Any, *, by_layer: bool = False, matrices: Matrices = None) -> Any:
+    """Parameters placed anew, so that the shorter side of each matrix is whole on its device.
+
+    A subspace of rank r projects a matrix's shorter side, p. Where a mesh splits that one, devices
+    sum up projections, r·q numbers a matrix, and gather what each lifts. The mesh axes that split
+    p split the stack here, if they divide it: each device then has matrices of its own, with their
+    bases. If not, they split the longer side, q: projections need no sum, but the basis, r·p
+    numbers, is gathered, unless it is drawn from a seed.
+
+    For `update_at`, and for `memopt.state_sharding`, so that state is where it is used.
+
+    Args:
+      params: arrays, or ``jax.ShapeDtypeStruct`` in their place, each with a `NamedSharding`.
+      by_layer: whether updates are made a layer at a time, as by a released step; stacks then
+        stay as they are.
+      matrices: which leaves are matrices, and of which axes; see
+        `memopt.matrices.hidden_matrices`.
+
+    Returns:
+      ``jax.ShapeDtypeStruct`` like `params`. What is no matrix stays where it is; so does one
+      with neither a stack nor a longer side that divides, and everything on Explicit axes, whose
+      types say where arrays are.
+
+    Raises:
+      ValueError: if a parameter has no `NamedSharding`, or they are on several meshes.
+
+    Example:
+      >>> mesh = jax.sharding.AbstractMesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
+      >>> rows = NamedSharding(mesh, jax.P(None, "fsdp"))
+      >>> params = {"up": jax.ShapeDtypeStruct((8, 16, 64), "float32", sharding=rows)}
+      >>> whole_shorter_sides(params)["up"].sharding.spec
+      P('fsdp',)
+      >>> whole_shorter_sides(params, by_layer=True)["up"].sharding.spec
+      P(None, None, 'fsdp')
+    """
+    places = {p.name: p for p in placed_params(params)}
+    structure: Any = jax.tree.structure(params, is_leaf=is_quantized)
+    dense = structure.unflatten([p.like for p in places.values()])
+
+    def place(layout: Layout, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        param = places[layout.name]
+        sharding = _whole_shorter_side(layout, param, by_layer) or param.sharding
+        return like.update(sharding=sharding)
+
+    return map_matrices(place, dense, matrices=matrices)
+
+
+def _whole_shorter_side(layout: Layout, param: Placed, by_layer: bool) -> NamedSharding | None:
+    """Where a matrix's shorter side is whole; None if there is no such place."""
+    mesh: Any = param.sharding.mesh
+    if not layout.is_matrix or AxisType.Explicit in mesh.axis_types:
+        return None
+    *_, m, n = layout.shape(param.like)
+    shorter, longer = (layout.rows, layout.cols) if m <= n else (layout.cols, layout.rows)
+    moved = tuple(name for axis in shorter for name in axis_names(param.entries[axis]))
+    for axis in (*(() if by_layer else layout.stack), longer[0]):
+        names = (*axis_names(param.entries[axis]), *moved)
+        if moved and param.like.shape[axis] % part_count(mesh, names) == 0:
+            spec = [None if a in shorter else entry for a, entry in enumerate(param.entries)]
+            spec[axis] = names if len(names) > 1 else names[0]
+            while spec[-1] is None:
+                spec.pop()
+            return NamedSharding(mesh, jax.P(*spec))
+    return None
+
+
+def update_at(
+    tx: optax.GradientTransformation, params: Any, places: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Runs an optimizer where its parameters are not: gradients move there, updates back.
+
+    Devices exchange (all-to-all) a gradient and an update, each no more than its own part of them.
+    The numbers are the same but for the order of sums. With `whole_shorter_sides` it pays for
+    optimizers that work in a subspace of more than a few dimensions, see `memopt.in_subspace`,
+    but for FRUGAL, which selects, and LDAdam, whose error feedback is a full-size array that
+    changes places too. Others, with little to sum up, need nothing of the kind.
+
+    Args:
+      tx: any Optax transformation; its state is as it was, and best placed by
+        ``memopt.state_sharding(tx, places)``.
+      params: arrays, or ``jax.ShapeDtypeStruct`` in their place, each with a `NamedSharding`, over
+        Auto axes. Updates of the same names, of all layers or of one, are taken to lie as they do.
+      places: a tree like `params`, of arrays or shapes that lie where the update is computed.
+
+    Raises:
+      ValueError: if a parameter has no `NamedSharding`, or they are on several meshes; in an
+        update, if it has a leaf that `params` has not.
+
+    Example:
+      >>> import memopt, jax.numpy as jnp
+      >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,))
+      >>> rows = NamedSharding(mesh, jax.P("fsdp"))
+      >>> params = {"up": {"kernel": jax.device_put(jnp.ones((16, 64)), rows)}}
+      >>> places = whole_shorter_sides(params)
+      >>> tx = update_at(memopt.galore(1e-2, rank=4), params, places)
+      >>> shardings = memopt.state_sharding(tx, places)
+      >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
+      >>> updates, state = jax.jit(tx.update)(params, state, params)
+    """
+    pairs = zip(placed_params(params), placed_params(places), strict=True)
+    moves = {here.name: (here, there) for here, there in pairs}
+    tx = optax.with_extra_args_support(tx)
+
+    def move(path: tuple[Any, ...], x: Array, *, back: bool) -> Array:
+        """One array to its place and then the other, or the other way round."""
+        name = leaf_name(path)
+        if name not in moves:
+            raise ValueError(f"params has no {name!r}, only {sorted(moves)}.")
+        here, there = moves[name]
+        if here.entries == there.entries:
+            return x
+        # Both are said: of the second alone XLA would make the gradient there to begin with.
+        for place in (there, here) if back else (here, there):
+            spec = jax.P(*place.entries[len(place.entries) - x.ndim :])
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(place.sharding.mesh, spec))
+        return x
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        there = lambda path, x: move(path, x, back=False)
+        back = lambda path, x: move(path, x, back=True)
+        updates = jax.tree_util.tree_map_with_path(there, updates)
+        updates, state = tx.update(updates, state, params, **extra)
+        return jax.tree_util.tree_map_with_path(back, updates), state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
