@@ -101,17 +101,17 @@ def compile_step(
         `train_step`, or `release_step`, from (state, batch) to (state, metrics), the state donated;
         and what was compiled for it, to be asked: called by itself it refuses arrays of 4 bits.
     """
-    places = jax.tree.map(lambda x: x.sharding, state)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
     options = run.config.optimization
     whole = {"tx": tx, "learning_rate": run.learning_rate, "accumulation": options.accumulation}
     if options.release:
-        whole |= {"shardings": places.params}
+        whole |= {"shardings": shardings.params}
         model = llama.stacked_model(run.model_config)
         step = functools.partial(release_step, model=model, **whole)
     else:
         step = functools.partial(train_step, loss=run.loss, **whole)
     with jax.set_mesh(run.mesh):
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         return jitted, jitted.lower(state, run.place(run.validation[0])).compile()
 
 

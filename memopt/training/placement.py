@@ -120,14 +120,13 @@ def abstract_state(
         The state, of `ShapeDtypeStruct`s with shardings.
     """
     spread = dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get("fsdp") == AxisType.Auto
+    places = params if places is None else places
     whole = NamedSharding(mesh, jax.P())
     bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     state = jax.eval_shape(lambda params: init_state(params, tx), bare)
     shardings = jax.tree.map(lambda x: whole, state)._replace(
         params=jax.tree.map(lambda x: x.sharding, params),
-        opt_state=state_sharding(
-            tx, params if places is None else places, spread_over="fsdp" if spread else None
-        ),
+        opt_state=state_sharding(tx, places, spread_over="fsdp" if spread else None),
     )
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     return jax.tree.map(place, state, shardings)

@@ -1,5 +1,6 @@
 """Where an update is computed, if not where its parameters are."""
 
+import functools
 from typing import Any
 
 import jax
@@ -97,8 +98,8 @@ def update_at(
       places: a tree like `params`, of arrays or shapes that lie where the update is computed.
 
     Raises:
-      ValueError: if a parameter has no `NamedSharding`, or they are on several meshes; in an
-        update, if it has a leaf that `params` has not.
+      ValueError: if a parameter has no `NamedSharding`, they are on several meshes, or `places`
+        has others; in an update, if it has a leaf that `params` has not.
 
     Example:
       >>> import memopt, jax.numpy as jnp
@@ -111,29 +112,30 @@ def update_at(
       >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
       >>> updates, state = jax.jit(tx.update)(params, state, params)
     """
-    pairs = zip(placed_params(params), placed_params(places), strict=True)
-    moves = {here.name: (here, there) for here, there in pairs}
+    here, there = ({p.name: p for p in placed_params(tree)} for tree in (params, places))
+    if here.keys() != there.keys():
+        odd = sorted(here.keys() ^ there.keys())
+        raise ValueError(f"places must have the arrays of params; only one of them has {odd}.")
     tx = optax.with_extra_args_support(tx)
 
     def move(path: tuple[Any, ...], x: Array, *, back: bool) -> Array:
         """One array to its place and then the other, or the other way round."""
         name = leaf_name(path)
-        if name not in moves:
-            raise ValueError(f"params has no {name!r}, only {sorted(moves)}.")
-        here, there = moves[name]
-        if here.entries == there.entries:
+        if name not in here:
+            raise ValueError(f"params has no {name!r}, only {sorted(here)}.")
+        pair = here[name], there[name]
+        if pair[0].entries == pair[1].entries:
             return x
         # Both are said: of the second alone XLA would make the gradient there to begin with.
-        for place in (there, here) if back else (here, there):
+        for place in reversed(pair) if back else pair:
             spec = jax.P(*place.entries[len(place.entries) - x.ndim :])
             x = jax.lax.with_sharding_constraint(x, NamedSharding(place.sharding.mesh, spec))
         return x
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        there = lambda path, x: move(path, x, back=False)
-        back = lambda path, x: move(path, x, back=True)
-        updates = jax.tree_util.tree_map_with_path(there, updates)
+        map_named = jax.tree_util.tree_map_with_path
+        updates = map_named(functools.partial(move, back=False), updates)
         updates, state = tx.update(updates, state, params, **extra)
-        return jax.tree_util.tree_map_with_path(back, updates), state
+        return map_named(functools.partial(move, back=True), updates), state
 
     return optax.GradientTransformationExtraArgs(tx.init, update)

@@ -132,3 +132,5 @@ def test_an_array_of_no_known_place():
     tx = memopt.update_at(optax.identity(), params, params)
     with pytest.raises(ValueError, match=r"params has no 'down/kernel', only \['up/kernel'\]"):
         tx.update({"down": params["up"]}, tx.init(params))
+    with pytest.raises(ValueError, match=r"only one of them has \['down', 'up/kernel'\]"):
+        memopt.update_at(optax.identity(), params, {"down": params["up"]["kernel"]})
