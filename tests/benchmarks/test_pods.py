@@ -5,26 +5,28 @@ import json
 import pytest
 
 from benchmarks import memory, pods
+from memopt.training.placement import parse_mesh
 
 RESULTS = json.loads(pods.Options().output.read_text())["results"]
-AS_LARGE = ("galore",)  # its bases, a quarter of a side squared for each matrix, are gathered
-NOT_YET = ("galore",)  # of which rows are missing
+LAYERS = 32
 
 
-def test_every_row_is_one_of_the_list():
-    assert len(RESULTS) == len({pods.key(r) for r in RESULTS})
-    known = {pods.key(r) for r in RESULTS}
-    assert known <= set(pods.LIST)
-    assert all(set(row) & set(NOT_YET) for row in set(pods.LIST) - known)
+def test_every_row_is_measured_once():
+    assert [pods.key(r) for r in RESULTS] == pods.LIST
+
+
+def most_added(record):
+    """A hundredth; more where matrices change places, or bases are gathered."""
+    if record["optimizer"] != "galore":
+        return 0.01
+    by_stack = not record["release"] and LAYERS % parse_mesh(record["mesh"])["fsdp"] == 0
+    return 1 / 20 if by_stack else 0.14
 
 
 @pytest.mark.parametrize("record", RESULTS, ids=lambda r: pods.describe(pods.key(r)))
-def test_an_optimizer_adds_a_hundredth_at_most_to_what_moves(record):
+def test_an_optimizer_adds_little_to_what_moves(record):
     more = pods.added(record, RESULTS)
-    if more is not None and record["optimizer"] in AS_LARGE:
-        assert 0.01 < more < 0.15
-    elif more is not None:
-        assert -0.01 < more <= 0.01
+    assert more is None or -0.01 < more <= most_added(record)
 
 
 @pytest.mark.parametrize("record", RESULTS, ids=lambda r: pods.describe(pods.key(r)))
