@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, AxisType
 import memopt
 from memopt.models import llama
 from memopt.planning.step_memory import bytes_here
-from memopt.training.placement import abstract_state, make_mesh
+from memopt.training.placement import abstract_state, make_mesh, place_update
 from memopt.training.prepare import _abstract_params
 
 
@@ -55,3 +55,14 @@ def test_what_a_chip_holds_falls_with_their_number(name):
         state = abstract_state(params, tx, mesh)
         held[chips] = bytes_here((state.params, state.opt_state))
     assert held[16] / held[256] >= 0.85 * 256 / 16
+
+
+def test_where_an_update_is_made():
+    params = _abstract_params(llama.preset("tiny"), make_mesh("fsdp=4", rows=4))
+    places = lambda name, by_layer: place_update(tx, name, params, by_layer=by_layer)[1]
+    tx = memopt.galore(1e-3)
+    at = lambda tree: tree["blocks"]["mlp"]["up"]["kernel"].sharding.spec
+    assert at(params) == jax.P(None, "fsdp", None)
+    assert at(places("galore", False)) == jax.P("fsdp")
+    assert places("galore", True) is params
+    assert place_update(tx, "lion", params, by_layer=False) == (tx, params)
