@@ -57,8 +57,7 @@ def state_sharding(
     mesh = placed[0].sharding.mesh
     if spread_over is not None:
         check_choice("spread_over", spread_over, mesh.axis_names)
-    structure: Any = jax.tree.structure(params, is_leaf=is_quantized)
-    like = structure.unflatten([p.like for p in placed])
+    like = dense_like(params)
     found = iter(followers(tx, like, [p.axes for p in placed]))
     notes = {}
 
@@ -138,6 +137,12 @@ class Placed(NamedTuple):
         """The axes that are split."""
         mesh = self.sharding.mesh
         return [Axis(a, part_count(mesh, entry)) for a, entry in enumerate(self.entries) if entry]
+
+
+def dense_like(params: Any) -> Any:
+    """The shapes and dtypes of the parameters, of quantised ones as they would be dense."""
+    shape = lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype)
+    return jax.tree.map(shape, params, is_leaf=is_quantized)
 
 
 def placed_params(params: Any) -> list[Placed]:

@@ -9,8 +9,7 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding
 
 from memopt.matrices import Layout, Matrices, leaf_name, map_matrices
-from memopt.state.quantized import is_quantized
-from memopt.state.sharding import Placed, axis_names, part_count, placed_params
+from memopt.state.sharding import Placed, axis_names, dense_like, part_count, placed_params
 
 
 def whole_shorter_sides(params: Any, *, by_layer: bool = False, matrices: Matrices = None) -> Any:
@@ -49,34 +48,32 @@ def whole_shorter_sides(params: Any, *, by_layer: bool = False, matrices: Matric
       P(None, None, 'fsdp')
     """
     places = {p.name: p for p in placed_params(params)}
-    structure: Any = jax.tree.structure(params, is_leaf=is_quantized)
-    dense = structure.unflatten([p.like for p in places.values()])
 
     def place(layout: Layout, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        param = places[layout.name]
-        sharding = _whole_shorter_side(layout, param, by_layer) or param.sharding
-        return like.update(sharding=sharding)
+        return like.update(sharding=_whole_shorter_side(layout, places[layout.name], by_layer))
 
-    return map_matrices(place, dense, matrices=matrices)
+    return map_matrices(place, dense_like(params), matrices=matrices)
 
 
-def _whole_shorter_side(layout: Layout, param: Placed, by_layer: bool) -> NamedSharding | None:
-    """Where a matrix's shorter side is whole; None if there is no such place."""
+def _whole_shorter_side(layout: Layout, param: Placed, by_layer: bool) -> NamedSharding:
+    """Where a matrix's shorter side is whole; where it is if there is no such place."""
     mesh: Any = param.sharding.mesh
     if not layout.is_matrix or AxisType.Explicit in mesh.axis_types:
-        return None
+        return param.sharding
     *_, m, n = layout.shape(param.like)
     shorter, longer = (layout.rows, layout.cols) if m <= n else (layout.cols, layout.rows)
-    moved = tuple(name for axis in shorter for name in axis_names(param.entries[axis]))
+    moved = [name for axis in shorter for name in axis_names(param.entries[axis])]
+    if not moved:
+        return param.sharding
     for axis in (*(() if by_layer else layout.stack), longer[0]):
         names = (*axis_names(param.entries[axis]), *moved)
-        if moved and param.like.shape[axis] % part_count(mesh, names) == 0:
+        if param.like.shape[axis] % part_count(mesh, names) == 0:
             spec = [None if a in shorter else entry for a, entry in enumerate(param.entries)]
-            spec[axis] = names if len(names) > 1 else names[0]
+            spec[axis] = names
             while spec[-1] is None:
                 spec.pop()
             return NamedSharding(mesh, jax.P(*spec))
-    return None
+    return param.sharding
 
 
 def update_at(

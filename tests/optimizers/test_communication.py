@@ -91,6 +91,5 @@ def test_less_moves_where_shorter_sides_are_whole(name):
         for places in (memopt.whole_shorter_sides(params, by_layer=b) for b in (True, False))
     )
     plain = moved(tx, params)
-    print(name, plain, by_layer, by_stack)
     assert by_layer < 0.8 * plain
     assert by_stack < by_layer

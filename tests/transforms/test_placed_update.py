@@ -113,9 +113,15 @@ def test_state_lies_where_it_is_used():
 
 
 def test_explicit_axes_say_themselves_where_arrays_are():
-    params = tree(0, on(make_mesh(AxisType.Explicit)))
+    mesh = make_mesh(AxisType.Explicit)
+    params = tree(0, on(mesh))
     places = memopt.whole_shorter_sides(params)
     assert jax.tree.map(lambda x: x.sharding, places) == jax.tree.map(lambda x: x.sharding, params)
+    tx = memopt.update_at(optax.identity(), params, places)
+    with jax.set_mesh(mesh):
+        updates, _ = jax.jit(tx.update)(params, tx.init(params))
+    chex.assert_trees_all_equal(updates, params)
+    assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, params)
 
 
 def test_quantized_parameters_are_placed_as_dense_ones():
