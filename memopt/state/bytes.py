@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import optax
 
-from memopt.matrices import leaf_name
 from memopt.state.codecs import bits_of
+from memopt.trees import named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +69,8 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
       shared                0                4  1 int32
       total                64              132
     """
-    structure: Any
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    names = [leaf_name(path) for path, _ in leaves]
+    leaves, structure = named_leaves(params)
+    names = [name for name, _ in leaves]
     kept: dict[str, list[Any]] = {name: [] for name in names}
     shared: list[Any] = []
     for like_params, part in _parts(jax.eval_shape(tx.init, params), structure):
@@ -81,7 +80,7 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
         else:
             shared.append(part)
     return StateBytes(
-        parameters={name: _bytes([leaf]) for name, (_, leaf) in zip(names, leaves, strict=True)},
+        parameters={name: _bytes([leaf]) for name, leaf in leaves},
         states={name: _bytes(arrays) for name, arrays in kept.items()},
         shared=_bytes(shared),
         formulas={name: _formula(arrays) for name, arrays in kept.items()},
@@ -104,8 +103,8 @@ def _parts(state: Any, structure: Any) -> Iterator[tuple[bool, Any]]:
         yield True, state
 
 
-def _bytes(arrays: list[Any]) -> int:
-    return sum(math.prod(x.shape) * bits_of(x.dtype) // 8 for x in arrays)
+def _bytes(arrays: Any) -> int:
+    return sum(math.prod(x.shape) * bits_of(x.dtype) // 8 for x in jax.tree.leaves(arrays))
 
 
 def _formula(arrays: list[Any]) -> str:

@@ -11,7 +11,8 @@ from jax import Array
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jax.interpreters import partial_eval as pe
 
-from memopt.matrices import leaf_name
+from memopt.parameters import known, read_parameters
+from memopt.trees import leaf_name
 
 CHOICES = (
     "Take one that looks at each matrix by itself (memopt.clip_by_matrix_rms), or "

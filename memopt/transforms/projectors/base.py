@@ -125,6 +125,11 @@ class Projector(abc.ABC):
     def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
         """A fresh basis for a gradient ``(*stack, m, n)``: ``(*stack, side, r)`` or one for all."""
 
+    @property
+    def keeps(self) -> int:
+        """The number of arrays kept between steps."""
+        return int(self.stored)
+
     def init(self, leaf: Leaf) -> tuple[Array, ...]:
         """The arrays kept between steps: a basis of zeros if stored, else none."""
         if not self.stored:
