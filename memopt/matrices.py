@@ -10,9 +10,7 @@ from jax import Array
 
 from memopt.parameters import MATRIX, as_tuple, read_parameter, read_parameters
 from memopt.parameters import Matrix as Matrix
-
 from memopt.trees import named_leaves, open_box, refill
-
 
 Selection = Callable[[str, Any], Matrix | None]
 """Says of a leaf, from its name and its `Parameter`, which matrix it is, or None."""

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from memopt.names import attention_part, is_called, kind_of, words
+from memopt.names import attention_part, kind_of, words
 from memopt.trees import axis_names, named_leaves, open_box
 
 MATRIX, EMBEDDING, POSITION = "matrix", "embedding", "position"
@@ -277,14 +277,12 @@ def _axes(entries: Sequence[Entry]) -> dict[str, Axes]:
 
 
 STACK_AXES = set(
-    "layer layers block blocks stack scan stage stages repeats circular_repeats "
-    "exp expert experts num_experts".split()
+    ["layer", "layers", "block", "blocks", "stack", "scan", "stage", "stages", "repeats", "circular_repeats", "exp", "expert", "experts", "num_experts"]
 )
 """Names of axes that count matrices."""
 
 HEAD_AXES = set(
-    "heads head q_heads kv_heads kv_head num_heads num_kv_heads q_heads_per_group "
-    "kv qkv head_dim head_size kv_head_dim d_head".split()
+    ["heads", "head", "q_heads", "kv_heads", "kv_head", "num_heads", "num_kv_heads", "q_heads_per_group", "kv", "qkv", "head_dim", "head_size", "kv_head_dim", "d_head"]
 )
 """Names of axes of heads and of what is within a head; together one side of a matrix."""
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from memopt.errors import check_at_least
+from memopt.internals import trace
 from memopt.matrices import Layout, every_matrix, map_matrices
 from memopt.state.codecs import AsIs, Codec, Coded, named
 from memopt.state.dither import NEAREST, dither
@@ -207,7 +207,9 @@ def _fitted(codecs: Any, owners: Any, scales: Any, new: Callable[[], Any]) -> An
         if unfit[i] is not False:
             groups.setdefault(owner.name, []).append(i)
     fitted = [kept for _, _, kept in leaves]
-    for group, part in zip(groups.values(), _parts(new, list(groups.values())), strict=True):
+    program = trace(new)
+    for group in groups.values():
+        part = program.needed(group)
         mine = [(leaves[i][0], leaves[i][2]) for i in group]
         any_unfit = functools.reduce(jnp.logical_or, [unfit[i] for i in group])
         fit = lambda mine=mine, part=part: [
@@ -217,28 +219,6 @@ def _fitted(codecs: Any, owners: Any, scales: Any, new: Callable[[], Any]) -> An
         for i, kept in zip(group, chosen, strict=True):
             fitted[i] = kept
     return structure.unflatten(fitted)
-
-
-def _parts(f: Callable[[], Any], groups: list[list[int]]) -> list[Callable[[], list[Array]]]:
-    """For each group of the arrays that `f` makes, a function that computes them alone."""
-    program = jax.make_jaxpr(f)()
-    makers = {var: i for i, eqn in enumerate(program.eqns) for var in eqn.outvars}
-
-    def part(group: list[int]) -> Callable[[], list[Array]]:
-        outputs = [program.jaxpr.outvars[i] for i in group]
-        needed: set[int] = set()
-        missing = list(outputs)
-        while missing:
-            var = missing.pop()
-            place = None if isinstance(var, Literal) else makers.get(var)
-            if place is not None and place not in needed:
-                needed.add(place)
-                missing += program.eqns[place].invars
-        eqns = [program.eqns[i] for i in sorted(needed)]
-        jaxpr = program.jaxpr.replace(eqns=eqns, outvars=outputs)
-        return lambda: jaxpr_as_fun(ClosedJaxpr(jaxpr, program.consts))()
-
-    return [part(group) for group in groups]
 
 
 def _second_moments(state: Any) -> Any:

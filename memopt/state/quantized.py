@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.state.codecs import BFloat16, Codec, Coded, named
 from memopt.state.dither import NEAREST, dither
-from memopt.trees import map_named, named_leaves
+from memopt.trees import map_named
 
 
 @jax.tree_util.register_dataclass
