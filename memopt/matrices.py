@@ -1,8 +1,10 @@
 """Which axes of a parameter are its rows, its columns and its stack."""
 
+import contextlib
+import contextvars
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +22,11 @@ Matrices = Any
 
 ``optax.contrib.MuonDimensionNumbers`` do in place of a `Matrix`: reduction axes are rows.
 """
+
+
+_SEEN: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
+    "memopt_layouts_seen", default=None
+)
 
 
 class Layout(NamedTuple):
@@ -43,6 +50,11 @@ class Layout(NamedTuple):
     def is_matrix(self) -> bool:
         """Whether the array has rows and columns."""
         return bool(self.rows and self.cols)
+
+    @property
+    def axes(self) -> tuple[tuple[int, ...], ...]:
+        """Those of rows, of columns and of the stack."""
+        return self.rows, self.cols, self.stack
 
     @property
     def core(self) -> tuple[int, ...]:
@@ -186,10 +198,12 @@ def map_matrices(
     nodes, structure = named_leaves(tree)
     others = [[open_box(x) for x in structure.flatten_up_to(r)] for r in rest]
     parameters = read_parameters(tree) if callable(matrices or default) else []
-    results = []
+    seen, results = _SEEN.get(), []
     for i, (name, node) in enumerate(nodes):
         leaf = open_box(node)
-        layout = _layout(name, leaf, select(name, parameters[i] if parameters else leaf))
+        layout = layout_of(name, leaf, select(name, parameters[i] if parameters else leaf))
+        if seen is not None:
+            seen.setdefault(name, layout)
         result = f(layout, leaf, *(other[i] for other in others))
         results.append((result,) if outputs == 1 else result)
     trees = tuple(
@@ -222,7 +236,23 @@ def _selection(matrices: Matrices) -> Selection:
     return select
 
 
-def _layout(name: str, leaf: Any, matrix: Any) -> Layout:
+@contextlib.contextmanager
+def layouts_seen() -> Iterator[dict[str, Layout]]:
+    """Notes by name the layout in which each parameter is first seen within it."""
+    seen: dict[str, Layout] = {}
+    token = _SEEN.set(seen)
+    try:
+        yield seen
+    finally:
+        _SEEN.reset(token)
+
+
+def layout_of(name: str, leaf: Any, matrix: Any) -> Layout:
+    """The axes of one array that is this matrix, or, of None, a vector.
+
+    Raises:
+      ValueError: if the matrix names axes that the array does not have.
+    """
     ndim = len(leaf.shape)
     if matrix is None:
         return Layout(name, tuple(range(ndim - 1)), (), tuple(range(ndim))[-1:])

@@ -112,8 +112,8 @@ class Axes(NamedTuple):
 
 _LAST_TWO = Axes(Matrix(), "its last two axes")
 
-_KNOWN: contextvars.ContextVar[Mapping[str, Parameter]] = contextvars.ContextVar(
-    "memopt_known_parameters", default={}
+_KNOWN: contextvars.ContextVar[Mapping[str, Parameter] | None] = contextvars.ContextVar(
+    "memopt_known_parameters", default=None
 )
 
 _NAMED: dict[tuple[str, tuple[int, ...]], tuple[str | None, ...]] = {}
@@ -142,7 +142,7 @@ def read_parameters(tree: Any) -> list[Parameter]:
     """
     nodes, _ = named_leaves(tree)
     arrays = [(name, open_box(node)) for name, node in nodes]
-    said = _KNOWN.get()
+    said = _KNOWN.get() or {}
     if all(name in said for name, _ in arrays):
         return [said[name]._replace(shape=tuple(x.shape), dtype=x.dtype) for name, x in arrays]
     shapes = [(name, tuple(x.shape)) for name, x in arrays]
@@ -168,8 +168,10 @@ def read_parameter(name: str, leaf: Any) -> Parameter:
     """
     if isinstance(leaf, Parameter):
         return leaf
-    ((*what, _),) = _read((Entry(name, tuple(leaf.shape), None),))  # none beside it, so no doubt
-    return Parameter(name, tuple(leaf.shape), getattr(leaf, "dtype", None), *what)
+    shape = tuple(leaf.shape)
+    (what,) = _read((Entry(name, shape, None),))
+    found = Parameter(name, shape, getattr(leaf, "dtype", None), *what)
+    return found._replace(doubt="")  # what is beside it would settle it
 
 
 @contextlib.contextmanager
@@ -183,22 +185,23 @@ def known(parameters: Sequence[Parameter]) -> Iterator[None]:
       ...     read_parameters({"w": w.update(shape=(8, 5))})[0].matrix
       Matrix(rows=1, cols=0)
     """
-    before = _KNOWN.get()
-    token = _KNOWN.set({**before, **{p.name: p for p in parameters}})
+    token = _KNOWN.set({**(_KNOWN.get() or {}), **{p.name: p for p in parameters}})
     try:
         yield
     finally:
         _KNOWN.reset(token)
 
 
-def _remember(shapes: Sequence[Any], names: Sequence[Any]) -> None:
+def _remember(
+    shapes: Sequence[tuple[str, tuple[int, ...]]],
+    names: Sequence[tuple[str | None, ...] | None],
+) -> None:
     """Keeps the axis names without which a parameter would be read otherwise."""
-    rows = list(zip(shapes, names, strict=True))
-    with_names = _read(tuple(Entry(*shape, own) for shape, own in rows))
-    without = _read(tuple(Entry(*shape, None) for shape, _ in rows))
-    for (shape, own), (_, a, *_), (_, b, *_) in zip(rows, with_names, without, strict=True):
-        if a != b and own:
-            _NAMED[shape] = own
+    rows = [Entry(*shape, own) for shape, own in zip(shapes, names, strict=True)]
+    without = _read(tuple(e._replace(axes=None) for e in rows))
+    for shape, e, a, b in zip(shapes, rows, _read(tuple(rows)), without, strict=True):
+        if e.axes and a[:2] != b[:2]:
+            _NAMED[shape] = e.axes
         else:
             _NAMED.pop(shape, None)
 
@@ -276,13 +279,15 @@ def _axes(entries: Sequence[Entry]) -> dict[str, Axes]:
     return _attention(unsettled) | _low_rank_pairs(unsettled) | _convolutions(unsettled) | found
 
 
-STACK_AXES = set(
-    ["layer", "layers", "block", "blocks", "stack", "scan", "stage", "stages", "repeats", "circular_repeats", "exp", "expert", "experts", "num_experts"]
+STACK_AXES = frozenset(
+    {"layer", "layers", "block", "blocks", "stack", "scan", "stage", "stages"}
+    | {"repeats", "circular_repeats", "exp", "expert", "experts", "num_experts"}
 )
 """Names of axes that count matrices."""
 
-HEAD_AXES = set(
-    ["heads", "head", "q_heads", "kv_heads", "kv_head", "num_heads", "num_kv_heads", "q_heads_per_group", "kv", "qkv", "head_dim", "head_size", "kv_head_dim", "d_head"]
+HEAD_AXES = frozenset(
+    {"head", "heads", "num_heads", "q_heads", "kv_head", "kv_heads", "num_kv_heads"}
+    | {"q_heads_per_group", "qkv", "kv", "head_dim", "head_size", "kv_head_dim", "d_head"}
 )
 """Names of axes of heads and of what is within a head; together one side of a matrix."""
 
@@ -328,7 +333,7 @@ def _attention(entries: Sequence[Entry]) -> dict[str, Axes]:
 def _one_attention(
     module: str, members: Sequence[tuple[str, Entry]], entries: Sequence[Entry]
 ) -> dict[str, Axes]:
-    first = {kind: e for kind, e in reversed(members)}
+    first = dict(reversed(members))
     output, query = first.get("output"), first.get("query") or first.get("key and value")
     if query is None:
         return {}  # an output alone, of an MLP say

@@ -48,7 +48,7 @@ def axis_names(x: Any) -> tuple[str | None, ...] | None:
     if not is_box(x):
         return None
     if hasattr(x, "axes") and hasattr(x, "array"):
-        names = [axis.name for axis in x.axes]
+        names: Any = [axis.name for axis in x.axes]
     elif hasattr(x, "get_metadata"):
         names = x.get_metadata().get("out_sharding")
     else:

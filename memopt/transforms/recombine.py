@@ -66,7 +66,7 @@ class Recombine(abc.ABC):
         return
 
     def init(self, gradient: Array) -> Any:
-        """What is kept between steps, an array or `NOTHING`; only its shape and dtype are looked at."""
+        """What is kept between steps, or `NOTHING`; of an array only shape and dtype matter."""
         return NOTHING
 
     def correct(self, gradient: Array, state: Any) -> Array:

@@ -206,9 +206,12 @@ def _as_projections(low: Mapping[str, Any]) -> contextlib.AbstractContextManager
     Args:
       low: by name of a parameter its projected gradient, or anything with as many axes.
     """
-    kind = lambda x: (MATRIX, Matrix()) if x.ndim > 1 else (VECTOR, None)
-    why = "it is a projection"
-    return known([Parameter(n, x.shape, x.dtype, *kind(x), why) for n, x in low.items()])
+
+    def parameter(name: str, x: Any) -> Parameter:
+        kind, matrix = (MATRIX, Matrix()) if x.ndim > 1 else (VECTOR, None)
+        return Parameter(name, x.shape, x.dtype, kind, matrix, "it is a projection")
+
+    return known([parameter(name, x) for name, x in low.items()])
 
 
 @dataclasses.dataclass(frozen=True)
