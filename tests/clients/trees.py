@@ -122,6 +122,11 @@ class Client(NamedTuple):
     cut: str = "every"
     oriented: bool = True
 
+    def one_of_each(self) -> "Client":
+        """The same with one leaf of each kind and each arrangement of axes."""
+        first = {line.what: name for name, line in reversed(self.leaves.items())}
+        return self._replace(leaves={name: self.leaves[name] for name in sorted(first.values())})
+
     def arrays(self, seed: int = 0) -> dict[str, np.ndarray]:
         """Random numbers for every leaf."""
         normal = np.random.default_rng(seed).normal
