@@ -264,7 +264,7 @@ def layout_of(name: str, leaf: Any, matrix: Any) -> Layout:
     if len({*rows, *cols}) != len(rows + cols) or not (rows and cols):
         raise ValueError(
             f"{matrix} must name each axis once, and at least one for rows and one for columns; "
-            f"{name!r} has shape {tuple(leaf.shape)}."
+            f"{name!r} has shape {tuple(leaf.shape)}; see memopt.describe."
         )
     return Layout(name, tuple(a for a in range(ndim) if a not in rows + cols), rows, cols)
 
@@ -281,6 +281,6 @@ def _axes(name: str, leaf: Any, matrix: Matrix, side: int | tuple[int, ...]) -> 
         if not -ndim <= axis < ndim:
             raise ValueError(
                 f"{matrix} names axis {axis}, but {name!r} has shape {tuple(leaf.shape)}: "
-                f"its axes are {-ndim} to {ndim - 1}."
+                f"its axes are {-ndim} to {ndim - 1}; see memopt.describe."
             )
     return tuple(axis % ndim for axis in axes)

@@ -243,8 +243,8 @@ def _kinds(entries: Sequence[Entry]) -> dict[str, tuple[str, str]]:
         around, _, own = module.rpartition("/")
         if said:
             found[e.name] = (said[0], f"{said[1]!r} in its name")
-        elif last == "b" and {f"{module}/w", f"{module}/kernel"} & names:
-            found[e.name] = (VECTOR, "a 'b' beside a matrix is its bias")
+        elif last == "b" and module and f"{module}/a" not in names:
+            found[e.name] = (VECTOR, "'b' in a module is a bias")
         elif words(own) == "gate" and _has_experts(around, names):
             found[e.name] = (ROUTER, f"{own!r} beside experts")
         elif e.axes and "vocab" in e.axes:
@@ -281,13 +281,13 @@ def _axes(entries: Sequence[Entry]) -> dict[str, Axes]:
 
 STACK_AXES = frozenset(
     {"layer", "layers", "block", "blocks", "stack", "scan", "stage", "stages"}
-    | {"repeats", "circular_repeats", "exp", "expert", "experts", "num_experts"}
+    | {"repeats", "circular_repeats", "qkv", "exp", "expert", "experts", "num_experts"}
 )
 """Names of axes that count matrices."""
 
 HEAD_AXES = frozenset(
     {"head", "heads", "num_heads", "q_heads", "kv_head", "kv_heads", "num_kv_heads"}
-    | {"q_heads_per_group", "qkv", "kv", "head_dim", "head_size", "kv_head_dim", "d_head"}
+    | {"q_heads_per_group", "kv", "head_dim", "head_size", "kv_head_dim", "d_head"}
 )
 """Names of axes of heads and of what is within a head; together one side of a matrix."""
 
@@ -317,42 +317,52 @@ def _by_axis_names(names: tuple[str | None, ...]) -> tuple[Matrix | None, bool]:
 def _attention(entries: Sequence[Entry]) -> dict[str, Axes]:
     """Rows and columns of attention kernels whose heads have axes of their own.
 
-    Their output is (heads, head_dim, d) where the query is (d, heads, head_dim), or, in Gemma,
-    (heads, d, head_dim). Dense ones, stacked, are (…, d, n) and (…, n, d).
+    Their output is (heads, head_dim, d) where the query is (d, heads, head_dim); dense ones,
+    stacked, are (…, n, d) and (…, d, n). Gemma's are named so and have heads first.
     """
-    modules: dict[str, list[tuple[str, Entry]]] = {}
-    for e in entries:
-        if len(e.shape) > 2 and (part := attention_part(e.name)):
-            modules.setdefault(part[0], []).append((part[1], e))
+    modules: dict[str, dict[str, list[Entry]]] = {}
     found: dict[str, Axes] = {}
-    for module, members in modules.items():
-        found |= _one_attention(module, members, entries)
+    for e in entries:
+        part = attention_part(e.name)
+        ndim = len(e.shape)
+        if part is None or ndim < 3:
+            continue
+        module, kind, own = part
+        heads = (ndim - 3, ndim - 2) if kind == "output" else (ndim - 3, ndim - 1)
+        if not own.endswith("einsum"):
+            modules.setdefault(module, {}).setdefault(kind, []).append(e)
+        elif kind == "output":
+            found[e.name] = Axes(Matrix(heads, ndim - 1), f"{own!r} reads heads")
+        else:
+            found[e.name] = Axes(Matrix(ndim - 2, heads), f"{own!r} makes heads, its first axis")
+    for module, kinds in modules.items():
+        found |= _one_attention(module, kinds, entries)
     return found
 
 
 def _one_attention(
-    module: str, members: Sequence[tuple[str, Entry]], entries: Sequence[Entry]
+    module: str, kinds: Mapping[str, Sequence[Entry]], entries: Sequence[Entry]
 ) -> dict[str, Axes]:
-    first = dict(reversed(members))
-    output, query = first.get("output"), first.get("query") or first.get("key and value")
-    if query is None:
+    makers = [*kinds.get("query", ()), *kinds.get("key and value", ())]
+    if not makers:
         return {}  # an output alone, of an MLP say
-    q = query.shape
-    if output is None:
-        return _in_doubt(members, f"no output beside {query.name!r} tells heads from layers")
-    o = output.shape
+    query, *outputs = makers[0], *kinds.get("output", ())
+    if not outputs:
+        return _in_doubt(makers, f"no output beside {query.name!r} tells heads from layers")
+    output = outputs[0]
+    o, q = output.shape, query.shape
     dense = o[:-2] == q[:-2] and o[-2:] == q[-2:][::-1]
     for stack in _stacks(len(o)):
         core = [a for a in range(len(o)) if a not in stack]
         h, hd, d = (o[a] for a in core)
-        if any(o[a] != q[a] for a in stack) or not _reads(q, stack, (h, hd, d)):
+        if any(o[a] != q[a] for a in stack) or not _makes_heads(q, stack, d, hd, h):
             continue
         if dense and _is_stacked(module, o[0], entries):
             return {}
         doubt = "it may be a stack of square matrices" if dense else ""
         found = {output.name: Axes(Matrix(tuple(core[:2]), core[2]), _turned(query), doubt)}
-        for _, e in members:
-            if e is not output and (matrix := _reads(e.shape, stack, (None, hd, d))):
+        for e in makers:
+            if matrix := _makes_heads(e.shape, stack, d, hd):
                 found[e.name] = Axes(matrix, _turned(output), doubt)
         if stack == (1,):
             found |= _scanned_along(1, o[1], module, entries, found)
@@ -360,13 +370,13 @@ def _one_attention(
     if dense:
         return {}
     doubt = f"those of {query.name!r} and {output.name!r} do not tell heads from layers"
-    return _in_doubt(members, doubt)
+    return _in_doubt([*makers, output], doubt)
 
 
-def _in_doubt(members: Sequence[tuple[str, Entry]], doubt: str) -> dict[str, Axes]:
+def _in_doubt(entries: Sequence[Entry], doubt: str) -> dict[str, Axes]:
     """Their last two axes, of which a longer one before them is rather d than layers."""
     longer = lambda shape: shape[-3] > shape[-2]
-    return {e.name: _LAST_TWO._replace(doubt=doubt) for _, e in members if longer(e.shape)}
+    return {e.name: _LAST_TWO._replace(doubt=doubt) for e in entries if longer(e.shape)}
 
 
 def _stacks(ndim: int) -> list[tuple[int, ...]]:
@@ -374,25 +384,22 @@ def _stacks(ndim: int) -> list[tuple[int, ...]]:
     return [tuple(range(ndim - 3)), *([(1,)] if ndim == 4 else [])]
 
 
-def _reads(
-    shape: tuple[int, ...], stack: tuple[int, ...], output: tuple[int | None, int, int]
+def _makes_heads(
+    shape: tuple[int, ...], stack: tuple[int, ...], d: int, head_dim: int, heads: int | None = None
 ) -> Matrix | None:
-    """Rows and columns of what reads d and makes heads, if an array is of that kind.
+    """Rows and columns of what makes heads of d numbers; of q, k and v in one each is a matrix.
 
     Args:
       shape: of the array.
       stack: its axes of layers.
-      output: heads, head_dim and d of the output; heads None if there may be fewer, or more.
+      d: the length of its first other axis.
+      head_dim: that of its last.
+      heads: that of the one before; None if there may be fewer.
     """
     core = [a for a in range(len(shape)) if a not in stack]
-    h, hd, d = output
-    if len(core) < 3 or shape[core[-1]] != hd:
+    if len(core) < 3 or (shape[core[0]], shape[core[-1]]) != (d, head_dim):
         return None
-    if shape[core[0]] == d and h in (None, shape[core[-2]]):
-        return Matrix(core[0], tuple(core[1:]))
-    if shape[core[-2]] == d and h in (None, shape[core[-3]]):
-        return Matrix(core[-2], (core[-3], core[-1]))
-    return None
+    return Matrix(core[0], (core[-2], core[-1])) if heads in (None, shape[core[-2]]) else None
 
 
 def _turned(other: Entry) -> str:

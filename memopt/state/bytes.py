@@ -22,7 +22,7 @@ class StateBytes:
       parameters: {leaf name: bytes of the parameter}.
       states: {leaf name: bytes of the state kept for it}.
       shared: bytes of state that belong to no one parameter: step counts, hyperparameters.
-      kept_by: {leaf name: the transformations that keep state for it, by the names of their states}.
+      kept_by: {leaf name: the transformations that keep state for it}, by their states' names.
       formulas: {leaf name: the arrays kept for it}, by their shapes: ``"2·(8×64×4) + 8"`` is two
         arrays of that shape and eight numbers more, float32 where no other dtype is named.
       shared_formula: the same of the shared state.

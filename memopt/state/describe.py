@@ -85,7 +85,7 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
       the module around it, `matrices`); the transformations that keep state of it, and how much.
 
     Example:
-      >>> import memopt
+      >>> import jax, memopt
       >>> shape = lambda *s: jax.ShapeDtypeStruct(s, "float32")
       >>> params = {"q": shape(64, 4, 16), "o": shape(4, 16, 64), "head": shape(64, 512)}
       >>> found = describe(memopt.apollo_mini(1e-2), params)
@@ -94,7 +94,7 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
       >>> for line in found.by_kind():
       ...     print(line)
       1  head    scale_by_adam                           262,144 bytes  head
-      2  matrix  in_subspace, scale_by_uncorrected_adam    1,032 bytes  o, q
+      2  matrix  scale_by_uncorrected_adam, in_subspace    1,032 bytes  o, q
     """
     parameters = read_parameters(params)
     table, refused = None, ""
@@ -130,7 +130,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _kept_by(row: Described) -> str:
-    return ", ".join(row.kept_by) or "nothing kept"
+    return ", ".join(row.kept_by) or ("?" if row.state is None else "nothing kept")
 
 
 def _bytes(state: int | None) -> str:

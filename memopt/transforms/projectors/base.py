@@ -183,7 +183,8 @@ class Projector(abc.ABC):
         if r > side:
             raise ValueError(
                 f"rank must be between 1 and {side} for {leaf.name!r}, whose matrices are {m}×{n} "
-                f"with the {'rows' if self.is_left(leaf) else 'columns'} projected; got {r}."
+                f"with the {'rows' if self.is_left(leaf) else 'columns'} projected; got {r}; "
+                "memopt.describe shows what each parameter is taken for."
             )
         return side, r
 
