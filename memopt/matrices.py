@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
-from memopt.parameters import MATRIX, as_tuple, read_parameter, read_parameters
-from memopt.parameters import Matrix as Matrix
+from memopt.axes import Matrix as Matrix
+from memopt.axes import as_tuple
+from memopt.names import MATRIX
+from memopt.parameters import read_parameter, read_parameters
 from memopt.trees import named_leaves, open_box, refill
 
 Selection = Callable[[str, Any], Matrix | None]

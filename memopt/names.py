@@ -2,7 +2,27 @@
 
 import functools
 import re
+from collections.abc import Sequence
 from fnmatch import translate
+from typing import NamedTuple
+
+MATRIX, EMBEDDING, POSITION = "matrix", "embedding", "position"
+ROUTER, HEAD, VECTOR = "router", "head", "vector"
+
+
+class Entry(NamedTuple):
+    """A parameter as it is read.
+
+    Attributes:
+      name: its keys joined by ``/``.
+      shape: of the array.
+      axes: the names of its axes, if known.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...] | None
+
 
 LIBRARIES: dict[str, dict[str, str]] = {
     "Flax": {
@@ -144,3 +164,36 @@ def attention_part(name: str) -> tuple[str, str, str] | None:
             if is_called(kind, parts[i]):
                 return "/".join([*parts[:i], "*", *parts[i + 1 :]]), kind, parts[i]
     return None
+
+
+def kinds_of(entries: Sequence[Entry]) -> dict[str, tuple[str, str]]:
+    """The kinds that names, and what else is in the tree, say; and what it is that says so."""
+    found = {}
+    names = {e.name for e in entries}
+    for e in entries:
+        said = kind_of(e.name)
+        module, _, last = e.name.rpartition("/")
+        if said:
+            found[e.name] = (said[0], f"{said[1]!r} in its name")
+        elif last == "b" and module and f"{module}/a" not in names:
+            found[e.name] = (VECTOR, "'b' in a module is a bias")
+        elif (around := re.match("(.*)/gate(/|$)", e.name)) and _has_experts(around[1], names):
+            found[e.name] = (ROUTER, "'gate' beside experts")
+        elif e.axes and "vocab" in e.axes:
+            kind = EMBEDDING if e.axes[0] == "vocab" else HEAD
+            found[e.name] = (kind, "'vocab' in the axes of its box")
+    embeddings = [e for e in entries if found.get(e.name, ("",))[0] == EMBEDDING]
+    if len(embeddings) == 1 and HEAD not in {kind for kind, _ in found.values()}:
+        # What else has a side as long as the vocabulary, if it is one only, gives logits.
+        sides = sorted(embeddings[0].shape)
+        others = [e for e in entries if e.name not in found and sorted(e.shape) == sides]
+        if len(others) == 1 and len(sides) == 2 and sides[0] < sides[1]:
+            why = f"no other matrix has the sides of {embeddings[0].name!r}"
+            found[others[0].name] = (HEAD, why)
+    return found
+
+
+def _has_experts(module: str, names: set[str]) -> bool:
+    """Whether a module is a mixture of experts: by its name, or by what it holds."""
+    inside = [name for name in names if name.startswith(f"{module}/")]
+    return "moe" in words(module.rpartition("/")[2]) or any("expert" in name for name in inside)

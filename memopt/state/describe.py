@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import optax
 
 from memopt.matrices import Layout, layout_of, layouts_seen
-from memopt.parameters import MATRIX, VECTOR, Parameter, read_parameters
+from memopt.names import MATRIX, VECTOR
+from memopt.parameters import Parameter, read_parameters
 from memopt.state.bytes import state_bytes
 
 

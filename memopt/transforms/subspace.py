@@ -12,7 +12,8 @@ from jax import Array
 
 from memopt.errors import NoSuchPairing, check_at_least, check_choice
 from memopt.matrices import Layout, Matrices, Matrix, explicit_axes, map_matrices
-from memopt.parameters import MATRIX, VECTOR, Parameter, known
+from memopt.names import MATRIX, VECTOR
+from memopt.parameters import Parameter, known
 from memopt.state.precision import statistics_dtype, zeros_of
 from memopt.transforms.moments import CarryOver, first_moment
 from memopt.transforms.projectors import Leaf, Projector, When
@@ -71,7 +72,7 @@ def in_subspace(
         the matrices take turns, by name, so that no step refreshes all of them; the state is
         then an ``optax.partition`` of such transformations.
       matrices: which leaves are projected, and which axes are their rows and columns; by
-        default the hidden matrices, see `memopt.matrices.hidden_matrices`.
+        default the hidden matrices, see `memopt.hidden_matrices`.
 
     Returns:
       A transformation whose state is an `InSubspaceState`.
