@@ -1,7 +1,7 @@
-"""Which axes of each parameter of a tree are rows and columns.
+"""Rows and columns of the parameters in a tree.
 
-Read from the axis names in the boxes of other libraries, else from the module around a parameter;
-what neither settles has its last two axes.
+They follow from axis names in the boxes of other libraries, else from the module that a parameter
+is in, else they are its last two axes.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def as_tuple(side: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 class Axes(NamedTuple):
-    """Rows and columns, None of a vector; what says so, and what speaks against it."""
+    """Rows and columns, None for a vector; the reason for it, and the reason against it."""
 
     matrix: Matrix | None
     why: str
@@ -55,7 +55,7 @@ LAST_TWO = Axes(Matrix(), "its last two axes")
 
 
 def axes_of(entries: Sequence[Entry]) -> dict[str, Axes]:
-    """Rows and columns of the arrays of which more is known than their last two axes."""
+    """Rows and columns of those parameters for which they are not simply the last two axes."""
     found = {}
     for e in entries:
         matrix, settled = _by_axis_names(e.axes or ())
@@ -75,13 +75,11 @@ HEAD_AXES = frozenset(
     {"head", "heads", "num_heads", "q_heads", "kv_head", "kv_heads", "num_kv_heads"}
     | {"q_heads_per_group", "kv", "head_dim", "head_size", "kv_head_dim", "d_head"}
 )
-"""Names of axes of heads and of what is within a head; together one side of a matrix."""
+"""Names of axes that count heads or are inside a head; together they are one side of a matrix."""
 
 
 def _by_axis_names(names: tuple[str | None, ...]) -> tuple[Matrix | None, bool]:
-    """Rows and columns by the names of axes, None of a vector; and whether these settle it.
-
-    Names of mesh axes settle nothing but which of three axes are not layers or experts.
+    """Rows and columns by the names of axes, None for a vector; and whether the names settle it.
 
     Example:
       >>> _by_axis_names(("embed", "layers", "q_heads", "kv"))
@@ -112,8 +110,8 @@ def _by_axis_names(names: tuple[str | None, ...]) -> tuple[Matrix | None, bool]:
 def _attention(entries: Sequence[Entry]) -> dict[str, Axes]:
     """Rows and columns of attention kernels whose heads have axes of their own.
 
-    Their output is (heads, head_dim, d) where the query is (d, heads, head_dim); dense ones,
-    stacked, are (…, n, d) and (…, d, n). Gemma's are named so and have heads first.
+    The output is then (heads, head_dim, d) and the query (d, heads, head_dim); stacked dense
+    kernels are (…, n, d) and (…, d, n). Gemma names its kernels "einsum" and puts heads first.
     """
     modules: dict[str, dict[str, list[Entry]]] = {}
     found: dict[str, Axes] = {}
@@ -155,10 +153,10 @@ def _one_attention(
         if dense and _is_stacked(module, o[0], entries):
             return {}
         doubt = "it may be a stack of square matrices" if dense else ""
-        found = {output.name: Axes(Matrix(tuple(core[:2]), core[2]), _turned(query), doubt)}
+        found = {output.name: Axes(Matrix(tuple(core[:2]), core[2]), _shared_heads(query), doubt)}
         for e in makers:
             if matrix := _makes_heads(e.shape, stack, d, hd):
-                found[e.name] = Axes(matrix, _turned(output), doubt)
+                found[e.name] = Axes(matrix, _shared_heads(output), doubt)
         if stack == (1,):
             found |= _scanned_along(1, o[1], module, entries, found)
         return found
@@ -169,27 +167,29 @@ def _one_attention(
 
 
 def _in_doubt(entries: Sequence[Entry], doubt: str) -> dict[str, Axes]:
-    """Their last two axes, of which a longer one before them is rather d than layers."""
+    """The last two axes, in doubt where the axis before them is long enough to be d."""
     longer = lambda shape: shape[-3] > shape[-2]
     return {e.name: LAST_TWO._replace(doubt=doubt) for e in entries if longer(e.shape)}
 
 
 def _stacks(ndim: int) -> list[tuple[int, ...]]:
-    """Which axes may be those of layers where three are not: the first, or the second alone."""
+    """Candidates for the stack of an array with three other axes: its first axes, or axis 1."""
     return [tuple(range(ndim - 3)), *([(1,)] if ndim == 4 else [])]
 
 
 def _makes_heads(
     shape: tuple[int, ...], stack: tuple[int, ...], d: int, head_dim: int, heads: int | None = None
 ) -> Matrix | None:
-    """Rows and columns of what makes heads of d numbers; of q, k and v in one each is a matrix.
+    """Rows and columns of a (d, heads, head_dim) kernel, or None if the shape is another.
+
+    A fused (d, 3, heads, head_dim) is a stack of three.
 
     Args:
       shape: of the array.
-      stack: its axes of layers.
-      d: the length of its first other axis.
-      head_dim: that of its last.
-      heads: that of the one before; None if there may be fewer.
+      stack: axes of layers.
+      d: expected length of the first other axis.
+      head_dim: expected length of the last axis.
+      heads: expected length of the axis before the last; None allows any.
     """
     core = [a for a in range(len(shape)) if a not in stack]
     if len(core) < 3 or (shape[core[0]], shape[core[-1]]) != (d, head_dim):
@@ -197,18 +197,18 @@ def _makes_heads(
     return Matrix(core[0], (core[-2], core[-1])) if heads in (None, shape[core[-2]]) else None
 
 
-def _turned(other: Entry) -> str:
-    return f"its axes are those of {other.name!r} turned round"
+def _shared_heads(other: Entry) -> str:
+    return f"its heads are axes of {other.name!r} too"
 
 
 def _around(module: str) -> str:
-    """What the names of all that is around an attention module begin with."""
+    """The common prefix of the names in the block around an attention module."""
     parent = module.split("*")[0].rstrip("/").rpartition("/")[0]
     return f"{parent}/" if parent else ""
 
 
 def _is_stacked(module: str, layers: int, entries: Sequence[Entry]) -> bool:
-    """Whether vectors around a module count as many layers on their first axis."""
+    """Whether all norms and biases of the block have this many layers on their first axis."""
     kind = lambda e: (kind_of(e.name) or ("",))[0]
     around = _around(module)
     vectors = [e.shape for e in entries if e.name.startswith(around) and kind(e) == VECTOR]
@@ -218,7 +218,7 @@ def _is_stacked(module: str, layers: int, entries: Sequence[Entry]) -> bool:
 def _scanned_along(
     axis: int, layers: int, module: str, entries: Sequence[Entry], found: Mapping[str, Axes]
 ) -> dict[str, Axes]:
-    """Rows and columns of what else is in a scanned module whose layers count along an axis."""
+    """Rows and columns of the other kernels in a block that is scanned along this axis."""
     around = _around(module)
     why = f"its axis {axis} counts the layers of {around!r}"
     return {
@@ -230,7 +230,7 @@ def _scanned_along(
 
 
 def _low_rank_pairs(entries: Sequence[Entry]) -> dict[str, Axes]:
-    """Rows and columns of LoRA's A and B, whose rank is A's last axis and B's first."""
+    """Rows and columns of LoRA's A and B, which share the rank as A's last and B's first axis."""
     by_name = {e.name: e for e in entries}
     found = {}
     for name, a in by_name.items():
@@ -251,7 +251,7 @@ def _low_rank_pairs(entries: Sequence[Entry]) -> dict[str, Axes]:
 
 
 def _convolutions(entries: Sequence[Entry]) -> dict[str, Axes]:
-    """Rows and columns of convolutions: outputs are their last axis, the first of a "weight"."""
+    """Rows and columns of convolutions; outputs are the last axis, of a "weight" the first."""
     found = {}
     for e in entries:
         *modules, last = e.name.split("/")

@@ -1,4 +1,4 @@
-"""What each parameter of a tree is, and which of its axes are rows and columns."""
+"""Kinds of the parameters in a tree, and their rows and columns."""
 
 import contextlib
 import contextvars
@@ -14,16 +14,16 @@ from memopt.trees import axis_names, named_leaves, open_box
 
 
 class Parameter(NamedTuple):
-    """What is known of a parameter; a selection of matrices is given it in place of the array.
+    """A parameter as it was read; selections of matrices take it in place of the array.
 
     Attributes:
       name: its keys joined by ``/``.
       shape: of the array.
       dtype: of the array.
       kind: "matrix", "embedding", "position", "router", "head" or "vector".
-      matrix: its rows and columns; None of a vector.
-      why: what says so.
-      doubt: what speaks against it, "" if nothing does.
+      matrix: its rows and columns; None for a vector.
+      why: the reason for `kind` and `matrix`.
+      doubt: the reason against `matrix`, "" if there is none.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Parameter(NamedTuple):
         return math.prod(self.shape)
 
     def warn_of_doubt(self) -> None:
-        """Says once which entry of `matrices` would settle what is in doubt."""
+        """Warns once if `matrix` is in doubt, with the `matrices` that settles it."""
         if self.doubt:
             _warn_once(
                 f"{self.name!r} of shape {self.shape} is taken for {self.matrix}, {self.why}, but "
@@ -59,18 +59,18 @@ _KNOWN: contextvars.ContextVar[Mapping[str, Parameter] | None] = contextvars.Con
 )
 
 _NAMED: dict[tuple[str, tuple[int, ...]], tuple[str | None, ...]] = {}
-"""Axis names by parameter, where the boxes that had them say more than shapes do.
+"""Axis names by name and shape of a parameter, where shapes alone would be read otherwise.
 
-Trainers open the boxes between ``tx.init`` and ``tx.update``: `nnx.Optimizer` always, MaxText
-too. A bare array of the same name and shape is the one that was in the box.
+`nnx.Optimizer` and MaxText open the boxes between ``tx.init`` and ``tx.update``. A bare array with
+the name and shape of one that was boxed is taken for the same parameter.
 """
 
 
 def read_parameters(tree: Any) -> list[Parameter]:
-    """What each parameter of a tree is, in the order of its leaves.
+    """Reads the kind, rows and columns of each parameter of a tree, in the order of its leaves.
 
     Args:
-      tree: any pytree of arrays, or of shapes, in boxes or bare.
+      tree: any pytree of arrays or ``jax.ShapeDtypeStruct``, in boxes or bare.
 
     Example:
       >>> import jax
@@ -79,8 +79,8 @@ def read_parameters(tree: Any) -> list[Parameter]:
       >>> for p in read_parameters(params):
       ...     print(p.name, p.kind, p.matrix, p.why, sep="; ")
       lm_head; head; Matrix(rows=-2, cols=-1); 'lm_head' in its name
-      o; matrix; Matrix(rows=(0, 1), cols=2); its axes are those of 'q' turned round
-      q; matrix; Matrix(rows=0, cols=(1, 2)); its axes are those of 'o' turned round
+      o; matrix; Matrix(rows=(0, 1), cols=2); its heads are axes of 'q' too
+      q; matrix; Matrix(rows=0, cols=(1, 2)); its heads are axes of 'o' too
     """
     nodes, _ = named_leaves(tree)
     arrays = [(name, open_box(node)) for name, node in nodes]
@@ -102,23 +102,23 @@ def read_parameters(tree: Any) -> list[Parameter]:
 
 
 def read_parameter(name: str, leaf: Any) -> Parameter:
-    """What a parameter is that stands alone.
+    """Reads a parameter from its own name and shape, without the tree around it.
 
     Args:
       name: its keys joined by ``/``.
-      leaf: anything with a `shape`; a `Parameter` is what it is.
+      leaf: anything with a `shape`; a `Parameter` is returned unchanged.
     """
     if isinstance(leaf, Parameter):
         return leaf
     shape = tuple(leaf.shape)
     (what,) = _read((Entry(name, shape, None),))
     found = Parameter(name, shape, getattr(leaf, "dtype", None), *what)
-    return found._replace(doubt="")  # what is beside it would settle it
+    return found._replace(doubt="")  # the tree around it may settle it
 
 
 @contextlib.contextmanager
 def known(parameters: Sequence[Parameter]) -> Iterator[None]:
-    """Within it these parameters are what they are said to be, whatever their shapes.
+    """Fixes the kind and the axes of parameters by name, whatever shapes are then read.
 
     Example:
       >>> import jax
@@ -138,7 +138,7 @@ def _remember(
     shapes: Sequence[tuple[str, tuple[int, ...]]],
     names: Sequence[tuple[str | None, ...] | None],
 ) -> None:
-    """Keeps the axis names without which a parameter would be read otherwise."""
+    """Stores the axis names that change how a parameter is read."""
     rows = [Entry(*shape, own) for shape, own in zip(shapes, names, strict=True)]
     without = _read(tuple(e._replace(axes=None) for e in rows))
     for shape, e, a, b in zip(shapes, rows, _read(tuple(rows)), without, strict=True):
@@ -150,7 +150,7 @@ def _remember(
 
 @functools.lru_cache(maxsize=256)
 def _read(entries: tuple[Entry, ...]) -> tuple[tuple[str, Matrix | None, str, str], ...]:
-    """Of each parameter its kind, rows and columns, what says so, and what is in doubt."""
+    """Kind, matrix, reason and doubt of each parameter."""
     axes, kinds = axes_of(entries), kinds_of(entries)
     return tuple(_parameter(e, axes.get(e.name, LAST_TWO), kinds.get(e.name)) for e in entries)
 

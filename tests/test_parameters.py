@@ -1,4 +1,4 @@
-"""What parameters are taken for: by their names, their boxes and the modules they are in."""
+"""Kinds and axes of parameters, by names, boxes and modules."""
 
 import warnings
 

@@ -202,10 +202,10 @@ def in_subspace(
 
 
 def _as_projections(low: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
-    """Within it projections are stacks of matrices, whatever axes the parameters have.
+    """Fixes that projections are stacks of matrices, whatever axes their parameters have.
 
     Args:
-      low: by name of a parameter its projected gradient, or anything with as many axes.
+      low: projected gradients by the name of the parameter.
     """
 
     def parameter(name: str, x: Any) -> Parameter:
