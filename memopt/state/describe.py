@@ -68,8 +68,7 @@ class Description:
         cells = []
         for (kind, kept_by), rows in groups.items():
             state = sum(row.state or 0 for row in rows)
-            names = ", ".join(row.name for row in rows[:2]) + ", …" * (len(rows) > 2)
-            cells.append((f"{len(rows)}", kind, kept_by, f"{state:,} bytes", names))
+            cells.append((f"{len(rows)}", kind, kept_by, f"{state:,} bytes"))
         return _aligned(cells)
 
 
@@ -95,8 +94,8 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
       ('rows 0, cols 1 2', 516, ('scale_by_adam',))
       >>> for line in found.by_kind():
       ...     print(line)
-      1  head    scale_by_adam                           262,144 bytes  head
-      2  matrix  scale_by_uncorrected_adam, in_subspace    1,032 bytes  o, q
+      1  head    scale_by_adam                           262,144 bytes
+      2  matrix  scale_by_uncorrected_adam, in_subspace    1,032 bytes
     """
     parameters = read_parameters(params)
     table, refused = None, ""
