@@ -17,7 +17,7 @@ commands:
   tokenizer train   learn a vocabulary from text
   optimizers        list the optimizers that pretrain knows
 
-`memopt COMMAND --help` describes its options, `memopt --version` says which memopt this is.
+`memopt COMMAND --help` describes its options, `memopt --version` prints the version.
 """
 
 
