@@ -38,9 +38,9 @@ class Matrix:
     cols: int | tuple[int, ...] = -1
 
 
-def as_tuple(side: int | tuple[int, ...]) -> tuple[int, ...]:
+def as_tuple(side: int | Sequence[int]) -> tuple[int, ...]:
     """The axes of a side of a `Matrix`."""
-    return side if isinstance(side, tuple) else (side,)
+    return tuple(side) if isinstance(side, Sequence) else (side,)
 
 
 class Axes(NamedTuple):
@@ -144,35 +144,38 @@ def _one_attention(
         return _in_doubt(inputs, f"no output beside {query.name!r} tells heads from layers")
     output = outputs[0]
     o, q = output.shape, query.shape
-    dense = o[:-2] == q[:-2] and o[-2:] == q[-2:][::-1]
-    if dense and _is_stacked(module, o[0], entries):
+    dense = o[:-2] == q[:-2] and o[-2] == q[-1]
+    stacked = _is_stacked(_around(module), o[0], entries)
+    if dense and stacked:
         return {}
     for stack in _stacks(len(o)):
-        core = [a for a in range(len(o)) if a not in stack]
-        h, hd, d = (o[a] for a in core)
-        if all(o[a] == q[a] for a in stack) and _matrix_to_heads(q, stack, d, hd, h):
-            doubt = "it may be a stack of square matrices" if dense else ""
+        h, hd, d = (a for a in range(len(o)) if a not in stack)
+        alike = len(q) >= len(o) and all(o[a] == q[a] for a in stack)
+        if alike and q[-2] == o[h] and (q[-1] == o[hd] or q[h] > o[h]):
+            to_heads = [_to_heads(e.shape, stack, o[h]) for e in inputs]
+            doubt = "it may be a stack of matrices" if dense and stacked is None else ""
+            why = f"its heads are axes of {output.name!r} too"
             found = {
-                e.name: Axes(matrix, f"its heads are axes of {output.name!r} too", doubt)
-                for e in inputs
-                if (matrix := _matrix_to_heads(e.shape, stack, d, hd))
+                e.name: Axes(matrix, why, doubt)
+                for e, matrix in zip(inputs, to_heads, strict=True)
+                if matrix
             }
             why = f"its heads are axes of {query.name!r} too"
-            found[output.name] = Axes(Matrix(tuple(core[:2]), core[2]), why, doubt)
+            found[output.name] = Axes(Matrix((h, hd), d), why, doubt)
             if stack == (1,):
                 found |= _scanned_along(1, o[1], module, entries, found)
             return found
     if dense:
         return {}
     doubt = f"{query.name!r} and {output.name!r} do not tell heads from layers"
-    return _in_doubt(inputs, doubt) | _in_doubt([output], doubt, Matrix((-3, -2), -1))
+    found = _in_doubt(inputs, doubt)
+    axes = LAST_TWO._replace(doubt=doubt, otherwise=Matrix((-3, -2), -1))
+    return found | ({output.name: axes} if found else {})
 
 
-def _in_doubt(
-    entries: Sequence[Entry], doubt: str, otherwise: Matrix = Matrix(-3, (-2, -1))
-) -> dict[str, Axes]:
+def _in_doubt(entries: Sequence[Entry], doubt: str) -> dict[str, Axes]:
     """Keeps the last two axes, with a doubt if the axis before them may be the model's width."""
-    axes = LAST_TWO._replace(doubt=doubt, otherwise=otherwise)
+    axes = LAST_TWO._replace(doubt=doubt, otherwise=Matrix(-3, (-2, -1)))
     return {e.name: axes for e in entries if e.shape[-3] > e.shape[-2]}
 
 
@@ -181,24 +184,20 @@ def _stacks(ndim: int) -> list[tuple[int, ...]]:
     return [tuple(range(ndim - 3)), *([(1,)] if ndim == 4 else [])]
 
 
-def _matrix_to_heads(
-    shape: tuple[int, ...], stack: tuple[int, ...], d: int, head_dim: int, heads: int | None = None
-) -> Matrix | None:
-    """Rows and columns of a (d, heads, head_dim) kernel, or None if the shape is another.
+def _to_heads(shape: tuple[int, ...], stack: tuple[int, ...], heads: int) -> Matrix | None:
+    """Rows and columns of a (d, heads, head_dim) kernel, or None if it has other heads.
 
-    A fused (d, 3, heads, head_dim) is a stack of three.
+    A fused (d, 3, heads, head_dim), or (3, d, heads, head_dim), is a stack of three.
 
     Args:
       shape: of the array.
       stack: axes of layers.
-      d: expected length of the first other axis.
-      head_dim: expected length of the last axis.
-      heads: expected length of the axis before the last; None allows any.
+      heads: those of the output; keys and values may share them.
     """
     core = [a for a in range(len(shape)) if a not in stack]
-    if len(core) < 3 or (shape[core[0]], shape[core[-1]]) != (d, head_dim):
+    if len(core) < 3 or shape[core[-2]] == 0 or heads % shape[core[-2]]:
         return None
-    return Matrix(core[0], (core[-2], core[-1])) if heads in (None, shape[core[-2]]) else None
+    return Matrix(max(core[:-2], key=lambda a: shape[a]), (core[-2], core[-1]))
 
 
 def _around(module: str) -> str:
@@ -207,12 +206,11 @@ def _around(module: str) -> str:
     return f"{parent}/" if parent else ""
 
 
-def _is_stacked(module: str, layers: int, entries: Sequence[Entry]) -> bool:
-    """Whether all norms and biases of the block have this many layers on their first axis."""
+def _is_stacked(prefix: str, layers: int, entries: Sequence[Entry]) -> bool | None:
+    """Whether the norms and biases of a block have this many layers first; None if it has none."""
     kind = lambda e: (kind_of(e.name) or ("",))[0]
-    around = _around(module)
-    vectors = [e.shape for e in entries if e.name.startswith(around) and kind(e) == VECTOR]
-    return bool(vectors) and all(len(s) > 1 and s[0] == layers for s in vectors)
+    vectors = [e.shape for e in entries if e.name.startswith(prefix) and kind(e) == VECTOR]
+    return all(len(s) > 1 and s[0] == layers for s in vectors) if vectors else None
 
 
 def _scanned_along(
@@ -250,7 +248,7 @@ def _low_rank_pairs(entries: Sequence[Entry]) -> dict[str, Axes]:
     return found
 
 
-_CONVOLUTION = re.compile(r"(?:.*_)?conv(?:_?([123])_?d)?(?:_transpose)?")
+_CONVOLUTION = re.compile(r"(?:^|_)conv(?:_?([123])_?d)?(_transpose$|$|_)")
 
 
 def _convolutions(entries: Sequence[Entry]) -> dict[str, Axes]:
@@ -259,19 +257,26 @@ def _convolutions(entries: Sequence[Entry]) -> dict[str, Axes]:
     for e in entries:
         *modules, last = e.name.split("/")
         ndim = len(e.shape)
-        named = [m for p in [last, *modules[-1:]] if (m := _CONVOLUTION.fullmatch(words(p)))]
-        window = ndim == 4 and e.shape[0] == e.shape[1] and e.shape[0] in (3, 5, 7)
-        if ndim < 3 or not (named or (window and last == "kernel" and "expert" not in e.name)):
+        matches = (_CONVOLUTION.search(words(part)) for part in [last, *modules[-1:]])
+        named = next(filter(None, matches), None)
+        window = ndim == 4 and e.shape[0] == e.shape[1]
+        unnamed = window and e.shape[0] in (3, 5, 7) and last == "kernel"
+        if ndim < 3 or not (named or unnamed) or re.search("expert|moe", e.name.lower()):
             continue
+        if named and named[2] == "_" and not window:
+            continue  # conv_proj may be anything
         outputs_first = last == "weight"
         if e.shape[1 if outputs_first else -2] == 1:
             found[e.name] = Axes(None, "it is a convolution with one input for each output")
             continue
-        doubt = "" if named else "no part of its name is that of a convolution"
-        dimensions = int(named[0][1] or 2) if named else 2
-        if ndim > dimensions + 2:
-            doubt = f"a convolution in {dimensions} dimensions has {dimensions + 2} axes"
-        first, others = tuple(range(1, ndim)), tuple(range(ndim - 1))
-        matrix = Matrix(0, first) if outputs_first else Matrix(others, ndim - 1)
+        block = "/".join(modules[:-1])
+        stack = int(ndim > 3 and bool(_is_stacked(block, e.shape[0], entries)))
+        equal = len(set(e.shape[: ndim - 2])) == 1
+        dimensions = int(named[1] or 0) if named else 2
+        dimensions = dimensions or (ndim - 2 if equal else min(2, ndim - 2))
+        doubt = f"a convolution in {dimensions} dimensions has {dimensions + 2} axes"
+        doubt = doubt if not stack and ndim > dimensions + 2 else ""
+        first, *others = axes = tuple(range(stack, ndim))
+        matrix = Matrix(first, tuple(others)) if outputs_first else Matrix(axes[:-1], ndim - 1)
         found[e.name] = Axes(matrix, "it is a convolution", doubt)
     return found

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from memopt.axes import Matrix as Matrix
 from memopt.axes import as_tuple
 from memopt.names import MATRIX
 from memopt.parameters import read_parameter, read_parameters
-from memopt.trees import named_leaves, open_box, refill
+from memopt.trees import is_boxed, named_leaves, open_box, refill
 
 Selection = Callable[[str, Any], Matrix | None]
 """Says of a leaf, from its name and its `Parameter`, which matrix it is, or None."""
@@ -222,8 +223,17 @@ def map_matrices(
 def _selection(matrices: Matrices) -> Selection:
     """`matrices` as a callable; a pytree is looked up by the longest matching prefix."""
     if callable(matrices):
+        try:
+            inspect.signature(matrices).bind("", None)
+        except TypeError as error:
+            raise ValueError(
+                f"matrices must be a function of a name and a parameter, or a tree, got {matrices}."
+            ) from error
         return matrices
-    is_entry = lambda x: x is None or isinstance(x, Matrix) or _is_dimension_numbers(x)
+
+    def is_entry(x: Any) -> bool:
+        return x is None or isinstance(x, Matrix) or _is_dimension_numbers(x) or is_boxed(x)
+
     entries = {name: open_box(x) for name, x in named_leaves(matrices, is_entry)[0]}
 
     def select(name: str, leaf: Any) -> Matrix | None:

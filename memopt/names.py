@@ -29,7 +29,8 @@ LIBRARIES: dict[str, dict[str, str]] = {
         "norm": "*_norm",
         "vector": "bias scale",
         "embedding": "embed embedding *_embed *_embedding",
-        "position": "pos_emb* posembed*",
+        "patches": "patch_emb*",
+        "position": "pos_emb* posembed* pos_enc*",
         "head": "head *_head logitdense",
         "outer head": "output_layer",
         "query": "query",
@@ -66,21 +67,24 @@ LIBRARIES: dict[str, dict[str, str]] = {
     "Hugging Face": {
         "norm": "ln ln_* layernorm_*",
         "embedding": "embed_tokens wte",
-        "position": "wpe embed_positions *position_embedding* relative_attention_bias",
+        "outer embedding": "shared",
+        "position": "wpe embed_positions *position_embedding* positional_enc* rel_pos rel_pos_? "
+        "relative_attention_bias relative_position*",
         "head": "classifier",
         "outer head": "score",
-        "key and value": "qkv",
-        "output": "out_proj",
+        "query": "to_q",
+        "key and value": "qkv kv to_k to_v",
+        "output": "out_proj to_out",
     },
 }
 """Patterns of names by library and kind, for parts of a path after `words`.
 
-"vector" is matched with the last part of a path, "norm" and "router" with the last two, "position",
-"head" and "embedding" with the last three. An "outer head" is a head only at the top of a model.
+"vector" is matched with the last part of a path, "norm", "router" and "embedding" with the last
+two, "position", "head" and "patches" with the last three, "outer head" and "outer embedding" with
+the first. "patches" are embeddings, too.
 "query", "key and value" and "output" are the parts of an attention module.
 """
 
-_NOT_A_HEAD = re.compile("(.*_)?(multi|per|each|num|attention|attn|q|k|v|kv|query|key|value)_head")
 _AROUND_ALL = {"params", "model", "module", "net", "network", "decoder", "transformer"}
 
 
@@ -137,19 +141,24 @@ def kind_of(name: str) -> tuple[str, str] | None:
     for part in parts[-1:]:
         if is_called("vector", part):
             return "vector", part
-    for part in parts[-2:]:
+    for part in () if parts[-1:] == ["kernel"] else parts[-2:]:
         if is_called("norm", part):
             return "vector", part
-    for part in parts[-2:]:
-        if is_called("router", part):
-            return "router", part
-    for kind in ("position", "head", "embedding"):
-        for part in parts[-3:]:
-            if is_called(kind, part) and not _NOT_A_HEAD.fullmatch(words(part)):
-                return kind, part
-    top = [part for part in parts if words(part) not in _AROUND_ALL][:1]
-    if top and is_called("outer head", top[0]) and top[0] in parts[-3:]:
-        return "head", top[0]
+    in_attention = re.search("attention|multi_?head", name.lower()) or attention_part(name)
+    for kind, among in {
+        "router": 2,
+        "position": 3,
+        "head": 3,
+        "embedding": 2,
+        "patches": 3,
+    }.items():
+        for part in parts[-among:]:
+            if is_called(kind, part) and not (kind == "head" and in_attention):
+                return "embedding" if kind == "patches" else kind, part
+    top = [part for part in parts if words(part) not in _AROUND_ALL]
+    for kind in ("head", "embedding"):
+        if len(top) in (1, 2) and is_called(f"outer {kind}", top[0]):
+            return kind, top[0]
     return None
 
 
@@ -183,24 +192,27 @@ def kinds_of(entries: Sequence[Entry]) -> dict[str, tuple[str, str]]:
             found[e.name] = (said[0], f"{said[1]!r} in its name")
         elif last == "b" and module and f"{module}/a" not in names:
             found[e.name] = (VECTOR, "'b' in a module is a bias")
-        elif (around := re.match("(.*)/gate(/|$)", e.name)) and _has_experts(around[1], names):
+        elif (around := re.match("(.*)/gate(/|$)", e.name)) and _routes(around[1], names):
             found[e.name] = (ROUTER, "'gate' beside experts")
         elif e.axes and "vocab" in e.axes:
             kind = EMBEDDING if e.axes[0] == "vocab" else HEAD
             found[e.name] = (kind, "'vocab' in the axes of its box")
-    embeddings = [e for e in entries if found.get(e.name, ("",))[0] == EMBEDDING]
-    if len(embeddings) == 1 and HEAD not in {kind for kind, _ in found.values()}:
+    if HEAD not in {kind for kind, _ in found.values()}:
         # A head without a telling name is the only other matrix between width and vocabulary.
-        embedding = embeddings[0].shape
-        is_head = lambda e: e.shape == (embedding if e.name.endswith("weight") else embedding[::-1])
-        others = [e for e in entries if e.name not in found and is_head(e)]
-        if len(others) == 1 and len(embedding) == 2 and embedding[0] > embedding[1]:
-            why = f"no other matrix has the sides of {embeddings[0].name!r}"
-            found[others[0].name] = (HEAD, why)
+        for embedding in [e for e in entries if found.get(e.name, ("",))[0] == EMBEDDING]:
+            sides = embedding.shape
+            fits = lambda e, s=sides: e.shape == (s if e.name.endswith("weight") else s[::-1])
+            others = [e for e in entries if e.name not in found and fits(e)]
+            if len(others) == 1 and len(sides) == 2 and sides[0] > sides[1]:
+                why = f"no other matrix has the sides of {embedding.name!r}"
+                found[others[0].name] = (HEAD, why)
     return found
 
 
-def _has_experts(module: str, names: set[str]) -> bool:
-    """Whether a module is a mixture of experts, by its own name or a name inside it."""
-    inside = [name for name in names if name.startswith(f"{module}/")]
-    return "moe" in words(module.rpartition("/")[2]) or any("expert" in name for name in inside)
+def _routes(module: str, names: set[str]) -> bool:
+    """Whether the gate of a module is a router: beside experts, and not one of an MLP's kernels."""
+    prefix = f"{module}/"
+    beside = {name.removeprefix(prefix).split("/")[0] for name in names if name.startswith(prefix)}
+    if beside & {"up", "down", "up_proj", "down_proj", "router"}:
+        return False
+    return "moe" in words(module.rpartition("/")[2]) or any("expert" in part for part in beside)

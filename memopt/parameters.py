@@ -4,12 +4,14 @@ import contextlib
 import contextvars
 import functools
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 from memopt.axes import LAST_TWO, Axes, Matrix, as_tuple, axes_of
 from memopt.names import MATRIX, VECTOR, Entry, kinds_of
@@ -56,11 +58,13 @@ class Parameter(NamedTuple):
           selection: name of the selection in `memopt` that is for the other parameters.
         """
         if self.doubt:
+            tail = re.split(r"(?:^|/)\d+/", self.name)[-1]  # alike in all layers
             _warn_once(
+                re.sub(r"\d+", "", self.doubt),
                 f"{self.name!r} of shape {self.shape} is taken for {self.matrix} ({self.why}), but "
                 f"{self.doubt}; confirm it, or say {self.otherwise}, by "
-                f"matrices=lambda name, leaf: {self.matrix} if name == {self.name!r} "
-                f"else memopt.{selection}(name, leaf); see memopt.describe."
+                f"matrices=lambda name, leaf: {self.matrix} if name.endswith({tail!r}) "
+                f"else memopt.{selection}(name, leaf); see memopt.describe.",
             )
 
 
@@ -95,7 +99,16 @@ def read_parameters(tree: Any) -> list[Parameter]:
     arrays = [open_box(node) for _, node in nodes]
     shapes = tuple((name, tuple(x.shape)) for (name, _), x in zip(nodes, arrays, strict=True))
     axes = tuple(axis_names(node) for _, node in nodes)
+    if len(dict(shapes)) < len(shapes):
+        twice = next(name for name, _ in shapes if [s[0] for s in shapes].count(name) > 1)
+        raise ValueError(f"params must not have two leaves of the same name, got {twice!r}.")
     if any(axes):
+        if _AXES_AT_INIT.setdefault(shapes, axes) != axes:
+            warnings.warn(
+                f"the axes of {shapes[0][0]!r} and other parameters of the same names and shapes "
+                "had other names before: without their boxes they are read by the new names.",
+                stacklevel=2,
+            )
         _AXES_AT_INIT[shapes] = axes
     else:
         axes = _AXES_AT_INIT.get(shapes, axes)
@@ -165,6 +178,27 @@ def _parameter(entry: Entry, axes: Axes, kind: tuple[str, str] | None) -> Parame
     return Parameter(entry.name, entry.shape, None, MATRIX, *axes)
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+_WARNED: set[str] = set()
+
+
+def _warn_once(subject: str, message: str) -> None:
+    if subject not in _WARNED:
+        warnings.warn(message, stacklevel=3)
+        _WARNED.add(subject)
+
+
+def reading_whole_trees(
+    tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Has the parts of a partition read parameters as in the whole tree, not among their own."""
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params: Any) -> Any:
+        with known(read_parameters(params)):
+            return tx.init(params)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        with known(read_parameters(updates)):
+            return tx.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(init, update)

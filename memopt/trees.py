@@ -19,12 +19,17 @@ NOTHING = optax.MaskedNode()
 
 def is_box(x: Any) -> bool:
     """Whether a node of a tree is another library's box with an array."""
-    return _metadata(x) is not None and hasattr(_inside(x), "shape")
+    return is_boxed(x) and hasattr(_inside(x), "shape")
+
+
+def is_boxed(x: Any) -> bool:
+    """Whether a node of a tree is another library's box, whatever it holds."""
+    return _metadata(x) is not None
 
 
 def open_box(x: Any) -> Any:
-    """Returns the array in a box, and anything else unchanged."""
-    return _inside(x) if is_box(x) else x
+    """Returns what is in a box, and anything else unchanged."""
+    return _inside(x) if is_boxed(x) else x
 
 
 def refill(box: Any, value: Any) -> Any:

@@ -16,6 +16,7 @@ from memopt import Matrix
 from memopt.matrices import map_matrices
 from memopt.names import LIBRARIES, words
 from memopt.parameters import read_parameters
+from memopt.state.describe import _SAID
 from memopt.transforms.partwise import Partwise
 from tests.clients.trees import CLIENTS
 
@@ -82,7 +83,7 @@ def test_stacked_dense_kernels_stay_what_they_are():
 def test_layers_as_many_as_columns_are_told_by_their_norms():
     kernel = {"kernel": (16, 16, 16)}
     blocks = {"attn": {"q": kernel, "o": kernel}}
-    with pytest.warns(UserWarning, match="may be a stack of square matrices"):
+    with pytest.warns(UserWarning, match="may be a stack of matrices"):
         memopt.apollo_mini(1e-2).init(jax.tree.map(jnp.zeros, blocks, is_leaf=is_shape))
     found = read(shapes({"blocks": blocks | {"norm": {"scale": (16, 16)}}}))
     assert found["blocks/attn/q/kernel"].matrix == Matrix()
@@ -223,7 +224,7 @@ def test_a_description_is_of_what_the_optimizer_does():
     assert found["attn/out/kernel"].kept_by == ("in_subspace", "scale_by_adam")
     assert found["embed/embedding"].kind == "embedding"
     assert found["embed/embedding"].kept_by == ("scale_by_adam",)
-    assert (found["odd/kernel"].kind, found["odd/kernel"].why) == ("vector", "matrices= says so")
+    assert (found["odd/kernel"].kind, found["odd/kernel"].why) == ("vector", _SAID)
     assert found["attn/query/bias"].kind == "vector"
     assert memopt.describe(memopt.adafactor(1e-2), shapes(params))["embed/embedding"].axes
     table = memopt.state_bytes(memopt.galore(1e-2, rank=4, matrices=selection), shapes(params))
@@ -283,3 +284,47 @@ def test_every_pattern_of_a_name_is_needed():
             if not any(not any(fnmatch(part, p) for p in others) for part in mine):
                 idle.append((kind, pattern))
     assert not idle
+
+
+def test_parts_of_staggered_refreshes_see_the_whole_tree():
+    params = shapes({"attn": ATTENTION, "mlp": {"up": (64, 128), "down": (128, 64)}})
+    found = []
+    for phases in (0, (0, 50)):
+        basis, lift = memopt.projectors.gaussian(2), memopt.recombine.lift()
+        tx = memopt.in_subspace(optax.scale_by_adam(), basis, lift, refresh_phase=phases)
+        found.append({row.name: (row.axes, row.why) for row in memopt.describe(tx, params).rows})
+    assert found[0] == found[1]
+
+
+def test_matrices_may_be_made_from_boxed_parameters():
+    params = {"up": boxed((8, 16), "embed", "mlp"), "bias": boxed((16,), "mlp")}
+    matrices = jax.tree.map(lambda x: Matrix([0], [1]) if x.ndim == 2 else None, params)
+    tx = memopt.galore(1e-2, rank=2, matrices=matrices)
+    assert memopt.describe(tx, params)["up"].kept_by == ("in_subspace", "scale_by_adam")
+
+
+def test_a_function_of_parameters_is_no_selection():
+    """As Optax's Muon takes one."""
+    with pytest.raises(ValueError, match="function of a name and a parameter"):
+        memopt.muon(1.0, matrices=lambda params: params).init({"w": jnp.ones((4, 8))})
+
+
+def test_names_are_unique():
+    params = {"a/b": jnp.ones((4, 8)), "a": {"b": jnp.ones((4, 8, 2))}}
+    with pytest.raises(ValueError, match="two leaves of the same name, got 'a/b'"):
+        memopt.adafactor(1e-2).init(params)
+
+
+def test_layers_are_warned_about_together():
+    layer = {"query": {"kernel": (64, 8, 16)}, "value": {"kernel": (64, 8, 16)}}
+    params = shapes({"layers": [{"mha": layer} for _ in range(3)]})
+    with pytest.warns(UserWarning, match="no output beside") as caught:
+        memopt.apollo_mini(1e-2).init(params)
+    assert len(caught) == 1
+
+
+def test_other_names_for_the_same_axes_are_warned_about():
+    shape = (8, 6, 10)
+    read({"w": boxed(shape, "embed", "layers", "mlp"), "other": jnp.ones(3)})
+    with pytest.warns(UserWarning, match="had other names before"):
+        read({"w": boxed(shape, "layers", "embed", "mlp"), "other": jnp.ones(3)})

@@ -116,15 +116,18 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
     return Description(tuple(rows), refused)
 
 
+_SAID = "the optimizer says so, by matrices= or as it sees a part of the tree"
+
+
 def _taken_for(p: Parameter, layout: Layout | None) -> tuple[str, str, str]:
     """Kind, axes and reason of a parameter, given the layout that the optimizer used."""
     why = f"{p.why}, but {p.doubt}" if p.doubt else p.why
     if layout is None:
         return p.kind, "", why
     if not layout.is_matrix:
-        return (VECTOR, "", "matrices= says so") if p.kind == MATRIX else (p.kind, "", why)
+        return (VECTOR, "", _SAID) if p.kind == MATRIX else (p.kind, "", why)
     if p.matrix is None or layout.axes != layout_of(p.name, p, p.matrix).axes:
-        why = "matrices= says so"
+        why = _SAID
     sides = zip(("rows", "cols", "stack"), layout.axes, strict=True)
     text = ", ".join(f"{side} {' '.join(map(str, axes))}" for side, axes in sides if axes)
     return (MATRIX if p.kind == VECTOR else p.kind), text, why

@@ -13,7 +13,7 @@ from jax import Array
 from memopt.errors import NoSuchPairing, check_at_least, check_choice
 from memopt.matrices import Layout, Matrices, Matrix, explicit_axes, map_matrices
 from memopt.names import MATRIX, VECTOR
-from memopt.parameters import Parameter, init_shapes, known
+from memopt.parameters import Parameter, init_shapes, known, reading_whole_trees
 from memopt.state.precision import statistics_dtype, zeros_of
 from memopt.transforms.moments import CarryOver, first_moment
 from memopt.transforms.projectors import Leaf, Projector, When
@@ -288,7 +288,8 @@ def _in_turns(
 
         return map_matrices(label, tree, matrices=matrices)
 
-    return optax.partition({i: make(phase) for i, phase in enumerate(phases)}, labels)
+    parts = {i: make(phase) for i, phase in enumerate(phases)}
+    return reading_whole_trees(optax.partition(parts, labels))
 
 
 def _typed_as(state: Any, like: Any) -> Any:
