@@ -27,9 +27,9 @@ from rich.console import Console
 import memopt
 from benchmarks.report import save
 from benchmarks.step_time import Contender, Parameters, describe, measure, model_shapes, table
-from memopt.matrices import leaf_name
 from memopt.models import llama
 from memopt.training.placement import parse_mesh
+from memopt.trees import leaf_name
 
 LEARNING_RATE = 1e-3
 

@@ -38,8 +38,8 @@ from benchmarks import torch_optimizers
 from benchmarks.report import save
 from benchmarks.torch_optimizers import TORCH_OPTIMIZERS
 from memopt.errors import check_at_least, check_choice
-from memopt.matrices import leaf_name
 from memopt.models import llama
+from memopt.trees import leaf_name
 
 BASELINE = "adamw"
 EIGHT_BITS = "_8bit"

@@ -6,6 +6,7 @@ from memopt.errors import NoSuchPairing as NoSuchPairing
 from memopt.matrices import Matrix as Matrix
 from memopt.matrices import every_matrix as every_matrix
 from memopt.matrices import hidden_matrices as hidden_matrices
+from memopt.matrices import out_in as out_in
 from memopt.optimizers import adafactor as adafactor
 from memopt.optimizers import adalomo as adalomo
 from memopt.optimizers import apollo as apollo
@@ -25,6 +26,8 @@ from memopt.optimizers import optimizer as optimizer
 from memopt.state import codecs as codecs
 from memopt.state.bytes import StateBytes as StateBytes
 from memopt.state.bytes import state_bytes as state_bytes
+from memopt.state.describe import Description as Description
+from memopt.state.describe import describe as describe
 from memopt.state.quantize import QuantizedState as QuantizedState
 from memopt.state.quantize import quantize_state as quantize_state
 from memopt.state.quantized import Quantized as Quantized

@@ -1,43 +1,32 @@
 """Which axes of a parameter are its rows, its columns and its stack."""
 
-import dataclasses
+import contextlib
+import contextvars
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 from jax import Array
 
-
-@dataclasses.dataclass(frozen=True)
-class Matrix:
-    """Names the axes of an array that are a matrix's rows and columns.
-
-    Every axis that is not named is a *stack*: an array is as many separate matrices as its
-    stack has entries (scanned layers, experts), and every transform of memopt treats each of
-    them on its own, in one batched operation.
-
-    Attributes:
-      rows: the axis, or axes, that index rows; negative ones count from the end.
-      cols: the axis, or axes, that index columns.
-
-    Example:
-      >>> Matrix()                        # a Dense kernel, scanned or not
-      Matrix(rows=-2, cols=-1)
-      >>> Matrix(rows=0, cols=(1, 2))     # an attention kernel (d, heads, head_dim)
-      Matrix(rows=0, cols=(1, 2))
-    """
-
-    rows: int | tuple[int, ...] = -2
-    cols: int | tuple[int, ...] = -1
-
+from memopt.parameters import MATRIX, as_tuple, read_parameter, read_parameters
+from memopt.parameters import Matrix as Matrix
+from memopt.trees import named_leaves, open_box, refill
 
 Selection = Callable[[str, Any], Matrix | None]
-"""Says of a leaf, by its name and its shape, which matrix it is, or None."""
+"""Says of a leaf, from its name and its `Parameter`, which matrix it is, or None."""
 
 Matrices = Any
-"""A `Selection`, or a pytree (a prefix will do) of `Matrix` and None; None is the default."""
+"""A `Selection`, or a pytree (a prefix will do) of `Matrix` and None; None is the default.
+
+``optax.contrib.MuonDimensionNumbers`` do in place of a `Matrix`: reduction axes are rows.
+"""
+
+
+_SEEN: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
+    "memopt_layouts_seen", default=None
+)
 
 
 class Layout(NamedTuple):
@@ -61,6 +50,11 @@ class Layout(NamedTuple):
     def is_matrix(self) -> bool:
         """Whether the array has rows and columns."""
         return bool(self.rows and self.cols)
+
+    @property
+    def axes(self) -> tuple[tuple[int, ...], ...]:
+        """Those of rows, of columns and of the stack."""
+        return self.rows, self.cols, self.stack
 
     @property
     def core(self) -> tuple[int, ...]:
@@ -91,43 +85,35 @@ class Layout(NamedTuple):
         return matrices
 
 
-_NORM_OR_BIAS = re.compile(r"norm|bias|(^|[/_])ln(_|\d|/|$)|(^|/)(scale|gain|gamma|beta)(/|$)")
-_EMBEDDING_OR_HEAD = re.compile(
-    r"embed|(^|[/_])emb(_|/|$)|(^|/)w[tp]e(/|$)"
-    r"|(^|/)((lm|output)_?head|head|unembed|logits|classifier)(/|$)"
-)
-
-
 def every_matrix(name: str, leaf: Any) -> Matrix | None:
-    """Selects each array of two or more axes that is no norm and no bias, however stacked.
+    """Selects each matrix, embeddings, heads and routers too, however stacked.
 
     Args:
       name: the leaf's name, its keys joined by ``/``.
-      leaf: anything with a `shape`.
+      leaf: a `Parameter`, or anything with a `shape`.
 
     Returns:
-      ``Matrix(rows=-2, cols=-1)``, or None for what is a vector: fewer than two axes, a side
-      of length one, or a name that contains ``norm`` or ``bias`` or says ``scale``.
+      The rows and columns of `Parameter.matrix`; None for what is a vector: fewer than two axes,
+      a side of length one, a norm, a bias or a scale by its name.
     """
-    shape = leaf.shape
-    if len(shape) < 2 or min(shape[-2:]) < 2 or _NORM_OR_BIAS.search(name.lower()):
-        return None
-    return Matrix()
+    parameter = read_parameter(name, leaf)
+    if parameter.matrix is not None:
+        parameter.warn_of_doubt()
+    return parameter.matrix
 
 
 def hidden_matrices(name: str, leaf: Any) -> Matrix | None:
-    """Selects the hidden matrices: `every_matrix` less the embeddings and the output head.
+    """Selects the hidden matrices: `every_matrix` less embeddings, positions, routers and heads.
 
-    This is the one place that says which leaves those are: any whose name contains ``embed``
-    or has a part that reads ``emb``, ``wte``, ``wpe``, ``head``, ``lm_head``, ``output_head``,
-    ``unembed``, ``logits`` or ``classifier``.
+    Which these are `memopt.names` says, by the names of many libraries; `memopt.describe` shows
+    what became of each parameter.
 
     Args:
       name: the leaf's name, its keys joined by ``/``.
-      leaf: anything with a `shape`.
+      leaf: a `Parameter`, or anything with a `shape`.
 
     Returns:
-      ``Matrix(rows=-2, cols=-1)`` or None.
+      A `Matrix` or None.
 
     Example:
       >>> kernel = jax.ShapeDtypeStruct((8, 512, 1376), "float32")
@@ -136,16 +122,26 @@ def hidden_matrices(name: str, leaf: Any) -> Matrix | None:
       >>> print(hidden_matrices("lm_head/kernel", kernel))
       None
     """
-    if _EMBEDDING_OR_HEAD.search(name.lower()):
-        return None
-    return every_matrix(name, leaf)
+    return every_matrix(name, leaf) if read_parameter(name, leaf).kind == MATRIX else None
 
 
-def leaf_name(path: tuple[Any, ...]) -> str:
-    """The name of a leaf: the keys of its path joined by ``/``, less the `value` of a box."""
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def out_in(name: str, leaf: Any) -> Matrix | None:
+    """Selects the hidden matrices of a library that stores them as (outputs, inputs).
+
+    Equinox's and Levanter's are; those of Flax, Haiku and Keras are (inputs, outputs), as memopt
+    takes them to be. It matters to Muon's scale and to APOLLO, GaLore and their kin of square
+    matrices, whose projected side is that of the inputs.
+
+    Args:
+      name: the leaf's name, its keys joined by ``/``.
+      leaf: a `Parameter`, or anything with a `shape`.
+
+    Example:
+      >>> out_in("mlp/layers/0/weight", jax.ShapeDtypeStruct((256, 64), "float32"))
+      Matrix(rows=-1, cols=-2)
+    """
+    matrix = hidden_matrices(name, leaf)
+    return None if matrix is None else Matrix(matrix.cols, matrix.rows)
 
 
 def group_name(name: str) -> str:
@@ -183,7 +179,9 @@ def map_matrices(
 
     Args:
       f: takes the leaf's `Layout`, the leaf, and what stands at its place in each of `rest`.
-      tree: any pytree of arrays; empty nodes (None, ``MaskedNode``) stay as they are.
+      tree: any pytree of arrays; empty nodes (None, ``MaskedNode``) stay as they are. A result of
+        an array's shape returns to the box of another library that the array is in, see
+        `memopt.trees`; any other stands bare.
       *rest: pytrees of which `tree` is a prefix.
       matrices: which leaves are matrices, and of which axes: a callable `Selection`, a pytree
         of `Matrix` and None (a prefix of `tree` will do), or None for `default`.
@@ -197,28 +195,32 @@ def map_matrices(
       ValueError: if a `Matrix` names axes the leaf does not have, or `matrices` lacks a leaf.
     """
     select = default if matrices is None else _selection(matrices)
-    structure: Any
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    others = [structure.flatten_up_to(r) for r in rest]
-    results = []
-    for i, (path, leaf) in enumerate(leaves):
-        name = leaf_name(path)
-        layout = _layout(name, leaf, select(name, leaf))
-        results.append(f(layout, leaf, *(other[i] for other in others)))
-    if outputs == 1:
-        return structure.unflatten(results)
-    return tuple(structure.unflatten([r[k] for r in results]) for k in range(outputs))
+    nodes, structure = named_leaves(tree)
+    others = [[open_box(x) for x in structure.flatten_up_to(r)] for r in rest]
+    parameters = read_parameters(tree) if callable(matrices or default) else []
+    seen, results = _SEEN.get(), []
+    for i, (name, node) in enumerate(nodes):
+        leaf = open_box(node)
+        layout = layout_of(name, leaf, select(name, parameters[i] if parameters else leaf))
+        if seen is not None:
+            seen.setdefault(name, layout)
+        result = f(layout, leaf, *(other[i] for other in others))
+        results.append((result,) if outputs == 1 else result)
+    trees = tuple(
+        structure.unflatten(
+            [refill(node, row[k]) for (_, node), row in zip(nodes, results, strict=True)]
+        )
+        for k in range(outputs)
+    )
+    return trees[0] if outputs == 1 else trees
 
 
 def _selection(matrices: Matrices) -> Selection:
     """`matrices` as a callable; a pytree is looked up by the longest matching prefix."""
     if callable(matrices):
         return matrices
-    is_entry = lambda x: x is None or isinstance(x, Matrix)
-    entries = {
-        leaf_name(path): entry
-        for path, entry in jax.tree_util.tree_leaves_with_path(matrices, is_leaf=is_entry)
-    }
+    is_entry = lambda x: x is None or isinstance(x, Matrix) or _is_dimension_numbers(x)
+    entries = {name: open_box(x) for name, x in named_leaves(matrices, is_entry)[0]}
 
     def select(name: str, leaf: Any) -> Matrix | None:
         prefix = name
@@ -234,28 +236,51 @@ def _selection(matrices: Matrices) -> Selection:
     return select
 
 
-def _layout(name: str, leaf: Any, matrix: Matrix | None) -> Layout:
+@contextlib.contextmanager
+def layouts_seen() -> Iterator[dict[str, Layout]]:
+    """Notes by name the layout in which each parameter is first seen within it."""
+    seen: dict[str, Layout] = {}
+    token = _SEEN.set(seen)
+    try:
+        yield seen
+    finally:
+        _SEEN.reset(token)
+
+
+def layout_of(name: str, leaf: Any, matrix: Any) -> Layout:
+    """The axes of one array that is this matrix, or, of None, a vector.
+
+    Raises:
+      ValueError: if the matrix names axes that the array does not have.
+    """
     ndim = len(leaf.shape)
     if matrix is None:
         return Layout(name, tuple(range(ndim - 1)), (), tuple(range(ndim))[-1:])
+    if _is_dimension_numbers(matrix):
+        matrix = Matrix(matrix.reduction_axis, matrix.output_axis)
     if not isinstance(matrix, Matrix):
         raise ValueError(f"matrices must give a Matrix or None for {name!r}, got {matrix!r}.")
     rows, cols = (_axes(name, leaf, matrix, axes) for axes in (matrix.rows, matrix.cols))
     if len({*rows, *cols}) != len(rows + cols) or not (rows and cols):
         raise ValueError(
             f"{matrix} must name each axis once, and at least one for rows and one for columns; "
-            f"{name!r} has shape {tuple(leaf.shape)}."
+            f"{name!r} has shape {tuple(leaf.shape)}; see memopt.describe."
         )
     return Layout(name, tuple(a for a in range(ndim) if a not in rows + cols), rows, cols)
 
 
-def _axes(name: str, leaf: Any, matrix: Matrix, axes: int | tuple[int, ...]) -> tuple[int, ...]:
-    axes = axes if isinstance(axes, tuple) else (axes,)
+def _is_dimension_numbers(x: Any) -> bool:
+    """Whether it is Muon's in Optax, which imports slowly."""
+    return hasattr(x, "reduction_axis") and hasattr(x, "output_axis")
+
+
+def _axes(name: str, leaf: Any, matrix: Matrix, side: int | tuple[int, ...]) -> tuple[int, ...]:
+    axes = as_tuple(side)
     ndim = len(leaf.shape)
     for axis in axes:
         if not -ndim <= axis < ndim:
             raise ValueError(
                 f"{matrix} names axis {axis}, but {name!r} has shape {tuple(leaf.shape)}: "
-                f"its axes are {-ndim} to {ndim - 1}."
+                f"its axes are {-ndim} to {ndim - 1}; see memopt.describe."
             )
     return tuple(axis % ndim for axis in axes)

@@ -3,14 +3,15 @@
 import collections
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import optax
 
-from memopt.matrices import leaf_name
 from memopt.state.codecs import bits_of
+from memopt.trees import named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class StateBytes:
       parameters: {leaf name: bytes of the parameter}.
       states: {leaf name: bytes of the state kept for it}.
       shared: bytes of state that belong to no one parameter: step counts, hyperparameters.
+      kept_by: {leaf name: the transformations that keep state for it}, by their states' names.
       formulas: {leaf name: the arrays kept for it}, by their shapes: ``"2·(8×64×4) + 8"`` is two
         arrays of that shape and eight numbers more, float32 where no other dtype is named.
       shared_formula: the same of the shared state.
@@ -29,6 +31,7 @@ class StateBytes:
     parameters: Mapping[str, int]
     states: Mapping[str, int]
     shared: int
+    kept_by: Mapping[str, tuple[str, ...]]
     formulas: Mapping[str, str]
     shared_formula: str
 
@@ -69,43 +72,52 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
       shared                0                4  1 int32
       total                64              132
     """
-    structure: Any
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    names = [leaf_name(path) for path, _ in leaves]
+    leaves, structure = named_leaves(params)
+    names = [name for name, _ in leaves]
     kept: dict[str, list[Any]] = {name: [] for name in names}
+    kept_by: dict[str, dict[str, None]] = {name: {} for name in names}
     shared: list[Any] = []
-    for like_params, part in _parts(jax.eval_shape(tx.init, params), structure):
-        if like_params:
-            for name, found in zip(names, structure.flatten_up_to(part), strict=True):
-                kept[name] += jax.tree.leaves(found)
-        else:
+    for like_params, part, keeper in _parts(jax.eval_shape(tx.init, params), structure):
+        if not like_params:
             shared.append(part)
+            continue
+        for name, found in zip(names, structure.flatten_up_to(part), strict=True):
+            if arrays := jax.tree.leaves(found):
+                kept[name] += arrays
+                kept_by[name][keeper] = None
     return StateBytes(
-        parameters={name: _bytes([leaf]) for name, (_, leaf) in zip(names, leaves, strict=True)},
+        parameters={name: _bytes([leaf]) for name, leaf in leaves},
         states={name: _bytes(arrays) for name, arrays in kept.items()},
         shared=_bytes(shared),
+        kept_by={name: tuple(keepers) for name, keepers in kept_by.items()},
         formulas={name: _formula(arrays) for name, arrays in kept.items()},
         shared_formula=_formula(shared),
     )
 
 
-def _parts(state: Any, structure: Any) -> Iterator[tuple[bool, Any]]:
-    """Subtrees of a state shaped like the parameters, and the leaves that are in none."""
+def _parts(state: Any, structure: Any, keeper: str = "") -> Iterator[tuple[bool, Any, str]]:
+    """Subtrees of a state shaped like the parameters, and the leaves that are in none.
+
+    With each goes the name of the transformation whose state it is in, after the innermost type.
+    """
+    if hasattr(state, "_fields"):
+        words = re.findall("[A-Z][a-z0-9]*", type(state).__name__.removesuffix("State"))
+        keeper = "_".join(words).lower()
     try:
         structure.flatten_up_to(state)
     except ValueError:
         children = jax.tree.leaves(state, is_leaf=lambda x: x is not state)
         if len(children) == 1 and children[0] is state:
-            yield False, state
+            yield False, state, keeper
         else:
             for child in children:
-                yield from _parts(child, structure)
+                yield from _parts(child, structure, keeper)
     else:
-        yield True, state
+        yield True, state, keeper
 
 
-def _bytes(arrays: list[Any]) -> int:
-    return sum(math.prod(x.shape) * bits_of(x.dtype) // 8 for x in arrays)
+def _bytes(arrays: Any) -> int:
+    return sum(math.prod(x.shape) * bits_of(x.dtype) // 8 for x in jax.tree.leaves(arrays))
 
 
 def _formula(arrays: list[Any]) -> str:

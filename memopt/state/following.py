@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from memopt.parameters import known, read_parameters
+from memopt.trees import named_leaves, open_box
+
 Path = tuple[Any, ...]
 """Where a state array stands in its tree."""
 
@@ -93,17 +96,21 @@ def followers(
 
 
 class _Init:
-    """``tx.init`` as a function of the shapes of some parameters; the others keep theirs."""
+    """``tx.init`` as a function of the shapes of some parameters; the others keep theirs.
+
+    Parameters stay what they are, the same matrices of the same axes, and stand bare.
+    """
 
     def __init__(self, tx: optax.GradientTransformation, params: Any) -> None:
-        self.tx = tx
-        self.structure: Any
-        self.leaves, self.structure = jax.tree.flatten(params)
+        self.tx, self.parameters = tx, read_parameters(params)
+        nodes, self.structure = named_leaves(params)
+        self.leaves = [open_box(node) for _, node in nodes]
 
     def __call__(self, sizes: Sizes) -> Shapes:
         """The shapes of the state."""
         leaves = [p.update(shape=sizes.get(i, p.shape)) for i, p in enumerate(self.leaves)]
-        state = jax.eval_shape(self.tx.init, self.structure.unflatten(leaves))
+        with known(self.parameters):
+            state = jax.eval_shape(self.tx.init, self.structure.unflatten(leaves))
         return dict(jax.tree_util.tree_leaves_with_path(state))
 
     def parts(self, sizes: Sizes) -> Iterator[tuple[Sizes, Shapes]]:

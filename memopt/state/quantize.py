@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from memopt.errors import check_at_least
-from memopt.matrices import Layout, every_matrix, leaf_name, map_matrices
+from memopt.internals import trace
+from memopt.matrices import Layout, every_matrix, map_matrices
 from memopt.state.codecs import AsIs, Codec, Coded, named
 from memopt.state.dither import NEAREST, dither
 from memopt.state.precision import in_float32
-from memopt.state.trees import by_array, by_leaf
+from memopt.trees import by_array, by_leaf, is_box, map_named
 
 SECOND_MOMENTS = frozenset(
     {
@@ -102,11 +102,15 @@ def quantize_state(
     choices = [(re.compile(pattern), named(codec)) for pattern, codec in rules.items()]
     inner = in_float32(inner)
 
-    def codec_of(path: tuple[Any, ...], leaf: Any, owner: Owner, is_second_moment: bool) -> Codec:
+    # For `optax.tree_map_params` their number must not depend on the parameters.
+    pair = lambda codec: (codec.signed, codec.unsigned)
+    scales_kept = max(_scale_count(c) for _, choice in choices for c in pair(choice))
+
+    def codec_of(name: str, leaf: Any, owner: Owner, is_second_moment: bool) -> Codec:
         size = math.prod(leaf.shape[owner.stack :])
         if size < min_size or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return AsIs()
-        choice = next((c for pattern, c in choices if pattern.search(leaf_name(path))), None)
+        choice = next((c for pattern, c in choices if pattern.search(name)), None)
         if choice is None:
             return AsIs()
         return choice.unsigned if is_second_moment else choice.signed
@@ -115,35 +119,40 @@ def quantize_state(
         """Of each array of the inner state its codec, its shape and dtype, and its owner."""
         like = jax.eval_shape(inner.init, params)
         owners = _owners(like, params)
-        codecs = jax.tree_util.tree_map_with_path(codec_of, like, owners, _second_moments(like))
+        codecs = map_named(codec_of, like, owners, _second_moments(like))
         return codecs, like, owners
 
     def init(params: Any) -> QuantizedState:
-        coded = jax.tree.map(_first, plan(params)[0], inner.init(params))
-        return QuantizedState(jnp.zeros((), jnp.int32), *_columns(coded))
+        state = inner.init(params)
+        coded = map_named(lambda _, x, codec: _first(codec, x), state, plan(params)[0])
+        return QuantizedState(jnp.zeros((), jnp.int32), *_columns(coded, state, scales_kept))
 
     def update(updates: Any, state: QuantizedState, params: Any = None, **extra: Any) -> Any:
         codecs, shapes, owners = plan(updates if params is None else params)
         scales = by_leaf(state.scales, state.codes)
 
         def step() -> tuple[Any, Any]:
-            decode = lambda codec, x, *coded: _cast(codec, codec.decode(Coded(*coded)), x.dtype)
-            old = jax.tree.map(decode, codecs, shapes, state.codes, scales)
-            new_updates, new = inner.update(updates, old, params, **extra)
-            return new_updates, jax.tree.map(lambda c, x: _cast(c, x, jnp.float32), codecs, new)
+            def decode(_: str, codes: Array, scales: Any, codec: Codec, like: Any) -> Array:
+                return _cast(codec, codec.decode(Coded(codes, scales)), like.dtype)
 
-        def encode(path: Any, codec: Codec, owner: Owner, x: Array, *like: Any) -> Coded:
+            old = map_named(decode, state.codes, scales, codecs, shapes)
+            new_updates, new = inner.update(updates, old, params, **extra)
+            wide = lambda _, x, codec: _cast(codec, x, jnp.float32)
+            return new_updates, map_named(wide, new, codecs)
+
+        def encode(name: str, x: Array, codec: Codec, owner: Owner, *like: Any) -> Coded:
             is_vectors = x.ndim == owner.stack + 1  # each of which is a matrix of one row
             apart = lambda a: jnp.expand_dims(a, -2) if is_vectors else a
             together = lambda a: jnp.squeeze(a, -2) if is_vectors else a
             x, before = jax.tree.map(apart, (x, Coded(*like)))
-            coded = codec.encode(x, dither(x.shape, leaf_name(path), state.count, seed), before)
+            coded = codec.encode(x, dither(x.shape, name, state.count, seed), before)
             return jax.tree.map(together, coded)
 
         new_updates, new = step()
         like = state.codes, _fitted(codecs, owners, scales, lambda: step()[1])
-        coded = jax.tree_util.tree_map_with_path(encode, codecs, owners, new, *like)
-        return new_updates, QuantizedState(optax.safe_increment(state.count), *_columns(coded))
+        coded = map_named(encode, new, codecs, owners, *like)
+        count = optax.safe_increment(state.count)
+        return new_updates, QuantizedState(count, *_columns(coded, new, scales_kept))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -172,8 +181,7 @@ def _owners(state: Any, params: Any) -> Any:
 
     map_matrices(note, params, default=every_matrix)
 
-    def owner(path: tuple[Any, ...], x: Any) -> Owner:
-        name = leaf_name(path)
+    def owner(name: str, x: Any) -> Owner:
         candidates = [n for n in found if f"/{name}".endswith(f"/{n}") or not n]
         if not candidates:
             return Owner(name, 0)
@@ -181,7 +189,7 @@ def _owners(state: Any, params: Any) -> Any:
         stack = found[best]
         return Owner(best, len(stack) if x.shape[: len(stack)] == stack else 0)
 
-    return jax.tree_util.tree_map_with_path(owner, state)
+    return map_named(owner, state)
 
 
 def _fitted(codecs: Any, owners: Any, scales: Any, new: Callable[[], Any]) -> Any:
@@ -199,7 +207,9 @@ def _fitted(codecs: Any, owners: Any, scales: Any, new: Callable[[], Any]) -> An
         if unfit[i] is not False:
             groups.setdefault(owner.name, []).append(i)
     fitted = [kept for _, _, kept in leaves]
-    for group, part in zip(groups.values(), _parts(new, list(groups.values())), strict=True):
+    program = trace(new)
+    for group in groups.values():
+        part = program.needed(group)
         mine = [(leaves[i][0], leaves[i][2]) for i in group]
         any_unfit = functools.reduce(jnp.logical_or, [unfit[i] for i in group])
         fit = lambda mine=mine, part=part: [
@@ -211,28 +221,6 @@ def _fitted(codecs: Any, owners: Any, scales: Any, new: Callable[[], Any]) -> An
     return structure.unflatten(fitted)
 
 
-def _parts(f: Callable[[], Any], groups: list[list[int]]) -> list[Callable[[], list[Array]]]:
-    """For each group of the arrays that `f` makes, a function that computes them alone."""
-    program = jax.make_jaxpr(f)()
-    makers = {var: i for i, eqn in enumerate(program.eqns) for var in eqn.outvars}
-
-    def part(group: list[int]) -> Callable[[], list[Array]]:
-        outputs = [program.jaxpr.outvars[i] for i in group]
-        needed: set[int] = set()
-        missing = list(outputs)
-        while missing:
-            var = missing.pop()
-            place = None if isinstance(var, Literal) else makers.get(var)
-            if place is not None and place not in needed:
-                needed.add(place)
-                missing += program.eqns[place].invars
-        eqns = [program.eqns[i] for i in sorted(needed)]
-        jaxpr = program.jaxpr.replace(eqns=eqns, outvars=outputs)
-        return lambda: jaxpr_as_fun(ClosedJaxpr(jaxpr, program.consts))()
-
-    return [part(group) for group in groups]
-
-
 def _second_moments(state: Any) -> Any:
     """Whether each array of a state is a second moment: by its field, and whose that is."""
     has_other_names = lambda x: type(x).__name__ in _OTHER_NAMES
@@ -241,9 +229,11 @@ def _second_moments(state: Any) -> Any:
         if not has_other_names(x):
             return any(getattr(key, "name", None) in SECOND_MOMENTS for key in path)
         names = _OTHER_NAMES[type(x).__name__]
-        return type(x)(*(jax.tree.map(lambda _, f=f: f in names, getattr(x, f)) for f in x._fields))
+        marks = lambda f: map_named(lambda *_: f in names, getattr(x, f))
+        return type(x)(*map(marks, x._fields))
 
-    return jax.tree_util.tree_map_with_path(mark, state, is_leaf=has_other_names)
+    is_leaf = lambda x: has_other_names(x) or is_box(x)
+    return jax.tree_util.tree_map_with_path(mark, state, is_leaf=is_leaf)
 
 
 def _cast(codec: Codec, x: Array, dtype: Any) -> Array:
@@ -258,8 +248,14 @@ def _first(codec: Codec, x: Any) -> Coded:
     return codec.encode(_cast(codec, x, jnp.float32), jnp.asarray(NEAREST))
 
 
-def _columns(coded: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A tree of `Coded` as the tree of their codes, and those of their scales."""
-    is_coded = lambda x: isinstance(x, Coded)
-    codes = jax.tree.map(lambda c: c.codes, coded, is_leaf=is_coded)
-    return codes, by_array(jax.tree.map(lambda c: c.scales, coded, is_leaf=is_coded), codes)
+def _columns(coded: Any, state: Any, scales_kept: int) -> tuple[Any, tuple[Any, ...]]:
+    """A tree of `Coded` as the tree of their codes, in the boxes of `state`, and of scales."""
+    codes = map_named(lambda _, x, coded: coded.codes, state, coded)
+    return codes, by_array(
+        map_named(lambda _, x, coded: coded.scales, state, coded), state, scales_kept
+    )
+
+
+def _scale_count(codec: Codec) -> int:
+    """The number of arrays that a codec keeps beside the codes."""
+    return len(jax.eval_shape(codec.init, jnp.zeros((1, 1))).scales)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding
 
-from memopt.matrices import Layout, Matrices, every_matrix, leaf_name, map_matrices
+from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.state.codecs import BFloat16, Codec, Coded, named
 from memopt.state.dither import NEAREST, dither
+from memopt.trees import map_named
 
 
 @jax.tree_util.register_dataclass
@@ -121,11 +122,11 @@ def apply_updates(params: Any, updates: Any, step: Array | int, *, seed: int | A
       True
     """
 
-    def add(path: tuple[Any, ...], p: Any, u: Any) -> Any:
+    def add(name: str, p: Any, u: Any) -> Any:
         if p is None or u is None:
             return p
         wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        bits = lambda: dither(p.shape, leaf_name(path), step, seed)
+        bits = lambda: dither(p.shape, name, step, seed)
         if is_quantized(p):
             new = p.codec.decode(Coded(p.codes, p.scales)) + wide(u)
             coded = p.codec.encode(new, bits(), Coded(p.codes, p.scales))
@@ -135,7 +136,7 @@ def apply_updates(params: Any, updates: Any, step: Array | int, *, seed: int | A
         return (p + u).astype(p.dtype)
 
     is_leaf = lambda x: x is None or is_quantized(x)
-    return jax.tree_util.tree_map_with_path(add, params, updates, is_leaf=is_leaf)
+    return map_named(add, params, updates, is_leaf=is_leaf)
 
 
 def _placed(part: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -8,9 +8,9 @@ import optax
 from jax.sharding import NamedSharding
 
 from memopt.errors import check_choice
-from memopt.matrices import leaf_name
 from memopt.state.following import Axis, Follower, followers
 from memopt.state.quantized import dequantize_params, is_quantized
+from memopt.trees import named_leaves, open_box
 
 
 def state_sharding(
@@ -61,18 +61,21 @@ def state_sharding(
     found = iter(followers(tx, like, [p.axes for p in placed]))
     notes = {}
 
-    def place(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> NamedSharding:
+    state = jax.eval_shape(tx.init, like)
+    names = iter([name for name, _ in named_leaves(state)[0]])
+
+    def place(x: jax.ShapeDtypeStruct) -> NamedSharding:
         follower = next(found)
         entries, reasons = _followed(x.shape, follower, placed, mesh)
         if spread_over is not None:
             reasons.append(_spread(x.shape, entries, spread_over, mesh))
-        notes[leaf_name(path)] = "; ".join(filter(None, reasons)) + "."
+        notes[next(names)] = "; ".join(filter(None, reasons)) + "."
         owner = None if follower.owner is None else placed[follower.owner]
         if owner and (x.shape, tuple(entries)) == (owner.like.shape, owner.entries):
             return NamedSharding(mesh, owner.sharding.spec)  # as the user wrote it
         return NamedSharding(mesh, jax.P(*entries) if any(entries) else jax.P())
 
-    shardings = jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, like))
+    shardings = jax.tree.map(place, state)
     return (shardings, notes) if explain else shardings
 
 
@@ -152,19 +155,20 @@ def placed_params(params: Any) -> list[Placed]:
       ValueError: if there is none, one has no `NamedSharding`, or they are on several meshes.
     """
     placed = []
-    for path, p in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized):
+    for name, node in named_leaves(params, is_quantized)[0]:
+        p = open_box(node)
         sharding = getattr(p.codes if is_quantized(p) else p, "sharding", None)
         if not isinstance(sharding, NamedSharding):
             where = "a numpy array" if sharding is None else f"on {sharding}"
             raise ValueError(
-                f"params: {leaf_name(path)!r} has no NamedSharding, it is {where}; put all "
+                f"params: {name!r} has no NamedSharding, it is {where}; put all "
                 "parameters on a mesh, as by jax.device_put(params, NamedSharding(mesh, jax.P()))."
             )
-        placed.append(Placed(leaf_name(path), jax.ShapeDtypeStruct(p.shape, p.dtype), sharding))
+        placed.append(Placed(name, jax.ShapeDtypeStruct(p.shape, p.dtype), sharding))
         if sharding.mesh != placed[0].sharding.mesh:
             raise ValueError(
                 f"params must be on one mesh: {placed[0].name!r} is on {placed[0].sharding.mesh}, "
-                f"{leaf_name(path)!r} on {sharding.mesh}."
+                f"{name!r} on {sharding.mesh}."
             )
     if not placed:
         raise ValueError("params has no array, and so no mesh to place state on.")

@@ -13,6 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from memopt import internals
 from memopt.training.documents import Documents, Piece, find_documents
 from memopt.training.tokenizer import Tokenizer
 
@@ -116,15 +117,10 @@ def train_batches(
     rows = _check_rows(batch_size, seq_len, rows)
     if not 0 <= seed < 2**31:
         raise ValueError(f"seed={seed} must be between 0 and 2147483647.")
-    dataset = grain.experimental.WindowShuffleIterDataset(
-        _packed(documents.epochs(seed), tokenizer, seq_len),
-        window_size=max(1, WINDOW_TOKENS // seq_len),
-        seed=seed,
-    )
+    rows_in_order = _packed(documents.epochs(seed), tokenizer, seq_len)
+    dataset = internals.shuffled(rows_in_order, max(1, WINDOW_TOKENS // seq_len), seed)
     dataset = dataset.batch(batch_size).map(functools.partial(_take_rows, rows=rows))
-    return Batches(
-        grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=PREFETCH)
-    )
+    return Batches(internals.prefetched(dataset, PREFETCH))
 
 
 def validation_batches(
@@ -160,7 +156,7 @@ def validation_batches(
     if max_tokens < seq_len:
         raise ValueError(f"max_tokens={max_tokens} must be at least seq_len={seq_len}.")
     dataset = _packed(documents.once(), tokenizer, seq_len)
-    dataset = grain.experimental.LimitIterDataset(dataset, max_tokens // seq_len)
+    dataset = internals.limited(dataset, max_tokens // seq_len)
     dataset = dataset.batch(batch_size, batch_fn=functools.partial(_stack_and_fill, batch_size))
     batches = list(dataset.map(functools.partial(_take_rows, rows=rows)))
     if not batches:
@@ -202,10 +198,7 @@ def _packed(
     pairs = pieces.map(functools.partial(_pair, tokenizer=tokenizer))
     if isinstance(pairs, grain.MapDataset):
         pairs = pairs.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=16))
-    packed = grain.experimental.ConcatThenSplitIterDataset(
-        pairs, length_struct={"inputs": seq_len, "targets": seq_len}
-    )
-    return packed.map(_row)
+    return internals.packed(pairs, {"inputs": seq_len, "targets": seq_len}).map(_row)
 
 
 def _pair(piece: Piece, tokenizer: Tokenizer) -> dict[str, np.ndarray]:

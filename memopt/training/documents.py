@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, Protocol
 import grain
 import numpy as np
 
+from memopt import internals
+
 #: Longest piece of a text file, in bytes.
 PIECE_BYTES = 2**16
 #: With fewer documents than this, the tail of each is held out instead of whole documents.
@@ -281,9 +283,7 @@ class Stream:
 
     def epochs(self, seed: int) -> grain.IterDataset:
         """Returns the documents for ever, mixed within windows of 1,024."""
-        return grain.experimental.WindowShuffleIterDataset(
-            _StreamDataset(self, None), window_size=STREAM_WINDOW, seed=seed
-        )
+        return internals.shuffled(_StreamDataset(self, None), STREAM_WINDOW, seed)
 
     def once(self) -> grain.IterDataset:
         """Returns every document once, in the order of the dataset."""

@@ -14,19 +14,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import clusters  # what jax.distributed.initialize asks; it cannot be asked only
 from jax.experimental import multihost_utils
 
 from memopt.errors import check_at_least
+from memopt.internals import clusters
 from memopt.training.config import Run
-
-#: Where processes find each other by themselves. In Kubernetes JAX would ask for permissions.
-CLUSTERS: tuple[Any, ...] = (
-    clusters.OmpiCluster,
-    clusters.SlurmCluster,
-    clusters.GkeTpuCluster,
-    clusters.GceTpuCluster,
-)
 
 
 def join(options: Run) -> None:
@@ -47,7 +39,7 @@ def join(options: Run) -> None:
     """
     check_at_least("heartbeat_timeout", options.heartbeat_timeout, 1)
     given = _given(options)
-    cluster = next((cluster for cluster in CLUSTERS if cluster.is_env_present()), None)
+    cluster = next((cluster for cluster in clusters() if cluster.is_env_present()), None)
     count, index = given or (1, 0)
     if cluster:
         count, index = cluster.get_process_count(), cluster.get_process_id()

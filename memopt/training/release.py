@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.interpreters import partial_eval as pe
 from jax.sharding import AxisType
 
+from memopt.internals import trace
 from memopt.models.stacked import StackedModel
 from memopt.state.quantized import apply_updates, dequantize_params, is_quantized
 from memopt.training.step import Batch, Metrics, TrainState, advance, choose, cut
@@ -373,9 +373,8 @@ class _Release:
         """Which leaves a function of the parameters without the blocks reads."""
         leaves = {i: x for i, x in self.like.items() if i not in self.blocks}
         run = lambda leaves, *args: f(self._without_blocks(leaves), *args)
-        jaxpr = jax.make_jaxpr(run)(leaves, *args).jaxpr
-        used = pe.dce_jaxpr_consts(jaxpr, [True] * len(jaxpr.outvars))[2]
-        return [i for i, read in zip(leaves, used, strict=False) if read]
+        reads = trace(run, leaves, *args).needed().reads
+        return [i for i, read in zip(leaves, reads, strict=False) if read]
 
     def _tree(self, leaves: Leaves) -> Any:
         """The parameters' tree, None where a leaf is not given."""

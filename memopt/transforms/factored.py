@@ -10,6 +10,7 @@ from jax import Array
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.reductions import total
 from memopt.state.precision import statistics_dtype, zeros_of
+from memopt.trees import NOTHING
 
 
 class ScaleByFactoredRmsState(NamedTuple):
@@ -18,7 +19,7 @@ class ScaleByFactoredRmsState(NamedTuple):
     Attributes:
       count: steps taken, int32.
       rows: of each matrix, the mean square over its columns: the array's axes less those;
-        ``()`` of each vector.
+        nothing (``MaskedNode``) of each vector.
       cols: of each matrix, the mean square over its rows: the array's axes less those; of each
         vector, the second moment itself.
     """
@@ -62,7 +63,7 @@ def scale_by_factored_rms(
       >>> tx = scale_by_factored_rms()
       >>> state = tx.init({"w": jnp.zeros((3, 6, 4)), "b": jnp.zeros((4,))})
       >>> state.rows["w"].shape, state.cols["w"].shape, state.rows["b"], state.cols["b"].shape
-      ((3, 6), (3, 4), (), (4,))
+      ((3, 6), (3, 4), MaskedNode(), (4,))
     """
 
     def init(params: Any) -> ScaleByFactoredRmsState:
@@ -97,7 +98,7 @@ def _mean_squares(layout: Layout, g: Array, weight: Any) -> tuple[Any, Array]:
     """The mean square over columns and over rows, times `weight`; a vector has no rows."""
     g = g.astype(statistics_dtype(g))
     if not layout.is_matrix:
-        return (), weight * jnp.square(g)
+        return NOTHING, weight * jnp.square(g)
     # The weight stands inside one of the two sums: XLA for CPUs would store a square they share.
     rows = weight * jnp.square(g).mean(layout.cols)
     return rows, total(weight * g * g, layout.rows) / layout.shape(g)[-2]

@@ -1,17 +1,16 @@
 """Any Optax transformation, run on one part of the parameters at a time."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
-from jax.interpreters import partial_eval as pe
 
-from memopt.matrices import leaf_name
+from memopt.internals import Call, Cond, Program, Scan, While, trace
+from memopt.parameters import known, read_parameters
 
 CHOICES = (
     "Take one that looks at each matrix by itself (memopt.clip_by_matrix_rms), or "
@@ -58,10 +57,10 @@ class Partwise:
     def __init__(
         self, tx: optax.GradientTransformation, params: Any, stacked: Sequence[bool]
     ) -> None:
-        leaves: Any = jax.tree_util.tree_leaves_with_path(params)
-        self.names = [leaf_name(path) for path, _ in leaves]
+        parameters = read_parameters(params)
+        self.names = [p.name for p in parameters]
         self.stacked = list(stacked)
-        shapes = [leaf.shape for _, leaf in leaves]
+        shapes = [p.shape for p in parameters]
         counts = {s[0] for s, layered in zip(shapes, stacked, strict=True) if layered}
         if len(counts) > 1:
             raise ValueError(f"stacked parameters must count the same layers, got {counts}.")
@@ -69,13 +68,13 @@ class Partwise:
         layers = counts.pop() if counts else 1
         prime = _prime_beyond(layers, {n for s in shapes for n in s[1:]} | {layers})
         one, some = (_with_layers(params, stacked, n) for n in (1, prime))
-        states = [jax.tree.leaves(jax.eval_shape(tx.init, p)) for p in (params, one, some)]
+        with known(parameters):  # of other numbers of layers, too
+            states = [jax.tree.leaves(jax.eval_shape(tx.init, p)) for p in (params, one, some)]
+            self._program, with_some = _trace(tx, one), _trace(tx, some)
         self.axes = _layer_axes(*states, layers=layers, prime=prime)
-        self._program = _trace(tx, one)
         self._owners, self.needs_norm = self._separate()
         tags = [int(s) for s in stacked] * 2 + [int(a is not None) for a in self.axes] + [0, 0]
-        closed = _trace(tx, some)
-        mixed = _mixed(closed.jaxpr, [0] * len(closed.consts), tags, prime)
+        mixed = _mixed(with_some, tags, prime)
         for name, layered, tag in zip(self.names, stacked, mixed, strict=False):
             if layered and tag == _MIXED:
                 raise ValueError(
@@ -131,18 +130,9 @@ class Partwise:
         gradient_norm: Any,
     ) -> list[Array]:
         """Some outputs of the traced update; in the order of their numbers, as they are given."""
-        jaxpr, consts, inputs = self._needed(outputs)
         leaves = range(len(self.names))
         given = [gradients.get(i) for i in leaves] + [params.get(i) for i in leaves]
-        given += [*state, value, gradient_norm]
-        closed = ClosedJaxpr(jaxpr, _where(self._program.consts, consts))
-        return jaxpr_as_fun(closed)(*_where(given, inputs))
-
-    def _needed(self, outputs: Iterable[int]) -> tuple[Any, list[bool], list[bool]]:
-        """The program of some outputs, and which constants and inputs it reads."""
-        wanted = set(outputs)
-        count = len(self._program.jaxpr.outvars)
-        return pe.dce_jaxpr_consts(self._program.jaxpr, [i in wanted for i in range(count)])
+        return self._program.needed(outputs)(*given, *state, value, gradient_norm)
 
     def _separate(self) -> tuple[list[int | None], bool]:
         """Which parameter each state array belongs to, and whether an update reads the norm."""
@@ -150,7 +140,7 @@ class Partwise:
         reads = []  # of each output: parameters, state arrays
         needs_norm = False
         for output in range(n + len(self.axes)):
-            used = self._needed([output])[2]
+            used = self._program.needed([output]).reads
             leaves = {i % n for i in range(2 * n) if used[i]}
             reads.append((leaves, {i for i in range(len(self.axes)) if used[2 * n + i]}))
             once = output >= n and not leaves and self.axes[output - n] is None
@@ -177,11 +167,7 @@ class Partwise:
         return owners, needs_norm
 
 
-def _where(items: Sequence[Any], chosen: Sequence[bool]) -> list[Any]:
-    return [item for item, keep in zip(items, chosen, strict=True) if keep]
-
-
-def _trace(tx: optax.GradientTransformation, params: Any) -> ClosedJaxpr:
+def _trace(tx: optax.GradientTransformation, params: Any) -> Program:
     """``tx.update`` as a program of flat gradients, parameters, state, loss and norm."""
 
     def loss(_: Any) -> Any:
@@ -198,7 +184,7 @@ def _trace(tx: optax.GradientTransformation, params: Any) -> ClosedJaxpr:
 
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     state = jax.eval_shape(tx.init, params)
-    return jax.make_jaxpr(update)(params, params, state, scalar, scalar)
+    return trace(update, params, params, state, scalar, scalar)
 
 
 def _with_layers(params: Any, stacked: Sequence[bool], layers: int) -> Any:
@@ -248,65 +234,57 @@ def _layer_axes(
 
 
 _CLEAN, _BY_LAYER, _MIXED = range(3)
-_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
-def _mixed(jaxpr: Any, consts: Sequence[int], tags: Sequence[int], prime: int) -> list[int]:
+def _mixed(program: Program, tags: Sequence[int], prime: int) -> list[int]:
     """Whether the layers of a program's inputs meet on the way to its outputs.
 
     Layers are counted by axes whose length `prime` divides, and by no others. What is computed
     from an array with such an axis and has none itself has seen several layers.
 
     Args:
-      jaxpr: the program.
-      consts: the tags of its constants.
+      program: of so many layers.
       tags: of its inputs, `_CLEAN`, `_BY_LAYER` or `_MIXED`.
       prime: the number of layers.
 
     Returns:
       The tags of its outputs.
     """
-    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *tags], strict=True))
-    tag = lambda v: _CLEAN if isinstance(v, Literal) else known[v]
+    seen = dict(zip(program.inputs, tags, strict=True))
+    tag = lambda v: seen.get(v, _CLEAN)  # what is not known is a constant
     layered = lambda v: any(n and n % prime == 0 for n in getattr(v.aval, "shape", ()))
+    inner = lambda program, tags: _mixed(program, tags, prime)
 
-    for eqn in jaxpr.eqns:
-        given, name, params = [tag(v) for v in eqn.invars], eqn.primitive.name, eqn.params
-        inner = lambda closed, tags: _mixed(
-            closed.jaxpr, [_CLEAN] * len(closed.consts), tags, prime
-        )
-        called = next((params[key] for key in _CALLS if key in params), None)
-        if name == "cond":
-            each = [inner(branch, given[1:]) for branch in params["branches"]]
-            outs = [max(column) for column in zip(*each, strict=True)]
-            outs = [_MIXED] * len(outs) if given[0] else outs
-        elif name == "scan":
-            first = params["num_consts"]
-            carried = slice(first, first + params["num_carry"])
-            outs, before = inner(called, given), None
-            while before != given[carried]:
-                before = given[carried]
-                given[carried] = list(map(max, before, outs))
-                outs = inner(called, given)
-        elif name == "while":
-            test, body = params["cond_nconsts"], params["body_nconsts"]
-            carry, before = given[test + body :], None
-            while before != carry:
-                before = carry
-                carry = list(
-                    map(max, carry, inner(params["body_jaxpr"], given[test:][:body] + carry))
-                )
-            stop = inner(params["cond_jaxpr"], given[:test] + carry)[0]
-            outs = [_MIXED] * len(carry) if stop else carry
-        elif isinstance(called, ClosedJaxpr) and len(called.jaxpr.invars) == len(given):
-            outs = inner(called, given)
-        else:
-            outs = [max(given, default=_CLEAN)] * len(eqn.outvars)
-        drawn = name == "random_bits"
+    for eqn in program.equations():
+        given = [tag(v) for v in eqn.inputs]
+        match eqn.inner:
+            case Cond(branches):
+                each = [inner(branch, given[1:]) for branch in branches]
+                outs = [max(column) for column in zip(*each, strict=True)]
+                outs = [_MIXED] * len(outs) if given[0] else outs
+            case Scan(body, constants, count):
+                carried = slice(constants, constants + count)
+                outs, before = inner(body, given), None
+                while before != given[carried]:
+                    before = given[carried]
+                    given[carried] = list(map(max, before, outs))
+                    outs = inner(body, given)
+            case While(test, body, of_test, of_body):
+                carry, before = given[of_test + of_body :], None
+                while before != carry:
+                    before = carry
+                    carry = list(map(max, carry, inner(body, given[of_test:][:of_body] + carry)))
+                stop = inner(test, given[:of_test] + carry)[0]
+                outs = [_MIXED] * len(carry) if stop else carry
+            case Call(body):
+                outs = inner(body, given)
+            case None:
+                outs = [max(given, default=_CLEAN)] * len(eqn.outputs)
+        drawn = eqn.name == "random_bits"
         from_layers = any(
-            t == _BY_LAYER and layered(v) for t, v in zip(given, eqn.invars, strict=True)
+            t == _BY_LAYER and layered(v) for t, v in zip(given, eqn.inputs, strict=True)
         )
-        for v, t in zip(eqn.outvars, outs, strict=True):
+        for v, t in zip(eqn.outputs, outs, strict=True):
             lost = t == _BY_LAYER and from_layers and not layered(v)
-            known[v] = _MIXED if lost or (drawn and layered(v)) else t
-    return [tag(v) for v in jaxpr.outvars]
+            seen[v] = _MIXED if lost or (drawn and layered(v)) else t
+    return [tag(v) for v in program.outputs]

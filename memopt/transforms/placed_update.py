@@ -8,8 +8,9 @@ import optax
 from jax import Array
 from jax.sharding import AxisType, NamedSharding
 
-from memopt.matrices import Layout, Matrices, leaf_name, map_matrices
+from memopt.matrices import Layout, Matrices, map_matrices
 from memopt.state.sharding import Placed, axis_names, dense_like, part_count, placed_params
+from memopt.trees import map_named
 
 
 def whole_shorter_sides(params: Any, *, by_layer: bool = False, matrices: Matrices = None) -> Any:
@@ -115,9 +116,8 @@ def update_at(
         raise ValueError(f"places must have the arrays of params; only one of them has {odd}.")
     tx = optax.with_extra_args_support(tx)
 
-    def move(path: tuple[Any, ...], x: Array, *, back: bool) -> Array:
+    def move(name: str, x: Array, *, back: bool) -> Array:
         """One array to its place and then the other, or the other way round."""
-        name = leaf_name(path)
         if name not in here:
             raise ValueError(f"params has no {name!r}, only {sorted(here)}.")
         pair = here[name], there[name]
@@ -130,7 +130,6 @@ def update_at(
         return x
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        map_named = jax.tree_util.tree_map_with_path
         updates = map_named(functools.partial(move, back=False), updates)
         updates, state = tx.update(updates, state, params, **extra)
         return map_named(functools.partial(move, back=True), updates), state

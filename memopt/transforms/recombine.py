@@ -11,6 +11,7 @@ from jax import Array
 from memopt.errors import NoSuchPairing, check_at_least, check_choice
 from memopt.transforms.clipping import GrowthLimiter
 from memopt.transforms.projectors import Projector
+from memopt.trees import NOTHING
 
 
 class Projected(NamedTuple):
@@ -65,8 +66,8 @@ class Recombine(abc.ABC):
         return
 
     def init(self, gradient: Array) -> Any:
-        """What is kept between steps, an array or (); only its shape and dtype are looked at."""
-        return ()
+        """What is kept between steps, or `NOTHING`; of an array only shape and dtype matter."""
+        return NOTHING
 
     def correct(self, gradient: Array, state: Any) -> Array:
         """The gradient that is projected, from the one that came."""
@@ -82,7 +83,7 @@ class Lift(Recombine):
 
     def __call__(self, space: Projected, state: Any) -> tuple[Array, Any]:
         """N in full size."""
-        return space.up(space.low_update), ()
+        return space.up(space.low_update), NOTHING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ class LiftAndSign(Recombine):
 
     def __call__(self, space: Projected, state: Any) -> tuple[Array, Any]:
         """N in full size plus the signs of the rest."""
-        return space.up(space.low_update) + self.scale * jnp.sign(space.rest()), ()
+        return space.up(space.low_update) + self.scale * jnp.sign(space.rest()), NOTHING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +108,8 @@ class LiftAndRest(Recombine):
         """N in full size plus the rest."""
         update = space.up(space.low_update) + self.scale * space.rest()
         if isinstance(self.recover, float) and self.recover == 0:
-            return update, ()
-        return update + self.recover * space.lost(), ()
+            return update, NOTHING
+        return update + self.recover * space.lost(), NOTHING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,7 @@ class LiftAndScaledRest(Recombine):
 
     def init(self, gradient: Array) -> Any:
         """The norm of each matrix's last rest, if its growth is limited."""
-        return () if self.limiter is None else gradient.sum((-2, -1))
+        return NOTHING if self.limiter is None else gradient.sum((-2, -1))
 
     def __call__(self, space: Projected, state: Any) -> tuple[Array, Any]:
         """N in full size plus the rest, scaled as N was."""
@@ -187,7 +188,7 @@ class ScaleGradient(Recombine):
 
     def init(self, gradient: Array) -> Any:
         """The norm of each matrix's last update, if its growth is limited."""
-        return () if self.limiter is None else gradient.sum((-2, -1))
+        return NOTHING if self.limiter is None else gradient.sum((-2, -1))
 
     def __call__(self, space: Projected, state: Any) -> tuple[Array, Any]:
         """G times ‖N‖/‖R‖."""

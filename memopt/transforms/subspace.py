@@ -1,7 +1,8 @@
 """Optimizers that keep their state in a subspace of each matrix."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,12 +11,13 @@ import optax
 from jax import Array
 
 from memopt.errors import NoSuchPairing, check_at_least, check_choice
-from memopt.matrices import Layout, Matrices, explicit_axes, map_matrices
+from memopt.matrices import Layout, Matrices, Matrix, explicit_axes, map_matrices
+from memopt.parameters import MATRIX, VECTOR, Parameter, known
 from memopt.state.precision import statistics_dtype, zeros_of
-from memopt.state.trees import by_array, by_leaf
 from memopt.transforms.moments import CarryOver, first_moment
 from memopt.transforms.projectors import Leaf, Projector, When
 from memopt.transforms.recombine import Projected, Recombine
+from memopt.trees import NOTHING, by_array, by_leaf
 
 
 class InSubspaceState(NamedTuple):
@@ -108,22 +110,26 @@ def in_subspace(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> InSubspaceState:
+        projected = {}
+
         def start(layout: Layout, p: Array) -> tuple[Any, ...]:
             leaf = _leaf(layout, p)
             if leaf is None:
-                return zeros_of(_wide, p), (), ()
-            low = jax.tree.map(jnp.zeros_like, projector.low(leaf))
+                return zeros_of(_wide, p), NOTHING, ()
+            low = projected[layout.name] = jax.tree.map(jnp.zeros_like, projector.low(leaf))
             return low, zeros_of(recombine.init, leaf.gradient), projector.init(leaf)
 
         low, rule, kept = map_matrices(start, params, matrices=matrices, outputs=3)
-        count = jnp.zeros((), jnp.int32)
-        return InSubspaceState(count, by_array(kept, params), inner.init(low), rule)
+        kept = by_array(kept, params, projector.keeps)
+        with _as_projections(projected):
+            return InSubspaceState(jnp.zeros((), jnp.int32), kept, inner.init(low), rule)
 
     def update(updates: Any, state: InSubspaceState, params: Any = None, **extra: Any) -> Any:
         given, typed = state, any(explicit_axes(x) for x in jax.tree.leaves(state))
         if typed:  # it may have been placed, where what is made anew has the types of `init`
             state = _typed_as(state, jax.eval_shape(init, updates))
         when = When.at(state.count, refresh_every, refresh_phase)
+        projected = {}
 
         def enter(layout: Layout, g: Array, kept: Any, rule: Any, momentum: Any) -> Any:
             """The subspace, the gradient within, and what the projector keeps."""
@@ -141,7 +147,10 @@ def in_subspace(
 
         def low_shape(layout: Layout, g: Array) -> Any:
             leaf = _leaf(layout, g)
-            return g if leaf is None else projector.low(leaf)
+            if leaf is None:
+                return g
+            low = projected[layout.name] = projector.low(leaf)
+            return low
 
         like = map_matrices(low_shape, updates, matrices=matrices)
         kept, before = by_leaf(state.projector, updates), _momentum(state.inner, like)
@@ -160,16 +169,21 @@ def in_subspace(
             inner_state = jax.lax.cond(moved, over, lambda: state.inner)
         elif on_refresh != "keep":
             counts_too = on_refresh == "reset"
-            anew = lambda: _anew(inner.init(low), state.inner, counts_too=counts_too)
+
+            def anew() -> Any:
+                with _as_projections(projected):
+                    return _anew(inner.init(low), state.inner, counts_too=counts_too)
+
             inner_state = jax.lax.cond(when.due, anew, lambda: state.inner)
         after = _momentum(inner_state, like)
-        low_updates, inner_state = inner.update(low, inner_state, None, **extra)
+        with _as_projections(projected):
+            low_updates, inner_state = inner.update(low, inner_state, None, **extra)
 
         def leave(layout: Layout, g: Array, space: Any, *ends: Any) -> tuple[Array, Any]:
             """The full-size update, and what the recombination keeps."""
             low_g, low_u, before, after, rule = ends
             if space is None:
-                return low_u.astype(g.dtype), ()
+                return low_u.astype(g.dtype), NOTHING
             lost = lambda: space.lost(before, after, moved)
             axis = -2 if projector.is_left(space.leaf) else -1
             rest = lambda: projector.rest(space.leaf, space.basis, space.gradient, low_g)
@@ -180,10 +194,24 @@ def in_subspace(
         ends = (updates, spaces, low, low_updates, before, after, state.recombine)
         updates, rule = map_matrices(leave, *ends, matrices=matrices, outputs=2)
         count = optax.safe_increment(state.count)
-        state = InSubspaceState(count, by_array(kept, updates), inner_state, rule)
+        state = InSubspaceState(count, by_array(kept, updates, projector.keeps), inner_state, rule)
         return updates, _typed_as(state, given) if typed else state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _as_projections(low: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Within it projections are stacks of matrices, whatever axes the parameters have.
+
+    Args:
+      low: by name of a parameter its projected gradient, or anything with as many axes.
+    """
+
+    def parameter(name: str, x: Any) -> Parameter:
+        kind, matrix = (MATRIX, Matrix()) if x.ndim > 1 else (VECTOR, None)
+        return Parameter(name, x.shape, x.dtype, kind, matrix, "it is a projection")
+
+    return known([parameter(name, x) for name, x in low.items()])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 import memopt
-from memopt.matrices import Layout, leaf_name, map_matrices
+from memopt.matrices import Layout, map_matrices
+from memopt.trees import leaf_name
 from tests.clients import trees
 from tests.clients.optimizers import METHODS, SOME
 from tests.clients.trees import CLIENTS, NamedArray

@@ -16,8 +16,8 @@ from orbax.checkpoint import v1 as ocp
 
 import memopt
 from memopt import projectors, recombine
-from memopt.matrices import leaf_name
 from memopt.state.codecs import bits_of
+from memopt.trees import leaf_name
 from tests.optimizers import pairings
 
 RANK = 4

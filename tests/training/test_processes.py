@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
+from memopt.internals import clusters
 from memopt.training import processes
 from memopt.training.config import Run
 from memopt.training.placement import make_mesh
@@ -33,7 +34,7 @@ def joined(monkeypatch):
 
     def initialize(*three, heartbeat_timeout_seconds, shutdown_timeout_seconds, **method):
         assert shutdown_timeout_seconds == heartbeat_timeout_seconds
-        in_cluster = any(cluster.is_env_present() for cluster in processes.CLUSTERS)
+        in_cluster = any(cluster.is_env_present() for cluster in clusters())
         assert method == {"cluster_detection_method": None if in_cluster else "deactivate"}
         calls.append((*three, heartbeat_timeout_seconds))
 

@@ -125,6 +125,11 @@ class Projector(abc.ABC):
     def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
         """A fresh basis for a gradient ``(*stack, m, n)``: ``(*stack, side, r)`` or one for all."""
 
+    @property
+    def keeps(self) -> int:
+        """The number of arrays kept between steps."""
+        return int(self.stored)
+
     def init(self, leaf: Leaf) -> tuple[Array, ...]:
         """The arrays kept between steps: a basis of zeros if stored, else none."""
         if not self.stored:
@@ -178,7 +183,8 @@ class Projector(abc.ABC):
         if r > side:
             raise ValueError(
                 f"rank must be between 1 and {side} for {leaf.name!r}, whose matrices are {m}×{n} "
-                f"with the {'rows' if self.is_left(leaf) else 'columns'} projected; got {r}."
+                f"with the {'rows' if self.is_left(leaf) else 'columns'} projected; got {r}; "
+                "memopt.describe shows what each parameter is taken for."
             )
         return side, r
 

@@ -47,6 +47,11 @@ class OnlinePca(Tracked):
 
     moves: ClassVar[bool] = True
 
+    @property
+    def keeps(self) -> int:
+        """The basis and the arrays of its optimizer."""
+        return 1 + len(jax.tree.leaves(jax.eval_shape(self.optimizer.init, jnp.zeros((1, 1)))))
+
     def init(self, leaf: Leaf) -> tuple[Array, ...]:
         """The basis and the state of its optimizer."""
         (basis,) = super().init(leaf)

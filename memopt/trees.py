@@ -1,0 +1,151 @@
+"""Trees of parameters, whichever boxes other libraries keep the arrays in.
+
+A box is a node with one array and what its library says of it: Flax's `nnx.Variable` and linen's
+`Partitioned`, Haliax's `NamedArray`. Boxes are told by what they offer, so that none of these
+libraries is imported. A function of a box is a function of its array; a result of the array's
+shape returns to the box, any other stands bare, because what a box says of its axes, its sharding
+above all, would be wrong of it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+NOTHING = optax.MaskedNode()
+"""Stands where nothing is kept of a parameter, as in states of ``optax.masked``."""
+
+
+def is_nothing(x: Any) -> bool:
+    """Whether it stands where nothing is kept."""
+    return isinstance(x, optax.MaskedNode)
+
+
+def is_box(x: Any) -> bool:
+    """Whether a node of a tree is a box of another library."""
+    offers = hasattr(type(x), "get_metadata") and hasattr(type(x), "get_value")  # nnx.Variable
+    offers = offers or hasattr(type(x), "replace_boxed")  # linen's AxisMetadata
+    offers = offers or (hasattr(x, "array") and hasattr(x, "axes"))  # Haliax's NamedArray
+    return offers and hasattr(_inside(x), "shape")
+
+
+def open_box(x: Any) -> Any:
+    """The array in a box; anything else as it is."""
+    return _inside(x) if is_box(x) else x
+
+
+def refill(box: Any, value: Any) -> Any:
+    """A result of the array in a box: in such a box if it has the array's shape, else bare."""
+    if not is_box(box) or getattr(value, "shape", None) != _inside(box).shape:
+        return value
+    structure: Any = jax.tree.structure(box, is_leaf=lambda x: x is not box)
+    return structure.unflatten([value])
+
+
+def axis_names(x: Any) -> tuple[str | None, ...] | None:
+    """What a box calls the axes of its array, None for one it does not name; None if for none."""
+    if not is_box(x):
+        return None
+    if hasattr(x, "axes") and hasattr(x, "array"):
+        names: Any = [axis.name for axis in x.axes]
+    elif hasattr(x, "get_metadata"):
+        names = x.get_metadata().get("out_sharding")
+    else:
+        names = getattr(x, "names", None)
+    names = getattr(names, "spec", names)  # of a NamedSharding
+    if names is None or not any(isinstance(name, str) for name in names):
+        return None
+    names = [name if isinstance(name, str) else None for name in names]
+    return (*names, *(None,) * (len(_inside(x).shape) - len(names)))
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """The name of a leaf, or of a box: the keys of its path joined by ``/``."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named_leaves(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[tuple[str, Any]], Any]:
+    """The arrays of a tree by name, boxes unopened, and its structure down to these.
+
+    Args:
+      tree: any pytree; its empty nodes (None, ``MaskedNode``) are part of the structure.
+      is_leaf: other nodes not to look into.
+
+    Example:
+      >>> named_leaves({"up": {"kernel": 1}, "norm": None})[0]
+      [('up/kernel', 1)]
+    """
+    stop = is_box if is_leaf is None else lambda x: is_box(x) or is_leaf(x)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)
+    return [(leaf_name(path), leaf) for path, leaf in leaves], structure
+
+
+def map_named(
+    f: Callable[..., Any],
+    tree: Any,
+    *rest: Any,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> Any:
+    """Maps ``f(name, array, *rest)`` over a tree, in and out of boxes.
+
+    Args:
+      f: takes an array's name, the array, and what stands at its place in each of `rest`.
+      tree: any pytree.
+      *rest: pytrees of which `tree` is a prefix.
+      is_leaf: other nodes not to look into.
+
+    Example:
+      >>> map_named(lambda name, x, y: (name, x + y), {"a": 1, "b": 2}, {"a": 3, "b": 4})
+      {'a': ('a', 4), 'b': ('b', 6)}
+    """
+    leaves, structure = named_leaves(tree, is_leaf)
+    columns = [[open_box(x) for x in structure.flatten_up_to(r)] for r in rest]
+    results = [
+        refill(leaf, f(name, open_box(leaf), *others))
+        for (name, leaf), *others in zip(leaves, *columns, strict=True)
+    ]
+    return structure.unflatten(results)
+
+
+def by_array(kept: Any, tree: Any, count: int) -> tuple[Any, ...]:
+    """A tree of tuples as a tuple of trees, `NOTHING` where there is nothing.
+
+    What stands at a leaf's place is then an array or nothing, as ``nnx.Optimizer`` wants it, and
+    the number of trees does not depend on `tree`, as ``optax.tree_map_params`` wants it.
+
+    Args:
+      kept: like `tree`, with a tuple of arrays in place of each leaf.
+      tree: any pytree.
+      count: the number of trees, no less than that of the arrays of any leaf.
+
+    Example:
+      >>> by_array({"a": (1, 2), "b": (3,)}, {"a": 0, "b": 0}, 2)
+      ({'a': 1, 'b': 3}, {'a': 2, 'b': MaskedNode()})
+    """
+    _, structure = named_leaves(tree)
+    rows = structure.flatten_up_to(kept)
+    return tuple(
+        structure.unflatten([k[i] if i < len(k) else NOTHING for k in rows]) for i in range(count)
+    )
+
+
+def by_leaf(arrays: tuple[Any, ...], tree: Any) -> Any:
+    """The inverse of `by_array`.
+
+    Example:
+      >>> by_leaf(({"a": 1, "b": 3}, {"a": 2, "b": NOTHING}), {"a": 0, "b": 0})
+      {'a': (1, 2), 'b': (3,)}
+    """
+    leaves, structure = named_leaves(tree)
+    columns = [structure.flatten_up_to(a) for a in arrays]
+    rows = zip(*columns, strict=True) if columns else [()] * len(leaves)
+    return structure.unflatten([tuple(x for x in row if not is_nothing(x)) for row in rows])
+
+
+def _inside(x: Any) -> Any:
+    """The only child of a node, None if it has none or several."""
+    children = jax.tree.leaves(x, is_leaf=lambda child: child is not x)
+    return children[0] if len(children) == 1 else None
