@@ -22,6 +22,7 @@ from tests.clients.training import (
     next_token_loss,
     rate,
 )
+from tests.clients.trees import assert_like
 
 
 def methods(*quick: str) -> Any:
@@ -34,28 +35,33 @@ RULES = (("vocab", "tp"), ("embed", "fsdp"), ("heads", "tp"), ("mlp", "tp"), ("k
 
 
 class Model(nnx.Module):
-    """One block of a language model; its parameters name axes of the mesh."""
+    """One block of a language model; its parameters name logical axes."""
 
     def __init__(self, rngs: nnx.Rngs):
         on = lambda *axes: nnx.with_partitioning(nnx.initializers.lecun_normal(), axes)
-        self.embed = nnx.Embed(VOCABULARY, WIDTH, embedding_init=on("tp", "fsdp"), rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(
+        linear = lambda inputs, outputs, *axes: nnx.Linear(
+            inputs, outputs, kernel_init=on(*axes), rngs=rngs
+        )
+        self.token_emb = nnx.Embed(
+            VOCABULARY, WIDTH, embedding_init=on("vocab", "embed"), rngs=rngs
+        )
+        self.mha = nnx.MultiHeadAttention(
             HEADS,
             WIDTH,
             decode=False,
-            kernel_init=on("fsdp", "tp", None),
-            out_kernel_init=on("tp", None, "fsdp"),
+            kernel_init=on("embed", "heads", "kv"),
+            out_kernel_init=on("heads", "kv", "embed"),
             rngs=rngs,
         )
-        self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.up = nnx.Linear(WIDTH, HIDDEN, kernel_init=on("fsdp", "tp"), rngs=rngs)
-        self.down = nnx.Linear(HIDDEN, WIDTH, kernel_init=on("tp", "fsdp"), rngs=rngs)
-        self.head = nnx.Linear(WIDTH, VOCABULARY, kernel_init=on("fsdp", "tp"), rngs=rngs)
+        self.layer_norm1 = nnx.LayerNorm(WIDTH, rngs=rngs)
+        self.linear1 = linear(WIDTH, HIDDEN, "embed", "mlp")
+        self.linear2 = linear(HIDDEN, WIDTH, "mlp", "embed")
+        self.output_layer = linear(WIDTH, VOCABULARY, "embed", "vocab")
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.embed(tokens)
-        x = x + self.attention(self.norm(x), mask=nn.make_causal_mask(tokens))
-        return self.head(x + self.down(nnx.gelu(self.up(x))))
+        x = self.token_emb(tokens)
+        x = x + self.mha(self.layer_norm1(x), mask=nn.make_causal_mask(tokens))
+        return self.output_layer(x + self.linear2(nnx.gelu(self.linear1(x))))
 
 
 def nnx_training(method: str) -> tuple[Any, Step]:
@@ -74,25 +80,30 @@ def nnx_training(method: str) -> tuple[Any, Step]:
 
 @methods("adafactor", "apollo_mini", "adamw_8bit")
 def test_nnx_optimizer(method, tmp_path):
-    with jax.set_mesh(make_mesh()):
+    with jax.set_mesh(make_mesh()), nnx.logical_axis_rules(RULES):
         check(*nnx_training(method), tmp_path)
 
 
 class LinenModel(nn.Module):
-    """The same in Linen; its parameters name logical axes."""
+    """The same in Linen; as in Flax's example, attention's boxes name two of its three axes."""
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        on = lambda *axes: nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
-        x = nn.Embed(VOCABULARY, WIDTH, embedding_init=on("vocab", "embed"))(tokens)
-        x = x + nn.MultiHeadDotProductAttention(
-            HEADS,
-            kernel_init=on("embed", "heads", "kv"),
-            out_kernel_init=on("heads", "kv", "embed"),
-        )(nn.LayerNorm()(x), mask=nn.make_causal_mask(tokens))
-        y = nn.Dense(HIDDEN, kernel_init=on("embed", "mlp"))(x)
-        x = x + nn.Dense(WIDTH, kernel_init=on("mlp", "embed"))(nn.gelu(y))
-        return nn.Dense(VOCABULARY, kernel_init=on("embed", "vocab"), name="logitdense")(x)
+        init = nn.initializers
+        on = lambda init, *axes: nn.with_logical_partitioning(init, axes)
+        matrix = lambda *axes: on(init.lecun_normal(), *axes)
+        dense = lambda size, *axes, **options: nn.Dense(
+            size, kernel_init=matrix(*axes), bias_init=on(init.zeros, axes[1]), **options
+        )
+        norm = nn.LayerNorm(scale_init=on(init.ones, "embed"), bias_init=on(init.zeros, "embed"))
+        attention = nn.MultiHeadDotProductAttention(
+            HEADS, kernel_init=matrix("embed", "kv"), use_bias=False
+        )
+        x = nn.Embed(VOCABULARY, WIDTH, embedding_init=matrix("vocab", "embed"))(tokens)
+        x = x + attention(norm(x), mask=nn.make_causal_mask(tokens))
+        y = nn.gelu(dense(HIDDEN, "embed", "mlp")(x))
+        x = x + dense(WIDTH, "mlp", "embed")(y)
+        return dense(VOCABULARY, "embed", "vocab", name="logitdense")(x)
 
 
 def linen_training(method: str) -> tuple[Any, Step]:
@@ -139,3 +150,9 @@ def bare_linen_training(method: str) -> tuple[Any, Step]:
 def test_linen_train_state(method, tmp_path):
     with jax.set_mesh(make_mesh()):
         check(*bare_linen_training(method), tmp_path)
+
+
+def test_trees_by_hand_are_flaxs():
+    with nnx.use_eager_sharding(False):
+        assert_like("flax_nnx", nnx.state(Model(nnx.Rngs(0)), nnx.Param))
+    assert_like("lm1b", LinenModel().init(jax.random.key(0), TOKENS)["params"])

@@ -10,7 +10,6 @@ import optax
 import pytest
 
 import memopt
-from memopt.matrices import leaf_name
 from tests.clients.optimizers import METHODS
 from tests.clients.training import (
     HEADS,
@@ -25,6 +24,7 @@ from tests.clients.training import (
     rate,
     shard,
 )
+from tests.clients.trees import assert_like
 
 pytestmark = pytest.mark.integrations
 
@@ -37,13 +37,13 @@ def equinox_model() -> tuple[Any, Callable[[Any], jax.Array]]:
         embedding: eqx.nn.Embedding
         pos: jax.Array
         attention: eqx.nn.MultiheadAttention
-        norm: eqx.nn.LayerNorm
+        norm1: eqx.nn.LayerNorm
         mlp: eqx.nn.MLP
         unembed: eqx.nn.Linear
 
         def __call__(self, tokens):
             x = jax.vmap(self.embedding)(tokens) + self.pos
-            y = jax.vmap(self.norm)(x)
+            y = jax.vmap(self.norm1)(x)
             x = x + self.attention(y, y, y, mask=jnp.tri(LENGTH, dtype=bool))
             return jax.vmap(self.unembed)(x + jax.vmap(self.mlp)(x))
 
@@ -68,7 +68,8 @@ def haiku_model() -> tuple[Any, Callable[[Any], jax.Array]]:
         y = hk.LayerNorm(-1, create_scale=True, create_offset=True)(x)
         attention = hk.MultiHeadAttention(HEADS, WIDTH // HEADS, w_init=init, model_size=WIDTH)
         x = x + attention(y, y, y, mask=jnp.tri(LENGTH, dtype=bool)[None, None])
-        x = x + hk.Linear(WIDTH)(jax.nn.gelu(hk.Linear(HIDDEN)(x)))
+        y = hk.Linear(HIDDEN)(x)
+        x = x + hk.Linear(WIDTH)(jax.nn.gelu(y))
         return hk.Linear(VOCABULARY)(x)
 
     model = hk.without_apply_rng(hk.transform(forward))
@@ -189,9 +190,6 @@ def test_keras_list(method, tmp_path):
         check(*training(tx, params, logits, mesh), tmp_path)
 
 
-# What the hand-made trees say of a library is what the library says.
-TABLES = {"equinox": "equinox", "haiku": "haiku", "keras": "keras"}
-
-
-def names(params: Any) -> dict[str, tuple[int, ...]]:
-    return {leaf_name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(params)}
+@pytest.mark.parametrize("library", ["equinox", "haiku", "keras"])
+def test_trees_by_hand_are_the_librarys(library):
+    assert_like(library, MODELS[library]()[0])
