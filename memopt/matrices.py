@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
-from memopt.parameters import MATRIX, as_tuple, read_parameter, read_parameters
-from memopt.parameters import Matrix as Matrix
+from memopt.axes import Matrix as Matrix
+from memopt.axes import as_tuple
+from memopt.names import MATRIX
+from memopt.parameters import read_parameter, read_parameters
 from memopt.trees import named_leaves, open_box, refill
 
 Selection = Callable[[str, Any], Matrix | None]
@@ -105,8 +107,8 @@ def every_matrix(name: str, leaf: Any) -> Matrix | None:
 def hidden_matrices(name: str, leaf: Any) -> Matrix | None:
     """Selects the hidden matrices: `every_matrix` less embeddings, positions, routers and heads.
 
-    Which these are `memopt.names` says, by the names of many libraries; `memopt.describe` shows
-    what became of each parameter.
+    `memopt.names` recognises these by the names that many libraries give them;
+    `memopt.describe` shows the result for each parameter.
 
     Args:
       name: the leaf's name, its keys joined by ``/``.
@@ -126,11 +128,11 @@ def hidden_matrices(name: str, leaf: Any) -> Matrix | None:
 
 
 def out_in(name: str, leaf: Any) -> Matrix | None:
-    """Selects the hidden matrices of a library that stores them as (outputs, inputs).
+    """Selects the hidden matrices of a model that stores kernels as (outputs, inputs).
 
-    Equinox's and Levanter's are; those of Flax, Haiku and Keras are (inputs, outputs), as memopt
-    takes them to be. It matters to Muon's scale and to APOLLO, GaLore and their kin of square
-    matrices, whose projected side is that of the inputs.
+    Equinox and Levanter do; Flax, Haiku and Keras store (inputs, outputs), the default. The
+    orientation matters to Muon's scale, and to subspaces of square matrices, whose inputs are
+    projected.
 
     Args:
       name: the leaf's name, its keys joined by ``/``.
@@ -238,7 +240,7 @@ def _selection(matrices: Matrices) -> Selection:
 
 @contextlib.contextmanager
 def layouts_seen() -> Iterator[dict[str, Layout]]:
-    """Notes by name the layout in which each parameter is first seen within it."""
+    """Collects by name the first layout that `map_matrices` uses for each parameter."""
     seen: dict[str, Layout] = {}
     token = _SEEN.set(seen)
     try:
@@ -248,7 +250,7 @@ def layouts_seen() -> Iterator[dict[str, Layout]]:
 
 
 def layout_of(name: str, leaf: Any, matrix: Any) -> Layout:
-    """The axes of one array that is this matrix, or, of None, a vector.
+    """The layout of an array with this `Matrix`, or of a vector if it is None.
 
     Raises:
       ValueError: if the matrix names axes that the array does not have.
@@ -270,7 +272,7 @@ def layout_of(name: str, leaf: Any, matrix: Any) -> Layout:
 
 
 def _is_dimension_numbers(x: Any) -> bool:
-    """Whether it is Muon's in Optax, which imports slowly."""
+    """Whether it is a `MuonDimensionNumbers`; ``optax.contrib`` takes long to import."""
     return hasattr(x, "reduction_axis") and hasattr(x, "output_axis")
 
 

@@ -1,8 +1,28 @@
-"""What the names of parameters say they are, in the libraries people bring models from."""
+"""Kinds of parameters by their names, in the libraries that models come from."""
 
 import functools
 import re
+from collections.abc import Sequence
 from fnmatch import translate
+from typing import NamedTuple
+
+MATRIX, EMBEDDING, POSITION = "matrix", "embedding", "position"
+ROUTER, HEAD, VECTOR = "router", "head", "vector"
+
+
+class Entry(NamedTuple):
+    """A parameter as it is read.
+
+    Attributes:
+      name: its keys joined by ``/``.
+      shape: of the array.
+      axes: the names of its axes, if known.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...] | None
+
 
 LIBRARIES: dict[str, dict[str, str]] = {
     "Flax": {
@@ -57,10 +77,11 @@ LIBRARIES: dict[str, dict[str, str]] = {
         "output": "out_proj",
     },
 }
-"""By library and kind the names it has, as they are after `words`; ``*`` and ``?`` match any.
+"""Patterns of names by library and kind, for parts of a path after `words`.
 
-A norm is what holds a parameter, or is one; a vector is the parameter itself. An embedding, a
-position and a head may hold much; an outer head is one only where no layer is around it.
+"vector" is matched with the last part of a path, "norm" and "router" with the last two, "position",
+"head" and "embedding" with all. An "outer head" is a head only at the top of a model. "query",
+"key and value" and "output" are the parts of an attention module.
 """
 
 _NOT_A_HEAD = re.compile(r".*(multi|per|each|attention|attn|num)_head")
@@ -75,7 +96,7 @@ def _pattern(kind: str) -> re.Pattern[str]:
 
 @functools.cache
 def words(part: str) -> str:
-    """A part of a path as lower-case words, less the number that counts it.
+    """A part of a path in snake case, without the number at its end.
 
     Example:
       >>> words("LayerNorm_0"), words("wi_1"), words("_key_norm"), words("norm1")
@@ -86,20 +107,20 @@ def words(part: str) -> str:
 
 
 def is_called(kind: str, part: str) -> bool:
-    """Whether a part of a path is a name of this kind in any library."""
+    """Whether a part of a path matches a pattern of this kind in any library."""
     return bool(_pattern(kind).fullmatch(words(part)))
 
 
 @functools.cache
 def kind_of(name: str) -> tuple[str, str] | None:
-    """What a parameter's name says it is, and which part of the name says so.
+    """The kind that a parameter's name implies, and the part of the name that implies it.
 
     Args:
       name: its keys joined by ``/``.
 
     Returns:
       "vector" (norms, biases, scales), "embedding", "position", "router" or "head", and the part
-      of the name; None if it says nothing.
+      of the name; None if no part matches.
 
     Example:
       >>> kind_of("decoder/logits_dense/kernel"), kind_of("prenorm_attention/q/kernel")
@@ -128,11 +149,11 @@ def kind_of(name: str) -> tuple[str, str] | None:
 
 
 def attention_part(name: str) -> tuple[str, str, str] | None:
-    """Where in an attention module a parameter is.
+    """The part of an attention module that a parameter belongs to.
 
     Returns:
-      The name around the part that says so, with a ``*`` in its place; "query", "key and value"
-      or "output"; and that part. None if no part says so.
+      The name with a ``*`` in place of the part; "query", "key and value" or "output"; and the
+      part. None if no part of the name matches.
 
     Example:
       >>> attention_part("layers/attn/q_proj/kernel")
@@ -144,3 +165,36 @@ def attention_part(name: str) -> tuple[str, str, str] | None:
             if is_called(kind, parts[i]):
                 return "/".join([*parts[:i], "*", *parts[i + 1 :]]), kind, parts[i]
     return None
+
+
+def kinds_of(entries: Sequence[Entry]) -> dict[str, tuple[str, str]]:
+    """Kinds of parameters by their names and by the tree around them, each with its reason."""
+    found = {}
+    names = {e.name for e in entries}
+    for e in entries:
+        said = kind_of(e.name)
+        module, _, last = e.name.rpartition("/")
+        if said:
+            found[e.name] = (said[0], f"{said[1]!r} in its name")
+        elif last == "b" and module and f"{module}/a" not in names:
+            found[e.name] = (VECTOR, "'b' in a module is a bias")
+        elif (around := re.match("(.*)/gate(/|$)", e.name)) and _has_experts(around[1], names):
+            found[e.name] = (ROUTER, "'gate' beside experts")
+        elif e.axes and "vocab" in e.axes:
+            kind = EMBEDDING if e.axes[0] == "vocab" else HEAD
+            found[e.name] = (kind, "'vocab' in the axes of its box")
+    embeddings = [e for e in entries if found.get(e.name, ("",))[0] == EMBEDDING]
+    if len(embeddings) == 1 and HEAD not in {kind for kind, _ in found.values()}:
+        # A head without a telling name is the only other matrix with a side of the vocabulary.
+        sides = sorted(embeddings[0].shape)
+        others = [e for e in entries if e.name not in found and sorted(e.shape) == sides]
+        if len(others) == 1 and len(sides) == 2 and sides[0] < sides[1]:
+            why = f"no other matrix has the sides of {embeddings[0].name!r}"
+            found[others[0].name] = (HEAD, why)
+    return found
+
+
+def _has_experts(module: str, names: set[str]) -> bool:
+    """Whether a module is a mixture of experts, by its own name or a name inside it."""
+    inside = [name for name in names if name.startswith(f"{module}/")]
+    return "moe" in words(module.rpartition("/")[2]) or any("expert" in name for name in inside)

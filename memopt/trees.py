@@ -1,10 +1,10 @@
-"""Trees of parameters, whichever boxes other libraries keep the arrays in.
+"""Trees of arrays, bare or in the boxes of other libraries.
 
-A box is a node with one array and what its library says of it: Flax's `nnx.Variable` and linen's
-`Partitioned`, Haliax's `NamedArray`. Boxes are told by what they offer, so that none of these
-libraries is imported. A function of a box is a function of its array; a result of the array's
-shape returns to the box, any other stands bare, because what a box says of its axes, its sharding
-above all, would be wrong of it.
+A box is a pytree node that holds one array and metadata of its axes: Flax's `nnx.Variable`, linen's
+`Partitioned` and `LogicallyPartitioned`, Haliax's `NamedArray`. They are recognised by their
+attributes, so that none of these libraries is imported. Functions here see the array in a box. A
+result with the array's shape goes back into such a box; any other stays bare, because the metadata,
+its sharding above all, would be wrong for it.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ NOTHING = optax.MaskedNode()
 
 
 def is_nothing(x: Any) -> bool:
-    """Whether it stands where nothing is kept."""
+    """Whether a node is `NOTHING`."""
     return isinstance(x, optax.MaskedNode)
 
 
 def is_box(x: Any) -> bool:
-    """Whether a node of a tree is a box of another library."""
+    """Whether a node of a tree is another library's box with an array."""
     offers = hasattr(type(x), "get_metadata") and hasattr(type(x), "get_value")  # nnx.Variable
     offers = offers or hasattr(type(x), "replace_boxed")  # linen's AxisMetadata
     offers = offers or (hasattr(x, "array") and hasattr(x, "axes"))  # Haliax's NamedArray
@@ -31,12 +31,12 @@ def is_box(x: Any) -> bool:
 
 
 def open_box(x: Any) -> Any:
-    """The array in a box; anything else as it is."""
+    """Returns the array in a box, and anything else unchanged."""
     return _inside(x) if is_box(x) else x
 
 
 def refill(box: Any, value: Any) -> Any:
-    """A result of the array in a box: in such a box if it has the array's shape, else bare."""
+    """Puts a value in a box like this one if it has the shape of the box's array."""
     if not is_box(box) or getattr(value, "shape", None) != _inside(box).shape:
         return value
     structure: Any = jax.tree.structure(box, is_leaf=lambda x: x is not box)
@@ -44,7 +44,7 @@ def refill(box: Any, value: Any) -> Any:
 
 
 def axis_names(x: Any) -> tuple[str | None, ...] | None:
-    """What a box calls the axes of its array, None for one it does not name; None if for none."""
+    """Names of the axes of the array in a box, None for an unnamed axis; None if all are."""
     if not is_box(x):
         return None
     if hasattr(x, "axes") and hasattr(x, "array"):
@@ -61,18 +61,18 @@ def axis_names(x: Any) -> tuple[str | None, ...] | None:
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
-    """The name of a leaf, or of a box: the keys of its path joined by ``/``."""
+    """The name of a leaf or box: the keys of its path joined by ``/``."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def named_leaves(
     tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[tuple[str, Any]], Any]:
-    """The arrays of a tree by name, boxes unopened, and its structure down to these.
+    """Flattens a tree into named leaves, where a box is a leaf, and the structure above them.
 
     Args:
-      tree: any pytree; its empty nodes (None, ``MaskedNode``) are part of the structure.
-      is_leaf: other nodes not to look into.
+      tree: any pytree; empty nodes (None, ``MaskedNode``) are part of the structure.
+      is_leaf: tells which other nodes are leaves.
 
     Example:
       >>> named_leaves({"up": {"kernel": 1}, "norm": None})[0]
@@ -89,13 +89,13 @@ def map_named(
     *rest: Any,
     is_leaf: Callable[[Any], bool] | None = None,
 ) -> Any:
-    """Maps ``f(name, array, *rest)`` over a tree, in and out of boxes.
+    """Maps ``f(name, array, *rest)`` over a tree, opening and refilling boxes.
 
     Args:
-      f: takes an array's name, the array, and what stands at its place in each of `rest`.
+      f: takes an array's name, the array, and the corresponding node of each of `rest`.
       tree: any pytree.
       *rest: pytrees of which `tree` is a prefix.
-      is_leaf: other nodes not to look into.
+      is_leaf: tells which other nodes are leaves.
 
     Example:
       >>> map_named(lambda name, x, y: (name, x + y), {"a": 1, "b": 2}, {"a": 3, "b": 4})
@@ -111,15 +111,15 @@ def map_named(
 
 
 def by_array(kept: Any, tree: Any, count: int) -> tuple[Any, ...]:
-    """A tree of tuples as a tuple of trees, `NOTHING` where there is nothing.
+    """Transposes a tree of tuples into a tuple of trees, with `NOTHING` where a tuple is short.
 
-    What stands at a leaf's place is then an array or nothing, as ``nnx.Optimizer`` wants it, and
-    the number of trees does not depend on `tree`, as ``optax.tree_map_params`` wants it.
+    Each leaf is then an array or nothing, as ``nnx.Optimizer`` needs it, and the number of trees
+    does not depend on `tree`, as ``optax.tree_map_params`` needs it.
 
     Args:
       kept: like `tree`, with a tuple of arrays in place of each leaf.
       tree: any pytree.
-      count: the number of trees, no less than that of the arrays of any leaf.
+      count: the number of trees, at least the length of the longest tuple.
 
     Example:
       >>> by_array({"a": (1, 2), "b": (3,)}, {"a": 0, "b": 0}, 2)

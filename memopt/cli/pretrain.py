@@ -17,6 +17,7 @@ from rich.table import Table
 
 from memopt.cli.errors import fail
 from memopt.planning.step_memory import step_memory
+from memopt.state.describe import describe
 from memopt.state.quantized import dequantize_params
 from memopt.training.config import Config, read_flags
 from memopt.training.directory import choose_directory
@@ -119,10 +120,12 @@ def _introduce(run: Training, console: Console) -> None:
     config, step = run.config, int(run.state.step)
     dense = jax.eval_shape(dequantize_params, run.state.params)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(dense))
+    kinds = describe(run.tx, dense).by_kind()
     mesh = ", ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items())
     lines = (
         f"model      {config.architecture.model}, {parameters:,} parameters",
         f"optimizer  {config.optimization.optimizer} {' '.join(config.optimization.option)}",
+        *(f"{'' if i else 'taken for':<10} {line}" for i, line in enumerate(kinds)),
         f"text       {' '.join(config.text.data)}, tokenizer {run.tokenizer.name}",
         f"mesh       {mesh} of {jax.device_count()} {jax.devices()[0].device_kind} devices",
         f"output     {run.directory}" + (f", resumed at step {step}" if step else ""),

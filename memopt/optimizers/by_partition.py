@@ -19,7 +19,7 @@ def matrices_and_rest(
     Args:
       method: what updates the matrices.
       rest: what updates embeddings, output head, norms and biases; None is `method` too.
-      matrices: which leaves are matrices; see `memopt.matrices.hidden_matrices`.
+      matrices: which leaves are matrices; see `memopt.hidden_matrices`.
 
     Example:
       >>> import memopt, jax.numpy as jnp

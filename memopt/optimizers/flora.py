@@ -59,7 +59,7 @@ def flora(
       projector: "gaussian", any other name in `memopt.projectors`, or a projector, which then
         says rank and seed itself.
       matrices: which leaves have their momentum in a subspace, and of which axes, by default
-        `memopt.matrices.hidden_matrices`. Leaves that it is given and leaves out have a second
+        `memopt.hidden_matrices`. Leaves that it is given and leaves out have a second
         moment of full size; by default every matrix's is factored.
       rest: what updates the other leaves.
       weight_decay: decoupled decay, times the learning rate.

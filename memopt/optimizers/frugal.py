@@ -66,7 +66,7 @@ def frugal(
         "orthogonal", any other name in `memopt.projectors`, or a projector, which then says
         density or rank itself.
       matrices: which leaves are hidden matrices, and of which axes; see
-        `memopt.matrices.hidden_matrices`.
+        `memopt.hidden_matrices`.
       rest: what updates the other leaves; by default AdamW at the same learning rate and decay.
       weight_decay: decoupled decay, times the learning rate.
       weight_decay_mask: which leaves decay, as in ``optax.adamw``.

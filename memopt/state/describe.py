@@ -1,4 +1,4 @@
-"""What an optimizer takes each parameter for, and what it keeps of it."""
+"""A table of parameters: how an optimizer treats each, and the state that it keeps."""
 
 import collections
 import dataclasses
@@ -8,21 +8,23 @@ from typing import Any, NamedTuple
 import optax
 
 from memopt.matrices import Layout, layout_of, layouts_seen
-from memopt.parameters import MATRIX, VECTOR, Parameter, read_parameters
+from memopt.names import MATRIX, VECTOR
+from memopt.parameters import Parameter, read_parameters
 from memopt.state.bytes import state_bytes
 
 
 class Described(NamedTuple):
-    """What an optimizer takes a parameter for.
+    """One row of a `Description`.
 
     Attributes:
       name: its keys joined by ``/``.
       shape: of the array.
       kind: "matrix", "embedding", "position", "router", "head" or "vector".
-      axes: the axes of rows, of columns and of the stack, as text; "" if it treats entries alike.
-      why: what says so.
-      kept_by: the transformations that keep something of it.
-      state: bytes of state kept of it; None if the optimizer refuses the parameters.
+      axes: the axes of rows, of columns and of the stack, as text; "" if the optimizer treats it
+        entry by entry.
+      why: the reason for `kind` and `axes`.
+      kept_by: the transformations that keep state for it.
+      state: bytes of that state; None if the optimizer refuses the parameters.
     """
 
     name: str
@@ -36,11 +38,11 @@ class Described(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What `describe` found; ``print`` shows it as a table.
+    """The result of `describe`; ``print`` shows it as a table.
 
     Attributes:
-      rows: of each parameter, in the order of the tree.
-      refused: why the optimizer cannot work with these parameters, "" if it can.
+      rows: one for each parameter, in the order of the tree.
+      refused: the optimizer's error for these parameters, "" if it accepts them.
     """
 
     rows: tuple[Described, ...]
@@ -59,20 +61,19 @@ class Description:
         return "\n".join([*lines, *([f"refused: {self.refused}"] if self.refused else [])])
 
     def by_kind(self) -> Iterator[str]:
-        """A line for each kind of parameter, and for each method that kinds get."""
+        """Yields a line for each kind of parameter and the transformations that keep its state."""
         groups: dict[tuple[str, str], list[Described]] = collections.defaultdict(list)
         for row in self.rows:
             groups[row.kind, _kept_by(row)].append(row)
         cells = []
         for (kind, kept_by), rows in groups.items():
             state = sum(row.state or 0 for row in rows)
-            names = ", ".join(row.name for row in rows[:2]) + ", …" * (len(rows) > 2)
-            cells.append((f"{len(rows)}", kind, kept_by, f"{state:,} bytes", names))
+            cells.append((f"{len(rows)}", kind, kept_by, f"{state:,} bytes"))
         return _aligned(cells)
 
 
 def describe(tx: optax.GradientTransformation, params: Any) -> Description:
-    """Shows what an optimizer takes each parameter for; evaluates shapes only.
+    """Shows how an optimizer treats each parameter, from shapes alone.
 
     Args:
       tx: any Optax transformation.
@@ -80,9 +81,9 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
         Haliax.
 
     Returns:
-      A row for each parameter: whether it is a matrix, and of which axes, an embedding, a
-      position, a router, a head or a vector; what says so (its name, the axis names in its box,
-      the module around it, `matrices`); the transformations that keep state of it, and how much.
+      A row for each parameter: its kind (matrix, embedding, position, router, head or vector), its
+      rows and columns, the reason (its name, the axis names in its box, its module, `matrices`),
+      the transformations that keep state for it, and the bytes of that state.
 
     Example:
       >>> import jax, memopt
@@ -93,8 +94,8 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
       ('rows 0, cols 1 2', 516, ('scale_by_adam',))
       >>> for line in found.by_kind():
       ...     print(line)
-      1  head    scale_by_adam                           262,144 bytes  head
-      2  matrix  scale_by_uncorrected_adam, in_subspace    1,032 bytes  o, q
+      1  head    scale_by_adam                           262,144 bytes
+      2  matrix  scale_by_uncorrected_adam, in_subspace    1,032 bytes
     """
     parameters = read_parameters(params)
     table, refused = None, ""
@@ -112,7 +113,7 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
 
 
 def _taken_for(p: Parameter, layout: Layout | None) -> tuple[str, str, str]:
-    """The kind of a parameter, its axes and what says so, by what an optimizer did with it."""
+    """Kind, axes and reason of a parameter, given the layout that the optimizer used."""
     why = f"{p.why}, but {p.doubt}" if p.doubt else p.why
     if layout is None:
         return p.kind, "", why
@@ -138,7 +139,7 @@ def _bytes(state: int | None) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Rows of cells in columns; numbers to the right."""
+    """Pads cells into columns, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [

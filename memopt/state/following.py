@@ -98,7 +98,7 @@ def followers(
 class _Init:
     """``tx.init`` as a function of the shapes of some parameters; the others keep theirs.
 
-    Parameters stay what they are, the same matrices of the same axes, and stand bare.
+    Parameters keep their kinds and axes, and are given without boxes.
     """
 
     def __init__(self, tx: optax.GradientTransformation, params: Any) -> None:

@@ -100,7 +100,7 @@ def accumulate_in_subspace(
         a replay, whose steps are cycles.
       seed: what the projections are drawn from.
       matrices: which leaves are projected, and which axes are their rows and columns; by
-        default the hidden matrices, see `memopt.matrices.hidden_matrices`.
+        default the hidden matrices, see `memopt.hidden_matrices`.
 
     Returns:
       A transformation whose state is an `AccumulateState`.

@@ -111,8 +111,8 @@ def scale_by_shape(
 
     Args:
       consistent_rms: that of every update; 0.2 is about AdamW's.
-      matrices: which leaves are matrices, and of which axes; see `memopt.matrices`. A vector is a
-        matrix of one row.
+      matrices: which leaves are matrices, and of which axes; see `memopt.matrices`. Rows are
+        inputs, see `memopt.out_in`; a vector is a matrix of one row.
 
     References:
       Jordan et al., Muon, 2024, https://kellerjordan.github.io/posts/muon/; Liu et al., Muon is

@@ -29,7 +29,7 @@ def whole_shorter_sides(params: Any, *, by_layer: bool = False, matrices: Matric
       by_layer: whether updates are made a layer at a time, as by a released step; stacks then
         stay as they are.
       matrices: which leaves are matrices, and of which axes; see
-        `memopt.matrices.hidden_matrices`.
+        `memopt.hidden_matrices`.
 
     Returns:
       ``jax.ShapeDtypeStruct`` like `params`. What is no matrix stays where it is; so does one

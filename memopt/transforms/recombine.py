@@ -66,7 +66,7 @@ class Recombine(abc.ABC):
         return
 
     def init(self, gradient: Array) -> Any:
-        """What is kept between steps, or `NOTHING`; of an array only shape and dtype matter."""
+        """The array kept between steps, of which only shape and dtype matter, or `NOTHING`."""
         return NOTHING
 
     def correct(self, gradient: Array, state: Any) -> Array:

@@ -12,7 +12,8 @@ from jax import Array
 
 from memopt.errors import NoSuchPairing, check_at_least, check_choice
 from memopt.matrices import Layout, Matrices, Matrix, explicit_axes, map_matrices
-from memopt.parameters import MATRIX, VECTOR, Parameter, known
+from memopt.names import MATRIX, VECTOR
+from memopt.parameters import Parameter, known
 from memopt.state.precision import statistics_dtype, zeros_of
 from memopt.transforms.moments import CarryOver, first_moment
 from memopt.transforms.projectors import Leaf, Projector, When
@@ -71,7 +72,7 @@ def in_subspace(
         the matrices take turns, by name, so that no step refreshes all of them; the state is
         then an ``optax.partition`` of such transformations.
       matrices: which leaves are projected, and which axes are their rows and columns; by
-        default the hidden matrices, see `memopt.matrices.hidden_matrices`.
+        default the hidden matrices, see `memopt.hidden_matrices`.
 
     Returns:
       A transformation whose state is an `InSubspaceState`.
@@ -201,10 +202,10 @@ def in_subspace(
 
 
 def _as_projections(low: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
-    """Within it projections are stacks of matrices, whatever axes the parameters have.
+    """Fixes that projections are stacks of matrices, whatever axes their parameters have.
 
     Args:
-      low: by name of a parameter its projected gradient, or anything with as many axes.
+      low: projected gradients by the name of the parameter.
     """
 
     def parameter(name: str, x: Any) -> Parameter:

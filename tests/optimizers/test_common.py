@@ -421,6 +421,27 @@ def test_none_leaves_and_empty_trees(name, tree):
 
 
 @every_case
+def test_tree_map_params(name, tree):
+    """Each array meets the parameter that it is kept for; where nothing is kept a mask stands."""
+    tx = CASES[name].make(1e-2)
+    state = plain(name)[1]
+    chex.assert_trees_all_equal(optax.tree_map_params(tx, lambda x: x, state), state)
+
+    names = {leaf_name(path): i for i, (path, _) in enumerate(jax.tree.leaves_with_path(tree(0)))}
+    numbers = jax.tree.unflatten(jax.tree.structure(tree(0)), list(names.values()))
+    is_nothing = lambda x: isinstance(x, optax.MaskedNode)
+    number = lambda x, i: x if is_nothing(x) else i
+    of_none = {"transform_non_params": lambda x: -1}
+    owners = optax.tree_map_params(tx, number, state, numbers, is_leaf=is_nothing, **of_none)
+    kept = dict.fromkeys(names.values(), 0)
+    for x, owner in zip(jax.tree.leaves(state), jax.tree.leaves(owners), strict=True):
+        if owner >= 0:
+            kept[owner] += x.size * bits_of(x.dtype) // 8
+    table = memopt.state_bytes(tx, tree(0))
+    assert kept == {i: table[leaf] for leaf, i in names.items()}
+
+
+@every_case
 def test_abstract_init(name, tree):
     shapes = jax.eval_shape(lambda: tree(0))
     concrete = plain(name)[1]

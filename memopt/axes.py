@@ -1,0 +1,275 @@
+"""Rows and columns of the parameters in a tree.
+
+They follow from axis names in the boxes of other libraries, else from the module that a parameter
+is in, else they are its last two axes.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from memopt.names import VECTOR, Entry, attention_part, kind_of, words
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """Names the axes of an array that are a matrix's rows and columns.
+
+    Every axis that is not named is a *stack*: an array is as many separate matrices as its
+    stack has entries (scanned layers, experts), and every transform of memopt treats each of
+    them on its own, in one batched operation.
+
+    Rows are taken for inputs and columns for outputs, which matters to Muon's scale and to the
+    choice of the side that a subspace projects in square matrices; see `memopt.out_in`.
+
+    Attributes:
+      rows: the axis, or axes, that index rows; negative ones count from the end.
+      cols: the axis, or axes, that index columns.
+
+    Example:
+      >>> Matrix()                        # a Dense kernel, scanned or not
+      Matrix(rows=-2, cols=-1)
+      >>> Matrix(rows=0, cols=(1, 2))     # an attention kernel (d, heads, head_dim)
+      Matrix(rows=0, cols=(1, 2))
+    """
+
+    rows: int | tuple[int, ...] = -2
+    cols: int | tuple[int, ...] = -1
+
+
+def as_tuple(side: int | tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of a side of a `Matrix`."""
+    return side if isinstance(side, tuple) else (side,)
+
+
+class Axes(NamedTuple):
+    """Rows and columns, None for a vector; the reason for it, and the reason against it."""
+
+    matrix: Matrix | None
+    why: str
+    doubt: str = ""
+
+
+LAST_TWO = Axes(Matrix(), "its last two axes")
+
+
+def axes_of(entries: Sequence[Entry]) -> dict[str, Axes]:
+    """Rows and columns of those parameters for which they are not simply the last two axes."""
+    found = {}
+    for e in entries:
+        matrix, settled = _by_axis_names(e.axes or ())
+        if settled:
+            text = "×".join(name or "?" for name in e.axes or ())
+            found[e.name] = Axes(matrix, f"its box names its axes {text}")
+    return _attention(entries) | _low_rank_pairs(entries) | _convolutions(entries) | found
+
+
+STACK_AXES = frozenset(
+    {"layer", "layers", "block", "blocks", "stack", "scan", "stage", "stages"}
+    | {"repeats", "circular_repeats", "qkv", "exp", "expert", "experts", "num_experts"}
+)
+"""Names of axes that count matrices."""
+
+HEAD_AXES = frozenset(
+    {"head", "heads", "num_heads", "q_heads", "kv_head", "kv_heads", "num_kv_heads"}
+    | {"q_heads_per_group", "kv", "head_dim", "head_size", "kv_head_dim", "d_head"}
+)
+"""Names of axes that count heads or are inside a head; together they are one side of a matrix."""
+
+
+def _by_axis_names(names: tuple[str | None, ...]) -> tuple[Matrix | None, bool]:
+    """Rows and columns by the names of axes, None for a vector; and whether the names settle it.
+
+    Example:
+      >>> _by_axis_names(("embed", "layers", "q_heads", "kv"))
+      (Matrix(rows=0, cols=(2, 3)), True)
+      >>> _by_axis_names(("heads", "embed", "head_dim"))
+      (Matrix(rows=1, cols=(0, 2)), True)
+      >>> _by_axis_names(("norm", "layers")), _by_axis_names((None, "fsdp", None))
+      ((None, True), (None, False))
+    """
+    core = [a for a, name in enumerate(names) if name not in STACK_AXES]
+    heads = tuple(a for a in core if names[a] in HEAD_AXES)
+    others = [a for a in core if names[a] not in HEAD_AXES]
+    if len(core) == 2 and len(names) > 2:
+        return Matrix(*core), True
+    if (
+        len(core) == 1
+        and len(names) == 2
+        and None not in names
+        and {"layer", "layers"} & set(names)
+    ):
+        return None, True
+    if len(core) > 2 and heads and len(others) == 1 and names[others[0]]:
+        heads_last = others[0] < heads[-1]
+        return (Matrix(others[0], heads) if heads_last else Matrix(heads, others[0])), True
+    return None, False
+
+
+def _attention(entries: Sequence[Entry]) -> dict[str, Axes]:
+    """Rows and columns of attention kernels whose heads have axes of their own.
+
+    The output is then (heads, head_dim, d) and the query (d, heads, head_dim); stacked dense
+    kernels are (…, n, d) and (…, d, n). Gemma names its kernels "einsum" and puts heads first.
+    """
+    modules: dict[str, dict[str, list[Entry]]] = {}
+    found: dict[str, Axes] = {}
+    for e in entries:
+        part = attention_part(e.name)
+        ndim = len(e.shape)
+        if part is None or ndim < 3:
+            continue
+        module, kind, own = part
+        heads = (ndim - 3, ndim - 2) if kind == "output" else (ndim - 3, ndim - 1)
+        if not own.endswith("einsum"):
+            modules.setdefault(module, {}).setdefault(kind, []).append(e)
+        elif kind == "output":
+            found[e.name] = Axes(Matrix(heads, ndim - 1), f"{own!r} reads heads")
+        else:
+            found[e.name] = Axes(Matrix(ndim - 2, heads), f"{own!r} makes heads, its first axis")
+    for module, kinds in modules.items():
+        found |= _one_attention(module, kinds, entries)
+    return found
+
+
+def _one_attention(
+    module: str, kinds: Mapping[str, Sequence[Entry]], entries: Sequence[Entry]
+) -> dict[str, Axes]:
+    makers = [*kinds.get("query", ()), *kinds.get("key and value", ())]
+    if not makers:
+        return {}  # an output alone, of an MLP say
+    query, *outputs = makers[0], *kinds.get("output", ())
+    if not outputs:
+        return _in_doubt(makers, f"no output beside {query.name!r} tells heads from layers")
+    output = outputs[0]
+    o, q = output.shape, query.shape
+    dense = o[:-2] == q[:-2] and o[-2:] == q[-2:][::-1]
+    for stack in _stacks(len(o)):
+        core = [a for a in range(len(o)) if a not in stack]
+        h, hd, d = (o[a] for a in core)
+        if any(o[a] != q[a] for a in stack) or not _makes_heads(q, stack, d, hd, h):
+            continue
+        if dense and _is_stacked(module, o[0], entries):
+            return {}
+        doubt = "it may be a stack of square matrices" if dense else ""
+        found = {output.name: Axes(Matrix(tuple(core[:2]), core[2]), _shared_heads(query), doubt)}
+        for e in makers:
+            if matrix := _makes_heads(e.shape, stack, d, hd):
+                found[e.name] = Axes(matrix, _shared_heads(output), doubt)
+        if stack == (1,):
+            found |= _scanned_along(1, o[1], module, entries, found)
+        return found
+    if dense:
+        return {}
+    doubt = f"those of {query.name!r} and {output.name!r} do not tell heads from layers"
+    return _in_doubt([*makers, output], doubt)
+
+
+def _in_doubt(entries: Sequence[Entry], doubt: str) -> dict[str, Axes]:
+    """The last two axes, in doubt where the axis before them is long enough to be d."""
+    longer = lambda shape: shape[-3] > shape[-2]
+    return {e.name: LAST_TWO._replace(doubt=doubt) for e in entries if longer(e.shape)}
+
+
+def _stacks(ndim: int) -> list[tuple[int, ...]]:
+    """Candidates for the stack of an array with three other axes: its first axes, or axis 1."""
+    return [tuple(range(ndim - 3)), *([(1,)] if ndim == 4 else [])]
+
+
+def _makes_heads(
+    shape: tuple[int, ...], stack: tuple[int, ...], d: int, head_dim: int, heads: int | None = None
+) -> Matrix | None:
+    """Rows and columns of a (d, heads, head_dim) kernel, or None if the shape is another.
+
+    A fused (d, 3, heads, head_dim) is a stack of three.
+
+    Args:
+      shape: of the array.
+      stack: axes of layers.
+      d: expected length of the first other axis.
+      head_dim: expected length of the last axis.
+      heads: expected length of the axis before the last; None allows any.
+    """
+    core = [a for a in range(len(shape)) if a not in stack]
+    if len(core) < 3 or (shape[core[0]], shape[core[-1]]) != (d, head_dim):
+        return None
+    return Matrix(core[0], (core[-2], core[-1])) if heads in (None, shape[core[-2]]) else None
+
+
+def _shared_heads(other: Entry) -> str:
+    return f"its heads are axes of {other.name!r} too"
+
+
+def _around(module: str) -> str:
+    """The common prefix of the names in the block around an attention module."""
+    parent = module.split("*")[0].rstrip("/").rpartition("/")[0]
+    return f"{parent}/" if parent else ""
+
+
+def _is_stacked(module: str, layers: int, entries: Sequence[Entry]) -> bool:
+    """Whether all norms and biases of the block have this many layers on their first axis."""
+    kind = lambda e: (kind_of(e.name) or ("",))[0]
+    around = _around(module)
+    vectors = [e.shape for e in entries if e.name.startswith(around) and kind(e) == VECTOR]
+    return bool(vectors) and all(len(s) > 1 and s[0] == layers for s in vectors)
+
+
+def _scanned_along(
+    axis: int, layers: int, module: str, entries: Sequence[Entry], found: Mapping[str, Axes]
+) -> dict[str, Axes]:
+    """Rows and columns of the other kernels in a block that is scanned along this axis."""
+    around = _around(module)
+    why = f"its axis {axis} counts the layers of {around!r}"
+    return {
+        e.name: Axes(Matrix(0, 2), why)
+        for e in entries
+        if e.name.startswith(around) and e.name not in found
+        if len(e.shape) == 3 and e.shape[axis] == layers
+    }
+
+
+def _low_rank_pairs(entries: Sequence[Entry]) -> dict[str, Axes]:
+    """Rows and columns of LoRA's A and B, which share the rank as A's last and B's first axis."""
+    by_name = {e.name: e for e in entries}
+    found = {}
+    for name, a in by_name.items():
+        b = by_name.get(f"{name[:-1]}b")
+        if not name.endswith("lora_a") or b is None:
+            continue
+        stack = min(len(a.shape), len(b.shape)) - 2
+        if (
+            len(a.shape) == len(b.shape) == 2
+            or a.shape[:stack] != b.shape[:stack]
+            or a.shape[-1] != b.shape[stack]
+        ):
+            continue
+        why = "the rank is the last axis of A and the first of B"
+        found[name] = Axes(Matrix(tuple(range(stack, len(a.shape) - 1)), len(a.shape) - 1), why)
+        found[b.name] = Axes(Matrix(stack, tuple(range(stack + 1, len(b.shape)))), why)
+    return found
+
+
+def _convolutions(entries: Sequence[Entry]) -> dict[str, Axes]:
+    """Rows and columns of convolutions; outputs are the last axis, of a "weight" the first."""
+    found = {}
+    for e in entries:
+        *modules, last = e.name.split("/")
+        ndim = len(e.shape)
+        named = any(re.search("(^|_)conv", words(part)) for part in [last, *modules[-1:]])
+        window = ndim == 4 and e.shape[0] == e.shape[1] and e.shape[0] in (3, 5, 7)
+        if ndim < 3 or not (named or (window and last == "kernel")):
+            continue
+        outputs_first = last == "weight"
+        inputs = e.shape[1 if outputs_first else -2]
+        why = "a convolution, whose windows and inputs go together"
+        doubt = "" if named else "nothing in its name says that it is a convolution"
+        if ndim > 4:
+            doubt = "an axis of it may count layers"
+        if inputs == 1:
+            found[e.name] = Axes(None, "a convolution of each channel by itself")
+        elif outputs_first:
+            found[e.name] = Axes(Matrix(0, tuple(range(1, ndim))), why, doubt)
+        else:
+            found[e.name] = Axes(Matrix(tuple(range(ndim - 1)), ndim - 1), why, doubt)
+    return found

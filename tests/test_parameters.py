@@ -1,0 +1,235 @@
+"""Kinds and axes of parameters, by names, boxes and modules."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from flax import nnx
+
+import memopt
+from memopt import Matrix
+from memopt.matrices import map_matrices
+from memopt.parameters import read_parameters
+from memopt.transforms.partwise import Partwise
+
+
+def shapes(tree):
+    is_shape = lambda x: isinstance(x, tuple)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, "float32"), tree, is_leaf=is_shape)
+
+
+def read(tree):
+    return {p.name: p for p in read_parameters(tree)}
+
+
+def boxed(shape, *names):
+    return nnx.Param(jnp.ones(shape), out_sharding=names, eager_sharding=False)
+
+
+ATTENTION = {
+    "query": {"kernel": (64, 8, 16), "bias": (8, 16)},
+    "key": {"kernel": (64, 2, 16)},
+    "out": {"kernel": (8, 16, 64)},
+}
+
+
+def test_attention_kernels_are_the_matrices_of_their_heads():
+    found = read(shapes({"attn": ATTENTION}))
+    assert found["attn/query/kernel"].matrix == Matrix(0, (1, 2))
+    assert found["attn/key/kernel"].matrix == Matrix(0, (1, 2))
+    assert found["attn/out/kernel"].matrix == Matrix((0, 1), 2)
+    assert found["attn/query/bias"].kind == "vector"
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_scanned_attention_kernels(axis):
+    """With the layers' axis first, as Flax has it, or second, as MaxText."""
+    stack = lambda s: (*s[:axis], 5, *s[axis:])
+    block = {
+        "attn": {part: {"kernel": stack(x["kernel"])} for part, x in ATTENTION.items()},
+        "mlp": {"wi": {"kernel": stack((64, 96))}, "wo": {"kernel": stack((96, 64))}},
+    }
+    found = read(shapes({"layers": block}))
+    expected = {
+        "layers/attn/query/kernel": ((64, 8, 16), (0, (1, 2))),
+        "layers/attn/out/kernel": ((8, 16, 64), ((0, 1), 2)),
+        "layers/mlp/wi/kernel": ((64, 96), (0, 1)),
+        "layers/mlp/wo/kernel": ((96, 64), (0, 1)),
+    }
+    for name, (shape, axes) in expected.items():
+        array = np.arange(np.prod(shape)).reshape(shape)
+        one = map_matrices(lambda x, a: x.to_matrices(a), array, matrices=Matrix(*axes))
+        layers = np.stack([array] * 5, axis)
+        matrix = found[name].matrix
+        all_ = map_matrices(lambda x, a: x.to_matrices(a), layers, matrices=matrix)
+        np.testing.assert_array_equal(all_, np.stack([one] * 5))
+
+
+def test_stacked_dense_kernels_stay_what_they_are():
+    kernel = {"kernel": (4, 64, 64)}
+    blocks = {"attn": {"q": kernel, "k": kernel, "v": kernel, "o": kernel}}
+    blocks |= {"experts": {"w1": (4, 3, 64, 96)}}
+    assert {p.matrix for p in read_parameters(shapes({"blocks": blocks}))} == {Matrix()}
+
+
+def test_layers_as_many_as_columns_are_told_by_their_norms():
+    kernel = {"kernel": (16, 16, 16)}
+    blocks = {"attn": {"q": kernel, "o": kernel}}
+    with pytest.warns(UserWarning, match="may be a stack of square matrices"):
+        memopt.apollo_mini(1e-2).init(jax.tree.map(jnp.zeros, blocks, is_leaf=is_shape))
+    found = read(shapes({"blocks": blocks | {"norm": {"scale": (16, 16)}}}))
+    assert found["blocks/attn/q/kernel"].matrix == Matrix()
+    assert found["blocks/attn/q/kernel"].doubt == ""
+
+
+def is_shape(x):
+    return isinstance(x, tuple)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "matrix"),
+    [
+        ("conv/kernel", (3, 3, 3, 8), Matrix((0, 1, 2), 3)),
+        ("Conv_0/kernel", (5, 16, 8), Matrix((0, 1), 2)),
+        ("conv2_d/w", (3, 3, 3, 8), Matrix((0, 1, 2), 3)),
+        ("conv1/weight", (8, 3, 3, 3), Matrix(0, (1, 2, 3))),
+        ("conv/kernel", (3, 3, 1, 8), None),
+    ],
+)
+def test_convolutions(name, shape, matrix):
+    assert read(shapes({name: shape}))[name].matrix == matrix
+
+
+def test_what_is_in_doubt_is_warned_about_once_with_what_settles_it():
+    params = {"attn": {"query": {"kernel": jnp.ones((64, 8, 16))}}}
+    with pytest.warns(UserWarning, match="query/kernel") as caught:
+        memopt.apollo_mini(1e-2).init(params)
+    (warning,) = caught
+    code = f"{warning.message}".partition("settle it by matrices=")[2].partition("; see")[0]
+    matrices = eval(code, {"Matrix": Matrix, "memopt": memopt})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        memopt.apollo_mini(1e-2, matrices=matrices).init(params)
+        assert (
+            "but no output beside"
+            in memopt.describe(optax.sgd(1.0), params)["attn/query/kernel"].why
+        )
+
+
+def test_names_of_axes_come_before_modules_and_after_matrices():
+    params = {"q": boxed((64, 8, 16), "layers", "embed", "mlp"), "o": jnp.ones((8, 16, 64))}
+    assert read(params)["q"].matrix == Matrix(1, 2)
+    low = lambda tx: tx.init(params)[0]["matrices"].inner_state[0].inner.mu["q"].shape
+    assert low(memopt.apollo_mini(1e-2)) == (64, 1, 16)
+    axes = {"q": Matrix(0, (1, 2)), "o": Matrix((0, 1), 2)}
+    assert low(memopt.apollo_mini(1e-2, matrices=axes)) == (1, 128)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "apollo_mini", "galore", "muon"])
+def test_axes_named_at_init_are_known_once_the_boxes_are_open(name):
+    """`nnx.Optimizer` opens them between `init` and `update`."""
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.wi = boxed((64, 3, 96), "embed", "layers", "mlp")
+
+    model, flat = Model(), {"wi": jnp.ones((3, 64, 96))}
+    tx = memopt.optimizer(name, 1e-2)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    draw = np.random.default_rng(0).normal
+    state, expected = tx.init(flat), flat
+    for _ in range(2):
+        g = jnp.asarray(draw(size=(3, 64, 96)), "float32")
+        gradients = nnx.State({"wi": nnx.Param(jnp.swapaxes(g, 0, 1))})
+        optimizer.update(model, gradients)
+        updates, state = tx.update({"wi": g}, state, expected)
+        expected = optax.apply_updates(expected, updates)
+    found = jnp.swapaxes(model.wi.get_value(), 0, 1)
+    np.testing.assert_allclose(found, expected["wi"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_is_known_by_the_vocabulary_if_by_no_name():
+    layers = {"linear": {"w": (64, 96)}, "linear_1": {"w": (96, 64)}}
+    params = {"embed": {"embeddings": (512, 64)}, **layers, "linear_2": {"w": (64, 512)}}
+    found = read(shapes(params))
+    assert found["linear_2/w"].kind == "head"
+    assert found["linear/w"].kind == "matrix"
+    wide = {"up": {"w": (64, 512)}, "down": {"w": (512, 64)}}  # an MLP as wide as the vocabulary
+    assert read(shapes(params | wide))["linear_2/w"].kind == "matrix"
+
+
+def test_numbers_of_dimensions_do_in_place_of_a_matrix():
+    params = jax.tree.map(jnp.ones, {"q": (64, 4, 16), "o": (4, 16, 64)}, is_leaf=is_shape)
+    numbers = {
+        "q": optax.contrib.MuonDimensionNumbers((0,), (1, 2)),
+        "o": optax.contrib.MuonDimensionNumbers((0, 1), (2,)),
+    }
+    tx = memopt.apollo_mini(1e-2, matrices=numbers)
+    assert memopt.state_bytes(tx, params)["q"] == memopt.state_bytes(tx, params)["o"] == 516
+
+
+def test_out_in_is_the_other_orientation():
+    params = {"up": {"weight": jnp.ones((256, 64))}, "norm": {"weight": jnp.ones(64)}}
+    turned = jax.tree.map(lambda x: x.T, params)
+    tx = memopt.muon(1.0)
+    expected, _ = tx.update(turned, tx.init(turned), turned)
+    tx = memopt.muon(1.0, matrices=memopt.out_in)
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(updates["up"]["weight"], expected["up"]["weight"].T, atol=1e-5)
+    plain = memopt.muon(1.0)
+    smaller, _ = plain.update(params, plain.init(params), params)
+    ratio = updates["up"]["weight"] / smaller["up"]["weight"]
+    np.testing.assert_allclose(ratio, 2.0, rtol=1e-4)  # √max(1, out/in)
+
+
+def test_layers_may_be_taken_one_by_one():
+    """A released step makes updates of attention kernels as `tx.update` would."""
+    block = {part: {"kernel": (3, *x["kernel"])} for part, x in ATTENTION.items()}
+    params = jax.tree.map(jnp.ones, {"blocks": {"attn": block}}, is_leaf=is_shape)
+    tx = memopt.adafactor(1e-2)
+    partwise = Partwise(tx, params, [True] * 3)
+    assert [x.shape for x in jax.tree.leaves(tx.init(params)[0].rows)] == [
+        (3, 64),
+        (3, 8, 16),
+        (3, 64),
+    ]
+    assert partwise.axes.count(0) == 6
+
+
+def test_state_of_attention_kernels_follows_their_axes():
+    mesh = jax.make_mesh((2, 4), ("a", "b"))
+    place = lambda s, *spec: jax.ShapeDtypeStruct(
+        s, "float32", sharding=jax.NamedSharding(mesh, jax.P(*spec))
+    )
+    params = {"query": place((64, 8, 16), "a", "b"), "out": place((8, 16, 64), "b", None, "a")}
+    places = memopt.state_sharding(memopt.adafactor(1e-2), params)
+    assert places[0].rows["query"].spec == jax.P("a")
+    assert places[0].cols["query"].spec == jax.P("b", None)
+    assert places[0].rows["out"].spec == jax.P("b", None)
+
+
+def test_a_description_is_of_what_the_optimizer_does():
+    params = {"attn": ATTENTION, "embed": {"embedding": (512, 64)}, "odd": {"kernel": (64, 32)}}
+    selection = lambda name, leaf: None if "odd" in name else memopt.hidden_matrices(name, leaf)
+    found = memopt.describe(memopt.galore(1e-2, rank=4, matrices=selection), shapes(params))
+    assert found["attn/out/kernel"].axes == "rows 0 1, cols 2"
+    assert found["attn/out/kernel"].kept_by == ("in_subspace", "scale_by_adam")
+    assert found["embed/embedding"].kind == "embedding"
+    assert found["embed/embedding"].kept_by == ("scale_by_adam",)
+    assert (found["odd/kernel"].kind, found["odd/kernel"].why) == ("vector", "matrices= says so")
+    assert found["attn/query/bias"].kind == "vector"
+    assert memopt.describe(memopt.adafactor(1e-2), shapes(params))["embed/embedding"].axes
+    table = memopt.state_bytes(memopt.galore(1e-2, rank=4, matrices=selection), shapes(params))
+    assert {row.name: row.state for row in found.rows} == dict(table.states)
+    text = str(found)
+    assert all(row.name in text for row in found.rows)
+
+
+def test_a_description_says_what_an_optimizer_refuses():
+    found = memopt.describe(memopt.apollo(1e-2, rank=100), shapes({"w": (64, 32)}))
+    assert found["w"].state is None
+    assert "refused: rank must be between 1 and 32" in str(found)
