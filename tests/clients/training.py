@@ -57,9 +57,15 @@ def check(state: Any, step: Step, path: Path, steps: int = 3) -> None:
         losses.append(float(loss))
     assert losses[-1] < losses[0]
     chex.assert_tree_all_finite(state)
+    restored = saved_and_read(state, path)
+    chex.assert_trees_all_equal(step(restored)[1], step(state)[1])
+
+
+def saved_and_read(state: Any, path: Path) -> Any:
+    """What Orbax reads back, which is the same."""
     ocp.save(path / "state", state)
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
     restored = ocp.load(path / "state", jax.tree.map(shape, state))
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     chex.assert_trees_all_equal(restored, state)
-    chex.assert_trees_all_equal(step(restored)[1], step(state)[1])
+    return restored
