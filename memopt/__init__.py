@@ -1,5 +1,8 @@
 """Memory-efficient optimizers for large models in JAX, as composable Optax chains."""
 
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+
 from memopt import schedules as schedules
 from memopt import transforms as transforms
 from memopt.errors import NoSuchPairing as NoSuchPairing
@@ -58,3 +61,8 @@ from memopt.transforms import scale_by_sign_momentum as scale_by_sign_momentum
 from memopt.transforms import scale_by_uncorrected_adam as scale_by_uncorrected_adam
 from memopt.transforms import update_at as update_at
 from memopt.transforms import whole_shorter_sides as whole_shorter_sides
+
+try:
+    __version__ = _version("memopt")
+except _PackageNotFoundError:  # a checkout on the path that is not installed
+    __version__ = "unknown"

@@ -44,11 +44,12 @@ def as_tuple(side: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 class Axes(NamedTuple):
-    """Rows and columns, None for a vector; the reason for it, and the reason against it."""
+    """Rows and columns of an array, as in `memopt.parameters.Parameter`."""
 
     matrix: Matrix | None
     why: str
     doubt: str = ""
+    otherwise: Matrix = Matrix()
 
 
 LAST_TWO = Axes(Matrix(), "its last two axes")
@@ -65,10 +66,11 @@ def axes_of(entries: Sequence[Entry]) -> dict[str, Axes]:
     return _attention(entries) | _low_rank_pairs(entries) | _convolutions(entries) | found
 
 
-STACK_AXES = frozenset(
-    {"layer", "layers", "block", "blocks", "stack", "scan", "stage", "stages"}
-    | {"repeats", "circular_repeats", "qkv", "exp", "expert", "experts", "num_experts"}
-)
+LAYER_AXES = frozenset({"layer", "layers"})
+"""Names that only an axis of layers has; others may be a mesh's."""
+
+STACK_AXES = LAYER_AXES | {"block", "blocks", "stack", "scan", "stage", "stages", "repeats"}
+STACK_AXES |= {"circular_repeats", "qkv", "exp", "expert", "experts", "num_experts"}
 """Names of axes that count matrices."""
 
 HEAD_AXES = frozenset(
@@ -92,14 +94,10 @@ def _by_axis_names(names: tuple[str | None, ...]) -> tuple[Matrix | None, bool]:
     core = [a for a, name in enumerate(names) if name not in STACK_AXES]
     heads = tuple(a for a in core if names[a] in HEAD_AXES)
     others = [a for a in core if names[a] not in HEAD_AXES]
-    if len(core) == 2 and len(names) > 2:
+    layered = bool(LAYER_AXES.intersection(names))
+    if len(core) == 2 < len(names) and (layered or None not in names):
         return Matrix(*core), True
-    if (
-        len(core) == 1
-        and len(names) == 2
-        and None not in names
-        and {"layer", "layers"} & set(names)
-    ):
+    if len(core) == 1 and len(names) == 2 and layered and None not in names:
         return None, True
     if len(core) > 2 and heads and len(others) == 1 and names[others[0]]:
         heads_last = others[0] < heads[-1]
@@ -136,40 +134,46 @@ def _attention(entries: Sequence[Entry]) -> dict[str, Axes]:
 def _one_attention(
     module: str, kinds: Mapping[str, Sequence[Entry]], entries: Sequence[Entry]
 ) -> dict[str, Axes]:
-    makers = [*kinds.get("query", ()), *kinds.get("key and value", ())]
-    if not makers:
+    """Rows and columns of one module's kernels, from the shapes of its output and its query."""
+    inputs = [*kinds.get("query", ()), *kinds.get("key and value", ())]
+    outputs = kinds.get("output", ())
+    if not inputs:
         return {}  # an output alone, of an MLP say
-    query, *outputs = makers[0], *kinds.get("output", ())
+    query = inputs[0]
     if not outputs:
-        return _in_doubt(makers, f"no output beside {query.name!r} tells heads from layers")
+        return _in_doubt(inputs, f"no output beside {query.name!r} tells heads from layers")
     output = outputs[0]
     o, q = output.shape, query.shape
     dense = o[:-2] == q[:-2] and o[-2:] == q[-2:][::-1]
+    if dense and _is_stacked(module, o[0], entries):
+        return {}
     for stack in _stacks(len(o)):
         core = [a for a in range(len(o)) if a not in stack]
         h, hd, d = (o[a] for a in core)
-        if any(o[a] != q[a] for a in stack) or not _makes_heads(q, stack, d, hd, h):
-            continue
-        if dense and _is_stacked(module, o[0], entries):
-            return {}
-        doubt = "it may be a stack of square matrices" if dense else ""
-        found = {output.name: Axes(Matrix(tuple(core[:2]), core[2]), _shared_heads(query), doubt)}
-        for e in makers:
-            if matrix := _makes_heads(e.shape, stack, d, hd):
-                found[e.name] = Axes(matrix, _shared_heads(output), doubt)
-        if stack == (1,):
-            found |= _scanned_along(1, o[1], module, entries, found)
-        return found
+        if all(o[a] == q[a] for a in stack) and _matrix_to_heads(q, stack, d, hd, h):
+            doubt = "it may be a stack of square matrices" if dense else ""
+            found = {
+                e.name: Axes(matrix, f"its heads are axes of {output.name!r} too", doubt)
+                for e in inputs
+                if (matrix := _matrix_to_heads(e.shape, stack, d, hd))
+            }
+            why = f"its heads are axes of {query.name!r} too"
+            found[output.name] = Axes(Matrix(tuple(core[:2]), core[2]), why, doubt)
+            if stack == (1,):
+                found |= _scanned_along(1, o[1], module, entries, found)
+            return found
     if dense:
         return {}
-    doubt = f"those of {query.name!r} and {output.name!r} do not tell heads from layers"
-    return _in_doubt([*makers, output], doubt)
+    doubt = f"{query.name!r} and {output.name!r} do not tell heads from layers"
+    return _in_doubt(inputs, doubt) | _in_doubt([output], doubt, Matrix((-3, -2), -1))
 
 
-def _in_doubt(entries: Sequence[Entry], doubt: str) -> dict[str, Axes]:
-    """The last two axes, in doubt where the axis before them is long enough to be d."""
-    longer = lambda shape: shape[-3] > shape[-2]
-    return {e.name: LAST_TWO._replace(doubt=doubt) for e in entries if longer(e.shape)}
+def _in_doubt(
+    entries: Sequence[Entry], doubt: str, otherwise: Matrix = Matrix(-3, (-2, -1))
+) -> dict[str, Axes]:
+    """Keeps the last two axes, with a doubt if the axis before them may be the model's width."""
+    axes = LAST_TWO._replace(doubt=doubt, otherwise=otherwise)
+    return {e.name: axes for e in entries if e.shape[-3] > e.shape[-2]}
 
 
 def _stacks(ndim: int) -> list[tuple[int, ...]]:
@@ -177,7 +181,7 @@ def _stacks(ndim: int) -> list[tuple[int, ...]]:
     return [tuple(range(ndim - 3)), *([(1,)] if ndim == 4 else [])]
 
 
-def _makes_heads(
+def _matrix_to_heads(
     shape: tuple[int, ...], stack: tuple[int, ...], d: int, head_dim: int, heads: int | None = None
 ) -> Matrix | None:
     """Rows and columns of a (d, heads, head_dim) kernel, or None if the shape is another.
@@ -195,10 +199,6 @@ def _makes_heads(
     if len(core) < 3 or (shape[core[0]], shape[core[-1]]) != (d, head_dim):
         return None
     return Matrix(core[0], (core[-2], core[-1])) if heads in (None, shape[core[-2]]) else None
-
-
-def _shared_heads(other: Entry) -> str:
-    return f"its heads are axes of {other.name!r} too"
 
 
 def _around(module: str) -> str:
@@ -250,26 +250,28 @@ def _low_rank_pairs(entries: Sequence[Entry]) -> dict[str, Axes]:
     return found
 
 
+_CONVOLUTION = re.compile(r"(?:.*_)?conv(?:_?([123])_?d)?(?:_transpose)?")
+
+
 def _convolutions(entries: Sequence[Entry]) -> dict[str, Axes]:
     """Rows and columns of convolutions; outputs are the last axis, of a "weight" the first."""
     found = {}
     for e in entries:
         *modules, last = e.name.split("/")
         ndim = len(e.shape)
-        named = any(re.search("(^|_)conv", words(part)) for part in [last, *modules[-1:]])
+        named = [m for p in [last, *modules[-1:]] if (m := _CONVOLUTION.fullmatch(words(p)))]
         window = ndim == 4 and e.shape[0] == e.shape[1] and e.shape[0] in (3, 5, 7)
-        if ndim < 3 or not (named or (window and last == "kernel")):
+        if ndim < 3 or not (named or (window and last == "kernel" and "expert" not in e.name)):
             continue
         outputs_first = last == "weight"
-        inputs = e.shape[1 if outputs_first else -2]
-        why = "a convolution, whose windows and inputs go together"
-        doubt = "" if named else "nothing in its name says that it is a convolution"
-        if ndim > 4:
-            doubt = "an axis of it may count layers"
-        if inputs == 1:
-            found[e.name] = Axes(None, "a convolution of each channel by itself")
-        elif outputs_first:
-            found[e.name] = Axes(Matrix(0, tuple(range(1, ndim))), why, doubt)
-        else:
-            found[e.name] = Axes(Matrix(tuple(range(ndim - 1)), ndim - 1), why, doubt)
+        if e.shape[1 if outputs_first else -2] == 1:
+            found[e.name] = Axes(None, "it is a convolution with one input for each output")
+            continue
+        doubt = "" if named else "no part of its name is that of a convolution"
+        dimensions = int(named[0][1] or 2) if named else 2
+        if ndim > dimensions + 2:
+            doubt = f"a convolution in {dimensions} dimensions has {dimensions + 2} axes"
+        first, others = tuple(range(1, ndim)), tuple(range(ndim - 1))
+        matrix = Matrix(0, first) if outputs_first else Matrix(others, ndim - 1)
+        found[e.name] = Axes(matrix, "it is a convolution", doubt)
     return found

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-from jax.extend.core import Literal
 from jax.interpreters import partial_eval
 
 if TYPE_CHECKING:
@@ -174,6 +173,8 @@ def _program(traced: Any) -> Program:
 
 
 def _variable(v: Any) -> Any:
+    from jax.extend.core import Literal  # late: it imports Pallas
+
     return None if isinstance(v, Literal) else v
 
 

@@ -37,7 +37,7 @@ class Layout(NamedTuple):
     An array that is no matrix is a stack of vectors along its last axis: `rows` is empty.
 
     Attributes:
-      name: where the array stands in its tree, ``"blocks/mlp/up/kernel"``.
+      name: the keys of its path joined by ``/``, ``"blocks/mlp/up/kernel"``.
       stack: axes that only count matrices.
       rows: axes that index rows.
       cols: axes that index columns.
@@ -92,15 +92,14 @@ def every_matrix(name: str, leaf: Any) -> Matrix | None:
 
     Args:
       name: the leaf's name, its keys joined by ``/``.
-      leaf: a `Parameter`, or anything with a `shape`.
+      leaf: a `Parameter`; an array is read by its name and shape, without the tree around it.
 
     Returns:
       The rows and columns of `Parameter.matrix`; None for what is a vector: fewer than two axes,
       a side of length one, a norm, a bias or a scale by its name.
     """
     parameter = read_parameter(name, leaf)
-    if parameter.matrix is not None:
-        parameter.warn_of_doubt()
+    parameter.warn_of_doubt("every_matrix")
     return parameter.matrix
 
 
@@ -112,7 +111,7 @@ def hidden_matrices(name: str, leaf: Any) -> Matrix | None:
 
     Args:
       name: the leaf's name, its keys joined by ``/``.
-      leaf: a `Parameter`, or anything with a `shape`.
+      leaf: a `Parameter`; an array is read by its name and shape, without the tree around it.
 
     Returns:
       A `Matrix` or None.
@@ -124,7 +123,11 @@ def hidden_matrices(name: str, leaf: Any) -> Matrix | None:
       >>> print(hidden_matrices("lm_head/kernel", kernel))
       None
     """
-    return every_matrix(name, leaf) if read_parameter(name, leaf).kind == MATRIX else None
+    parameter = read_parameter(name, leaf)
+    if parameter.kind != MATRIX:
+        return None
+    parameter.warn_of_doubt("hidden_matrices")
+    return parameter.matrix
 
 
 def out_in(name: str, leaf: Any) -> Matrix | None:
@@ -136,7 +139,7 @@ def out_in(name: str, leaf: Any) -> Matrix | None:
 
     Args:
       name: the leaf's name, its keys joined by ``/``.
-      leaf: a `Parameter`, or anything with a `shape`.
+      leaf: a `Parameter`; an array is read by its name and shape, without the tree around it.
 
     Example:
       >>> out_in("mlp/layers/0/weight", jax.ShapeDtypeStruct((256, 64), "float32"))
@@ -180,7 +183,7 @@ def map_matrices(
     """Maps ``f(layout, leaf, *rest)`` over a tree, telling it the axes of every leaf.
 
     Args:
-      f: takes the leaf's `Layout`, the leaf, and what stands at its place in each of `rest`.
+      f: takes the leaf's `Layout`, the leaf, and the corresponding node of each of `rest`.
       tree: any pytree of arrays; empty nodes (None, ``MaskedNode``) stay as they are. A result of
         an array's shape returns to the box of another library that the array is in, see
         `memopt.trees`; any other stands bare.
@@ -199,14 +202,13 @@ def map_matrices(
     select = default if matrices is None else _selection(matrices)
     nodes, structure = named_leaves(tree)
     others = [[open_box(x) for x in structure.flatten_up_to(r)] for r in rest]
-    parameters = read_parameters(tree) if callable(matrices or default) else []
     seen, results = _SEEN.get(), []
-    for i, (name, node) in enumerate(nodes):
+    for (name, node), p, *other in zip(nodes, read_parameters(tree), *others, strict=True):
         leaf = open_box(node)
-        layout = layout_of(name, leaf, select(name, parameters[i] if parameters else leaf))
-        if seen is not None:
-            seen.setdefault(name, layout)
-        result = f(layout, leaf, *(other[i] for other in others))
+        layout = layout_of(name, leaf, select(name, p))
+        if seen is not None and (layout.is_matrix or name not in seen):
+            seen[name] = layout
+        result = f(layout, leaf, *other)
         results.append((result,) if outputs == 1 else result)
     trees = tuple(
         structure.unflatten(
@@ -240,7 +242,7 @@ def _selection(matrices: Matrices) -> Selection:
 
 @contextlib.contextmanager
 def layouts_seen() -> Iterator[dict[str, Layout]]:
-    """Collects by name the first layout that `map_matrices` uses for each parameter."""
+    """Collects by name the layout that `map_matrices` uses for each parameter, a matrix first."""
     seen: dict[str, Layout] = {}
     token = _SEEN.set(seen)
     try:

@@ -26,65 +26,61 @@ class Entry(NamedTuple):
 
 LIBRARIES: dict[str, dict[str, str]] = {
     "Flax": {
-        "norm": "*_norm *_norm_? layer_norm batch_norm group_norm rms_norm instance_norm",
+        "norm": "*_norm",
         "vector": "bias scale",
-        "embedding": "embed embedding embedder *_embed *_embedding *_embedder",
-        "position": "pos_embed* pos_embedding* *_pos_embed *_pos_embedding posembed*",
-        "head": "head lm_head *_head logits* *_logits logitdense",
+        "embedding": "embed embedding *_embed *_embedding",
+        "position": "pos_emb* posembed*",
+        "head": "head *_head logitdense",
         "outer head": "output_layer",
         "query": "query",
-        "key and value": "key value qkv",
+        "key and value": "key value",
         "output": "out",
     },
-    "memopt": {"head": "unembed*", "query": "q", "key and value": "k v", "output": "o"},
+    "memopt": {"query": "q", "key and value": "k v", "output": "o"},
     "Tunix": {
         "norm": "*layernorm",
-        "embedding": "input_embedding",
+        "embedding": "embedder *_embedder",
+        "router": "router",
         "query": "q_proj q_einsum",
         "key and value": "k_proj v_proj kv_einsum qkv_einsum",
         "output": "o_proj attn_vec_einsum",
     },
     "MaxText": {
-        "vector": "*_scale *_bias *_beta sinks hc_base tid2eid a_log dt_bias",
+        "vector": "*_scale *_bias *_beta sinks hc_base tid2eid a_log",
+        "position": "position_embedder",
         "router": "shared_expert_gate",
         "head": "logits_dense",
     },
-    "Levanter": {"norm": "norm", "embedding": "embeddings *_embeddings", "router": "router"},
+    "Levanter": {"norm": "norm", "embedding": "embeddings *_embeddings"},
     "Equinox": {
-        "position": "pos pos_* position position_* positional_*",
+        "position": "pos",
         "embedding": "emb *_emb",
+        "head": "unembed* logits *_logits",
         "query": "query_proj",
         "key and value": "key_proj value_proj",
         "output": "output_proj",
     },
     "Haiku": {"vector": "offset", "output": "linear"},
     "Keras": {"norm": "*_normalization", "vector": "gamma beta", "output": "attention_output"},
-    "Meta": {
-        "norm": "attention_norm ffn_norm",
-        "outer head": "output",
-        "query": "wq",
-        "key and value": "wk wv",
-        "output": "wo",
-    },
+    "Meta": {"outer head": "output", "query": "wq", "key and value": "wk wv", "output": "wo"},
     "Hugging Face": {
-        "norm": "ln ln_* *_ln norm?",
-        "vector": "sink gain *_gain temperature *_temperature layer_scale *_layer_scale",
-        "embedding": "embed_* *_embed_* wte shared",
-        "position": "wpe *position_embedding* rel_pos* relative_* *_relative_*",
-        "router": "*_router",
+        "norm": "ln ln_* layernorm_*",
+        "embedding": "embed_tokens wte",
+        "position": "wpe embed_positions *position_embedding* relative_attention_bias",
         "head": "classifier",
         "outer head": "score",
+        "key and value": "qkv",
         "output": "out_proj",
     },
 }
 """Patterns of names by library and kind, for parts of a path after `words`.
 
 "vector" is matched with the last part of a path, "norm" and "router" with the last two, "position",
-"head" and "embedding" with all. An "outer head" is a head only at the top of a model. "query",
-"key and value" and "output" are the parts of an attention module.
+"head" and "embedding" with the last three. An "outer head" is a head only at the top of a model.
+"query", "key and value" and "output" are the parts of an attention module.
 """
 
-_NOT_A_HEAD = re.compile(r".*(multi|per|each|attention|attn|num)_head")
+_NOT_A_HEAD = re.compile("(.*_)?(multi|per|each|num|attention|attn|q|k|v|kv|query|key|value)_head")
 _AROUND_ALL = {"params", "model", "module", "net", "network", "decoder", "transformer"}
 
 
@@ -102,8 +98,17 @@ def words(part: str) -> str:
       >>> words("LayerNorm_0"), words("wi_1"), words("_key_norm"), words("norm1")
       ('layer_norm', 'wi', 'key_norm', 'norm')
     """
-    text = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", part).lower()
-    return re.sub(r"_?\d+$", "", text).strip("_")
+    return re.sub(r"_?\d+$", "", snake_case(part)).strip("_")
+
+
+def snake_case(name: str) -> str:
+    """A name in camel case as words joined by underscores.
+
+    Example:
+      >>> snake_case("ScaleByAdam"), snake_case("ScaleBySM3")
+      ('scale_by_adam', 'scale_by_sm3')
+    """
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def is_called(kind: str, part: str) -> bool:
@@ -139,12 +144,12 @@ def kind_of(name: str) -> tuple[str, str] | None:
         if is_called("router", part):
             return "router", part
     for kind in ("position", "head", "embedding"):
-        for part in parts:
+        for part in parts[-3:]:
             if is_called(kind, part) and not _NOT_A_HEAD.fullmatch(words(part)):
                 return kind, part
-    for i, part in enumerate(parts[:-1] or parts):
-        if is_called("outer head", part) and all(words(p) in _AROUND_ALL for p in parts[:i]):
-            return "head", part
+    top = [part for part in parts if words(part) not in _AROUND_ALL][:1]
+    if top and is_called("outer head", top[0]) and top[0] in parts[-3:]:
+        return "head", top[0]
     return None
 
 
@@ -185,10 +190,11 @@ def kinds_of(entries: Sequence[Entry]) -> dict[str, tuple[str, str]]:
             found[e.name] = (kind, "'vocab' in the axes of its box")
     embeddings = [e for e in entries if found.get(e.name, ("",))[0] == EMBEDDING]
     if len(embeddings) == 1 and HEAD not in {kind for kind, _ in found.values()}:
-        # A head without a telling name is the only other matrix with a side of the vocabulary.
-        sides = sorted(embeddings[0].shape)
-        others = [e for e in entries if e.name not in found and sorted(e.shape) == sides]
-        if len(others) == 1 and len(sides) == 2 and sides[0] < sides[1]:
+        # A head without a telling name is the only other matrix between width and vocabulary.
+        embedding = embeddings[0].shape
+        is_head = lambda e: e.shape == (embedding if e.name.endswith("weight") else embedding[::-1])
+        others = [e for e in entries if e.name not in found and is_head(e)]
+        if len(others) == 1 and len(embedding) == 2 and embedding[0] > embedding[1]:
             why = f"no other matrix has the sides of {embeddings[0].name!r}"
             found[others[0].name] = (HEAD, why)
     return found

@@ -6,7 +6,10 @@ import functools
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
+
+import jax
 
 from memopt.axes import LAST_TWO, Axes, Matrix, as_tuple, axes_of
 from memopt.names import MATRIX, VECTOR, Entry, kinds_of
@@ -19,11 +22,12 @@ class Parameter(NamedTuple):
     Attributes:
       name: its keys joined by ``/``.
       shape: of the array.
-      dtype: of the array.
+      dtype: of the array; None if it was read by itself.
       kind: "matrix", "embedding", "position", "router", "head" or "vector".
       matrix: its rows and columns; None for a vector.
       why: the reason for `kind` and `matrix`.
       doubt: the reason against `matrix`, "" if there is none.
+      otherwise: the rows and columns if the doubt is justified.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Parameter(NamedTuple):
     matrix: Matrix | None
     why: str
     doubt: str = ""
+    otherwise: Matrix = Matrix()
 
     @property
     def ndim(self) -> int:
@@ -44,25 +49,30 @@ class Parameter(NamedTuple):
         """The number of entries."""
         return math.prod(self.shape)
 
-    def warn_of_doubt(self) -> None:
-        """Warns once if `matrix` is in doubt, with the `matrices` that settles it."""
+    def warn_of_doubt(self, selection: str) -> None:
+        """Warns once if `matrix` is in doubt, with the `matrices` that settles it.
+
+        Args:
+          selection: name of the selection in `memopt` that is for the other parameters.
+        """
         if self.doubt:
             _warn_once(
-                f"{self.name!r} of shape {self.shape} is taken for {self.matrix}, {self.why}, but "
-                f"{self.doubt}; settle it by matrices=lambda name, leaf: {self.matrix} if name == "
-                f"{self.name!r} else memopt.hidden_matrices(name, leaf); see memopt.describe."
+                f"{self.name!r} of shape {self.shape} is taken for {self.matrix} ({self.why}), but "
+                f"{self.doubt}; confirm it, or say {self.otherwise}, by "
+                f"matrices=lambda name, leaf: {self.matrix} if name == {self.name!r} "
+                f"else memopt.{selection}(name, leaf); see memopt.describe."
             )
 
 
-_KNOWN: contextvars.ContextVar[Mapping[str, Parameter] | None] = contextvars.ContextVar(
-    "memopt_known_parameters", default=None
+_KNOWN: contextvars.ContextVar[Mapping[str, Parameter]] = contextvars.ContextVar(
+    "memopt_known_parameters", default=MappingProxyType({})
 )
 
-_NAMED: dict[tuple[str, tuple[int, ...]], tuple[str | None, ...]] = {}
-"""Axis names by name and shape of a parameter, where shapes alone would be read otherwise.
+_AXES_AT_INIT: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[Any, ...]] = {}
+"""Axis names by the names and shapes of all leaves of a tree that came in boxes.
 
-`nnx.Optimizer` and MaxText open the boxes between ``tx.init`` and ``tx.update``. A bare array with
-the name and shape of one that was boxed is taken for the same parameter.
+`nnx.Optimizer` and MaxText open the boxes between ``tx.init`` and ``tx.update``. A bare tree with
+the same leaves is taken for the one that was boxed.
 """
 
 
@@ -73,7 +83,6 @@ def read_parameters(tree: Any) -> list[Parameter]:
       tree: any pytree of arrays or ``jax.ShapeDtypeStruct``, in boxes or bare.
 
     Example:
-      >>> import jax
       >>> params = {"q": (64, 4, 16), "o": (4, 16, 64), "lm_head": (64, 512)}
       >>> params = {name: jax.ShapeDtypeStruct(s, "float32") for name, s in params.items()}
       >>> for p in read_parameters(params):
@@ -83,21 +92,18 @@ def read_parameters(tree: Any) -> list[Parameter]:
       q; matrix; Matrix(rows=0, cols=(1, 2)); its heads are axes of 'o' too
     """
     nodes, _ = named_leaves(tree)
-    arrays = [(name, open_box(node)) for name, node in nodes]
-    said = _KNOWN.get() or {}
-    if all(name in said for name, _ in arrays):
-        return [said[name]._replace(shape=tuple(x.shape), dtype=x.dtype) for name, x in arrays]
-    shapes = [(name, tuple(x.shape)) for name, x in arrays]
-    names = [axis_names(node) for _, node in nodes]
-    if any(names):
-        _remember(shapes, names)
-    entries = tuple(
-        Entry(*shape, own or _NAMED.get(shape)) for shape, own in zip(shapes, names, strict=True)
-    )
-    found = zip(arrays, _read(entries), strict=True)
+    arrays = [open_box(node) for _, node in nodes]
+    shapes = tuple((name, tuple(x.shape)) for (name, _), x in zip(nodes, arrays, strict=True))
+    axes = tuple(axis_names(node) for _, node in nodes)
+    if any(axes):
+        _AXES_AT_INIT[shapes] = axes
+    else:
+        axes = _AXES_AT_INIT.get(shapes, axes)
+    found = _read(tuple(Entry(*shape, own) for shape, own in zip(shapes, axes, strict=True)))
+    known = _KNOWN.get()
     return [
-        Parameter(name, tuple(x.shape), x.dtype, *(said[name][3:] if name in said else what))
-        for (name, x), what in found
+        known.get(p.name, p)._replace(shape=p.shape, dtype=x.dtype)
+        for p, x in zip(found, arrays, strict=True)
     ]
 
 
@@ -110,64 +116,53 @@ def read_parameter(name: str, leaf: Any) -> Parameter:
     """
     if isinstance(leaf, Parameter):
         return leaf
-    shape = tuple(leaf.shape)
-    (what,) = _read((Entry(name, shape, None),))
-    found = Parameter(name, shape, getattr(leaf, "dtype", None), *what)
-    return found._replace(doubt="")  # the tree around it may settle it
+    return _read((Entry(name, tuple(leaf.shape), None),))[0]
 
 
 @contextlib.contextmanager
 def known(parameters: Sequence[Parameter]) -> Iterator[None]:
-    """Fixes the kind and the axes of parameters by name, whatever shapes are then read.
+    """Fixes the kind and the axes of parameters by name, whatever tree is then read.
+
+    JAX's caches of traces do not see it: within it call functions directly, or `init_shapes`.
 
     Example:
-      >>> import jax
       >>> w = jax.ShapeDtypeStruct((8, 4), "float32")
       >>> with known([Parameter("w", w.shape, w.dtype, "matrix", Matrix(1, 0), "as said")]):
       ...     read_parameters({"w": w.update(shape=(8, 5))})[0].matrix
       Matrix(rows=1, cols=0)
     """
-    token = _KNOWN.set({**(_KNOWN.get() or {}), **{p.name: p for p in parameters}})
+    token = _KNOWN.set({**_KNOWN.get(), **{p.name: p for p in parameters}})
     try:
         yield
     finally:
         _KNOWN.reset(token)
 
 
-def _remember(
-    shapes: Sequence[tuple[str, tuple[int, ...]]],
-    names: Sequence[tuple[str | None, ...] | None],
-) -> None:
-    """Stores the axis names that change how a parameter is read."""
-    rows = [Entry(*shape, own) for shape, own in zip(shapes, names, strict=True)]
-    without = _read(tuple(e._replace(axes=None) for e in rows))
-    for shape, e, a, b in zip(shapes, rows, _read(tuple(rows)), without, strict=True):
-        if e.axes and a[:2] != b[:2]:
-            _NAMED[shape] = e.axes
-        elif e.axes and _NAMED.get(shape, e.axes) != e.axes:
-            del _NAMED[shape]
+def init_shapes(init: Any, params: Any) -> Any:
+    """Shapes of ``init(params)``, traced anew: `jax.eval_shape` of `init` itself may be cached."""
+    return jax.eval_shape(lambda params: init(params), params)
 
 
 @functools.lru_cache(maxsize=256)
-def _read(entries: tuple[Entry, ...]) -> tuple[tuple[str, Matrix | None, str, str], ...]:
-    """Kind, matrix, reason and doubt of each parameter."""
+def _read(entries: tuple[Entry, ...]) -> tuple[Parameter, ...]:
     axes, kinds = axes_of(entries), kinds_of(entries)
     return tuple(_parameter(e, axes.get(e.name, LAST_TWO), kinds.get(e.name)) for e in entries)
 
 
-def _parameter(
-    entry: Entry, axes: Axes, kind: tuple[str, str] | None
-) -> tuple[str, Matrix | None, str, str]:
+def _parameter(entry: Entry, axes: Axes, kind: tuple[str, str] | None) -> Parameter:
+    vector = lambda why: Parameter(entry.name, entry.shape, None, VECTOR, None, why)
     if len(entry.shape) < 2:
-        return VECTOR, None, "it has fewer than two axes", ""
+        return vector("it has fewer than two axes")
     if kind and kind[0] == VECTOR:
-        return VECTOR, None, kind[1], ""
+        return vector(kind[1])
     if axes.matrix is None:
-        return VECTOR, None, axes.why, ""
+        return vector(axes.why)
     sides = (axes.matrix.rows, axes.matrix.cols)
     if min(math.prod(entry.shape[a] for a in as_tuple(side)) for side in sides) < 2:
-        return VECTOR, None, "it has a side of fewer than two", ""
-    return (kind[0], axes.matrix, kind[1], "") if kind else (MATRIX, *axes)
+        return vector("it has a side of fewer than two")
+    if kind:
+        return Parameter(entry.name, entry.shape, None, kind[0], axes.matrix, kind[1])
+    return Parameter(entry.name, entry.shape, None, MATRIX, *axes)
 
 
 @functools.cache

@@ -14,20 +14,12 @@ import jax
 import optax
 
 NOTHING = optax.MaskedNode()
-"""Stands where nothing is kept of a parameter, as in states of ``optax.masked``."""
-
-
-def is_nothing(x: Any) -> bool:
-    """Whether a node is `NOTHING`."""
-    return isinstance(x, optax.MaskedNode)
+"""Marks a parameter for which no array is kept, as in states of ``optax.masked``."""
 
 
 def is_box(x: Any) -> bool:
     """Whether a node of a tree is another library's box with an array."""
-    offers = hasattr(type(x), "get_metadata") and hasattr(type(x), "get_value")  # nnx.Variable
-    offers = offers or hasattr(type(x), "replace_boxed")  # linen's AxisMetadata
-    offers = offers or (hasattr(x, "array") and hasattr(x, "axes"))  # Haliax's NamedArray
-    return offers and hasattr(_inside(x), "shape")
+    return _metadata(x) is not None and hasattr(_inside(x), "shape")
 
 
 def open_box(x: Any) -> Any:
@@ -47,17 +39,10 @@ def axis_names(x: Any) -> tuple[str | None, ...] | None:
     """Names of the axes of the array in a box, None for an unnamed axis; None if all are."""
     if not is_box(x):
         return None
-    if hasattr(x, "axes") and hasattr(x, "array"):
-        names: Any = [axis.name for axis in x.axes]
-    elif hasattr(x, "get_metadata"):
-        names = x.get_metadata().get("out_sharding")
-    else:
-        names = getattr(x, "names", None)
+    names = _metadata(x)
     names = getattr(names, "spec", names)  # of a NamedSharding
-    if names is None or not any(isinstance(name, str) for name in names):
-        return None
-    names = [name if isinstance(name, str) else None for name in names]
-    return (*names, *(None,) * (len(_inside(x).shape) - len(names)))
+    found = [name if isinstance(name, str) else None for name in names]
+    return (*found, *(None,) * (len(_inside(x).shape) - len(found))) if any(found) else None
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
@@ -142,7 +127,22 @@ def by_leaf(arrays: tuple[Any, ...], tree: Any) -> Any:
     leaves, structure = named_leaves(tree)
     columns = [structure.flatten_up_to(a) for a in arrays]
     rows = zip(*columns, strict=True) if columns else [()] * len(leaves)
-    return structure.unflatten([tuple(x for x in row if not is_nothing(x)) for row in rows])
+    return structure.unflatten(
+        [tuple(x for x in row if not isinstance(x, optax.MaskedNode)) for row in rows]
+    )
+
+
+def _metadata(x: Any) -> Any:
+    """The names that a box has for its axes, () if it has none; None if it is no box."""
+    kind = type(x)
+    if hasattr(kind, "get_metadata") and hasattr(kind, "get_value"):  # nnx.Variable
+        return x.get_metadata().get("out_sharding") or ()
+    if hasattr(kind, "replace_boxed"):  # linen's AxisMetadata
+        return getattr(x, "names", None) or ()
+    axes = getattr(x, "axes", None) if hasattr(x, "array") else None
+    if isinstance(axes, tuple) and all(hasattr(axis, "name") for axis in axes):  # Haliax
+        return [axis.name for axis in axes]
+    return None
 
 
 def _inside(x: Any) -> Any:

@@ -1,6 +1,7 @@
 """Kinds and axes of parameters, by names, boxes and modules."""
 
 import warnings
+from fnmatch import fnmatch
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,10 @@ from flax import nnx
 import memopt
 from memopt import Matrix
 from memopt.matrices import map_matrices
+from memopt.names import LIBRARIES, words
 from memopt.parameters import read_parameters
 from memopt.transforms.partwise import Partwise
+from tests.clients.trees import CLIENTS
 
 
 def shapes(tree):
@@ -109,7 +112,7 @@ def test_what_is_in_doubt_is_warned_about_once_with_what_settles_it():
     with pytest.warns(UserWarning, match="query/kernel") as caught:
         memopt.apollo_mini(1e-2).init(params)
     (warning,) = caught
-    code = f"{warning.message}".partition("settle it by matrices=")[2].partition("; see")[0]
+    code = f"{warning.message}".partition("by matrices=")[2].partition("; see")[0]
     matrices = eval(code, {"Matrix": Matrix, "memopt": memopt})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -233,3 +236,50 @@ def test_a_description_says_what_an_optimizer_refuses():
     found = memopt.describe(memopt.apollo(1e-2, rank=100), shapes({"w": (64, 32)}))
     assert found["w"].state is None
     assert "refused: rank must be between 1 and 32" in str(found)
+
+
+def test_descriptions_do_not_depend_on_what_was_traced_before():
+    params = shapes({"attn": ATTENTION})
+    tx = memopt.apollo_mini(1e-2)
+    memopt.state_bytes(tx, params)
+    first, second = memopt.describe(tx, params), memopt.describe(tx, params)
+    assert first == second
+    assert first["attn/out/kernel"].axes == "rows 0 1, cols 2"
+
+
+def test_parts_of_a_partition_see_the_whole_tree():
+    """The norms, and a kernel that `matrices` leaves out, tell how the others are to be read."""
+    kernel, norm = {"kernel": (16, 16, 16)}, {"scale": (16, 16)}
+    params = shapes({"blocks": {"attn": {"q": kernel, "o": kernel}, "norm": norm}})
+    tx = memopt.apollo_mini(1e-2)
+    low = tx.init(params).inner_states["matrices"].inner_state[0].inner.mu
+    assert low["blocks"]["attn"]["q"]["kernel"].shape == (16, 1, 16)
+
+    params = shapes({"attn": ATTENTION})
+    all_but_out = lambda name, leaf: None if "out" in name else memopt.hidden_matrices(name, leaf)
+    tx = memopt.apollo_mini(1e-2, matrices=all_but_out)
+    low = tx.init(params).inner_states["matrices"].inner_state[0].inner.mu
+    assert low["attn"]["query"]["kernel"].shape == (1, 128)
+    assert memopt.describe(tx, params)["attn/query/kernel"].state == (2 * 128 + 1) * 4
+
+
+def test_axis_names_are_remembered_for_their_own_tree():
+    """A model without boxes is not read by those of another, though a leaf is called alike."""
+    memopt.muon(1.0).init({"wi": boxed((8, 8, 8), "embed", "layers", "mlp"), "norm": jnp.ones(8)})
+    bare = {"wi": jnp.ones((8, 8, 8)), "bias": jnp.ones(8)}
+    assert read(bare)["wi"].matrix == Matrix()
+
+
+def test_every_pattern_of_a_name_is_needed():
+    """It matches a part of a client's name, and no other pattern of its kind does."""
+    parts = {words(p) for c in CLIENTS.values() for name in c.leaves for p in name.split("/")}
+    idle = []
+    for kind in {kind for library in LIBRARIES.values() for kind in library}:
+        patterns = [p for names in LIBRARIES.values() for p in names.get(kind, "").split()]
+        assert len(patterns) == len(set(patterns))
+        for pattern in patterns:
+            others = [p for p in patterns if p != pattern]
+            mine = {part for part in parts if fnmatch(part, pattern)}
+            if not any(not any(fnmatch(part, p) for p in others) for part in mine):
+                idle.append((kind, pattern))
+    assert not idle

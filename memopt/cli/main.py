@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from memopt import __version__
 from memopt.cli.errors import fail
 
 USAGE = """\
@@ -16,7 +17,7 @@ commands:
   tokenizer train   learn a vocabulary from text
   optimizers        list the optimizers that pretrain knows
 
-`memopt COMMAND --help` describes its options.
+`memopt COMMAND --help` describes its options, `memopt --version` prints the version.
 """
 
 
@@ -37,6 +38,8 @@ def main() -> None:
                 from memopt.optimizers import available
 
                 print("\n".join(available()))
+            case ["--version"]:
+                print(f"memopt {__version__}")
             case [] | ["-h" | "--help"] | ["tokenizer"] | ["tokenizer", "-h" | "--help"]:
                 print(USAGE, end="")
             case _:

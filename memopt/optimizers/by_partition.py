@@ -5,6 +5,7 @@ from typing import Any
 import optax
 
 from memopt.matrices import Matrices, map_matrices
+from memopt.parameters import known, read_parameters
 from memopt.state.precision import in_float32
 from memopt.transforms.decay import decay_as_released, updated_weights
 
@@ -35,7 +36,17 @@ def matrices_and_rest(
         label = lambda layout, _: "matrices" if layout.is_matrix else "rest"
         return map_matrices(label, tree, matrices=matrices)
 
-    return optax.partition({"matrices": method, "rest": rest}, labels)
+    both = optax.partition({"matrices": method, "rest": rest}, labels)
+
+    def init(params: Any) -> Any:
+        with known(read_parameters(params)):  # each part sees the others masked
+            return both.init(params)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        with known(read_parameters(updates)):
+            return both.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def adamw_for_rest(

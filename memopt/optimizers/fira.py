@@ -65,8 +65,8 @@ def fira(
       projector: "randomized_svd", "svd", any other name in `memopt.projectors`, or a projector,
         which then says its rank itself.
       matrices: which leaves are hidden matrices, and of which axes; see
-        `memopt.hidden_matrices`. Of a square one the rows, its inputs, are projected: where
-        kernels are stored as (out, in), as in Equinox, take `memopt.out_in`.
+        `memopt.hidden_matrices`. Square ones are projected along their rows, the inputs; for
+        kernels stored as (out, in), as in Equinox, pass ``matrices=memopt.out_in``.
       rest: what updates the other leaves; by default AdamW at the same learning rate and decay.
       weight_decay: decoupled decay, times the learning rate.
       weight_decay_mask: which leaves decay, as in ``optax.adamw``.

@@ -54,8 +54,8 @@ def muon(
       copied_over: the mesh axis over which parameters are copied, if there is one; numbers do not
         depend on it.
       matrices: which leaves are hidden matrices, and of which axes; see
-        `memopt.hidden_matrices`. Rows are inputs: where kernels are stored as (out, in), as in
-        Equinox, take `memopt.out_in`, or the scale is that of the transpose.
+        `memopt.hidden_matrices`. Rows are inputs; for kernels stored as (out, in), as in
+        Equinox, pass ``matrices=memopt.out_in``, or the scale is √max(1, m/n).
       rest: what updates the other leaves; by default AdamW at the same learning rate and decay.
       weight_decay: decoupled decay, times the learning rate.
       weight_decay_mask: which leaves decay, as in ``optax.adamw``.

@@ -3,13 +3,14 @@
 import collections
 import dataclasses
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import optax
 
+from memopt.names import snake_case
+from memopt.parameters import init_shapes
 from memopt.state.codecs import bits_of
 from memopt.trees import named_leaves
 
@@ -77,7 +78,7 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
     kept: dict[str, list[Any]] = {name: [] for name in names}
     kept_by: dict[str, dict[str, None]] = {name: {} for name in names}
     shared: list[Any] = []
-    for like_params, part, keeper in _parts(jax.eval_shape(tx.init, params), structure):
+    for like_params, part, keeper in _parts(init_shapes(tx.init, params), structure):
         if not like_params:
             shared.append(part)
             continue
@@ -101,8 +102,7 @@ def _parts(state: Any, structure: Any, keeper: str = "") -> Iterator[tuple[bool,
     With each goes the name of the transformation whose state it is in, after the innermost type.
     """
     if hasattr(state, "_fields"):
-        words = re.findall("[A-Z][a-z0-9]*", type(state).__name__.removesuffix("State"))
-        keeper = "_".join(words).lower()
+        keeper = snake_case(type(state).__name__.removesuffix("State"))
     try:
         structure.flatten_up_to(state)
     except ValueError:

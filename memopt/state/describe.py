@@ -1,6 +1,7 @@
 """A table of parameters: how an optimizer treats each, and the state that it keeps."""
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import optax
 
 from memopt.matrices import Layout, layout_of, layouts_seen
 from memopt.names import MATRIX, VECTOR
-from memopt.parameters import Parameter, read_parameters
+from memopt.parameters import Parameter, init_shapes, read_parameters
 from memopt.state.bytes import state_bytes
 
 
@@ -57,7 +58,7 @@ class Description:
             (r.name, _shape(r.shape), r.kind, r.axes, _kept_by(r), _bytes(r.state), r.why)
             for r in self.rows
         ]
-        lines = list(_aligned([header, *cells]))
+        lines = list(_aligned([header, *cells], numbers=(5,)))
         return "\n".join([*lines, *([f"refused: {self.refused}"] if self.refused else [])])
 
     def by_kind(self) -> Iterator[str]:
@@ -67,9 +68,9 @@ class Description:
             groups[row.kind, _kept_by(row)].append(row)
         cells = []
         for (kind, kept_by), rows in groups.items():
-            state = sum(row.state or 0 for row in rows)
-            cells.append((f"{len(rows)}", kind, kept_by, f"{state:,} bytes"))
-        return _aligned(cells)
+            state = None if self.refused else sum(row.state or 0 for row in rows)
+            cells.append((f"{len(rows)}", kind, kept_by, f"{_bytes(state)} bytes"))
+        return _aligned(cells, numbers=(0, 3))
 
 
 def describe(tx: optax.GradientTransformation, params: Any) -> Description:
@@ -103,7 +104,10 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
         try:
             table = state_bytes(tx, params)
         except ValueError as error:
-            refused = f"{error}"
+            refused = str(error)
+        else:  # what keeps no state shows its matrices in the update alone
+            with contextlib.suppress(TypeError, ValueError):
+                init_shapes(lambda p: tx.update(p, tx.init(p), p), params)
     rows = []
     for p in parameters:
         kind, axes, why = _taken_for(p, layouts.get(p.name))
@@ -138,14 +142,12 @@ def _bytes(state: int | None) -> str:
     return "?" if state is None else f"{state:,}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Pads cells into columns, numbers to the right."""
+def _aligned(rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> Iterator[str]:
+    """Pads cells into columns, those of numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [
-            cell.rjust(n)
-            if cell.removesuffix(" bytes").replace(",", "").isdecimal()
-            else cell.ljust(n)
-            for cell, n in zip(row, widths, strict=True)
+            cell.rjust(n) if i in numbers else cell.ljust(n)
+            for i, (cell, n) in enumerate(zip(row, widths, strict=True))
         ]
         yield "  ".join(cells).rstrip()

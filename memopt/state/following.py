@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from memopt.parameters import known, read_parameters
+from memopt.parameters import init_shapes, known, read_parameters
 from memopt.trees import named_leaves, open_box
 
 Path = tuple[Any, ...]
@@ -110,7 +110,7 @@ class _Init:
         """The shapes of the state."""
         leaves = [p.update(shape=sizes.get(i, p.shape)) for i, p in enumerate(self.leaves)]
         with known(self.parameters):
-            state = jax.eval_shape(self.tx.init, self.structure.unflatten(leaves))
+            state = init_shapes(self.tx.init, self.structure.unflatten(leaves))
         return dict(jax.tree_util.tree_leaves_with_path(state))
 
     def parts(self, sizes: Sizes) -> Iterator[tuple[Sizes, Shapes]]:

@@ -14,6 +14,7 @@ from jax import Array
 from memopt.errors import check_at_least
 from memopt.internals import trace
 from memopt.matrices import Layout, every_matrix, map_matrices
+from memopt.parameters import init_shapes
 from memopt.state.codecs import AsIs, Codec, Coded, named
 from memopt.state.dither import NEAREST, dither
 from memopt.state.precision import in_float32
@@ -117,7 +118,7 @@ def quantize_state(
 
     def plan(params: Any) -> tuple[Any, Any, Any]:
         """Of each array of the inner state its codec, its shape and dtype, and its owner."""
-        like = jax.eval_shape(inner.init, params)
+        like = init_shapes(inner.init, params)
         owners = _owners(like, params)
         codecs = map_named(codec_of, like, owners, _second_moments(like))
         return codecs, like, owners
@@ -249,7 +250,7 @@ def _first(codec: Codec, x: Any) -> Coded:
 
 
 def _columns(coded: Any, state: Any, scales_kept: int) -> tuple[Any, tuple[Any, ...]]:
-    """A tree of `Coded` as the tree of their codes, in the boxes of `state`, and of scales."""
+    """Splits a tree of `Coded` into codes, in the boxes of `state`, and a tuple of scale trees."""
     codes = map_named(lambda _, x, coded: coded.codes, state, coded)
     return codes, by_array(
         map_named(lambda _, x, coded: coded.scales, state, coded), state, scales_kept

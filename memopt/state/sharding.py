@@ -8,6 +8,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from memopt.errors import check_choice
+from memopt.parameters import init_shapes
 from memopt.state.following import Axis, Follower, followers
 from memopt.state.quantized import dequantize_params, is_quantized
 from memopt.trees import named_leaves, open_box
@@ -61,7 +62,7 @@ def state_sharding(
     found = iter(followers(tx, like, [p.axes for p in placed]))
     notes = {}
 
-    state = jax.eval_shape(tx.init, like)
+    state = init_shapes(tx.init, like)
     names = iter([name for name, _ in named_leaves(state)[0]])
 
     def place(x: jax.ShapeDtypeStruct) -> NamedSharding:

@@ -19,7 +19,7 @@ class ScaleByFactoredRmsState(NamedTuple):
     Attributes:
       count: steps taken, int32.
       rows: of each matrix, the mean square over its columns: the array's axes less those;
-        nothing (``MaskedNode``) of each vector.
+        ``MaskedNode`` for a vector.
       cols: of each matrix, the mean square over its rows: the array's axes less those; of each
         vector, the second moment itself.
     """

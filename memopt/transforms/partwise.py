@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from memopt.internals import Call, Cond, Program, Scan, While, trace
-from memopt.parameters import known, read_parameters
+from memopt.parameters import init_shapes, known, read_parameters
 
 CHOICES = (
     "Take one that looks at each matrix by itself (memopt.clip_by_matrix_rms), or "
@@ -69,7 +69,7 @@ class Partwise:
         prime = _prime_beyond(layers, {n for s in shapes for n in s[1:]} | {layers})
         one, some = (_with_layers(params, stacked, n) for n in (1, prime))
         with known(parameters):  # of other numbers of layers, too
-            states = [jax.tree.leaves(jax.eval_shape(tx.init, p)) for p in (params, one, some)]
+            states = [jax.tree.leaves(init_shapes(tx.init, p)) for p in (params, one, some)]
             self._program, with_some = _trace(tx, one), _trace(tx, some)
         self.axes = _layer_axes(*states, layers=layers, prime=prime)
         self._owners, self.needs_norm = self._separate()
@@ -183,7 +183,7 @@ def _trace(tx: optax.GradientTransformation, params: Any) -> Program:
         return structure.flatten_up_to(updates), jax.tree.leaves(state)
 
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    state = jax.eval_shape(tx.init, params)
+    state = init_shapes(tx.init, params)
     return trace(update, params, params, state, scalar, scalar)
 
 
@@ -243,7 +243,7 @@ def _mixed(program: Program, tags: Sequence[int], prime: int) -> list[int]:
     from an array with such an axis and has none itself has seen several layers.
 
     Args:
-      program: of so many layers.
+      program: traced with `prime` layers.
       tags: of its inputs, `_CLEAN`, `_BY_LAYER` or `_MIXED`.
       prime: the number of layers.
 
@@ -251,7 +251,7 @@ def _mixed(program: Program, tags: Sequence[int], prime: int) -> list[int]:
       The tags of its outputs.
     """
     seen = dict(zip(program.inputs, tags, strict=True))
-    tag = lambda v: seen.get(v, _CLEAN)  # what is not known is a constant
+    tag = lambda v: seen.get(v, _CLEAN)  # a variable without a tag is a constant
     layered = lambda v: any(n and n % prime == 0 for n in getattr(v.aval, "shape", ()))
     inner = lambda program, tags: _mixed(program, tags, prime)
 

@@ -12,8 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
 from memopt.state.precision import statistics_dtype
@@ -137,6 +135,10 @@ def _kernel(basis: Array, gradient: Array, *, left: bool) -> Pair:
 
 def _call(basis: Array, g: Array, left: bool) -> Pair:
     """The kernel over a grid of blocks of g, ``(stack, m, n)`` or ``(m, n)``."""
+    # Late: these take as long to import as half of JAX, and most runs have no kernel.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
     (*stack, m, n), (side, r) = g.shape, basis.shape
     free = n if left else m
     depth, width = min(_BLOCK, side), min(_BLOCK, free)
@@ -180,6 +182,8 @@ def _block(
     p_ref: Any, g_ref: Any, low_ref: Any, squares_ref: Any, *, left: bool, side: int
 ) -> None:
     """Adds what one block of g gives; the grid's last steps go along the projected side."""
+    from jax.experimental import pallas as pl
+
     step, axis = pl.program_id(2), 0 if left else 1
     g = g_ref[...].astype(jnp.float32)
     depth = g.shape[axis]

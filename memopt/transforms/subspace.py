@@ -13,7 +13,7 @@ from jax import Array
 from memopt.errors import NoSuchPairing, check_at_least, check_choice
 from memopt.matrices import Layout, Matrices, Matrix, explicit_axes, map_matrices
 from memopt.names import MATRIX, VECTOR
-from memopt.parameters import Parameter, known
+from memopt.parameters import Parameter, init_shapes, known
 from memopt.state.precision import statistics_dtype, zeros_of
 from memopt.transforms.moments import CarryOver, first_moment
 from memopt.transforms.projectors import Leaf, Projector, When
@@ -128,7 +128,7 @@ def in_subspace(
     def update(updates: Any, state: InSubspaceState, params: Any = None, **extra: Any) -> Any:
         given, typed = state, any(explicit_axes(x) for x in jax.tree.leaves(state))
         if typed:  # it may have been placed, where what is made anew has the types of `init`
-            state = _typed_as(state, jax.eval_shape(init, updates))
+            state = _typed_as(state, init_shapes(init, updates))
         when = When.at(state.count, refresh_every, refresh_phase)
         projected = {}
 

@@ -551,6 +551,28 @@ BIG_VISION = {  # layers scanned
     "Transformer/encoder_norm/scale": leaf("d", "vector"),
     "head/kernel": leaf("d n", "head"),
 }  # fmt: skip
+MEMOPT = {
+    "embed/embedding": leaf("V d", "embedding"),
+    **under("blocks/", {
+        "attention/q/kernel": leaf("L d H", "d -> H"),
+        "attention/k/kernel": leaf("L d K", "d -> K"),
+        "attention/v/kernel": leaf("L d K", "d -> K"),
+        "attention/o/kernel": leaf("L H d", "H -> d"),
+        "attention_norm/scale": leaf("L d", "vector"),
+        "mlp/gate/kernel": leaf("L d f", "d -> f"),
+    }),
+    "head/kernel": leaf("d V", "head"),
+}  # fmt: skip
+OTHER_NAMES = {  # of more models of these libraries
+    "emb/weight": leaf("V d", "embedding"),
+    "vit/patch_embed/proj/kernel": leaf("y x 3 d", "embedding"),
+    "model/decoder/embed_positions/embedding": leaf("p d", "position"),
+    "layers/0/attn/out_proj/kernel": leaf("H d", "H -> d"),
+    "layers/0/attn/post_beta": leaf("h K", "vector"),
+    "layers/0/hc_base": leaf("h K", "vector"),
+    "layers/0/tid2eid": leaf("h K", "vector"),
+    "decoder/logits/kernel": leaf("d V", "head"),
+}
 MISLEADING = {  # names that say one thing and are another
     "embedder/input_embedding": leaf("V d", "embedding"),
     "block/prenorm_attention/q/kernel": leaf("d H", "d -> H"),
@@ -561,6 +583,17 @@ MISLEADING = {  # names that say one thing and are another
     "block/attn/sinks": leaf("L h", "vector"),
     "block/attn/query_scale": leaf("h K", "vector"),
     "block/attn/qkv/b": leaf("h K", "vector"),
+    "block/position_wise_ffn/w1/kernel": leaf("d f", "d -> f"),
+    "block/relative_attention/q/kernel": leaf("d H", "d -> H"),
+    "block/embed_proj/kernel": leaf("d f", "d -> f"),
+    "block/mlp/shared/kernel": leaf("d f", "d -> f"),
+    "block/attention/q_head/kernel": leaf("d H", "d -> H"),
+    "block/logits_processor/kernel": leaf("d f", "d -> f"),
+    "block/conv_proj/kernel": leaf("L d f", "d -> f"),
+    "experts/kernel": leaf("3 3 d f", "d -> f"),
+    "text_embedder/layers/0/attn/q/kernel": leaf("d H", "d -> H"),
+    "mtp_head/layers/0/mlp/up/kernel": leaf("d f", "d -> f"),
+    "output/layers/0/mlp/kernel": leaf("d f", "d -> f"),
     "moe/gate/kernel": leaf("d X", "router"),
     "moe/experts/gate_proj/kernel": leaf("X d f", "d -> f"),
     "pos": leaf("p d", "position"),
@@ -591,5 +624,7 @@ CLIENTS = {
     "meta_llama": Client(META_LLAMA, oriented=False),
     "hugging_face": Client(HUGGING_FACE),
     "big_vision": Client(BIG_VISION),
+    "memopt": Client(MEMOPT),
+    "other_names": Client(OTHER_NAMES),
     "misleading": Client(MISLEADING),
 }

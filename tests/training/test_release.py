@@ -104,9 +104,13 @@ METHODS = {
     "adalomo": {},
     "lomo": {},
     "lion": {},
+    "muon": {},
     "adamw": {},
     "apollo": SUBSPACE,
     "galore": SUBSPACE,
+    "fira": SUBSPACE,
+    "ldadam": SUBSPACE,
+    "online_subspace_descent": {"rank": 2},
     "apollo_mini": {"refresh_every": 7},
     "frugal": {"refresh_every": 7},
 }
