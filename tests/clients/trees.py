@@ -17,9 +17,10 @@ from flax import linen as nn
 from flax import nnx
 
 import memopt
+from memopt.trees import named_leaves, open_box
 
 SIZES = {
-    **{"V": 96, "d": 16, "f": 48, "p": 32, "L": 3, "X": 6},  # vocabulary, width, MLP, positions …
+    **{"V": 96, "d": 16, "f": 48, "p": 40, "L": 3, "X": 6},  # vocabulary, width, MLP, positions …
     **{"h": 4, "e": 8, "H": 32, "k": 2, "g": 2, "K": 16},  # heads, their width; those of keys
     **{"D": 16, "r": 4, "n": 5, "1": 1, "2": 2, "3": 3},
     **{"y": 3, "x": 3, "c": 8, "o": 24, "w": 4},  # convolutions: window, channels
@@ -157,6 +158,28 @@ def nest(leaves: dict[str, Any], lists: bool) -> Any:
     if not all(key.isdigit() for key in tree):
         return tree
     return [tree[k] for k in sorted(tree, key=int)] if lists else {int(k): tree[k] for k in tree}
+
+
+def assert_like(client: str, params: Any) -> None:
+    """That each array of a library's own tree is in its table: its name, axes and box's names.
+
+    Its name may begin later than in the table, and its axes be of other lengths, of one for each
+    length in the table.
+    """
+    sizes: dict[int, int] = {}
+    table = CLIENTS[client].leaves
+    found, _ = named_leaves(params)
+    for name, leaf in found:
+        matching = [line for n, line in table.items() if n == name or n.endswith("/" + name)]
+        assert matching, f"{name} is not in the table"
+        shape = open_box(leaf).shape
+        assert len(matching[0].shape) == len(shape), name
+        for length, own in zip(matching[0].shape, shape, strict=True):
+            assert sizes.setdefault(length, own) == own, name
+        names = leaf.names if isinstance(leaf, nn.Partitioned) else None
+        if isinstance(leaf, nnx.Variable):
+            names = leaf.get_metadata().get("out_sharding")
+        assert names == matching[0].axes, name
 
 
 def under(prefix: str, lines: dict[str, Leaf]) -> dict[str, Leaf]:
@@ -352,6 +375,7 @@ LM1B = {
         "MlpBlock_0/Dense_0/kernel": leaf("d f", "d -> f", "embed mlp"),
         "MlpBlock_0/Dense_0/bias": leaf("f", "vector", "mlp"),
         "MlpBlock_0/Dense_1/kernel": leaf("f d", "f -> d", "mlp embed"),
+        "MlpBlock_0/Dense_1/bias": leaf("d", "vector", "embed"),
     }),
 }  # fmt: skip
 LM1B_SCANNED = {
@@ -385,6 +409,7 @@ FLAX_NNX = {
         "linear1/kernel": leaf("d f", "d -> f", "embed mlp"),
         "linear1/bias": leaf("f", "vector"),
         "linear2/kernel": leaf("f d", "f -> d", "mlp embed"),
+        "linear2/bias": leaf("d", "vector"),
     }),
     "conv/kernel": leaf("y x c o", "y x c -> o"),
     "conv/bias": leaf("o", "vector"),
@@ -437,8 +462,8 @@ HAIKU = {
     "transformer/linear/b": leaf("f", "vector"),
     "transformer/linear_1/w": leaf("f d", "f -> d"),
     "transformer/linear_1/b": leaf("d", "vector"),
-    "transformer/linear_8/w": leaf("d V", "head"),
-    "transformer/linear_8/b": leaf("V", "vector"),
+    "transformer/linear_2/w": leaf("d V", "head"),
+    "transformer/linear_2/b": leaf("V", "vector"),
     "transformer/conv2_d/w": leaf("y x c o", "y x c -> o"),
 }
 KERAS = {  # by the variables' `path`
