@@ -1,6 +1,6 @@
-"""What JAX and Grain do not promise to keep, used by memopt from this file alone.
+"""Non-public API of JAX and Grain, used from this file alone.
 
-A new release may change anything here. `tests/test_internals.py` says what it was.
+A new release may change any of it; `tests/test_internals.py` then says what.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Program:
     _consts: Sequence[Any]
 
     def needed(self, outputs: Iterable[int] | None = None) -> Part:
-        """What of the program computes some of its outputs, in scans and branches too.
+        """Returns the part of the program that computes some outputs, in scans and branches too.
 
         Cutting a jaxpr is public API in no release.
 
@@ -77,7 +77,7 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What computes some outputs of a program.
+    """The part of a program that computes some of its outputs.
 
     Attributes:
       reads: which of the program's inputs it reads.
@@ -88,8 +88,8 @@ class Part:
     _consts: Sequence[Any]
 
     def __call__(self, *inputs: Any) -> list[Any]:
-        """The outputs, of all inputs of the program; what is not read may be anything."""
-        # As JAX's own jaxpr_as_fun: NaNs that the traced function deals with are its own affair.
+        """Computes the outputs from all inputs of the program; one that is not read may be None."""
+        # JAX's own jaxpr_as_fun disables the check for NaNs, too.
         with jax.debug_nans(False):
             return jax.core.eval_jaxpr(self._jaxpr, self._consts, *_where(inputs, self.reads))
 
@@ -143,7 +143,7 @@ class Call(NamedTuple):
 
 
 def _inner(eqn: Any) -> Cond | Scan | While | Call | None:
-    """The programs that an equation runs. The names of its parameters are JAX's own affair."""
+    """The programs that an equation runs. The names of its parameters are not public."""
     params = eqn.params
     match eqn.primitive.name:
         case "cond":
@@ -166,7 +166,7 @@ def _inner(eqn: Any) -> Cond | Scan | While | Call | None:
 
 
 def _program(traced: Any) -> Program:
-    """Of a ClosedJaxpr; since jax 0.11 all are Jaxpr, which before was one without constants."""
+    """Wraps a ClosedJaxpr, or what replaces it since jax 0.11: a Jaxpr with constants."""
     jaxpr = getattr(traced, "jaxpr", traced)
     consts = getattr(traced, "consts", ())
     return Program(jaxpr.invars, [_variable(v) for v in jaxpr.outvars], jaxpr, consts)
@@ -183,9 +183,9 @@ def _where(items: Sequence[Any], chosen: Sequence[bool]) -> list[Any]:
 
 
 def clusters() -> tuple[Any, ...]:
-    """Where processes find each other by themselves, as `jax.distributed.initialize` asks.
+    """The clusters in which `jax.distributed.initialize` finds other processes by itself.
 
-    It cannot be asked only. Kubernetes is left out, where JAX would ask for permissions.
+    JAX has no public way to query them without initialising. Kubernetes is left out, where JAX would ask for permissions.
 
     Returns:
       Classes with `name`, `is_env_present()`, `get_process_count()` and `get_process_id()`.
@@ -219,7 +219,7 @@ def shuffled(dataset: grain.IterDataset, window: int, seed: int) -> grain.IterDa
 
 
 def prefetched(dataset: grain.IterDataset, count: int) -> grain.IterDataset:
-    """A dataset whose next elements a thread makes ahead; likewise.
+    """A dataset whose next elements a thread prepares: `grain.experimental.ThreadPrefetch…`.
 
     Example:
       >>> import grain
@@ -232,7 +232,7 @@ def prefetched(dataset: grain.IterDataset, count: int) -> grain.IterDataset:
 
 
 def limited(dataset: grain.IterDataset, count: int) -> grain.IterDataset:
-    """The first elements of a dataset; likewise.
+    """The first elements of a dataset: `grain.experimental.LimitIterDataset`.
 
     Example:
       >>> import grain
@@ -245,7 +245,7 @@ def limited(dataset: grain.IterDataset, count: int) -> grain.IterDataset:
 
 
 def packed(dataset: grain.IterDataset, lengths: dict[str, int]) -> grain.IterDataset:
-    """Rows of given lengths: elements one after another, cut where a row ends; likewise.
+    """Rows of given lengths, elements cut where a row ends: `grain.experimental.ConcatThenSplit…`.
 
     Args:
       dataset: of dicts of vectors.
