@@ -185,7 +185,8 @@ def _where(items: Sequence[Any], chosen: Sequence[bool]) -> list[Any]:
 def clusters() -> tuple[Any, ...]:
     """The clusters in which `jax.distributed.initialize` finds other processes by itself.
 
-    JAX has no public way to query them without initialising. Kubernetes is left out, where JAX would ask for permissions.
+    JAX has no public way to query them without initialising. Kubernetes is left out, where JAX
+    would ask for permissions.
 
     Returns:
       Classes with `name`, `is_env_present()`, `get_process_count()` and `get_process_id()`.
