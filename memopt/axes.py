@@ -50,6 +50,7 @@ class Axes(NamedTuple):
     why: str
     doubt: str = ""
     otherwise: Matrix = Matrix()
+    alike: tuple[str, ...] = ()
 
 
 LAST_TWO = Axes(Matrix(), "its last two axes")
@@ -154,13 +155,13 @@ def _one_attention(
         if alike and q[-2] == o[h] and (q[-1] == o[hd] or q[h] > o[h]):
             to_heads = [_to_heads(e.shape, stack, o[h]) for e in inputs]
             doubt = "it may be a stack of matrices" if dense and stacked is None else ""
-            why = f"its heads are axes of {output.name!r} too"
+            why = f"it has the head axes of {output.name!r}"
             found = {
                 e.name: Axes(matrix, why, doubt)
                 for e, matrix in zip(inputs, to_heads, strict=True)
                 if matrix
             }
-            why = f"its heads are axes of {query.name!r} too"
+            why = f"it has the head axes of {query.name!r}"
             found[output.name] = Axes(Matrix((h, hd), d), why, doubt)
             if stack == (1,):
                 found |= _scanned_along(1, o[1], module, entries, found)
@@ -175,8 +176,9 @@ def _one_attention(
 
 def _in_doubt(entries: Sequence[Entry], doubt: str) -> dict[str, Axes]:
     """Keeps the last two axes, with a doubt if the axis before them may be the model's width."""
-    axes = LAST_TWO._replace(doubt=doubt, otherwise=Matrix(-3, (-2, -1)))
-    return {e.name: axes for e in entries if e.shape[-3] > e.shape[-2]}
+    names = [e.name for e in entries if e.shape[-3] > e.shape[-2]]
+    axes = LAST_TWO._replace(doubt=doubt, otherwise=Matrix(-3, (-2, -1)), alike=tuple(names))
+    return dict.fromkeys(names, axes)
 
 
 def _stacks(ndim: int) -> list[tuple[int, ...]]:

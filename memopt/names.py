@@ -192,7 +192,7 @@ def kinds_of(entries: Sequence[Entry]) -> dict[str, tuple[str, str]]:
             found[e.name] = (said[0], f"{said[1]!r} in its name")
         elif last == "b" and module and f"{module}/a" not in names:
             found[e.name] = (VECTOR, "'b' in a module is a bias")
-        elif (around := re.match("(.*)/gate(/|$)", e.name)) and _routes(around[1], names):
+        elif (around := re.match("(.*/|)gate(/|$)", e.name)) and _routes(around[1], names):
             found[e.name] = (ROUTER, "'gate' beside experts")
         elif e.axes and "vocab" in e.axes:
             kind = EMBEDDING if e.axes[0] == "vocab" else HEAD
@@ -204,15 +204,15 @@ def kinds_of(entries: Sequence[Entry]) -> dict[str, tuple[str, str]]:
             fits = lambda e, s=sides: e.shape == (s if e.name.endswith("weight") else s[::-1])
             others = [e for e in entries if e.name not in found and fits(e)]
             if len(others) == 1 and len(sides) == 2 and sides[0] > sides[1]:
-                why = f"no other matrix has the sides of {embedding.name!r}"
+                why = f"it is the only other matrix with the sides of {embedding.name!r}"
                 found[others[0].name] = (HEAD, why)
     return found
 
 
-def _routes(module: str, names: set[str]) -> bool:
+def _routes(prefix: str, names: set[str]) -> bool:
     """Whether the gate of a module is a router: beside experts, and not one of an MLP's kernels."""
-    prefix = f"{module}/"
     beside = {name.removeprefix(prefix).split("/")[0] for name in names if name.startswith(prefix)}
     if beside & {"up", "down", "up_proj", "down_proj", "router"}:
         return False
-    return "moe" in words(module.rpartition("/")[2]) or any("expert" in part for part in beside)
+    own = words(prefix.rstrip("/").rpartition("/")[2])
+    return "moe" in own or any("expert" in part for part in beside)

@@ -30,6 +30,7 @@ class Parameter(NamedTuple):
       why: the reason for `kind` and `matrix`.
       doubt: the reason against `matrix`, "" if there is none.
       otherwise: the rows and columns if the doubt is justified.
+      alike: names of the parameters in the same doubt.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Parameter(NamedTuple):
     why: str
     doubt: str = ""
     otherwise: Matrix = Matrix()
+    alike: tuple[str, ...] = ()
 
     @property
     def ndim(self) -> int:
@@ -58,13 +60,14 @@ class Parameter(NamedTuple):
           selection: name of the selection in `memopt` that is for the other parameters.
         """
         if self.doubt:
-            tail = re.split(r"(?:^|/)\d+/", self.name)[-1]  # alike in all layers
+            tail = lambda name: re.split(r"(?:^|/)\d+/", name)[-1]  # the same in all layers
+            ends = tuple(map(tail, self.alike or (self.name,)))
             _warn_once(
                 re.sub(r"\d+", "", self.doubt),
-                f"{self.name!r} of shape {self.shape} is taken for {self.matrix} ({self.why}), but "
-                f"{self.doubt}; confirm it, or say {self.otherwise}, by "
-                f"matrices=lambda name, leaf: {self.matrix} if name.endswith({tail!r}) "
-                f"else memopt.{selection}(name, leaf); see memopt.describe.",
+                f"{self.name!r} of shape {self.shape} is taken for memopt.{self.matrix} "
+                f"({self.why}), but {self.doubt}; it may be memopt.{self.otherwise}. Settle it by "
+                f"matrices=lambda name, p: memopt.{self.otherwise} if name.endswith({ends}) "
+                f"else memopt.{selection}(name, p), or with the former; see memopt.describe.",
             )
 
 
@@ -92,8 +95,8 @@ def read_parameters(tree: Any) -> list[Parameter]:
       >>> for p in read_parameters(params):
       ...     print(p.name, p.kind, p.matrix, p.why, sep="; ")
       lm_head; head; Matrix(rows=-2, cols=-1); 'lm_head' in its name
-      o; matrix; Matrix(rows=(0, 1), cols=2); its heads are axes of 'q' too
-      q; matrix; Matrix(rows=0, cols=(1, 2)); its heads are axes of 'o' too
+      o; matrix; Matrix(rows=(0, 1), cols=2); it has the head axes of 'q'
+      q; matrix; Matrix(rows=0, cols=(1, 2)); it has the head axes of 'o'
     """
     nodes, _ = named_leaves(tree)
     arrays = [open_box(node) for _, node in nodes]

@@ -78,7 +78,9 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
     kept: dict[str, list[Any]] = {name: [] for name in names}
     kept_by: dict[str, dict[str, None]] = {name: {} for name in names}
     shared: list[Any] = []
-    for like_params, part, keeper in _parts(init_shapes(tx.init, params), structure):
+    # Without their shardings, which would need the mesh in scope.
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    for like_params, part, keeper in _parts(init_shapes(tx.init, like), structure):
         if not like_params:
             shared.append(part)
             continue

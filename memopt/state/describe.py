@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import optax
 
 from memopt.matrices import Layout, layout_of, layouts_seen
@@ -20,7 +21,8 @@ class Described(NamedTuple):
     Attributes:
       name: its keys joined by ``/``.
       shape: of the array.
-      kind: "matrix", "embedding", "position", "router", "head" or "vector".
+      kind: "matrix", "embedding", "position", "router", "head" or "vector"; "rest" for a matrix
+        that `matrices` leaves out.
       axes: the axes of rows, of columns and of the stack, as text; "" if the optimizer treats it
         entry by entry.
       why: the reason for `kind` and `axes`.
@@ -59,7 +61,7 @@ class Description:
             for r in self.rows
         ]
         lines = list(_aligned([header, *cells], numbers=(5,)))
-        return "\n".join([*lines, *([f"refused: {self.refused}"] if self.refused else [])])
+        return "\n".join([*([f"refused: {self.refused}"] if self.refused else []), *lines])
 
     def by_kind(self) -> Iterator[str]:
         """Yields a line for each kind of parameter and the transformations that keep its state."""
@@ -107,7 +109,8 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
             refused = str(error)
         else:  # what keeps no state shows its matrices in the update alone
             with contextlib.suppress(TypeError, ValueError):
-                init_shapes(lambda p: tx.update(p, tx.init(p), p), params)
+                like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+                init_shapes(lambda p: tx.update(p, tx.init(p), p), like)
     rows = []
     for p in parameters:
         kind, axes, why = _taken_for(p, layouts.get(p.name))
@@ -116,7 +119,7 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
     return Description(tuple(rows), refused)
 
 
-_SAID = "the optimizer says so, by matrices= or as it sees a part of the tree"
+_SAID = "set by matrices=, or read without the parameters beside it"
 
 
 def _taken_for(p: Parameter, layout: Layout | None) -> tuple[str, str, str]:
@@ -125,7 +128,7 @@ def _taken_for(p: Parameter, layout: Layout | None) -> tuple[str, str, str]:
     if layout is None:
         return p.kind, "", why
     if not layout.is_matrix:
-        return (VECTOR, "", _SAID) if p.kind == MATRIX else (p.kind, "", why)
+        return ("rest", "", _SAID) if p.kind == MATRIX else (p.kind, "", why)
     if p.matrix is None or layout.axes != layout_of(p.name, p, p.matrix).axes:
         why = _SAID
     sides = zip(("rows", "cols", "stack"), layout.axes, strict=True)
