@@ -78,7 +78,7 @@ def nnx_training(method: str) -> tuple[Any, Step]:
     return state, step
 
 
-@methods("adafactor", "apollo_mini", "adamw_8bit")
+@methods("adafactor", "apollo_mini")
 def test_nnx_optimizer(method, tmp_path):
     with jax.set_mesh(make_mesh()), nnx.logical_axis_rules(RULES):
         check(*nnx_training(method), tmp_path)
@@ -127,7 +127,7 @@ def step_of_train_state(state: TrainState) -> tuple[TrainState, jax.Array]:
     return state.apply_gradients(grads=gradients), value
 
 
-@methods("adafactor", "galore")
+@methods("adafactor")
 def test_linen_train_state_in_boxes(method, tmp_path):
     with jax.set_mesh(make_mesh()):
         check(*linen_training(method), tmp_path)
@@ -146,7 +146,7 @@ def bare_linen_training(method: str) -> tuple[Any, Step]:
     return state.replace(step=jax.numpy.asarray(0)), step_of_train_state
 
 
-@methods("ldadam")
+@methods("lion")
 def test_linen_train_state(method, tmp_path):
     with jax.set_mesh(make_mesh()):
         check(*bare_linen_training(method), tmp_path)
