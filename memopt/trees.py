@@ -109,7 +109,10 @@ def by_array(kept: Any, tree: Any, count: int) -> tuple[Any, ...]:
     Args:
       kept: like `tree`, with a tuple of arrays in place of each leaf.
       tree: any pytree.
-      count: the number of trees, at least the length of the longest tuple.
+      count: the number of trees.
+
+    Raises:
+      ValueError: if a tuple is longer.
 
     Example:
       >>> by_array({"a": (1, 2), "b": (3,)}, {"a": 0, "b": 0}, 2)
@@ -117,6 +120,9 @@ def by_array(kept: Any, tree: Any, count: int) -> tuple[Any, ...]:
     """
     _, structure = named_leaves(tree)
     rows = structure.flatten_up_to(kept)
+    most = max(map(len, rows), default=0)
+    if most > count:
+        raise ValueError(f"count must be at least {most}, the arrays of a leaf, got {count}.")
     return tuple(
         structure.unflatten([k[i] if i < len(k) else NOTHING for k in rows]) for i in range(count)
     )

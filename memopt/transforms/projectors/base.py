@@ -127,7 +127,7 @@ class Projector(abc.ABC):
 
     @property
     def keeps(self) -> int:
-        """The number of arrays kept between steps."""
+        """The number of arrays that `init` returns, one and the same for all parameters."""
         return int(self.stored)
 
     def init(self, leaf: Leaf) -> tuple[Array, ...]:
