@@ -15,7 +15,7 @@ import memopt
 from memopt import Matrix
 from memopt.matrices import map_matrices
 from memopt.names import LIBRARIES, words
-from memopt.parameters import read_parameters
+from memopt.parameters import init_shapes, known, read_parameters
 from memopt.state.describe import _SAID
 from memopt.transforms.partwise import Partwise
 from tests.clients.trees import CLIENTS
@@ -246,6 +246,15 @@ def test_descriptions_do_not_depend_on_what_was_traced_before():
     first, second = memopt.describe(tx, params), memopt.describe(tx, params)
     assert first == second
     assert first["attn/out/kernel"].axes == "rows 0 1, cols 2"
+
+
+def test_shapes_are_those_of_the_parameters_as_they_are_known():
+    """Though JAX has traced the same function of the same shapes before."""
+    params, tx = shapes({"attn": ATTENTION}), memopt.adafactor(1e-2)
+    cols = lambda: init_shapes(tx.init, params)[0].cols["attn"]["query"]["kernel"].shape
+    assert cols() == (8, 16)
+    with known([p._replace(matrix=Matrix()) for p in read_parameters(params) if p.matrix]):
+        assert cols() == (64, 16)
 
 
 def test_parts_of_a_partition_see_the_whole_tree():
