@@ -1,4 +1,4 @@
-"""What `import memopt` does not wait for."""
+"""Modules that `import memopt` does not import."""
 
 import subprocess
 import sys

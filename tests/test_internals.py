@@ -1,4 +1,4 @@
-"""What memopt takes of JAX and Grain that is not public: what fails here, a release changed."""
+"""Non-public API of JAX and Grain: a test that fails here names what a release changed."""
 
 import ast
 from pathlib import Path
@@ -17,7 +17,7 @@ LAYERS = jnp.ones((3, 2))
 
 
 def inner(f, *args):
-    """What the one operation with a program inside has inside."""
+    """Returns the inner program of the only operation that has one."""
     (found,) = [e.inner for e in trace(f, *args).equations() if e.inner is not None]
     return found
 
@@ -184,7 +184,7 @@ def test_grain_mixes_cuts_packs_and_makes_ahead_and_goes_on_from_its_state():
 
 
 def test_no_other_file_takes_what_is_not_public():
-    """What a new release may break is mended in one place."""
+    """No other file imports non-public API, so that a new release is met in one place."""
     private = ("jax._src", "jax.interpreters", "jax.extend", "jax.core", "jax.make_jaxpr")
     private += ("jaxlib", "grain.experimental", "grain._src", "optax._src", "flax._src")
     found = []

@@ -313,7 +313,7 @@ def test_matrices_may_be_made_from_boxed_parameters():
 
 
 def test_a_function_of_parameters_is_no_selection():
-    """As Optax's Muon takes one."""
+    """Optax's Muon takes such a function."""
     with pytest.raises(ValueError, match="function of a name and a parameter"):
         memopt.muon(1.0, matrices=lambda params: params).init({"w": jnp.ones((4, 8))})
 

@@ -39,7 +39,7 @@ def is_box(x: Any) -> bool:
 
 
 def contents(box: Any) -> Any:
-    """What stands in a box: an array, or the empty node that a mask has put in its place."""
+    """Returns the array in a box, or the empty node that a mask put in its place."""
     if isinstance(box, nnx.Variable):
         return box.get_value()
     return box.array if isinstance(box, NamedArray) else box.value
@@ -92,7 +92,7 @@ def assert_layout(client: str, name: str, layout: Layout) -> None:
 
 @functools.cache
 def layouts(client: str) -> dict[str, Layout]:
-    """What memopt takes each leaf for."""
+    """Returns the layout that memopt uses for each leaf."""
     params = jax.eval_shape(CLIENTS[client].params)
     tree = map_matrices(lambda layout, _: layout, params)
     is_layout = lambda x: isinstance(x, Layout)
@@ -179,7 +179,7 @@ def test_state_sharding(client, method):
 
 @pytest.mark.parametrize("client", ["levanter_llama"])
 def test_named_arrays_check_their_axes(client):
-    """As Haliax's do where they are made, though not where a tree's map makes them."""
+    """The constructor checks them, as in Haliax; unflattening a tree does not."""
     array = jax.tree.leaves(CLIENTS[client].params(), is_leaf=is_box)[0]
     with pytest.raises(ValueError, match="does not have the axes"):
         NamedArray(array.array[0], array.axes)

@@ -62,7 +62,7 @@ def check(state: Any, step: Step, path: Path, steps: int = 3) -> None:
 
 
 def saved_and_read(state: Any, path: Path) -> Any:
-    """What Orbax reads back, which is the same."""
+    """Saves a state with Orbax, reads it back and checks that it is the same."""
     ocp.save(path / "state", state)
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
     restored = ocp.load(path / "state", jax.tree.map(shape, state))

@@ -66,7 +66,7 @@ class Axis:
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class NamedArray:
-    """What Haliax's array with named axes offers; made by a tree's map, it checks nothing."""
+    """The interface of Haliax's NamedArray; unflattening a tree makes one without checks."""
 
     array: Any
     axes: tuple[Axis, ...]
