@@ -13,8 +13,6 @@ is installed: how much room that works in only cuDNN itself says.
 Without ``--optimizer`` it measures a list, prints a table and writes it as JSON, with a plot.
 """
 
-import dataclasses
-import functools
 import json
 import math
 import shlex
@@ -24,35 +22,25 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
-from flax import nnx
-from jax.sharding import AxisType, Mesh
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-import memopt
-from benchmarks import hlo
+from benchmarks import hlo, training_step
 from benchmarks.compilers import GPUS, Chip, devices
 from benchmarks.report import save
-from benchmarks.traffic import between_refreshes
-from memopt.models import llama
+from benchmarks.training_step import State, TrainingStep, Weights
 from memopt.planning.step_memory import step_memory
 from memopt.state.quantized import is_quantized
-from memopt.training.placement import abstract_state, batch_sharding, parse_mesh, place_update
-from memopt.training.release import release_step
-from memopt.training.step import train_step
 
 GIB = 2**30
 HBM = {  # GiB that a step may use
     **{"v5e": 15.75, "v5p": 95.0, "v6e": 31.25},
     **{chip: card.memory / GIB for chip, card in GPUS.items()},
 }
-LEARNING_RATE = 1e-3
 ROOMY: tuple[Chip, Chip] = ("v5p", "h200")  # of TPUs and GPUs: what does not fit is measured there
 RELEASED: dict[str, Any] = {"release": True}
 INT8 = RELEASED | {"weights": "int8"}
@@ -99,8 +87,8 @@ class Options(NamedTuple):
     model: str = "7b"
     optimizer: str | None = None
     release: bool = False
-    weights: Literal["int8", "int4", "bfloat16+8"] | None = None
-    state: Literal["int8", "int4", "float8", "bfloat16"] | None = None
+    weights: Weights | None = None
+    state: State | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     chip: Chip = "v5e"
     mesh: str | None = None
@@ -113,78 +101,28 @@ class Options(NamedTuple):
     output: Path = Path(__file__).parent / "results" / "memory.json"
 
 
-def compile_step(optimizer: str, options: Options) -> tuple[jax.stages.Compiled, Any]:
-    """The compiled step, and the shapes of its state."""
-    config = dataclasses.replace(
-        llama.preset(options.model),
-        param_dtype=options.dtype,
-        dtype=options.dtype,
-        remat="none" if options.release else "full",
-    )
-    sizes = parse_mesh(options.mesh) if options.mesh else {"data": 1}
-    chips = devices(options.chip, math.prod(sizes.values()))
-    mesh = Mesh(
-        np.array(chips).reshape(tuple(sizes.values())),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * len(sizes),
-    )
-    model = llama.abstract_model(config)
-    graph, params = nnx.split(model, nnx.Param)
-    params = jax.tree.map(
-        lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s),
-        nnx.to_pure_dict(params),
-        llama.param_shardings(model, mesh),
-    )
-    if options.weights:
-        params = memopt.quantize_params(params, options.weights)
-    tx = memopt.optimizer(optimizer, LEARNING_RATE)
-    if options.state is not None:
-        tx = memopt.quantize_state(tx, options.state)
-    tx, places = place_update(tx, optimizer, params, by_layer=options.release)
-    if options.release:
-        step: Any = functools.partial(
-            release_step,
-            model=llama.stacked_model(config),
-            shardings=jax.tree.map(lambda x: x.sharding, params),
-        )
-    else:
-        step = functools.partial(
-            train_step, loss=lambda params, batch: llama.loss(nnx.merge(graph, params), batch)
-        )
-    step = functools.partial(
-        step,
-        tx=tx,
-        learning_rate=optax.constant_schedule(LEARNING_RATE),
-        accumulation=options.accumulation,
-    )
-    if not options.refresh:
-        step = _without_refresh(step)
-    state = abstract_state(params, tx, mesh, places)
-    tokens = jax.ShapeDtypeStruct(
-        (options.batch_size, options.seq_len), jnp.int32, sharding=batch_sharding(mesh)
-    )
-    shardings = (jax.tree.map(lambda x: x.sharding, state), None)
-    with jax.set_mesh(mesh):
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
-        return jitted.lower(state, {"inputs": tokens, "targets": tokens}).compile(), state
-
-
-def _without_refresh(step: Any) -> Any:
-    return lambda state, batch: step(
-        state._replace(opt_state=between_refreshes(state.opt_state)), batch
-    )
+def step(optimizer: str, options: Options) -> TrainingStep:
+    """The step that the options describe."""
+    names = (name for name in training_step.Options._fields if name in Options._fields)
+    chosen = {name: getattr(options, name) for name in names} | {"optimizer": optimizer}
+    described = training_step.Options(**chosen)
+    count = math.prod(described.sizes.values())
+    return TrainingStep(described, devices(options.chip, count))
 
 
 def measure(optimizer: str, options: Options) -> dict[str, Any]:
     """The record of one configuration; of one that does not fit, by a roomier chip's compiler."""
     compiled_for = options.chip
     try:
-        compiled, state = compile_step(optimizer, options)
+        found = step(optimizer, options)
+        compiled = found.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or options.chip in ROOMY:
             raise
         compiled_for = ROOMY[options.chip in GPUS]
-        compiled, state = compile_step(optimizer, options._replace(chip=compiled_for))
+        found = step(optimizer, options._replace(chip=compiled_for))
+        compiled = found.compile()
+    state = found.like
     memory = step_memory(compiled, state.params, state.opt_state)
     if options.dump:
         options.dump.write_text(hlo.text(compiled))

@@ -26,7 +26,8 @@ from rich.console import Console
 
 import memopt
 from benchmarks.report import save
-from benchmarks.step_time import Contender, Parameters, describe, measure, model_shapes, table
+from benchmarks.step_time import describe, table
+from benchmarks.updates import Contender, Parameters, measure, model_shapes
 from memopt.models import llama
 from memopt.training.placement import parse_mesh
 from memopt.trees import leaf_name

@@ -25,8 +25,8 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import hlo, memory
+from benchmarks.machine import versions
 from benchmarks.report import save
-from benchmarks.step_time import versions
 from memopt.training.placement import parse_mesh
 
 BASELINE = "sgd"

@@ -29,8 +29,8 @@ from rich.progress import track
 from rich.table import Table
 
 import memopt
+from benchmarks.machine import core_count, cpu_model, versions
 from benchmarks.report import save
-from benchmarks.step_time import core_count, cpu_model, versions
 from memopt.errors import check_at_least, check_choice
 from memopt.state.codecs import bits_of
 from memopt.training.config import Config, Optimization, Run, Text

@@ -33,8 +33,8 @@ from rich.progress import track
 from rich.table import Table
 
 import memopt
-from benchmarks.report import save
-from benchmarks.step_time import core_count, cpu_model, spread, versions
+from benchmarks.machine import core_count, cpu_model, versions
+from benchmarks.report import save, spread
 from memopt.errors import check_at_least
 from memopt.models import llama
 from memopt.training.data import find_documents, train_batches

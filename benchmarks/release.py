@@ -21,20 +21,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import optax
+import numpy as np
 import tyro
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import memory
-from benchmarks.report import save
-from benchmarks.step_time import core_count, cpu_model, spread, versions
+from benchmarks import training_step
+from benchmarks.machine import core_count, cpu_model, versions
+from benchmarks.report import save, spread
+from benchmarks.training_step import TrainingStep
 from memopt.errors import check_at_least
 from memopt.planning.step_memory import step_memory
 
 Kind = Literal["ordinary", "released"]
+GIB = 2**30
 KINDS: tuple[Kind, ...] = ("ordinary", "released")
 
 
@@ -66,30 +67,25 @@ class Run:
 
     def __init__(self, options: Options, kind: Kind) -> None:
         self.options = options
-        self.compiled, self.like = memory.compile_step(
-            options.optimizer,
-            memory.Options(
+        self.training = TrainingStep(
+            training_step.Options(
                 model=options.model,
+                optimizer=options.optimizer,
                 release=kind == "released",
                 dtype="float32",
-                chip="cpu",
                 batch_size=options.batch_size,
                 seq_len=options.seq_len,
             ),
+            jax.devices(),
         )
+        self.compiled, self.init = self.training.compile(), self.training.compile_init()
 
     def start(self) -> None:
-        """Makes the state; of zeros but for the parameters."""
-        keys = optax.tree.split_key_like(jax.random.key(0), self.like.params)
-        normal = lambda p, key: 0.02 * jax.random.normal(key, p.shape, p.dtype)
-        place = lambda x, like: jax.device_put(x, like.sharding)
-        state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.like._replace(params=()))
-        state = state._replace(params=jax.tree.map(normal, self.like.params, keys))
-        self.state = jax.tree.map(place, state, self.like)
+        """Makes the state."""
+        self.state = self.init()
         shape = (self.options.batch_size, self.options.seq_len)
-        tokens = jax.random.randint(jax.random.key(1), shape, 0, 1000)
-        tokens = jax.device_put(tokens, self.compiled.input_shardings[0][1]["inputs"])
-        self.batch = {"inputs": tokens, "targets": tokens}
+        tokens = np.random.default_rng(1).integers(0, 1000, shape, np.int32)
+        self.batch = self.training.place({"inputs": tokens, "targets": tokens})
 
     def step(self) -> float:
         """Takes one, and returns its seconds."""
@@ -102,7 +98,8 @@ class Run:
 def resident(options: Options, kind: Kind) -> dict[str, int | None]:
     """Bytes that a few steps take: what the compiler says, and the most that was resident."""
     run = Run(options, kind)
-    said = step_memory(run.compiled, run.like.params, run.like.opt_state).peak
+    like = run.training.like
+    said = step_memory(run.compiled, like.params, like.opt_state).peak
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     before = _status("VmRSS")
     run.start()
@@ -160,7 +157,7 @@ def table(report: dict[str, Any]) -> Table:
             f"{r['tokens_per_second']['median']:.1f}",
             f"{speed['median']:.2f}",
             f"{speed['min']:.2f}–{speed['max']:.2f}",
-            *(f"{size / memory.GIB:.2f}" for size in sizes),
+            *(f"{size / GIB:.2f}" for size in sizes),
         )
     return shown
 

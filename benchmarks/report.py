@@ -1,7 +1,8 @@
-"""What a benchmark leaves behind: a JSON file, and a plot beside it."""
+"""Results of a benchmark: a JSON file, and a plot beside it."""
 
 import json
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,3 +19,8 @@ def save(report: dict[str, Any], path: Path, plot: Callable[[Path], None] | None
     path.write_text(json.dumps(report, indent=2) + "\n")
     if plot is not None:
         plot(path.with_suffix(".png"))
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The median and the extremes of some measurements."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}

@@ -18,7 +18,7 @@ from rich.table import Table
 
 import memopt
 from benchmarks.report import save
-from benchmarks.step_time import model_shapes
+from benchmarks.updates import model_shapes
 
 LEARNING_RATE = 1e-3
 

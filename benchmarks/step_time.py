@@ -11,35 +11,35 @@ Prints a table and writes it as JSON, with a plot of the same name.
 """
 
 import dataclasses
-import importlib.metadata
 import math
-import os
 import platform
 import shlex
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import optax
 import tyro
-from flax import nnx
-from jax.sharding import AxisType, NamedSharding
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 import memopt
 from benchmarks import torch_optimizers
+from benchmarks.machine import core_count, cpu_model, versions
 from benchmarks.report import save
 from benchmarks.torch_optimizers import TORCH_OPTIMIZERS
+from benchmarks.updates import (
+    LEARNING_RATE,
+    Contender,
+    measure,
+    model_shapes,
+    on_one_device,
+    torch_contenders,
+)
 from memopt.errors import check_at_least, check_choice
-from memopt.models import llama
-from memopt.trees import leaf_name
 
 BASELINE = "adamw"
 EIGHT_BITS = "_8bit"
@@ -47,7 +47,6 @@ DEFAULTS = (
     *("adamw" + EIGHT_BITS, "adafactor", "optax_adafactor", "lion", "optax_lion"),
     *("apollo", "apollo_mini"),
 )
-LEARNING_RATE = 1e-4
 COLORS = {"memopt": "C0", "optax": "C7", "torch": "C1"}
 
 
@@ -72,63 +71,6 @@ class Options:
     output: Path = Path(__file__).parent / "results" / "step_time.json"
 
 
-class Contender(NamedTuple):
-    """An optimizer ready to step.
-
-    Attributes:
-      name: its name.
-      library: where it comes from: "memopt", "optax" or "torch".
-      step: takes one step and waits for it.
-      state_bytes: of its state.
-      temp_bytes: that a step allocates beside parameters, state and gradients; None if unknown.
-    """
-
-    name: str
-    library: str
-    step: Callable[[], None]
-    state_bytes: int
-    temp_bytes: int | None
-
-
-class Parameters:
-    """One set of parameters with fixed gradients; contenders take turns on it.
-
-    Only the optimizers' states add up in memory this way.
-    """
-
-    def __init__(self, shapes: Any, places: Any) -> None:
-        keys = optax.tree.split_key_like(jax.random.key(0), shapes)
-
-        def normal(scale: float) -> Any:
-            one = lambda x, key: scale * jax.random.normal(key, x.shape, x.dtype)
-            return jax.jit(lambda: jax.tree.map(one, shapes, keys), out_shardings=places)()
-
-        (self.mesh,) = {place.mesh for place in jax.tree.leaves(places)}
-        self.values, self.gradients = normal(0.02), normal(1e-3)
-
-    def contender(self, name: str, library: str, tx: optax.GradientTransformation) -> Contender:
-        """Compiles a step, whose state lies where `memopt.state_sharding` says."""
-
-        def apply(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
-            updates, state = tx.update(gradients, state, params)
-            return optax.apply_updates(params, updates), state
-
-        with jax.set_mesh(self.mesh):
-            state = memopt.init_sharded(tx, self.values)
-            where = jax.tree.map(lambda x: x.sharding, (self.values, state))
-            jitted = jax.jit(apply, donate_argnums=(0, 1), out_shardings=where)
-            compiled = jitted.lower(self.values, state, self.gradients).compile()
-
-        def step() -> None:
-            nonlocal state
-            self.values, state = compiled(self.values, state, self.gradients)
-            jax.block_until_ready((self.values, state))
-
-        memory = compiled.memory_analysis()
-        temp = None if memory is None else memory.temp_size_in_bytes
-        return Contender(name, library, step, memopt.state_bytes(tx, self.values).total, temp)
-
-
 def contenders(options: Options) -> list[Contender]:
     """Builds all that take part, the baseline first."""
     names = options.optimizers or (*DEFAULTS, *torch_optimizers.installed())
@@ -138,8 +80,7 @@ def contenders(options: Options) -> list[Contender]:
     from_torch = [name for name in names if name in TORCH_OPTIMIZERS]
     ours = dict.fromkeys((BASELINE, *(name for name in names if name not in from_torch)))
     shapes = model_shapes(options.model, options.dtype)
-    here = NamedSharding(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,)), jax.P())
-    parameters = Parameters(shapes, jax.tree.map(lambda _: here, shapes))
+    parameters = on_one_device(shapes)
     found = [parameters.contender(name, *optimizer(name)) for name in ours]
     return found + torch_contenders(shapes, options.dtype, from_torch)
 
@@ -151,57 +92,6 @@ def optimizer(name: str) -> tuple[str, optax.GradientTransformation]:
     tx = tx if method == name else memopt.quantize_state(tx)
     is_ours = hasattr(memopt.optimizers, method) or method != name
     return "memopt" if is_ours else "optax", tx
-
-
-def torch_contenders(shapes: Any, dtype: str, names: Sequence[str]) -> list[Contender]:
-    """The same for torch's optimizers."""
-    if not names:
-        return []
-    leaves = [(leaf_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(shapes)]
-    hidden = [leaf.shape for name, leaf in leaves if memopt.hidden_matrices(name, leaf)]
-    rest = [leaf.shape for name, leaf in leaves if not memopt.hidden_matrices(name, leaf)]
-    parameters = torch_optimizers.TorchParameters(hidden, rest, dtype)
-
-    def contender(name: str) -> Contender:
-        optimizer = parameters.optimizer(name, LEARNING_RATE)
-        size = torch_optimizers.state_bytes(optimizer)
-        return Contender(name, "torch", optimizer.step, size, None)
-
-    return [contender(name) for name in names]
-
-
-def model_shapes(model: str, dtype: Literal["float32", "bfloat16"]) -> Any:
-    """The parameters of a preset as shapes."""
-    config = dataclasses.replace(llama.preset(model), param_dtype=dtype)
-    return nnx.to_pure_dict(nnx.state(llama.abstract_model(config), nnx.Param))
-
-
-def measure(found: Sequence[Contender], repeats: int) -> list[dict[str, Any]]:
-    """Milliseconds of each step, and how they compare with the first contender's, as records."""
-    times: list[list[float]] = [[] for _ in found]
-    for _ in track(range(repeats + 2), description="rounds", transient=True):
-        for contender, taken in zip(found, times, strict=True):
-            time.sleep(0.01)  # threads of the one before spin on for a while
-            start = time.perf_counter()
-            contender.step()
-            taken.append(1e3 * (time.perf_counter() - start))
-    times = [taken[2:] for taken in times]  # the first rounds warm up
-    return [
-        {
-            "name": contender.name,
-            "library": contender.library,
-            "milliseconds": spread(taken),
-            "ratio": spread([a / b for a, b in zip(taken, times[0], strict=True)]),
-            "state_bytes": contender.state_bytes,
-            "temp_bytes": contender.temp_bytes,
-        }
-        for contender, taken in zip(found, times, strict=True)
-    ]
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and extremes."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def describe(
@@ -221,26 +111,6 @@ def describe(
         "cores": core_count(),
         "versions": {"python": platform.python_version()} | versions(packages),
     }
-
-
-def core_count() -> int | None:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-
-
-def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of those that are installed; of one that is so twice that which is imported, the first."""
-    installed = list(importlib.metadata.distributions())
-    found = {d.name: d.version for d in reversed(installed)}
-    return {name: found[name] for name in packages if name in found}
-
-
-def cpu_model() -> str:
-    """The processor's name, as Linux knows it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def table(report: dict[str, Any], baseline: str = "optax.adamw") -> Table:

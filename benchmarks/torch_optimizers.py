@@ -80,17 +80,25 @@ class TorchParameters:
         a parameter (out, in) of its own, as torch models have them.
       rest: shapes of the other parameters.
       dtype: of both.
+      device: where they are, "cpu" or "cuda".
     """
 
     def __init__(
-        self, hidden: Sequence[tuple[int, ...]], rest: Sequence[tuple[int, ...]], dtype: str
+        self,
+        hidden: Sequence[tuple[int, ...]],
+        rest: Sequence[tuple[int, ...]],
+        dtype: str,
+        device: str = "cpu",
     ) -> None:
         import torch
 
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
+        self.device = device
 
         def parameter(shape: tuple[int, ...]) -> Any:
-            normal = lambda: torch.randn(shape, generator=generator, dtype=getattr(torch, dtype))
+            normal = lambda: torch.randn(
+                shape, generator=generator, dtype=getattr(torch, dtype), device=device
+            )
             new = torch.nn.Parameter(0.02 * normal())
             new.grad = 1e-3 * normal()
             return new
@@ -111,6 +119,13 @@ class TorchParameters:
         optimizer = TORCH_OPTIMIZERS[name].build(self.hidden, self.rest, learning_rate)
         optimizer.step()
         return optimizer
+
+    def wait(self) -> None:
+        """Waits until the device is done."""
+        import torch
+
+        if self.device != "cpu":
+            torch.accelerator.synchronize()
 
 
 def state_bytes(optimizer: Any) -> int:

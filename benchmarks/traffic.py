@@ -36,6 +36,7 @@ from benchmarks import hlo
 from benchmarks.compilers import Tpu, devices
 from benchmarks.report import save
 from benchmarks.step_time import COLORS
+from benchmarks.updates import between_refreshes
 from memopt.state.quantize import QuantizedState
 
 LAYERS, D, FF = 4, 4096, 11008
@@ -109,16 +110,6 @@ def method_options(name: str, rank: int) -> dict[str, Any]:
     method = getattr(memopt.optimizers, name, None)
     has_rank = callable(method) and "rank" in inspect.signature(method).parameters
     return {"rank": rank} if has_rank and name != "apollo_mini" else {}
-
-
-def between_refreshes(state: Any) -> Any:
-    """An optimizer's state with every count the constant 1.
-
-    The compiler then knows that no refresh is due and drops the conditionals, of which it would
-    otherwise count a branch each, taken or not.
-    """
-    is_count = lambda x: x.shape == () and x.dtype == jnp.int32
-    return jax.tree.map(lambda x: jnp.ones_like(x) if is_count(x) else x, state)
 
 
 def compile_step(

@@ -16,8 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from memopt.models.config import DType, LlamaConfig, RopeScaling
 
@@ -180,6 +178,8 @@ class Reader:
         self._tensors: dict[str, Any] = {}
 
     def __enter__(self) -> "Reader":
+        from safetensors import SafetensorError, safe_open  # training needs none of it
+
         with ExitStack() as files:
             for path in self._paths():
                 try:
@@ -343,6 +343,8 @@ def _may_replace(directory: Path) -> bool:
 
 
 def _write_weights(directory: Path, params: Mapping[str, Any], max_shard_bytes: int) -> None:
+    from safetensors.numpy import save_file
+
     shards: list[list[Tensor]] = [[]]
     filled = total = 0
     for tensor in tensors(params):

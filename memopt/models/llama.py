@@ -32,6 +32,7 @@ __all__ = [
     "abstract_model",
     "from_hugging_face",
     "head_loss",
+    "init_params",
     "loss",
     "param_shardings",
     "preset",
@@ -149,6 +150,25 @@ class Block(nnx.Module):
         return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, None)
 
 
+def _parts(
+    config: LlamaConfig, rngs: nnx.Rngs
+) -> tuple[nnx.Embed, jax.Array, nnx.RMSNorm, nnx.Linear | None]:
+    """Embedding, a key for each block, final norm, and the head unless it is tied."""
+    embed = nnx.Embed(
+        config.vocab_size,
+        config.hidden_size,
+        param_dtype=jnp.dtype(config.param_dtype),
+        embedding_init=INIT,
+        embedding_metadata={"axes": ("vocab", "embed")},
+        rngs=rngs,
+    )
+    keys = jax.random.split(rngs.params(), config.num_layers)
+    norm = _norm(config, rngs)
+    sizes = (config.hidden_size, config.vocab_size)
+    head = None if config.tied else _linear(config, ("embed", "vocab"), sizes, rngs)
+    return embed, keys, norm, head
+
+
 class Llama(nnx.Module):
     """A LLaMA whose blocks are one module with stacked parameters.
 
@@ -173,25 +193,15 @@ class Llama(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.embed = nnx.Embed(
-            config.vocab_size,
-            config.hidden_size,
-            param_dtype=jnp.dtype(config.param_dtype),
-            embedding_init=INIT,
-            embedding_metadata={"axes": ("vocab", "embed")},
-            rngs=rngs,
-        )
+        self.embed, keys, self.final_norm, head = _parts(config, rngs)
 
-        @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers", "axes": "layers"})
-        def stack(rngs: nnx.Rngs) -> Block:
-            return Block(config, rngs=rngs)
+        def stack(key: jax.Array) -> Block:
+            return Block(config, rngs=nnx.Rngs(key))
 
-        self.blocks = stack(rngs)
-        self.final_norm = _norm(config, rngs)
-        if not config.tied:
-            sizes = (config.hidden_size, config.vocab_size)
-            self.head = _linear(config, ("embed", "vocab"), sizes, rngs)
+        self.blocks = stack(keys)
+        if head is not None:
+            self.head = head
 
     def __call__(
         self,
@@ -400,6 +410,43 @@ def head_loss(
 
     total, _ = jax.lax.scan(step, jnp.float32(0), tuple(map(chunked, (x, targets, weights))))
     return total, weights.sum()
+
+
+def init_params(
+    config: LlamaConfig, *, seed: int = 0, store: Callable[[Any], Any] = lambda params: params
+) -> dict[str, Any]:
+    """The initial parameters, made and stored a layer at a time.
+
+    They are those of `Llama(config, rngs=nnx.Rngs(seed))`. Under `jax.jit` no more than one layer,
+    or one end of the model, is ever there before `store` has seen it: 7B parameters stored in int8
+    never take more than their 6.4 GiB and a layer.
+
+    Args:
+        config: Shapes and options.
+        seed: Decides the values.
+        store: Maps parts of the parameters, nested dicts, to what is kept of them; see
+            `memopt.quantize_params`.
+
+    Returns:
+        The parameters as nested dicts, with a leading axis of layers in `"blocks"`.
+
+    Example:
+        >>> import memopt
+        >>> params = jax.jit(lambda: init_params(preset("tiny"), store=memopt.quantize_params))()
+        >>> params["blocks"]["mlp"]["gate"]["kernel"].codes.shape
+        (4, 192, 512)
+
+    """
+    embed, keys, final_norm, head = _parts(config, nnx.Rngs(seed))
+    pure = lambda module: nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    ends = {"embed": pure(embed), "final_norm": pure(final_norm)}
+    if head is not None:
+        ends["head"] = pure(head)
+
+    def layer(key: jax.Array) -> Any:
+        return store({"blocks": pure(Block(config, rngs=nnx.Rngs(key)))})["blocks"]
+
+    return store(ends) | {"blocks": jax.lax.map(layer, keys)}
 
 
 def abstract_model(config: LlamaConfig) -> Llama:

@@ -14,7 +14,8 @@ import grain
 import numpy as np
 
 from memopt import internals
-from memopt.training.documents import Documents, Piece, find_documents
+from memopt.training.documents import Documents, find_documents
+from memopt.training.files import Piece
 from memopt.training.tokenizer import Tokenizer
 
 __all__ = [

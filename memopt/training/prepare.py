@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -125,8 +126,8 @@ def prepare(config: Config) -> Training:
     learning_rate = _learning_rate(config.optimization)
 
     def init() -> TrainState:
-        model = llama.Llama(model_config, rngs=nnx.Rngs(config.optimization.seed))
-        return init_state(_stored(config, _params(model)), tx)
+        seed, store = config.optimization.seed, functools.partial(_stored, config)
+        return init_state(llama.init_params(model_config, seed=seed, store=store), tx)
 
     with _naming_options(config):
         tx = optimizers.optimizer(
@@ -176,10 +177,6 @@ def prepare(config: Config) -> Training:
     )
 
 
-def _params(model: llama.Llama) -> dict[str, Any]:
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-
 def _stored(config: Config, params: dict[str, Any]) -> dict[str, Any]:
     """The parameters as the run stores them."""
     weights = config.architecture.weights
@@ -191,7 +188,7 @@ def _abstract_params(config: llama.LlamaConfig, mesh: Mesh) -> dict[str, Any]:
     model = llama.abstract_model(config)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        _params(model),
+        nnx.to_pure_dict(nnx.state(model, nnx.Param)),
         llama.param_shardings(model, mesh),
     )
 

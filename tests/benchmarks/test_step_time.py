@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from benchmarks import step_time, torch_optimizers
+from benchmarks import step_time, torch_optimizers, updates
 
 TINY_LION_BYTES = 7_490_304
 
@@ -40,10 +40,10 @@ def test_times_and_bytes_of_each_optimizer_in_turn(
 def test_a_step_is_an_update_of_the_shared_parameters() -> None:
     shapes = {"up": {"kernel": jnp.zeros((8, 4))}}
     here = NamedSharding(jax.make_mesh((1,), ("data",)), jax.P())
-    parameters = step_time.Parameters(shapes, jax.tree.map(lambda _: here, shapes))
+    parameters = updates.Parameters(shapes, jax.tree.map(lambda _: here, shapes))
     before = parameters.values["up"]["kernel"] + 0
     parameters.contender("sgd", *step_time.optimizer("sgd")).step()
-    expected = before - step_time.LEARNING_RATE * parameters.gradients["up"]["kernel"]
+    expected = before - updates.LEARNING_RATE * parameters.gradients["up"]["kernel"]
     assert jnp.allclose(parameters.values["up"]["kernel"], expected, rtol=1e-6, atol=0)
 
 

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memopt.training import data, documents
+from memopt.training import data, files, streams
 from memopt.training.data import (
     find_documents,
     fingerprint,
     train_batches,
     validation_batches,
 )
-from memopt.training.documents import Piece
+from memopt.training.files import Piece
 from memopt.training.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
@@ -31,7 +31,7 @@ NAMES = ("inputs", "targets", "segment_ids", "positions", "weights")
 def small_windows(monkeypatch):
     """Small windows, so that short tests cross many of them."""
     monkeypatch.setattr(data, "WINDOW_TOKENS", 640)
-    monkeypatch.setattr(documents, "STREAM_WINDOW", 7)
+    monkeypatch.setattr(streams, "STREAM_WINDOW", 7)
 
 
 @dataclasses.dataclass
@@ -124,7 +124,7 @@ def test_pieces_of_a_long_file_join_to_the_file(tmp_path_factory, content, piece
     path = tmp_path_factory.mktemp("long") / "book.txt"
     path.write_bytes(content.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PIECE_BYTES", piece)
+        patch.setattr(files, "PIECE_BYTES", piece)
         corpus = find_documents([str(path)])
     pieces = list(corpus)
     assert "".join(piece.text for piece in pieces) == content
@@ -185,8 +185,8 @@ def test_hugging_face_without_datasets_says_what_to_install(monkeypatch):
 def test_the_hash_never_changes():
     """Another would move documents between training and validation. SplitMix64 from seed 0."""
     expected = [0xE220A8397B1DCDAF / 2**64, 0x6E789E6AA1B965F4 / 2**64, 0x06C45D188009454F / 2**64]
-    np.testing.assert_allclose(documents._hash(0, np.arange(3)), expected, rtol=1e-15)
-    many = documents._hash(12345, np.arange(100_000))
+    np.testing.assert_allclose(files.uniform(0, np.arange(3)), expected, rtol=1e-15)
+    many = files.uniform(12345, np.arange(100_000))
     assert 0 <= many.min() < many.max() < 1
     np.testing.assert_allclose(np.histogram(many, 10, (0, 1))[0] / 1e5, 0.1, atol=0.005)
 
@@ -361,10 +361,10 @@ def test_any_state_continues_exactly(spec):
 
 def test_a_state_continues_in_another_process(spec):
     code = (
-        "import json, sys; from memopt.training import data, documents\n"
+        "import json, sys; from memopt.training import data, streams\n"
         "from memopt.training.tokenizer import load_tokenizer\n"
         "spec, state = json.load(sys.stdin)\n"
-        "data.WINDOW_TOKENS, documents.STREAM_WINDOW = 640, 7\n"
+        "data.WINDOW_TOKENS, streams.STREAM_WINDOW = 640, 7\n"
         "train = data.find_documents([spec]).split(0.1)[0]\n"
         "batches = data.train_batches("
         "train, load_tokenizer('bytes'), batch_size=4, seq_len=32, seed=0)\n"

@@ -1,0 +1,196 @@
+"""Steps of optimizers alone: updates of a model's parameters, of fixed gradients."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from rich.progress import track
+
+import memopt
+from benchmarks import torch_optimizers
+from benchmarks.report import spread
+from memopt.models import llama
+from memopt.planning.step_memory import bytes_here
+from memopt.trees import leaf_name
+
+LEARNING_RATE = 1e-4
+
+Apply = Callable[[Any, Any, jax.Array], Any]
+
+
+class Contender(NamedTuple):
+    """An optimizer ready to step.
+
+    Attributes:
+      name: its name.
+      library: where it comes from: "memopt", "optax" or "torch".
+      step: takes one step and waits for it.
+      state_bytes: of its state.
+      temp_bytes: that a step allocates beside parameters, state and gradients; None if unknown.
+      least_bytes: that a step moves at least: gradients read once, parameters and state read and
+        written once.
+      compile_seconds: that tracing and compiling took; None if nothing is compiled.
+    """
+
+    name: str
+    library: str
+    step: Callable[[], None]
+    state_bytes: int
+    temp_bytes: int | None
+    least_bytes: int
+    compile_seconds: float | None = None
+
+
+class Parameters:
+    """One set of parameters with fixed gradients; contenders take turns on it.
+
+    Only the optimizers' states add up in memory this way.
+
+    Args:
+      shapes: of the parameters, which are their gradients' shapes and dtypes, too.
+      places: their shardings.
+      weights: how the parameters are stored, see `memopt.quantize_params`; None: as they are.
+    """
+
+    def __init__(self, shapes: Any, places: Any, weights: str | None = None) -> None:
+        keys = optax.tree.split_key_like(jax.random.key(0), shapes)
+
+        def normal(scale: float) -> Any:
+            one = lambda x, key: scale * jax.random.normal(key, x.shape, x.dtype)
+            return jax.jit(lambda: jax.tree.map(one, shapes, keys), out_shardings=places)()
+
+        (self.mesh,) = {place.mesh for place in jax.tree.leaves(places)}
+        self.values, self.gradients = normal(0.02), normal(1e-3)
+        if weights:
+            quantized = memopt.quantize_params(_like(self.values), weights)
+            where = jax.tree.map(lambda x: x.sharding, quantized)
+            store = lambda values: memopt.quantize_params(values, weights)
+            self.values = jax.jit(store, donate_argnums=0, out_shardings=where)(self.values)
+
+    def contender(
+        self,
+        name: str,
+        library: str,
+        tx: optax.GradientTransformation,
+        apply: Apply = lambda params, updates, _: optax.apply_updates(params, updates),
+    ) -> Contender:
+        """Compiles a step, whose state lies where `memopt.state_sharding` says.
+
+        Args:
+          name: the contender's.
+          library: where it comes from.
+          tx: the optimizer.
+          apply: maps parameters, updates and the number of steps taken to the new parameters.
+        """
+
+        def one_step(params: Any, state: Any, count: jax.Array, gradients: Any) -> Any:
+            updates, state = tx.update(gradients, state, memopt.dequantize_params(params))
+            return apply(params, updates, count), state, count + 1
+
+        start = time.perf_counter()
+        with jax.set_mesh(self.mesh):
+            state = memopt.init_sharded(tx, self.values)
+            where = jax.tree.map(lambda x: x.sharding, (self.values, state))
+            count = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(self.mesh, jax.P()))
+            jitted = jax.jit(
+                one_step, donate_argnums=(0, 1, 2), out_shardings=(*where, count.sharding)
+            )
+            compiled = jitted.lower(self.values, state, count, self.gradients).compile()
+        seconds = time.perf_counter() - start
+
+        def step() -> None:
+            nonlocal state, count
+            self.values, state, count = compiled(self.values, state, count, self.gradients)
+            jax.block_until_ready((self.values, state))
+
+        memory = compiled.memory_analysis()
+        temp = None if memory is None else memory.temp_size_in_bytes
+        least = bytes_here(self.gradients) + 2 * bytes_here((self.values, state))
+        size = memopt.state_bytes(tx, self.values).total
+        return Contender(name, library, step, size, temp, least, seconds)
+
+
+def _like(values: Any) -> Any:
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    return jax.tree.map(shape, values)
+
+
+def on_one_device(
+    shapes: Any, weights: str | None = None, device: jax.Device | None = None
+) -> Parameters:
+    """Parameters that are whole on a device, by default the first."""
+    devices = [device or jax.devices()[0]]
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    here = NamedSharding(mesh, jax.P())
+    return Parameters(shapes, jax.tree.map(lambda _: here, shapes), weights)
+
+
+def between_refreshes(state: Any) -> Any:
+    """An optimizer's state with every count the constant 1.
+
+    The compiler then knows that no refresh is due and drops the conditionals, of which it would
+    otherwise count a branch each, taken or not.
+    """
+    is_count = lambda x: x.shape == () and x.dtype == jnp.int32
+    return jax.tree.map(lambda x: jnp.ones_like(x) if is_count(x) else x, state)
+
+
+def torch_contenders(
+    shapes: Any, dtype: str, names: Sequence[str], device: str = "cpu"
+) -> list[Contender]:
+    """Torch's optimizers on the same shapes."""
+    if not names:
+        return []
+    leaves = [(leaf_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(shapes)]
+    hidden = [leaf.shape for name, leaf in leaves if memopt.hidden_matrices(name, leaf)]
+    rest = [leaf.shape for name, leaf in leaves if not memopt.hidden_matrices(name, leaf)]
+    parameters = torch_optimizers.TorchParameters(hidden, rest, dtype, device)
+    stored = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for _, leaf in leaves)
+
+    def contender(name: str) -> Contender:
+        optimizer = parameters.optimizer(name, LEARNING_RATE)
+        size = torch_optimizers.state_bytes(optimizer)
+
+        def step() -> None:
+            optimizer.step()
+            parameters.wait()
+
+        return Contender(name, "torch", step, size, None, 3 * stored + 2 * size)
+
+    return [contender(name) for name in names]
+
+
+def model_shapes(model: str, dtype: Literal["float32", "bfloat16"]) -> Any:
+    """The parameters of a preset as shapes."""
+    config = dataclasses.replace(llama.preset(model), param_dtype=dtype)
+    return nnx.to_pure_dict(nnx.state(llama.abstract_model(config), nnx.Param))
+
+
+def measure(found: Sequence[Contender], repeats: int) -> list[dict[str, Any]]:
+    """Milliseconds of each step, and how they compare with the first contender's, as records."""
+    times: list[list[float]] = [[] for _ in found]
+    for _ in track(range(repeats + 2), description="rounds", transient=True):
+        for contender, taken in zip(found, times, strict=True):
+            time.sleep(0.01)  # threads of the one before spin on for a while
+            start = time.perf_counter()
+            contender.step()
+            taken.append(1e3 * (time.perf_counter() - start))
+    times = [taken[2:] for taken in times]  # the first rounds warm up
+    return [
+        {
+            "name": contender.name,
+            "library": contender.library,
+            "milliseconds": spread(taken),
+            "ratio": spread([a / b for a, b in zip(taken, times[0], strict=True)]),
+            "state_bytes": contender.state_bytes,
+            "temp_bytes": contender.temp_bytes,
+        }
+        for contender, taken in zip(found, times, strict=True)
+    ]
