@@ -3,9 +3,11 @@
 import importlib.metadata
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 
 def core_count() -> int | None:
@@ -26,3 +28,26 @@ def cpu_model() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+class Gpu(NamedTuple):
+    """A GPU of this machine.
+
+    Attributes:
+      name: as its vendor has it.
+      memory: its bytes.
+    """
+
+    name: str
+    memory: int
+
+
+def find_gpu() -> Gpu | None:
+    """The first GPU that nvidia-smi knows."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    name, mebibytes = found.splitlines()[0].rsplit(",", 1)
+    return Gpu(name.strip(), int(mebibytes) * 2**20)

@@ -90,7 +90,7 @@ class Run:
     def step(self) -> float:
         """Takes one, and returns its seconds."""
         start = time.perf_counter()
-        self.state, _ = self.compiled(self.state, self.batch)
+        self.state, _ = self.training(self.state, self.batch)
         jax.block_until_ready(self.state)
         return time.perf_counter() - start
 

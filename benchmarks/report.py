@@ -10,13 +10,17 @@ from typing import Any
 def save(report: dict[str, Any], path: Path, plot: Callable[[Path], None] | None = None) -> None:
     """Writes a report, making its directory, and a PNG of the same name.
 
+    The file is whole at every moment: a run that is stopped loses nothing it had written.
+
     Args:
       report: JSON-serialisable.
       path: the JSON file.
       plot: draws the image file it is given.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(report, indent=2) + "\n")
+    new.replace(path)
     if plot is not None:
         plot(path.with_suffix(".png"))
 

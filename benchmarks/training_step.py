@@ -18,7 +18,7 @@ from benchmarks.updates import between_refreshes
 from memopt.models import llama
 from memopt.training.placement import abstract_state, batch_sharding, parse_mesh, place_update
 from memopt.training.release import release_step
-from memopt.training.step import TrainState, init_state, train_step
+from memopt.training.step import Metrics, TrainState, init_state, train_step
 
 Weights = Literal["int8", "int4", "bfloat16+8"]
 State = Literal["int8", "int4", "float8", "bfloat16"]
@@ -64,6 +64,8 @@ class Options(NamedTuple):
 class TrainingStep:
     """A step that `memopt pretrain` would take with these options.
 
+    Called, it maps a state, which is donated, and a batch to a state and metrics.
+
     Args:
       options: which.
       devices: as many as the mesh has.
@@ -101,15 +103,20 @@ class TrainingStep:
         by_layer = options.release
         self.tx, places = place_update(tx, options.optimizer, params, by_layer=by_layer)
         self.like: TrainState = abstract_state(params, self.tx, self.mesh, places)
+        shardings = (jax.tree.map(lambda x: x.sharding, self.like), None)
+        self._jitted = jax.jit(self._step(), donate_argnums=0, out_shardings=shardings)
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        """Takes the step; what `compile` compiled is not compiled again."""
+        with jax.set_mesh(self.mesh):
+            return self._jitted(state, batch)
 
     def compile(self, compiler_options: dict[str, Any] | None = None) -> jax.stages.Compiled:
-        """The compiled step: maps a state, which is donated, and a batch to a state and metrics."""
+        """The compiled step; called by itself it refuses arrays of 4 bits in jax 0.10."""
         shape = (self.options.batch_size, self.options.seq_len)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(self.mesh))
-        shardings = (jax.tree.map(lambda x: x.sharding, self.like), None)
         with jax.set_mesh(self.mesh):
-            jitted = jax.jit(self._step(), donate_argnums=0, out_shardings=shardings)
-            lowered = jitted.lower(self.like, {"inputs": tokens, "targets": tokens})
+            lowered = self._jitted.lower(self.like, {"inputs": tokens, "targets": tokens})
             return lowered.compile(compiler_options)
 
     def compile_init(self, seed: int = 0) -> jax.stages.Compiled:

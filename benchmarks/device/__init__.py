@@ -1,0 +1,1 @@
+"""memopt on an accelerator: memory, speed and tests, measured in fifteen minutes."""

@@ -1,0 +1,40 @@
+"""What is measured: pieces, in the order of their worth, each of one or several processes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+Record = dict[str, Any]
+
+
+class Job(NamedTuple):
+    """Rows that are measured together, in one process.
+
+    Attributes:
+      names: of the rows.
+      measure: maps the names that are wanted, and whether all is to be small, to their records.
+      memory: bytes of the device that the process may take; None: JAX's default.
+    """
+
+    names: tuple[str, ...]
+    measure: Callable[[Sequence[str], bool], Iterator[Record]]
+    memory: int | None = None
+
+
+def pieces() -> dict[str, tuple[Job, ...]]:
+    """The jobs of every piece."""
+    from benchmarks.device import attention, checks, training, updates
+
+    return {
+        "memory": training.MEMORY,
+        "update": updates.UPDATE,
+        "release": training.RELEASE,
+        "attention": attention.ATTENTION,
+        "models": training.MODELS,
+        "tests": checks.TESTS,
+    }
+
+
+def describe(error: Exception) -> str:
+    """An error in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:500]

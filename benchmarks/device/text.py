@@ -1,0 +1,41 @@
+"""Batches of real text: the source of Python's standard library."""
+
+import itertools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from memopt.training.files import Files, read_files
+from memopt.training.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+#: The vocabulary of the LLaMA; smaller models read bytes.
+VOCABULARY = 32_000
+#: Pieces of text that the tokenizer learns from.
+LEARNED_FROM = 100
+
+
+def batches(
+    vocab_size: int, *, batch_size: int, seq_len: int, seed: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches, each a dict of `inputs` and `targets`, int32 (batch_size, seq_len)."""
+    documents = read_files(["python"])
+    order = np.random.default_rng(seed).permutation(len(documents)).tolist()
+    tokenizer = _tokenizer(documents, order, vocab_size)
+    tokens = np.zeros(0, np.int32)
+    count = batch_size * (seq_len + 1)
+    for i in itertools.cycle(order):
+        ids = tokenizer.encode(documents[i].text)
+        tokens = np.concatenate([tokens, [tokenizer.eos_id], ids]).astype(np.int32)
+        while len(tokens) >= count:
+            rows, tokens = tokens[:count].reshape(batch_size, -1), tokens[count:]
+            yield {"inputs": rows[:, :-1], "targets": rows[:, 1:]}
+
+
+def _tokenizer(documents: Files, order: list[int], vocab_size: int) -> Tokenizer:
+    if vocab_size < VOCABULARY:
+        return load_tokenizer("bytes")
+    texts = (documents[i].text for i in order[:LEARNED_FROM])
+    with tempfile.TemporaryDirectory() as directory:
+        return train_tokenizer(texts, VOCABULARY, Path(directory))

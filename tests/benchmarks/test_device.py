@@ -1,0 +1,141 @@
+"""The script for a GPU runs on a CPU, with little installed, and loses nothing that it measured."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.device import __main__ as device
+from benchmarks.device import report
+from benchmarks.device.jobs import pieces
+from benchmarks.machine import Gpu
+
+NOT_INSTALLED = (
+    *("grain", "tyro", "tensorboardX", "matplotlib", "safetensors", "datasets", "chex", "torch"),
+    "apollo_torch",
+)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The rows of a small run, in processes that find no package but those that it may need."""
+    directory = tmp_path_factory.mktemp("device")
+    hide = f"import sys\nsys.modules.update(dict.fromkeys({NOT_INSTALLED}))\n"
+    (directory / "sitecustomize.py").write_text(hide)
+    environment = os.environ | {"PYTHONPATH": f"{directory}:{ROOT}"}
+    output = directory / "device.json"
+    command = [sys.executable, "-m", "benchmarks.device", "--small", "--output", str(output)]
+
+    def run():
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, done.stderr
+
+    printed, _ = run()
+    return output, printed, run
+
+
+def test_every_row_of_every_piece_is_measured(small):
+    output, printed, _ = small
+    rows = device.read(output)
+    expected = [(name, row) for name, jobs in pieces().items() for job in jobs for row in job.names]
+    without_torch = [key for key in expected if key[1] != "torch_adamw"]
+    assert [(row["piece"], row["name"]) for row in rows] == without_torch
+    for row in rows:
+        assert "error" not in row
+        assert row["device"]
+        assert row["seconds"] >= 0
+        assert row["versions"]["jax"]
+        assert row["command"].startswith("python -m benchmarks.device --small")
+    assert "LLaMA-7b under a cap of 12 GB" in printed
+
+
+def test_training_rows_have_losses_and_the_compilers_peak(small):
+    rows = [row for row in device.read(small[0]) if "losses" in row]
+    assert {row["piece"] for row in rows} == {"memory", "release", "attention", "models"}
+    for row in rows:
+        assert all(0 < loss < 10 for loss in row["losses"])
+        assert row["compiler_bytes"] > row["parameter_bytes"] > 0
+        assert row["tokens_per_second"] > 0
+
+
+def test_a_second_run_measures_nothing_again(small):
+    output, _, run = small
+    before = output.read_text()
+    _, progress = run()
+    assert output.read_text() == before
+    assert progress == ""
+
+
+def test_the_report_draws_a_plot(small, capsys):
+    device.main(["report", "--output", str(small[0])])
+    assert "| apollo_mini " in capsys.readouterr().out
+    (plot,) = small[0].parent.glob("device_*.png")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def collected(code, names, seconds=60.0):
+    return list(device.collect([sys.executable, "-c", code], names, dict(os.environ), seconds))
+
+
+def test_a_process_that_dies_leaves_its_rows_and_an_error_for_the_others():
+    code = """import os; print('{"name": "first"}', flush=True); os._exit(3)"""
+    first, second = collected(code, ["first", "second"])
+    assert first == {"name": "first"}
+    assert second == {"name": "second", "error": "its process ended with 3."}
+
+
+def test_a_process_that_takes_too_long_is_stopped():
+    (row,) = collected("import time; time.sleep(60)", ["slow"], seconds=1.0)
+    assert row == {"name": "slow", "error": "stopped after 1 s."}
+
+
+def test_what_fails_is_a_row_and_the_next_runs(tmp_path, monkeypatch):
+    """And it is measured again by the next run, what did not fail is not."""
+    ran = []
+
+    def job(piece, number, job, names, gpu, seconds):
+        ran.extend(names)
+        for name in names:
+            failed = {"error": "ValueError: no."} if len(ran) == 1 else {}
+            yield {"piece": piece, "name": name, "seconds": 0.0, **failed}
+
+    monkeypatch.setattr(device, "run_job", job)
+    gpu, path = Gpu("a GPU", 10**11), tmp_path / "rows.json"
+    first, second = (row for job in pieces()["memory"] for row in job.names)
+    rows = device.run(["memory"], gpu, path, "command")
+    assert [("error" in row, row["name"]) for row in rows] == [(True, first), (False, second)]
+    assert "failed: ValueError: no." in str(list(report.tables(rows)[0].columns[0].cells))
+    device.run(["memory"], gpu, path, "command")
+    assert ran == [first, second, first]
+    assert len(json.loads(path.read_text())["results"]) == 2
+    device.run(["memory"], Gpu("another GPU", 10**11), path, "command")
+    assert len(json.loads(path.read_text())["results"]) == 4
+
+
+def test_a_cap_is_a_part_of_the_gpus_memory(monkeypatch):
+    seen = {}
+
+    def collect(command, names, environment, seconds):
+        seen.update(environment)
+        return []
+
+    monkeypatch.setattr(device, "collect", collect)
+    job = pieces()["memory"][0]
+    assert list(device.run_job("memory", 0, job, job.names, Gpu("a GPU", 10**11), 1.0)) == []
+    assert float(seen["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == 0.12
+
+
+def test_without_a_gpu_it_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(device, "find_gpu", lambda: None)
+    with pytest.raises(SystemExit, match="--small"):
+        device.main([])
+
+
+def test_a_report_of_nothing_says_what_to_do(tmp_path):
+    with pytest.raises(SystemExit, match=r"has no rows: run python -m benchmarks\.device first"):
+        device.main(["report", "--output", str(tmp_path / "none.json")])
