@@ -48,20 +48,20 @@ def collect(
       seconds: after which it is stopped.
     """
     missing = dict.fromkeys(names)
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    timer = threading.Timer(seconds, process.kill)
-    timer.start()
-    try:
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            record = json.loads(line)
-            missing.pop(record["name"])
-            yield record
-        status = process.wait()
-    finally:
-        is_late = not timer.is_alive()
-        timer.cancel()
-        process.kill()
+        timer = threading.Timer(seconds, process.kill)
+        timer.start()
+        try:
+            for line in process.stdout:
+                record = json.loads(line)
+                missing.pop(record["name"])
+                yield record
+            status = process.wait()
+        finally:
+            is_late = timer.finished.is_set()
+            timer.cancel()
+            process.kill()
     why = f"stopped after {seconds:.0f} s" if is_late else f"its process ended with {status}"
     for name in missing:
         yield {"name": name, "error": f"{why}."}
