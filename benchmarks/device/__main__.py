@@ -50,7 +50,13 @@ def collect(
     missing = dict.fromkeys(names)
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        timer = threading.Timer(seconds, process.kill)
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(seconds, stop)
         timer.start()
         try:
             for line in process.stdout:
@@ -59,10 +65,9 @@ def collect(
                 yield record
             status = process.wait()
         finally:
-            is_late = timer.finished.is_set()
             timer.cancel()
             process.kill()
-    why = f"stopped after {seconds:.0f} s" if is_late else f"its process ended with {status}"
+    why = f"stopped after {seconds:.0f} s" if late.is_set() else f"its process ended with {status}"
     for name in missing:
         yield {"name": name, "error": f"{why}."}
 
