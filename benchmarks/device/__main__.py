@@ -11,10 +11,12 @@ rich; torch stands beside where it is installed, and pytest runs the tests.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,13 +50,20 @@ def collect(
       seconds: after which it is stopped.
     """
     missing = dict.fromkeys(names)
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         assert process.stdout is not None
         late = threading.Event()
 
+        def kill() -> None:
+            """Also the processes that it started."""
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
         def stop() -> None:
             late.set()
-            process.kill()
+            kill()
 
         timer = threading.Timer(seconds, stop)
         timer.start()
@@ -66,7 +75,7 @@ def collect(
             status = process.wait()
         finally:
             timer.cancel()
-            process.kill()
+            kill()
     why = f"stopped after {seconds:.0f} s" if late.is_set() else f"its process ended with {status}"
     for name in missing:
         yield {"name": name, "error": f"{why}."}

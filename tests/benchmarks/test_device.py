@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -90,8 +91,12 @@ def test_a_process_that_dies_leaves_its_rows_and_an_error_for_the_others():
 
 
 def test_a_process_that_takes_too_long_is_stopped():
-    (row,) = collected("import time; time.sleep(60)", ["slow"], seconds=1.0)
+    """And what it started, too: its end of the pipe is closed."""
+    code = "import os, time; os.fork(); time.sleep(60)"
+    start = time.monotonic()
+    (row,) = collected(code, ["slow"], seconds=1.0)
     assert row == {"name": "slow", "error": "stopped after 1 s."}
+    assert time.monotonic() - start < 30
 
 
 def test_what_fails_is_a_row_and_the_next_runs(tmp_path, monkeypatch):
