@@ -16,7 +16,7 @@ def core_count() -> int | None:
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of those that are installed; of one that is so twice that which is imported, the first."""
+    """Versions of installed packages; of one that is installed twice, that of the imported."""
     installed = list(importlib.metadata.distributions())
     found = {d.name: d.version for d in reversed(installed)}
     return {name: found[name] for name in packages if name in found}
@@ -34,7 +34,7 @@ class Gpu(NamedTuple):
     """A GPU of this machine.
 
     Attributes:
-      name: as its vendor has it.
+      name: the vendor's name for it.
       memory: its bytes.
     """
 
@@ -43,11 +43,11 @@ class Gpu(NamedTuple):
 
 
 def find_gpu() -> Gpu | None:
-    """The first GPU that nvidia-smi knows."""
+    """The first GPU that nvidia-smi lists; None if there is none."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         found = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
+        name, mebibytes = found.splitlines()[0].rsplit(",", 1)
+        return Gpu(name.strip(), int(mebibytes) * 2**20)
+    except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
         return None
-    name, mebibytes = found.splitlines()[0].rsplit(",", 1)
-    return Gpu(name.strip(), int(mebibytes) * 2**20)

@@ -102,12 +102,21 @@ class Options(NamedTuple):
 
 
 def step(optimizer: str, options: Options) -> TrainingStep:
-    """The step that the options describe."""
-    names = (name for name in training_step.Options._fields if name in Options._fields)
-    chosen = {name: getattr(options, name) for name in names} | {"optimizer": optimizer}
-    described = training_step.Options(**chosen)
-    count = math.prod(described.sizes.values())
-    return TrainingStep(described, devices(options.chip, count))
+    """The training step of a configuration."""
+    described = training_step.Options(
+        model=options.model,
+        optimizer=optimizer,
+        release=options.release,
+        weights=options.weights,
+        state=options.state,
+        dtype=options.dtype,
+        mesh=options.mesh,
+        batch_size=options.batch_size,
+        seq_len=options.seq_len,
+        accumulation=options.accumulation,
+        refresh=options.refresh,
+    )
+    return TrainingStep(described, devices(options.chip, math.prod(described.sizes.values())))
 
 
 def measure(optimizer: str, options: Options) -> dict[str, Any]:

@@ -25,7 +25,7 @@ State = Literal["int8", "int4", "float8", "bfloat16"]
 
 
 class Options(NamedTuple):
-    """Which step.
+    """The options of a training step.
 
     Attributes:
       model: a preset.
@@ -67,11 +67,11 @@ class TrainingStep:
     Called, it maps a state, which is donated, and a batch to a state and metrics.
 
     Args:
-      options: which.
-      devices: as many as the mesh has.
+      options: its options.
+      devices: at least as many as the mesh has.
 
     Attributes:
-      like: shapes and shardings of its state.
+      like: the shapes and shardings of its state.
     """
 
     def __init__(self, options: Options, devices: Sequence[jax.Device]) -> None:
@@ -107,7 +107,7 @@ class TrainingStep:
         self._jitted = jax.jit(self._step(), donate_argnums=0, out_shardings=shardings)
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        """Takes the step; what `compile` compiled is not compiled again."""
+        """Takes the step. JAX compiles it at the first call, unless `compile` has."""
         with jax.set_mesh(self.mesh):
             return self._jitted(state, batch)
 

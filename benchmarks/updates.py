@@ -30,13 +30,14 @@ class Contender(NamedTuple):
 
     Attributes:
       name: its name.
-      library: where it comes from: "memopt", "optax" or "torch".
+      library: where it comes from, such as "memopt", "optax" or "torch".
       step: takes one step and waits for it.
-      state_bytes: of its state.
-      temp_bytes: that a step allocates beside parameters, state and gradients; None if unknown.
-      least_bytes: that a step moves at least: gradients read once, parameters and state read and
-        written once.
-      compile_seconds: that tracing and compiling took; None if nothing is compiled.
+      state_bytes: bytes of its state.
+      temp_bytes: bytes that a step allocates beside parameters, state and gradients; None if
+        unknown.
+      least_bytes: bytes that a step moves at least: gradients read once, parameters and state read
+        and written once.
+      compile_seconds: seconds that tracing and compiling took; None if nothing is compiled.
     """
 
     name: str
@@ -94,16 +95,16 @@ class Parameters:
             updates, state = tx.update(gradients, state, memopt.dequantize_params(params))
             return apply(params, updates, count), state, count + 1
 
-        start = time.perf_counter()
         with jax.set_mesh(self.mesh):
             state = memopt.init_sharded(tx, self.values)
             where = jax.tree.map(lambda x: x.sharding, (self.values, state))
             count = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(self.mesh, jax.P()))
+            start = time.perf_counter()
             jitted = jax.jit(
                 one_step, donate_argnums=(0, 1, 2), out_shardings=(*where, count.sharding)
             )
             compiled = jitted.lower(self.values, state, count, self.gradients).compile()
-        seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - start
 
         def step() -> None:
             nonlocal state, count

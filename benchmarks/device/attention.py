@@ -1,5 +1,6 @@
 """Attention alone, cuDNN's and in chunks, and the kernels of a whole training step."""
 
+import collections
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -9,13 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.device.jobs import Job, Record
-from benchmarks.device.profile import longest_kernels
+from benchmarks.device.profile import WITHOUT_COMMAND_BUFFERS, longest_kernels
 from benchmarks.device.training import ORDINARY_1B, Run, shrunk
 from benchmarks.report import spread
 from memopt.models.attention import causal_attention, chunked_attention
 
 HEADS, HEAD_DIM = 32, 128
-#: Of matrix products, causal: half of 4 flops a query, key and channel; backward 2.5 times as many.
+#: Passes in one program, so that launching it takes no part of the time.
+REPEATS = 20
+#: Flops a query, key and channel: 4, half of them masked; the backward pass has 2.5 times as many.
 FLOPS = {"forward": 2.0, "forward and backward": 7.0}
 PATHS = {"as trained": causal_attention, "in chunks": chunked_attention}
 LENGTHS = {"2048 tokens": (2048, 64), "8192 tokens": (8192, 128)}  # and in small
@@ -32,29 +35,38 @@ def measure_attention(names: Sequence[str], small: bool) -> Iterator[Record]:
 
 
 def _turns(paths: dict[str, Any], length: int, small: bool) -> Iterator[Record]:
-    heads, dtype = (2, jnp.float32) if small else (HEADS, jnp.bfloat16)
-    keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(key, (1, length, heads, HEAD_DIM), dtype) for key in keys)
+    heads, dtype, repeats = (2, jnp.float32, 2) if small else (HEADS, jnp.bfloat16, REPEATS)
+    keys = jax.random.split(jax.random.key(0), 4)
+    *qkv, cotangent = (jax.random.normal(key, (1, length, heads, HEAD_DIM), dtype) for key in keys)
 
-    def both(run: Any) -> dict[str, Any]:
-        summed = lambda *qkv: run(*qkv).astype(jnp.float32).sum()
-        backward = jax.jit(jax.grad(summed, argnums=(0, 1, 2)))
-        compiled = {"forward": jax.jit(run), "forward and backward": backward}
-        for f in compiled.values():
-            jax.block_until_ready(f(q, k, v))
-        return compiled
+    def passes(attention: Any) -> dict[str, Any]:
+        """Functions that run the passes several times, each on what the one before returned."""
 
-    compiled = {name: both(run) for name, run in paths.items()}
-    taken: dict[tuple[str, str], list[float]] = {}
-    for _ in range(3 if small else 20):
-        for name, passes in compiled.items():
-            for which, f in passes.items():
+        def forward(qkv: Any, _: None) -> Any:
+            query, key, value = qkv
+            return (attention(query, key, value), key, value), None
+
+        def both(qkv: Any, _: None) -> Any:
+            gradients = jax.vjp(attention, *qkv)[1](cotangent)
+            return jax.tree.map(lambda x, g: x + 1e-3 * g, tuple(qkv), gradients), None
+
+        repeated = lambda f: jax.jit(lambda qkv: jax.lax.scan(f, qkv, length=repeats)[0])
+        functions = {"forward": repeated(forward), "forward and backward": repeated(both)}
+        for f in functions.values():
+            jax.block_until_ready(f(tuple(qkv)))
+        return functions
+
+    functions = {name: passes(attention) for name, attention in paths.items()}
+    taken: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
+    for _ in range(3 if small else 10):
+        for name, of_one in functions.items():
+            for which, f in of_one.items():
                 start = time.perf_counter()
-                jax.block_until_ready(f(q, k, v))
-                taken.setdefault((name, which), []).append(1e3 * (time.perf_counter() - start))
-    for name, passes in compiled.items():
+                jax.block_until_ready(f(tuple(qkv)))
+                taken[name, which].append(1e3 * (time.perf_counter() - start) / repeats)
+    for name, of_one in functions.items():
         record: Record = {"name": name, "length": length, "heads": heads, "head_dim": HEAD_DIM}
-        for which in passes:
+        for which in of_one:
             milliseconds = taken[name, which]
             flops = FLOPS[which] * heads * HEAD_DIM * length**2
             speed = flops / (1e9 * statistics.median(milliseconds))
@@ -66,11 +78,8 @@ def measure_profile(names: Sequence[str], small: bool) -> Iterator[Record]:
     """The kernels of an ordinary step of LLaMA-1b."""
     (name,) = names
     run = Run(shrunk(ORDINARY_1B, small))
-    run.start()
-    run.take()
-    run.take()
-    kernels = longest_kernels(run.take)
-    yield {"name": name, **run.record(), "kernels": kernels}
+    record = run.take(3 if small else 6)
+    yield {"name": name, **record, "kernels": longest_kernels(run.one)}
 
 
 ATTENTION = (
@@ -78,5 +87,5 @@ ATTENTION = (
         tuple(f"{length}, {path}" for length in LENGTHS for path in PATHS),
         measure_attention,
     ),
-    Job((PROFILE,), measure_profile),
+    Job((PROFILE,), measure_profile, flags=WITHOUT_COMMAND_BUFFERS),
 )

@@ -1,40 +1,42 @@
 """The tests marked `device`."""
 
 import os
+import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from xml.etree import ElementTree
 
 from benchmarks.device.jobs import Job, Record
 
 ROOT = Path(__file__).parents[2]
-NAME = "pytest -m device"
+COMMAND = [
+    *(sys.executable, "-m", "pytest", "-m", "device", "tests/device", "-v"),
+    *("-W", "default", "-p", "no:cacheprovider"),
+]
 
 
 def run_tests(names: Sequence[str], small: bool) -> Iterator[Record]:
-    """Runs them in a process of their own, on the accelerator unless it is to be small."""
+    """Runs the tests in a process of their own; after each of them the record says more."""
     (name,) = names
-    with tempfile.TemporaryDirectory() as directory:
-        report = Path(directory) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "device", "tests/device", "-q"]
-        command += ["-W", "default", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        platforms = "cpu" if small else "cuda,cpu"
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": platforms})
-        if not report.exists():
-            raise RuntimeError(f"pytest ended with status {done.returncode} before any test.")
-        cases = list(ElementTree.parse(report).iter("testcase"))
-    failed = [
-        case.attrib["name"]
-        for case in cases
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
-    record: Record = {"name": name, "passed": len(cases) - len(failed), "failed": failed}
-    if failed or not cases:
-        record["error"] = f"{len(failed)} of {len(cases)} tests failed."
-    yield record
+    counts, failed = {"PASSED": 0, "FAILED": 0, "ERROR": 0, "SKIPPED": 0}, []
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        COMMAND, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if result := re.match(r"(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", line):
+                counts[result[2]] += 1
+                failed += [result[1]] if result[2] in ("FAILED", "ERROR") else []
+                record = {"name": name, "passed": counts["PASSED"], "failed": failed}
+                yield record | {"error": "not all tests have run."}
+    if process.returncode:
+        why = f"{len(failed)} tests failed" if failed else f"pytest ended with {process.returncode}"
+        yield {"name": name, "passed": counts["PASSED"], "failed": failed, "error": f"{why}."}
+    else:
+        yield {"name": name, "passed": counts["PASSED"], "failed": failed}
 
 
-TESTS = (Job((NAME,), run_tests),)
+TESTS = (Job(("pytest -m device",), run_tests, flags="--xla_gpu_autotune_level=0"),)

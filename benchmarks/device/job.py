@@ -1,6 +1,6 @@
-"""One job, in a process of its own: prints a record a line, in JSON.
+"""Runs one job and prints its records, a line of JSON each.
 
-python -m benchmarks.device.job PIECE NUMBER [--small] NAME ...
+python -m benchmarks.device.job [--small] PIECE NAME ...
 """
 
 import json
@@ -9,24 +9,24 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from benchmarks.device.jobs import describe, pieces
+from benchmarks.device.jobs import Record, describe, pieces
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures; whatever fails becomes a record, too."""
-    piece, number, *names = arguments
-    small = names[:1] == ["--small"]
-    names = names[small:]
+    """Measures some rows of one job; if it fails, prints an error for each that is missing."""
+    small = "--small" in arguments
+    piece, *names = (argument for argument in arguments if argument != "--small")
+    (job,) = (job for job in pieces()[piece] if set(names) <= set(job.names))
     records = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what others print is no record
+    os.dup2(2, 1)  # anything else that is printed goes to the terminal
 
-    def give(record: object) -> None:
+    def give(record: Record) -> None:
         print(json.dumps(record), file=records, flush=True)
 
     missing = dict.fromkeys(names)
     try:
-        for record in pieces()[piece][int(number)].measure(names, small):
-            missing.pop(record["name"])
+        for record in job.measure(names, small):
+            missing.pop(record["name"], None)
             give(record)
     except Exception as error:
         traceback.print_exc()

@@ -10,18 +10,21 @@ class Job(NamedTuple):
     """Rows that are measured together, in one process.
 
     Attributes:
-      names: of the rows.
-      measure: maps the names that are wanted, and whether all is to be small, to their records.
-      memory: bytes of the device that the process may take; None: JAX's default.
+      names: names of the rows.
+      measure: maps the names that are wanted, and whether shapes are to be tiny, to records. A
+        record of the same name replaces the one before.
+      memory: bytes of the GPU that the process may take; None: JAX's default.
+      flags: flags of XLA for a GPU.
     """
 
     names: tuple[str, ...]
     measure: Callable[[Sequence[str], bool], Iterator[Record]]
     memory: int | None = None
+    flags: str = ""
 
 
 def pieces() -> dict[str, tuple[Job, ...]]:
-    """The jobs of every piece."""
+    """The jobs of every piece; no device is touched."""
     from benchmarks.device import attention, checks, training, updates
 
     return {

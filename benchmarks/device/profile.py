@@ -8,6 +8,9 @@ from typing import Any
 
 import jax
 
+#: A flag of XLA. Of the kernels in a command buffer, a CUDA graph, profiles do not name the source.
+WITHOUT_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
+
 
 def longest_kernels(run: Callable[[], Any], count: int = 5) -> list[dict[str, Any]]:
     """The kernels that take the most time.
@@ -17,8 +20,12 @@ def longest_kernels(run: Callable[[], Any], count: int = 5) -> list[dict[str, An
       count: how many kernels.
 
     Returns:
-      Records: the kernel's name, the instruction of HLO that it is, how often it ran, and its
-      milliseconds and share of all kernels' time.
+      Records: the kernel's name, its instruction of HLO (a GPU knows it only without command
+      buffers, see `WITHOUT_COMMAND_BUFFERS`), how often it ran, and its milliseconds and share of
+      all kernels' time.
+
+    Raises:
+      RuntimeError: the profiler saw no kernel.
     """
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
@@ -29,6 +36,8 @@ def longest_kernels(run: Callable[[], Any], count: int = 5) -> list[dict[str, An
         for event in _kernels(data):
             operation = str(dict(event.stats).get("hlo_op", ""))
             taken[event.name, operation].append(event.duration_ns / 1e6)
+    if not taken:
+        raise RuntimeError("the profiler saw no kernel.")
     total = sum(map(sum, taken.values()))
     longest = sorted(taken.items(), key=lambda item: -sum(item[1]))[:count]
     return [

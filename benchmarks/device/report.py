@@ -117,14 +117,15 @@ def plot(rows: Sequence[Record], path: Path) -> None:
     from matplotlib.figure import Figure
 
     trained = [row for row in rows if row.get("compiler_bytes") and row["piece"] != "attention"]
+    measured = [(i, row["peak_bytes"]) for i, row in enumerate(trained) if row["peak_bytes"]]
     updated = [row for row in rows if "share_of_copy" in row]
     height = 1.2 + 0.3 * max(len(trained), len(updated))
     figure = Figure(figsize=(13, height), layout="constrained")
     memory, speed = figure.subplots(1, 2)
     places = range(len(trained))
     memory.barh(
-        [i - 0.2 for i in places],
-        [(row["peak_bytes"] or 0) / GIB for row in trained],
+        [i - 0.2 for i, _ in measured],
+        [peak / GIB for _, peak in measured],
         0.4,
         label="measured",
     )
@@ -139,7 +140,7 @@ def plot(rows: Sequence[Record], path: Path) -> None:
     memory.set_yticks(places, names, fontsize=8)
     memory.set_xlabel("peak of a training step, GiB")
     memory.legend()
-    colors = {"memopt": "C0", "optax": "C7", "torch": "C1"}
+    colors = {"memopt": "C0", "optax": "C7", "torch": "C1", "copy": "C2"}
     speed.barh(
         range(len(updated)),
         [row["share_of_copy"] for row in updated],

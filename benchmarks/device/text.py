@@ -1,5 +1,6 @@
 """Batches of real text: the source of Python's standard library."""
 
+import functools
 import itertools
 import tempfile
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memopt.training.files import Files, read_files
+from memopt.training.files import read_files
 from memopt.training.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 #: The vocabulary of the LLaMA; smaller models read bytes.
@@ -20,9 +21,8 @@ def batches(
     vocab_size: int, *, batch_size: int, seq_len: int, seed: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches, each a dict of `inputs` and `targets`, int32 (batch_size, seq_len)."""
-    documents = read_files(["python"])
+    documents, tokenizer = read_files(["python"]), _tokenizer(vocab_size)
     order = np.random.default_rng(seed).permutation(len(documents)).tolist()
-    tokenizer = _tokenizer(documents, order, vocab_size)
     tokens = np.zeros(0, np.int32)
     count = batch_size * (seq_len + 1)
     for i in itertools.cycle(order):
@@ -33,9 +33,12 @@ def batches(
             yield {"inputs": rows[:, :-1], "targets": rows[:, 1:]}
 
 
-def _tokenizer(documents: Files, order: list[int], vocab_size: int) -> Tokenizer:
+@functools.cache
+def _tokenizer(vocab_size: int) -> Tokenizer:
     if vocab_size < VOCABULARY:
         return load_tokenizer("bytes")
-    texts = (documents[i].text for i in order[:LEARNED_FROM])
+    documents = read_files(["python"])
+    learned_from = np.random.default_rng(0).permutation(len(documents))[:LEARNED_FROM].tolist()
     with tempfile.TemporaryDirectory() as directory:
+        texts = (documents[i].text for i in learned_from)
         return train_tokenizer(texts, VOCABULARY, Path(directory))

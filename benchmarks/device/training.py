@@ -16,6 +16,8 @@ from memopt.planning.step_memory import step_memory
 UNTUNED = {"xla_gpu_autotune_level": 0}
 #: The part of the memory that the largest batch may take by the compiler's count.
 FILLED = 0.97
+#: Parts of the estimated batch that are tried, one after another.
+ATTEMPTS = (1, 0.95, 0.85)
 
 
 def shrunk(options: Options, small: bool) -> Options:
@@ -24,81 +26,92 @@ def shrunk(options: Options, small: bool) -> Options:
 
 
 class Run:
-    """A step that is compiled, before anything is on the device."""
+    """A training step that is compiled before anything is on the device."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self.step = TrainingStep(options, jax.devices())
         start = time.perf_counter()
-        self.compiled, self.init = self.step.compile(), self.step.compile_init()
+        self.compiled = self.step.compile()
         self.compile_seconds = time.perf_counter() - start
+        self.init = self.step.compile_init()
         self.text = text.batches(
             self.step.config.vocab_size, batch_size=options.batch_size, seq_len=options.seq_len
         )
 
+    def take(self, steps: int) -> Record:
+        """Makes the state, takes some steps, and measures them; the first warms up."""
+        self.start()
+        for _ in range(steps):
+            self.one()
+        return self.record()
+
     def start(self) -> None:
-        """Makes the state on the device."""
-        self.state = self.init()
+        """Makes the state."""
+        self.state = jax.block_until_ready(self.init())
+        self.start_bytes = _peak()
         self.losses: list[float] = []
         self.seconds: list[float] = []
 
-    def take(self) -> None:
+    def one(self) -> None:
         """Takes a step, and waits for it."""
         batch = self.step.place(next(self.text))
         start = time.perf_counter()
-        self.state, metrics = self.step(self.state, batch)
-        jax.block_until_ready(self.state)
-        self.losses.append(float(metrics["loss"]))
+        self.state, metrics = jax.block_until_ready(self.step(self.state, batch))
         self.seconds.append(time.perf_counter() - start)
+        self.losses.append(float(metrics["loss"]))
 
     def record(self) -> Record:
-        """What was measured; the first step is warm-up."""
+        """The options, and the measurements."""
         like = self.step.like
-        said = step_memory(self.compiled, like.params, like.opt_state)
-        stats = jax.devices()[0].memory_stats() or {}
+        counted = step_memory(self.compiled, like.params, like.opt_state)
         tokens = self.options.batch_size * self.options.seq_len
         return {
             **self.options._asdict(),
             "steps": len(self.losses),
             "tokens_per_second": tokens / statistics.median(self.seconds[1:]),
             "losses": self.losses,
-            "peak_bytes": stats.get("peak_bytes_in_use"),
-            "limit_bytes": stats.get("bytes_limit"),
-            "compiler_bytes": said.peak,
-            "parameter_bytes": said.parameters,
-            "state_bytes": said.state,
+            "start_bytes": self.start_bytes,
+            "peak_bytes": _peak(),
+            "limit_bytes": _memory().get("bytes_limit"),
+            "compiler_bytes": counted.peak,
+            "parameter_bytes": counted.parameters,
+            "state_bytes": counted.state,
             "compile_seconds": self.compile_seconds,
         }
 
 
-def train(
-    names: Sequence[str], small: bool, *, options: Options, steps: int, small_steps: int = 3
-) -> Iterator[Record]:
+def _memory() -> dict[str, int]:
+    return jax.devices()[0].memory_stats() or {}
+
+
+def _peak() -> int | None:
+    """The most bytes of the device that this process has had in use; None on a CPU."""
+    return _memory().get("peak_bytes_in_use")
+
+
+def train(names: Sequence[str], small: bool, *, options: Options, steps: int) -> Iterator[Record]:
     """One run of some steps."""
     (name,) = names
-    run = Run(shrunk(options, small))
-    run.start()
-    for _ in range(small_steps if small else steps):
-        run.take()
-    yield {"name": name, **run.record()}
+    yield {"name": name, **Run(shrunk(options, small)).take(3 if small else steps)}
 
 
 def side_by_side(names: Sequence[str], small: bool, *, of: dict[str, Options]) -> Iterator[Record]:
-    """Several runs that take turns; no peak is known of one."""
+    """Several runs that take turns; the peak of each alone is not known."""
     runs = {name: Run(shrunk(of[name], small)) for name in names}
     for run in runs.values():
         run.start()
     for _ in range(3 if small else 8):
         for run in runs.values():
-            run.take()
+            run.one()
     for name, run in runs.items():
-        yield {"name": name, **run.record(), "peak_bytes": None}
+        yield {"name": name, **run.record(), "start_bytes": None, "peak_bytes": None}
 
 
 def largest_batch(
     names: Sequence[str], small: bool, *, options: Options, memory: int
 ) -> Iterator[Record]:
-    """The run with the most rows whose step fits, as the compiler counts, and then as it is."""
+    """Estimates the largest batch from compiled peaks, then runs it."""
     (name,) = names
     options = shrunk(options, small)
     memory = 2**25 if small else memory
@@ -106,26 +119,31 @@ def largest_batch(
     def peak(rows: int) -> int:
         step = TrainingStep(options._replace(batch_size=rows), jax.devices())
         untuned = UNTUNED if jax.default_backend() == "gpu" else None
-        said = step_memory(step.compile(untuned), step.like.params, step.like.opt_state).peak
-        assert said is not None
-        return said
+        counted = step_memory(step.compile(untuned), step.like.params, step.like.opt_state)
+        assert counted.peak is not None
+        return counted.peak
+
+    def attempt(rows: int) -> Record | None:
+        """The run with so many rows; None if it does not fit."""
+        try:
+            return Run(options._replace(batch_size=rows)).take(3 if small else 5)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return None
 
     few, many = 4, 8
     each = (peak(many) - peak(few)) / (many - few)
-    rows = int((FILLED * memory - peak(few)) / each) + few
-    while True:
-        try:
-            run = Run(options._replace(batch_size=rows))
-            run.start()
-            for _ in range(3 if small else 5):
-                run.take()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or rows == 1:
-                raise
-            rows = min(rows - 1, int(0.95 * rows))
-        else:
-            yield {"name": name, **run.record()}
+    rows = few + int((FILLED * memory - peak(few)) / each)
+    for part in ATTEMPTS:
+        if (tried := int(part * rows)) < 1:
+            break
+        if record := attempt(tried):
+            # After a failure the process's peak is that of the batch that did not fit.
+            known = {} if part == 1 else {"start_bytes": None, "peak_bytes": None}
+            yield {"name": name, **record, **known}
             return
+    raise RuntimeError(f"no batch of {ATTEMPTS} times {rows} rows fits {memory} bytes.")
 
 
 RELEASED = Options("7b", "adafactor", release=True, weights="int8")

@@ -1,9 +1,8 @@
 """One optimizer step alone, on a billion parameters: its time beside the memory's bandwidth."""
 
 import functools
-import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ import optax
 import memopt
 from benchmarks import torch_optimizers
 from benchmarks.device.jobs import Job, Record, describe
-from benchmarks.device.profile import longest_kernels
+from benchmarks.device.profile import WITHOUT_COMMAND_BUFFERS, longest_kernels
 from benchmarks.report import spread
 from benchmarks.updates import (
     LEARNING_RATE,
@@ -34,14 +33,14 @@ class Case(NamedTuple):
     """An optimizer, and how parameters are stored.
 
     Attributes:
-      library: where it comes from; parameters of memopt's are rounded stochastically.
-      tx: the optimizer.
-      dtype: of parameters and gradients.
-      weights: how the parameters are stored; None: as they are.
+      library: where it comes from; of memopt's, parameters are rounded by `memopt.apply_updates`.
+      build: makes the optimizer.
+      dtype: dtype of parameters and gradients.
+      weights: how the parameters are stored, see `memopt.quantize_params`; None: as they are.
     """
 
     library: str
-    tx: optax.GradientTransformation
+    build: Callable[[], optax.GradientTransformation]
     dtype: Literal["float32", "bfloat16"] = "float32"
     weights: str | None = None
 
@@ -69,21 +68,22 @@ COPY, TORCH = "copy", "torch_adamw"
 GALORE, REFRESH = "galore", "galore, a refresh"
 BASELINE = "optax.adamw"
 CASES = {
-    BASELINE: Case("optax", optax.adamw(LEARNING_RATE)),
-    "adamw": Case("memopt", _adamw()),
-    "adamw, bfloat16": Case("memopt", _adamw(), "bfloat16"),
-    "adamw, int8 state": Case("memopt", _adamw("int8")),
+    BASELINE: Case("optax", lambda: optax.adamw(LEARNING_RATE)),
+    "adamw": Case("memopt", _adamw),
+    "adamw, bfloat16": Case("memopt", _adamw, "bfloat16"),
+    "adamw, int8 state": Case("memopt", lambda: _adamw("int8")),
     "adamw, bfloat16+8 weights, int8 state": Case(
-        "memopt", _adamw("int8"), "bfloat16", "bfloat16+8"
+        "memopt", lambda: _adamw("int8"), "bfloat16", "bfloat16+8"
     ),
-    "adafactor": Case("memopt", memopt.adafactor(LEARNING_RATE)),
-    "lion": Case("memopt", memopt.lion(LEARNING_RATE)),
-    "apollo_mini": Case("memopt", memopt.apollo_mini(LEARNING_RATE)),
-    "apollo": Case("memopt", memopt.apollo(LEARNING_RATE)),
-    GALORE: Case("memopt", memopt.galore(LEARNING_RATE)),
-    "muon": Case("memopt", memopt.muon(LEARNING_RATE)),
-    "optax.contrib.muon": Case("optax", _optax_muon()),
+    "adafactor": Case("memopt", lambda: memopt.adafactor(LEARNING_RATE)),
+    "lion": Case("memopt", lambda: memopt.lion(LEARNING_RATE)),
+    "apollo_mini": Case("memopt", lambda: memopt.apollo_mini(LEARNING_RATE)),
+    "apollo": Case("memopt", lambda: memopt.apollo(LEARNING_RATE)),
+    "muon": Case("memopt", lambda: memopt.muon(LEARNING_RATE)),
+    "optax.contrib.muon": Case("optax", _optax_muon),
+    GALORE: Case("memopt", lambda: memopt.galore(LEARNING_RATE)),
 }
+FROM_TORCH = (TORCH,) if TORCH in torch_optimizers.installed() else ()
 
 
 class _Contenders:
@@ -99,99 +99,81 @@ class _Contenders:
         if name == TORCH:
             return self._from_torch()
         case = CASES[name]
-        parameters = self.parameters(case.dtype, case.weights)
+        parameters, tx = self.parameters(case.dtype, case.weights), case.build()
         if case.library == "memopt":
-            return parameters.contender(name, case.library, case.tx, memopt.apply_updates)
-        return parameters.contender(name, case.library, case.tx)
+            return parameters.contender(name, case.library, tx, memopt.apply_updates)
+        return parameters.contender(name, case.library, tx)
 
     def _from_torch(self) -> Contender:
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if jax.default_backend() == "gpu" else "cpu"
         shapes = model_shapes(self.model, "float32")
         (found,) = torch_contenders(shapes, "float32", [TORCH], device)
         return found
 
 
-def copy_bandwidth(size: int, repeats: int) -> float:
-    """Bytes a second that a copy reads and writes."""
-    copy = jax.jit(lambda x: -x)  # XLA may leave out what changes nothing
-    x = jax.block_until_ready(jnp.ones((size // 4,), jnp.float32))
-    copy(x).block_until_ready()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        copy(x).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size / statistics.median(seconds)
-
-
-class _Bench:
-    """What a job needs: the model's contenders, and the bandwidth to compare with."""
-
-    def __init__(self, small: bool) -> None:
-        model, self.repeats = ("tiny", 3) if small else ("1b", 20)
-        self.contenders = _Contenders(model)
-        self.bandwidth = copy_bandwidth(2**20 if small else COPIED, self.repeats)
-
-    def measure(self, found: Sequence[Contender], names: Sequence[str]) -> Iterator[Record]:
-        """Lets all take turns."""
-        records = measure(found, self.repeats)
-        for one, record in zip(found, records, strict=True):
-            if one.name in names:
-                record |= self.speed(one, record["milliseconds"]["median"])
-                if one.library == "memopt" and record["share_of_copy"] < FAST:
-                    record |= _profile(one)
-                yield record
-
-    def speed(self, one: Contender, milliseconds: float) -> Record:
-        """What a step's time amounts to."""
-        speed = one.least_bytes / (1e-3 * milliseconds)
-        return {
-            "model": self.contenders.model,
-            "least_bytes": one.least_bytes,
-            "bytes_per_second": speed,
-            "share_of_copy": speed / self.bandwidth,
-            "compile_seconds": one.compile_seconds,
-        }
-
-
-def _profile(one: Contender) -> Record:
-    """The kernels of a step; its time is worth a row without them, too."""
-    try:
-        return {"kernels": longest_kernels(one.step)}
-    except Exception as error:
-        return {"kernels": [], "profile_error": describe(error)}
+def copy(size: int) -> Contender:
+    """A copy of some bytes; it negates them, since XLA leaves out what changes nothing."""
+    negated = jax.jit(lambda x: -x)
+    x = jnp.ones((size // 4,), jnp.float32)
+    step = lambda: jax.block_until_ready(negated(x))
+    return Contender(COPY, COPY, step, 0, None, 2 * size)
 
 
 def measure_updates(names: Sequence[str], small: bool) -> Iterator[Record]:
-    """All but GaLore, in turn."""
-    bench, found = _Bench(small), []
-    if COPY in names:
-        yield {"name": COPY, "bytes_per_second": bench.bandwidth}
-    for name in dict.fromkeys((BASELINE, *(name for name in names if name != COPY))):
+    """Steps in turn, in one process, beside the baseline and a copy; then profiles of slow ones."""
+    model, repeats = ("tiny", 3) if small else ("1b", 20)
+    contenders = _Contenders(model)
+    copied = copy(2**20 if small else COPIED)
+    found, first = [contenders.build(BASELINE), copied], {}
+    built = (GALORE if name == REFRESH else name for name in names if name not in (BASELINE, COPY))
+    for name in dict.fromkeys(built):
         try:
-            found.append(bench.contenders.build(name))
-        except Exception as error:  # of one method the others are measured all the same
+            one = contenders.build(name)
+            start = time.perf_counter()
+            one.step()
+            first[name] = 1e3 * (time.perf_counter() - start)
+        except Exception as error:  # the others are measured all the same
             yield {"name": name, "error": describe(error)}
-    yield from bench.measure(found, names)
+        else:
+            found.append(one)
+
+    times = {record["name"]: record for record in measure(found, repeats)}
+    bandwidth = copied.least_bytes / times[COPY]["milliseconds"]["median"]
+
+    def row(one: Contender, milliseconds: float) -> Record:
+        speed = one.least_bytes / milliseconds
+        return {
+            "model": model,
+            "least_bytes": one.least_bytes,
+            "bytes_per_second": 1e3 * speed,
+            "share_of_copy": speed / bandwidth,
+            "compile_seconds": one.compile_seconds,
+        }
+
+    rows = {
+        one.name: times[one.name] | row(one, times[one.name]["milliseconds"]["median"])
+        for one in found
+        if one.name in names
+    }
+    yield from rows.values()
+    for one in found:
+        if one.name == GALORE and REFRESH in names:  # its first step refreshes every subspace
+            record = {"name": REFRESH, "library": one.library, "state_bytes": one.state_bytes}
+            record["milliseconds"] = spread([first[GALORE]])
+            yield record | row(one, first[GALORE])
+    for one in found:
+        slow = one.name in rows and rows[one.name]["share_of_copy"] < FAST
+        if slow and one.library == "memopt":
+            yield rows[one.name] | {"kernels": longest_kernels(one.step)}
 
 
-def measure_galore(names: Sequence[str], small: bool) -> Iterator[Record]:
-    """GaLore's first step, which refreshes every subspace, and those after it."""
-    bench = _Bench(small)
-    galore = bench.contenders.build(GALORE)
-    start = time.perf_counter()
-    galore.step()
-    milliseconds = 1e3 * (time.perf_counter() - start)
-    if REFRESH in names:
-        alone = {"name": REFRESH, "library": galore.library, "milliseconds": spread([milliseconds])}
-        yield alone | {"state_bytes": galore.state_bytes} | bench.speed(galore, milliseconds)
-    yield from bench.measure([bench.contenders.build(BASELINE), galore], names)
+def _job(*names: str) -> Job:
+    return Job(names, measure_updates, flags=WITHOUT_COMMAND_BUFFERS)
 
 
-FROM_TORCH = {TORCH} & set(torch_optimizers.installed())
 UPDATE = (
-    Job((COPY, *(name for name in CASES if name != GALORE), *FROM_TORCH), measure_updates),
-    Job((GALORE, REFRESH), measure_galore),
+    _job(COPY, *(name for name in CASES if "adamw" in name), *FROM_TORCH),
+    _job("adafactor", "lion", "apollo_mini", "apollo"),
+    _job("muon", "optax.contrib.muon"),
+    _job(GALORE, REFRESH),
 )

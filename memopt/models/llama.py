@@ -417,9 +417,9 @@ def init_params(
 ) -> dict[str, Any]:
     """The initial parameters, made and stored a layer at a time.
 
-    They are those of `Llama(config, rngs=nnx.Rngs(seed))`. Under `jax.jit` no more than one layer,
-    or one end of the model, is ever there before `store` has seen it: 7B parameters stored in int8
-    never take more than their 6.4 GiB and a layer.
+    They are those of `Llama(config, rngs=nnx.Rngs(seed))`. Under `jax.jit` at most one layer, or
+    one of embedding and head, exists before `store` has seen it: 7B parameters that are stored in
+    int8 never take more than their 6.4 GiB and one layer.
 
     Args:
         config: Shapes and options.

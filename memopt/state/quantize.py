@@ -246,7 +246,10 @@ def _first(codec: Codec, x: Any) -> Coded:
     """The codes of an initial state, whose zeros stay zeros."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return codec.init(x)
-    return codec.encode(_cast(codec, x, jnp.float32), jnp.asarray(NEAREST))
+    x = _cast(codec, x, jnp.float32)
+    if not isinstance(codec, AsIs):
+        x += jax.lax.optimization_barrier(jnp.float32(0))  # else XLA encodes zeros as it compiles
+    return codec.encode(x, jnp.asarray(NEAREST))
 
 
 def _columns(coded: Any, state: Any, scales_kept: int) -> tuple[Any, tuple[Any, ...]]:
@@ -259,4 +262,4 @@ def _columns(coded: Any, state: Any, scales_kept: int) -> tuple[Any, tuple[Any, 
 
 def _scale_count(codec: Codec) -> int:
     """The number of arrays that a codec keeps beside the codes."""
-    return len(jax.eval_shape(codec.init, jnp.zeros((1, 1))).scales)
+    return len(jax.eval_shape(codec.init, jax.ShapeDtypeStruct((1, 1), jnp.float32)).scales)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.device import __main__ as device
-from benchmarks.device import report
+from benchmarks.device import report, runner
 from benchmarks.device.jobs import pieces
 from benchmarks.machine import Gpu
 
@@ -18,11 +18,13 @@ NOT_INSTALLED = (
     *("grain", "tyro", "tensorboardX", "matplotlib", "safetensors", "datasets", "chex", "torch"),
     "apollo_torch",
 )
+PARTS = (("memory", "update", "release"), ("attention", "models", "tests"))
+PIECES_THAT_TRAIN = ("memory", "release", "attention", "models")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
+@pytest.fixture(scope="module", params=PARTS, ids=" ".join)
+def small(tmp_path_factory, request):
     """The rows of a small run, in processes that find no package but those that it may need."""
     directory = tmp_path_factory.mktemp("device")
     hide = f"import sys\nsys.modules.update(dict.fromkeys({NOT_INSTALLED}))\n"
@@ -30,6 +32,7 @@ def small(tmp_path_factory):
     environment = os.environ | {"PYTHONPATH": f"{directory}:{ROOT}"}
     output = directory / "device.json"
     command = [sys.executable, "-m", "benchmarks.device", "--small", "--output", str(output)]
+    command += ["--piece", *request.param]
 
     def run():
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -37,27 +40,26 @@ def small(tmp_path_factory):
         return done.stdout, done.stderr
 
     printed, _ = run()
-    return output, printed, run
+    return output, request.param, printed, run
 
 
 def test_every_row_of_every_piece_is_measured(small):
-    output, printed, _ = small
-    rows = device.read(output)
-    expected = [(name, row) for name, jobs in pieces().items() for job in jobs for row in job.names]
-    without_torch = [key for key in expected if key[1] != "torch_adamw"]
-    assert [(row["piece"], row["name"]) for row in rows] == without_torch
+    output, chosen, printed, _ = small
+    rows = runner.read(output)
+    expected = {(name, row) for name in chosen for job in pieces()[name] for row in job.names}
+    assert {(row["piece"], row["name"]) for row in rows} == expected - {("update", "torch_adamw")}
     for row in rows:
         assert "error" not in row
         assert row["device"]
         assert row["seconds"] >= 0
         assert row["versions"]["jax"]
         assert row["command"].startswith("python -m benchmarks.device --small")
-    assert "LLaMA-7b under a cap of 12 GB" in printed
+    assert all(report.TITLES[name] in printed for name in chosen)
 
 
 def test_training_rows_have_losses_and_the_compilers_peak(small):
-    rows = [row for row in device.read(small[0]) if "losses" in row]
-    assert {row["piece"] for row in rows} == {"memory", "release", "attention", "models"}
+    rows = [row for row in runner.read(small[0]) if "losses" in row]
+    assert {row["piece"] for row in rows} == {*small[1]} & {*PIECES_THAT_TRAIN}
     for row in rows:
         assert all(0 < loss < 10 for loss in row["losses"])
         assert row["compiler_bytes"] > row["parameter_bytes"] > 0
@@ -65,7 +67,7 @@ def test_training_rows_have_losses_and_the_compilers_peak(small):
 
 
 def test_a_second_run_measures_nothing_again(small):
-    output, _, run = small
+    output, _, _, run = small
     before = output.read_text()
     _, progress = run()
     assert output.read_text() == before
@@ -74,13 +76,14 @@ def test_a_second_run_measures_nothing_again(small):
 
 def test_the_report_draws_a_plot(small, capsys):
     device.main(["report", "--output", str(small[0])])
-    assert "| apollo_mini " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(f"| {row['name']} " in printed for row in runner.read(small[0]))
     (plot,) = small[0].parent.glob("device_*.png")
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def collected(code, names, seconds=60.0):
-    return list(device.collect([sys.executable, "-c", code], names, dict(os.environ), seconds))
+    return list(runner.collect([sys.executable, "-c", code], names, dict(os.environ), seconds))
 
 
 def test_a_process_that_dies_leaves_its_rows_and_an_error_for_the_others():
@@ -103,36 +106,58 @@ def test_what_fails_is_a_row_and_the_next_runs(tmp_path, monkeypatch):
     """And it is measured again by the next run, what did not fail is not."""
     ran = []
 
-    def job(piece, number, job, names, gpu, seconds):
+    def job(piece, job, names, gpu, end):
         ran.extend(names)
         for name in names:
             failed = {"error": "ValueError: no."} if len(ran) == 1 else {}
             yield {"piece": piece, "name": name, "seconds": 0.0, **failed}
 
-    monkeypatch.setattr(device, "run_job", job)
+    monkeypatch.setattr(runner, "run_job", job)
     gpu, path = Gpu("a GPU", 10**11), tmp_path / "rows.json"
     first, second = (row for job in pieces()["memory"] for row in job.names)
-    rows = device.run(["memory"], gpu, path, "command")
+    rows = runner.run(["memory"], gpu, path, "command", 900.0)
     assert [("error" in row, row["name"]) for row in rows] == [(True, first), (False, second)]
     assert "failed: ValueError: no." in str(list(report.tables(rows)[0].columns[0].cells))
-    device.run(["memory"], gpu, path, "command")
+    runner.run(["memory"], gpu, path, "command", 900.0)
     assert ran == [first, second, first]
     assert len(json.loads(path.read_text())["results"]) == 2
-    device.run(["memory"], Gpu("another GPU", 10**11), path, "command")
+    runner.run(["memory"], Gpu("another GPU", 10**11), path, "command", 900.0)
     assert len(json.loads(path.read_text())["results"]) == 4
 
 
-def test_a_cap_is_a_part_of_the_gpus_memory(monkeypatch):
-    seen = {}
+def test_a_job_may_take_its_part_of_the_gpu_and_never_falls_back_to_the_cpu(monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    gpu = Gpu("a GPU", 10**11)
+    capped, free = pieces()["memory"][0], pieces()["attention"][1]
+    environment = runner.environment_of(capped, gpu)
+    assert float(environment["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == 0.12
+    assert environment["JAX_PLATFORMS"] == "cuda,cpu"
+    environment = runner.environment_of(free, gpu)
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment
+    assert environment["XLA_FLAGS"].endswith("--xla_gpu_enable_command_buffer=")
 
-    def collect(command, names, environment, seconds):
-        seen.update(environment)
-        return []
 
-    monkeypatch.setattr(device, "collect", collect)
+def test_no_device_is_touched_before_a_job_starts():
+    """It would hold most of a GPU's memory: here there is no device that could be touched."""
+    command = [sys.executable, "-c", "from benchmarks.device.jobs import pieces; pieces()"]
+    environment = os.environ | {"JAX_PLATFORMS": "none"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+
+
+def test_nothing_is_started_after_the_end():
     job = pieces()["memory"][0]
-    assert list(device.run_job("memory", 0, job, job.names, Gpu("a GPU", 10**11), 1.0)) == []
-    assert float(seen["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == 0.12
+    (row,) = runner.run_job("memory", job, job.names, Gpu("a GPU", 10**11), end=0.0)
+    assert row["error"] == "not started: the time was used up."
+
+
+def test_errors_and_kernels_are_printed_as_they_are(tmp_path, capsys):
+    """Square brackets are markup to rich."""
+    row = {"device": "a GPU", "piece": "memory", "name": "x", "seconds": 0.0}
+    rows = [row | {"error": "no [/device:GPU:0]"}]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"results": rows}))
+    device.main(["report", "--output", str(path)])
+    assert "no [/device:GPU:0]" in capsys.readouterr().out
 
 
 def test_without_a_gpu_it_says_what_to_do(monkeypatch):

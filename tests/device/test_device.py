@@ -108,13 +108,14 @@ def test_steps_are_those_of_the_cpu(method, quantized):
         np.testing.assert_allclose(found[name], value, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
-def losses(steps=4, **options):
-    """The losses of the first steps of a nano LLaMA, and its last parameters."""
+@functools.cache
+def trained(**options):
+    """The losses of the first four steps of a nano LLaMA, and its last parameters."""
     whole = {"model": "nano", "optimizer": "adafactor", "dtype": "float32", "seq_len": 32}
     step = TrainingStep(Options(**whole | options, batch_size=2), [DEVICE])
     state, draw = step.compile_init()(), np.random.default_rng(0)
     found = []
-    for _ in range(steps):
+    for _ in range(4):
         tokens = draw.integers(0, 100, (2, 33), np.int32)
         batch = step.place({"inputs": tokens[:, :-1], "targets": tokens[:, 1:]})
         state, metrics = step(state, batch)
@@ -123,9 +124,8 @@ def losses(steps=4, **options):
 
 
 @pytest.mark.usefixtures("nano_preset")
-@pytest.mark.parametrize("optimizer", ["adafactor", "apollo_mini"])
-def test_a_released_step_is_the_ordinary_one(optimizer):
-    expected, found = (losses(optimizer=optimizer, release=release) for release in (False, True))
+def test_a_released_step_is_the_ordinary_one():
+    expected, found = trained(), trained(release=True)
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
     jax.tree.map(close, found[1], expected[1])
@@ -134,8 +134,8 @@ def test_a_released_step_is_the_ordinary_one(optimizer):
 @pytest.mark.usefixtures("nano_preset")
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_a_released_step_of_quantized_weights_follows_float32(weights):
-    expected, found = losses()[0], losses(release=True, weights=weights, state="int8")[0]
-    np.testing.assert_allclose(found, expected, rtol=0.02)
+    found = trained(release=True, weights=weights, state="int8")
+    np.testing.assert_allclose(found[0], trained()[0], rtol=0.02)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -168,7 +168,7 @@ def test_attention_as_trained_is_that_in_chunks(segments):
         return compiled(query, key, value), compiled.as_text()
 
     (found, program), (expected, _) = run(causal_attention), run(chunked_attention)
-    assert ("cudnn" in program) == (DEVICE.platform == "gpu")
+    assert ("__cudnn$fmha" in program) == (DEVICE.platform == "gpu")
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         a, b = (np.asarray(x, np.float32) for x in (a, b))
         assert np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(b)

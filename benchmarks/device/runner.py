@@ -1,0 +1,158 @@
+"""Runs jobs in processes of their own and keeps their records in a file."""
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.device import report
+from benchmarks.device.jobs import Job, Record, pieces
+from benchmarks.machine import Gpu, cpu_model, versions
+from benchmarks.report import save
+
+PACKAGES = (
+    *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu13"),
+    *("flax", "optax", "orbax-checkpoint", "torch"),
+)
+#: Seconds of a piece on a GPU.
+PIECE_SECONDS = 240.0
+#: Variables that would change what a job may take of the GPU.
+ALLOCATOR = (
+    *("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"),
+    *("XLA_PYTHON_CLIENT_ALLOCATOR", "XLA_PYTHON_CLIENT_PREALLOCATE"),
+)
+
+
+def run(
+    chosen: Sequence[str], gpu: Gpu | None, path: Path, command: str, seconds: float
+) -> list[Record]:
+    """Measures what a file lacks.
+
+    Args:
+      chosen: names of pieces.
+      gpu: the GPU; None: tiny shapes on the CPU, without a limit of time.
+      path: the file.
+      command: what the user typed.
+      seconds: after which nothing is started.
+
+    Returns:
+      All rows of this device.
+    """
+    rows, console = read(path), Console(stderr=True, markup=False)
+    about = {
+        "device": gpu.name if gpu else cpu_model(),
+        "python": platform.python_version(),
+        "versions": versions(PACKAGES),
+        "command": command,
+    }
+    key = lambda row: (row["device"], row["piece"], row["name"])
+    finish = time.monotonic() + seconds
+    for piece in chosen:
+        end = min(finish, time.monotonic() + PIECE_SECONDS) if gpu else None
+        for job in pieces()[piece]:
+            done = {key(row) for row in rows if "error" not in row}
+            names = [name for name in job.names if (about["device"], piece, name) not in done]
+            for record in run_job(piece, job, names, gpu, end) if names else ():
+                row = {"piece": piece, **record, **about}
+                rows = [other for other in rows if key(other) != key(row)] + [row]
+                save({"results": rows}, path)
+                console.print(report.line(row), highlight=False)
+    return [row for row in rows if row["device"] == about["device"]]
+
+
+def run_job(
+    piece: str, job: Job, names: Sequence[str], gpu: Gpu | None, end: float | None
+) -> Iterator[Record]:
+    """The records of a job, each with the seconds since the job began.
+
+    Args:
+      piece: the job's piece.
+      job: the job.
+      names: rows that are wanted.
+      gpu: the GPU that it runs on; None for the CPU.
+      end: when the job is stopped, by the clock of `time.monotonic`; None for never.
+    """
+    start = time.monotonic()
+    if end is not None and end <= start:
+        for name in names:
+            yield {"name": name, "error": "not started: the time was used up.", "seconds": 0.0}
+        return
+    command = [sys.executable, "-m", "benchmarks.device.job", *([] if gpu else ["--small"])]
+    environment = environment_of(job, gpu)
+    left = None if end is None else end - start
+    for record in collect([*command, piece, *names], names, environment, left):
+        yield record | {"seconds": time.monotonic() - start}
+
+
+def environment_of(job: Job, gpu: Gpu | None) -> dict[str, str]:
+    """The environment of a job; without a usable GPU, JAX refuses to start in it."""
+    if gpu is None:
+        return os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment = {k: v for k, v in os.environ.items() if k not in ALLOCATOR}
+    environment["JAX_PLATFORMS"] = "cuda,cpu"
+    if job.memory:
+        environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{job.memory / gpu.memory:.5f}"
+    if job.flags:
+        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {job.flags}".strip()
+    return environment
+
+
+def collect(
+    command: Sequence[str],
+    names: Sequence[str],
+    environment: dict[str, str],
+    seconds: float | None,
+) -> Iterator[Record]:
+    """The records that a process prints, and one with an error for each name that is missing.
+
+    Args:
+      command: the process.
+      names: names of the records that it should print.
+      environment: its environment variables.
+      seconds: after which it, and what it started, is killed; None for never.
+    """
+    missing = dict.fromkeys(names)
+    late = threading.Event()
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+
+        def kill() -> None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+        def stop() -> None:
+            late.set()
+            kill()
+
+        timer = threading.Timer(seconds, stop) if seconds is not None else None
+        if timer:
+            timer.start()
+        try:
+            for line in process.stdout:
+                record = json.loads(line)
+                missing.pop(record["name"], None)
+                yield record
+            status = process.wait()
+        finally:
+            if timer:
+                timer.cancel()
+            kill()
+    why = f"stopped after {seconds:.0f} s" if late.is_set() else f"its process ended with {status}"
+    for name in missing:
+        yield {"name": name, "error": f"{why}."}
+
+
+def read(path: Path) -> list[Record]:
+    """The rows of a file; none if it is not there."""
+    return json.loads(path.read_text())["results"] if path.exists() else []
