@@ -11,7 +11,8 @@ import optax
 import pytest
 from flax import nnx
 
-from memopt.models.llama import abstract_model, head_loss, loss, preset
+import memopt
+from memopt.models.llama import Llama, abstract_model, head_loss, init_params, loss, preset
 from tests.models.examples import SMALL, by_name, init, logits, mean_loss, split, value_and_grad
 
 
@@ -219,3 +220,23 @@ def test_a_sequence_longer_than_the_model_is_refused():
     model = init(dataclasses.replace(SMALL, max_seq_len=8))
     with pytest.raises(ValueError, match="9 tokens is longer than max_seq_len=8; shorten it or"):
         model(jnp.zeros((1, 9), jnp.int32))
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
+def test_parameters_made_by_layer_are_those_of_the_model(tied, weights):
+    config = dataclasses.replace(preset("tiny"), tied=tied, param_dtype="bfloat16", num_layers=3)
+    store = (lambda x: memopt.quantize_params(x, weights)) if weights else lambda x: x
+    whole = lambda: nnx.to_pure_dict(nnx.state(Llama(config, rngs=nnx.Rngs(3)), nnx.Param))
+    expected = jax.jit(lambda: store(whole()))()
+    found = jax.jit(lambda: init_params(config, seed=3, store=store))()
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_parameters_are_never_all_there_before_they_are_stored():
+    """Temporaries are those of a few layers, not of all 24."""
+    config = dataclasses.replace(preset("tiny"), num_layers=24)
+    make = lambda: init_params(config, store=memopt.quantize_params)
+    memory = jax.jit(make).lower().compile().memory_analysis()
+    layer = 4 * (4 * 192**2 + 3 * 192 * 512)
+    assert memory.temp_size_in_bytes < 8 * layer
