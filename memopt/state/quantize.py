@@ -18,23 +18,8 @@ from memopt.parameters import init_shapes
 from memopt.state.codecs import AsIs, Codec, Coded, named
 from memopt.state.dither import NEAREST, dither
 from memopt.state.precision import in_float32
-from memopt.trees import by_array, by_leaf, is_box, map_named
-
-SECOND_MOMENTS = frozenset(
-    {
-        *("nu", "nu_max", "sum_of_squares", "e_g", "e_x", "v_row", "v_col"),
-        *("exp_avg_sq", "grad_sum_sq"),  # of optax.contrib
-        *("rows", "cols"),  # of memopt
-    }
-)
-"""The fields in which Optax, and memopt, keep second moments."""
-
-_OTHER_NAMES: dict[str, frozenset[str]] = {
-    "ScaleBySM3State": frozenset({"mu"}),  # nu is the momentum
-    "ScaleByAdanState": frozenset({"n"}),
-    "FactoredState": frozenset({"v_row", "v_col", "v"}),
-}
-"""The fields of states in which other names say so."""
+from memopt.state.second_moments import second_moments
+from memopt.trees import by_array, by_leaf, map_named
 
 
 class QuantizedState(NamedTuple):
@@ -120,7 +105,7 @@ def quantize_state(
         """Of each array of the inner state its codec, its shape and dtype, and its owner."""
         like = init_shapes(inner.init, params)
         owners = _owners(like, params)
-        codecs = map_named(codec_of, like, owners, _second_moments(like))
+        codecs = map_named(codec_of, like, owners, second_moments(like, params))
         return codecs, like, owners
 
     def init(params: Any) -> QuantizedState:
@@ -220,21 +205,6 @@ def _fitted(codecs: Any, owners: Any, scales: Any, new: Callable[[], Any]) -> An
         for i, kept in zip(group, chosen, strict=True):
             fitted[i] = kept
     return structure.unflatten(fitted)
-
-
-def _second_moments(state: Any) -> Any:
-    """Whether each array of a state is a second moment: by its field, and whose that is."""
-    has_other_names = lambda x: type(x).__name__ in _OTHER_NAMES
-
-    def mark(path: tuple[Any, ...], x: Any) -> Any:
-        if not has_other_names(x):
-            return any(getattr(key, "name", None) in SECOND_MOMENTS for key in path)
-        names = _OTHER_NAMES[type(x).__name__]
-        marks = lambda f: map_named(lambda *_: f in names, getattr(x, f))
-        return type(x)(*map(marks, x._fields))
-
-    is_leaf = lambda x: has_other_names(x) or is_box(x)
-    return jax.tree_util.tree_map_with_path(mark, state, is_leaf=is_leaf)
 
 
 def _cast(codec: Codec, x: Array, dtype: Any) -> Array:

@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from memopt.state.second_moments import second_moments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +20,9 @@ class CarryOver:
         M ← T M
         V ← |T² (V − M²) + (T M)²|           entries squared, moments corrected for their start
 
-    A moment is what is shaped like the projected gradients; anything else, a factored second
-    moment too, is kept as it is.
+    A moment is what is shaped like the projected gradients; it is a second one by the name of its
+    field (`memopt.state.second_moments`). Beside no first moment, or several, V ← |T² V|. Anything
+    else, a factored second moment too, is kept as it is.
 
     Attributes:
       b1: decay of the first moment, for its correction; 0 corrects nothing.
@@ -61,26 +64,42 @@ class CarryOver:
             return jax.tree.map(rule, turn(spread, self.power), turn(m, 1))
 
         moments, structure = _moments(state, like)
-        first = {where: m for where, name, m in moments if name not in ("nu", None)}
-        carried = [
-            x if name is None else second(x, first.get(where)) if name == "nu" else turn(x, 1)
-            for where, name, x in moments
-        ]
-        return structure.unflatten(carried)
+
+        def first_beside(place: Any) -> Any:
+            """The first moment in the same state, if there is one and no other."""
+            found = [m.tree for m in moments if m.place == place and m.order == 1]
+            return found[0] if len(found) == 1 else None
+
+        def carried(m: _Part) -> Any:
+            if m.order is None:
+                return m.tree
+            return turn(m.tree, 1) if m.order == 1 else second(m.tree, first_beside(m.place))
+
+        return structure.unflatten(map(carried, moments))
 
 
 def first_moment(state: Any, like: Any) -> Any:
     """The first tree in a state that is shaped like `like` and no second moment, or None."""
     moments, _ = _moments(state, like)
-    return next((m for _, name, m in moments if name not in ("nu", None)), None)
+    return next((m.tree for m in moments if m.order == 1), None)
 
 
-def _moments(state: Any, like: Any) -> tuple[list[tuple[Any, str | None, Any]], Any]:
-    """The state as (where, name, subtree), name None for what is no moment, and its structure.
+class _Part(NamedTuple):
+    """A part of a state.
 
-    A moment is a subtree with the structure and the shapes of `like`. Its name is that of the
-    field it stands in; Optax, and memopt, call second moments ``nu``.
+    Attributes:
+      place: the path of the state that has it as a field.
+      order: 1 for a first moment, 2 for a second one, None for anything else.
+      tree: the part.
     """
+
+    place: tuple[Any, ...]
+    order: int | None
+    tree: Any
+
+
+def _moments(state: Any, like: Any) -> tuple[list[_Part], Any]:
+    """The parts of a state, of which moments have the structure and shapes of `like`."""
     structure: Any = jax.tree.structure(like)
     shapes = [x.shape for x in jax.tree.leaves(like)]
 
@@ -92,6 +111,11 @@ def _moments(state: Any, like: Any) -> tuple[list[tuple[Any, str | None, Any]], 
             jnp.issubdtype(y.dtype, jnp.floating) for y in leaves
         )
 
-    name = lambda path: getattr(path[-1], "name", "moment") if path else "moment"
     found, outline = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_moment)
-    return [(p[:-1], name(p) if is_moment(x) else None, x) for p, x in found], outline
+    seconds = cast(Any, outline).flatten_up_to(second_moments(state, like))
+    orders = [
+        (2 if any(jax.tree.leaves(second)) else 1) if is_moment(x) else None
+        for (_, x), second in zip(found, seconds, strict=True)
+    ]
+    parts = [_Part(path[:-1], order, x) for (path, x), order in zip(found, orders, strict=True)]
+    return parts, outline

@@ -15,6 +15,7 @@ from memopt.matrices import Layout, Matrices, Matrix, explicit_axes, map_matrice
 from memopt.names import MATRIX, VECTOR
 from memopt.parameters import Parameter, init_shapes, known, reading_whole_trees
 from memopt.state.precision import statistics_dtype, zeros_of
+from memopt.state.quantize import QuantizedState
 from memopt.transforms.moments import CarryOver, first_moment
 from memopt.transforms.projectors import Leaf, Projector, When
 from memopt.transforms.recombine import Projected, Recombine
@@ -123,7 +124,10 @@ def in_subspace(
         low, rule, kept = map_matrices(start, params, matrices=matrices, outputs=3)
         kept = by_array(kept, params, projector.keeps)
         with _as_projections(projected):
-            return InSubspaceState(jnp.zeros((), jnp.int32), kept, inner.init(low), rule)
+            inner_state = inner.init(low)
+        if isinstance(carry, CarryOver):
+            _check_can_be_carried(inner_state)
+        return InSubspaceState(jnp.zeros((), jnp.int32), kept, inner_state, rule)
 
     def update(updates: Any, state: InSubspaceState, params: Any = None, **extra: Any) -> Any:
         given, typed = state, any(explicit_axes(x) for x in jax.tree.leaves(state))
@@ -251,7 +255,7 @@ def _anew(fresh: Any, state: Any, *, counts_too: bool) -> Any:
     """A fresh state, with the step counts of another unless they begin anew too."""
     if counts_too:
         return fresh
-    is_count = lambda x: jnp.issubdtype(x.dtype, jnp.integer)
+    is_count = lambda x: x.shape == () and jnp.issubdtype(x.dtype, jnp.integer)
     return jax.tree.map(lambda new, old: old if is_count(old) else new, fresh, state)
 
 
@@ -267,6 +271,15 @@ def _check_pairing(projector: Projector, recombine: Recombine, on_refresh: str |
         raise NoSuchPairing(
             f"a {name} projector moves its basis at every step and has no refreshes after the "
             f"first; on_refresh must be 'keep', got {on_refresh!r}."
+        )
+
+
+def _check_can_be_carried(inner_state: Any) -> None:
+    is_quantized = lambda x: isinstance(x, QuantizedState)
+    if any(map(is_quantized, jax.tree.leaves(inner_state, is_leaf=is_quantized))):
+        raise NoSuchPairing(
+            "on_refresh='carry' cannot carry moments that the inner optimizer keeps quantised. "
+            "Take memopt.quantize_state(in_subspace(...)), or 'keep', 'reset' or 'reset_moments'."
         )
 
 

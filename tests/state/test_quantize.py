@@ -1,5 +1,7 @@
 """Any transformation's state in fewer bits: that it composes, and that it does not freeze."""
 
+from typing import Any, NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -356,3 +358,23 @@ def test_the_same_seed_the_same_state_and_another_another():
 def test_four_bits_are_counted():
     state = quantize_state(optax.trace(0.9), "int4", min_size=1).init(tree())
     assert bits_of(state.codes.trace["embed"].dtype) == 4
+
+
+class Factors(NamedTuple):
+    """Parameters whose fields have the names of second moments."""
+
+    rows: Any
+    nu: Any
+    v_row: Any
+
+
+def test_fields_of_the_parameters_are_no_second_moments():
+    """A first moment that is stored without its sign would turn updates round."""
+    draw = np.random.default_rng(0)
+    g = Factors(*(jnp.asarray(draw.normal(size=(64, 128)), jnp.float32) for _ in range(3)))
+    tx = quantize_state(optax.scale_by_adam())
+    updates, state = tx.update(g, tx.init(g), g)
+    assert {x.dtype for x in state.codes.mu} == {jnp.dtype(jnp.int8)}
+    assert {x.dtype for x in state.codes.nu} == {jnp.dtype(jnp.uint8)}
+    for u, x in zip(updates, g, strict=True):
+        np.testing.assert_allclose(u, jnp.sign(x), atol=0.02)

@@ -193,3 +193,44 @@ def test_hyperparameters_may_be_traced(transform):
     moved = two_steps(2, 0.5, 0.9)
     assert jnp.isfinite(moved).all()
     assert jnp.abs(moved - two_steps(2, 0.1, 0.9)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("inner", "seconds"),
+    [
+        (optax.scale_by_adadelta(), lambda s: (s.e_g, s.e_x)),
+        (optax.scale_by_adan(), lambda s: (s.n,)),
+        (optax.scale_by_rms(), lambda s: (s.nu,)),
+        (optax.scale_by_amsgrad(), lambda s: (s.nu, s.nu_max)),
+    ],
+    ids=["adadelta", "adan", "rms", "amsgrad"],
+)
+def test_second_moments_that_are_carried_stay_positive(inner, seconds):
+    """Whatever the field they stand in is called."""
+    tx = memopt.in_subspace(inner, projectors.gaussian(4), recombine.lift(), 2, "carry")
+    params = {"w": jnp.zeros((8, 24))}
+    state, update, draw = tx.init(params), jax.jit(tx.update), np.random.default_rng(0)
+    for _ in range(7):
+        g = {"w": jnp.asarray(draw.normal(size=(8, 24)), jnp.float32)}
+        updates, state = update(g, state, params)
+        assert np.isfinite(updates["w"]).all()
+        assert all((moment["w"] >= 0).all() for moment in seconds(state.inner))
+
+
+def test_quantised_moments_are_not_carried_but_refused():
+    inner = memopt.quantize_state(optax.scale_by_adam(), min_size=1)
+    tx = memopt.in_subspace(inner, projectors.gaussian(4), recombine.lift(), 2, "carry")
+    with pytest.raises(memopt.NoSuchPairing, match=r"memopt\.quantize_state\(in_subspace"):
+        tx.init({"w": jnp.zeros((8, 24))})
+
+
+def test_quantised_moments_begin_anew():
+    """Their codes are integers, but no step counts."""
+    adam = memopt.quantize_state(optax.scale_by_adam(b1=0.5, b2=0.5, eps=0.0), min_size=1)
+    exact = optax.scale_by_adam(b1=0.5, b2=0.5, eps=0.0)
+    ones = [{"w": jnp.ones((4, 6))}] * 3
+    expected, found = (
+        updates_of(memopt.in_subspace(inner, IDENTITY, recombine.lift(), 2, "reset_moments"), ones)
+        for inner in (exact, adam)
+    )
+    assert found == pytest.approx(expected, rel=0.02)
