@@ -1,1 +1,1 @@
-"""memopt on an accelerator: memory, speed and tests, measured in fifteen minutes."""
+"""Memory, speed and tests of memopt, measured on a GPU."""

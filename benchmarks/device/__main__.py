@@ -71,19 +71,23 @@ def main(arguments: Sequence[str]) -> None:
     def leave(*_: Any) -> None:
         sys.exit("error: terminated.")
 
-    signal.signal(signal.SIGTERM, leave)  # so that the job that runs is killed, too
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that the job that runs is killed, too
+        signal.signal(number, leave)
     options = parse(arguments)
     path: Path = options.output
-    if options.action == "report":
-        if not (rows := runner.read(path)):
-            sys.exit(f"error: {path} has no rows: run python -m benchmarks.device first.")
-    else:
-        gpu = None if options.small else find_gpu()
-        if not (gpu or options.small):
-            sys.exit("error: nvidia-smi finds no GPU; --small runs the same on a CPU.")
-        command = shlex.join(["python", "-m", "benchmarks.device", *arguments])
-        chosen = [name for name in pieces() if name in options.piece]
-        rows = runner.run(chosen, gpu, path, command, 60 * options.minutes)
+    try:
+        if options.action == "report":
+            if not (rows := runner.read(path)):
+                sys.exit(f"error: {path} has no rows: run python -m benchmarks.device first.")
+        else:
+            gpu = None if options.small else find_gpu()
+            if not (gpu or options.small):
+                sys.exit("error: nvidia-smi finds no GPU; --small runs the same on a CPU.")
+            command = shlex.join(["python", "-m", "benchmarks.device", *arguments])
+            chosen = [name for name in pieces() if name in options.piece]
+            rows = runner.run(chosen, gpu, path, command, 60 * options.minutes)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     console = Console(width=max(Console().width, TABLE_WIDTH), markup=False)
     for device in dict.fromkeys(row["device"] for row in rows):
         mine = [row for row in rows if row["device"] == device]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.device.jobs import Job, Record
-from benchmarks.device.profile import WITHOUT_COMMAND_BUFFERS, longest_kernels
+from benchmarks.device.profile import longest_kernels
 from benchmarks.device.training import ORDINARY_1B, Run, shrunk
 from benchmarks.report import spread
 from memopt.models.attention import causal_attention, chunked_attention
@@ -87,5 +87,5 @@ ATTENTION = (
         tuple(f"{length}, {path}" for length in LENGTHS for path in PATHS),
         measure_attention,
     ),
-    Job((PROFILE,), measure_profile, flags=WITHOUT_COMMAND_BUFFERS),
+    Job((PROFILE,), measure_profile),
 )

@@ -8,19 +8,20 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-
-from benchmarks.device.jobs import Record, describe, pieces
+from typing import Any
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measures some rows of one job; if it fails, prints an error for each that is missing."""
+    records = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # anything else that is printed, by an import too, goes to the terminal
+    from benchmarks.device.jobs import describe, pieces
+
     small = "--small" in arguments
     piece, *names = (argument for argument in arguments if argument != "--small")
     (job,) = (job for job in pieces()[piece] if set(names) <= set(job.names))
-    records = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # anything else that is printed goes to the terminal
 
-    def give(record: Record) -> None:
+    def give(record: dict[str, Any]) -> None:
         print(json.dumps(record), file=records, flush=True)
 
     missing = dict.fromkeys(names)

@@ -14,13 +14,11 @@ class Job(NamedTuple):
       measure: maps the names that are wanted, and whether shapes are to be tiny, to records. A
         record of the same name replaces the one before.
       memory: bytes of the GPU that the process may take; None: JAX's default.
-      flags: flags of XLA for a GPU.
     """
 
     names: tuple[str, ...]
     measure: Callable[[Sequence[str], bool], Iterator[Record]]
     memory: int | None = None
-    flags: str = ""
 
 
 def pieces() -> dict[str, tuple[Job, ...]]:

@@ -8,9 +8,6 @@ from typing import Any
 
 import jax
 
-#: A flag of XLA. Of the kernels in a command buffer, a CUDA graph, profiles do not name the source.
-WITHOUT_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
-
 
 def longest_kernels(run: Callable[[], Any], count: int = 5) -> list[dict[str, Any]]:
     """The kernels that take the most time.
@@ -20,9 +17,8 @@ def longest_kernels(run: Callable[[], Any], count: int = 5) -> list[dict[str, An
       count: how many kernels.
 
     Returns:
-      Records: the kernel's name, its instruction of HLO (a GPU knows it only without command
-      buffers, see `WITHOUT_COMMAND_BUFFERS`), how often it ran, and its milliseconds and share of
-      all kernels' time.
+      Records: the kernel's name, its instruction of HLO, how often it ran, and its milliseconds
+      and share of all kernels' time.
 
     Raises:
       RuntimeError: the profiler saw no kernel.

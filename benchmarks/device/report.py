@@ -97,9 +97,14 @@ def tables(rows: Sequence[Record]) -> list[Table]:
             shown.add_column(column.title, justify="right")
         for row in mine:
             shown.add_row(row["name"], *_cells(row))
-            if "error" in row:
-                shown.add_row(f"failed: {row['error']}")
         found.append(shown)
+    errors = Table(title="Failed", box=MARKDOWN)
+    errors.add_column("")
+    errors.add_column("error", overflow="fold")
+    for row in rows:
+        if "error" in row:
+            errors.add_row(row["name"], row["error"])
+    found += [errors] * bool(errors.row_count)
     kernels = Table(title="The longest kernels", box=MARKDOWN)
     for title in ("", "kernel", "instruction"):
         kernels.add_column(title, overflow="fold")

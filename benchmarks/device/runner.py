@@ -25,6 +25,7 @@ PACKAGES = (
 )
 #: Seconds of a piece on a GPU.
 PIECE_SECONDS = 240.0
+NOT_STARTED = "not started: the time was used up."
 #: Variables that would change what a job may take of the GPU.
 ALLOCATOR = (
     *("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"),
@@ -56,6 +57,7 @@ def run(
     }
     key = lambda row: (row["device"], row["piece"], row["name"])
     finish = time.monotonic() + seconds
+    save({"results": rows}, path)  # fails at once where nothing can be written
     for piece in chosen:
         end = min(finish, time.monotonic() + PIECE_SECONDS) if gpu else None
         for job in pieces()[piece]:
@@ -63,6 +65,8 @@ def run(
             names = [name for name in job.names if (about["device"], piece, name) not in done]
             for record in run_job(piece, job, names, gpu, end) if names else ():
                 row = {"piece": piece, **record, **about}
+                if row.get("error") == NOT_STARTED and key(row) in map(key, rows):
+                    continue  # what failed before says more
                 rows = [other for other in rows if key(other) != key(row)] + [row]
                 save({"results": rows}, path)
                 console.print(report.line(row), highlight=False)
@@ -84,7 +88,7 @@ def run_job(
     start = time.monotonic()
     if end is not None and end <= start:
         for name in names:
-            yield {"name": name, "error": "not started: the time was used up.", "seconds": 0.0}
+            yield {"name": name, "error": NOT_STARTED, "seconds": 0.0}
         return
     command = [sys.executable, "-m", "benchmarks.device.job", *([] if gpu else ["--small"])]
     environment = environment_of(job, gpu)
@@ -101,8 +105,6 @@ def environment_of(job: Job, gpu: Gpu | None) -> dict[str, str]:
     environment["JAX_PLATFORMS"] = "cuda,cpu"
     if job.memory:
         environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{job.memory / gpu.memory:.5f}"
-    if job.flags:
-        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {job.flags}".strip()
     return environment
 
 
@@ -123,7 +125,7 @@ def collect(
     missing = dict.fromkeys(names)
     late = threading.Event()
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command, env=environment, stdout=subprocess.PIPE, text=True, process_group=0
     ) as process:
         assert process.stdout is not None
 
@@ -140,9 +142,10 @@ def collect(
             timer.start()
         try:
             for line in process.stdout:
-                record = json.loads(line)
-                missing.pop(record["name"], None)
-                yield record
+                with contextlib.suppress(json.JSONDecodeError):  # cut short by a kill
+                    record = json.loads(line)
+                    missing.pop(record["name"], None)
+                    yield record
             status = process.wait()
         finally:
             if timer:
@@ -154,5 +157,14 @@ def collect(
 
 
 def read(path: Path) -> list[Record]:
-    """The rows of a file; none if it is not there."""
-    return json.loads(path.read_text())["results"] if path.exists() else []
+    """The rows of a file; none if it is not there.
+
+    Raises:
+      ValueError: it is not such a file.
+    """
+    if not path.exists():
+        return []
+    try:
+        return json.loads(path.read_text())["results"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has no results: move it away, or repair it.") from error

@@ -12,8 +12,8 @@ from benchmarks.device.jobs import Job, Record
 from benchmarks.training_step import Options, TrainingStep
 from memopt.planning.step_memory import step_memory
 
-#: Without autotuning a program compiles in a fraction of the time, and takes the same memory.
-UNTUNED = {"xla_gpu_autotune_level": 0}
+#: Without autotuning a program compiles in a fraction of the time, and takes much the same memory.
+UNTUNED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 #: The part of the memory that the largest batch may take by the compiler's count.
 FILLED = 0.97
 #: Parts of the estimated batch that are tried, one after another.
@@ -114,12 +114,14 @@ def largest_batch(
     """Estimates the largest batch from compiled peaks, then runs it."""
     (name,) = names
     options = shrunk(options, small)
-    memory = 2**25 if small else memory
 
     def peak(rows: int) -> int:
         step = TrainingStep(options._replace(batch_size=rows), jax.devices())
-        untuned = UNTUNED if jax.default_backend() == "gpu" else None
-        counted = step_memory(step.compile(untuned), step.like.params, step.like.opt_state)
+        try:
+            compiled = step.compile(UNTUNED if jax.default_backend() == "gpu" else None)
+        except jax.errors.JaxRuntimeError:  # some products have no kernel that is not chosen
+            compiled = step.compile()
+        counted = step_memory(compiled, step.like.params, step.like.opt_state)
         assert counted.peak is not None
         return counted.peak
 
@@ -133,8 +135,14 @@ def largest_batch(
             return None
 
     few, many = 4, 8
-    each = (peak(many) - peak(few)) / (many - few)
-    rows = few + int((FILLED * memory - peak(few)) / each)
+    least = peak(few)
+    each = (peak(many) - least) / (many - few)
+    if small:
+        rows = many
+    elif each > 0:
+        rows = few + int((FILLED * memory - least) / each)
+    else:
+        raise RuntimeError(f"{many} rows need no more memory than {few}.")
     for part in ATTEMPTS:
         if (tried := int(part * rows)) < 1:
             break

@@ -12,7 +12,7 @@ import optax
 import memopt
 from benchmarks import torch_optimizers
 from benchmarks.device.jobs import Job, Record, describe
-from benchmarks.device.profile import WITHOUT_COMMAND_BUFFERS, longest_kernels
+from benchmarks.device.profile import longest_kernels
 from benchmarks.report import spread
 from benchmarks.updates import (
     LEARNING_RATE,
@@ -124,18 +124,18 @@ def measure_updates(names: Sequence[str], small: bool) -> Iterator[Record]:
     model, repeats = ("tiny", 3) if small else ("1b", 20)
     contenders = _Contenders(model)
     copied = copy(2**20 if small else COPIED)
-    found, first = [contenders.build(BASELINE), copied], {}
+    found, first = [contenders.build(BASELINE), copied], dict[str, float]()
     built = (GALORE if name == REFRESH else name for name in names if name not in (BASELINE, COPY))
     for name in dict.fromkeys(built):
         try:
-            one = contenders.build(name)
-            start = time.perf_counter()
-            one.step()
-            first[name] = 1e3 * (time.perf_counter() - start)
+            found.append(contenders.build(name))
         except Exception as error:  # the others are measured all the same
-            yield {"name": name, "error": describe(error)}
-        else:
-            found.append(one)
+            rows_of_one = {name, REFRESH} if name == GALORE else {name}
+            yield from ({"name": row, "error": describe(error)} for row in rows_of_one & {*names})
+    for one in found:
+        start = time.perf_counter()
+        one.step()
+        first[one.name] = 1e3 * (time.perf_counter() - start)
 
     times = {record["name"]: record for record in measure(found, repeats)}
     bandwidth = copied.least_bytes / times[COPY]["milliseconds"]["median"]
@@ -167,13 +167,13 @@ def measure_updates(names: Sequence[str], small: bool) -> Iterator[Record]:
             yield rows[one.name] | {"kernels": longest_kernels(one.step)}
 
 
-def _job(*names: str) -> Job:
-    return Job(names, measure_updates, flags=WITHOUT_COMMAND_BUFFERS)
-
-
-UPDATE = (
-    _job(COPY, *(name for name in CASES if "adamw" in name), *FROM_TORCH),
-    _job("adafactor", "lion", "apollo_mini", "apollo"),
-    _job("muon", "optax.contrib.muon"),
-    _job(GALORE, REFRESH),
+UPDATE = tuple(
+    Job(names, measure_updates)
+    for names in (
+        (COPY, BASELINE, *FROM_TORCH, "adamw", "adamw, bfloat16"),
+        ("adamw, int8 state", "adamw, bfloat16+8 weights, int8 state"),
+        ("adafactor", "lion", "apollo_mini", "apollo"),
+        ("muon", "optax.contrib.muon"),
+        (GALORE, REFRESH),
+    )
 )
