@@ -135,14 +135,13 @@ def largest_batch(
             return None
 
     few, many = 4, 8
-    least = peak(few)
-    each = (peak(many) - least) / (many - few)
-    if small:
-        rows = many
-    elif each > 0:
+    rows = many
+    if not small:
+        least = peak(few)
+        each = (peak(many) - least) / (many - few)
+        if each <= 0:
+            raise RuntimeError(f"{many} rows need no more memory than {few}.")
         rows = few + int((FILLED * memory - least) / each)
-    else:
-        raise RuntimeError(f"{many} rows need no more memory than {few}.")
     for part in ATTEMPTS:
         if (tried := int(part * rows)) < 1:
             break

@@ -23,28 +23,23 @@ PIECES_THAT_TRAIN = ("memory", "release", "attention", "models")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", params=PARTS, ids=" ".join)
-def small(tmp_path_factory, request):
-    """The rows of a small run, in processes that find no package but those that it may need."""
-    directory = tmp_path_factory.mktemp("device")
+def start(directory, output, chosen):
+    """A small run, in processes that find no package but those that it may need."""
     hide = f"import sys\nsys.modules.update(dict.fromkeys({NOT_INSTALLED}))\n"
     (directory / "sitecustomize.py").write_text(hide)
     environment = os.environ | {"PYTHONPATH": f"{directory}:{ROOT}"}
-    output = directory / "device.json"
     command = [sys.executable, "-m", "benchmarks.device", "--small", "--output", str(output)]
-    command += ["--piece", *request.param]
-
-    def run():
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout, done.stderr
-
-    printed, _ = run()
-    return output, request.param, printed, run
+    command += ["--piece", *chosen]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
-def test_every_row_of_every_piece_is_measured(small):
-    output, chosen, printed, _ = small
+@pytest.mark.parametrize("chosen", PARTS, ids=" ".join)
+def test_every_row_is_measured_once_and_reported(tmp_path, capsys, chosen):
+    """One test, since the run takes minutes."""
+    output = tmp_path / "device.json"
+    printed = start(tmp_path, output, chosen).stdout
     rows = runner.read(output)
     expected = {(name, row) for name in chosen for job in pieces()[name] for row in job.names}
     assert {(row["piece"], row["name"]) for row in rows} == expected - {("update", "torch_adamw")}
@@ -56,29 +51,21 @@ def test_every_row_of_every_piece_is_measured(small):
         assert row["command"].startswith("python -m benchmarks.device --small")
     assert all(report.TITLES[name] in printed for name in chosen)
 
-
-def test_training_rows_have_losses_and_the_compilers_peak(small):
-    rows = [row for row in runner.read(small[0]) if "losses" in row]
-    assert {row["piece"] for row in rows} == {*small[1]} & {*PIECES_THAT_TRAIN}
-    for row in rows:
+    trained = [row for row in rows if "losses" in row]
+    assert {row["piece"] for row in trained} == {*chosen} & {*PIECES_THAT_TRAIN}
+    for row in trained:
         assert all(0 < loss < 10 for loss in row["losses"])
         assert row["compiler_bytes"] > row["parameter_bytes"] > 0
         assert row["tokens_per_second"] > 0
 
-
-def test_a_second_run_measures_nothing_again(small):
-    output, _, _, run = small
     before = output.read_text()
-    _, progress = run()
+    assert start(tmp_path, output, chosen).stderr == ""
     assert output.read_text() == before
-    assert progress == ""
 
-
-def test_the_report_draws_a_plot(small, capsys):
-    device.main(["report", "--output", str(small[0])])
+    device.main(["report", "--output", str(output)])
     printed = capsys.readouterr().out
-    assert all(f"| {row['name']} " in printed for row in runner.read(small[0]))
-    (plot,) = small[0].parent.glob("device_*.png")
+    assert all(f"| {row['name']} " in printed for row in rows)
+    (plot,) = tmp_path.glob("device_*.png")
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
