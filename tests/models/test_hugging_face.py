@@ -10,6 +10,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -211,8 +212,8 @@ def no_space(*_, **__):
 
 
 def fail_second_file(monkeypatch):
-    outcomes = iter([hugging_face.save_file, no_space])
-    monkeypatch.setattr(hugging_face, "save_file", lambda *a, **k: next(outcomes)(*a, **k))
+    outcomes = iter([save_file, no_space])
+    monkeypatch.setattr(safetensors.numpy, "save_file", lambda *a, **k: next(outcomes)(*a, **k))
 
 
 def fail_taking_the_place(monkeypatch):
