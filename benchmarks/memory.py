@@ -31,12 +31,11 @@ from rich.table import Table
 
 from benchmarks import hlo, training_step
 from benchmarks.compilers import GPUS, Chip, devices
-from benchmarks.report import save
+from benchmarks.report import GIB, save
 from benchmarks.training_step import State, TrainingStep, Weights
 from memopt.planning.step_memory import step_memory
 from memopt.state.quantized import is_quantized
 
-GIB = 2**30
 HBM = {  # GiB that a step may use
     **{"v5e": 15.75, "v5p": 95.0, "v6e": 31.25},
     **{chip: card.memory / GIB for chip, card in GPUS.items()},

@@ -27,7 +27,7 @@ from rich.console import Console
 import memopt
 from benchmarks.report import save
 from benchmarks.step_time import describe, table
-from benchmarks.updates import Contender, Parameters, measure, model_shapes
+from benchmarks.updates import Contender, Parameters, measure, model_shapes, optax_muon
 from memopt.models import llama
 from memopt.training.placement import parse_mesh
 from memopt.trees import leaf_name
@@ -77,11 +77,6 @@ def contenders(options: Options) -> list[Contender]:
     )
     explicit, auto = axes(AxisType.Explicit), axes(AxisType.Auto)
     stacked = hidden(options.model)
-    numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    optax_stacked = optax.contrib.muon(
-        LEARNING_RATE,
-        muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: numbers, params),
-    )
 
     def layers(tree: Any, of_one: Any) -> dict[str, Any]:
         return {n: [of_one(x) for _ in range(stacked[n].shape[0])] for n, x in tree.items()}
@@ -92,7 +87,7 @@ def contenders(options: Options) -> list[Contender]:
     one_by_one = optax.contrib.muon(LEARNING_RATE)
     return [
         Parameters(stacked, ours).contender("memopt_muon", "memopt", memopt.muon(LEARNING_RATE)),
-        Parameters(stacked, theirs).contender("optax_stacked", "optax", optax_stacked),
+        Parameters(stacked, theirs).contender("optax_stacked", "optax", optax_muon(LEARNING_RATE)),
         Parameters(separate, apart).contender("optax_separate", "optax", one_by_one),
     ]
 

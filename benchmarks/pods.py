@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks import hlo, memory
 from benchmarks.machine import versions
-from benchmarks.report import save
+from benchmarks.report import GIB, save
 from memopt.training.placement import parse_mesh
 
 BASELINE = "sgd"
@@ -120,7 +120,7 @@ def describe(row: tuple[Any, ...]) -> str:
 
 def table(results: Sequence[dict[str, Any]]) -> Table:
     """The records as a table for the terminal."""
-    gib = lambda size: "" if size is None else f"{size / memory.GIB:.2f}"
+    gib = lambda size: "" if size is None else f"{size / GIB:.2f}"
     shown = Table(title="One step on each chip", box=SIMPLE_HEAD)
     shown.add_column("step")
     for column in ("peak GiB", "collectives GiB", "added to sgd", "with a refresh GiB"):
@@ -144,14 +144,12 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(11, 1.4 + 0.3 * len(results)), layout="constrained")
     peaks, bytes_moved = figure.subplots(1, 2, sharey=True)
     rows = range(len(results))
-    peaks.barh(rows, [r["peak_bytes"] / memory.GIB for r in results], color="tab:gray")
+    peaks.barh(rows, [r["peak_bytes"] / GIB for r in results], color="tab:gray")
     peaks.set_yticks(rows, [describe(key(r)) for r in results])
     peaks.set_xlabel("peak, GiB on a chip")
     left = [0.0] * len(results)
     for kind in hlo.KINDS:
-        sizes = [
-            (r["collectives"] or {}).get(kind, {"bytes": 0})["bytes"] / memory.GIB for r in results
-        ]
+        sizes = [(r["collectives"] or {}).get(kind, {"bytes": 0})["bytes"] / GIB for r in results]
         if any(sizes):
             bytes_moved.barh(rows, sizes, left=left, label=kind)
             left = [a + b for a, b in zip(left, sizes, strict=True)]

@@ -29,13 +29,12 @@ from rich.table import Table
 
 from benchmarks import training_step
 from benchmarks.machine import core_count, cpu_model, versions
-from benchmarks.report import save, spread
+from benchmarks.report import GIB, save, spread
 from benchmarks.training_step import TrainingStep
 from memopt.errors import check_at_least
 from memopt.planning.step_memory import step_memory
 
 Kind = Literal["ordinary", "released"]
-GIB = 2**30
 KINDS: tuple[Kind, ...] = ("ordinary", "released")
 
 

@@ -1,10 +1,13 @@
-"""Results of a benchmark: a JSON file, and a plot beside it."""
+"""Measurements of a benchmark and their results: a JSON file, and a plot beside it."""
 
 import json
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+GIB = 2**30
 
 
 def save(report: dict[str, Any], path: Path, plot: Callable[[Path], None] | None = None) -> None:
@@ -23,6 +26,13 @@ def save(report: dict[str, Any], path: Path, plot: Callable[[Path], None] | None
     new.replace(path)
     if plot is not None:
         plot(path.with_suffix(".png"))
+
+
+def milliseconds(run: Callable[[], Any]) -> float:
+    """The time of a function that waits for what it starts."""
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

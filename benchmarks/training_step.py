@@ -72,6 +72,7 @@ class TrainingStep:
 
     Attributes:
       like: the shapes and shardings of its state.
+      shardings: the shardings alone.
     """
 
     def __init__(self, options: Options, devices: Sequence[jax.Device]) -> None:
@@ -88,23 +89,16 @@ class TrainingStep:
             tuple(sizes),
             axis_types=(AxisType.Auto,) * len(sizes),
         )
-        model = llama.abstract_model(self.config)
-        self.graph, params = nnx.split(model, nnx.Param)
-        params = self._store(
-            jax.tree.map(
-                lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s),
-                nnx.to_pure_dict(params),
-                llama.param_shardings(model, self.mesh),
-            )
-        )
+        params = self._store(llama.abstract_params(self.config, self.mesh))
         tx = memopt.optimizer(options.optimizer, options.learning_rate)
         if options.state is not None:
             tx = memopt.quantize_state(tx, options.state)
         by_layer = options.release
         self.tx, places = place_update(tx, options.optimizer, params, by_layer=by_layer)
         self.like: TrainState = abstract_state(params, self.tx, self.mesh, places)
-        shardings = (jax.tree.map(lambda x: x.sharding, self.like), None)
-        self._jitted = jax.jit(self._step(), donate_argnums=0, out_shardings=shardings)
+        self.shardings = jax.tree.map(lambda x: x.sharding, self.like)
+        out = (self.shardings, None)
+        self._jitted = jax.jit(self._step(), donate_argnums=0, out_shardings=out)
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Takes the step. JAX compiles it at the first call, unless `compile` has."""
@@ -126,9 +120,8 @@ class TrainingStep:
             params = llama.init_params(self.config, seed=seed, store=self._store)
             return init_state(params, self.tx)
 
-        shardings = jax.tree.map(lambda x: x.sharding, self.like)
         with jax.set_mesh(self.mesh):
-            return jax.jit(init, out_shardings=shardings).lower().compile()
+            return jax.jit(init, out_shardings=self.shardings).lower().compile()
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """A batch on the devices."""
@@ -144,10 +137,11 @@ class TrainingStep:
             step: Any = functools.partial(
                 release_step,
                 model=llama.stacked_model(self.config),
-                shardings=jax.tree.map(lambda x: x.sharding, self.like.params),
+                shardings=self.shardings.params,
             )
         else:
-            loss = lambda params, batch: llama.loss(nnx.merge(self.graph, params), batch)
+            graph, _ = nnx.split(llama.abstract_model(self.config), nnx.Param)
+            loss = lambda params, batch: llama.loss(nnx.merge(graph, params), batch)
             step = functools.partial(train_step, loss=loss)
         step = functools.partial(
             step,

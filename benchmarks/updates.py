@@ -9,13 +9,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+import optax.contrib
 from jax.sharding import AxisType, NamedSharding
 from rich.progress import track
 
 import memopt
 from benchmarks import torch_optimizers
-from benchmarks.report import spread
+from benchmarks.report import milliseconds, spread
 from memopt.models import llama
 from memopt.planning.step_memory import bytes_here
 from memopt.trees import leaf_name
@@ -70,9 +70,10 @@ class Parameters:
         (self.mesh,) = {place.mesh for place in jax.tree.leaves(places)}
         self.values, self.gradients = normal(0.02), normal(1e-3)
         if weights:
-            quantized = memopt.quantize_params(_like(self.values), weights)
-            where = jax.tree.map(lambda x: x.sharding, quantized)
             store = lambda values: memopt.quantize_params(values, weights)
+            like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            stored = store(jax.tree.map(like, self.values))
+            where = jax.tree.map(lambda x: x.sharding, stored)
             self.values = jax.jit(store, donate_argnums=0, out_shardings=where)(self.values)
 
     def contender(
@@ -82,7 +83,7 @@ class Parameters:
         tx: optax.GradientTransformation,
         apply: Apply = lambda params, updates, _: optax.apply_updates(params, updates),
     ) -> Contender:
-        """Compiles a step, whose state lies where `memopt.state_sharding` says.
+        """Compiles a step; `memopt.state_sharding` places its state.
 
         Args:
           name: the contender's.
@@ -118,19 +119,20 @@ class Parameters:
         return Contender(name, library, step, size, temp, least, seconds)
 
 
-def _like(values: Any) -> Any:
-    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-    return jax.tree.map(shape, values)
-
-
-def on_one_device(
-    shapes: Any, weights: str | None = None, device: jax.Device | None = None
-) -> Parameters:
-    """Parameters that are whole on a device, by default the first."""
-    devices = [device or jax.devices()[0]]
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-    here = NamedSharding(mesh, jax.P())
+def on_one_device(shapes: Any, weights: str | None = None) -> Parameters:
+    """Parameters that are whole on the first device."""
+    here = NamedSharding(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,)), jax.P())
     return Parameters(shapes, jax.tree.map(lambda _: here, shapes), weights)
+
+
+def optax_muon(learning_rate: float) -> optax.GradientTransformation:
+    """Optax's Muon, to which each layer of a stack is a matrix; with AdamW for what is no stack."""
+    dimensions = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+
+    def choose(params: Any) -> Any:
+        return jax.tree.map(lambda x: dimensions if x.ndim == 3 else None, params)
+
+    return optax.contrib.muon(learning_rate, muon_weight_dimension_numbers=choose)
 
 
 def between_refreshes(state: Any) -> Any:
@@ -171,7 +173,7 @@ def torch_contenders(
 def model_shapes(model: str, dtype: Literal["float32", "bfloat16"]) -> Any:
     """The parameters of a preset as shapes."""
     config = dataclasses.replace(llama.preset(model), param_dtype=dtype)
-    return nnx.to_pure_dict(nnx.state(llama.abstract_model(config), nnx.Param))
+    return llama.abstract_params(config)
 
 
 def measure(found: Sequence[Contender], repeats: int) -> list[dict[str, Any]]:
@@ -180,9 +182,7 @@ def measure(found: Sequence[Contender], repeats: int) -> list[dict[str, Any]]:
     for _ in track(range(repeats + 2), description="rounds", transient=True):
         for contender, taken in zip(found, times, strict=True):
             time.sleep(0.01)  # threads of the one before spin on for a while
-            start = time.perf_counter()
-            contender.step()
-            taken.append(1e3 * (time.perf_counter() - start))
+            taken.append(milliseconds(contender.step))
     times = [taken[2:] for taken in times]  # the first rounds warm up
     return [
         {

@@ -1,8 +1,8 @@
 """Attention alone, cuDNN's and in chunks, and the kernels of a whole training step."""
 
 import collections
+import functools
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,15 +12,18 @@ import jax.numpy as jnp
 from benchmarks.device.jobs import Job, Record
 from benchmarks.device.profile import longest_kernels
 from benchmarks.device.training import ORDINARY_1B, Run, shrunk
-from benchmarks.report import spread
-from memopt.models.attention import causal_attention, chunked_attention
+from benchmarks.report import milliseconds, spread
+from memopt.models.attention import causal_attention
 
 HEADS, HEAD_DIM = 32, 128
 #: Passes in one program, so that launching it takes no part of the time.
 REPEATS = 20
 #: Flops a query, key and channel: 4, half of them masked; the backward pass has 2.5 times as many.
 FLOPS = {"forward": 2.0, "forward and backward": 7.0}
-PATHS = {"as trained": causal_attention, "in chunks": chunked_attention}
+PATHS = {
+    "as trained": causal_attention,
+    "in chunks": functools.partial(causal_attention, chunked=True),
+}
 LENGTHS = {"2048 tokens": (2048, 64), "8192 tokens": (8192, 128)}  # and in small
 PROFILE = "profile of a training step"
 
@@ -61,16 +64,15 @@ def _turns(paths: dict[str, Any], length: int, small: bool) -> Iterator[Record]:
     for _ in range(3 if small else 10):
         for name, of_one in functions.items():
             for which, f in of_one.items():
-                start = time.perf_counter()
-                jax.block_until_ready(f(tuple(qkv)))
-                taken[name, which].append(1e3 * (time.perf_counter() - start) / repeats)
+                run = lambda f=f: jax.block_until_ready(f(tuple(qkv)))
+                taken[name, which].append(milliseconds(run) / repeats)
     for name, of_one in functions.items():
         record: Record = {"name": name, "length": length, "heads": heads, "head_dim": HEAD_DIM}
         for which in of_one:
-            milliseconds = taken[name, which]
+            each = taken[name, which]
             flops = FLOPS[which] * heads * HEAD_DIM * length**2
-            speed = flops / (1e9 * statistics.median(milliseconds))
-            record[which] = {"milliseconds": spread(milliseconds), "tflops": speed}
+            speed = flops / (1e9 * statistics.median(each))
+            record[which] = {"milliseconds": spread(each), "tflops": speed}
         yield record
 
 

@@ -1,6 +1,6 @@
-"""Runs one job and prints its records, a line of JSON each.
+"""Runs one job and prints its records: `python -m benchmarks.device.job [--small] PIECE NAME ...`.
 
-python -m benchmarks.device.job [--small] PIECE NAME ...
+Each record is a line of JSON.
 """
 
 import json

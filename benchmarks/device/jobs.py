@@ -1,4 +1,4 @@
-"""What is measured: pieces, in the order of their worth, each of one or several processes."""
+"""Pieces to measure, in the order of their worth; each is one process or several."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple

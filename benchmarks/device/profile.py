@@ -49,7 +49,7 @@ def longest_kernels(run: Callable[[], Any], count: int = 5) -> list[dict[str, An
 
 
 def _kernels(data: Any) -> Iterator[Any]:
-    """What ran on GPUs' streams, or else XLA's instructions on the CPU."""
+    """Yields the kernels on GPUs' streams; without a GPU, XLA's instructions on the CPU."""
     planes = list(data.planes)
     gpus = [plane for plane in planes if plane.name.startswith("/device:GPU")]
     for plane in gpus or planes:

@@ -8,17 +8,16 @@ from rich.box import MARKDOWN
 from rich.table import Table
 
 from benchmarks.device.jobs import Record
-
-GIB = 2**30
+from benchmarks.report import GIB
 
 
 class Column(NamedTuple):
     """A figure of a row.
 
     Attributes:
-      title: with its unit.
+      title: its name and unit.
       read: takes it from a row; raises KeyError or TypeError if the row has none.
-      form: as of `format`.
+      form: its format, see `format`.
     """
 
     title: str
@@ -26,15 +25,18 @@ class Column(NamedTuple):
     form: str = ".2f"
 
 
-PEAK = Column("peak GiB", lambda row: row["peak_bytes"] / GIB)
-SAID = Column("compiler's GiB", lambda row: row["compiler_bytes"] / GIB)
-ROWS = Column("rows", lambda row: row["batch_size"], "d")
-SPEED = Column("tokens/s", lambda row: row["tokens_per_second"], ",.0f")
-LOSS = Column("last loss", lambda row: row["losses"][-1])
 COMPILED = Column("compile s", lambda row: row["compile_seconds"], ".1f")
-TRAINING = (PEAK, SAID, ROWS, SPEED, Column("first loss", lambda row: row["losses"][0]), LOSS)
+TRAINING = (
+    Column("peak GiB", lambda row: row["peak_bytes"] / GIB),
+    Column("compiler's GiB", lambda row: row["compiler_bytes"] / GIB),
+    Column("rows", lambda row: row["batch_size"], "d"),
+    Column("tokens/s", lambda row: row["tokens_per_second"], ",.0f"),
+    Column("first loss", lambda row: row["losses"][0]),
+    Column("last loss", lambda row: row["losses"][-1]),
+    COMPILED,
+)
 COLUMNS = {
-    "memory": (*TRAINING, COMPILED),
+    "memory": TRAINING,
     "update": (
         Column("ms", lambda row: row["milliseconds"]["median"]),
         Column("÷ optax.adamw", lambda row: row["ratio"]["median"]),
@@ -43,14 +45,14 @@ COLUMNS = {
         Column("state GB", lambda row: row["state_bytes"] / 1e9),
         COMPILED,
     ),
-    "release": (*TRAINING, COMPILED),
+    "release": TRAINING,
     "attention": (
         Column("forward ms", lambda row: row["forward"]["milliseconds"]["median"]),
         Column("TFLOP/s", lambda row: row["forward"]["tflops"], ".0f"),
         Column("both ms", lambda row: row["forward and backward"]["milliseconds"]["median"]),
         Column("TFLOP/s", lambda row: row["forward and backward"]["tflops"], ".0f"),
     ),
-    "models": (*TRAINING, COMPILED),
+    "models": TRAINING,
     "tests": (
         Column("passed", lambda row: row["passed"], "d"),
         Column("failed", lambda row: len(row["failed"]), "d"),
@@ -156,6 +158,5 @@ def plot(rows: Sequence[Record], path: Path) -> None:
     speed.set_xlabel("bytes a step must move ÷ its time, of a copy's bandwidth")
     for axes in (memory, speed):
         axes.invert_yaxis()
-    if rows:
-        figure.suptitle(rows[0]["device"])
+    figure.suptitle(rows[0]["device"])
     figure.savefig(path, dpi=110)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import platform
 import signal
@@ -59,7 +60,7 @@ def run(
     finish = time.monotonic() + seconds
     save({"results": rows}, path)  # fails at once where nothing can be written
     for piece in chosen:
-        end = min(finish, time.monotonic() + PIECE_SECONDS) if gpu else None
+        end = min(finish, time.monotonic() + PIECE_SECONDS) if gpu else math.inf
         for job in pieces()[piece]:
             done = {key(row) for row in rows if "error" not in row}
             names = [name for name in job.names if (about["device"], piece, name) not in done]
@@ -74,7 +75,7 @@ def run(
 
 
 def run_job(
-    piece: str, job: Job, names: Sequence[str], gpu: Gpu | None, end: float | None
+    piece: str, job: Job, names: Sequence[str], gpu: Gpu | None, end: float
 ) -> Iterator[Record]:
     """The records of a job, each with the seconds since the job began.
 
@@ -83,17 +84,16 @@ def run_job(
       job: the job.
       names: rows that are wanted.
       gpu: the GPU that it runs on; None for the CPU.
-      end: when the job is stopped, by the clock of `time.monotonic`; None for never.
+      end: when the job is stopped, by the clock of `time.monotonic`.
     """
     start = time.monotonic()
-    if end is not None and end <= start:
+    if end <= start:
         for name in names:
             yield {"name": name, "error": NOT_STARTED, "seconds": 0.0}
         return
     command = [sys.executable, "-m", "benchmarks.device.job", *([] if gpu else ["--small"])]
     environment = environment_of(job, gpu)
-    left = None if end is None else end - start
-    for record in collect([*command, piece, *names], names, environment, left):
+    for record in collect([*command, piece, *names], names, environment, end - start):
         yield record | {"seconds": time.monotonic() - start}
 
 
@@ -112,7 +112,7 @@ def collect(
     command: Sequence[str],
     names: Sequence[str],
     environment: dict[str, str],
-    seconds: float | None,
+    seconds: float,
 ) -> Iterator[Record]:
     """The records that a process prints, and one with an error for each name that is missing.
 
@@ -120,7 +120,7 @@ def collect(
       command: the process.
       names: names of the records that it should print.
       environment: its environment variables.
-      seconds: after which it, and what it started, is killed; None for never.
+      seconds: after which it, and what it started, is killed.
     """
     missing = dict.fromkeys(names)
     late = threading.Event()
@@ -137,9 +137,8 @@ def collect(
             late.set()
             kill()
 
-        timer = threading.Timer(seconds, stop) if seconds is not None else None
-        if timer:
-            timer.start()
+        timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), stop)
+        timer.start()
         try:
             for line in process.stdout:
                 with contextlib.suppress(json.JSONDecodeError):  # cut short by a kill
@@ -148,8 +147,7 @@ def collect(
                     yield record
             status = process.wait()
         finally:
-            if timer:
-                timer.cancel()
+            timer.cancel()
             kill()
     why = f"stopped after {seconds:.0f} s" if late.is_set() else f"its process ended with {status}"
     for name in missing:

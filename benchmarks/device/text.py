@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memopt.training.files import read_files
+from memopt.training.files import Files, read_files
 from memopt.training.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 #: The vocabulary of the LLaMA; smaller models read bytes.
@@ -21,7 +21,7 @@ def batches(
     vocab_size: int, *, batch_size: int, seq_len: int, seed: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches, each a dict of `inputs` and `targets`, int32 (batch_size, seq_len)."""
-    documents, tokenizer = read_files(["python"]), _tokenizer(vocab_size)
+    documents, tokenizer = _documents(), _tokenizer(vocab_size)
     order = np.random.default_rng(seed).permutation(len(documents)).tolist()
     tokens = np.zeros(0, np.int32)
     count = batch_size * (seq_len + 1)
@@ -34,10 +34,15 @@ def batches(
 
 
 @functools.cache
+def _documents() -> Files:
+    return read_files(["python"])
+
+
+@functools.cache
 def _tokenizer(vocab_size: int) -> Tokenizer:
     if vocab_size < VOCABULARY:
         return load_tokenizer("bytes")
-    documents = read_files(["python"])
+    documents = _documents()
     learned_from = np.random.default_rng(0).permutation(len(documents))[:LEARNED_FROM].tolist()
     with tempfile.TemporaryDirectory() as directory:
         texts = (documents[i].text for i in learned_from)

@@ -1,9 +1,8 @@
-"""One optimizer step alone, on a billion parameters: its time beside the memory's bandwidth."""
+"""Times optimizer steps on a billion parameters, beside the memory's bandwidth."""
 
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +12,14 @@ import memopt
 from benchmarks import torch_optimizers
 from benchmarks.device.jobs import Job, Record, describe
 from benchmarks.device.profile import longest_kernels
-from benchmarks.report import spread
+from benchmarks.report import milliseconds, spread
 from benchmarks.updates import (
     LEARNING_RATE,
     Contender,
     measure,
     model_shapes,
     on_one_device,
+    optax_muon,
     torch_contenders,
 )
 
@@ -45,42 +45,24 @@ class Case(NamedTuple):
     weights: str | None = None
 
 
-def _adamw(state: str | None = None) -> optax.GradientTransformation:
-    adam = optax.scale_by_adam()
-    return optax.chain(
-        memopt.quantize_state(adam, state) if state else adam,
-        optax.add_decayed_weights(1e-4),
-        optax.scale_by_learning_rate(LEARNING_RATE),
-    )
-
-
-def _optax_muon() -> optax.GradientTransformation:
-    """Optax's with the layers of a stack as matrices of their own, and AdamW at the ends."""
-    dimensions = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-
-    def choose(params: Any) -> Any:
-        return jax.tree.map(lambda x: dimensions if x.ndim == 3 else None, params)
-
-    return optax.contrib.muon(LEARNING_RATE, muon_weight_dimension_numbers=choose)
-
-
 COPY, TORCH = "copy", "torch_adamw"
 GALORE, REFRESH = "galore", "galore, a refresh"
 BASELINE = "optax.adamw"
 CASES = {
     BASELINE: Case("optax", lambda: optax.adamw(LEARNING_RATE)),
-    "adamw": Case("memopt", _adamw),
-    "adamw, bfloat16": Case("memopt", _adamw, "bfloat16"),
-    "adamw, int8 state": Case("memopt", lambda: _adamw("int8")),
+    "adamw": Case("memopt", lambda: optax.adamw(LEARNING_RATE)),
+    "adamw, bfloat16": Case("memopt", lambda: optax.adamw(LEARNING_RATE), "bfloat16"),
+    "adamw, int8 state": Case("memopt", lambda: memopt.quantize_state(optax.adamw(LEARNING_RATE))),
     "adamw, bfloat16+8 weights, int8 state": Case(
-        "memopt", lambda: _adamw("int8"), "bfloat16", "bfloat16+8"
+        *("memopt", lambda: memopt.quantize_state(optax.adamw(LEARNING_RATE))),
+        *("bfloat16", "bfloat16+8"),
     ),
     "adafactor": Case("memopt", lambda: memopt.adafactor(LEARNING_RATE)),
     "lion": Case("memopt", lambda: memopt.lion(LEARNING_RATE)),
     "apollo_mini": Case("memopt", lambda: memopt.apollo_mini(LEARNING_RATE)),
     "apollo": Case("memopt", lambda: memopt.apollo(LEARNING_RATE)),
     "muon": Case("memopt", lambda: memopt.muon(LEARNING_RATE)),
-    "optax.contrib.muon": Case("optax", _optax_muon),
+    "optax.contrib.muon": Case("optax", lambda: optax_muon(LEARNING_RATE)),
     GALORE: Case("memopt", lambda: memopt.galore(LEARNING_RATE)),
 }
 FROM_TORCH = (TORCH,) if TORCH in torch_optimizers.installed() else ()
@@ -124,7 +106,7 @@ def measure_updates(names: Sequence[str], small: bool) -> Iterator[Record]:
     model, repeats = ("tiny", 3) if small else ("1b", 20)
     contenders = _Contenders(model)
     copied = copy(2**20 if small else COPIED)
-    found, first = [contenders.build(BASELINE), copied], dict[str, float]()
+    found = [contenders.build(BASELINE), copied]
     built = (GALORE if name == REFRESH else name for name in names if name not in (BASELINE, COPY))
     for name in dict.fromkeys(built):
         try:
@@ -132,16 +114,12 @@ def measure_updates(names: Sequence[str], small: bool) -> Iterator[Record]:
         except Exception as error:  # the others are measured all the same
             rows_of_one = {name, REFRESH} if name == GALORE else {name}
             yield from ({"name": row, "error": describe(error)} for row in rows_of_one & {*names})
-    for one in found:
-        start = time.perf_counter()
-        one.step()
-        first[one.name] = 1e3 * (time.perf_counter() - start)
-
+    first = {one.name: milliseconds(one.step) for one in found}
     times = {record["name"]: record for record in measure(found, repeats)}
     bandwidth = copied.least_bytes / times[COPY]["milliseconds"]["median"]
 
-    def row(one: Contender, milliseconds: float) -> Record:
-        speed = one.least_bytes / milliseconds
+    def row(one: Contender, taken: float) -> Record:
+        speed = one.least_bytes / taken
         return {
             "model": model,
             "least_bytes": one.least_bytes,

@@ -13,11 +13,14 @@ def causal_attention(
     value: jax.Array,
     segment_ids: jax.Array | None = None,
     offset: jax.Array | int = 0,
+    *,
+    chunked: bool = False,
 ) -> jax.Array:
     """Grouped-query attention of each position to itself and to what precedes it.
 
-    On a GPU, half-precision training runs cuDNN's flash attention; elsewhere this is
-    `chunked_attention`.
+    On a GPU, half-precision training runs cuDNN's flash attention. Elsewhere queries are scored in
+    chunks and each chunk is recomputed in the backward pass, so float32 scores take
+    `batch × heads × 256 × keys` at most.
 
     Args:
         query: `(batch, queries, heads, head_dim)`.
@@ -26,6 +29,7 @@ def causal_attention(
         segment_ids: Integers `(batch, keys)`, of documents packed in a row: a position attends
             within its own only. Needs `queries == keys`.
         offset: Index, among the keys, of the first query.
+        chunked: Score queries in chunks on a GPU, too.
 
     Returns:
         Shape and dtype of `query`.
@@ -36,42 +40,11 @@ def causal_attention(
         (1, 3, 2, 8)
 
     """
-    if _flash(query, key):
+    if not chunked and _flash(query, key):
         same = None if segment_ids is None else _same(segment_ids, segment_ids)
         return jax.nn.dot_product_attention(
             query, key, value, mask=same, is_causal=True, implementation="cudnn"
         )
-    return chunked_attention(query, key, value, segment_ids, offset)
-
-
-def chunked_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array | None = None,
-    offset: jax.Array | int = 0,
-) -> jax.Array:
-    """`causal_attention` on any device and in any dtype.
-
-    Queries are scored in chunks and each chunk is recomputed in the backward pass, so float32
-    scores take `batch × heads × 256 × keys` at most.
-
-    Args:
-        query: As in `causal_attention`.
-        key: As in `causal_attention`.
-        value: As in `causal_attention`.
-        segment_ids: As in `causal_attention`.
-        offset: As in `causal_attention`.
-
-    Returns:
-        Shape and dtype of `query`.
-
-    Example:
-        >>> x = jnp.ones((1, 3, 2, 8))
-        >>> chunked_attention(x, x, x).shape
-        (1, 3, 2, 8)
-
-    """
     length = query.shape[1]
     index = offset + jnp.arange(length)
     if length <= 2 * QUERY_CHUNK:

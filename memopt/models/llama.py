@@ -30,6 +30,7 @@ __all__ = [
     "LlamaConfig",
     "RopeScaling",
     "abstract_model",
+    "abstract_params",
     "from_hugging_face",
     "head_loss",
     "init_params",
@@ -464,6 +465,29 @@ def abstract_model(config: LlamaConfig) -> Llama:
 
     """
     return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+
+
+def abstract_params(config: LlamaConfig, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
+    """The shapes of the parameters.
+
+    Args:
+        config: Shapes and options.
+        mesh: Places them as `param_shardings` says. None: the shapes have no shardings.
+
+    Returns:
+        The parameters as nested dicts, of `jax.ShapeDtypeStruct`.
+
+    Example:
+        >>> abstract_params(preset("tiny"))["blocks"]["mlp"]["gate"]["kernel"].shape
+        (4, 192, 512)
+
+    """
+    model = abstract_model(config)
+    shapes = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    if mesh is None:
+        return shapes
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(place, shapes, param_shardings(model, mesh))
 
 
 def stacked_model(config: LlamaConfig, *, logits_bytes: int = LOGITS_BYTES) -> StackedModel:

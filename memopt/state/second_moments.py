@@ -1,4 +1,4 @@
-"""Which arrays of an optimizer's state are second moments."""
+"""Finds the second moments in an optimizer's state."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ _OTHER_NAMES: dict[str, frozenset[str]] = {
     "ScaleByAdanState": frozenset({"n"}),
     "FactoredState": frozenset({"v_row", "v_col", "v"}),
 }
-"""The fields of states in which other names say so."""
+"""Second moments of states that name their fields otherwise."""
 
 
 def second_moments(state: Any, params: Any) -> Any:
@@ -43,11 +43,12 @@ def second_moments(state: Any, params: Any) -> Any:
     """
     has_other_names = lambda x: type(x).__name__ in _OTHER_NAMES
     is_leaf = lambda x: has_other_names(x) or is_box(x)
-    params_paths = {path for path, _ in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)}
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
+    params_paths = {(), *(path for path, _ in leaves)}
 
     def own_fields(path: tuple[Any, ...]) -> list[str]:
         """The fields on the way to an array, or to the tree like the parameters that it is in."""
-        inside = next(i for i in range(len(path) + 1) if path[i:] in params_paths or i == len(path))
+        inside = next(i for i in range(len(path) + 1) if path[i:] in params_paths)
         return [getattr(key, "name", "") for key in path[:inside]]
 
     def mark(path: tuple[Any, ...], x: Any) -> Any:

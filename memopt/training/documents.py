@@ -1,4 +1,4 @@
-"""Where text comes from: files, JSON lines, the standard library, Hugging Face datasets."""
+"""Finds text in files, JSON lines, the standard library and Hugging Face datasets."""
 
 from __future__ import annotations
 

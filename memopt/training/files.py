@@ -267,7 +267,7 @@ def _cut_text(file: File, number: int, start: int, stop: int) -> np.ndarray:
 
 
 def _boundary(file: File, position: int) -> int:
-    """Where a line, or at least a character, begins at or soon after `position`."""
+    """Finds the start of a line, or at least of a character, at or soon after `position`."""
     if position == 0:
         return 0
     with file.path.open("rb") as stream:
@@ -317,6 +317,6 @@ def uniform(key: np.ndarray | int, index: np.ndarray | int) -> np.ndarray:
 
 
 def check_fraction(fraction: float) -> None:
-    """Raises `ValueError` unless a share of the documents lies between 0 and 1."""
+    """Raises `ValueError` unless a share of the documents is between 0 and 1."""
     if not 0 < fraction < 1:
         raise ValueError(f"validation_fraction={fraction} must be between 0 and 1.")

@@ -135,7 +135,7 @@ def prepare(config: Config) -> Training:
         )
         if config.optimization.state:
             tx = quantize_state(tx, config.optimization.state)
-        params = _stored(config, _abstract_params(model_config, mesh))
+        params = _stored(config, llama.abstract_params(model_config, mesh))
         name, by_layer = config.optimization.optimizer, config.optimization.release
         tx, places = place_update(tx, name, params, by_layer=by_layer)
         like = abstract_state(params, tx, mesh, places)
@@ -181,16 +181,6 @@ def _stored(config: Config, params: dict[str, Any]) -> dict[str, Any]:
     """The parameters as the run stores them."""
     weights = config.architecture.weights
     return quantize_params(params, weights) if weights else params
-
-
-def _abstract_params(config: llama.LlamaConfig, mesh: Mesh) -> dict[str, Any]:
-    """Shapes and shardings of the parameters."""
-    model = llama.abstract_model(config)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nnx.to_pure_dict(nnx.state(model, nnx.Param)),
-        llama.param_shardings(model, mesh),
-    )
 
 
 def _model_config(config: Config, tokenizer: Tokenizer) -> llama.LlamaConfig:

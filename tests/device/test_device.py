@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 
 import memopt
 from benchmarks.training_step import Options, TrainingStep
-from memopt.models.attention import causal_attention, chunked_attention
+from memopt.models.attention import causal_attention
 from memopt.state.codecs import named
 from memopt.state.dither import dither
 from tests.training import nano
@@ -37,7 +37,7 @@ def nano_preset():
 
 
 def on(device, f, *args):
-    """What a function returns there, as numpy arrays."""
+    """Runs a function on a device and returns numpy arrays."""
     with jax.default_device(device):
         return jax.tree.map(np.asarray, jax.jit(f)(*jax.device_put(args, device)))
 
@@ -167,7 +167,8 @@ def test_attention_as_trained_is_that_in_chunks(segments):
         compiled = f.lower(query, key, value).compile()
         return compiled(query, key, value), compiled.as_text()
 
-    (found, program), (expected, _) = run(causal_attention), run(chunked_attention)
+    in_chunks = functools.partial(causal_attention, chunked=True)
+    (found, program), (expected, _) = run(causal_attention), run(in_chunks)
     assert ("__cudnn$fmha" in program) == (DEVICE.platform == "gpu")
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         a, b = (np.asarray(x, np.float32) for x in (a, b))
