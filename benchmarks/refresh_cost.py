@@ -39,7 +39,7 @@ from memopt.errors import check_at_least
 from memopt.models import llama
 from memopt.training.data import find_documents, train_batches
 from memopt.training.tokenizer import load_tokenizer
-from memopt.transforms.projectors import Leaf, Projector, When, randomized_svd, svd
+from memopt.transforms.projectors import MatrixSpec, Projector, RefreshClock, randomized_svd, svd
 
 LAPACK = "jnp.linalg.svd"
 
@@ -117,8 +117,8 @@ def refresh(projector: Projector) -> Callable[[jax.Array], jax.Array]:
 
     @jax.jit
     def basis(gradient: jax.Array) -> jax.Array:
-        leaf = Leaf("w", gradient.shape, gradient.dtype)
-        return projector.basis(leaf, gradient, When.first())
+        spec = MatrixSpec("w", gradient.shape, gradient.dtype)
+        return projector.basis(spec, gradient, RefreshClock.first())
 
     return basis
 
@@ -135,9 +135,9 @@ def measure(options: Options) -> list[dict[str, Any]]:
 
     def compare(kind: str, name: str, matrix: jax.Array, singular: jax.Array) -> None:
         best = np.cumsum(np.square(singular, dtype=float))
-        leaf = Leaf(name, matrix.shape, matrix.dtype)
+        spec = MatrixSpec(name, matrix.shape, matrix.dtype)
         for (label, rank), projector in projectors.items():
-            low = projector.down(leaf, functions[label, rank](matrix), matrix)
+            low = projector.down(spec, functions[label, rank](matrix), matrix)
             captured = np.square(low, dtype=float).sum()
             shares[label, rank][kind][name] = captured / best[rank - 1]
 

@@ -4,11 +4,9 @@ import contextlib
 import contextvars
 import inspect
 import math
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 from jax import Array
 
 from memopt.axes import Matrix as Matrix
@@ -148,29 +146,6 @@ def out_in(name: str, leaf: Any) -> Matrix | None:
     """
     matrix = hidden_matrices(name, leaf)
     return None if matrix is None else Matrix(matrix.cols, matrix.rows)
-
-
-def group_name(name: str) -> str:
-    """A leaf's name less its numbers, which layers that are not stacked share with a stack.
-
-    Example:
-      >>> group_name("blocks/0/up/kernel"), group_name("layers_12/up/kernel")
-      ('blocks/up/kernel', 'layers/up/kernel')
-    """
-    return re.sub(r"[/_]?\d+", "", name).lstrip("/")
-
-
-def explicit_axes(x: Any) -> tuple[Any, ...] | None:
-    """How each axis of an array is sharded over an explicit mesh; None if it is over none."""
-    spec = tuple(jax.typeof(x).sharding.spec)
-    return spec if any(axis is not None for axis in spec) else None
-
-
-def shard_count(x: Any, axis: int) -> int:
-    """Over how many devices of an explicit mesh an axis is sharded; 1 if over none."""
-    if explicit_axes(x) is None:
-        return 1
-    return x.shape[axis] // jax.typeof(x).sharding.shard_shape(x.shape)[axis]
 
 
 def map_matrices(

@@ -115,6 +115,45 @@ def snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
+def split_layer(name: str) -> tuple[str, int | None]:
+    """A parameter's name without the index of its layer, and the index.
+
+    The index is a part that is a number, or the number at the end of a part, after "layer",
+    "block" or their like; else the first part that is a number. Other numbers tell matrices of
+    one layer apart, and stay.
+
+    Returns:
+      The name that the parameter has where layers are stacked, and the layer; None if the name
+      has none.
+
+    Example:
+      >>> split_layer("llama3/layers/12/up/kernel"), split_layer("Block_3/Dense_1/kernel")
+      (('llama3/layers/up/kernel', 12), ('Block/Dense_1/kernel', 3))
+      >>> split_layer("h/0/w1"), split_layer("stages/2/blocks/5/mlp/layers/1/weight")
+      (('h/w1', 0), ('stages/2/blocks/mlp/layers/1/weight', 5))
+      >>> split_layer("Dense_1/kernel")
+      ('Dense_1/kernel', None)
+    """
+    parts = name.split("/")
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
+    for i, part in enumerate(parts):
+        numbered = _NUMBERED.fullmatch(part)
+        if numbered and _counts_layers(numbered[1]):
+            return "/".join([*parts[:i], numbered[1], *parts[i + 1 :]]), int(numbered[2])
+        if i in numbers and i and _counts_layers(parts[i - 1]):
+            return "/".join([*parts[:i], *parts[i + 1 :]]), int(part)
+    for i in numbers[:1]:
+        return "/".join([*parts[:i], *parts[i + 1 :]]), int(parts[i])
+    return name, None
+
+
+_NUMBERED = re.compile(r"(.*[^\d_])_?(\d+)")
+
+
+def _counts_layers(part: str) -> bool:
+    return snake_case(part).endswith(("layer", "layers", "block", "blocks")) or part == "h"
+
+
 def is_called(kind: str, part: str) -> bool:
     """Whether a part of a path matches a pattern of this kind in any library."""
     return bool(_pattern(kind).fullmatch(words(part)))

@@ -8,9 +8,6 @@ reduction.
 
 import jax
 from jax import Array
-from jax.sharding import AxisType
-
-from memopt.matrices import shard_count
 
 
 def total(x: Array, axes: tuple[int, ...], *, keepdims: bool = False) -> Array:
@@ -34,14 +31,13 @@ def total(x: Array, axes: tuple[int, ...], *, keepdims: bool = False) -> Array:
 def _folded(x: Array, axis: int) -> Array:
     """`x` with the halves of an axis added to each other, up to four times.
 
-    Not where an axis may be on several devices that types do not tell of.
+    Not on several devices, which may split the axis.
     """
-    mesh = jax.typeof(x).sharding.mesh
-    if AxisType.Auto in mesh.axis_types and mesh.size > 1:
+    if jax.typeof(x).sharding.mesh.size > 1:
         return x
     for _ in range(4):
         size = x.shape[axis]
-        if size % (2 * shard_count(x, axis)) or size < 64:
+        if size % 2 or size < 64:
             break
         half = lambda i: jax.lax.slice_in_dim(x, i, i + size // 2, axis=axis)  # noqa: B023
         x = half(0) + half(size // 2)

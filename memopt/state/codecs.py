@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from memopt.axis_types import on_auto_axes, spec_of
 from memopt.errors import check_at_least, check_choice
-from memopt.matrices import explicit_axes, shard_count
 from memopt.state.precision import zeros_of
 
 BLOCK = 128
@@ -283,7 +284,14 @@ class Blockwise(Codec):
         def tiled(x: Array) -> Array:
             return f(_tiles(x), -1).swapaxes(-2, -1).reshape(*x.shape[:-1], -1)
 
-        return self._on_tiles(tiled, plain, x)
+        spec = tuple(spec_of(x))
+        if spec:
+            parts = x.shape[-1] // jax.typeof(x).sharding.shard_shape(x.shape)[-1]
+            whole_blocks = x.shape[-1] // parts % self._size(x) == 0
+            spec = (*spec[:-1], spec[-1] if whole_blocks else None)
+        return on_auto_axes(
+            functools.partial(self._on_tiles, tiled, plain), (x,), like=jax.P(*spec)
+        )
 
     def _scaled(self, f: Callable[..., Array], x: Array, *scales: Array) -> Array:
         """``f`` of numbers and of what there is for each of their blocks."""
@@ -294,34 +302,26 @@ class Blockwise(Codec):
 
         def plain(x: Array, *scales: Array) -> Array:
             blocks = self._cut(x.astype(jnp.float32))
-            flat = (*shape[:-1], blocks.shape[-2] * blocks.shape[-1])
-            spec = explicit_axes(x)
-            if spec is None:
-                y = f(blocks, *(s[..., None] for s in scales))
-                return y.reshape(flat)[..., : shape[-1]]
-            split = jax.P(*tuple(jax.typeof(blocks).sharding.spec)[:-1])
-            y = f(blocks, *(jax.sharding.reshard(s, split)[..., None] for s in scales))
-            y = jax.lax.reshape(y, flat, out_sharding=split)[..., : shape[-1]]
-            return jax.sharding.reshard(y, jax.P(*spec))
+            y = f(blocks, *(s[..., None] for s in scales))
+            return y.reshape(*shape[:-1], -1)[..., : shape[-1]]
 
         def tiled(x: Array, *scales: Array) -> Array:
             rows = lambda s: s.reshape(*shape[:-2], -1, SUBLANES, s.shape[-1]).swapaxes(-2, -1)
             y = f(_tiles(x).astype(jnp.float32), *(rows(s)[..., None] for s in scales))
             return y.swapaxes(-3, -2).reshape(shape)
 
-        return self._on_tiles(tiled, plain, x, *scales)
+        on_tiles = functools.partial(self._on_tiles, tiled, plain)
+        return on_auto_axes(on_tiles, (x, *scales), like=spec_of(x))
+
+    def _size(self, x: Array) -> int:
+        """The numbers in a block."""
+        return min(self.block or x.shape[-1], x.shape[-1])
 
     def _cut(self, x: Array) -> Array:
         """The blocks as an axis of their own: ``(..., n)`` to ``(..., blocks, block)``."""
-        n = x.shape[-1]
-        block = min(self.block or n, n)
-        spec, split = explicit_axes(x), None
-        if spec is not None:
-            last = spec[-1] if n // shard_count(x, -1) % block == 0 else None
-            x = jax.sharding.reshard(x, jax.P(*spec[:-1], last))
-            split = jax.P(*spec[:-1], last, None)
+        n, block = x.shape[-1], self._size(x)
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % block)])
-        return jax.lax.reshape(x, (*x.shape[:-1], -(-n // block), block), out_sharding=split)
+        return x.reshape(*x.shape[:-1], -(-n // block), block)
 
     def _on_tiles(
         self, tiled: Callable[..., Array], plain: Callable[..., Array], *xs: Any
@@ -329,7 +329,7 @@ class Blockwise(Codec):
         """On a TPU ``tiled``, if the blocks are the rows of its tiles: it need not copy then."""
         shape = xs[0].shape
         sides = len(shape) > 1 and shape[-2] % SUBLANES == shape[-1] % LANES == 0
-        if not sides or self.block != LANES or explicit_axes(xs[0]) is not None:
+        if not sides or self.block != LANES:
             return plain(*xs)
         return jax.lax.platform_dependent(*xs, tpu=tiled, default=plain)
 

@@ -1,5 +1,6 @@
 """Random bits that decide how numbers are rounded."""
 
+import re
 import zlib
 from typing import Any
 
@@ -7,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-
-from memopt.matrices import group_name
 
 _GOLDEN = np.uint32(0x9E3779B9)  # 2³² divided by the golden ratio
 
@@ -26,7 +25,7 @@ def dither(shape: tuple[int, ...], name: str, step: Array | int, seed: int | Arr
 
     Args:
       shape: of the array; its last two axes are the place in the matrix.
-      name: of the array; its numbers do not count, see `memopt.matrices.group_name`.
+      name: of the array; its numbers do not count: layers have the same bits, stacked or not.
       step: steps taken.
       seed: another seed, other bits.
 
@@ -44,7 +43,7 @@ def dither(shape: tuple[int, ...], name: str, step: Array | int, seed: int | Arr
       True
     """
     stream = jnp.asarray(seed).astype(jnp.uint32) * _GOLDEN + np.uint32(
-        zlib.crc32(group_name(name).encode())
+        zlib.crc32(re.sub(r"[/_]?\d+", "", name).lstrip("/").encode())
     )
     bits = jnp.broadcast_to(_hashed(stream) | 1, shape)
     for axis in range(len(shape))[-2:]:

@@ -13,6 +13,11 @@ def statistics_dtype(x: Any) -> Any:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
+def to_float32(x: Array) -> Array:
+    """`x` in float32, or as it is if it is wider."""
+    return x.astype(statistics_dtype(x))
+
+
 def zeros_of(f: Any, *args: Any) -> Any:
     """Zeros with the shapes, dtypes and shardings of ``f(*args)``, which is never run.
 

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from memopt.axis_types import on_auto_axes
 from memopt.errors import check_at_least, check_choice
 from memopt.matrices import Layout, Matrices, map_matrices
-from memopt.state.precision import zeros_of
-from memopt.transforms.projectors import Projector, When, by_name
+from memopt.state.precision import statistics_dtype, to_float32, zeros_of
+from memopt.transforms.projectors import Projector, RefreshClock, by_name
 from memopt.transforms.projectors.random import RandomProjector
 from memopt.transforms.projectors.replay import Replay
-from memopt.transforms.subspace import _gradient, _leaf, _wide
+from memopt.transforms.subspace import matrix_spec
 
 
 class AccumulateState(NamedTuple):
@@ -65,9 +66,9 @@ def accumulate(
       0.0
       -5.0
     """
-    down = lambda layout, g, cycle: _wide(g)
+    down = lambda layout, g, cycle: to_float32(g)
     up = lambda layout, mean, g, cycle: mean
-    return _accumulate(inner, every, down, up)
+    return _accumulate(inner, every, lambda layout, p: p.shape, down, up)
 
 
 def accumulate_in_subspace(
@@ -125,56 +126,69 @@ def accumulate_in_subspace(
         raise ValueError(f"projector must be a random one or a replay, got {space}.")
     unseen: Any = None  # no gradient of the cycle may shape its basis
 
-    def down(layout: Layout, g: Array, cycle: When) -> Array:
-        leaf = _leaf(layout, g)
-        if leaf is None:
-            return _wide(g)
-        return space.down(leaf, space.basis(leaf, unseen, cycle), _gradient(layout, g))
+    def shape(layout: Layout, p: Any) -> tuple[int, ...]:
+        spec = matrix_spec(layout, p)
+        return p.shape if spec is None else space.projected_shape(spec)
 
-    def up(layout: Layout, mean: Array, g: Array, cycle: When) -> Array:
-        leaf = _leaf(layout, g)
-        if leaf is None:
+    def down(layout: Layout, g: Array, cycle: RefreshClock) -> Array:
+        spec = matrix_spec(layout, g)
+        if spec is None:
+            return to_float32(g)
+        basis = space.basis(spec, unseen, cycle)
+        return space.down(spec, basis, layout.to_matrices(to_float32(g)))
+
+    def up(layout: Layout, mean: Array, g: Array, cycle: RefreshClock) -> Array:
+        spec = matrix_spec(layout, g)
+        if spec is None:
             return mean
-        return layout.from_matrices(space.up(leaf, space.basis(leaf, unseen, cycle), mean), g)
+        return layout.from_matrices(space.up(spec, space.basis(spec, unseen, cycle), mean), g)
 
-    return _accumulate(inner, every, down, up, matrices)
+    return _accumulate(inner, every, shape, down, up, matrices)
 
 
 def _accumulate(
     inner: optax.GradientTransformation,
     every: int,
-    down: Callable[[Layout, Array, When], Array],
-    up: Callable[[Layout, Array, Array, When], Array],
+    shape: Callable[[Layout, Any], tuple[int, ...]],
+    down: Callable[[Layout, Array, RefreshClock], Array],
+    up: Callable[[Layout, Array, Array, RefreshClock], Array],
     matrices: Matrices = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Sums ``down(g)`` over a cycle; at its end `inner` sees ``up`` of their mean."""
+    """Sums ``down(g)``, of this shape, over a cycle; at its end `inner` sees ``up`` of the mean."""
     check_at_least("every", every, 1)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> AccumulateState:
-        start = lambda layout, p: zeros_of(lambda p: down(layout, p, When.first()), p)
+        def start(layout: Layout, p: Any) -> Array:
+            if shape(layout, p) == p.shape:
+                return jnp.zeros_like(p, dtype=statistics_dtype(p))
+            return jnp.zeros(shape(layout, p), statistics_dtype(p))
+
         total = map_matrices(start, params, matrices=matrices)
         return AccumulateState(jnp.zeros((), jnp.int32), total, inner.init(params))
 
-    def update(updates: Any, state: AccumulateState, params: Any = None, **extra: Any) -> Any:
+    def step(updates: Any, state: AccumulateState, params: Any, extra: Any) -> Any:
         count = optax.safe_increment(state.micro_step)
-        begins, ends = When.at(state.micro_step, every), When.at(count, every)
-        cycle = When.at(begins.refresh, 1)
+        begins, ends = RefreshClock.at(state.micro_step, every), RefreshClock.at(count, every)
+        cycle = RefreshClock.at(begins.refresh, 1)
 
         def add(layout: Layout, g: Array, total: Array) -> Array:
             g = down(layout, g, cycle)
-            return jnp.where(begins.due, g, total + g)
+            return jnp.where(begins.refresh_now, g, total + g)
 
         total = map_matrices(add, updates, state.sum, matrices=matrices)
 
-        def step() -> tuple[Any, Any]:
+        def end() -> tuple[Any, Any]:
             lift = lambda layout, g, total: up(layout, total / every, g, cycle).astype(g.dtype)
             mean = map_matrices(lift, updates, total, matrices=matrices)
             return inner.update(mean, state.inner, params, **extra)
 
         # Zeros as `inner` would return them: it decides the dtype of its updates.
-        wait = lambda: (zeros_of(lambda: step()[0]), state.inner)
-        updates, inner_state = jax.lax.cond(ends.due, step, wait)
+        wait = lambda: (zeros_of(lambda: end()[0]), state.inner)
+        updates, inner_state = jax.lax.cond(ends.refresh_now, end, wait)
         return updates, AccumulateState(count, total, inner_state)
+
+    def update(updates: Any, state: AccumulateState, params: Any = None, **extra: Any) -> Any:
+        return on_auto_axes(step, (updates, state, params, extra), like=(updates, state))
 
     return optax.GradientTransformationExtraArgs(init, update)

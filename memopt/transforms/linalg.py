@@ -1,4 +1,4 @@
-"""Products and factorisations of stacks of matrices, sharded or not."""
+"""Products and factorisations of stacks of matrices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,79 +8,20 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType, NamedSharding
 
-from memopt.matrices import explicit_axes, shard_count
 
-
-def product(subscripts: str, a: Array, b: Array, *, like: Any = None) -> Array:
-    """``jnp.einsum`` of two stacks in full precision; axes of explicit meshes are told apart.
-
-    An axis of the result is sharded as it is in `a`, else as in `b`; what both would shard by
-    the same mesh axis the second leaves whole, and a sum over sharded axes ends in one
-    all-reduce of the result.
+def product(subscripts: str, a: Array, b: Array) -> Array:
+    """``jnp.einsum`` of two stacks in full precision.
 
     Args:
       subscripts: as for ``jnp.einsum``, with ``...`` for the stack's axes.
       a: the first stack.
       b: the second; without stack axes it serves all of `a`.
-      like: the sharding of the result instead.
 
     Example:
       >>> product("...mn,...nr->...mr", jnp.ones((5, 2, 3)), jnp.ones((3, 4))).shape
       (5, 2, 4)
     """
-    inputs, output = subscripts.split("->")
-    terms = [term.removeprefix("...") for term in inputs.split(",")]
-    specs = [tuple(jax.typeof(x).sharding.spec) for x in (a, b)]
-    sharding = None
-    if like is not None and any(axis is not None for axis in like.spec):
-        sharding = like
-    elif any(axis is not None for spec in specs for axis in spec):
-        stacks = [spec[: -len(term)] for term, spec in zip(terms, specs, strict=True)]
-        ndim = max(map(len, stacks))
-        stacks = [(None,) * (ndim - len(stack)) + stack for stack in stacks]
-        stack = [first or second for first, second in zip(*stacks, strict=True)]
-        named = [dict(zip(t, s[-len(t) :], strict=True)) for t, s in zip(terms, specs, strict=True)]
-        wanted = stack + [named[0].get(i) or named[1].get(i) for i in output.removeprefix("...")]
-        sharding = jax.P(*_once(wanted))
-    return jnp.einsum(subscripts, a, b, precision="highest", out_sharding=sharding)
-
-
-def _once(spec: list) -> list:
-    """`spec` less every mesh axis that stands in it a second time."""
-    used: set[str] = set()
-    result = []
-    for entry in spec:
-        axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
-        result.append(None if used & set(axes) else entry)
-        used |= set(axes)
-    return result
-
-
-def whole(matrices: Array) -> Array:
-    """`matrices` with neither rows nor columns sharded over an explicit mesh.
-
-    For what is small, a basis, before it goes into a factorisation.
-    """
-    spec = explicit_axes(matrices)
-    if spec is None or spec[-2:] == (None, None):
-        return matrices
-    return jax.sharding.reshard(matrices, jax.P(*spec[:-2], None, None))
-
-
-def turned(matrices: Array, axis: int) -> Array:
-    """`matrices` with one of their axes, -2 or -1, whole, and the other sharded in its place.
-
-    Each device gives away most of its part and gets as much: none holds more than before.
-    """
-    spec = explicit_axes(matrices)
-    if spec is None or spec[axis] is None:
-        return matrices
-    names = lambda entry: entry if isinstance(entry, tuple) else (entry,) if entry else ()
-    both = (*names(spec[-3 - axis]), *names(spec[axis]))
-    if matrices.shape[-3 - axis] % (shard_count(matrices, -2) * shard_count(matrices, -1)):
-        return matrices
-    last = (None, both) if axis == -2 else (both, None)
-    return jax.sharding.reshard(matrices, jax.P(*spec[:-2], *last))
+    return jnp.einsum(subscripts, a, b, precision="highest")
 
 
 def undivided(x: Array, axis: int) -> Array:
@@ -99,10 +40,7 @@ def undivided(x: Array, axis: int) -> Array:
 
 def for_stack(basis: Array, like: Array) -> Array:
     """The basis once for each matrix: a batched product that copies no transposed gradient."""
-    stack = tuple(jax.typeof(like).sharding.spec[:-2])
-    sharding = jax.P(*stack, None, None) if any(stack) else None
-    shape = (*like.shape[:-2], *basis.shape[-2:])
-    return jnp.broadcast_to(basis, shape, out_sharding=sharding)
+    return jnp.broadcast_to(basis, (*like.shape[:-2], *basis.shape[-2:]))
 
 
 def orthonormal(matrices: Array) -> Array:
@@ -138,7 +76,7 @@ def leading_eigenvectors(symmetric: Array, r: int) -> Array:
 
 
 def _per_matrix(f: Callable[[Array], Array], matrices: Array) -> Array:
-    """``f`` of a stack whose matrices are whole; it need not know of explicit axes.
+    """``f`` of a stack of matrices.
 
     On CPUs one matrix after another: LAPACK's calls of a batch hold a thread of the pool they wait
     for, and those of several devices that share it, as on a laptop, would wait for ever.
@@ -148,9 +86,4 @@ def _per_matrix(f: Callable[[Array], Array], matrices: Array) -> Array:
         each = jax.lax.map(f, x.reshape(-1, *x.shape[-2:]))
         return each.reshape(*x.shape[:-2], *each.shape[-2:])
 
-    by_platform = lambda x: jax.lax.platform_dependent(x, cpu=one_by_one, default=f)
-    spec = explicit_axes(matrices)
-    if spec is None:
-        return by_platform(matrices)
-    sharding = jax.P(*spec[:-2], None, None)
-    return jax.sharding.auto_axes(by_platform, out_sharding=sharding)(whole(matrices))
+    return jax.lax.platform_dependent(matrices, cpu=one_by_one, default=f)

@@ -13,6 +13,7 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding
 from jax.typing import DTypeLike
 
+from memopt.axis_types import on_auto_axes
 from memopt.errors import check_at_least
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.state.precision import statistics_dtype
@@ -96,7 +97,7 @@ def orthogonalize(
             wide = structure.unflatten(done)
             return map_matrices(_from_wide, updates, wide, matrices=matrices, default=every_matrix)
 
-        return _under_auto_axes(orthogonal, updates), state
+        return on_auto_axes(jax.jit(orthogonal), (updates,), like=updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
@@ -202,12 +203,3 @@ def _dealt_out(
     x = place(place(x, None, everywhere), None, split)
     ends = itertools.accumulate(map(len, stacks))
     return [place(x[end - len(y) : end], None, split) for y, end in zip(stacks, ends, strict=True)]
-
-
-def _under_auto_axes(f: Callable[[Any], Any], tree: Any) -> Any:
-    """``f(tree)``, a tree of the same shardings, by an `f` that need not know explicit axes."""
-    kinds = [jax.typeof(x).sharding for x in jax.tree.leaves(tree)]
-    if any(AxisType.Explicit in kind.mesh.axis_types for kind in kinds):
-        places = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
-        f = jax.sharding.auto_axes(f, out_sharding=places)
-    return jax.jit(f)(tree)

@@ -24,18 +24,19 @@ _MOST_RESIDENT = 7e6  # bytes of P and two blocks of R in fast memory, which is 
 Pair = tuple[Array, Array]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def project_and_norm(basis: Array, gradient: Array, left: bool) -> Pair:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def project_and_norm(basis: Array, gradient: Array, left: bool, split: jax.P | None = None) -> Pair:
     """The gradient in a subspace, and the sum of squares of each of its channels.
 
-    On a TPU the gradient is read once, as it comes: give it in its own dtype. Over explicit mesh
-    axes each device reads its own part, and no part of a gradient moves; under automatic ones
-    XLA does both in its own way, in two passes.
+    On a TPU the gradient is read once, as it comes: give it in its own dtype. Where it is known
+    how a mesh splits it, each device reads its own part, and no part of a gradient moves; on a
+    mesh of several devices else XLA does both in its own way, in two passes.
 
     Args:
       basis: P, one for the whole stack: ``(m, r)`` if `left`, else ``(n, r)``.
       gradient: G, ``(*stack, m, n)``, of any floating dtype.
       left: whether the rows are projected, or the columns.
+      split: the mesh axes that split each axis of G, if they are known.
 
     Returns:
       PᵀG, ``(*stack, r, n)``, and each column's sum of squares, ``(*stack, 1, n)``; or G P,
@@ -52,14 +53,14 @@ def project_and_norm(basis: Array, gradient: Array, left: bool) -> Pair:
       ([[3.0, 1.0]], [[25.0, 1.0]])
     """
     plain = functools.partial(_plain, left=left)
-    one_pass = _one_pass(basis, gradient, left) or plain
+    one_pass = _one_pass(basis, gradient, left, split) or plain
     return jax.lax.platform_dependent(basis, gradient, tpu=one_pass, default=plain)
 
 
 @project_and_norm.defjvp
-def _jvp(left: bool, primals: Any, tangents: Any) -> Any:
+def _jvp(left: bool, split: jax.P | None, primals: Any, tangents: Any) -> Any:
     _, slopes = jax.jvp(functools.partial(_plain, left=left), primals, tangents)
-    return project_and_norm(*primals, left), slopes
+    return project_and_norm(*primals, left, split), slopes
 
 
 def _plain(basis: Array, gradient: Array, *, left: bool) -> Pair:
@@ -72,28 +73,30 @@ def _plain(basis: Array, gradient: Array, *, left: bool) -> Pair:
     return low, jnp.square(g).sum(-2 if left else -1, keepdims=True)
 
 
-def _one_pass(basis: Array, gradient: Array, left: bool) -> Callable[..., Pair] | None:
-    """The kernel for a gradient sharded like this one; None if XLA does as well, or must do it."""
+def _one_pass(
+    basis: Array, gradient: Array, left: bool, split: jax.P | None
+) -> Callable[..., Pair] | None:
+    """The kernel for a gradient that is split so; None if XLA does as well, or must do it."""
     side, r = basis.shape
     if not 1 < r < side / 2:  # XLA does rank 1 in one pass, and need not store R
         return None
     if 4 * r * (side + 2 * _BLOCK) > _MOST_RESIDENT or statistics_dtype(gradient) != jnp.float32:
         return None
     mesh = jax.typeof(gradient).sharding.mesh
-    if set(mesh.axis_types) == {AxisType.Explicit}:
-        return functools.partial(_on_shards, left=left)
+    if split is not None and set(mesh.axis_types) == {AxisType.Auto}:
+        return functools.partial(_on_shards, left=left, split=split)
     # The compiler cannot split a kernel, and jax's custom_partitioning does not reach a TPU's
-    # (jax-ml/jax#38196), so that under automatic axes the kernel is for a single device.
+    # (jax-ml/jax#38196), so that the kernel is else for a single device.
     alone = jax.device_count() == 1 if mesh.empty else mesh.size == 1
     if alone and AxisType.Manual not in mesh.axis_types:
         return functools.partial(_kernel, left=left)
     return None
 
 
-def _on_shards(basis: Array, gradient: Array, *, left: bool) -> Pair:
-    """The kernel on each device's part, which the gradient's type tells."""
-    spec, side = jax.typeof(gradient).sharding.spec, -2 if left else -1
-    projected, kept = spec[side], list(spec)
+def _on_shards(basis: Array, gradient: Array, *, left: bool, split: jax.P) -> Pair:
+    """The kernel on each device's part."""
+    side = -2 if left else -1
+    projected, kept = split[side], list(split)
     kept[side] = None
     basis_spec, result_spec = jax.P(projected, None), jax.P(*kept)
 
@@ -103,11 +106,11 @@ def _on_shards(basis: Array, gradient: Array, *, left: bool) -> Pair:
 
     one_pass = jax.shard_map(
         part,
-        in_specs=(basis_spec, spec),
+        in_specs=(basis_spec, split),
         out_specs=(result_spec, result_spec),
         check_vma=False,  # a kernel's results do not say over which axes they vary
     )
-    return one_pass(jax.sharding.reshard(basis, basis_spec), gradient)
+    return one_pass(basis, gradient)
 
 
 def _kernel(basis: Array, gradient: Array, *, left: bool) -> Pair:

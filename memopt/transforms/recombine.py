@@ -3,41 +3,76 @@
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from memopt.errors import NoSuchPairing, check_at_least, check_choice
 from memopt.transforms.clipping import GrowthLimiter
-from memopt.transforms.projectors import Projector
+from memopt.transforms.projectors import MatrixSpec, Projector
 from memopt.trees import NOTHING
 
 
-class Projected(NamedTuple):
-    """One stack of matrices at one step, in full size and in its subspace.
+@dataclasses.dataclass(frozen=True)
+class Subspace:
+    """One stack of matrices at one step, its subspace, and what an inner optimizer made there.
 
     Attributes:
+      projector: the rule that gave the basis.
+      spec: names and shapes the matrices.
       gradient: G, ``(*stack, m, n)``.
+      basis: P.
       low_gradient: R, the gradient in the subspace: ``(*stack, r, n)`` or ``(*stack, m, r)``.
+      squares: the sum of squares of each of G's channels, its other axis of length one; None
+        unless the recombination needs them.
+      previous_basis: gives the basis that a refresh at this step replaces.
       low_update: N, what the inner optimizer made of R.
-      low_axis: the axis of R that counts its r dimensions, -2 or -1.
-      up: takes what is in the subspace to full size.
-      rest: gives what of the gradient is outside the subspace, G − up(R).
-      squares: of each of G's channels the sum of squares, its other axis of length one; only for
-        a recombination that needs them.
-      lost: gives what of the inner optimizer's first moment a refresh at this step left behind
-        in the old subspace, in full size.
+      old_momentum: the inner optimizer's first moment before this step, or None.
+      momentum: the same, carried over where a refresh at this step did so.
+      is_carried: whether it did.
     """
 
+    projector: Projector
+    spec: MatrixSpec
     gradient: Array
+    basis: Array
     low_gradient: Array
-    low_update: Array
-    low_axis: int
-    up: Callable[[Array], Array]
-    rest: Callable[[], Array]
     squares: Any
-    lost: Callable[[], Array]
+    previous_basis: Callable[[], Array]
+    low_update: Any = None
+    old_momentum: Array | None = None
+    momentum: Array | None = None
+    is_carried: Any = False
+
+    @property
+    def low_axis(self) -> int:
+        """The axis of R that counts its r dimensions, -2 or -1."""
+        return -2 if self.projector.is_left(self.spec) else -1
+
+    def up(self, low: Array) -> Array:
+        """Takes what is in the subspace to full size."""
+        return self.projector.up(self.spec, self.basis, low)
+
+    def residual(self) -> Array:
+        """What of the gradient is outside the subspace, G − up(R)."""
+        return self.projector.residual(self.spec, self.basis, self.gradient, self.low_gradient)
+
+    def carry(self, moment: Array, power: int) -> Array:
+        """Takes a moment from the previous subspace to this one."""
+        return self.projector.carry(
+            self.spec, self.previous_basis(), self.basis, moment, power=power
+        )
+
+    def dropped_momentum(self) -> Array:
+        """What of the first moment a refresh left behind in the previous subspace, in full size."""
+        nothing = lambda: jnp.zeros_like(self.gradient)
+        old, new = self.old_momentum, self.momentum
+        if old is None or new is None:
+            return nothing()
+        before = lambda: self.projector.up(self.spec, self.previous_basis(), old)
+        return jax.lax.cond(self.is_carried, lambda: before() - self.up(new), nothing)
 
     def ratio(self, axes: int | tuple[int, int]) -> Array:
         """‖N‖ / ‖R‖ over some axes, which are kept with length one."""
@@ -65,8 +100,8 @@ class Recombine(abc.ABC):
         """Raises `NoSuchPairing` if this makes no sense with a projector."""
         return
 
-    def init(self, gradient: Array) -> Any:
-        """The array kept between steps, of which only shape and dtype matter, or `NOTHING`."""
+    def init(self, spec: MatrixSpec) -> Any:
+        """The array of zeros that is kept between steps, or `NOTHING`."""
         return NOTHING
 
     def correct(self, gradient: Array, state: Any) -> Array:
@@ -74,14 +109,14 @@ class Recombine(abc.ABC):
         return gradient
 
     @abc.abstractmethod
-    def __call__(self, space: Projected, state: Any) -> tuple[Array, Any]:
+    def __call__(self, space: Subspace, state: Any) -> tuple[Array, Any]:
         """The full-size update and the state to keep."""
 
 
 class Lift(Recombine):
     """See `lift`."""
 
-    def __call__(self, space: Projected, state: Any) -> tuple[Array, Any]:
+    def __call__(self, space: Subspace, state: Any) -> tuple[Array, Any]:
         """N in full size."""
         return space.up(space.low_update), NOTHING
 
@@ -92,9 +127,9 @@ class LiftAndSign(Recombine):
 
     scale: float | Array
 
-    def __call__(self, space: Projected, state: Any) -> tuple[Array, Any]:
+    def __call__(self, space: Subspace, state: Any) -> tuple[Array, Any]:
         """N in full size plus the signs of the rest."""
-        return space.up(space.low_update) + self.scale * jnp.sign(space.rest()), NOTHING
+        return space.up(space.low_update) + self.scale * jnp.sign(space.residual()), NOTHING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +139,12 @@ class LiftAndRest(Recombine):
     scale: float | Array
     recover: float | Array
 
-    def __call__(self, space: Projected, state: Any) -> tuple[Array, Any]:
+    def __call__(self, space: Subspace, state: Any) -> tuple[Array, Any]:
         """N in full size plus the rest."""
-        update = space.up(space.low_update) + self.scale * space.rest()
+        update = space.up(space.low_update) + self.scale * space.residual()
         if isinstance(self.recover, float) and self.recover == 0:
             return update, NOTHING
-        return update + self.recover * space.lost(), NOTHING
+        return update + self.recover * space.dropped_momentum(), NOTHING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,16 +159,16 @@ class LiftAndScaledRest(Recombine):
         """R needs a channel for each of G's."""
         _check_channels("lift_and_scaled_rest", projector)
 
-    def init(self, gradient: Array) -> Any:
+    def init(self, spec: MatrixSpec) -> Any:
         """The norm of each matrix's last rest, if its growth is limited."""
-        return NOTHING if self.limiter is None else gradient.sum((-2, -1))
+        return NOTHING if self.limiter is None else jnp.zeros(spec.stack, spec.dtype)
 
-    def __call__(self, space: Projected, state: Any) -> tuple[Array, Any]:
+    def __call__(self, space: Subspace, state: Any) -> tuple[Array, Any]:
         """N in full size plus the rest, scaled as N was."""
         if self.as_released:
             rest = space.gradient - self.scale * space.up(space.low_gradient)
         else:
-            rest = space.rest()
+            rest = space.residual()
         rest = rest * space.ratio(space.low_axis)
         if self.limiter is not None:
             factor, state = self.limiter(norm(rest, (-2, -1))[..., 0, 0], state)
@@ -156,17 +191,17 @@ class LiftWithErrorFeedback(Recombine):
                 "orthogonal, svd, randomized_svd, power_iteration, columns, coordinates or blocks."
             )
 
-    def init(self, gradient: Array) -> Array:
+    def init(self, spec: MatrixSpec) -> Array:
         """What earlier steps left out."""
-        return gradient
+        return jnp.zeros(spec.shape, spec.dtype)
 
     def correct(self, gradient: Array, state: Array) -> Array:
         """The gradient and what earlier steps left out."""
         return gradient + state
 
-    def __call__(self, space: Projected, state: Array) -> tuple[Array, Array]:
+    def __call__(self, space: Subspace, state: Array) -> tuple[Array, Array]:
         """N in full size."""
-        error = space.rest() + self.b1 / (1 - self.b1) * space.lost()
+        error = space.residual() + self.b1 / (1 - self.b1) * space.dropped_momentum()
         return space.up(space.low_update), error
 
 
@@ -186,11 +221,11 @@ class ScaleGradient(Recombine):
         """R needs a channel for each of G's."""
         _check_channels("scale_gradient", projector)
 
-    def init(self, gradient: Array) -> Any:
+    def init(self, spec: MatrixSpec) -> Any:
         """The norm of each matrix's last update, if its growth is limited."""
-        return NOTHING if self.limiter is None else gradient.sum((-2, -1))
+        return NOTHING if self.limiter is None else jnp.zeros(spec.stack, spec.dtype)
 
-    def __call__(self, space: Projected, state: Any) -> tuple[Array, Any]:
+    def __call__(self, space: Subspace, state: Any) -> tuple[Array, Any]:
         """G times ‖N‖/‖R‖."""
         axes = (-2, -1) if self.per == "matrix" else space.low_axis
         scale = space.ratio(axes)
@@ -281,9 +316,9 @@ def lift_with_error_feedback(b1: float | Array = 0.0) -> Recombine:
 
         A = G + E                                       is projected in G's place
         U = up(N)
-        E ← A − up(R) + β₁/(1−β₁) · lost
+        E ← A − up(R) + β₁/(1−β₁) · dropped
 
-    where what is lost is what a first moment leaves behind when it is carried to a new
+    where what is dropped is what a first moment leaves behind when it is carried to a new
     subspace. State: a full-size array, the place a gradient would be accumulated in.
 
     Args:

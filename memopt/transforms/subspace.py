@@ -2,24 +2,27 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import AxisType
 
+from memopt.axis_types import on_auto_axes
 from memopt.errors import NoSuchPairing, check_at_least, check_choice
-from memopt.matrices import Layout, Matrices, Matrix, explicit_axes, map_matrices
+from memopt.matrices import Layout, Matrices, Matrix, map_matrices
 from memopt.names import MATRIX, VECTOR
-from memopt.parameters import Parameter, init_shapes, known, reading_whole_trees
-from memopt.state.precision import statistics_dtype, zeros_of
+from memopt.parameters import Parameter, known, reading_whole_trees
+from memopt.state.precision import statistics_dtype, to_float32
 from memopt.state.quantize import QuantizedState
 from memopt.transforms.moments import CarryOver, first_moment
-from memopt.transforms.projectors import Leaf, Projector, When
-from memopt.transforms.recombine import Projected, Recombine
-from memopt.trees import NOTHING, by_array, by_leaf
+from memopt.transforms.projectors import MatrixSpec, Projector, RefreshClock
+from memopt.transforms.recombine import Recombine, Subspace
+from memopt.trees import NOTHING, by_array, by_leaf, map_named
 
 
 class InSubspaceState(NamedTuple):
@@ -110,139 +113,196 @@ def in_subspace(
     _check_pairing(projector, recombine, on_refresh)
     carry = CarryOver() if on_refresh == "carry" else on_refresh
     inner = optax.with_extra_args_support(inner)
+    find_specs = functools.partial(map_matrices, matrix_spec, matrices=matrices)
 
     def init(params: Any) -> InSubspaceState:
-        projected = {}
-
-        def start(layout: Layout, p: Array) -> tuple[Any, ...]:
-            leaf = _leaf(layout, p)
-            if leaf is None:
-                return zeros_of(_wide, p), NOTHING, ()
-            low = projected[layout.name] = jax.tree.map(jnp.zeros_like, projector.low(leaf))
-            return low, zeros_of(recombine.init, leaf.gradient), projector.init(leaf)
-
-        low, rule, kept = map_matrices(start, params, matrices=matrices, outputs=3)
-        kept = by_array(kept, params, projector.keeps)
-        with _as_projections(projected):
+        specs = find_specs(params)
+        start = functools.partial(_start, projector, recombine)
+        low, rule, kept = map_matrices(start, params, specs, matrices=matrices, outputs=3)
+        with _as_projections(projector, specs):
             inner_state = inner.init(low)
         if isinstance(carry, CarryOver):
             _check_can_be_carried(inner_state)
+        kept = by_array(kept, params, projector.keeps)
         return InSubspaceState(jnp.zeros((), jnp.int32), kept, inner_state, rule)
 
-    def update(updates: Any, state: InSubspaceState, params: Any = None, **extra: Any) -> Any:
-        given, typed = state, any(explicit_axes(x) for x in jax.tree.leaves(state))
-        if typed:  # it may have been placed, where what is made anew has the types of `init`
-            state = _typed_as(state, init_shapes(init, updates))
-        when = When.at(state.count, refresh_every, refresh_phase)
-        projected = {}
+    def step(specs: Any, updates: Any, state: InSubspaceState, extra: Any) -> Any:
+        clock = RefreshClock.at(state.count, refresh_every, refresh_phase)
+        on = functools.partial(map_matrices, matrices=matrices)
 
-        def enter(layout: Layout, g: Array, kept: Any, rule: Any, momentum: Any) -> Any:
-            """The subspace, the gradient within, and what the projector keeps."""
-            leaf = _leaf(layout, g)
-            if leaf is None:
-                return None, _wide(g), ()
-            g = recombine.correct(_gradient(layout, g), rule)
-            basis, keep = projector.space(leaf, kept, g, when, momentum)
-            old = lambda: projector.before(leaf, kept, g, when)
-            if recombine.needs_squares:
-                low, squares = projector.down_and_squares(leaf, basis, g)
-            else:
-                low, squares = projector.down(leaf, basis, g), None
-            return _Space(projector, leaf, g, basis, squares, old), low, keep
+        enter = functools.partial(enter_subspace, projector, recombine, clock)
+        kept = by_leaf(state.projector, updates)
+        old = _momentum(state.inner, on(functools.partial(_low_shape, projector), updates, specs))
+        spaces, low, kept = on(enter, updates, specs, kept, state.recombine, old, outputs=3)
 
-        def low_shape(layout: Layout, g: Array) -> Any:
-            leaf = _leaf(layout, g)
-            if leaf is None:
-                return g
-            low = projected[layout.name] = projector.low(leaf)
-            return low
-
-        like = map_matrices(low_shape, updates, matrices=matrices)
-        kept, before = by_leaf(state.projector, updates), _momentum(state.inner, like)
-        read = (updates, kept, state.recombine, before)
-        spaces, low, kept = map_matrices(enter, *read, matrices=matrices, outputs=3)
-
-        inner_state, moved = state.inner, jnp.zeros((), bool)
-        if isinstance(carry, CarryOver):
-            turn = lambda tree, power: map_matrices(
-                lambda _, g, space, m: m if space is None else space.carry(m, power),
-                *(updates, spaces, tree),
-                matrices=matrices,
-            )
-            moved = when.due & (state.count > 0)
-            over = lambda: carry(state.inner, low, turn, state.count)
-            inner_state = jax.lax.cond(moved, over, lambda: state.inner)
-        elif on_refresh != "keep":
-            counts_too = on_refresh == "reset"
-
-            def anew() -> Any:
-                with _as_projections(projected):
-                    return _anew(inner.init(low), state.inner, counts_too=counts_too)
-
-            inner_state = jax.lax.cond(when.due, anew, lambda: state.inner)
-        after = _momentum(inner_state, like)
-        with _as_projections(projected):
+        with _as_projections(projector, specs):
+            inner_state, carried = _refresh(inner, carry, clock, state.inner, low, spaces)
+            momentum = _momentum(inner_state, low)
             low_updates, inner_state = inner.update(low, inner_state, None, **extra)
 
-        def leave(layout: Layout, g: Array, space: Any, *ends: Any) -> tuple[Array, Any]:
-            """The full-size update, and what the recombination keeps."""
-            low_g, low_u, before, after, rule = ends
-            if space is None:
-                return low_u.astype(g.dtype), NOTHING
-            lost = lambda: space.lost(before, after, moved)
-            axis = -2 if projector.is_left(space.leaf) else -1
-            rest = lambda: projector.rest(space.leaf, space.basis, space.gradient, low_g)
-            full = (space.up, rest, space.squares, lost)
-            u, rule = recombine(Projected(space.gradient, low_g, low_u, axis, *full), rule)
-            return layout.from_matrices(u, g).astype(g.dtype), rule
+        leave = functools.partial(leave_subspace, recombine, carried)
+        ends = (updates, spaces, low_updates, old, momentum, state.recombine)
+        updates, rule = on(leave, *ends, outputs=2)
+        kept, count = by_array(kept, updates, projector.keeps), optax.safe_increment(state.count)
+        return updates, InSubspaceState(count, kept, inner_state, rule)
 
-        ends = (updates, spaces, low, low_updates, before, after, state.recombine)
-        updates, rule = map_matrices(leave, *ends, matrices=matrices, outputs=2)
-        count = optax.safe_increment(state.count)
-        state = InSubspaceState(count, by_array(kept, updates, projector.keeps), inner_state, rule)
-        return updates, _typed_as(state, given) if typed else state
+    def update(updates: Any, state: InSubspaceState, params: Any = None, **extra: Any) -> Any:
+        on_specs = functools.partial(step, find_specs(updates))
+        return on_auto_axes(on_specs, (updates, state, extra), like=(updates, state))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _as_projections(low: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
-    """Fixes that projections are stacks of matrices, whatever axes their parameters have.
+def matrix_spec(layout: Layout, array: Any) -> MatrixSpec | None:
+    """The matrices of a parameter or of its gradient; None if it is no matrix."""
+    if not layout.is_matrix:
+        return None
+    shape = layout.shape(array)
+    return MatrixSpec(
+        layout.name, shape, statistics_dtype(array), array.dtype, _split(layout, array)
+    )
+
+
+def _split(layout: Layout, array: Any) -> jax.P | None:
+    """The mesh axes that split the matrices, if all axes of the mesh are Explicit."""
+    mesh = jax.typeof(array).sharding.mesh
+    if mesh.empty or set(mesh.axis_types) != {AxisType.Explicit}:
+        return None
+    return jax.eval_shape(layout.to_matrices, array).sharding.spec
+
+
+def _start(
+    projector: Projector, recombine: Recombine, layout: Layout, p: Any, spec: MatrixSpec | None
+) -> tuple[Any, Any, tuple[Array, ...]]:
+    """Zeros in the shape of the projected gradient; what recombination and projector keep."""
+    if spec is None:
+        return jnp.zeros_like(p, dtype=statistics_dtype(p)), NOTHING, ()
+    low = jnp.zeros(projector.projected_shape(spec), spec.dtype)
+    return low, recombine.init(spec), projector.init(spec)
+
+
+def _low_shape(
+    projector: Projector, layout: Layout, g: Array, spec: MatrixSpec | None
+) -> jax.ShapeDtypeStruct:
+    shape = g.shape if spec is None else projector.projected_shape(spec)
+    return jax.ShapeDtypeStruct(shape, statistics_dtype(g))
+
+
+def enter_subspace(
+    projector: Projector,
+    recombine: Recombine,
+    clock: RefreshClock,
+    layout: Layout,
+    gradient: Array,
+    spec: MatrixSpec | None,
+    kept: tuple[Array, ...],
+    rule: Any,
+    momentum: Array | None,
+) -> tuple[Subspace | None, Array, tuple[Array, ...]]:
+    """Projects a gradient.
 
     Args:
-      low: projected gradients by the name of the parameter.
+      projector: gives the basis.
+      recombine: may correct the gradient first, and says whether it needs its squares.
+      clock: of this step.
+      layout: the axes of the gradient.
+      gradient: of the parameter's shape.
+      spec: its matrices; None if it has none, and is not projected.
+      kept: the projector's arrays.
+      rule: the recombination's array.
+      momentum: the inner optimizer's first moment, in the subspace of the step before, or None.
+
+    Returns:
+      The subspace, the gradient in it in float32, and the projector's new arrays.
     """
+    if spec is None:
+        return None, to_float32(gradient), ()
+    g = recombine.correct(layout.to_matrices(to_float32(gradient)), rule)
+    basis, new = projector.basis_at(spec, kept, g, clock, momentum)
+    squares = None
+    if recombine.needs_squares:
+        low, squares = projector.down_and_squares(spec, basis, g)
+    else:
+        low = projector.down(spec, basis, g)
+    previous = lambda: projector.previous_basis(spec, kept, g, clock)
+    return Subspace(projector, spec, g, basis, low, squares, previous), low, new
 
-    def parameter(name: str, x: Any) -> Parameter:
-        kind, matrix = (MATRIX, Matrix()) if x.ndim > 1 else (VECTOR, None)
-        return Parameter(name, x.shape, x.dtype, kind, matrix, "it is a projection")
 
-    return known([parameter(name, x) for name, x in low.items()])
+def leave_subspace(
+    recombine: Recombine,
+    carried: Array,
+    layout: Layout,
+    gradient: Array,
+    space: Subspace | None,
+    low_update: Array,
+    old_momentum: Array | None,
+    momentum: Array | None,
+    rule: Any,
+) -> tuple[Array, Any]:
+    """Recombines the inner optimizer's update with the gradient.
+
+    Args:
+      recombine: the rule.
+      carried: whether moments were carried to a new subspace at this step.
+      layout: the axes of the gradient.
+      gradient: of the parameter's shape.
+      space: its subspace; None if it is not projected.
+      low_update: the inner optimizer's update.
+      old_momentum: its first moment before this step, or None.
+      momentum: the same after a refresh.
+      rule: the recombination's array.
+
+    Returns:
+      The update, in the gradient's shape and dtype, and the recombination's new array.
+    """
+    if space is None:
+        return low_update.astype(gradient.dtype), NOTHING
+    space = dataclasses.replace(
+        space,
+        low_update=low_update,
+        old_momentum=old_momentum,
+        momentum=momentum,
+        is_carried=carried,
+    )
+    u, rule = recombine(space, rule)
+    return layout.from_matrices(u, gradient).astype(gradient.dtype), rule
 
 
-@dataclasses.dataclass(frozen=True)
-class _Space:
-    """The subspace of one parameter at one step, and the one it may replace."""
+def _refresh(
+    inner: optax.GradientTransformation,
+    on_refresh: str | CarryOver,
+    clock: RefreshClock,
+    state: Any,
+    low: Any,
+    spaces: Any,
+) -> tuple[Any, Array]:
+    """The inner state after what a refresh at this step does to it, and whether it was carried."""
+    never = jnp.zeros((), bool)
+    if isinstance(on_refresh, CarryOver):
 
-    projector: Projector
-    leaf: Leaf
-    gradient: Array
-    basis: Array
-    squares: Array | None
-    old: Callable[[], Array]
+        def carry(moment: Any, power: int) -> Any:
+            one = lambda _, x, space, m: m if space is None else space.carry(m, power)
+            return map_named(one, low, spaces, moment)
 
-    def up(self, low: Array) -> Array:
-        return self.projector.up(self.leaf, self.basis, low)
+        now = clock.refresh_now & (clock.step > 0)
+        over = lambda: on_refresh(state, low, carry, clock.step)
+        return jax.lax.cond(now, over, lambda: state), now
+    if on_refresh == "keep":
+        return state, never
+    begin = lambda: _anew(inner.init(low), state, counts_too=on_refresh == "reset")
+    return jax.lax.cond(clock.refresh_now, begin, lambda: state), never
 
-    def carry(self, moment: Array, power: int) -> Array:
-        return self.projector.carry(self.leaf, self.old(), self.basis, moment, power=power)
 
-    def lost(self, before: Array | None, after: Array | None, moved: Array) -> Array:
-        """What of a moment stays behind in the old subspace, in full size."""
-        nothing = lambda: jnp.zeros_like(self.gradient)
-        if before is None or after is None:
-            return nothing()
-        gone = lambda: self.projector.up(self.leaf, self.old(), before) - self.up(after)
-        return jax.lax.cond(moved, gone, nothing)
+def _as_projections(projector: Projector, specs: Any) -> contextlib.AbstractContextManager[None]:
+    """Fixes that projections are stacks of matrices, whatever axes their parameters have."""
+
+    def parameter(spec: MatrixSpec) -> Parameter:
+        shape = projector.projected_shape(spec)
+        kind, matrix = (MATRIX, Matrix()) if len(shape) > 1 else (VECTOR, None)
+        return Parameter(spec.name, shape, spec.dtype, kind, matrix, "it is a projection")
+
+    is_spec = lambda x: isinstance(x, MatrixSpec)
+    return known(list(map(parameter, jax.tree.leaves(specs, is_leaf=is_spec))))
 
 
 def _momentum(inner_state: Any, like: Any) -> Any:
@@ -296,35 +356,10 @@ def _in_turns(
         turns: dict[str, int] = {}
 
         def label(layout: Layout, array: Any) -> int:
-            leaf = _leaf(layout, array)
-            return 0 if leaf is None else turns.setdefault(leaf.group, len(turns)) % len(phases)
+            spec = matrix_spec(layout, array)
+            return 0 if spec is None else turns.setdefault(spec.group, len(turns)) % len(phases)
 
         return map_matrices(label, tree, matrices=matrices)
 
     parts = {i: make(phase) for i, phase in enumerate(phases)}
     return reading_whole_trees(optax.partition(parts, labels))
-
-
-def _typed_as(state: Any, like: Any) -> Any:
-    """A state whose arrays are sharded over explicit axes as others are."""
-
-    def move(x: Array, like: Any) -> Array:
-        spec = jax.typeof(x).sharding.spec, jax.typeof(like).sharding.spec
-        return x if spec[0] == spec[1] else jax.sharding.reshard(x, spec[1])
-
-    return jax.tree.map(move, state, like)
-
-
-def _wide(g: Array) -> Array:
-    return g.astype(statistics_dtype(g))
-
-
-def _gradient(layout: Layout, g: Array) -> Array:
-    return layout.to_matrices(_wide(g))
-
-
-def _leaf(layout: Layout, array: Any) -> Leaf | None:
-    if not layout.is_matrix:
-        return None
-    g = jax.eval_shape(lambda x: _gradient(layout, x), array)
-    return Leaf(layout.name, g.shape, g.dtype, g.sharding, array.dtype)

@@ -118,3 +118,16 @@ def test_the_table_is_whole():
     pairs = {tuple(name.split("-")[:2]) for name in pairings.covering()}
     every = set(itertools.product(pairings.PROJECTORS, pairings.RULES))
     assert pairs == every - pairings.SENSELESS
+
+
+@pytest.mark.parametrize("name", ["galore", "apollo", "muon", "frugal", "ldadam"])
+def test_explicit_axes_need_no_mesh_set(name):
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    rows = NamedSharding(mesh, jax.P("a", "b"))
+    apart = np.random.default_rng(0).normal(size=(16, 24)) * 1.3 ** -np.arange(24)
+    tx, alone = memopt.optimizer(name, 1e-2), {"up": jnp.asarray(apart, jnp.float32)}
+    placed = jax.device_put(alone, rows)
+    step = lambda params: jax.jit(tx.update)(params, tx.init(params), params)[0]["up"]
+    sharded = step(placed)
+    assert jax.typeof(sharded).sharding.spec == rows.spec
+    np.testing.assert_allclose(sharded, step(alone), rtol=2e-5, atol=1e-7)

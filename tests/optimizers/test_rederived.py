@@ -41,7 +41,7 @@ def problem():
     return params, gradients
 
 
-# How a box that is written for one wide matrix serves every leaf.
+# How a box that is written for one wide matrix serves every spec.
 
 
 def stacked(rule):
@@ -175,19 +175,19 @@ def given(name, side, r):
     return {t: draw.normal(size=(side, r)) / np.sqrt(r) for t in range(1, 51, EVERY)}
 
 
-def drawn(projector, name, g, t, use=lambda leaf, basis: basis):
+def drawn(projector, name, g, t, use=lambda spec, basis: basis):
     """What a random projector draws for step t, which no box can know."""
-    leaf = projectors.Leaf(name, g.shape, jnp.float64)
+    spec = projectors.MatrixSpec(name, g.shape, jnp.float64)
     with jax.enable_x64(True):
-        when = projectors.When.at(jnp.int32(t - 1), EVERY)
-        return np.asarray(use(leaf, projector.basis(leaf, jnp.asarray(g), when)))
+        clock = projectors.RefreshClock.at(jnp.int32(t - 1), EVERY)
+        return np.asarray(use(spec, projector.basis(spec, jnp.asarray(g), clock)))
 
 
 def drawn_rows(name, g, t, density=0.25):
     """Which rows are chosen, as a column."""
     some = projectors.columns(density)
     ones = jnp.ones(g.shape)
-    use = lambda leaf, basis: some.up(leaf, basis, some.down(leaf, basis, ones))
+    use = lambda spec, basis: some.up(spec, basis, some.down(spec, basis, ones))
     chosen = drawn(some, name, g, t, use)
     assert set(np.unique(chosen)) <= {0, 1}
     assert (chosen == chosen[:, :1]).all()

@@ -12,7 +12,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from benchmarks import traffic
 from benchmarks.compilers import devices
+from memopt.axis_types import on_auto_axes, spec_of
+from memopt.matrices import Matrix, layout_of
 from memopt.transforms.project_and_norm import _kernel, _on_shards, project_and_norm
+from memopt.transforms.subspace import matrix_spec
 
 RANK = 4
 
@@ -65,11 +68,13 @@ def test_kernel_is_the_product_and_the_sums(shape, dtype, left, interpreted):
     "spec", [("a",), (None, "a"), (None, None, "a"), (None, "a", "b"), ("b", None, "a")]
 )
 def test_kernel_on_shards(spec, left, interpreted):
-    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     basis, gradient = problem((4, 64, 256), left)
+    split = jax.P(*spec, *(None,) * (3 - len(spec)))
     with jax.set_mesh(mesh):
-        sharded = jax.device_put(gradient, NamedSharding(mesh, jax.P(*spec)))
-        compiled = jax.jit(functools.partial(_on_shards, left=left)).lower(basis, sharded).compile()
+        sharded = jax.device_put(gradient, NamedSharding(mesh, split))
+        one_pass = functools.partial(_on_shards, left=left, split=split)
+        compiled = jax.jit(one_pass).lower(basis, sharded).compile()
         assert_close(compiled(basis, sharded), expected(basis, gradient, left))
     assert "all-gather" not in compiled.as_text()
 
@@ -82,7 +87,7 @@ def test_elsewhere_it_is_the_plain_expressions(left, kind):
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)
     with jax.set_mesh(mesh):
         gradient = jax.device_put(gradient, NamedSharding(mesh, jax.P(None, "a", "b")))
-        results = jax.jit(project_and_norm, static_argnums=2)(basis, gradient, left)
+        results = jax.jit(project, static_argnums=2)(basis, gradient, left)
     assert_close(results, expected(basis, gradient, left))
 
 
@@ -116,13 +121,23 @@ def test_kernel_under_vmap(interpreted):
     assert_close(results, expected(basis, gradient, True))
 
 
+def project(basis, gradient, left):
+    """As `in_subspace` calls it: under Auto axes, told how the gradient's type splits it."""
+    spec = matrix_spec(layout_of("w", gradient, Matrix()), gradient)
+    side = -2 if left else -1
+    kept = [*spec_of(gradient), *(None,) * gradient.ndim][: gradient.ndim]
+    kept[side] = None
+    run = lambda basis, gradient: project_and_norm(basis, gradient, left, spec.split)
+    return on_auto_axes(run, (basis, gradient), like=(jax.P(*kept), jax.P(*kept)))
+
+
 def lowered_for(sharding, shape, left, rank=256, dtype=jnp.float32):
     whole = NamedSharding(sharding.mesh, jax.P())
     side = shape[-2 if left else -1]
     basis = jax.ShapeDtypeStruct((side, rank), jnp.float32, sharding=whole)
     gradient = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     with jax.set_mesh(sharding.mesh):
-        traced = jax.jit(project_and_norm, static_argnums=2).trace(basis, gradient, left)
+        traced = jax.jit(project, static_argnums=2).trace(basis, gradient, left)
         return traced.lower(lowering_platforms=("tpu",))
 
 

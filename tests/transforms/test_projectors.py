@@ -10,22 +10,22 @@ import pytest
 
 import memopt
 from memopt import projectors, recombine
-from memopt.transforms.projectors import Leaf, When
+from memopt.transforms.projectors import MatrixSpec, RefreshClock
 from tests.yardstick import yardstick
 
-LEAF = Leaf("blocks/up", (3, 64, 96), jnp.float32)
+LEAF = MatrixSpec("blocks/up", (3, 64, 96), jnp.float32)
 random = pytest.mark.parametrize(
     "make", [projectors.gaussian, projectors.rademacher, projectors.sparse]
 )
 
 
-def basis(projector, leaf=LEAF, step=0, every=10):
-    return projector.basis(leaf, None, When.at(jnp.asarray(step, jnp.int32), every))
+def basis(projector, spec=LEAF, step=0, every=10):
+    return projector.basis(spec, None, RefreshClock.at(jnp.asarray(step, jnp.int32), every))
 
 
 @random
 def test_entries_have_variance_one_over_r(make):
-    p = np.asarray(basis(make(64), Leaf("w", (1000, 2000), jnp.float32)))
+    p = np.asarray(basis(make(64), MatrixSpec("w", (1000, 2000), jnp.float32)))
     assert p.shape == (1000, 64)
     assert abs(p.mean()) < 4 * (1 / 8) / np.sqrt(p.size)
     assert p.var() == pytest.approx(1 / 64, rel=0.03)
@@ -55,10 +55,10 @@ def test_a_basis_depends_on_seed_parameter_and_refresh_only(make):
     for other in (
         basis(make(4), step=10),
         basis(make(4, seed=1)),
-        basis(make(4), Leaf("blocks/down", LEAF.shape, jnp.float32)),
+        basis(make(4), MatrixSpec("blocks/down", LEAF.shape, jnp.float32)),
     ):
         assert np.abs(first - other).max() > 0.1
-    layer = Leaf("blocks/2/up", LEAF.shape[1:], jnp.float32)
+    layer = MatrixSpec("blocks/2/up", LEAF.shape[1:], jnp.float32)
     np.testing.assert_array_equal(first, basis(make(4), layer))
 
 
@@ -77,7 +77,7 @@ def test_stored_and_redrawn_are_the_same_numbers(make, stored):
     np.testing.assert_array_equal(lifted[0], lifted[1])
     np.testing.assert_array_equal(lifted[2], lifted[3])
     assert np.abs(lifted[1] - lifted[2]).max() > 0.1
-    p = make(4).basis(Leaf("up", (3, 16, 24), jnp.float32), None, When.first())
+    p = make(4).basis(MatrixSpec("up", (3, 16, 24), jnp.float32), None, RefreshClock.first())
     np.testing.assert_allclose(lifted[0], p @ (p.T @ g["up"]), rtol=1e-4, atol=1e-5)
     kept = sum(x.size for x in jax.tree.leaves(state.projector))
     assert kept == (16 * 4 if stored else 0)
@@ -96,17 +96,17 @@ def test_stored_and_redrawn_are_the_same_numbers(make, stored):
 )
 def test_sides(side, shape, low):
     projector = projectors.gaussian(4, side=side)
-    leaf = Leaf("w", shape, jnp.float32)
-    p = basis(projector, leaf)
-    r = projector.down(leaf, p, jnp.ones(shape))
+    spec = MatrixSpec("w", shape, jnp.float32)
+    p = basis(projector, spec)
+    r = projector.down(spec, p, jnp.ones(shape))
     assert r.shape == low
-    assert projector.up(leaf, p, r).shape == shape
+    assert projector.up(spec, p, r).shape == shape
 
 
 def test_replay_reads_sides_off_the_shapes():
     r, m, n = 4, 16, 24
     side = lambda matrix, shape: projectors.replay({"w": {1: matrix}}).is_left(
-        Leaf("w", shape, jnp.float32)
+        MatrixSpec("w", shape, jnp.float32)
     )
     assert side(np.ones((m, r)), (m, n))
     assert not side(np.ones((r, n)), (m, n))
@@ -165,10 +165,10 @@ narrow = functools.partial(projectors.randomized_svd, iterations=2, oversample=8
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24), (3, 24, 40), (2, 3, 40, 24)])
 def test_singular_subspaces_are_numpys(make, side, shape):
     g = gradient(shape)
-    leaf, projector = Leaf("w", shape, jnp.float32), make(4, side=side)
-    p = np.asarray(basis_of(projector, leaf, g))
+    spec, projector = MatrixSpec("w", shape, jnp.float32), make(4, side=side)
+    p = np.asarray(basis_of(projector, spec, g))
     u, _, vt = np.linalg.svd(g)
-    expected = u if projector.is_left(leaf) else vt.swapaxes(-1, -2)
+    expected = u if projector.is_left(spec) else vt.swapaxes(-1, -2)
     # A sketch of 24 columns spans all; of one of 12 what is left of the fifth direction shows:
     # 0.8^(2·2+1) by two iterations.
     assert subspace_angle(p, expected[..., :4]) < (0.05 if make is narrow else 1e-4)
@@ -177,8 +177,8 @@ def test_singular_subspaces_are_numpys(make, side, shape):
     )
 
 
-def basis_of(projector, leaf, g):
-    return projector.basis(leaf, jnp.asarray(g, jnp.float32), When.first())
+def basis_of(projector, spec, g):
+    return projector.basis(spec, jnp.asarray(g, jnp.float32), RefreshClock.first())
 
 
 @pytest.mark.parametrize("make", [projectors.svd, projectors.randomized_svd])
@@ -186,12 +186,12 @@ def basis_of(projector, leaf, g):
 @pytest.mark.parametrize("side", ["short", "long"])
 def test_rank_deficient_and_zero_gradients(make, rank, side):
     g = gradient((3, 24, 40), rank)
-    leaf, projector = Leaf("w", g.shape, jnp.float32), make(4, side=side)
-    p = np.asarray(basis_of(projector, leaf, g))
+    spec, projector = MatrixSpec("w", g.shape, jnp.float32), make(4, side=side)
+    p = np.asarray(basis_of(projector, spec, g))
     np.testing.assert_allclose(
         p.swapaxes(-1, -2) @ p, np.broadcast_to(np.eye(4), (3, 4, 4)), atol=1e-5
     )
-    lifted = projector.up(leaf, p, projector.down(leaf, p, jnp.asarray(g, jnp.float32)))
+    lifted = projector.up(spec, p, projector.down(spec, p, jnp.asarray(g, jnp.float32)))
     np.testing.assert_allclose(lifted, g, atol=1e-5)
 
 
@@ -203,8 +203,8 @@ def test_a_randomized_svd_captures_the_energy_of_an_svd(kind, iterations, share)
     """Noise is the worst there is: all of its singular values are alike."""
     noise = np.random.default_rng(0).normal(size=(128, 344))
     g = noise if kind == "noise" else gradient((128, 344))
-    leaf = Leaf("w", g.shape, jnp.float32)
-    energy = lambda projector: np.square(np.asarray(basis_of(projector, leaf, g)).T @ g).sum()
+    spec = MatrixSpec("w", g.shape, jnp.float32)
+    energy = lambda projector: np.square(np.asarray(basis_of(projector, spec, g)).T @ g).sum()
     captured = energy(projectors.randomized_svd(32, iterations=iterations))
     assert share < captured / energy(projectors.svd(32)) < 1.0001
 
@@ -228,18 +228,18 @@ def test_a_sketch_alone_captures_what_falls(shape, rank, side):
     values = 1 / np.arange(1.0, 161)
     values[160 if rank is None else rank :] = 0
     g = (u * values) @ vt
-    leaf, projector = (
-        Leaf("w", shape, jnp.float32),
+    spec, projector = (
+        MatrixSpec("w", shape, jnp.float32),
         projectors.randomized_svd(70, side=side, oversample=64),
     )
-    p = np.asarray(basis_of(projector, leaf, g), np.float64)
+    p = np.asarray(basis_of(projector, spec, g), np.float64)
     np.testing.assert_allclose(
         p.swapaxes(-1, -2) @ p, np.broadcast_to(np.eye(70), (*shape[:-2], 70, 70)), atol=1e-5
     )
-    low = np.asarray(projector.down(leaf, p, g), np.float64)
+    low = np.asarray(projector.down(spec, p, g), np.float64)
     best = np.square(values[:70]).sum()
     assert (np.square(low).sum((-2, -1)) >= 0.99 * best - 1e-9).all()
-    along = np.linalg.norm(low, axis=-1 if projector.is_left(leaf) else -2)
+    along = np.linalg.norm(low, axis=-1 if projector.is_left(spec) else -2)
     if rank != 0:  # each direction on its own, as moments that are kept need it
         np.testing.assert_allclose(
             along[..., :3], np.broadcast_to(values[:3], (*along.shape[:-1], 3)), rtol=0.1
@@ -250,9 +250,10 @@ def test_a_sketch_alone_captures_what_falls(shape, rank, side):
 @pytest.mark.parametrize("shape", [(1024, 1536), (1536, 1024)])
 def test_passes_of_a_randomized_svd(shape, iterations):
     """The sketch multiplies an eighth of what a dense one would, an iteration twice as much."""
-    leaf = Leaf("w", shape, jnp.float32)
+    spec = MatrixSpec("w", shape, jnp.float32)
     projector = projectors.randomized_svd(448, iterations=iterations)
-    jaxpr = jax.make_jaxpr(lambda g: projector.basis(leaf, g, When.first()))(leaf.gradient)
+    g = jax.ShapeDtypeStruct(shape, jnp.float32)
+    jaxpr = jax.make_jaxpr(lambda g: projector.basis(spec, g, RefreshClock.first()))(g)
     pass_ = 1024 * 1536 * 512
     assert products_of(jaxpr.jaxpr, 1024 * 1536) == [pass_ // 8] + 2 * iterations * [pass_]
 
@@ -281,14 +282,14 @@ def test_online_pca_follows_the_subspace():
     g = jnp.asarray(gradient((24, 40)), jnp.float32)
     start = projectors.gaussian(4)
     projector = projectors.online_pca(4, optimizer=optax.adam(1e-2), start=start)
-    leaf = Leaf("w", g.shape, jnp.float32)
+    spec = MatrixSpec("w", g.shape, jnp.float32)
 
     @jax.jit
     def step(kept, t):
-        _, kept = projector.space(leaf, kept, g, When.at(t, 10), None)
+        _, kept = projector.basis_at(spec, kept, g, RefreshClock.at(t, 10), None)
         return kept, None
 
-    kept = projector.init(leaf)
+    kept = projector.init(spec)
     (p, *_), _ = jax.lax.scan(step, kept, jnp.arange(2000))
     assert subspace_angle(p, np.linalg.svd(np.asarray(g))[0][:, :4]) < 0.05
     np.testing.assert_allclose(p.T @ p, np.eye(4), atol=0.05)
@@ -298,15 +299,15 @@ def test_online_pca_learns_what_was_recorded():
     """The matrix at the end of the authors' own run."""
     params, gradients = yardstick.make_problem(zero=False)
     _, bases, _ = yardstick.load("osd_adamw_nozero")
-    first = projectors.replay({leaf: {1: steps[1]} for leaf, steps in bases.items()})
+    first = projectors.replay({spec: {1: steps[1]} for spec, steps in bases.items()})
     tx = memopt.online_subspace_descent(1e-2, rank=8, start=first, as_released=True)
     stacked = jax.tree.map(lambda *g: jnp.asarray(np.stack(g)), *gradients)
     params = jax.tree.map(jnp.asarray, params)
     step = lambda state, g: (tx.update(g, state, params)[1], None)
     state = jax.jit(lambda s, g: jax.lax.scan(step, s, g)[0])(tx.init(params), stacked)
     learnt = state.inner_states["matrices"].inner_state[0].projector[0]
-    for leaf, steps in bases.items():
-        p = learnt[leaf].T if steps[50].shape[0] == 8 else learnt[leaf]
+    for spec, steps in bases.items():
+        p = learnt[spec].T if steps[50].shape[0] == 8 else learnt[spec]
         np.testing.assert_allclose(p, steps[50], atol=3e-3 * np.abs(steps[50]).max())
 
 
@@ -332,14 +333,17 @@ def test_online_pca_survives_a_gradient_of_zeros():
 )
 def test_selections_are_entries_of_the_gradient(make, shape, low):
     """Over many draws each entry is chosen as often as the density says; no entry twice."""
-    leaf, g = Leaf("w", shape, jnp.float32), jnp.arange(1.0, 1 + np.prod(shape)).reshape(shape)
+    spec, g = (
+        MatrixSpec("w", shape, jnp.float32),
+        jnp.arange(1.0, 1 + np.prod(shape)).reshape(shape),
+    )
     seen = 0
     for seed in range(200):
         projector = make(0.25, seed=seed)
-        p = basis(projector, leaf)
-        r = projector.down(leaf, p, g)
+        p = basis(projector, spec)
+        r = projector.down(spec, p, g)
         assert r.shape == low
-        lifted = np.asarray(projector.up(leaf, p, r))
+        lifted = np.asarray(projector.up(spec, p, r))
         assert np.isin(lifted, [0, *np.asarray(g).ravel()]).all()
         np.testing.assert_array_equal(lifted[lifted != 0], np.asarray(g)[lifted != 0])
         seen = seen + (lifted != 0)
@@ -348,11 +352,11 @@ def test_selections_are_entries_of_the_gradient(make, shape, low):
 
 def test_columns_are_whole_lines_of_either_side():
     g = jnp.ones((8, 12))
-    leaf = Leaf("w", g.shape, jnp.float32)
+    spec = MatrixSpec("w", g.shape, jnp.float32)
     for side, axis in (("left", 1), ("right", 0)):
         projector = projectors.columns(0.25, side=side)
-        p = basis(projector, leaf)
-        lifted = np.asarray(projector.up(leaf, p, projector.down(leaf, p, g)))
+        p = basis(projector, spec)
+        lifted = np.asarray(projector.up(spec, p, projector.down(spec, p, g)))
         assert set(lifted.mean(axis)) == {0.0, 1.0}
 
 
@@ -375,3 +379,9 @@ def test_a_rank_beyond_the_singular_vectors_is_refused():
     tx = memopt.in_subspace(optax.identity(), projectors.svd(8, side="long"), recombine.lift())
     with pytest.raises(ValueError, match="rank must be at most 4, the number of singular vectors"):
         tx.init({"w": jnp.ones((4, 16))})
+
+
+@pytest.mark.parametrize(("old", "new"), [("Leaf", MatrixSpec), ("When", RefreshClock)])
+def test_old_names_still_work_and_warn(old, new):
+    with pytest.warns(DeprecationWarning, match=new.__name__):
+        assert getattr(memopt.projectors, old) is new

@@ -11,7 +11,7 @@ from jax import Array
 
 from memopt.transforms.linalg import orthonormal
 from memopt.transforms.project_and_norm import project_and_norm
-from memopt.transforms.projectors.base import Leaf, Projector, When
+from memopt.transforms.projectors.base import MatrixSpec, Projector, RefreshClock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,17 +35,22 @@ class RandomProjector(Projector):
     def entries(self, key: Array, shape: tuple[int, int]) -> Array:
         """Independent entries of mean 0 and variance 1, float32."""
 
-    def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
+    def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
         """Entries of variance 1/r, ``(side, r)``."""
-        side, r = self.size(leaf)
-        key = leaf.key(self.seed, when.refresh)
-        return (self.entries(key, (side, r)) / np.sqrt(r)).astype(leaf.dtype)
+        side, r = self.size(spec)
+        key = spec.key(self.seed, clock.refresh)
+        return (self.entries(key, (side, r)) / np.sqrt(r)).astype(spec.dtype)
 
-    def down_and_squares(self, leaf: Leaf, basis: Array, gradient: Array) -> tuple[Array, Array]:
+    def basis_shape(self, spec: MatrixSpec) -> tuple[int, ...]:
+        """``(side, r)``: a stack shares one basis."""
+        return self.size(spec)
+
+    def down_and_squares(
+        self, spec: MatrixSpec, basis: Array, gradient: Array
+    ) -> tuple[Array, Array]:
         """Both in one pass over the gradient as it came, where there is a kernel for it."""
-        return project_and_norm(
-            basis, gradient.astype(leaf.given or leaf.dtype), self.is_left(leaf)
-        )
+        given = gradient.astype(spec.gradient_dtype or spec.dtype)
+        return project_and_norm(basis, given, self.is_left(spec), spec.split)
 
 
 class Gaussian(RandomProjector):
@@ -81,9 +86,9 @@ class Orthogonal(Gaussian):
 
     orthonormal: ClassVar[bool] = True
 
-    def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
+    def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
         """Orthonormal columns that span what normal entries span."""
-        return orthonormal(super().basis(leaf, gradient, when))
+        return orthonormal(super().basis(spec, gradient, clock))
 
 
 def gaussian(
@@ -109,7 +114,7 @@ def gaussian(
       Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270, section 4.1.
 
     Example:
-      >>> gaussian(4).size(Leaf("w", (8, 512, 1376), jnp.float32))
+      >>> gaussian(4).size(MatrixSpec("w", (8, 512, 1376), jnp.float32))
       (512, 4)
     """
     return Gaussian(rank, side, stored, seed)
@@ -137,7 +142,7 @@ def rademacher(
       Achlioptas, Database-friendly random projections, 2003, Theorem 1.1.
 
     Example:
-      >>> rademacher(0.25).size(Leaf("w", (96, 32), jnp.float32))
+      >>> rademacher(0.25).size(MatrixSpec("w", (96, 32), jnp.float32))
       (32, 8)
     """
     return Rademacher(rank, side, stored, seed)
@@ -165,7 +170,8 @@ def sparse(
       Achlioptas, Database-friendly random projections, 2003, Theorem 1.1.
 
     Example:
-      >>> p = sparse(100).basis(Leaf("w", (300, 300), jnp.float32), None, When.first())
+      >>> spec = MatrixSpec("w", (300, 300), jnp.float32)
+      >>> p = sparse(100).basis(spec, None, RefreshClock.first())
       >>> 0.6 < (p == 0).mean() < 0.7
       Array(True, dtype=bool)
     """
@@ -195,7 +201,7 @@ def orthogonal(
       Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, section 5.1.
 
     Example:
-      >>> p = orthogonal(2).basis(Leaf("w", (4, 6), jnp.float32), None, When.first())
+      >>> p = orthogonal(2).basis(MatrixSpec("w", (4, 6), jnp.float32), None, RefreshClock.first())
       >>> jnp.abs(p.T @ p - jnp.eye(2)).max() < 1e-6
       Array(True, dtype=bool)
     """

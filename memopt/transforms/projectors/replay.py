@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from memopt.errors import check_choice
-from memopt.transforms.projectors.base import Leaf, Projector, When
+from memopt.transforms.projectors.base import MatrixSpec, Projector, RefreshClock
 from memopt.transforms.projectors.selected import Selected
 
 Recorded = Mapping[str, Mapping[int, ArrayLike]]
@@ -25,23 +25,28 @@ class Replay(Projector):
 
     matrices: Recorded = dataclasses.field(default_factory=dict)
 
-    def is_left(self, leaf: Leaf) -> bool:
+    def is_left(self, spec: MatrixSpec) -> bool:
         """Read off the matrices' shape, unless `side` says."""
         if self.side in ("left", "right"):
             return self.side == "left"
-        m, n = leaf.shape[-2:]
-        given = np.shape(next(iter(_steps(self.matrices, leaf).values())))[-2:]
+        m, n = spec.shape[-2:]
+        given = _first(self.matrices, spec).shape[-2:]
         if max(given) not in (m, n):
             raise ValueError(
-                f"the matrices to replay for {leaf.name!r} have shape {given}: "
+                f"the matrices to replay for {spec.name!r} have shape {given}: "
                 f"their longer side should be {m} (rows) or {n} (columns)."
             )
         return given[0] >= given[1] if m == n else max(given) == m
 
-    def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
+    def size(self, spec: MatrixSpec) -> tuple[int, int]:
+        """The sides of the matrices."""
+        given = _first(self.matrices, spec).shape[-2:]
+        return max(given), min(given)
+
+    def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
         """The matrix last begun at this step, in this package's orientation."""
         tall = lambda b: b if b.shape[-2] >= b.shape[-1] else b.swapaxes(-1, -2)
-        return _in_force(self.matrices, leaf, when, tall).astype(leaf.dtype)
+        return _in_force(self.matrices, spec, clock, tall).astype(spec.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,31 +59,41 @@ class ReplaySelected(Selected):
 
     matrices: Recorded = dataclasses.field(default_factory=dict)
 
-    def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
+    def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
         """The choice last begun at this step."""
-        return _in_force(self.matrices, leaf, when, lambda chosen: chosen)
+        return _in_force(self.matrices, spec, clock, lambda chosen: chosen)
 
-    def down(self, leaf: Leaf, basis: Array, gradient: Array) -> Array:
+    def projected_shape(self, spec: MatrixSpec) -> tuple[int, ...]:
+        """The shape of what is chosen: of entries a vector, of a whole matrix the matrix."""
+        *stack, m, n = spec.shape
+        chosen = _first(self.matrices, spec)
+        if chosen.ndim == 0:
+            return spec.shape
+        if self._are_entries(spec, chosen):
+            return (*stack, len(chosen))
+        return (*stack, len(chosen), n) if self.is_left(spec) else (*stack, m, len(chosen))
+
+    def down(self, spec: MatrixSpec, basis: Array, gradient: Array) -> Array:
         """The chosen lines or entries; of a matrix switched off zeros."""
         if basis.ndim == 0:
             return jnp.where(basis, gradient, 0)
-        if self._are_entries(leaf, basis):
+        if self._are_entries(spec, basis):
             return gradient.reshape(*gradient.shape[:-2], -1)[..., basis]
-        return jnp.take(gradient, basis, -2 if self.is_left(leaf) else -1)
+        return jnp.take(gradient, basis, -2 if self.is_left(spec) else -1)
 
-    def up(self, leaf: Leaf, basis: Array, low: Array) -> Array:
+    def up(self, spec: MatrixSpec, basis: Array, low: Array) -> Array:
         """The chosen entries in their places, zeros elsewhere."""
         if basis.ndim == 0:
             return jnp.where(basis, low, 0)
-        *stack, m, n = leaf.shape
-        if self._are_entries(leaf, basis):
+        *stack, m, n = spec.shape
+        if self._are_entries(spec, basis):
             flat = jnp.zeros((*stack, m * n), low.dtype).at[..., basis].set(low)
-            return flat.reshape(leaf.shape)
-        index = (..., basis, slice(None)) if self.is_left(leaf) else (..., basis)
-        return jnp.zeros(leaf.shape, low.dtype).at[index].set(low)
+            return flat.reshape(spec.shape)
+        index = (..., basis, slice(None)) if self.is_left(spec) else (..., basis)
+        return jnp.zeros(spec.shape, low.dtype).at[index].set(low)
 
-    def _are_entries(self, leaf: Leaf, basis: Array) -> bool:
-        return basis.shape[0] > leaf.shape[-2 if self.is_left(leaf) else -1]
+    def _are_entries(self, spec: MatrixSpec, basis: Array | np.ndarray) -> bool:
+        return basis.shape[0] > spec.shape[-2 if self.is_left(spec) else -1]
 
 
 def replay(matrices: Recorded, *, side: str = "short") -> Projector:
@@ -97,7 +112,7 @@ def replay(matrices: Recorded, *, side: str = "short") -> Projector:
       ValueError: if a leaf has no matrices, none from step 1, or of a wrong shape.
 
     Example:
-      >>> replay({"w": {1: np.eye(4)[:2]}}).is_left(Leaf("w", (4, 4), jnp.float32))
+      >>> replay({"w": {1: np.eye(4)[:2]}}).is_left(MatrixSpec("w", (4, 4), jnp.float32))
       False
     """
     some = next((m for steps in matrices.values() for m in steps.values()), np.eye(1))
@@ -106,19 +121,27 @@ def replay(matrices: Recorded, *, side: str = "short") -> Projector:
     return ReplaySelected(1, "right" if side == "short" else side, matrices=matrices)
 
 
-def _steps(matrices: Recorded, leaf: Leaf) -> Mapping[int, ArrayLike]:
-    check_choice("replay: leaf", leaf.name, matrices)
-    steps = matrices[leaf.name]
+def _steps(matrices: Recorded, spec: MatrixSpec) -> Mapping[int, ArrayLike]:
+    check_choice("replay: leaf", spec.name, matrices)
+    steps = matrices[spec.name]
     if min(steps) != 1:
-        raise ValueError(f"replay for {leaf.name!r} must begin at step 1, not {min(steps)}.")
+        raise ValueError(f"replay for {spec.name!r} must begin at step 1, not {min(steps)}.")
     return steps
 
 
+def _first(matrices: Recorded, spec: MatrixSpec) -> np.ndarray:
+    """The matrix, or choice, of the first step."""
+    return np.asarray(_steps(matrices, spec)[1])
+
+
 def _in_force(
-    matrices: Recorded, leaf: Leaf, when: When, oriented: Callable[[np.ndarray], np.ndarray]
+    matrices: Recorded,
+    spec: MatrixSpec,
+    clock: RefreshClock,
+    oriented: Callable[[np.ndarray], np.ndarray],
 ) -> Array:
     """What was last begun at this step."""
-    steps = _steps(matrices, leaf)
+    steps = _steps(matrices, spec)
     begins = jnp.asarray(sorted(steps), jnp.int32)
     every = jnp.asarray(np.stack([oriented(np.asarray(steps[t])) for t in sorted(steps)]))
-    return every[jnp.searchsorted(begins, when.step + 1, side="right") - 1]
+    return every[jnp.searchsorted(begins, clock.step + 1, side="right") - 1]

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from memopt.matrices import explicit_axes
-from memopt.transforms.projectors.base import Leaf, Projector, When
+from memopt.transforms.projectors.base import MatrixSpec, Projector, RefreshClock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,16 +17,16 @@ class Selected(Projector):
     """Entries of G as they are; `up` puts them back in their places among zeros."""
 
     @abc.abstractmethod
-    def down(self, leaf: Leaf, basis: Array, gradient: Array) -> Array:
+    def down(self, spec: MatrixSpec, basis: Array, gradient: Array) -> Array:
         """The chosen entries."""
 
     @abc.abstractmethod
-    def up(self, leaf: Leaf, basis: Array, low: Array) -> Array:
+    def up(self, spec: MatrixSpec, basis: Array, low: Array) -> Array:
         """The chosen entries in their places, zeros elsewhere."""
 
-    def carry(self, leaf: Leaf, old: Array, new: Array, low: Array, *, power: int) -> Array:
+    def carry(self, spec: MatrixSpec, old: Array, new: Array, low: Array, *, power: int) -> Array:
         """What is chosen again stays; zeros for what is new."""
-        return self.down(leaf, new, self.up(leaf, old, low))
+        return self.down(spec, new, self.up(spec, old, low))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,108 +45,101 @@ class Strata(Selected):
     seed: int | Array = 0
 
     @abc.abstractmethod
-    def axis(self, leaf: Leaf) -> int:
+    def axis(self, spec: MatrixSpec) -> int:
         """The axis of G along which one of every c is chosen, counted from the end."""
 
-    def parts(self, leaf: Leaf) -> tuple[int, int]:
+    def parts(self, spec: MatrixSpec) -> tuple[int, int]:
         """Of an axis, b and the width; b·c·width may exceed it."""
-        return math.ceil(leaf.shape[self.axis(leaf)] / self.every), 1
+        return math.ceil(spec.shape[self.axis(spec)] / self.every), 1
 
-    def down(self, leaf: Leaf, basis: Array, gradient: Array) -> Array:
+    def projected_shape(self, spec: MatrixSpec) -> tuple[int, ...]:
+        """The shape of the gradient with the axis c times shorter."""
+        at = len(spec.shape) + self.axis(spec)
+        return (*spec.shape[:at], math.prod(self.parts(spec)), *spec.shape[at + 1 :])
+
+    def down(self, spec: MatrixSpec, basis: Array, gradient: Array) -> Array:
         """The chosen entries: the axis is c times shorter."""
-        strata = self._split(leaf, gradient, self.every)
-        chosen = jnp.where(self._is_chosen(leaf, basis), strata, 0)
-        return self._join(leaf, chosen.sum(self.axis(leaf) - 1, keepdims=True))
+        strata = self._split(spec, gradient, self.every)
+        chosen = jnp.where(self._is_chosen(spec, basis), strata, 0)
+        return self._join(spec, chosen.sum(self.axis(spec) - 1, keepdims=True))
 
-    def up(self, leaf: Leaf, basis: Array, low: Array) -> Array:
+    def up(self, spec: MatrixSpec, basis: Array, low: Array) -> Array:
         """The chosen entries in their places, zeros elsewhere."""
-        strata = jnp.where(self._is_chosen(leaf, basis), self._split(leaf, low, 1), 0)
-        return self._full(leaf, strata)
+        strata = jnp.where(self._is_chosen(spec, basis), self._split(spec, low, 1), 0)
+        return self._full(spec, strata)
 
-    def rest(self, leaf: Leaf, basis: Array, gradient: Array, low: Array) -> Array:
+    def residual(self, spec: MatrixSpec, basis: Array, gradient: Array, low: Array) -> Array:
         """What is not chosen, read off the gradient alone."""
-        strata = self._split(leaf, gradient, self.every)
-        return self._full(leaf, jnp.where(self._is_chosen(leaf, basis), 0, strata))
+        strata = self._split(spec, gradient, self.every)
+        return self._full(spec, jnp.where(self._is_chosen(spec, basis), 0, strata))
 
-    def _is_chosen(self, leaf: Leaf, basis: Array) -> Array:
+    def _is_chosen(self, spec: MatrixSpec, basis: Array) -> Array:
         """Of an axis as (b, c, width), which entries are chosen."""
-        at = basis.ndim + self.axis(leaf)
-        b, _ = self.parts(leaf)
+        at = basis.ndim + self.axis(spec)
+        b, _ = self.parts(spec)
         choice = basis.reshape(*basis.shape[:at], b, 1, -1, *basis.shape[at + 1 :])
-        return choice == jnp.arange(self.every).reshape(-1, *(1,) * -self.axis(leaf))
+        return choice == jnp.arange(self.every).reshape(-1, *(1,) * -self.axis(spec))
 
-    def _split(self, leaf: Leaf, x: Array, c: int) -> Array:
+    def _split(self, spec: MatrixSpec, x: Array, c: int) -> Array:
         """An axis as (b, c, width), filled up with zeros."""
-        at = x.ndim + self.axis(leaf)
-        b, width = self.parts(leaf)
-        missing = b * c * width - x.shape[at]
-        spec, sharding = explicit_axes(x), None
-        if spec is not None:
-            names = spec[at] if isinstance(spec[at], tuple) else (spec[at],)
-            mesh = jax.typeof(x).sharding.mesh
-            stays = not missing and b % math.prod(mesh.shape[name] for name in names if name) == 0
-            spec = (*spec[:at], spec[at] if stays else None, *spec[at + 1 :])
-            x = jax.sharding.reshard(x, jax.P(*spec))
-            sharding = jax.P(*spec[: at + 1], None, None, *spec[at + 1 :])
-        if missing:
+        at = x.ndim + self.axis(spec)
+        b, width = self.parts(spec)
+        if missing := b * c * width - x.shape[at]:
             x = jnp.pad(x, [(0, missing if i == at else 0) for i in range(x.ndim)])
-        shape = (*x.shape[:at], b, c, width, *x.shape[at + 1 :])
-        return x.reshape(shape, out_sharding=sharding)
+        return x.reshape(*x.shape[:at], b, c, width, *x.shape[at + 1 :])
 
-    def _full(self, leaf: Leaf, strata: Array) -> Array:
-        """The inverse of `_split`, of full size and sharded as the gradient is."""
-        axis = len(leaf.shape) + self.axis(leaf)
-        full = jax.lax.slice_in_dim(self._join(leaf, strata), 0, leaf.shape[axis], axis=axis)
-        return full if explicit_axes(full) is None else jax.sharding.reshard(full, leaf.sharding)
+    def _full(self, spec: MatrixSpec, strata: Array) -> Array:
+        """The inverse of `_split`, of full size."""
+        axis = len(spec.shape) + self.axis(spec)
+        return jax.lax.slice_in_dim(self._join(spec, strata), 0, spec.shape[axis], axis=axis)
 
-    def _join(self, leaf: Leaf, x: Array) -> Array:
+    def _join(self, spec: MatrixSpec, x: Array) -> Array:
         """The three axes of `_split` as one."""
-        at = x.ndim + self.axis(leaf) - 2
-        spec = explicit_axes(x)
-        sharding = None if spec is None else jax.P(*spec[: at + 1], *spec[at + 3 :])
-        shape = (*x.shape[:at], math.prod(x.shape[at : at + 3]), *x.shape[at + 3 :])
-        return x.reshape(shape, out_sharding=sharding)
+        at = x.ndim + self.axis(spec) - 2
+        return x.reshape(*x.shape[:at], math.prod(x.shape[at : at + 3]), *x.shape[at + 3 :])
 
 
 class Coordinates(Strata):
     """Entries, chosen in each line by themselves; see `coordinates`."""
 
-    def axis(self, leaf: Leaf) -> int:
+    def axis(self, spec: MatrixSpec) -> int:
         """Down each column, or along each row."""
-        return -2 if self.is_left(leaf) else -1
+        return -2 if self.is_left(spec) else -1
 
-    def parts(self, leaf: Leaf) -> tuple[int, int]:
+    def parts(self, spec: MatrixSpec) -> tuple[int, int]:
         """Whole tiles of a TPU's memory wide, where they fit: splitting rows moves nothing."""
-        length = leaf.shape[self.axis(leaf)]
+        length = spec.shape[self.axis(spec)]
         for width in (16, 8):
             if length % (self.every * width) == 0:
                 return length // (self.every * width), width
-        return super().parts(leaf)
+        return super().parts(spec)
 
-    def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
+    def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
         """Of each stratum of each line which of its entries is chosen."""
-        return self._drawn(leaf, when, leaf.shape[-2:], math.prod(self.parts(leaf)))
+        return self._drawn(spec, clock, spec.shape[-2:], math.prod(self.parts(spec)))
 
-    def _drawn(self, leaf: Leaf, when: When, shape: tuple[int, ...], strata: int) -> Array:
+    def _drawn(
+        self, spec: MatrixSpec, clock: RefreshClock, shape: tuple[int, ...], strata: int
+    ) -> Array:
         """Numbers from 0 to c - 1, one for each stratum."""
         sizes = list(shape)
-        sizes[self.axis(leaf)] = strata
-        key = leaf.key(self.seed, when.refresh)
+        sizes[self.axis(spec)] = strata
+        key = spec.key(self.seed, clock.refresh)
         return jax.random.randint(key, tuple(sizes), 0, self.every, jnp.int32)
 
 
 class Lines(Coordinates):
     """Rows, or columns, as many together as a tile is wide; see `columns`."""
 
-    def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
+    def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
         """Of each stratum which of its tiles is chosen."""
-        return self._drawn(leaf, when, (1, 1), self.parts(leaf)[0])
+        return self._drawn(spec, clock, (1, 1), self.parts(spec)[0])
 
-    def down(self, leaf: Leaf, basis: Array, gradient: Array) -> Array:
+    def down(self, spec: MatrixSpec, basis: Array, gradient: Array) -> Array:
         """The chosen lines; whole tiles of rows are read by themselves."""
-        b, width = self.parts(leaf)
-        if not self.is_left(leaf) or width == 1 or explicit_axes(gradient) is not None:
-            return super().down(leaf, basis, gradient)
+        b, width = self.parts(spec)
+        if not self.is_left(spec) or width == 1:
+            return super().down(spec, basis, gradient)
         *stack, _, n = gradient.shape
         tiles = gradient.reshape(*stack, b * self.every, width, n)
         index = jnp.broadcast_to(basis[:, 0] + self.every * jnp.arange(b), (*stack, b))
@@ -164,36 +156,40 @@ class Blocks(Strata):
 
     per_matrix: ClassVar[bool] = False
 
-    def axis(self, leaf: Leaf) -> int:
+    def axis(self, spec: MatrixSpec) -> int:
         """The stack's first axis."""
-        return -len(leaf.shape)
+        return -len(spec.shape)
 
-    def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
+    def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
         """Of each stratum the chosen layer; of a matrix by itself, whether it is one."""
-        key = leaf.key(self.seed, when.refresh)
+        key = spec.key(self.seed, clock.refresh)
         draw = lambda i: jax.random.randint(jax.random.fold_in(key, i), (), 0, self.every)
-        if len(leaf.shape) == 2:
-            return draw(leaf.layer // self.every) == leaf.layer % self.every
-        chosen = jax.vmap(draw)(jnp.arange(self.parts(leaf)[0]))
-        return chosen.reshape(-1, *(1,) * (len(leaf.shape) - 1))
+        if len(spec.shape) == 2:
+            return draw(spec.layer // self.every) == spec.layer % self.every
+        chosen = jax.vmap(draw)(jnp.arange(self.parts(spec)[0]))
+        return chosen.reshape(-1, *(1,) * (len(spec.shape) - 1))
 
-    def down(self, leaf: Leaf, basis: Array, gradient: Array) -> Array:
+    def projected_shape(self, spec: MatrixSpec) -> tuple[int, ...]:
+        """The shape of the chosen layers; of a matrix by itself, its own."""
+        return spec.shape if len(spec.shape) == 2 else super().projected_shape(spec)
+
+    def down(self, spec: MatrixSpec, basis: Array, gradient: Array) -> Array:
         """The chosen layers: the stack is c times shorter. A matrix by itself: it, or zeros."""
-        if len(leaf.shape) == 2:
+        if len(spec.shape) == 2:
             return jnp.where(basis, gradient, 0)
-        return super().down(leaf, basis, gradient)
+        return super().down(spec, basis, gradient)
 
-    def up(self, leaf: Leaf, basis: Array, low: Array) -> Array:
+    def up(self, spec: MatrixSpec, basis: Array, low: Array) -> Array:
         """The chosen layers in their places, zeros elsewhere."""
-        if len(leaf.shape) == 2:
+        if len(spec.shape) == 2:
             return jnp.where(basis, low, 0)
-        return super().up(leaf, basis, low)
+        return super().up(spec, basis, low)
 
-    def rest(self, leaf: Leaf, basis: Array, gradient: Array, low: Array) -> Array:
+    def residual(self, spec: MatrixSpec, basis: Array, gradient: Array, low: Array) -> Array:
         """The other layers."""
-        if len(leaf.shape) == 2:
+        if len(spec.shape) == 2:
             return jnp.where(basis, 0, gradient)
-        return super().rest(leaf, basis, gradient, low)
+        return super().residual(spec, basis, gradient, low)
 
 
 def columns(density: float = 0.25, *, side: str = "left", seed: int | Array = 0) -> Projector:
@@ -215,10 +211,10 @@ def columns(density: float = 0.25, *, side: str = "left", seed: int | Array = 0)
       Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, section 4.
 
     Example:
-      >>> leaf, g = Leaf("w", (8, 6), jnp.float32), jnp.ones((8, 6))
+      >>> spec, g = MatrixSpec("w", (8, 6), jnp.float32), jnp.ones((8, 6))
       >>> some = columns(0.25)
-      >>> low = some.down(leaf, some.basis(leaf, g, When.first()), g)
-      >>> low.shape, some.up(leaf, some.basis(leaf, g, When.first()), low).sum()
+      >>> low = some.down(spec, some.basis(spec, g, RefreshClock.first()), g)
+      >>> low.shape, some.up(spec, some.basis(spec, g, RefreshClock.first()), low).sum()
       ((2, 6), Array(12., dtype=float32))
     """
     return Lines(density, side, False, _one_in(density), seed)
@@ -242,9 +238,9 @@ def coordinates(density: float = 0.25, *, side: str = "left", seed: int | Array 
       Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, section 4 ("RandK").
 
     Example:
-      >>> leaf, g = Leaf("w", (8, 6), jnp.float32), jnp.ones((8, 6))
+      >>> spec, g = MatrixSpec("w", (8, 6), jnp.float32), jnp.ones((8, 6))
       >>> some = coordinates(0.5)
-      >>> some.down(leaf, some.basis(leaf, g, When.first()), g).shape
+      >>> some.down(spec, some.basis(spec, g, RefreshClock.first()), g).shape
       (4, 6)
     """
     return Coordinates(density, side, False, _one_in(density), seed)
@@ -269,9 +265,9 @@ def blocks(density: float = 0.25, *, seed: int | Array = 0) -> Projector:
       Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, section 4 ("Blockwise").
 
     Example:
-      >>> leaf, g = Leaf("w", (8, 3, 5), jnp.float32), jnp.ones((8, 3, 5))
+      >>> spec, g = MatrixSpec("w", (8, 3, 5), jnp.float32), jnp.ones((8, 3, 5))
       >>> some = blocks(0.25)
-      >>> some.down(leaf, some.basis(leaf, g, When.first()), g).shape
+      >>> some.down(spec, some.basis(spec, g, RefreshClock.first()), g).shape
       (2, 3, 5)
     """
     return Blocks(density, "short", False, _one_in(density), seed)

@@ -7,15 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from memopt.errors import check_at_least
-from memopt.matrices import shard_count
-from memopt.transforms.linalg import (
-    leading_eigenvectors,
-    orthonormal,
-    product,
-    turned,
-    whole,
-)
-from memopt.transforms.projectors.base import Leaf, Projector, When
+from memopt.transforms.linalg import leading_eigenvectors, orthonormal, product
+from memopt.transforms.projectors.base import MatrixSpec, Projector, RefreshClock
 
 LEAST = 64  # columns that each group of lines is mixed to; fewer could miss what one group holds
 
@@ -26,27 +19,26 @@ class Svd(Projector):
 
     stored: bool = True
 
-    def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
+    def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
         """Eigenvectors of G Gᵀ or GᵀG, whichever is smaller, taken to the projected side."""
-        r = self.size(leaf)[1]
-        m, n = leaf.shape[-2:]
+        r = self.size(spec)[1]
+        m, n = spec.shape[-2:]
         is_wide = m <= n
         gram = "...mn,...kn->...mk" if is_wide else "...mn,...mk->...nk"
-        whole = turned(gradient, -2 if is_wide else -1)
-        vectors = leading_eigenvectors(product(gram, whole, whole), min(r, m, n))
-        if self.is_left(leaf) == is_wide:
+        vectors = leading_eigenvectors(product(gram, gradient, gradient), min(r, m, n))
+        if self.is_left(spec) == is_wide:
             return vectors
         across = "...mn,...mr->...nr" if is_wide else "...mn,...nr->...mr"
         return orthonormal(product(across, gradient, vectors))
 
-    def size(self, leaf: Leaf) -> tuple[int, int]:
+    def size(self, spec: MatrixSpec) -> tuple[int, int]:
         """The length of the projected side, and r, which a matrix has singular vectors for."""
-        side, r = super().size(leaf)
-        if r > min(leaf.shape[-2:]):
-            m, n = leaf.shape[-2:]
+        side, r = super().size(spec)
+        if r > min(spec.shape[-2:]):
+            m, n = spec.shape[-2:]
             raise ValueError(
                 f"rank must be at most {min(m, n)}, the number of singular vectors, for "
-                f"{leaf.name!r}, whose matrices are {m}×{n}; got {r}."
+                f"{spec.name!r}, whose matrices are {m}×{n}; got {r}."
             )
         return side, r
 
@@ -65,42 +57,40 @@ class RandomizedSvd(Svd):
         if self.oversample is not None:
             check_at_least("oversample", self.oversample, 0)
 
-    def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
+    def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
         """Of a sketch of the gradient, or of G GᵀQ with its basis Q, the singular vectors."""
-        r = self.size(leaf)[1]
-        sketch = self.sketch(leaf, gradient, leaf.key(self.seed, when.refresh))
+        r = self.size(spec)[1]
+        sketch = self.sketch(spec, gradient, spec.key(self.seed, clock.refresh))
         squares = product("...mk,...ml->...kl", sketch, sketch)
-        spans_all = sketch.shape[-1] == min(leaf.shape[-2:])  # one iteration is exact then
+        spans_all = sketch.shape[-1] == min(spec.shape[-2:])  # one iteration is exact then
         for _ in range(max(self.iterations, spans_all)):
-            low = self.down(leaf, orthonormal(sketch), gradient)
-            sketch, squares = self.correlation(leaf, gradient, low), self.gram(leaf, low, low)
+            low = self.down(spec, orthonormal(sketch), gradient)
+            sketch, squares = self.correlation(spec, gradient, low), self.gram(spec, low, low)
         # Columns that are near orthogonal, the longest first, keep their directions in a QR.
         turn = leading_eigenvectors(squares, r)
         return orthonormal(product("...mk,...kr->...mr", sketch, turn))
 
-    def sketch(self, leaf: Leaf, gradient: Array, key: Array) -> Array:
+    def sketch(self, spec: MatrixSpec, gradient: Array, key: Array) -> Array:
         """G Ω or GᵀΩ, side×k, with Ω = W ⊗ I: every so many lines are mixed by the same W."""
-        axis = -1 if self.is_left(leaf) else -2
-        r, more = self.size(leaf)[1], self.oversample
+        axis = -1 if self.is_left(spec) else -2
+        r, more = self.size(spec)[1], self.oversample
         # A small sketch costs little beside the pass over G: up to 512 columns it is generous.
         k = max(r + 64, min(4 * r, 512)) if more is None else r + more
-        k = min(k, *leaf.shape[-2:])
-        across, shards = leaf.shape[axis], shard_count(gradient, axis)
+        k = min(k, *spec.shape[-2:])
+        across = spec.shape[axis]
         groups = 1 << max(k // LEAST, 1).bit_length() - 1
-        while shards > 1 and across % (groups * shards):
-            groups //= 2
         rows, columns = -(-across // groups), -(-k // groups)
-        weights = jax.random.normal(key, (rows, columns), leaf.dtype)
+        weights = jax.random.normal(key, (rows, columns), spec.dtype)
         padding = [(0, 0)] * gradient.ndim
         padding[axis] = (0, rows * groups - across)
         lines = jnp.pad(gradient, padding)
-        if self.is_left(leaf):
+        if self.is_left(spec):
             lines = lines.reshape(*lines.shape[:-1], rows, groups)
             mixed = product("...mbg,bc->...mcg", lines, weights)
         else:
             lines = lines.reshape(*lines.shape[:-2], rows, groups, lines.shape[-1])
             mixed = product("...bgn,bc->...ncg", lines, weights)
-        return whole(mixed.reshape(*mixed.shape[:-2], columns * groups)[..., :k])
+        return mixed.reshape(*mixed.shape[:-2], columns * groups)[..., :k]
 
 
 def svd(rank: int | float, *, side: str = "short") -> Projector:
@@ -124,7 +114,7 @@ def svd(rank: int | float, *, side: str = "short") -> Projector:
     Example:
       >>> import jax.numpy as jnp
       >>> g = jnp.diag(jnp.array([1.0, 3.0, 2.0]))
-      >>> p = svd(2).basis(Leaf("w", (3, 3), jnp.float32), g, When.first())
+      >>> p = svd(2).basis(MatrixSpec("w", (3, 3), jnp.float32), g, RefreshClock.first())
       >>> jnp.abs(p.T @ g).max(1).tolist()
       [3.0, 2.0]
     """
@@ -169,7 +159,7 @@ def randomized_svd(
     Example:
       >>> import jax.numpy as jnp
       >>> g = jnp.diag(jnp.array([1.0, 3.0, 2.0]))
-      >>> p = randomized_svd(2).basis(Leaf("w", (3, 3), jnp.float32), g, When.first())
+      >>> p = randomized_svd(2).basis(MatrixSpec("w", (3, 3), jnp.float32), g, RefreshClock.first())
       >>> jnp.round(jnp.abs(p.T @ g).max(1)).tolist()
       [3.0, 2.0]
     """

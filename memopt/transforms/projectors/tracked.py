@@ -11,7 +11,7 @@ from jax import Array
 from memopt.errors import check_at_least
 from memopt.state.precision import zeros_of
 from memopt.transforms.linalg import for_stack, orthonormal, product
-from memopt.transforms.projectors.base import Leaf, Projector, When
+from memopt.transforms.projectors.base import MatrixSpec, Projector, RefreshClock
 from memopt.transforms.projectors.singular import randomized_svd
 
 
@@ -26,14 +26,22 @@ class Tracked(Projector):
     stored: bool = True
     start: Projector | None = None
 
-    def basis(self, leaf: Leaf, gradient: Array, when: When) -> Array:
-        """The first basis, one for each matrix of the stack."""
-        start = self.start or randomized_svd(self.rank, side=self.side)
-        return for_stack(start.basis(leaf, gradient, when), gradient)
+    @property
+    def first(self) -> Projector:
+        """The projector of the first basis."""
+        return self.start or randomized_svd(self.rank, side=self.side)
 
-    def is_left(self, leaf: Leaf) -> bool:
+    def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
+        """The first basis, one for each matrix of the stack."""
+        return for_stack(self.first.basis(spec, gradient, clock), gradient)
+
+    def is_left(self, spec: MatrixSpec) -> bool:
         """As the first basis is."""
-        return super().is_left(leaf) if self.start is None else self.start.is_left(leaf)
+        return self.first.is_left(spec)
+
+    def size(self, spec: MatrixSpec) -> tuple[int, int]:
+        """The size of the first basis."""
+        return self.first.size(spec)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,32 +60,39 @@ class OnlinePca(Tracked):
         """The basis and the arrays of its optimizer."""
         return 1 + len(jax.tree.leaves(jax.eval_shape(self.optimizer.init, jnp.zeros((1, 1)))))
 
-    def init(self, leaf: Leaf) -> tuple[Array, ...]:
+    def init(self, spec: MatrixSpec) -> tuple[Array, ...]:
         """The basis and the state of its optimizer."""
-        (basis,) = super().init(leaf)
+        (basis,) = super().init(spec)
         return (basis, *jax.tree.leaves(zeros_of(self.optimizer.init, basis)))
 
-    def space(
-        self, leaf: Leaf, kept: tuple[Array, ...], gradient: Array, when: When, momentum: Any
+    def basis_at(
+        self,
+        spec: MatrixSpec,
+        kept: tuple[Array, ...],
+        gradient: Array,
+        clock: RefreshClock,
+        momentum: Any,
     ) -> tuple[Array, tuple[Array, ...]]:
         """The basis as it was left; the next one is a step of its optimizer further."""
-        first = when.step == 0
-        start = lambda: self.basis(leaf, gradient, when)
+        first = clock.step == 0
+        start = lambda: self.basis(spec, gradient, clock)
         basis = jax.lax.cond(first, start, lambda: kept[0])
-        moved = self._moved(leaf, (basis, *kept[1:]), gradient)
+        moved = self._moved(spec, (basis, *kept[1:]), gradient)
         # The first basis is the best there is; and zeros say nothing of a better one.
         stay = first | (gradient == 0).all((-2, -1), keepdims=True)
         keep = lambda old, new: jnp.where(stay if old.ndim else first, old, new)
         return basis, tuple(map(keep, (basis, *kept[1:]), moved))
 
-    def _moved(self, leaf: Leaf, kept: tuple[Array, ...], gradient: Array) -> tuple[Array, ...]:
+    def _moved(
+        self, spec: MatrixSpec, kept: tuple[Array, ...], gradient: Array
+    ) -> tuple[Array, ...]:
         """Basis and optimizer's state after a step down ‖PPᵀĜ − Ĝ‖² + λ‖PᵀP − I‖²."""
         basis, *leaves = kept
         structure: Any = jax.tree.structure(jax.eval_shape(self.optimizer.init, basis))
-        low = self.down(leaf, basis, gradient)
+        low = self.down(spec, basis, gradient)
         squares = jnp.square(gradient).sum((-2, -1), keepdims=True)
         scale = jnp.where(squares > 0, 1 / squares, 0)
-        cp = scale * self.correlation(leaf, gradient, low)  # Ĝ Ĝᵀ P
+        cp = scale * self.correlation(spec, gradient, low)  # Ĝ Ĝᵀ P
         gram = "...mr,...ms->...rs"
         pcp, pp = product(gram, basis, cp), product(gram, basis, basis)
         times = lambda a, b: product("...mr,...rs->...ms", a, b)
@@ -95,28 +110,33 @@ class PowerIteration(Tracked):
     rho: float = 0.908
     b1: float = 0.0
 
-    def space(
-        self, leaf: Leaf, kept: tuple[Array, ...], gradient: Array, when: When, momentum: Any
+    def basis_at(
+        self,
+        spec: MatrixSpec,
+        kept: tuple[Array, ...],
+        gradient: Array,
+        clock: RefreshClock,
+        momentum: Any,
     ) -> tuple[Array, tuple[Array, ...]]:
         """One power iteration further at each refresh."""
-        start = lambda: self.basis(leaf, gradient, when)
-        further = lambda: self._further(leaf, kept[0], gradient, when, momentum)
-        fresh = lambda: jax.lax.cond(when.step == 0, start, further)
-        basis = jax.lax.cond(when.due, fresh, lambda: kept[0])
+        start = lambda: self.basis(spec, gradient, clock)
+        further = lambda: self._further(spec, kept[0], gradient, clock, momentum)
+        fresh = lambda: jax.lax.cond(clock.step == 0, start, further)
+        basis = jax.lax.cond(clock.refresh_now, fresh, lambda: kept[0])
         return basis, (basis,)
 
     def _further(
-        self, leaf: Leaf, basis: Array, gradient: Array, when: When, momentum: Any
+        self, spec: MatrixSpec, basis: Array, gradient: Array, clock: RefreshClock, momentum: Any
     ) -> Array:
         """An orthonormal basis of B BᵀP, with B = ρ·up(M̂) + (1−ρ)·G, which is never formed."""
         weight = 1.0 if momentum is None else 1 - self.rho
-        low = weight * self.down(leaf, basis, gradient)
+        low = weight * self.down(spec, basis, gradient)
         if momentum is None:
-            return orthonormal(self.correlation(leaf, gradient, low))
-        corrected = self.rho * momentum / (1 - self.b1 ** jnp.maximum(when.step, 1))
+            return orthonormal(self.correlation(spec, gradient, low))
+        corrected = self.rho * momentum / (1 - self.b1 ** jnp.maximum(clock.step, 1))
         low += corrected
-        remembered = product("...mr,...rs->...ms", basis, self.gram(leaf, corrected, low))
-        return orthonormal(remembered + weight * self.correlation(leaf, gradient, low))
+        remembered = product("...mr,...rs->...ms", basis, self.gram(spec, corrected, low))
+        return orthonormal(remembered + weight * self.correlation(spec, gradient, low))
 
 
 def online_pca(
@@ -153,7 +173,7 @@ def online_pca(
       https://arxiv.org/abs/2408.12857, section 4.
 
     Example:
-      >>> [x.shape for x in online_pca(2).init(Leaf("w", (3, 8, 4), jnp.float32))]
+      >>> [x.shape for x in online_pca(2).init(MatrixSpec("w", (3, 8, 4), jnp.float32))]
       [(3, 4, 2), (), (3, 4, 2), (3, 4, 2)]
     """
     check_at_least("penalty", penalty, 0)
@@ -193,7 +213,7 @@ def power_iteration(
       Robert et al., LDAdam, 2024, https://arxiv.org/abs/2410.16103, section 3.1.
 
     Example:
-      >>> [x.shape for x in power_iteration(2).init(Leaf("w", (3, 8, 4), jnp.float32))]
+      >>> [x.shape for x in power_iteration(2).init(MatrixSpec("w", (3, 8, 4), jnp.float32))]
       [(3, 4, 2)]
     """
     check_at_least("rho", rho, 0)

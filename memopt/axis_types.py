@@ -1,0 +1,65 @@
+"""The one way out of Explicit axes.
+
+JAX puts the sharding of an array over Explicit mesh axes into its type, and every operation must
+say, or infer, the type of its result. memopt computes under Auto axes, where the compiler decides,
+and returns arrays typed as those it was given.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+
+
+def on_auto_axes(f: Callable[..., Any], args: Sequence[Any], like: Any) -> Any:
+    """Computes ``f(*args)`` under Auto axes, with results sharded as `like` is.
+
+    Without Explicit axes it is ``f(*args)``. No mesh need be set.
+
+    Args:
+      f: any traceable function.
+      args: its arguments, trees of arrays and of anything else.
+      like: a tree with the structure of the result, of arrays, shapes or ``jax.P``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> mesh = jax.make_mesh((1,), ("fsdp",))  # of Explicit axes
+      >>> x = jax.device_put(jnp.ones((4, 2)), NamedSharding(mesh, jax.P("fsdp")))
+      >>> flat = on_auto_axes(lambda x: x.reshape(2, 4), (x,), jax.P(None, "fsdp"))
+      >>> jax.typeof(flat)
+      ShapedArray(float32[2,4@fsdp])
+    """
+    structure: Any
+    result: Any
+    leaves, structure = jax.tree.flatten(args)
+    given = [x for x in leaves if isinstance(x, jax.Array)]
+    wanted, result = jax.tree.flatten(like)
+    mesh = explicit_mesh(given)
+    if mesh is None:
+        return f(*args)
+
+    def run(*arrays: jax.Array) -> list[Any]:
+        rest = iter(arrays)
+        filled = [next(rest) if isinstance(x, jax.Array) else x for x in leaves]
+        return jax.tree.leaves(f(*structure.unflatten(filled)))
+
+    explicit = tuple(
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    )
+    shardings = [NamedSharding(mesh, x if isinstance(x, jax.P) else spec_of(x)) for x in wanted]
+    computed = jax.sharding.auto_axes(run, axes=explicit, out_sharding=shardings)
+    return result.unflatten(jax.jit(computed)(*given))
+
+
+def explicit_mesh(tree: Any) -> Any:
+    """The mesh with Explicit axes that arrays of a tree are on, None if there is none."""
+    meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree))
+    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+
+
+def spec_of(x: Any) -> jax.P:
+    """The Explicit mesh axes that split each axis of an array, as its type says."""
+    return jax.typeof(x).sharding.spec
