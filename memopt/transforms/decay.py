@@ -16,7 +16,7 @@ from memopt.transforms.matrix_rms import rms
 from memopt.transforms.per_matrix import per_matrix
 
 Decayed = Callable[[Layout, Array, Array], Array]
-"""What decays, from the layout, the weights and their update."""
+"""A function of the layout, the weights and their update that gives what decays."""
 
 
 def weights(layout: Layout, w: Array, u: Array) -> Array:
