@@ -135,7 +135,7 @@ def test_numbers_written_into_a_program_are_no_variables():
 
 
 def test_random_bits_are_drawn_by_this_name():
-    """Fails when JAX draws random numbers otherwise than by `random_bits`, which Partwise sees."""
+    """Fails when JAX draws by another primitive; PerParameterUpdate looks for `random_bits`."""
     draw = lambda: jax.random.normal(jax.random.key(0), (3,))
     names = set()
     pending = [trace(draw)]

@@ -17,7 +17,7 @@ from memopt.matrices import map_matrices
 from memopt.names import LIBRARIES, words
 from memopt.parameters import init_shapes, known, read_parameters
 from memopt.state.describe import _SAID
-from memopt.transforms.partwise import Partwise
+from memopt.training.release.per_parameter_update import PerParameterUpdate
 from tests.clients.trees import CLIENTS
 
 
@@ -195,13 +195,13 @@ def test_layers_may_be_taken_one_by_one():
     block = {part: {"kernel": (3, *x["kernel"])} for part, x in ATTENTION.items()}
     params = jax.tree.map(jnp.ones, {"blocks": {"attn": block}}, is_leaf=is_shape)
     tx = memopt.adafactor(1e-2)
-    partwise = Partwise(tx, params, [True] * 3)
+    per_parameter = PerParameterUpdate(tx, params, [True] * 3)
     assert [x.shape for x in jax.tree.leaves(tx.init(params)[0].rows)] == [
         (3, 64),
         (3, 8, 16),
         (3, 64),
     ]
-    assert partwise.axes.count(0) == 6
+    assert per_parameter.axes.count(0) == 6
 
 
 def test_state_of_attention_kernels_follows_their_axes():

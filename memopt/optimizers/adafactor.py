@@ -9,9 +9,9 @@ from jax import Array
 from memopt.matrices import Matrices
 from memopt.optimizers.by_partition import matrices_and_rest
 from memopt.state.precision import in_float32
-from memopt.transforms.clipping import clip_by_matrix_rms, scale_by_parameter_rms
 from memopt.transforms.decay import decay_as_released, rms_scaled_weights, weights
 from memopt.transforms.factored import scale_by_factored_rms
+from memopt.transforms.matrix_rms import clip_by_matrix_rms, scale_by_parameter_rms
 
 
 def relative_step(count: Array) -> Array:

@@ -7,9 +7,9 @@ import optax
 from memopt.errors import check_at_least
 from memopt.matrices import Matrices
 from memopt.optimizers.by_partition import matrices_and_rest
-from memopt.transforms.clipping import normalize_by_group
 from memopt.transforms.decay import decay_as_released, rms_scaled_weights
 from memopt.transforms.factored import scale_by_factored_rms
+from memopt.transforms.matrix_rms import normalize_by_group
 
 
 def adalomo(

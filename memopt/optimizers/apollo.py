@@ -10,7 +10,7 @@ from memopt.matrices import Matrices
 from memopt.optimizers.by_partition import adamw_for_rest, descend, matrices_and_rest
 from memopt.transforms import projectors
 from memopt.transforms.adam import adam_bias_correction, scale_by_uncorrected_adam
-from memopt.transforms.clipping import GrowthLimiter, limit_norm_growth
+from memopt.transforms.norm_growth import GrowthLimiter, limit_norm_growth
 from memopt.transforms.recombine import scale_gradient
 from memopt.transforms.subspace import in_subspace
 

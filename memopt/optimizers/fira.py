@@ -15,7 +15,7 @@ from memopt.transforms.adam import (
     scale_by_released_adam,
     scale_by_uncorrected_adam,
 )
-from memopt.transforms.clipping import GrowthLimiter
+from memopt.transforms.norm_growth import GrowthLimiter
 from memopt.transforms.recombine import lift_and_scaled_rest
 from memopt.transforms.subspace import in_subspace
 

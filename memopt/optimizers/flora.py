@@ -8,8 +8,8 @@ from jax import Array
 from memopt.matrices import Matrices
 from memopt.optimizers.by_partition import descend, matrices_and_rest
 from memopt.transforms import projectors
-from memopt.transforms.clipping import clip_by_matrix_rms, scale_by_parameter_rms
 from memopt.transforms.factored import scale_by_factored_rms
+from memopt.transforms.matrix_rms import clip_by_matrix_rms, scale_by_parameter_rms
 from memopt.transforms.recombine import lift, lift_and_rest
 from memopt.transforms.subspace import in_subspace
 

@@ -3,6 +3,7 @@
 `optax.add_decayed_weights` before the learning rate is the decay of the papers.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,12 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
-from memopt.transforms.clipping import rms
+from memopt.matrices import Layout, Matrices
+from memopt.transforms.matrix_rms import rms
+from memopt.transforms.per_matrix import per_matrix
 
 Decayed = Callable[[Layout, Array, Array], Array]
-"""What decays, from the layout, the weights and their update."""
+"""A function of the layout, the weights and their update that gives what decays."""
 
 
 def weights(layout: Layout, w: Array, u: Array) -> Array:
@@ -58,18 +60,20 @@ def decay_as_released(
       -1.0499999523162842
     """
 
-    def init(params: Any) -> optax.ScaleByScheduleState:
-        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+    def strength(count: Array) -> Any:
+        rate = learning_rate(count) if callable(learning_rate) else learning_rate
+        return rate * weight_decay
 
-    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        strength = rate * weight_decay
-
-        def decay(layout: Layout, u: Array, w: Array) -> Array:
-            return (u - strength * decayed(layout, w, u)).astype(u.dtype)
-
-        updates = map_matrices(decay, updates, params, matrices=matrices, default=every_matrix)
-        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
-
-    tx = optax.GradientTransformationExtraArgs(init, update)
+    tx = per_matrix(
+        functools.partial(subtract_decay, decayed=decayed),
+        optax.ScaleByScheduleState,
+        schedules={"strength": strength},
+        reads_params=True,
+        matrices=matrices,
+    )
     return tx if mask is None else optax.masked(tx, mask)
+
+
+def subtract_decay(layout: Layout, u: Array, w: Array, *, decayed: Decayed, strength: Any) -> Array:
+    """U − strength · decayed(W, U)."""
+    return (u - strength * decayed(layout, w, u)).astype(u.dtype)

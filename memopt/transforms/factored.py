@@ -1,5 +1,6 @@
 """Factored second moments (Adafactor)."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,9 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
+from memopt.matrices import Layout, Matrices
 from memopt.reductions import total
-from memopt.state.precision import statistics_dtype, zeros_of
+from memopt.state.precision import statistics_dtype
+from memopt.transforms.per_matrix import per_matrix
 from memopt.trees import NOTHING
 
 
@@ -65,36 +67,41 @@ def scale_by_factored_rms(
       >>> state.rows["w"].shape, state.cols["w"].shape, state.rows["b"], state.cols["b"].shape
       ((3, 6), (3, 4), MaskedNode(), (4,))
     """
-
-    def init(params: Any) -> ScaleByFactoredRmsState:
-        start = lambda layout, p: zeros_of(lambda p: _mean_squares(layout, p, 1.0), p)
-        rows, cols = map_matrices(start, params, matrices=matrices, default=every_matrix, outputs=2)
-        return ScaleByFactoredRmsState(jnp.zeros((), jnp.int32), rows, cols)
-
-    def update(updates: Any, state: ScaleByFactoredRmsState, params: Any = None, **_: Any) -> Any:
-        count = optax.safe_increment(state.count)
-        decay = 1.0 - count.astype(float) ** -decay_rate
-
-        def step(layout: Layout, g: Array, *moments: Any) -> tuple[Array, Any, Array]:
-            beta = decay.astype(statistics_dtype(g))
-            new = _mean_squares(layout, g, 1 - beta)
-            average = lambda old, new: beta * old + new + (1 - beta) * epsilon
-            rows, cols = jax.tree.map(average, moments, new)
-            return _over_root(layout, g, rows, cols), rows, cols
-
-        updates, rows, cols = map_matrices(
-            step,
-            *(updates, state.rows, state.cols),
-            matrices=matrices,
-            default=every_matrix,
-            outputs=3,
-        )
-        return updates, ScaleByFactoredRmsState(count, rows, cols)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return per_matrix(
+        functools.partial(divide_by_factored_rms, epsilon=epsilon),
+        ScaleByFactoredRmsState,
+        functools.partial(mean_squares, weight=1.0),
+        schedules={"decay": functools.partial(second_moment_decay, exponent=decay_rate)},
+        matrices=matrices,
+    )
 
 
-def _mean_squares(layout: Layout, g: Array, weight: Any) -> tuple[Any, Array]:
+def second_moment_decay(count: Array, exponent: float) -> Array:
+    """1 − t^−exponent at step t = count + 1."""
+    return 1.0 - optax.safe_increment(count).astype(float) ** -exponent
+
+
+def divide_by_factored_rms(
+    layout: Layout, g: Array, rows: Any, cols: Array, *, decay: Array, epsilon: float
+) -> tuple[Array, Any, Array]:
+    """The update of `scale_by_factored_rms`, and the new moments.
+
+    Args:
+      layout: of the gradient.
+      g: the gradient.
+      rows: the mean squares over columns; `NOTHING` for a vector.
+      cols: the mean squares over rows; the second moment of a vector.
+      decay: β₂ₜ.
+      epsilon: ε.
+    """
+    beta = decay.astype(statistics_dtype(g))
+    new = mean_squares(layout, g, 1 - beta)
+    average = lambda old, new: beta * old + new + (1 - beta) * epsilon
+    rows, cols = jax.tree.map(average, (rows, cols), new)
+    return _over_root(layout, g, rows, cols), rows, cols
+
+
+def mean_squares(layout: Layout, g: Array, weight: Any) -> tuple[Any, Array]:
     """The mean square over columns and over rows, times `weight`; a vector has no rows."""
     g = g.astype(statistics_dtype(g))
     if not layout.is_matrix:

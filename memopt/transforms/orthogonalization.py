@@ -1,5 +1,6 @@
 """The nearest orthogonal matrices by Newton–Schulz, and how large they should be (Muon)."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from memopt.axis_types import on_auto_axes
 from memopt.errors import check_at_least
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.state.precision import statistics_dtype
+from memopt.transforms.per_matrix import per_matrix
 
 STEEPEST = (3.4445, -4.7750, 2.0315)
 """Muon's polynomial, the steepest at zero that keeps singular values around one."""
@@ -124,17 +126,17 @@ def scale_by_shape(
       >>> float(u["w"][0, 0])
       2.0
     """
+    return per_matrix(
+        functools.partial(multiply_by_shape, consistent_rms=consistent_rms), matrices=matrices
+    )
 
-    def scale(layout: Layout, u: Array) -> Array:
-        m, n = layout.shape(u)[-2:]
-        if consistent_rms is None:
-            return u * math.sqrt(max(1, n / m))
-        return (u * (consistent_rms * math.sqrt(max(m, n)))).astype(u.dtype)
 
-    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
-        return map_matrices(scale, updates, matrices=matrices, default=every_matrix), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+def multiply_by_shape(layout: Layout, u: Array, *, consistent_rms: float | None) -> Array:
+    """The update of each m×n matrix times √max(1, n/m), or consistent_rms · √max(m, n)."""
+    m, n = layout.shape(u)[-2:]
+    if consistent_rms is None:
+        return u * math.sqrt(max(1, n / m))
+    return (u * (consistent_rms * math.sqrt(max(m, n)))).astype(u.dtype)
 
 
 def _newton_schulz(x: Array, polynomials: np.ndarray, eps: float) -> Array:

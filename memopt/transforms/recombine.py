@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from memopt.errors import NoSuchPairing, check_at_least, check_choice
-from memopt.transforms.clipping import GrowthLimiter
+from memopt.transforms.norm_growth import GrowthLimiter
 from memopt.transforms.projectors import MatrixSpec, Projector
 from memopt.trees import NOTHING
 

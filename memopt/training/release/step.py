@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,14 +9,21 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType
 
 from memopt.internals import trace
 from memopt.models.stacked import StackedModel
 from memopt.state.quantized import apply_updates, dequantize_params, is_quantized
+from memopt.training.release.layouts import (
+    delay_flag,
+    pin_layout,
+    read_layer,
+    reload_after,
+    update_in_place,
+    write_layer,
+)
+from memopt.training.release.per_parameter_update import PerParameterUpdate
 from memopt.training.step import Batch, Metrics, TrainState, advance, choose, cut
-from memopt.transforms.partwise import Partwise
 
 BLOCKS = "blocks"
 
@@ -59,9 +65,9 @@ def release_step(
             `train_step`, but no `obj_fn`.
         learning_rate: As in `train_step`.
         accumulation: As in `train_step`.
-        shardings: Where the parameters are, like them, of `NamedSharding`s. On a mesh of Auto axes,
-            whose types do not say it, XLA is then kept from copying whole stacks to lay them
-            otherwise in memory.
+        shardings: The parameters' `NamedSharding`s, a tree like them. On a mesh of Auto axes,
+            whose types do not tell, they keep XLA from copying whole stacks to change their
+            layout in memory.
 
     Returns:
         As `train_step`.
@@ -84,16 +90,16 @@ def release_step(
         >>> int(state.step), state.params["blocks"].shape
         (1, (4, 3, 3))
     """
-    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state)
-    places = jax.tree.map(lambda x: x.spec, shardings) if shardings else None
+    state_specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state)
+    specs = jax.tree.map(lambda x: x.spec, shardings) if shardings else None
     if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
-        places = specs.params
+        specs = state_specs.params
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        release = _Release(state, batch, model, tx, accumulation, places)
+        release = _ReleaseStep(state, batch, model, tx, accumulation, specs)
         return advance(state, *release.run(), learning_rate)
 
-    return jax.sharding.auto_axes(step, out_sharding=(specs, jax.P()))(state, batch)
+    return jax.sharding.auto_axes(step, out_sharding=(state_specs, jax.P()))(state, batch)
 
 
 Leaves = dict[int, Any]
@@ -101,18 +107,18 @@ Leaves = dict[int, Any]
 
 
 class _Sums(NamedTuple):
-    """What is known of the gradients so far.
+    """Sums over the gradients so far.
 
     Attributes:
-        finite: Whether the loss and all of them are finite, bool.
-        squares: The sum of their squares, float32.
+        finite: Whether the loss and all gradients so far are finite, bool.
+        squares: The sum of the gradients' squares, float32.
     """
 
     finite: Array
     squares: Array
 
     def add(self, gradients: Leaves) -> tuple[_Sums, Leaves]:
-        """With more gradients; and for each whether it and all those before are finite."""
+        """Adds gradients, and tells of each whether it and all those before are finite."""
         finite = {i: self.finite & jnp.isfinite(g).all() for i, g in gradients.items()}
         squares = self.squares
         for g in gradients.values():
@@ -121,12 +127,12 @@ class _Sums(NamedTuple):
 
 
 class _Carry(NamedTuple):
-    """What a backward pass changes.
+    """The arrays that a backward pass changes.
 
     Attributes:
         params: The stored parameters, leaf by leaf.
         state: The arrays of the optimizer's state.
-        sums: What is known of the gradients.
+        sums: Over the gradients so far.
     """
 
     params: list[Any]
@@ -134,8 +140,8 @@ class _Carry(NamedTuple):
     sums: _Sums
 
 
-class _Release:
-    """One step: what it reads, and which leaves are updated when."""
+class _ReleaseStep:
+    """One step: the arrays it starts from, and the order in which leaves are updated."""
 
     def __init__(
         self,
@@ -144,7 +150,7 @@ class _Release:
         model: StackedModel,
         tx: optax.GradientTransformation,
         accumulation: int,
-        places: Any,
+        specs: Any,
     ) -> None:
         self.start, self.model = start, model
         self.accumulation, self.pieces = accumulation, cut(batch, accumulation)
@@ -152,24 +158,24 @@ class _Release:
         structure: Any = jax.tree.structure(dense)
         self.structure = structure
         self.like = dict(enumerate(jax.tree.leaves(dense)))
-        self.places = structure.flatten_up_to(places) if places else [None] * len(self.like)
+        self.specs = structure.flatten_up_to(specs) if specs else [None] * len(self.like)
         paths: Any = jax.tree_util.tree_leaves_with_path(dense)
         stacked = [path[0] == jax.tree_util.DictKey(BLOCKS) for path, _ in paths]
-        self.partwise = Partwise(tx, dense, stacked)
+        self.optimizer = PerParameterUpdate(tx, dense, stacked)
         self.blocks = [i for i in self.like if stacked[i]]
         self.layers = self.like[self.blocks[0]].shape[0]
 
         rest, piece = self._without_blocks(self.like), jax.tree.map(lambda x: x[0], self.pieces)
         x = jax.eval_shape(model.embed, rest, piece)
-        self.headed = self._reads(model.head, x, piece)
+        self.read_by_head = self._reads(model.head, x, piece)
         embedded = self._reads(model.embed, piece)
         # A leaf that both ends read, a tied head, waits for the embedding's gradient.
-        self.first = [i for i in self.headed if i not in embedded]
+        self.first = [i for i in self.read_by_head if i not in embedded]
         self.last = [i for i in self.like if i not in self.blocks and i not in self.first]
 
     def run(self) -> tuple[Any, Any, Array, Array, Array, Array]:
         """The arguments of `advance`."""
-        partwise, start = self.partwise, self.start
+        optimizer, start = self.optimizer, self.start
         params = self.structure.flatten_up_to(start.params)
         state = jax.tree.leaves(start.opt_state)
         rest = self._without_blocks(self._load(params, self.last))
@@ -180,14 +186,14 @@ class _Release:
             return self._each(lambda *xs: self.model.block(weights, *xs), x, self.pieces), x
 
         x, inputs = jax.lax.scan(forward, x, jnp.arange(self.layers))
-        read = {i: _again(params[i], x)[0] for i in self.headed}
-        gradients, (cotangent, totals, counts) = self._head(x, self._load(read, self.headed))
+        read = {i: reload_after(params[i], x)[0] for i in self.read_by_head}
+        gradients, (cotangent, totals, counts) = self._head(x, self._load(read, self.read_by_head))
         self.tokens = jnp.maximum(counts.sum(), 1)
         self.loss = totals.sum() / self.tokens
         back = (inputs, gradients, cotangent)
 
         sums = _Sums(jnp.isfinite(self.loss), jnp.zeros((), jnp.float32))
-        if partwise.needs_norm:
+        if optimizer.needs_norm:
             only_sums = lambda carry, gradients, _: carry._replace(
                 sums=carry.sums.add(gradients)[0]
             )
@@ -199,7 +205,7 @@ class _Release:
         params, new_state, sums = self._backward(_Carry(params, state, sums), *back, self._update)
         norm = jnp.sqrt(sums.squares)
         scalars = {"value": self.loss, "gradient_norm": norm}
-        for i, new in partwise.update_shared(state, layered=False, **scalars).items():
+        for i, new in optimizer.update_shared(state, layered=False, **scalars).items():
             new_state[i] = choose(sums.finite, new, state[i])
         structure: Any = jax.tree.structure(start.opt_state)
         opt_state = structure.unflatten(new_state)
@@ -226,39 +232,39 @@ class _Release:
             (inside, cotangent), (layer, x) = back, xs
             around = self._with_layers(carry, inside)
             weights = self._load(around.params, self.blocks, layer)
-            gradients, cotangent = self._block(weights, _as_it_lies(x), cotangent)
+            gradients, cotangent = self._block(weights, pin_layout(x), cotangent)
             mine = {i: self._mean(i, g) for i, g in gradients.items()}
-            finite = _after(cotangent, around.sums.finite)
+            finite = delay_flag(cotangent, around.sums.finite)
             around = around._replace(sums=around.sums._replace(finite=finite))
-            return (self._layers_of(visit(around, mine, layer)), cotangent), None
+            return (self._only_layers(visit(around, mine, layer)), cotangent), None
 
-        back, order = (self._layers_of(carry), cotangent), (jnp.arange(self.layers), inputs)
+        back, order = (self._only_layers(carry), cotangent), (jnp.arange(self.layers), inputs)
         (inside, cotangent), _ = jax.lax.scan(block, back, order, reverse=True)
         carry = self._with_layers(carry, inside)
         if self.last:
-            # Read anew after the loop, so that they need not be kept dense through it.
-            last = {i: _again(carry.params[i], cotangent)[0] for i in self.last}
+            # Reloaded after the loop, so that they need not be kept dense through it.
+            last = {i: reload_after(carry.params[i], cotangent)[0] for i in self.last}
             weights = self._load(last, self.last)
             mine = self._embed(cotangent, weights)
-            for i in set(self.headed) & set(self.last):
+            for i in set(self.read_by_head) & set(self.last):
                 mine[i] += gradients[i]
             mine = {i: self._mean(i, g) for i, g in mine.items()}
             carry = visit(carry, mine, None)
         return carry
 
-    def _layers_of(self, carry: _Carry) -> _Carry:
-        """What of it the loop over the layers changes: XLA may copy all that a loop is given."""
+    def _only_layers(self, carry: _Carry) -> _Carry:
+        """The part that the loop over layers changes: XLA may copy all that a loop is given."""
         params = [carry.params[i] for i in self.blocks]
         state = [
-            s for s, axis in zip(carry.state, self.partwise.axes, strict=True) if axis is not None
+            s for s, axis in zip(carry.state, self.optimizer.axes, strict=True) if axis is not None
         ]
         return _Carry(params, state, carry.sums)
 
     def _with_layers(self, carry: _Carry, layers: _Carry) -> _Carry:
-        """`carry` with that put in its places."""
+        """The inverse of `_only_layers`: puts that part back into `carry`."""
         params = dict(enumerate(carry.params)) | dict(zip(self.blocks, layers.params, strict=True))
         state = iter(layers.state)
-        pairs = zip(carry.state, self.partwise.axes, strict=True)
+        pairs = zip(carry.state, self.optimizer.axes, strict=True)
         return _Carry(
             [params[i] for i in self.like],
             [old if axis is None else next(state) for old, axis in pairs],
@@ -267,22 +273,22 @@ class _Release:
 
     def _update(self, carry: _Carry, gradients: Leaves, layer: Array | None) -> _Carry:
         """Updates some parameters and their state in place."""
-        partwise, before, layered = self.partwise, carry.sums.finite, layer is not None
+        optimizer, before, layered = self.optimizer, carry.sums.finite, layer is not None
         sums, finite = carry.sums.add(gradients)
         stored, state = list(carry.params), list(carry.state)
-        axes = partwise.axes if layered else [None] * len(state)
-        old = [_slice(s, layer, axis) for s, axis in zip(state, axes, strict=True)]
+        axes = optimizer.axes if layered else [None] * len(state)
+        old = [read_layer(s, layer, axis) for s, axis in zip(state, axes, strict=True)]
         scalars = {"value": self.loss, "gradient_norm": self.norm}
         step = self.start.step - self.start.skipped
 
         for i, gradient in gradients.items():
-            # Read anew, so that it need not be kept since the model computed with it.
-            node, at = _again(stored[i], finite[i], layer)
-            owned = partwise.state_of(i, layered=layered)
+            # Reloaded, so that it need not be kept since the model computed with it.
+            node, at = reload_after(stored[i], finite[i], layer)
+            owned = optimizer.state_of(i, layered=layered)
 
             def update(i: int = i, gradient: Array = gradient, node: Any = node) -> Any:
                 weight = dequantize_params(node)
-                update, new = partwise.update(i, gradient, weight, old, **scalars)
+                update, new = optimizer.update(i, gradient, weight, old, **scalars)
                 # Nothing added leaves what is stored as it is, without a copy to fall back on.
                 update = jnp.where(finite[i], update.astype(jnp.promote_types(update, "f4")), 0)
                 written = apply_updates(self._tree({i: node}), self._tree({i: update}), step)
@@ -290,13 +296,13 @@ class _Release:
                 return self.structure.flatten_up_to(written)[i], new
 
             keep = lambda node=node, owned=owned: (node, {k: old[k] for k in owned})
-            node, new = _in_place(finite[i], update, keep) if layered else update()
-            stored[i] = _as_it_lies(_put(stored[i], node, at, 0), self.places[i])
+            node, new = update_in_place(finite[i], update, keep) if layered else update()
+            stored[i] = pin_layout(write_layer(stored[i], node, at, 0), self.specs[i])
             for k, x in new.items():
-                state[k] = _put(state[k], x, layer, axes[k])
+                state[k] = write_layer(state[k], x, layer, axes[k])
         if layered:
-            for k, x in partwise.update_shared(old, layered=True, **scalars).items():
-                state[k] = _put(state[k], choose(before, x, old[k]), layer, axes[k])
+            for k, x in optimizer.update_shared(old, layered=True, **scalars).items():
+                state[k] = write_layer(state[k], choose(before, x, old[k]), layer, axes[k])
         return _Carry(stored, state, sums)
 
     def _head(self, x: Array, weights: Leaves) -> tuple[Leaves, tuple[Array, Array, Array]]:
@@ -307,7 +313,7 @@ class _Release:
                 return self.model.head(self._without_blocks(leaves), x, piece)
 
             total, pull, tokens = jax.vjp(loss, weights, x, has_aux=True)
-            # Of the mean at once where it is known: no gradient need be scaled into another array.
+            # Of the mean at once if it is known: no gradient need be scaled into another array.
             mean = jnp.maximum(tokens, 1) if self.accumulation == 1 else jnp.ones(())
             gradients, cotangent = pull((1 / mean).astype(total.dtype))
             return gradients, (cotangent, total, tokens)
@@ -337,13 +343,13 @@ class _Release:
         return (gradient / tokens).astype(self.like[i].dtype)
 
     def _each(self, f: Callable[..., Array], *xs: Any) -> Array:
-        """`f` of every micro-batch."""
+        """Applies `f` to every micro-batch."""
         if self.accumulation == 1:
             return f(*jax.tree.map(lambda x: x[0], xs))[None]
         return jax.lax.map(lambda xs: f(*xs), xs)
 
     def _summed(self, f: Callable[..., Any], *xs: Any) -> tuple[Leaves, Any]:
-        """Of `f` of every micro-batch the gradients, summed in float32, and the rest, stacked."""
+        """Sums the gradients that `f` gives for micro-batches in float32, and stacks the others."""
         first = jax.tree.map(lambda x: x[0], xs)
         if self.accumulation == 1:
             gradients, rest = f(*first)
@@ -360,12 +366,12 @@ class _Release:
     def _load(
         self, stored: Sequence[Any] | Leaves, leaves: Sequence[int], layer: Any = None
     ) -> Leaves:
-        """Some parameters as the model computes with them; a layer as a stack of one."""
-        part = {i: _slice(stored[i], layer, 0) for i in leaves}
+        """Dequantises some parameters for the model; a layer as a stack of one."""
+        part = {i: read_layer(stored[i], layer, 0) for i in leaves}
         if layer is not None:
-            # As matrices: of codes in stacks of one XLA for TPUs would turn the whole stack round.
+            # As matrices: for codes in stacks of one XLA for TPUs would transpose the whole stack.
             part = jax.tree.map(lambda x: x[0], part)
-            part = {i: x if is_quantized(x) else _as_it_lies(x) for i, x in part.items()}
+            part = {i: x if is_quantized(x) else pin_layout(x) for i, x in part.items()}
         dense = self.structure.flatten_up_to(dequantize_params(self._tree(part)))
         return {i: dense[i] if layer is None else dense[i][None] for i in leaves}
 
@@ -386,91 +392,3 @@ class _Release:
     def _one_block(self, leaves: Leaves) -> Any:
         """The parameters of a block, of stacks of one."""
         return self._tree({i: x[0] for i, x in leaves.items()})[BLOCKS]
-
-
-def _as_it_lies(x: Any, place: Any = None) -> Any:
-    """Keeps XLA from turning a whole stack round to suit what reads or makes one layer of it.
-
-    Scales are narrow, and lie by columns on a TPU; by rows most of its lanes would be empty.
-
-    Args:
-        x: An array, or a quantised one.
-        place: Its `jax.P`, or those of its arrays, where a mesh splits it.
-    """
-    if not is_quantized(x):
-        return jax.lax.platform_dependent(x, cpu=lambda x: x, default=lambda x: _laid(x, place))
-    by_columns = lambda s, p: jax.lax.platform_dependent(
-        s, tpu=lambda s: _laid(s, p, last=0), default=lambda s: s
-    )
-    places = place.scales if place else [None] * len(x.scales)
-    scales = tuple(map(by_columns, x.scales, places))
-    return dataclasses.replace(x, codes=_as_it_lies(x.codes, place and place.codes), scales=scales)
-
-
-def _laid(x: Array, place: jax.P | None, *, last: int = -1) -> Array:
-    """`x` with its axes in their order in memory, the last of them put in the place `last`.
-
-    On a mesh each part of it, if it is known which; XLA would gather the whole to lay it so.
-    """
-    order = list(range(x.ndim))
-    if order:
-        order.insert(last % x.ndim, order.pop())
-    lay = lambda x: with_layout_constraint(x, Layout(tuple(order)))
-    if jax.sharding.get_abstract_mesh().size <= 1:
-        return lay(x)
-    return x if place is None else jax.shard_map(lay, in_specs=place, out_specs=place)(x)
-
-
-def _again(stored: Any, x: Array, layer: Array | None = None) -> tuple[Any, Array | None]:
-    """A parameter, or a layer of it and which, that XLA cannot have read before `x` is there.
-
-    Of codes it is the scales that are not known before, of dense layers which one it is; what is
-    dense and no layer may be read at any time.
-    """
-    if layer is not None and not is_quantized(stored):
-        layer, _ = jax.lax.optimization_barrier((layer, x))
-    part = _slice(stored, layer, 0)
-    if is_quantized(part):
-        scales, _ = jax.lax.optimization_barrier((part.scales, x))
-        part = dataclasses.replace(part, scales=scales)
-    return part, layer
-
-
-def _after(x: Array, flag: Array) -> Array:
-    """`flag`, which on CPUs is not known before `x` is.
-
-    XLA would not see there that all reads of a stack come before the write, and copy it whole: the
-    gradient of a matrix need not depend on the matrix, but what leaves the block does.
-    """
-
-    def known(x: Array, flag: Array) -> Array:
-        largest = x.max()
-        return flag & ((largest <= jnp.inf) | jnp.isnan(largest))  # as always, but who knows
-
-    return jax.lax.platform_dependent(x, flag, cpu=known, default=lambda x, flag: flag)
-
-
-def _slice(tree: Any, layer: Array | None, axis: int | None) -> Any:
-    """One layer, as a stack of one; all of it where there is no such axis."""
-    if layer is None or axis is None:
-        return tree
-    take = lambda x: jax.lax.dynamic_slice_in_dim(x, layer, 1, axis)
-    return jax.tree.map(take, tree)
-
-
-def _put(tree: Any, part: Any, layer: Array | None, axis: int | None) -> Any:
-    """The inverse of `_slice`."""
-    if layer is None or axis is None:
-        return part
-    put = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, layer, axis)
-    return jax.tree.map(put, tree, part)
-
-
-def _in_place(condition: Array, update: Callable[[], Any], keep: Callable[[], Any]) -> Any:
-    """``update()``, which is ``keep()`` unless `condition` holds, in a loop.
-
-    XLA for CPUs would fuse reads and writes of several arrays, and copy them whole; under a
-    conditional it reads all it needs of one before it writes to it.
-    """
-    cond = lambda: jax.lax.cond(condition, update, keep)
-    return jax.lax.platform_dependent(cpu=cond, default=update)

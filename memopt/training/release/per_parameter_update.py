@@ -1,4 +1,4 @@
-"""Any Optax transformation, run on one part of the parameters at a time."""
+"""Any Optax transformation, run on one parameter, or one layer of it, at a time."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,14 @@ CHOICES = (
 )
 
 
-class Partwise:
-    """The update of a transformation, cut into what each parameter needs.
+class PerParameterUpdate:
+    """The update of a transformation, cut into the parts that compute each parameter's.
 
-    ``tx.update`` is traced once, on shapes. What of that program computes the update of some
-    parameters, and the new state that goes with them, is run when their gradients are there;
-    which state goes with which parameter is read off the program too, so that masks, partitions
-    and injected hyperparameters need no rule of their own. Parameters with a leading axis of
-    layers are updated one layer at a time, as stacks of one.
+    ``tx.update`` is traced once, on shapes. The part of that program that computes the update of a
+    parameter, and the new state that goes with it, runs when its gradient is there. The program
+    also tells which state goes with which parameter, so that masks, partitions and injected
+    hyperparameters need no rule of their own. Parameters with a leading axis of layers are updated
+    one layer at a time, as stacks of one.
 
     A parameter or a state array goes by its place in ``jax.tree.leaves``.
 
@@ -46,8 +46,9 @@ class Partwise:
     Example:
       >>> params = {"a": jnp.ones(2), "b": jnp.ones(3)}
       >>> tx = optax.adam(0.1)
-      >>> partwise, state = Partwise(tx, params, [False, False]), jax.tree.leaves(tx.init(params))
-      >>> update, state = partwise.update(
+      >>> per_parameter = PerParameterUpdate(tx, params, [False, False])
+      >>> state = jax.tree.leaves(tx.init(params))
+      >>> update, state = per_parameter.update(
       ...     1, jnp.ones(3), params["b"], state, value=0.0, gradient_norm=0.0
       ... )
       >>> update.shape, list(state)                        # of b: its update, and its two moments
@@ -188,7 +189,7 @@ def _trace(tx: optax.GradientTransformation, params: Any) -> Program:
 
 
 def _with_layers(params: Any, stacked: Sequence[bool], layers: int) -> Any:
-    """The shapes of the parameters with so many layers."""
+    """The shapes of the parameters if they had `layers` layers."""
     structure: Any
     leaves, structure = jax.tree.flatten(params)
     shapes = [
@@ -210,7 +211,7 @@ def _prime_beyond(least: int, sizes: set[int]) -> int:
 def _layer_axes(
     full: Sequence[Any], one: Sequence[Any], some: Sequence[Any], *, layers: int, prime: int
 ) -> list[int | None]:
-    """Of each state array the axis that follows the number of layers."""
+    """The axis of each state array that follows the number of layers, or None."""
     refused = ValueError(
         "the optimizer's state does not grow by equal parts with the number of layers, so that it "
         "cannot be updated a layer at a time; transforms that choose or group layers do this."

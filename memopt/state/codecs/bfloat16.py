@@ -1,0 +1,46 @@
+"""Numbers in 16 or 24 bits, with no scale beside them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from memopt.state.codecs.base import Codec, Coded
+
+
+@dataclasses.dataclass(frozen=True)
+class BFloat16(Codec):
+    """bfloat16, rounded stochastically. Nothing but the codes is kept."""
+
+    def encode(self, x: Array, bits: Array, like: Coded | None = None) -> Coded:
+        """The upper half of a float32 to which a random lower half is added."""
+        words = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        rounded = jax.lax.bitcast_convert_type((words + (bits >> 16)) >> 16 << 16, jnp.float32)
+        return Coded(jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16))
+
+    def decode(self, coded: Coded) -> Array:
+        """Widens the codes to float32."""
+        return coded.codes.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class BFloat16AndRemainder(Codec):
+    """bfloat16 and the next eight bits of the mantissa beside it: float32 but for its last eight.
+
+    The bfloat16 half is the nearest to the number, so that a model may compute with it alone.
+    """
+
+    def encode(self, x: Array, bits: Array, like: Coded | None = None) -> Coded:
+        """The nearest bfloat16, and the difference in 256ths of its last place."""
+        words = jax.lax.bitcast_convert_type(x, jnp.uint32) + (bits >> 24) >> 8
+        upper = (words + 0x80) >> 8
+        remainder = (words - (upper << 8)).astype(jnp.int32).astype(jnp.int8)
+        codes = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
+        return Coded(codes, (remainder,))
+
+    def decode(self, coded: Coded) -> Array:
+        """Both halves put together."""
+        upper = jax.lax.bitcast_convert_type(coded.codes, jnp.uint16).astype(jnp.int32)
+        words = (upper << 8) + coded.scales[0].astype(jnp.int32)
+        return jax.lax.bitcast_convert_type(words << 8, jnp.float32)

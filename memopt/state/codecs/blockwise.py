@@ -1,0 +1,267 @@
+"""Integers and the hardware's float8, relative to a scale for each block of an array."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from memopt.axis_types import on_auto_axes, spec_of
+from memopt.errors import check_at_least, check_choice
+from memopt.state.codecs.base import Codec, Coded, reciprocal
+
+BLOCK = 128
+SUBLANES, LANES = 8, 128  # of the tiles in which a TPU keeps arrays of 32 bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Blockwise(Codec):
+    """Integers or small floats relative to a scale for each block along the last axis.
+
+    Scales are exact, from the numbers that are stored. But a scale that still fits stays: the
+    codes of numbers that did not change then do not either. One that changes at each step
+    would round every number anew each time.
+
+    Attributes:
+      block: numbers that share a scale, or None for the whole last axis.
+    """
+
+    block: int | None = BLOCK
+
+    slack: ClassVar[float] = 1.125
+    """A new scale leaves this much room above the block's largest number."""
+
+    def __post_init__(self) -> None:
+        if self.block is not None:
+            check_at_least("block", self.block, 1)
+
+    def _per_block(self, f: Callable[..., Array], x: Array) -> Array:
+        """``f`` over each block of the last axis, the last one filled up with zeros."""
+
+        def plain(x: Array) -> Array:
+            return f(self._cut(x), -1)
+
+        def tiled(x: Array) -> Array:
+            return f(_tiles(x), -1).swapaxes(-2, -1).reshape(*x.shape[:-1], -1)
+
+        spec = tuple(spec_of(x))
+        if spec:
+            parts = x.shape[-1] // jax.typeof(x).sharding.shard_shape(x.shape)[-1]
+            whole_blocks = x.shape[-1] // parts % self._size(x) == 0
+            spec = (*spec[:-1], spec[-1] if whole_blocks else None)
+        return on_auto_axes(
+            functools.partial(self._on_tiles, tiled, plain), (x,), like=jax.P(*spec)
+        )
+
+    def _scaled(self, f: Callable[..., Array], x: Array, *scales: Array) -> Array:
+        """``f`` of numbers, each beside the scales of its block."""
+        shape = x.shape
+        scales = tuple(s.astype(jnp.float32) for s in scales)
+        if all(s.shape[-1] == 1 for s in scales):
+            return f(x.astype(jnp.float32), *scales)
+
+        def plain(x: Array, *scales: Array) -> Array:
+            blocks = self._cut(x.astype(jnp.float32))
+            y = f(blocks, *(s[..., None] for s in scales))
+            return y.reshape(*shape[:-1], -1)[..., : shape[-1]]
+
+        def tiled(x: Array, *scales: Array) -> Array:
+            rows = lambda s: s.reshape(*shape[:-2], -1, SUBLANES, s.shape[-1]).swapaxes(-2, -1)
+            y = f(_tiles(x).astype(jnp.float32), *(rows(s)[..., None] for s in scales))
+            return y.swapaxes(-3, -2).reshape(shape)
+
+        on_tiles = functools.partial(self._on_tiles, tiled, plain)
+        return on_auto_axes(on_tiles, (x, *scales), like=spec_of(x))
+
+    def _size(self, x: Array) -> int:
+        """The numbers in a block."""
+        return min(self.block or x.shape[-1], x.shape[-1])
+
+    def _cut(self, x: Array) -> Array:
+        """The blocks as an axis of their own: ``(..., n)`` to ``(..., blocks, block)``."""
+        n, block = x.shape[-1], self._size(x)
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % block)])
+        return x.reshape(*x.shape[:-1], -(-n // block), block)
+
+    def _on_tiles(
+        self, tiled: Callable[..., Array], plain: Callable[..., Array], *xs: Any
+    ) -> Array:
+        """On a TPU ``tiled``, if the blocks are the rows of its tiles: it need not copy then."""
+        shape = xs[0].shape
+        sides = len(shape) > 1 and shape[-2] % SUBLANES == shape[-1] % LANES == 0
+        if not sides or self.block != LANES:
+            return plain(*xs)
+        return jax.lax.platform_dependent(*xs, tpu=tiled, default=plain)
+
+    def _kept(self, old: Array, least: Array) -> Array:
+        """The old scale where `least` is at most that, and more than half of it."""
+        old = old.astype(jnp.float32)
+        fresh = _up_to_bfloat16(least * self.slack)
+        near = 1 + 1e-5  # what it was fitted to is that only up to rounding
+        return jnp.where((least <= near * old) & (2 * least > old), old, fresh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Integers(Blockwise):
+    """Integer codes, evenly spaced or companded; see `Blockwise`.
+
+    A code c of magnitudes up to C is worth (c/C)^power of the scale: with a power of 2 or 4
+    numbers far below the largest of their block keep a relative precision.
+
+    Attributes:
+      bits: 8 or 4.
+      power: 1 spaces codes evenly.
+      signed: whether numbers may be negative.
+    """
+
+    bits: int = 8
+    power: int = 1
+    signed: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("bits", self.bits, (4, 8))
+        check_choice("power", self.power, (1, 2, 4))
+
+    @property
+    def _top(self) -> int:
+        return 2 ** (self.bits - self.signed) - 1
+
+    @property
+    def _dtype(self) -> Any:
+        return jnp.dtype(f"{'' if self.signed else 'u'}int{self.bits}")
+
+    def encode(self, x: Array, bits: Array, like: Coded | None = None) -> Coded:
+        """The code below, or the one above, as often as the number is nearer to it."""
+        largest = self._per_block(jnp.max, jnp.abs(x))
+        old = jnp.zeros_like(largest) if like is None else like.scales[0]
+        scale = self._kept(old, largest)
+        y = self._scaled(lambda x, inverse: jnp.abs(x) * inverse, x, reciprocal(scale))
+        below = jnp.floor(jnp.minimum(_root(y, self.power) * self._top, self._top))
+        if self.power == 1:
+            share = y * self._top - below
+        else:
+            value = lambda c: (c / self._top) ** self.power
+            share = (y - value(below)) / (value(below + 1) - value(below))
+        codes = jnp.minimum(below + (_uniform(bits) < share), self._top)
+        codes = jnp.where(x < 0, -codes, codes) if self.signed else codes
+        return Coded(codes.astype(self._dtype), (scale.astype(jnp.bfloat16),))
+
+    def decode(self, coded: Coded) -> Array:
+        """The power of a code, times its block's scale."""
+
+        def value(code: Array, scale: Array) -> Array:
+            y = code / self._top
+            return (y if self.power == 1 else jnp.sign(y) * jnp.abs(y) ** self.power) * scale
+
+        return self._scaled(value, coded.codes, *coded.scales)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asymmetric(Blockwise):
+    """Integers evenly spaced from the least number of a block to its largest; see `Blockwise`.
+
+    The scale and the code of zero are kept for each block, in three bytes.
+
+    Attributes:
+      bits: 8 or 4.
+
+    References:
+      Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270 (Q-APOLLO's weights).
+    """
+
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("bits", self.bits, (4, 8))
+
+    def encode(self, x: Array, bits: Array, like: Coded | None = None) -> Coded:
+        """The code below, or the one above, as often as the number is nearer to it."""
+        first, last = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        low = jnp.minimum(self._per_block(jnp.min, x), 0)
+        high = jnp.maximum(self._per_block(jnp.max, x), 0)
+        least = (high - low) / (last - first - 1)
+        if like is None:
+            step = _up_to_bfloat16(least * self.slack)
+        else:
+            step = self._kept(like.scales[0], least)
+        inverse = reciprocal(step)
+        # The numbers in the middle of the codes, unless zero's old place will still do.
+        zero = jnp.round((first + last - (high + low) * inverse) / 2)
+        if like is not None:
+            old, near = like.scales[1].astype(jnp.float32), 1e-3  # near: up to rounding
+            fits = (low * inverse + old >= first - near) & (high * inverse + old <= last + near)
+            zero = jnp.where(fits & (step == like.scales[0].astype(jnp.float32)), old, zero)
+        y = self._scaled(lambda x, inverse, zero: x * inverse + zero, x, inverse, zero)
+        codes = jnp.clip(jnp.floor(y + _uniform(bits)), first, last).astype(f"int{self.bits}")
+        return Coded(codes, (step.astype(jnp.bfloat16), zero.astype(jnp.int8)))
+
+    def decode(self, coded: Coded) -> Array:
+        """The step times a code's distance from that of zero."""
+        value = lambda code, step, zero: (code - zero) * step
+        return self._scaled(value, coded.codes, *coded.scales)
+
+
+@dataclasses.dataclass(frozen=True)
+class Float8(Blockwise):
+    """The hardware's float8 relative to a block's largest number; see `Blockwise`.
+
+    Attributes:
+      dtype: "float8_e4m3fn" or "float8_e5m2".
+    """
+
+    dtype: str = "float8_e4m3fn"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("dtype", self.dtype, ("float8_e4m3fn", "float8_e5m2"))
+
+    def encode(self, x: Array, bits: Array, like: Coded | None = None) -> Coded:
+        """A float32 to whose mantissa a random rest is added, cut to the float8's."""
+        info = jnp.finfo(self.dtype)
+        top = float(info.max)
+        largest = self._per_block(jnp.max, jnp.abs(x)) / top
+        old = jnp.zeros_like(largest) if like is None else like.scales[0]
+        scale = self._kept(old, largest)
+        y = self._scaled(jnp.multiply, x, reciprocal(scale))
+        # Adding c, a power of two, to a number leaves it as many bits as the float8 has.
+        exponent = jnp.maximum(jnp.frexp(y)[1] - 1, int(info.minexp))
+        step = jnp.ldexp(jnp.float32(1), exponent - int(info.nmant))
+        codes = jnp.clip(jnp.floor(y / step + _uniform(bits)) * step, -top, top)
+        return Coded(codes.astype(self.dtype), (scale.astype(jnp.bfloat16),))
+
+    def decode(self, coded: Coded) -> Array:
+        """The codes in float32, times their block's scale."""
+        return self._scaled(jnp.multiply, coded.codes, *coded.scales)
+
+
+def _tiles(x: Array) -> Array:
+    """Each tile of 8×128 as two axes: ``(..., m, n)`` to ``(..., m/8, n/128, 8, 128)``."""
+    if x.dtype.itemsize == 1:
+        x = x.astype(jnp.bfloat16)  # exact, and of the tiles of which a TPU makes float32 ones
+    m, n = x.shape[-2:]
+    x = x.reshape(*x.shape[:-2], m // SUBLANES, SUBLANES, n // LANES, LANES)
+    return x.swapaxes(-3, -2)
+
+
+def _uniform(bits: Array) -> Array:
+    """Numbers in [0, 1) from 32 bits."""
+    return (bits >> 8).astype(jnp.float32) * np.float32(2**-24)
+
+
+def _root(x: Array, power: int) -> Array:
+    for _ in range(int(math.log2(power))):
+        x = jnp.sqrt(x)
+    return x
+
+
+def _up_to_bfloat16(x: Array) -> Array:
+    """The nearest bfloat16 that is not less, as float32."""
+    words = jax.lax.bitcast_convert_type(x, jnp.uint32) + 0xFFFF
+    return jax.lax.bitcast_convert_type(words & np.uint32(0xFFFF0000), jnp.float32)

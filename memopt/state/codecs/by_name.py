@@ -1,0 +1,44 @@
+"""The codecs that a name stands for."""
+
+from typing import NamedTuple
+
+from memopt.errors import check_choice
+from memopt.state.codecs.base import Codec
+from memopt.state.codecs.bfloat16 import BFloat16, BFloat16AndRemainder
+from memopt.state.codecs.blockwise import Asymmetric, Float8, Integers
+from memopt.state.codecs.dynamic import Dynamic
+
+
+class Named(NamedTuple):
+    """The codecs that a name stands for.
+
+    Attributes:
+      weights: for parameters.
+      signed: for first moments and whatever may be negative.
+      unsigned: for second moments.
+    """
+
+    weights: Codec
+    signed: Codec
+    unsigned: Codec
+
+
+_NAMED = {
+    "int8": Named(Asymmetric(), Dynamic(5, 2), Dynamic(5, 3, signed=False)),
+    "int4": Named(Asymmetric(bits=4), Integers(bits=4, power=2), Dynamic(5, 3, signed=False)),
+    "float8": Named(Float8(), Float8(), Dynamic(5, 3, signed=False)),
+    "bfloat16": Named(BFloat16(), BFloat16(), BFloat16()),
+    "bfloat16+8": Named(*3 * (BFloat16AndRemainder(),)),
+}
+
+
+def named(codec: "str | Codec") -> Named:
+    """The codecs that a name stands for; one that is given stands for itself.
+
+    Raises:
+      ValueError: if the name is unknown; the nearest is suggested.
+    """
+    if isinstance(codec, Codec):
+        return Named(codec, codec, codec)
+    check_choice("codec", codec, _NAMED)
+    return _NAMED[codec]

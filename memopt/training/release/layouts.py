@@ -1,0 +1,104 @@
+"""Reads and writes of one layer that XLA does in place, without a copy of the stack."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from memopt.state.quantized import is_quantized
+
+
+def pin_layout(x: Any, spec: Any = None) -> Any:
+    """Keeps XLA from transposing a whole stack to suit what reads or makes one layer of it.
+
+    Scales are narrow: a TPU keeps them by columns; by rows most of its lanes would be empty.
+
+    Args:
+        x: An array, or a quantised one.
+        spec: Its `jax.P`, or those of its arrays, on a mesh that splits it.
+    """
+    if not is_quantized(x):
+        pin = lambda x: with_layout(x, spec)
+        return jax.lax.platform_dependent(x, cpu=lambda x: x, default=pin)
+    by_columns = lambda s, spec: jax.lax.platform_dependent(
+        s, tpu=lambda s: with_layout(s, spec, last=0), default=lambda s: s
+    )
+    specs = spec.scales if spec else [None] * len(x.scales)
+    scales = tuple(map(by_columns, x.scales, specs))
+    return dataclasses.replace(x, codes=pin_layout(x.codes, spec and spec.codes), scales=scales)
+
+
+def with_layout(x: Array, spec: jax.P | None, *, last: int = -1) -> Array:
+    """Constrains an array's axes to their order in memory, the last axis moved to `last`.
+
+    On a mesh each shard of it, if `spec` is known: XLA would gather the whole array to lay it out.
+    """
+    order = list(range(x.ndim))
+    if order:
+        order.insert(last % x.ndim, order.pop())
+    constrain = lambda x: with_layout_constraint(x, Layout(tuple(order)))
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return constrain(x)
+    return x if spec is None else jax.shard_map(constrain, in_specs=spec, out_specs=spec)(x)
+
+
+def reload_after(stored: Any, x: Array, layer: Array | None = None) -> tuple[Any, Array | None]:
+    """Reads a parameter, or one layer of it, which XLA cannot do before `x` is computed.
+
+    The read waits for the scales of quantised parameters, and for the index of a dense layer.
+    Dense parameters without a layer may be read at any time.
+
+    Returns:
+        The parameter or layer, and the index at which to write the layer back.
+    """
+    if layer is not None and not is_quantized(stored):
+        layer, _ = jax.lax.optimization_barrier((layer, x))
+    part = read_layer(stored, layer, 0)
+    if is_quantized(part):
+        scales, _ = jax.lax.optimization_barrier((part.scales, x))
+        part = dataclasses.replace(part, scales=scales)
+    return part, layer
+
+
+def delay_flag(x: Array, flag: Array) -> Array:
+    """Returns `flag`, which on CPUs is not known before `x` is.
+
+    XLA would not see there that all reads of a stack come before the write, and copy it whole: the
+    gradient of a matrix need not depend on the matrix, but what leaves the block does.
+    """
+
+    def known(x: Array, flag: Array) -> Array:
+        largest = x.max()
+        return flag & ((largest <= jnp.inf) | jnp.isnan(largest))  # always true; XLA cannot tell
+
+    return jax.lax.platform_dependent(x, flag, cpu=known, default=lambda x, flag: flag)
+
+
+def read_layer(tree: Any, layer: Array | None, axis: int | None) -> Any:
+    """Slices one layer, as a stack of one; all of it if `layer` or `axis` is None."""
+    if layer is None or axis is None:
+        return tree
+    read = lambda x: jax.lax.dynamic_slice_in_dim(x, layer, 1, axis)
+    return jax.tree.map(read, tree)
+
+
+def write_layer(tree: Any, part: Any, layer: Array | None, axis: int | None) -> Any:
+    """Puts back what `read_layer` sliced."""
+    if layer is None or axis is None:
+        return part
+    write = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, layer, axis)
+    return jax.tree.map(write, tree, part)
+
+
+def update_in_place(condition: Array, update: Callable[[], Any], keep: Callable[[], Any]) -> Any:
+    """Runs `update` inside a loop; it gives ``keep()`` unless `condition` holds.
+
+    XLA for CPUs would fuse reads and writes of several arrays, and copy them whole; under a
+    conditional it reads all it needs of one before it writes to it.
+    """
+    cond = lambda: jax.lax.cond(condition, update, keep)
+    return jax.lax.platform_dependent(cpu=cond, default=update)

@@ -1,0 +1,63 @@
+"""Clipping by the norm of the whole gradient."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+
+class ClipByGradientNormState(NamedTuple):
+    """State of `clip_by_gradient_norm` with `previous`.
+
+    Attributes:
+      norm: of the gradient of the step before, float32; zero before there is one.
+    """
+
+    norm: Array
+
+
+def clip_by_gradient_norm(
+    max_norm: float, *, previous: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """Scales gradients down to a norm of at most `max_norm`, all of them together.
+
+    G ← G · min(1, max_norm / ‖all G‖), as ``optax.clip_by_global_norm``. The norm is that of the
+    extra argument `gradient_norm` where the training step gives it, as those of memopt do, so that
+    one that never holds all gradients can use this too; else that of the updates that arrive.
+
+    Args:
+      max_norm: the largest norm that passes.
+      previous: divide by the norm of the step before, which is known before this step's gradients
+        are; the first step passes as it is. State: one number. By default no state.
+
+    References:
+      Pascanu et al., On the difficulty of training recurrent neural networks, 2013,
+      https://arxiv.org/abs/1211.5063, Algorithm 1.
+
+    Example:
+      >>> tx = clip_by_gradient_norm(1.0, previous=True)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for g in [4.0, 1.0, 1.0]:
+      ...     u, state = tx.update(jnp.array([g, 0.0]), state)
+      ...     print(u[0])
+      4.0
+      0.25
+      1.0
+    """
+
+    def init(params: Any) -> Any:
+        return ClipByGradientNormState(jnp.zeros(())) if previous else optax.EmptyState()
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, gradient_norm: Any = None, **_: Any
+    ) -> Any:
+        if gradient_norm is None:
+            gradient_norm = optax.tree.norm(optax.tree.cast(updates, jnp.float32))
+        norm = state.norm if previous else gradient_norm
+        factor = jnp.where(norm > max_norm, max_norm / norm, 1.0)
+        updates = jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates)
+        return updates, ClipByGradientNormState(gradient_norm) if previous else state
+
+    return optax.GradientTransformationExtraArgs(init, update)

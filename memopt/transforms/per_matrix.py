@@ -1,0 +1,74 @@
+"""Transformations that treat each matrix by itself, from the rule for one parameter."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from memopt.matrices import Matrices, every_matrix, map_matrices
+from memopt.state.precision import zeros_of
+
+
+def per_matrix(
+    rule: Callable[..., Any],
+    state_type: Any = optax.EmptyState,
+    like: Callable[..., Any] = lambda layout, param: (),
+    *,
+    schedules: Mapping[str, optax.Schedule] | None = None,
+    reads_params: bool = False,
+    matrices: Matrices = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a transformation of a rule that updates one parameter.
+
+    Args:
+      rule: maps ``(layout, update, *arrays)`` to the new update, or to it and the new arrays if
+        the state keeps some; it treats the matrices of a stack alike and apart.
+      state_type: the NamedTuple class of the state. A first field ``count`` counts steps, int32;
+        each other field is a tree with an array for each parameter. By default no state.
+      like: maps ``(layout, parameter)`` to arrays, one for each such field: the state starts with
+        zeros of their shapes and dtypes. It is never run. ``memopt.trees.NOTHING`` keeps no array.
+      schedules: keyword arguments of the rule that are functions of the steps taken before.
+      reads_params: the rule takes the parameter too, after the arrays.
+      matrices: which leaves are matrices, and of which axes; see `memopt.matrices`. By default
+        `memopt.matrices.every_matrix`.
+
+    Returns:
+      A transformation whose state is a `state_type`.
+
+    Raises:
+      ValueError: if the rule reads parameters and `update` is called without them.
+
+    Example:
+      >>> def subtract_mean(layout, u):
+      ...     return u - u.mean(layout.core, keepdims=True)
+      >>> tx = per_matrix(subtract_mean)
+      >>> layers = jnp.array([[[1.0, 3.0]], [[5.0, 9.0]]])
+      >>> tx.update(layers, tx.init(layers))[0].tolist()
+      [[[-1.0, 1.0]], [[-2.0, 2.0]]]
+    """
+    counted = "count" in state_type._fields
+    kept = len(state_type._fields) - counted
+
+    def map_rule(f: Callable[..., Any], *trees: Any, outputs: int) -> tuple[Any, ...]:
+        new = map_matrices(f, *trees, matrices=matrices, default=every_matrix, outputs=outputs)
+        return new if outputs > 1 else (new,)
+
+    def init(params: Any) -> Any:
+        zeros = lambda layout, p: zeros_of(lambda p: like(layout, p), p)
+        arrays = map_rule(zeros, params, outputs=kept) if kept else ()
+        count = (jnp.zeros((), jnp.int32),) if counted else ()
+        return state_type(*count, *arrays)
+
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
+        if reads_params and params is None:
+            raise ValueError("params must be given to update(updates, state, params), got None.")
+        count, arrays = state[:counted], state[counted:]
+        scalars = {name: schedule(*count) for name, schedule in (schedules or {}).items()}
+        trees = (*arrays, params) if reads_params else arrays
+        step = functools.partial(rule, **scalars)
+        updates, *arrays = map_rule(step, updates, *trees, outputs=1 + kept)
+        return updates, state_type(*map(optax.safe_increment, count), *arrays)
+
+    return optax.GradientTransformationExtraArgs(init, update)
