@@ -11,7 +11,7 @@ from memopt.optimizers.by_partition import Ending, finish, matrices_and_rest
 from memopt.optimizers.registry import method
 from memopt.state.precision import in_float32
 from memopt.transforms.clipping import clip_by_matrix_rms, scale_by_parameter_rms
-from memopt.transforms.decay import Decayed, decay_as_released, rms_scaled_weights, weights
+from memopt.transforms.decay import decay_as_released, rms_scaled_weights, weights
 from memopt.transforms.factored import scale_by_factored_rms
 
 
@@ -69,44 +69,16 @@ def adafactor(
       >>> memopt.state_bytes(tx, params).total                   # (16 + 8) floats and the count
       100
     """
-    bounds = (clip_threshold, eps_scale if scale_by_parameter else None)
-    steps = normalized_clipped_scaled(decay_rate, eps, *bounds, matrices=matrices)
+    steps = [scale_by_factored_rms(decay_rate, eps, matrices=matrices)]
+    if clip_threshold is not None:
+        steps.append(clip_by_matrix_rms(clip_threshold, matrices=matrices))
+    if scale_by_parameter:
+        steps.append(scale_by_parameter_rms(eps_scale, matrices=matrices))
     moment = optax.identity() if b1 is None else in_float32(optax.ema(b1, debias=False))
     ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
     if as_released:
+        rate = optax.scale_by_learning_rate(learning_rate)
         decayed = rms_scaled_weights(eps_scale) if scale_by_parameter else weights
-        return _as_released(ending, *steps, moment=moment, decayed=decayed)
+        decay = decay_as_released(decayed, *ending[:3], matrices=matrices)
+        return matrices_and_rest(optax.chain(*steps, rate, moment, decay), rest, matrices)
     return finish(ending, *steps, moment)
-
-
-def _as_released(
-    ending: Ending,
-    *steps: optax.GradientTransformation,
-    moment: optax.GradientTransformation,
-    decayed: Decayed,
-) -> optax.GradientTransformationExtraArgs:
-    """As transformers has it: the moment averages what the learning rate already multiplies."""
-    learning_rate, weight_decay, mask, matrices, rest = ending
-    rate = optax.scale_by_learning_rate(learning_rate)
-    decay = decay_as_released(decayed, learning_rate, weight_decay, mask, matrices=matrices)
-    return matrices_and_rest(optax.chain(*steps, rate, moment, decay), rest, matrices)
-
-
-def normalized_clipped_scaled(
-    decay_rate: float,
-    eps: float,
-    clip_threshold: float | None,
-    eps_scale: float | None,
-    *,
-    matrices: Matrices,
-) -> tuple[optax.GradientTransformation, ...]:
-    """Three steps: over the root of the second moment, clipped, times the parameter's size.
-
-    Without a `clip_threshold` or an `eps_scale` that step leaves updates as they are.
-    """
-    on, nothing = {"matrices": matrices}, optax.identity()
-    return (
-        scale_by_factored_rms(decay_rate, eps, **on),
-        nothing if clip_threshold is None else clip_by_matrix_rms(clip_threshold, **on),
-        nothing if eps_scale is None else scale_by_parameter_rms(eps_scale, **on),
-    )

@@ -98,23 +98,21 @@ def apollo(
     """
     check_at_least("scale", scale, 0)
     adam = scale_by_uncorrected_adam(b1, b2, eps)
-    limit: GrowthLimiter | None = None
-    limit_scaled = optax.identity()
-    if growth_limit is not None and scale_front:
-        on = {"matrices": matrices, "as_released": as_released}
-        limit_scaled = limit_norm_growth(growth_limit, **on)
+    limiter, limit = None, optax.identity()
+    if growth_limit is not None and not scale_front:
+        limiter = GrowthLimiter(growth_limit, as_released)
     elif growth_limit is not None:
-        limit = GrowthLimiter(growth_limit, as_released)
+        limit = limit_norm_growth(growth_limit, matrices=matrices, as_released=as_released)
     steps = (
         in_subspace(
             inner=adam,
             projector=projectors.by_name(projector, rank, seed=seed, stored=as_released),
-            recombine=scale_gradient(per, limit),
+            recombine=scale_gradient(per, limiter),
             refresh_every=refresh_every,
             matrices=matrices,
         ),
         optax.scale(scale**0.5),
-        limit_scaled,
+        limit,
         optax.scale_by_schedule(adam_bias_correction(b1, b2)),
     )
     ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)

@@ -94,26 +94,22 @@ def finish(
 
 def inner_or_adam(
     inner: optax.GradientTransformation | None,
-    b1: float,
-    b2: float,
-    eps: float,
+    options: tuple[float, float, float],
     *,
     defaults: tuple[float, float, float],
 ) -> optax.GradientTransformation:
-    """What runs in a subspace: `inner`, or else Adam.
+    """Returns what runs in a subspace: `inner`, or else Adam.
 
     Args:
       inner: any Optax transformation, or None.
-      b1: Adam's decay of the first moment.
-      b2: Adam's decay of the second moment.
-      eps: Adam's ε.
-      defaults: what b1, b2 and eps are unless the user says.
+      options: Adam's b1, b2 and eps.
+      defaults: what they are unless the user says.
 
     Raises:
       ValueError: if an option of Adam's is given beside `inner`.
     """
     if inner is None:
-        return optax.scale_by_adam(b1, b2, eps)
-    for name, given, default in zip(("b1", "b2", "eps"), (b1, b2, eps), defaults, strict=True):
+        return optax.scale_by_adam(*options)
+    for name, given, default in zip(("b1", "b2", "eps"), options, defaults, strict=True):
         check_left_out(name, given, default, "inner runs in Adam's place")
     return inner

@@ -1,7 +1,7 @@
 """Fira."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import optax
@@ -106,27 +106,13 @@ def fira(
         matrices=matrices,
     )
     ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
+    limiter = None if growth_limit is None else GrowthLimiter(growth_limit, as_released)
     if as_released:
-        return _as_released(ending, project, scale, growth_limit, b1, b2, eps)
+        adam = scale_by_uncorrected_adam(b1, b2, eps)
+        correction = optax.scale_by_schedule(adam_bias_correction(b1, b2))
+        subspace = project(adam, recombine=lift_and_scaled_rest(scale, limiter, as_released=True))
+        others = optax.chain(adam, correction)
+        return finish(ending, subspace, correction, others=others, decayed=updated_weights)
     adam = scale_by_released_adam(b1, b2, eps)
-    limiter = None if growth_limit is None else GrowthLimiter(growth_limit)
     subspace = project(adam, recombine=lift_and_scaled_rest(limiter=limiter))
     return finish(ending, subspace, optax.scale(scale), others=optax.scale_by_adam())
-
-
-def _as_released(
-    ending: Ending,
-    project: Callable[..., optax.GradientTransformation],
-    scale: float,
-    growth_limit: float | None,
-    b1: float,
-    b2: float,
-    eps: float,
-) -> optax.GradientTransformationExtraArgs:
-    """The authors' code: the bias correction after the limiter, and scale for P N alone."""
-    adam = scale_by_uncorrected_adam(b1, b2, eps)
-    correction = optax.scale_by_schedule(adam_bias_correction(b1, b2))
-    limiter = None if growth_limit is None else GrowthLimiter(growth_limit, as_released=True)
-    subspace = project(adam, recombine=lift_and_scaled_rest(scale, limiter, as_released=True))
-    others = optax.chain(adam, correction)
-    return finish(ending, subspace, correction, others=others, decayed=updated_weights)

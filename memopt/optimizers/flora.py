@@ -7,10 +7,11 @@ import optax
 from jax import Array
 
 from memopt.matrices import Matrices
-from memopt.optimizers.adafactor import normalized_clipped_scaled
 from memopt.optimizers.by_partition import Ending, finish
 from memopt.optimizers.registry import method
 from memopt.transforms import projectors
+from memopt.transforms.clipping import clip_by_matrix_rms, scale_by_parameter_rms
+from memopt.transforms.factored import scale_by_factored_rms
 from memopt.transforms.recombine import lift, lift_and_rest
 from memopt.transforms.subspace import in_subspace
 
@@ -93,15 +94,17 @@ def flora(
     if as_released:
         clip_threshold = 1.0 if clip_threshold is None else clip_threshold
         scale_by_parameter = scale_by_parameter is not False
-    bounds = (clip_threshold, eps_scale if scale_by_parameter else None)
-    normalize, clip, resize = normalized_clipped_scaled(decay_rate, eps, *bounds, matrices=matrices)
+    on = {"matrices": matrices}
+    normalize = scale_by_factored_rms(decay_rate, eps, **on)
+    clip = optax.identity() if clip_threshold is None else clip_by_matrix_rms(clip_threshold, **on)
+    resize = scale_by_parameter_rms(eps_scale, **on) if scale_by_parameter else optax.identity()
     momentum = functools.partial(
         in_subspace,
         inner=optax.ema(b1, debias=False),
         projector=projectors.by_name(projector, rank, seed=seed),
         refresh_every=refresh_every,
         on_refresh="carry",
-        matrices=matrices,
+        **on,
     )
     ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
     if as_released:

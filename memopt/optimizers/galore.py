@@ -1,7 +1,7 @@
 """GaLore."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import optax
@@ -100,18 +100,8 @@ def galore(
     )
     ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
     if as_released:
-        return _as_released(ending, project, scale, inner, scale_by_released_adam(b1, b2, eps))
-    adam = inner_or_adam(inner, b1, b2, eps, defaults=(0.9, 0.999, 1e-6))
+        adam = scale_by_released_adam(b1, b2, eps)
+        steps = (project(inner or adam), optax.scale(scale))
+        return finish(ending, *steps, others=adam, decayed=updated_weights)
+    adam = inner_or_adam(inner, (b1, b2, eps), defaults=(0.9, 0.999, 1e-6))
     return finish(ending, project(adam), optax.scale(scale), others=optax.scale_by_adam())
-
-
-def _as_released(
-    ending: Ending,
-    project: Callable[..., optax.GradientTransformation],
-    scale: float,
-    inner: optax.GradientTransformation | None,
-    adam: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """The authors' code: its Adam, for the rest too, and decay of the weights after the step."""
-    steps = (project(inner or adam), optax.scale(scale))
-    return finish(ending, *steps, others=adam, decayed=updated_weights)
