@@ -27,15 +27,12 @@ class Options(NamedTuple):
     """What to count.
 
     Attributes:
-      optimizers: names known to `memopt.optimizer`.
-      models: presets whose shapes are taken.
+      optimizers: names known to `memopt.optimizer`; by default AdamW and memopt's own.
+      models: presets whose shapes are taken; the last one's bytes order the optimizers.
       output: the JSON file; the plot stands beside it.
     """
 
-    optimizers: tuple[str, ...] = (
-        *("adamw", "ldadam", "muon", "lion", "online_subspace_descent", "fira", "galore"),
-        *("frugal", "apollo", "flora", "apollo_mini", "adafactor", "adalomo", "lomo"),
-    )
+    optimizers: tuple[str, ...] = ("adamw", *memopt.available("memopt"))
     models: tuple[str, ...] = ("60m", "7b")
     output: Path = Path(__file__).parent / "results" / "state_bytes.json"
 
@@ -101,6 +98,8 @@ def main(arguments: Sequence[str]) -> None:
         results = [count(name, model) for model in options.models for name in options.optimizers]
     except ValueError as error:
         sys.exit(f"error: {error}")
+    last = {r["optimizer"]: r["state_bytes"] for r in results}
+    results.sort(key=lambda r: (options.models.index(r["model"]), -last[r["optimizer"]]))
     Console().print(table(results))
     command = shlex.join(["python", "-m", "benchmarks.state_bytes", *arguments])
     report = {"command": command, "results": results}

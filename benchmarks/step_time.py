@@ -40,6 +40,7 @@ from benchmarks.updates import (
     torch_contenders,
 )
 from memopt.errors import check_at_least, check_choice
+from memopt.optimizers.registry import METHODS
 
 BASELINE = "adamw"
 EIGHT_BITS = "_8bit"
@@ -90,8 +91,7 @@ def optimizer(name: str) -> tuple[str, optax.GradientTransformation]:
     method = name.removesuffix(EIGHT_BITS)
     tx = memopt.optimizer(method, learning_rate=LEARNING_RATE)
     tx = tx if method == name else memopt.quantize_state(tx)
-    is_ours = hasattr(memopt.optimizers, method) or method != name
-    return "memopt" if is_ours else "optax", tx
+    return METHODS[method].library if method == name else "memopt", tx
 
 
 def describe(

@@ -13,7 +13,6 @@ to read it from there; ``--cache`` lets it.
 Without ``--optimizer`` it measures a list, prints a table and writes it as JSON, with a plot.
 """
 
-import inspect
 import json
 import re
 import shlex
@@ -37,24 +36,12 @@ from benchmarks.compilers import Tpu, devices
 from benchmarks.report import save
 from benchmarks.step_time import COLORS
 from benchmarks.updates import between_refreshes
+from memopt.optimizers.registry import METHODS
 from memopt.state.quantize import QuantizedState
 
 LAYERS, D, FF = 4, 4096, 11008
 KERNELS = dict.fromkeys("qkvo", (D, D)) | {"gate": (D, FF), "up": (D, FF), "down": (FF, D)}
 BASELINES = ("adamw", "optax_adafactor", "optax_lion")
-METHODS = (
-    "adafactor",
-    "lion",
-    "apollo",
-    "apollo_mini",
-    "galore",
-    "flora",
-    "frugal",
-    "online_subspace_descent",
-    "fira",
-    "adalomo",
-    "lomo",
-)
 NO_CACHE: dict[str, str | bool] = {
     "xla_tpu_scoped_vmem_limit_kib": str(2**17)
 }  # all of the fast memory, to kernels
@@ -70,7 +57,7 @@ class Options(NamedTuple):
       layout: the blocks as one array a kernel, or as a list of arrays.
       dtype: of parameters and gradients.
       chip: what to compile for.
-      rank: of the methods that have one, but for APOLLO-Mini, whose rank is its own.
+      rank: of the methods whose rank is a fraction by default; APOLLO-Mini's is its own.
       state: how the optimizer's state is stored; by default as the method does.
       cache: let the compiler keep arrays in fast memory, as it does by itself.
       json: print one JSON object instead of a table.
@@ -105,11 +92,15 @@ def blocks(layout: str, dtype: str) -> Any:
     return {"blocks": block if stack else [block] * LAYERS}
 
 
+def compared() -> list[str]:
+    """Baselines and memopt's methods, but those that no step leaves without a refresh."""
+    always = [name for name, method in METHODS.items() if method.defaults.get("refresh_every") == 1]
+    return [*BASELINES, *(name for name in memopt.available("memopt") if name not in always)]
+
+
 def method_options(name: str, rank: int) -> dict[str, Any]:
-    """The rank, for whichever method of memopt has one."""
-    method = getattr(memopt.optimizers, name, None)
-    has_rank = callable(method) and "rank" in inspect.signature(method).parameters
-    return {"rank": rank} if has_rank and name != "apollo_mini" else {}
+    """The rank, for whichever method of memopt has one to choose."""
+    return {"rank": rank} if name in METHODS and METHODS[name].has_free_rank else {}
 
 
 def compile_step(
@@ -157,7 +148,7 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], jax.stages.Com
     size = sum(counted.parameters.values())
     record = {
         "optimizer": name,
-        "library": "memopt" if hasattr(memopt.optimizers, name) else "optax",
+        "library": METHODS[name].library,
         "layout": options.layout,
         "dtype": options.dtype,
         "chip": options.chip,
@@ -244,8 +235,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Measures, prints and, of a list, writes the files."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
-    known = [name for name in METHODS if name in memopt.available()]
-    names = [options.optimizer] if options.optimizer else [*BASELINES, *known]
+    names = [options.optimizer] if options.optimizer else compared()
     console = Console()
     results = []
     try:

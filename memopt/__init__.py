@@ -10,22 +10,7 @@ from memopt.matrices import Matrix as Matrix
 from memopt.matrices import every_matrix as every_matrix
 from memopt.matrices import hidden_matrices as hidden_matrices
 from memopt.matrices import out_in as out_in
-from memopt.optimizers import adafactor as adafactor
-from memopt.optimizers import adalomo as adalomo
-from memopt.optimizers import apollo as apollo
-from memopt.optimizers import apollo_mini as apollo_mini
-from memopt.optimizers import available as available
-from memopt.optimizers import fira as fira
-from memopt.optimizers import flora as flora
-from memopt.optimizers import frugal as frugal
-from memopt.optimizers import galore as galore
-from memopt.optimizers import ldadam as ldadam
-from memopt.optimizers import lion as lion
-from memopt.optimizers import lomo as lomo
-from memopt.optimizers import matrices_and_rest as matrices_and_rest
-from memopt.optimizers import muon as muon
-from memopt.optimizers import online_subspace_descent as online_subspace_descent
-from memopt.optimizers import optimizer as optimizer
+from memopt.optimizers import *  # noqa: F403 (methods by their names)
 from memopt.state import codecs as codecs
 from memopt.state.bytes import StateBytes as StateBytes
 from memopt.state.bytes import state_bytes as state_bytes

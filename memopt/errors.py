@@ -5,6 +5,9 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
+import jax
+import numpy as np
+
 
 def check_choice(argument: str, given: Any, allowed: Iterable[Any]) -> None:
     """Raises unless `given` is one of `allowed`, suggesting the nearest.
@@ -34,6 +37,22 @@ def check_at_least(argument: str, given: Any, least: float) -> None:
     """
     if isinstance(given, numbers.Real) and not float(given) >= least:
         raise ValueError(f"{argument} must be at least {least}, got {given}.")
+
+
+def check_left_out(argument: str, given: Any, default: Any, why: str) -> None:
+    """Raises unless an argument that has no effect is at its default; a traced value passes.
+
+    Raises:
+      ValueError: naming the argument, why it has no effect, and the value given.
+
+    Example:
+      >>> check_left_out("seed", 3, 0, "projector 'svd' does not draw")
+      Traceback (most recent call last):
+      ValueError: seed must be left out, since projector 'svd' does not draw, got 3.
+    """
+    # Not jnp: inside jit that would trace the comparison of known values, too.
+    if not isinstance(given, jax.core.Tracer) and np.any(np.asarray(given) != default):
+        raise ValueError(f"{argument} must be left out, since {why}, got {given}.")
 
 
 class NoSuchPairing(ValueError):

@@ -1,4 +1,6 @@
-"""One file a published method."""
+"""One file a published method; each enters `memopt.optimizers.registry` where it is defined."""
+
+from typing import TYPE_CHECKING
 
 from memopt.optimizers.adafactor import adafactor as adafactor
 from memopt.optimizers.adalomo import adalomo as adalomo
@@ -18,3 +20,6 @@ from memopt.optimizers.online_subspace_descent import (
 )
 from memopt.optimizers.registry import available as available
 from memopt.optimizers.registry import optimizer as optimizer
+
+if not TYPE_CHECKING:  # which reads the imports above
+    __all__ = sorted(("matrices_and_rest", "available", "optimizer", *available("memopt")))

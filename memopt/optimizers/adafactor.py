@@ -7,7 +7,8 @@ import optax
 from jax import Array
 
 from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import matrices_and_rest
+from memopt.optimizers.by_partition import Ending, descend, matrices_and_rest
+from memopt.optimizers.registry import method
 from memopt.state.precision import in_float32
 from memopt.transforms.decay import decay_as_released, rms_scaled_weights, weights
 from memopt.transforms.factored import scale_by_factored_rms
@@ -19,6 +20,7 @@ def relative_step(count: Array) -> Array:
     return jnp.minimum(1e-2, 1 / jnp.sqrt(count + 1.0))
 
 
+@method()
 def adafactor(
     learning_rate: optax.ScalarOrSchedule = relative_step,
     *,
@@ -72,14 +74,11 @@ def adafactor(
         steps.append(clip_by_matrix_rms(clip_threshold, matrices=matrices))
     if scale_by_parameter:
         steps.append(scale_by_parameter_rms(eps_scale, matrices=matrices))
-
     moment = optax.identity() if b1 is None else in_float32(optax.ema(b1, debias=False))
-    decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
-    rate = optax.scale_by_learning_rate(learning_rate)
+    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
     if as_released:
+        rate = optax.scale_by_learning_rate(learning_rate)
         decayed = rms_scaled_weights(eps_scale) if scale_by_parameter else weights
-        decay = decay_as_released(
-            decayed, learning_rate, weight_decay, weight_decay_mask, matrices=matrices
-        )
-    last = (rate, moment, decay) if as_released else (moment, decay, rate)
-    return matrices_and_rest(optax.chain(*steps, *last), rest, matrices)
+        decay = decay_as_released(decayed, *ending[:3], matrices=matrices)
+        return matrices_and_rest(optax.chain(*steps, rate, moment, decay), rest, matrices)
+    return matrices_and_rest(optax.chain(*steps, moment, *descend(ending)), rest, matrices)

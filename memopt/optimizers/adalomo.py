@@ -4,14 +4,16 @@ from typing import Any
 
 import optax
 
-from memopt.errors import check_at_least
 from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import matrices_and_rest
-from memopt.transforms.decay import decay_as_released, rms_scaled_weights
+from memopt.optimizers.by_partition import Ending, descend, matrices_and_rest
+from memopt.optimizers.lomo import clip_entries
+from memopt.optimizers.registry import method
+from memopt.transforms.decay import rms_scaled_weights
 from memopt.transforms.factored import scale_by_factored_rms
 from memopt.transforms.matrix_rms import normalize_by_group
 
 
+@method()
 def adalomo(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -59,19 +61,11 @@ def adalomo(
       >>> memopt.state_bytes(memopt.adalomo(1e-3), params).states    # 3·(16 + 8) and 8 floats
       {'norm': 32, 'w': 288}
     """
-    check_at_least("clip_value", clip_value, 0)
-    decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
-    rate = optax.scale_by_learning_rate(learning_rate)
-    if as_released:
-        scaled = rms_scaled_weights(eps_scale)
-        decay = decay_as_released(
-            scaled, learning_rate, weight_decay, weight_decay_mask, matrices=matrices
-        )
-    last = (rate, decay) if as_released else (decay, rate)
-    method = optax.chain(
-        optax.identity() if clip_value is None else optax.clip(clip_value),
+    steps = (
+        clip_entries(clip_value),
         scale_by_factored_rms(decay_rate, eps, matrices=matrices),
         normalize_by_group(clip_threshold, eps_scale, matrices=matrices),
-        *last,
     )
-    return matrices_and_rest(method, rest, matrices)
+    decayed = rms_scaled_weights(eps_scale) if as_released else None
+    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
+    return matrices_and_rest(optax.chain(*steps, *descend(ending, decayed)), rest, matrices)

@@ -7,14 +7,17 @@ from jax import Array
 
 from memopt.errors import check_at_least
 from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import adamw_for_rest, descend, matrices_and_rest
+from memopt.optimizers.by_partition import Ending, finish
+from memopt.optimizers.registry import method, options_of
 from memopt.transforms import projectors
 from memopt.transforms.adam import adam_bias_correction, scale_by_uncorrected_adam
+from memopt.transforms.decay import updated_weights
 from memopt.transforms.norm_growth import GrowthLimiter, limit_norm_growth
 from memopt.transforms.recombine import scale_gradient
 from memopt.transforms.subspace import in_subspace
 
 
+@method(sums_projections=True)
 def apollo(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -76,8 +79,9 @@ def apollo(
         bias correction).
 
     Raises:
-      ValueError: if `rank`, `refresh_every` or `scale` is out of range, or the rank larger than
-        a matrix's side.
+      ValueError: if `rank`, `refresh_every` or `scale` is out of range, the rank larger than a
+        matrix's side, or an option given that has no effect: rank or seed beside a
+        projector that has its own, or seed beside one that draws nothing.
 
     References:
       Zhu et al., APOLLO: SGD-like Memory, AdamW-level Performance, 2024,
@@ -94,52 +98,39 @@ def apollo(
     """
     check_at_least("scale", scale, 0)
     adam = scale_by_uncorrected_adam(b1, b2, eps)
-    rescale = optax.scale(scale**0.5)
-    projector = projectors.by_name(projector, rank, seed=seed, stored=as_released)
-
-    def project(limiter: GrowthLimiter | None = None) -> optax.GradientTransformation:
-        rule = scale_gradient(per, limiter)
-        return in_subspace(adam, projector, rule, refresh_every, matrices=matrices)
-
-    steps: tuple[optax.GradientTransformation, ...]
-    if growth_limit is None:
-        steps = (project(), rescale)
-    elif scale_front:
-        limit = limit_norm_growth(growth_limit, matrices=matrices, as_released=as_released)
-        steps = (project(), rescale, limit)
-    else:
-        steps = (project(GrowthLimiter(growth_limit, as_released)), rescale)
-
-    decay = (weight_decay, weight_decay_mask)
-    last = (
+    limiter, limit = None, []
+    if growth_limit is not None and not scale_front:
+        limiter = GrowthLimiter(growth_limit, as_released)
+    elif growth_limit is not None:
+        limit = [limit_norm_growth(growth_limit, matrices=matrices, as_released=as_released)]
+    steps = (
+        in_subspace(
+            inner=adam,
+            projector=projectors.by_name(projector, rank, seed=seed, stored=as_released),
+            recombine=scale_gradient(per, limiter),
+            refresh_every=refresh_every,
+            matrices=matrices,
+        ),
+        optax.scale(scale**0.5),
+        *limit,
         optax.scale_by_schedule(adam_bias_correction(b1, b2)),
-        descend(learning_rate, *decay, as_released=as_released),
     )
-    if rest is None:
-        released = optax.chain(adam, *last)
-        rest = released if as_released else adamw_for_rest(learning_rate, *decay)
-    return matrices_and_rest(optax.chain(*steps, *last), rest, matrices)
+    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
+    if as_released:
+        others = optax.chain(adam, steps[-1])
+        return finish(ending, *steps, others=others, decayed=updated_weights)
+    return finish(ending, *steps, others=optax.scale_by_adam())
 
 
+@method()
+@options_of(apollo)
 def apollo_mini(
     learning_rate: optax.ScalarOrSchedule,
     *,
     rank: int | float = 1,
     scale: float = 128.0,
     per: str = "matrix",
-    refresh_every: int = 200,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-6,
-    growth_limit: float | None = 1.01,
-    scale_front: bool = False,
-    projector: projectors.Projector | str = "gaussian",
-    matrices: Matrices = None,
-    rest: optax.GradientTransformation | None = None,
-    weight_decay: float = 0.0,
-    weight_decay_mask: Any = None,
-    seed: int | Array = 0,
-    as_released: bool = False,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """APOLLO-Mini: APOLLO of rank 1 with one scaling factor a matrix; SGD's memory.
 
@@ -156,22 +147,4 @@ def apollo_mini(
       >>> memopt.state_bytes(memopt.apollo_mini(1e-2), params)["up/kernel"]   # (2·64 + 1) floats
       516
     """
-    return apollo(
-        learning_rate,
-        rank=rank,
-        scale=scale,
-        per=per,
-        refresh_every=refresh_every,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        growth_limit=growth_limit,
-        scale_front=scale_front,
-        projector=projector,
-        matrices=matrices,
-        rest=rest,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
-        seed=seed,
-        as_released=as_released,
-    )
+    return apollo(learning_rate, rank=rank, scale=scale, per=per, **options)

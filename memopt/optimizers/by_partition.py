@@ -1,13 +1,14 @@
 """One method for the matrices, another for the rest; and how both end."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import optax
 
+from memopt.errors import check_left_out
 from memopt.matrices import Matrices, map_matrices
 from memopt.parameters import reading_whole_trees
 from memopt.state.precision import in_float32
-from memopt.transforms.decay import decay_as_released, updated_weights
+from memopt.transforms.decay import Decayed, decay_as_released
 
 
 def matrices_and_rest(
@@ -39,34 +40,88 @@ def matrices_and_rest(
     return reading_whole_trees(optax.partition({"matrices": method, "rest": rest}, labels))
 
 
-def adamw_for_rest(
-    learning_rate: optax.ScalarOrSchedule,
-    weight_decay: float = 0.0,
-    weight_decay_mask: Any = None,
-    **options: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """Optax's AdamW with float32 statistics: what the rest gets unless the user says."""
-    decay = {"weight_decay": weight_decay, "mask": weight_decay_mask}
-    return in_float32(optax.adamw(learning_rate, **decay, **options))
+class Ending(NamedTuple):
+    """The arguments that every method has, and that `finish` looks at.
 
-
-def descend(
-    learning_rate: optax.ScalarOrSchedule,
-    weight_decay: float = 0.0,
-    weight_decay_mask: Any = None,
-    *,
-    as_released: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    """Decoupled decay and the learning rate, the end of a chain.
-
-    Args:
+    Attributes:
       learning_rate: a number or a schedule.
       weight_decay: decoupled decay, times the learning rate.
       weight_decay_mask: which leaves decay, as in ``optax.adamw``.
-      as_released: decay the weights after the step, as GaLore's code and its kin do.
+      matrices: which leaves are hidden matrices, see `memopt.hidden_matrices`.
+      rest: updates the leaves that are none, instead of the method's default.
     """
-    rate = optax.scale_by_learning_rate(learning_rate)
-    if as_released:
-        decayed = (updated_weights, learning_rate, weight_decay, weight_decay_mask)
-        return optax.chain(rate, decay_as_released(*decayed))
-    return optax.chain(optax.add_decayed_weights(weight_decay, weight_decay_mask), rate)
+
+    learning_rate: optax.ScalarOrSchedule
+    weight_decay: float = 0.0
+    weight_decay_mask: Any = None
+    matrices: Matrices = None
+    rest: optax.GradientTransformation | None = None
+
+
+def descend(
+    ending: Ending, decayed: Decayed | None = None
+) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """Decay and learning rate, the last two steps of a chain.
+
+    Args:
+      ending: the method's arguments.
+      decayed: as in `finish`.
+    """
+    rate, decay = ending.learning_rate, (ending.weight_decay, ending.weight_decay_mask)
+    scale = optax.scale_by_learning_rate(rate)
+    if decayed is None:
+        return optax.add_decayed_weights(*decay), scale
+    return scale, decay_as_released(decayed, rate, *decay, matrices=ending.matrices)
+
+
+def finish(
+    ending: Ending,
+    *steps: optax.GradientTransformation,
+    others: optax.GradientTransformation | None = None,
+    decayed: Decayed | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Ends a method: decay and learning rate after its steps, and `rest` for other parameters.
+
+    Args:
+      ending: the method's arguments.
+      *steps: make a matrix's gradient the update that is to be subtracted.
+      others: does so for leaves that are no hidden matrices, with float32 statistics, unless
+        `ending.rest` replaces it and its decay; None: the steps do.
+      decayed: decays after the learning rate, as in released code, see `decay_as_released`; None:
+        the weights decay before it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = finish(Ending(0.5, weight_decay=0.5), optax.scale(2.0))
+      >>> w = jnp.array(4.0)
+      >>> float(tx.update(jnp.array(1.0), tx.init(w), w)[0])              # -0.5·(2·1 + 0.5·4)
+      -2.0
+    """
+    last = descend(ending, decayed)
+    rest = ending.rest
+    if rest is None and others is not None:
+        rest = in_float32(optax.chain(others, *last))
+    return matrices_and_rest(optax.chain(*steps, optax.chain(*last)), rest, ending.matrices)
+
+
+def inner_or_adam(
+    inner: optax.GradientTransformation | None,
+    options: tuple[float, float, float],
+    *,
+    defaults: tuple[float, float, float],
+) -> optax.GradientTransformation:
+    """Returns what runs in a subspace: `inner`, or else Adam.
+
+    Args:
+      inner: any Optax transformation, or None.
+      options: Adam's b1, b2 and eps.
+      defaults: what they are unless the user says.
+
+    Raises:
+      ValueError: if an option of Adam's is given beside `inner`.
+    """
+    if inner is None:
+        return optax.scale_by_adam(*options)
+    for name, given, default in zip(("b1", "b2", "eps"), options, defaults, strict=True):
+        check_left_out(name, given, default, "inner runs in Adam's place")
+    return inner

@@ -1,5 +1,6 @@
 """Fira."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,18 +9,21 @@ from jax import Array
 
 from memopt.errors import check_at_least
 from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import adamw_for_rest, descend, matrices_and_rest
+from memopt.optimizers.by_partition import Ending, finish
+from memopt.optimizers.registry import method
 from memopt.transforms import projectors
 from memopt.transforms.adam import (
     adam_bias_correction,
     scale_by_released_adam,
     scale_by_uncorrected_adam,
 )
+from memopt.transforms.decay import updated_weights
 from memopt.transforms.norm_growth import GrowthLimiter
 from memopt.transforms.recombine import lift_and_scaled_rest
 from memopt.transforms.subspace import in_subspace
 
 
+@method(sums_projections=True)
 def fira(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -77,8 +81,9 @@ def fira(
         and the rest gets that code's Adam.
 
     Raises:
-      ValueError: if `rank`, `refresh_every` or `scale` is out of range, or the rank larger than
-        a matrix's side.
+      ValueError: if `rank`, `refresh_every` or `scale` is out of range, the rank larger than a
+        matrix's side, or an option given that has no effect: rank or seed beside a
+        projector that has its own, or seed beside one that draws nothing.
 
     References:
       Chen et al., Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?,
@@ -93,21 +98,21 @@ def fira(
       2308
     """
     check_at_least("scale", scale, 0)
-    limiter = None if growth_limit is None else GrowthLimiter(growth_limit, as_released)
-    adam, corrected = scale_by_released_adam(b1, b2, eps), optax.scale(scale)
-    rule = lift_and_scaled_rest(limiter=limiter)
-    if as_released:
-        adam = scale_by_uncorrected_adam(b1, b2, eps)
-        corrected = optax.scale_by_schedule(adam_bias_correction(b1, b2))
-        rule = lift_and_scaled_rest(scale, limiter, as_released=True)
-    subspace = in_subspace(
-        *(adam, projectors.by_name(projector, rank, seed=seed), rule, refresh_every),
+    project = functools.partial(
+        in_subspace,
+        projector=projectors.by_name(projector, rank, seed=seed),
+        refresh_every=refresh_every,
         refresh_phase=refresh_phase,
         matrices=matrices,
     )
-    decay = (weight_decay, weight_decay_mask)
-    last = descend(learning_rate, *decay, as_released=as_released)
-    if rest is None:
-        released = optax.chain(adam, corrected, last)
-        rest = released if as_released else adamw_for_rest(learning_rate, *decay)
-    return matrices_and_rest(optax.chain(subspace, corrected, last), rest, matrices)
+    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
+    limiter = None if growth_limit is None else GrowthLimiter(growth_limit, as_released)
+    if as_released:
+        adam = scale_by_uncorrected_adam(b1, b2, eps)
+        correction = optax.scale_by_schedule(adam_bias_correction(b1, b2))
+        subspace = project(adam, recombine=lift_and_scaled_rest(scale, limiter, as_released=True))
+        others = optax.chain(adam, correction)
+        return finish(ending, subspace, correction, others=others, decayed=updated_weights)
+    adam = scale_by_released_adam(b1, b2, eps)
+    subspace = project(adam, recombine=lift_and_scaled_rest(limiter=limiter))
+    return finish(ending, subspace, optax.scale(scale), others=optax.scale_by_adam())

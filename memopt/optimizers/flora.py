@@ -1,12 +1,14 @@
 """Flora."""
 
+import functools
 from typing import Any
 
 import optax
 from jax import Array
 
 from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import descend, matrices_and_rest
+from memopt.optimizers.by_partition import Ending, finish
+from memopt.optimizers.registry import method
 from memopt.transforms import projectors
 from memopt.transforms.factored import scale_by_factored_rms
 from memopt.transforms.matrix_rms import clip_by_matrix_rms, scale_by_parameter_rms
@@ -14,6 +16,7 @@ from memopt.transforms.recombine import lift, lift_and_rest
 from memopt.transforms.subspace import in_subspace
 
 
+@method(sums_projections=True)
 def flora(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -72,8 +75,9 @@ def flora(
         rank; `matrices` can say so.
 
     Raises:
-      ValueError: if `rank` or `refresh_every` is out of range, or the rank larger than a
-        matrix's side.
+      ValueError: if `rank` or `refresh_every` is out of range, the rank larger than a matrix's
+        side, or an option given that has no effect: rank or seed beside a projector that has its
+        own, or seed beside one that draws nothing.
 
     References:
       Hao et al., Flora: Low-Rank Adapters Are Secretly Gradient Compressors, 2024,
@@ -92,17 +96,19 @@ def flora(
         scale_by_parameter = scale_by_parameter is not False
     on = {"matrices": matrices}
     normalize = scale_by_factored_rms(decay_rate, eps, **on)
-    bound = optax.identity() if clip_threshold is None else clip_by_matrix_rms(clip_threshold, **on)
-    size = scale_by_parameter_rms(eps_scale, **on) if scale_by_parameter else optax.identity()
-    momentum = in_subspace(
+    clip = optax.identity() if clip_threshold is None else clip_by_matrix_rms(clip_threshold, **on)
+    resize = scale_by_parameter_rms(eps_scale, **on) if scale_by_parameter else optax.identity()
+    momentum = functools.partial(
+        in_subspace,
         inner=optax.ema(b1, debias=False),
         projector=projectors.by_name(projector, rank, seed=seed),
-        recombine=lift_and_rest(1 - b1, recover=b1) if as_released else lift(),
         refresh_every=refresh_every,
         on_refresh="carry",
-        refresh_phase=1 if as_released else 0,
         **on,
     )
-    last = descend(learning_rate, weight_decay, weight_decay_mask)
-    steps = (momentum, bound, size) if as_released else (bound, size, momentum)
-    return matrices_and_rest(optax.chain(normalize, *steps, last), rest, matrices)
+    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
+    if as_released:
+        newest = lift_and_rest(1 - b1, recover=b1)
+        released = momentum(recombine=newest, refresh_phase=1)
+        return finish(ending, normalize, released, clip, resize)
+    return finish(ending, normalize, clip, resize, momentum(recombine=lift()))

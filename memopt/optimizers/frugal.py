@@ -8,13 +8,15 @@ from jax import Array
 
 from memopt.errors import check_choice
 from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import adamw_for_rest, descend, matrices_and_rest
+from memopt.optimizers.by_partition import Ending, finish, inner_or_adam
+from memopt.optimizers.registry import method
 from memopt.transforms import projectors
 from memopt.transforms.moments import CarryOver
 from memopt.transforms.recombine import lift_and_rest, lift_and_sign
 from memopt.transforms.subspace import in_subspace
 
 
+@method()
 def frugal(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -71,11 +73,13 @@ def frugal(
       weight_decay: decoupled decay, times the learning rate.
       weight_decay_mask: which leaves decay, as in ``optax.adamw``.
       seed: what the choices depend on.
-      as_released: nothing here departs from the authors' code but how a choice is drawn: there
-        any lines, here one of every 1/ρ.
+      as_released: changes nothing, since the authors' code does what the paper says; only how a
+        choice is drawn differs: there any lines, here one of every 1/ρ.
 
     Raises:
-      ValueError: if `density` or `refresh_every` is out of range, or `inactive` unknown.
+      ValueError: if `density` or `refresh_every` is out of range, `inactive` unknown, or an option
+        given that has no effect: `b1`, `b2` or `eps` beside `inner`, density or seed beside a
+        projector that has its own, or seed beside one that draws nothing.
 
     References:
       Zmushko et al., FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for
@@ -90,14 +94,14 @@ def frugal(
       2048
     """
     check_choice("inactive", inactive, ("sign", "sgd"))
-    rule = (lift_and_sign if inactive == "sign" else lift_and_rest)(scale)
-    projector = projectors.by_name(projector, density, seed=seed)
     subspace = in_subspace(
-        *(inner or optax.scale_by_adam(b1, b2, eps), projector, rule, refresh_every, on_refresh),
+        inner=inner_or_adam(inner, (b1, b2, eps), defaults=(0.9, 0.999, 1e-8)),
+        projector=projectors.by_name(projector, density, seed=seed),
+        recombine=(lift_and_sign if inactive == "sign" else lift_and_rest)(scale),
+        refresh_every=refresh_every,
+        on_refresh=on_refresh,
         refresh_phase=refresh_phase,
         matrices=matrices,
     )
-    decay = (weight_decay, weight_decay_mask)
-    if rest is None:
-        rest = adamw_for_rest(learning_rate, *decay)
-    return matrices_and_rest(optax.chain(subspace, descend(learning_rate, *decay)), rest, matrices)
+    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
+    return finish(ending, subspace, others=optax.scale_by_adam())

@@ -1,5 +1,6 @@
 """GaLore."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,13 +9,16 @@ from jax import Array
 
 from memopt.errors import check_at_least
 from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import adamw_for_rest, descend, matrices_and_rest
+from memopt.optimizers.by_partition import Ending, finish, inner_or_adam
+from memopt.optimizers.registry import method
 from memopt.transforms import projectors
 from memopt.transforms.adam import scale_by_released_adam
+from memopt.transforms.decay import updated_weights
 from memopt.transforms.recombine import lift
 from memopt.transforms.subspace import in_subspace
 
 
+@method(sums_projections=True)
 def galore(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -68,8 +72,10 @@ def galore(
         rest too, and decay applies to the weights after the step.
 
     Raises:
-      ValueError: if `rank`, `refresh_every` or `scale` is out of range, or the rank larger than
-        a matrix's side.
+      ValueError: if `rank`, `refresh_every` or `scale` is out of range, the rank larger than a
+        matrix's side, or an option given that has no effect: `b1`, `b2` or `eps` beside
+        `inner`, rank or seed beside a
+        projector that has its own, or seed beside one that draws nothing.
 
     References:
       Zhao et al., GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, 2024,
@@ -84,19 +90,18 @@ def galore(
       2304
     """
     check_at_least("scale", scale, 0)
-    adam = (scale_by_released_adam if as_released else optax.scale_by_adam)(b1, b2, eps)
-    projector = projectors.by_name(projector, rank, seed=seed)
-    decay = (weight_decay, weight_decay_mask)
-    last = descend(learning_rate, *decay, as_released=as_released)
-    method = optax.chain(
-        in_subspace(
-            *(inner or adam, projector, lift(), refresh_every),
-            refresh_phase=refresh_phase,
-            matrices=matrices,
-        ),
-        optax.scale(scale),
-        last,
+    project = functools.partial(
+        in_subspace,
+        projector=projectors.by_name(projector, rank, seed=seed),
+        recombine=lift(),
+        refresh_every=refresh_every,
+        refresh_phase=refresh_phase,
+        matrices=matrices,
     )
-    if rest is None:
-        rest = optax.chain(adam, last) if as_released else adamw_for_rest(learning_rate, *decay)
-    return matrices_and_rest(method, rest, matrices)
+    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
+    if as_released:
+        adam = scale_by_released_adam(b1, b2, eps)
+        steps = (project(inner or adam), optax.scale(scale))
+        return finish(ending, *steps, others=adam, decayed=updated_weights)
+    adam = inner_or_adam(inner, (b1, b2, eps), defaults=(0.9, 0.999, 1e-6))
+    return finish(ending, project(adam), optax.scale(scale), others=optax.scale_by_adam())

@@ -6,13 +6,15 @@ import optax
 from jax import Array
 
 from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import adamw_for_rest, descend, matrices_and_rest
+from memopt.optimizers.by_partition import Ending, finish
+from memopt.optimizers.registry import method
 from memopt.transforms import projectors
 from memopt.transforms.moments import CarryOver
 from memopt.transforms.recombine import lift, lift_with_error_feedback
 from memopt.transforms.subspace import in_subspace
 
 
+@method()
 def ldadam(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -44,8 +46,8 @@ def ldadam(
         E ← A − P R + β₁/(1−β₁) · (P_before M_before − P T M_before)
         W ← W − lr · (P N + weight_decay · W)
 
-    State: 2rq + rp numbers for a matrix of sides p ≤ q, and with error feedback mn more for E:
-    the authors keep it in the buffer of the gradients.
+    State: 2rq + rp + mn numbers for a matrix of sides p ≤ q; mn of them are E, which the authors
+    keep in the buffer of the gradients, and which only error feedback has.
 
     Args:
       learning_rate: a number or a schedule.
@@ -69,8 +71,9 @@ def ldadam(
         the same b1 and b2.
 
     Raises:
-      ValueError: if `rank` or `refresh_every` is out of range, or the rank larger than a
-        matrix's side.
+      ValueError: if `rank` or `refresh_every` is out of range, the rank larger than a matrix's
+        side, or an option given that has no effect: rank, rho or seed beside a projector that has
+        its own, rho beside one that has none, or seed beside one that draws nothing.
       NoSuchPairing: for error feedback with a projector whose bases are not orthonormal.
 
     References:
@@ -85,16 +88,14 @@ def ldadam(
       >>> memopt.state_bytes(tx, params)["up/kernel"]            # 2·4·64 + 4·16 floats
       2304
     """
-    projector = projectors.by_name(projector, rank, rho=rho, b1=b1, seed=seed)
     subspace = in_subspace(
         inner=optax.scale_by_adam(b1, b2, eps),
-        projector=projector,
+        projector=projectors.by_name(projector, rank, rho=rho, b1=b1, seed=seed),
         recombine=lift_with_error_feedback(b1) if error_feedback else lift(),
         refresh_every=refresh_every,
         on_refresh=CarryOver(b1, b2, power=4 if as_released else 2),
         matrices=matrices,
     )
-    decay, betas = (weight_decay, weight_decay_mask), {"b1": b1, "b2": b2}
-    if rest is None:
-        rest = adamw_for_rest(learning_rate, *decay, **(betas if as_released else {}))
-    return matrices_and_rest(optax.chain(subspace, descend(learning_rate, *decay)), rest, matrices)
+    others = optax.scale_by_adam(b1, b2) if as_released else optax.scale_by_adam()
+    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
+    return finish(ending, subspace, others=others)

@@ -6,10 +6,12 @@ import optax
 from jax.typing import DTypeLike
 
 from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import matrices_and_rest
+from memopt.optimizers.by_partition import Ending, descend, matrices_and_rest
+from memopt.optimizers.registry import method
 from memopt.transforms.sign_momentum import scale_by_sign_momentum
 
 
+@method()
 def lion(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -50,9 +52,6 @@ def lion(
       >>> state = tx.init(params)
       >>> updates, state = tx.update({"w": jnp.ones((4, 4))}, state, params)
     """
-    method = optax.chain(
-        scale_by_sign_momentum(b1, b2, mu_dtype=mu_dtype),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-    return matrices_and_rest(method, rest, matrices)
+    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
+    momentum = scale_by_sign_momentum(b1, b2, mu_dtype=mu_dtype)
+    return matrices_and_rest(optax.chain(momentum, *descend(ending)), rest, matrices)

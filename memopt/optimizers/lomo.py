@@ -6,9 +6,11 @@ import optax
 
 from memopt.errors import check_at_least
 from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import descend, matrices_and_rest
+from memopt.optimizers.by_partition import Ending, finish
+from memopt.optimizers.registry import method
 
 
+@method()
 def lomo(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -49,9 +51,11 @@ def lomo(
       >>> [round(float(u), 3) for u in updates]
       [-0.05, 0.1]
     """
+    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
+    return finish(ending, clip_entries(clip_value))
+
+
+def clip_entries(clip_value: float | None) -> optax.GradientTransformation:
+    """Clips gradients entry by entry; None does not."""
     check_at_least("clip_value", clip_value, 0)
-    method = optax.chain(
-        optax.identity() if clip_value is None else optax.clip(clip_value),
-        descend(learning_rate, weight_decay, weight_decay_mask),
-    )
-    return matrices_and_rest(method, rest, matrices)
+    return optax.identity() if clip_value is None else optax.clip(clip_value)

@@ -8,11 +8,13 @@ import optax
 
 from memopt.errors import check_at_least
 from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import adamw_for_rest, descend, matrices_and_rest
+from memopt.optimizers.by_partition import Ending, finish
+from memopt.optimizers.registry import method
 from memopt.state.precision import in_float32
 from memopt.transforms.orthogonalization import STEEPEST, orthogonalize, scale_by_shape
 
 
+@method()
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -77,14 +79,13 @@ def muon(
     """
     check_at_least("consistent_rms", consistent_rms, 0)
     dtype = jnp.bfloat16 if as_released else None
-    method = optax.chain(
+    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
+    return finish(
+        ending,
         in_float32(optax.trace(beta, nesterov)),
         orthogonalize(
             ns_steps, ns_coeffs, eps, dtype=dtype, copied_over=copied_over, matrices=matrices
         ),
         scale_by_shape(consistent_rms, matrices=matrices),
-        descend(learning_rate, weight_decay, weight_decay_mask),
+        others=optax.scale_by_adam(),
     )
-    if rest is None:
-        rest = adamw_for_rest(learning_rate, weight_decay, weight_decay_mask)
-    return matrices_and_rest(method, rest, matrices)

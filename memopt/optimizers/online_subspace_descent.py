@@ -4,11 +4,14 @@ from typing import Any
 
 import optax
 
+from memopt.errors import check_left_out
 from memopt.matrices import Matrices
 from memopt.optimizers.galore import galore
+from memopt.optimizers.registry import method
 from memopt.transforms import projectors
 
 
+@method(sums_projections=True)
 def online_subspace_descent(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -65,7 +68,9 @@ def online_subspace_descent(
         everything else as `galore` does.
 
     Raises:
-      ValueError: if `rank` or `scale` is out of range, or the rank larger than a matrix's side.
+      ValueError: if `rank` or `scale` is out of range, the rank larger than a matrix's side, or
+        an option given that has no effect: `b1`, `b2` or `eps` beside `inner`,
+        `projector_learning_rate` beside `projector_optimizer`, `penalty` as released.
 
     References:
       Liang et al., Memory-Efficient LLM Training with Online Subspace Descent, 2024,
@@ -79,9 +84,14 @@ def online_subspace_descent(
       >>> memopt.state_bytes(tx, params)["up/kernel"]            # 2·4·64 + 3·4·16 + 1 numbers
       2820
     """
-    if projector_optimizer is None:
+    if projector_optimizer is not None:
+        why = "projector_optimizer has its own"
+        check_left_out("projector_learning_rate", projector_learning_rate, 5e-3, why)
+    else:
         decay = 0.01 if as_released else 0.0
         projector_optimizer = optax.adamw(projector_learning_rate, weight_decay=decay)
+    if as_released:
+        check_left_out("penalty", penalty, 0.1, "the authors' code has none")
     projector = projectors.online_pca(
         rank,
         optimizer=projector_optimizer,

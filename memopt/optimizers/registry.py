@@ -1,62 +1,121 @@
-"""Every optimizer by its name: memopt's, and Optax's as baselines."""
+"""Every optimizer by its name: memopt's, which enter where they are defined, and Optax's.
+
+Whatever lists methods (`memopt.available`, the command line, README's table, benchmarks, the tests'
+tables) reads it here.
+"""
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import optax
 import optax.contrib
 
 from memopt.errors import check_choice
-from memopt.optimizers.adafactor import adafactor
-from memopt.optimizers.adalomo import adalomo
-from memopt.optimizers.apollo import apollo, apollo_mini
-from memopt.optimizers.fira import fira
-from memopt.optimizers.flora import flora
-from memopt.optimizers.frugal import frugal
-from memopt.optimizers.galore import galore
-from memopt.optimizers.ldadam import ldadam
-from memopt.optimizers.lion import lion
-from memopt.optimizers.lomo import lomo
-from memopt.optimizers.muon import muon
-from memopt.optimizers.online_subspace_descent import online_subspace_descent
 
-_OURS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    f.__name__: f
-    for f in (
-        *(adafactor, adalomo, apollo, apollo_mini, fira, flora, frugal, galore),
-        *(ldadam, lion, lomo, muon, online_subspace_descent),
-    )
+Make = Callable[..., optax.GradientTransformation]
+F = TypeVar("F", bound=Make)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Method(NamedTuple):
+    """An optimizer that has a name.
+
+    Attributes:
+      make: the function that builds it.
+      library: "memopt", or "optax" for a baseline.
+      sums_projections: whether it moves less over a mesh where shorter sides are unsharded, see
+        `memopt.whole_shorter_sides`: it sums projections of a gradient over devices.
+    """
+
+    make: Make
+    library: str = "memopt"
+    sums_projections: bool = False
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Its options, and what they are by default."""
+        parameters = inspect.signature(self.make).parameters
+        return {name: p.default for name, p in parameters.items() if name != "learning_rate"}
+
+    @property
+    def has_free_rank(self) -> bool:
+        """Whether its rank is a fraction of each matrix by default, and the user's to choose."""
+        return isinstance(self.defaults.get("rank"), float)
+
+
+METHODS: dict[str, Method] = {
+    "adam": Method(optax.adam, "optax"),
+    "adamw": Method(optax.adamw, "optax"),
+    "ademamix": Method(optax.contrib.ademamix, "optax"),
+    "adopt": Method(optax.contrib.adopt, "optax"),
+    "amsgrad": Method(optax.amsgrad, "optax"),
+    "lamb": Method(optax.lamb, "optax"),
+    "lars": Method(optax.lars, "optax"),
+    "optax_adafactor": Method(optax.adafactor, "optax"),
+    "optax_lion": Method(optax.lion, "optax"),
+    "optax_muon": Method(optax.contrib.muon, "optax"),
+    "schedule_free": Method(optax.contrib.schedule_free_adamw, "optax"),
+    "sgd": Method(optax.sgd, "optax"),
+    "sm3": Method(optax.sm3, "optax"),
+    "sophia": Method(optax.contrib.sophia, "optax"),
 }
-
-_BASELINES: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "adam": optax.adam,
-    "adamw": optax.adamw,
-    "adopt": optax.contrib.adopt,
-    "amsgrad": optax.amsgrad,
-    "lamb": optax.lamb,
-    "lars": optax.lars,
-    "optax_adafactor": optax.adafactor,
-    "optax_lion": optax.lion,
-    "optax_muon": optax.contrib.muon,
-    "schedule_free": optax.contrib.schedule_free_adamw,
-    "sgd": optax.sgd,
-    "sm3": optax.sm3,
-    "sophia": optax.contrib.sophia,
-}
-
-SUMS_PROJECTIONS = ("apollo", "fira", "flora", "galore", "online_subspace_descent")
-"""Those of memopt that move less over a mesh where `memopt.whole_shorter_sides` says."""
+"""All there are, by name: Optax's are rows here, a method of memopt says `@method()`."""
 
 
-def available() -> tuple[str, ...]:
-    """The names `optimizer` knows, memopt's own first.
+def method(*, sums_projections: bool = False) -> Callable[[F], F]:
+    """Enters a function of memopt, as it is, into `METHODS` under its own name.
+
+    Args:
+      sums_projections: see `Method`.
+    """
+
+    def enter(make: F) -> F:
+        METHODS[make.__name__] = Method(make, sums_projections=sums_projections)
+        return make
+
+    return enter
+
+
+def options_of(base: Callable[P, R]) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """Gives a function that passes ``**options`` on to `base` the signature of `base`.
+
+    Defaults that the function has itself take their place in it.
+
+    Example:
+      >>> def power(x, *, exponent=2, scale=1.0):
+      ...     return scale * x**exponent
+      >>> @options_of(power)
+      ... def cube(x, *, exponent=3, **options):
+      ...     return power(x, exponent=exponent, **options)
+      >>> inspect.signature(cube)
+      <Signature (x, *, exponent=3, scale=1.0)>
+    """
+
+    def decorate(function: Callable[..., R]) -> Callable[P, R]:
+        own, signature = inspect.signature(function).parameters, inspect.signature(base)
+        parameters = [own.get(name, p) for name, p in signature.parameters.items()]
+        setattr(function, "__signature__", signature.replace(parameters=parameters))  # noqa: B010
+        return cast(Callable[P, R], function)
+
+    return decorate
+
+
+def available(library: str | None = None) -> tuple[str, ...]:
+    """The names that `optimizer` knows, memopt's own first.
+
+    Args:
+      library: "memopt" or "optax" for the names of one of them alone.
 
     Example:
       >>> available()[:4]
       ('adafactor', 'adalomo', 'apollo', 'apollo_mini')
+      >>> available("optax")[:2]
+      ('adam', 'adamw')
     """
-    return (*_OURS, *_BASELINES)
+    names = sorted(METHODS, key=lambda name: (METHODS[name].library, name))
+    return tuple(name for name in names if library in (None, METHODS[name].library))
 
 
 def optimizer(
@@ -81,9 +140,8 @@ def optimizer(
       Traceback (most recent call last):
       ValueError: optimizer 'apolo' is unknown; did you mean 'apollo'? Allowed: adafactor, ...
     """
-    methods = _OURS | _BASELINES
-    check_choice("optimizer", name, methods)
-    parameters = inspect.signature(methods[name]).parameters
+    check_choice("optimizer", name, available())
+    chosen = METHODS[name]
     for option in options:
-        check_choice(f"option of {name}:", option, [p for p in parameters if p != "learning_rate"])
-    return optax.with_extra_args_support(methods[name](learning_rate, **options))
+        check_choice(f"option of {name}:", option, chosen.defaults)
+    return optax.with_extra_args_support(chosen.make(learning_rate, **options))

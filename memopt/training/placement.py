@@ -11,7 +11,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from memopt.models.sharding import BATCH_AXES
-from memopt.optimizers.registry import SUMS_PROJECTIONS
+from memopt.optimizers.registry import METHODS
 from memopt.state.sharding import state_sharding
 from memopt.training.step import TrainState, init_state
 from memopt.transforms.placed_update import update_at, whole_shorter_sides
@@ -100,7 +100,7 @@ def place_update(
         parameters as they would lie with its state. A layer at a time that is where they are: for
         moments elsewhere XLA's loop keeps a second copy (7B on 16 chips: 3.8 GiB, not 3.1).
     """
-    if name not in SUMS_PROJECTIONS:
+    if not METHODS[name].sums_projections:
         return tx, params
     places = whole_shorter_sides(params, by_layer=by_layer)
     return update_at(tx, params, places), params if by_layer else places

@@ -121,7 +121,9 @@ def accumulate_in_subspace(
     """
     if isinstance(projector, str):
         check_choice("projector", projector, ("gaussian", "rademacher", "sparse"))
-    space = by_name(projector, rank, seed=seed)
+        space = by_name(projector, rank, seed=seed)
+    else:
+        space = by_name(projector, seed=seed)
     if not isinstance(space, RandomProjector | Replay):
         raise ValueError(f"projector must be a random one or a replay, got {space}.")
     unseen: Any = None  # no gradient of the cycle may shape its basis

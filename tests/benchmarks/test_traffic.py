@@ -43,6 +43,11 @@ def test_the_rank_goes_to_methods_that_have_one() -> None:
         assert traffic.method_options(name, 32) == {}
 
 
+def test_methods_that_refresh_at_each_step_are_not_compared() -> None:
+    compared = set(traffic.compared())
+    assert set(memopt.available("memopt")) - compared == {"ldadam"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -76,7 +81,7 @@ def test_one_optimizer_as_json(layout: str, dtype: str, capsys: pytest.CaptureFi
 def test_a_list_is_written_with_a_plot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(traffic, "METHODS", ("lion", "unheard_of"))
+    monkeypatch.setattr(memopt, "available", lambda library: ("lion",))
     output = tmp_path / "results" / "traffic.json"
     traffic.main(["--output", str(output), "--explain"])
     results = json.loads(output.read_text())["results"]

@@ -5,7 +5,7 @@ import functools
 import optax
 
 import memopt
-from memopt.optimizers.registry import _OURS
+from memopt.optimizers.registry import METHODS as REGISTERED
 
 
 def adamw_8bit(learning_rate: float) -> optax.GradientTransformationExtraArgs:
@@ -17,9 +17,10 @@ def adamw_8bit(learning_rate: float) -> optax.GradientTransformationExtraArgs:
     )
 
 
-RANKED = ("apollo", "fira", "flora", "galore", "ldadam", "online_subspace_descent")
 METHODS = {
-    name: functools.partial(memopt.optimizer, name, **({"rank": 2} if name in RANKED else {}))
-    for name in _OURS
+    name: functools.partial(
+        memopt.optimizer, name, **({"rank": 2} if REGISTERED[name].has_free_rank else {})
+    )
+    for name in memopt.available("memopt")
 } | {"adamw_8bit": adamw_8bit}
 SOME = ("adafactor", "apollo_mini", "galore", "muon", "frugal", "ldadam", "lion", "adamw_8bit")

@@ -16,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 import memopt
 from memopt import projectors, recombine
+from memopt.optimizers.registry import METHODS
 from memopt.state.codecs import bits_of
 from memopt.trees import leaf_name
 from tests.optimizers import pairings
@@ -49,6 +50,7 @@ def variant(method, **fixed):
 none = lambda *shape: 0
 once = lambda *shape: math.prod(shape)
 twice = lambda *shape: 2 * math.prod(shape)
+thrice = lambda *shape: 3 * math.prod(shape)
 factors = lambda m, n: m + n
 moments = lambda k, m, n: k * (2 * RANK * max(m, n) + 1)
 mini_moments = lambda k, m, n: k * (2 * max(m, n) + 1)
@@ -124,6 +126,7 @@ CASES = {
     "apollo_mini_scale_front": Case(
         variant(memopt.apollo_mini, scale_front=True), mini_moments, twice, twice, ("rank",)
     ),
+    "ademamix": Case(variant(METHODS["ademamix"].make, **decays), thrice, thrice, thrice),
     "lion": Case(variant(memopt.lion, **decays), once, once, once),
     "lomo": Case(variant(memopt.lomo, clip_value=0.5, **decays), none, none, none),
     "muon": Case(variant(memopt.muon, **decays), once, twice, twice, ("ns_steps",)),
@@ -321,6 +324,10 @@ def apart(tree: Any) -> tuple[Any, Any]:
     return split(False), jax.tree.map(lambda x: x.astype(jnp.int32), split(True))
 
 
+def test_every_method_of_memopt_is_a_case():
+    assert set(memopt.available("memopt")) <= set(CASES)
+
+
 @every_case
 def test_state_bytes_are_the_formula(name, tree):
     case = CASES[name]
@@ -357,8 +364,9 @@ def test_dtypes_never_change(name, tree, dtype):
     statistics = {str(x.dtype) for x in jax.tree.leaves(after)} - {"int32"}
     if "bit" in name or name == "adamw_bfloat16":
         statistics -= {"int4", "int8", "uint8", "bfloat16"}
-    # Lion's momentum follows the parameter, as Optax's does; every other statistic is float32.
-    assert statistics <= {jnp.dtype(dtype if name == "lion" else jnp.float32).name}
+    # Statistics of Optax follow the parameter, and so does Lion's momentum; others are float32.
+    follows = name in ("lion", *memopt.available("optax"))
+    assert statistics <= {jnp.dtype(dtype if follows else jnp.float32).name}
 
 
 @every_case
@@ -368,8 +376,10 @@ def test_bfloat16_gradients_keep_float32_statistics(name, tree):
     tx = CASES[name].make(1e-2)
     _, state = run(tx, tree(0), narrow)
     _, exact = run(tx, tree(0), wide)
-    # The momenta of Adafactor and Flora average updates, which are bfloat16 themselves.
-    allowed = 2**-7 if "adafactor_momentum" in name or "flora" in name else 1e-3
+    # The momenta of Adafactor and Flora average updates, which are bfloat16 themselves; Optax
+    # multiplies in the gradient's dtype.
+    rounds = "adafactor_momentum" in name or "flora" in name or name in memopt.available("optax")
+    allowed = 2**-7 if rounds else 1e-3
     for got, expected in zip(jax.tree.leaves(state), jax.tree.leaves(exact), strict=True):
         if got.dtype == jnp.float32:
             assert jnp.abs(got - expected).max() <= allowed * jnp.abs(expected).max()

@@ -1,7 +1,5 @@
 """What an optimizer moves between devices: of no parameter, gradient or state the whole."""
 
-import inspect
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,7 +8,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 import memopt
 from benchmarks import compilers, hlo
-from memopt.optimizers.registry import SUMS_PROJECTIONS
+from memopt.optimizers.registry import METHODS
 
 PARAMS = {
     "blocks": {
@@ -52,9 +50,9 @@ def most_numbers(name):
     """Of an array that moves between refreshes, in parts of a whole parameter."""
     if name == "muon":
         return WHOLE // 8  # each device's share of two of them, in whole matrices
-    method = getattr(memopt, name, None)
-    has_rank = method and {"rank", "density"} & set(inspect.signature(method).parameters)
-    return WHOLE // 4 if has_rank and name != "apollo_mini" else WHOLE // 32  # the default rank
+    method = METHODS[name]
+    is_low_rank = method.has_free_rank or "density" in method.defaults
+    return WHOLE // 4 if is_low_rank else WHOLE // 32  # the default rank
 
 
 def check(name, devices):
@@ -81,7 +79,11 @@ def test_nothing_whole_moves_between_chips(name):
 
 @pytest.mark.parametrize(
     "name",
-    [n if n == "galore" else pytest.param(n, marks=pytest.mark.slow) for n in SUMS_PROJECTIONS],
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name != "galore" else [])
+        for name, method in METHODS.items()
+        if method.sums_projections
+    ],
 )
 def test_less_moves_where_shorter_sides_are_whole(name):
     tx, params = memopt.optimizer(name, 1e-3), on_mesh(jax.devices())

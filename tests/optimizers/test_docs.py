@@ -1,7 +1,6 @@
 """The tables of docs/subspace.md, and README's of methods, say what memopt does."""
 
-import importlib
-import json
+import inspect
 import re
 from pathlib import Path
 
@@ -10,10 +9,11 @@ import jax.numpy as jnp
 import pytest
 
 import memopt
+from benchmarks import readme
+from memopt.optimizers.registry import METHODS
 from tests.optimizers import pairings
 
 ROOT = Path(__file__).parents[2]
-METHODS = ("apollo", "flora", "frugal", "galore", "fira", "ldadam")  # files with an in_subspace
 
 
 def tables(page):
@@ -44,9 +44,9 @@ def subspaces(monkeypatch):
         seen.append((projector, recombine, refresh_every, on_refresh))
         return memopt.in_subspace(*(inner, *seen[-1]), **options)
 
-    for name in METHODS:
-        module = importlib.import_module(f"memopt.optimizers.{name}")
-        monkeypatch.setattr(module, "in_subspace", record)
+    for module in {inspect.getmodule(method.make) for method in METHODS.values()}:
+        if hasattr(module, "in_subspace"):
+            monkeypatch.setattr(module, "in_subspace", record)
     return seen
 
 
@@ -98,36 +98,23 @@ def test_the_defaults(subspaces):
         assert row["on_refresh"] == ("carry" if carries else on_refresh)
 
 
-def readme_methods():
-    [table] = (t for t in tables("README.md") if "numbers kept for an m×n matrix" in t[0])
-    return {re.search(r"\.(\w+)", row["method"])[1]: row for row in table}
+def test_the_table_of_methods_in_readme_is_the_generated_one():
+    assert readme.table() in (ROOT / "README.md").read_text(), "run python -m benchmarks.readme"
 
 
-def results(name):
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["results"]
-
-
-@pytest.mark.parametrize("name", readme_methods())
-def test_the_formula_in_readme(name):
+@pytest.mark.parametrize("name", memopt.available("memopt"))
+def test_a_docstring_says_how_many_numbers_its_method_keeps(name):
     p, q = 8, 12
-    formula = re.sub(
-        r"(?<=\w)(?=[a-zρ])", "*", readme_methods()[name]["numbers kept for an m×n matrix"]
-    )
+    formula = re.sub(r"(?<=\w)(?=[a-zρ])", "*", readme.numbers(name))
     numbers = eval(formula, {"m": p, "n": q, "p": p, "q": q, "r": p // 4, "ρ": 0.25})
     tree = {"up": {"kernel": jax.ShapeDtypeStruct((p, q), jnp.float32)}}
     assert memopt.state_bytes(memopt.optimizer(name, 1e-3), tree)["up/kernel"] == 4 * numbers
 
 
-def test_the_figures_in_readme():
-    size = lambda b: f"{b / 1e9:.1f} GB" if b >= 1e9 else f"{b / 1e6:.1f} MB" if b else "0"
-    rows = readme_methods()
-    kept = {(r["optimizer"], r["model"]): size(r["state_bytes"]) for r in results("state_bytes")}
-    assert kept == {(n, m): row[f"LLaMA-{m}"] for n, row in rows.items() for m in ("60m", "7b")}
-    errors = {}
-    for r in results("parity"):
-        errors.setdefault(r["method"], []).append(r["error"])
-    brief = lambda e: f"{max(e):.1e} ({len(e)})".replace("e-0", "e-")
-    assert {n: brief(e) for n, e in errors.items()} == {
-        n: row["error (runs)"] for n, row in rows.items() if "only" not in row["error (runs)"]
-    }
-    assert max(r["error_over_tolerance"] for r in results("parity")) <= 1
+@pytest.mark.parametrize("name", memopt.available("memopt"))
+def test_a_docstring_says_where_its_method_comes_from(name):
+    assert re.fullmatch(r"\[\S.* \d{4}\]\(https://\S+\)", readme.source(name))
+
+
+def test_recorded_runs_are_within_tolerance():
+    assert max(r["error_over_tolerance"] for r in readme.results("parity")) <= 1

@@ -1,11 +1,15 @@
 """Optimizers by name."""
 
+import ast
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
 import memopt
+from memopt.optimizers.registry import METHODS
 
 
 def tree():
@@ -31,6 +35,37 @@ def test_every_name_builds_and_moves(name):
         params, state = step(params, state)
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
     assert float(loss(params)) < float(loss(tree()))
+
+
+@pytest.mark.parametrize("module", [memopt, memopt.optimizers])
+def test_the_package_has_each_method_under_its_name(module):
+    ours = memopt.available("memopt")
+    assert [getattr(module, name) for name in ours] == [METHODS[name].make for name in ours]
+
+
+def test_type_checkers_read_the_imports_of_every_method():
+    """They do not run the registry; the other public names of that package stand beside."""
+    tree = ast.parse(Path(memopt.optimizers.__file__).read_text())
+    names = [node.names[0] for node in tree.body if isinstance(node, ast.ImportFrom)]
+    explicit = {alias.name for alias in names if alias.asname == alias.name}
+    others = {"available", "matrices_and_rest", "optimizer"}
+    assert explicit == {*memopt.available("memopt"), *others} == set(memopt.optimizers.__all__)
+
+
+def test_an_optimizer_is_a_method_of_memopt_or_of_optax():
+    libraries = {name: method.library for name, method in METHODS.items()}
+    assert set(libraries.values()) == {"memopt", "optax"}
+    assert memopt.available() == (*memopt.available("memopt"), *memopt.available("optax"))
+    assert {n for n, library in libraries.items() if library == "optax"} == set(
+        memopt.available("optax")
+    )
+    modules = {n: METHODS[n].make.__module__.partition(".")[0] for n in METHODS}
+    assert modules == libraries
+
+
+def test_apollo_mini_is_apollo_with_other_defaults():
+    apollo, mini = METHODS["apollo"].defaults, METHODS["apollo_mini"].defaults
+    assert mini == apollo | {"rank": 1, "scale": 128.0, "per": "matrix"}
 
 
 def test_a_name_means_its_function():
@@ -62,6 +97,46 @@ def test_unknown_names_suggest_the_nearest():
 def test_bad_options_are_named(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         memopt.apollo(1e-2, **options)
+
+
+draws = memopt.projectors.gaussian(4)
+UNUSED = [
+    ("galore", {"projector": "svd", "seed": 1}, "seed must be left out, since projector 'svd'"),
+    ("galore", {"projector": draws, "seed": 1}, "seed must be left out, since the projector"),
+    ("galore", {"projector": draws, "rank": 8}, "rank or density must be left out.*got 8"),
+    ("galore", {"inner": optax.identity(), "b2": 0.9}, "b2 must be left out, since inner"),
+    ("flora", {"projector": "svd", "seed": jnp.array(1)}, "seed must be left out"),
+    ("fira", {"projector": "svd", "seed": 1}, "seed must be left out"),
+    ("apollo", {"projector": draws, "rank": 0.5}, "rank or density must be left out.*got 0.5"),
+    ("frugal", {"projector": draws, "density": 0.5}, "rank or density must be left out"),
+    ("frugal", {"inner": optax.identity(), "eps": 1e-3}, "eps must be left out, since inner"),
+    ("ldadam", {"projector": "svd", "rho": 0.5}, "rho must be left out, since projector 'svd'"),
+    ("ldadam", {"seed": 1}, "seed must be left out, since projector 'power_iteration'"),
+    (
+        "online_subspace_descent",
+        {"projector_optimizer": optax.sgd(1.0), "projector_learning_rate": 1.0},
+        "projector_learning_rate must be left out, since projector_optimizer",
+    ),
+    ("online_subspace_descent", {"as_released": True, "penalty": 1.0}, "penalty must be left out"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "sentence"), UNUSED)
+def test_an_option_without_effect_is_refused(name, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        memopt.optimizer(name, 1e-2, **options)
+
+
+def test_a_projector_may_be_given_with_its_own_rank():
+    memopt.apollo(1e-2, projector=draws, rank=4)
+    memopt.apollo_mini(1e-2, projector=memopt.projectors.rademacher(1))
+
+
+def test_injected_defaults_are_not_refused():
+    make = optax.inject_hyperparams(memopt.galore, static_args="rank")
+    tx = make(1e-2, projector="svd", inner=optax.scale_by_rms(), rank=2)
+    state = jax.jit(tx.init)(tree())
+    jax.eval_shape(jax.jit(tx.update), tree(), state, tree())
 
 
 def test_a_rank_larger_than_a_matrix_names_the_matrix():

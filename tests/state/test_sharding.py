@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 import memopt
+from memopt.optimizers.registry import METHODS
 
 AXIS_TYPES = pytest.mark.parametrize(
     "axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
@@ -99,7 +100,8 @@ def subspace(low=LOW, inner="inner/", bases=(), ones=(), others=()):
 
 with_rank = {
     name: functools.partial(memopt.optimizer, name, 1e-3, rank=8)
-    for name in ("apollo", "fira", "flora", "galore", "ldadam", "online_subspace_descent")
+    for name, method in METHODS.items()
+    if method.has_free_rank
 }
 EXPECTED = {  # scalars, which are whole everywhere, apart
     "adafactor": (memopt.adafactor(1e-3), each("0/", FACTORS, [""])),
@@ -212,8 +214,16 @@ def test_leaf_by_leaf(name):
     assert {name: spec for name, spec in found.items() if spec} == expected
 
 
-def test_every_name_is_in_the_table():
-    assert set(memopt.available()) <= set(EXPECTED)
+@pytest.mark.parametrize("name", memopt.available())
+def test_an_array_shaped_like_its_parameter_is_sharded_like_it(name):
+    params = abstract(**MODEL)
+    tx = memopt.optimizer(name, 1e-3)
+    found, _ = specs(tx, params)
+    state = jax.eval_shape(tx.init, jax.tree.map(lambda p: p.update(sharding=None), params))
+    for (path, spec), x in zip(found.items(), jax.tree.leaves(state), strict=True):
+        parameter = path.rpartition("/")[2]
+        if parameter in MODEL and x.shape == MODEL[parameter][0]:
+            assert spec == AS_PARAMETERS[parameter], path
 
 
 @pytest.mark.parametrize("name", ["adafactor", "optax_adafactor", "galore", "int8"])

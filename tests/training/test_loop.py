@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from memopt.models import llama
+from memopt.optimizers.registry import METHODS, available
 from memopt.training.config import Architecture, Config, Optimization, Run, Text
 from memopt.training.loop import Stopped, compile_step, train
 from memopt.training.metrics import read_metrics
@@ -226,17 +227,13 @@ def test_more_steps_may_be_asked_for_when_resuming(config):
 @pytest.mark.parametrize(
     "name",
     [
-        "ldadam",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("galore", "flora", "frugal", "fira", "lomo", "adalomo")
-        ),
-        pytest.param("online_subspace_descent", marks=pytest.mark.slow),
+        pytest.param(name, marks=[pytest.mark.slow] if name != "ldadam" else [])
+        for name in available("memopt")
     ],
 )
 def test_every_method_trains(config, name):
     """A few steps that fit the text better, with a state that a checkpoint holds."""
-    options = {"option": ("rank=4",)} if name in ("galore", "flora", "fira", "ldadam") else {}
+    options = {"option": ("rank=4",)} if METHODS[name].has_free_rank else {}
     config = change(config, optimizer=name, steps=4, learning_rate=2e-2, **options)
     state, *_ = run(config)
     assert jax.tree.all(jax.tree.map(lambda x: jnp.isfinite(x).all(), state))

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 import memopt
-from memopt.optimizers.registry import SUMS_PROJECTIONS
+from memopt.optimizers.registry import METHODS
 
 SHAPES = {
     "blocks": {
@@ -57,7 +57,11 @@ def train(tx, seeds, place, places=None):
 
 @pytest.mark.parametrize(
     "name",
-    [n if n == "galore" else pytest.param(n, marks=pytest.mark.slow) for n in SUMS_PROJECTIONS],
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name != "galore" else [])
+        for name, method in METHODS.items()
+        if method.sums_projections
+    ],
 )
 @pytest.mark.parametrize("by_layer", [False, True], ids=["stack", "by layer"])
 def test_the_numbers_stay(name, by_layer):

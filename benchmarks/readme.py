@@ -1,0 +1,84 @@
+"""Writes README's table of methods: from the registry, docstrings and the benchmarks' results.
+
+    python -m benchmarks.readme
+
+A method's numbers of state and its source are read off its docstring; bytes for whole models are
+those of `benchmarks.state_bytes`, errors those of `benchmarks.parity`.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from memopt.optimizers.registry import METHODS, available
+
+ROOT = Path(__file__).parents[1]
+MODELS = ("60m", "7b")
+HEAD = (
+    "| method | numbers kept for an m×n matrix | LLaMA-60m | LLaMA-7b | error (runs) | source |",
+    "|---|---|--:|--:|--:|---|",
+)
+
+
+def numbers(name: str) -> str:
+    """The formula of a method's state for an m×n matrix, from what its docstring says of it."""
+    found = re.search(r"State: (.+?)(?: float32)? numbers", _docstring(name))
+    return found[1] if found else "0"
+
+
+def source(name: str) -> str:
+    """The first reference of a method's docstring, as a link."""
+    found = re.search(r"References: (.+?), .*?(\d{4}), (https:[^\s,;]+)", _docstring(name))
+    if found is None:
+        raise ValueError(f"{name}: its docstring names no authors, year and address as reference.")
+    return f"[{found[1]} {found[2]}]({found[3]})"
+
+
+def table() -> str:
+    """The table: what keeps least at 7B first, what is not measured yet last."""
+    kept = {(r["optimizer"], r["model"]): r["state_bytes"] for r in results("state_bytes")}
+    errors: dict[str, list[float]] = {}
+    for r in results("parity"):
+        errors.setdefault(r["method"], []).append(r["error"])
+
+    def row(called: str, formula: str, where: str) -> str:
+        name = called.partition(".")[2]
+        sizes = [_size(kept.get((name, model))) for model in MODELS]
+        found = errors.get(name)
+        error = f"{max(found):.1e} ({len(found)})".replace("e-0", "e-") if found else "–"
+        return " | ".join(("| " + f"`{called}`", formula, *sizes, error, f"{where} |"))
+
+    size = lambda name: kept.get((name, MODELS[-1]), float("inf"))
+    ours = [
+        row(f"memopt.{name}", numbers(name), source(name))
+        for name in sorted(available("memopt"), key=size)
+    ]
+    return "\n".join((*HEAD, *ours, row("optax.adamw", "2mn", "for comparison"), ""))
+
+
+def main() -> None:
+    """Puts the table in the place of the one that README has."""
+    path = ROOT / "README.md"
+    text = path.read_text()
+    old = re.search(rf"^{re.escape(HEAD[0])}\n(?:\|.*\n)*", text, re.MULTILINE)
+    assert old is not None
+    path.write_text(text.replace(old[0], table()))
+
+
+def _docstring(name: str) -> str:
+    return " ".join((METHODS[name].make.__doc__ or "").split())
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["results"]
+
+
+def _size(b: int | None) -> str:
+    if b is None:
+        return "–"
+    return f"{b / 1e9:.1f} GB" if b >= 1e9 else f"{b / 1e6:.1f} MB" if b else "0"
+
+
+if __name__ == "__main__":
+    main()
