@@ -50,8 +50,11 @@ def check_left_out(argument: str, given: Any, default: Any, why: str) -> None:
       Traceback (most recent call last):
       ValueError: seed must be left out, since projector 'svd' does not draw, got 3.
     """
-    # Not jnp: inside jit that would trace the comparison of known values, too.
-    if not isinstance(given, jax.core.Tracer) and np.any(np.asarray(given) != default):
+    try:  # by numpy: jnp would trace the comparison of known values, too
+        differs = bool(np.any(np.asarray(given) != default))
+    except jax.errors.TracerArrayConversionError:
+        return
+    if differs:
         raise ValueError(f"{argument} must be left out, since {why}, got {given}.")
 
 
