@@ -14,7 +14,7 @@ import optax
 from rich.console import Console
 
 from memopt.models import llama
-from memopt.training.data import Batch
+from memopt.text.batches import Batch
 from memopt.training.metrics import Display, MetricsLog
 from memopt.training.prepare import Training
 from memopt.training.processes import agree_to_stop, writes

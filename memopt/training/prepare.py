@@ -20,16 +20,17 @@ from memopt.errors import check_at_least
 from memopt.models import llama
 from memopt.state.quantize import quantize_state
 from memopt.state.quantized import dequantize_params, quantize_params
-from memopt.training.checkpoint import Checkpoints, Record
-from memopt.training.config import Config, Optimization
-from memopt.training.data import (
+from memopt.text.batches import (
     Batch,
     Batches,
-    find_documents,
     fingerprint,
     train_batches,
     validation_batches,
 )
+from memopt.text.documents import find_documents
+from memopt.text.tokenizer import Tokenizer, load_tokenizer
+from memopt.training.checkpoint import Checkpoints, Record
+from memopt.training.config import Config, Optimization
 from memopt.training.directory import check_same, choose_directory, open_directory
 from memopt.training.placement import (
     abstract_state,
@@ -40,7 +41,6 @@ from memopt.training.placement import (
 )
 from memopt.training.processes import check_alike
 from memopt.training.step import TrainState, init_state
-from memopt.training.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclasses.dataclass

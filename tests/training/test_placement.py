@@ -9,7 +9,6 @@ import memopt
 from memopt.models import llama
 from memopt.planning.step_memory import bytes_here
 from memopt.training.placement import abstract_state, make_mesh, place_update
-from memopt.training.prepare import _abstract_params
 
 
 @pytest.mark.parametrize("weights", [None, "int8"])
@@ -24,7 +23,7 @@ from memopt.training.prepare import _abstract_params
 )
 def test_state_of_no_matrix_is_whole(tx, weights):
     mesh = make_mesh("fsdp=4,tensor=2", rows=4)
-    params = _abstract_params(llama.preset("tiny"), mesh)
+    params = llama.abstract_params(llama.preset("tiny"), mesh)
     params = memopt.quantize_params(params, weights) if weights else params
     state = abstract_state(params, tx, mesh)
     placed = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
@@ -51,14 +50,14 @@ def test_what_a_chip_holds_falls_with_their_number(name):
     held = {}
     for chips in (16, 256):
         mesh = AbstractMesh((chips,), ("fsdp",), axis_types=(AxisType.Auto,))
-        params = _abstract_params(llama.preset("7b"), mesh)
+        params = llama.abstract_params(llama.preset("7b"), mesh)
         state = abstract_state(params, tx, mesh)
         held[chips] = bytes_here((state.params, state.opt_state))
     assert held[16] / held[256] >= 0.85 * 256 / 16
 
 
 def test_where_an_update_is_made():
-    params = _abstract_params(llama.preset("tiny"), make_mesh("fsdp=4", rows=4))
+    params = llama.abstract_params(llama.preset("tiny"), make_mesh("fsdp=4", rows=4))
     places = lambda name, by_layer: place_update(tx, name, params, by_layer=by_layer)[1]
     tx = memopt.galore(1e-3)
     at = lambda tree: tree["blocks"]["mlp"]["up"]["kernel"].sharding.spec
