@@ -18,7 +18,8 @@ from memopt.text.documents import Documents
 from memopt.text.files import Piece
 from memopt.text.tokenizer import Tokenizer
 
-#: inputs, targets, segment_ids, positions, weights: int32 (rows, seq_len) each.
+#: The arrays of a batch, int32 (rows, seq_len) each.
+FIELDS = ("inputs", "targets", "segment_ids", "positions", "weights")
 Batch = dict[str, np.ndarray]
 
 #: Rows are mixed within windows of this many tokens.
