@@ -11,7 +11,6 @@ Prints a table and writes it as JSON, with a plot of the same name.
 """
 
 import dataclasses
-import functools
 import shlex
 import statistics
 import sys
@@ -34,8 +33,9 @@ from benchmarks.report import save
 from memopt.errors import check_at_least, check_choice
 from memopt.state.codecs import bits_of
 from memopt.training.config import Config, Optimization, Run, Text
-from memopt.training.prepare import Training, prepare
-from memopt.training.step import evaluate, init_state, train_step
+from memopt.training.open import Training, open_run
+from memopt.training.setup import make_step
+from memopt.training.step import evaluate, init_state
 
 
 class Case(NamedTuple):
@@ -85,21 +85,20 @@ class Options:
 
 def train(run: Training, case: Case, seed: int) -> dict[str, float]:
     """The validation loss after a run's steps, and bytes a weight of state and weights."""
-    adam = optax.scale_by_adam()
+    setup, adam = run.setup, optax.scale_by_adam()
     if case.state:
         adam = memopt.quantize_state(adam, case.state, seed=seed)
     decay = optax.add_decayed_weights(0.1)
-    tx = optax.chain(adam, decay, optax.scale_by_learning_rate(run.learning_rate))
+    tx = optax.chain(adam, decay, optax.scale_by_learning_rate(setup.learning_rate))
 
     params = run.state.params
     stored = memopt.quantize_params(params, case.weights) if case.weights else params
     state, size = init_state(stored, tx), sum(p.size for p in jax.tree.leaves(params))
     kept = lambda tree: sum(x.size * bits_of(x.dtype) for x in jax.tree.leaves(tree)) / 8 / size
-    whole = {"loss": run.loss, "tx": tx, "learning_rate": run.learning_rate}
-    step = jax.jit(functools.partial(train_step, **whole))
+    step = jax.jit(make_step(setup.model_config, tx, setup.learning_rate))
     for _ in range(run.config.optimization.steps):
-        state, _ = step(state, run.place(next(run.batches)))
-    loss = evaluate(state.params, map(run.place, run.validation), jax.jit(run.loss))
+        state, _ = step(state, setup.place(next(run.batches)))
+    loss = evaluate(state.params, map(setup.place, run.validation), jax.jit(setup.loss))
     sizes = {"state_bytes": kept(state.opt_state), "weight_bytes": kept(state.params)}
     return {"loss": loss, **sizes}
 
@@ -110,7 +109,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for seed in options.seeds:
         with tempfile.TemporaryDirectory() as directory:
-            run = prepare(configuration(options, seed, Path(directory) / "run"))
+            run = open_run(configuration(options, seed, Path(directory) / "run"))
             start = run.batches.get_state()
             for name in track(names, description=f"seed {seed}", transient=True):
                 run.batches.set_state(start)

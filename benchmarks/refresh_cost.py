@@ -37,8 +37,9 @@ from benchmarks.machine import core_count, cpu_model, versions
 from benchmarks.report import save, spread
 from memopt.errors import check_at_least
 from memopt.models import llama
-from memopt.training.data import find_documents, train_batches
-from memopt.training.tokenizer import load_tokenizer
+from memopt.text.batches import train_batches
+from memopt.text.documents import find_documents
+from memopt.text.tokenizer import load_tokenizer
 from memopt.transforms.projectors import MatrixSpec, Projector, RefreshClock, randomized_svd, svd
 
 LAPACK = "jnp.linalg.svd"

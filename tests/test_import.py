@@ -6,7 +6,8 @@ import sys
 HEAVY = (
     *("jax.experimental.pallas", "jax._src.pallas", "jax.extend"),
     *("flax", "grain", "orbax", "tokenizers", "safetensors", "datasets", "tyro", "rich"),
-    *("matplotlib", "tensorboardX", "memopt.models", "memopt.training", "memopt.cli"),
+    *("matplotlib", "tensorboardX"),
+    *("memopt.cli", "memopt.models", "memopt.text", "memopt.training"),
 )
 
 

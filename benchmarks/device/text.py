@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from memopt.training.files import Files, read_files
-from memopt.training.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from memopt.text.files import Files, read_files
+from memopt.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 #: The vocabulary of the LLaMA; smaller models read bytes.
 VOCABULARY = 32_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import sys
@@ -10,7 +11,6 @@ import warnings
 from typing import NoReturn
 
 import jax
-import optax
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -20,11 +20,11 @@ from memopt.planning.step_memory import step_memory
 from memopt.state.describe import describe
 from memopt.state.quantized import dequantize_params
 from memopt.training.config import Config, read_flags
+from memopt.training.describe import describe_run
 from memopt.training.directory import choose_directory
-from memopt.training.loop import Stopped, compile_step, train
+from memopt.training.loop import Stopped, train
 from memopt.training.metrics import read_metrics
-from memopt.training.placement import abstract_state
-from memopt.training.prepare import Training, prepare
+from memopt.training.open import Training, open_run
 from memopt.training.processes import join, wait_for_all, writes
 from memopt.training.report import plot_loss, sample_text
 from memopt.training.step import TrainState
@@ -69,7 +69,7 @@ def _pretrain(arguments: list[str]) -> None:
         config = parse(arguments)
         join(config.run)
         console = Console(quiet=not writes())
-        run = prepare(config)
+        run = open_run(config)
     except (ValueError, ImportError) as error:
         fail(error)
     _introduce(run, console)
@@ -120,8 +120,8 @@ def _introduce(run: Training, console: Console) -> None:
     config, step = run.config, int(run.state.step)
     dense = jax.eval_shape(dequantize_params, run.state.params)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(dense))
-    kinds = describe(run.tx, dense).by_kind()
-    mesh = ", ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items())
+    kinds = describe(run.setup.tx, dense).by_kind()
+    mesh = ", ".join(f"{axis}={size}" for axis, size in run.setup.mesh.shape.items())
     lines = (
         f"model      {config.architecture.model}, {parameters:,} parameters",
         f"optimizer  {config.optimization.optimizer} {' '.join(config.optimization.option)}",
@@ -155,14 +155,15 @@ def _conclude(
 
 def _memory_table(run: Training, state: TrainState, step: jax.stages.Compiled) -> Table:
     """Bytes of this run and of the same run with AdamW, both from the compiler."""
-    adamw = optax.adamw(run.learning_rate)
-    like = abstract_state(state.params, adamw, run.mesh)
+    own = run.config.optimization
+    adamw = dataclasses.replace(own, optimizer="adamw", option=(), state=None)
+    other = describe_run(dataclasses.replace(run.config, optimization=adamw))
     memories = (
         step_memory(step, state.params, state.opt_state),
-        step_memory(compile_step(run, adamw, like)[1], like.params, like.opt_state),
+        step_memory(other.compile(), other.state.params, other.state.opt_state),
     )
     table = Table("bytes on one device")
-    for name in (run.config.optimization.optimizer, "optax.adamw"):
+    for name in (own.optimizer, "optax.adamw"):
         table.add_column(name, justify="right")
     for name, field in {
         "parameters": "parameters",

@@ -8,8 +8,8 @@ from pathlib import Path
 import tyro
 
 from memopt.cli.errors import fail
-from memopt.training.documents import find_documents
-from memopt.training.tokenizer import train_tokenizer
+from memopt.text.documents import find_documents
+from memopt.text.tokenizer import train_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

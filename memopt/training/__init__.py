@@ -1,1 +1,1 @@
-"""Data, the step, the loop and checkpoints."""
+"""The training step, its compilation, the loop and checkpoints."""

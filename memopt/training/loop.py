@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import signal
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import jax
-import optax
 from rich.console import Console
 
-from memopt.models import llama
-from memopt.training.data import Batch
+from memopt.text.batches import Batch
 from memopt.training.metrics import Display, MetricsLog
-from memopt.training.prepare import Training
+from memopt.training.open import Training
 from memopt.training.processes import agree_to_stop, writes
-from memopt.training.release import release_step
-from memopt.training.step import Metrics, TrainState, evaluate, train_step
-
-Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+from memopt.training.step import TrainState, evaluate
 
 
 class Stopped(Exception):
@@ -51,10 +44,10 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
     Raises:
         Stopped: A signal, steps that are not finite, or data that cannot be read ended it earlier.
     """
-    options, steps = run.config.run, run.config.optimization.steps
+    setup, options, steps = run.setup, run.config.run, run.config.optimization.steps
     state, start = run.state, int(run.state.step)
     with (
-        jax.set_mesh(run.mesh),
+        jax.set_mesh(setup.mesh),
         contextlib.closing(run.checkpoints),
         contextlib.closing(run.batches),
         contextlib.closing(MetricsLog(run.directory, start))
@@ -63,16 +56,16 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
         Display(console, steps, start) as display,
         _signals() as caught,
     ):
-        (step, compiled), loss = compile_step(run, run.tx, state), jax.jit(run.loss)
+        compiled, loss = setup.compile(), jax.jit(setup.loss)
         try:
             for number in range(start + 1, steps + 1):
                 _stop_if_caught(caught, number - 1)
                 began = time.perf_counter()
-                state, outcome = step(state, run.place(_next_batch(run)))
+                state, outcome = setup.jitted(state, setup.place(_next_batch(run)))
                 metrics = {name: value.item() for name, value in outcome.items()}
                 metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - began)
                 if number % options.eval_every == 0 or number == steps:
-                    batches = map(run.place, run.validation)
+                    batches = map(setup.place, run.validation)
                     metrics["val_loss"] = evaluate(state.params, batches, loss)
                 if log:
                     log.write(number, metrics)
@@ -85,34 +78,6 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
                 run.save(state)
             raise
     return state, compiled
-
-
-def compile_step(
-    run: Training, tx: optax.GradientTransformation, state: TrainState
-) -> tuple[Step, jax.stages.Compiled]:
-    """Compiles the training step of a run, with its own or another optimizer.
-
-    Args:
-        run: The run.
-        tx: The optimizer.
-        state: The state, or its shapes and shardings.
-
-    Returns:
-        `train_step`, or `release_step`, from (state, batch) to (state, metrics), the state donated;
-        and what was compiled for it, to be asked: called by itself it refuses arrays of 4 bits.
-    """
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    options = run.config.optimization
-    whole = {"tx": tx, "learning_rate": run.learning_rate, "accumulation": options.accumulation}
-    if options.release:
-        whole |= {"shardings": shardings.params}
-        model = llama.stacked_model(run.model_config)
-        step = functools.partial(release_step, model=model, **whole)
-    else:
-        step = functools.partial(train_step, loss=run.loss, **whole)
-    with jax.set_mesh(run.mesh):
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-        return jitted, jitted.lower(state, run.place(run.validation[0])).compile()
 
 
 def _next_batch(run: Training) -> Batch:

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 from memopt.models.generate import generate
 from memopt.training.metrics import read_metrics
-from memopt.training.prepare import Training
+from memopt.training.open import Training
 
 
 def plot_loss(metrics: Path, image: Path) -> None:
@@ -53,10 +53,10 @@ def sample_text(
     """
     prompt = multihost_utils.broadcast_one_to_all(run.validation[0]["inputs"][0])
     prompt = prompt[prompt != run.tokenizer.eos_id][:prompt_tokens]
-    new_tokens = min(new_tokens, run.model_config.max_seq_len - len(prompt))
-    with jax.set_mesh(run.mesh):
+    new_tokens = min(new_tokens, run.setup.model_config.max_seq_len - len(prompt))
+    with jax.set_mesh(run.setup.mesh):
         ids = generate(
-            run.model(params), prompt, new_tokens, temperature=0.8, key=jax.random.key(0)
+            run.setup.model(params), prompt, new_tokens, temperature=0.8, key=jax.random.key(0)
         )
     decode = run.tokenizer.decode
     return decode(prompt), decode(np.asarray(ids)[len(prompt) :])

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from memopt.cli.pretrain import parse
 from memopt.training.loop import train
-from memopt.training.prepare import prepare
+from memopt.training.open import open_run
 from tests.cli.runs import finish, free_port, kill, metrics, start, wait_for_step
 from tests.training import nano
 
@@ -43,7 +43,7 @@ def alone(home):
     """The directory of the same run in one process, on as many devices."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        train(prepare(parse([*FLAGS, "--output=alone"])), Console(quiet=True))
+        train(open_run(parse([*FLAGS, "--output=alone"])), Console(quiet=True))
     return home / "alone"
 
 
@@ -51,7 +51,7 @@ def last_state(directory):
     """What was saved last, as this one process resumes it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory.parent)
-        run = prepare(parse(["--resume", f"--output={directory.name}"]))
+        run = open_run(parse(["--resume", f"--output={directory.name}"]))
     run.batches.close()
     return jax.device_get(run.state)
 

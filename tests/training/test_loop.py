@@ -14,10 +14,10 @@ from rich.console import Console
 from memopt.models import llama
 from memopt.optimizers.registry import METHODS, available
 from memopt.training.config import Architecture, Config, Optimization, Run, Text
-from memopt.training.loop import Stopped, compile_step, train
+from memopt.training.describe import describe_run
+from memopt.training.loop import Stopped, train
 from memopt.training.metrics import read_metrics
-from memopt.training.placement import abstract_state
-from memopt.training.prepare import prepare
+from memopt.training.open import open_run
 from memopt.training.report import plot_loss, sample_text
 
 
@@ -71,7 +71,7 @@ def change(config, **options):
 
 
 def run(config):
-    return train(prepare(config), Console(quiet=True))
+    return train(open_run(config), Console(quiet=True))
 
 
 def metrics(config):
@@ -105,7 +105,7 @@ def test_a_run_learns_and_its_directory_holds_everything(finished):
 def test_a_finished_run_is_resumed_to_its_end_with_nothing_to_do(finished):
     config, state = finished
     lines = metrics(config)
-    resumed = prepare(change(config, resume=True))
+    resumed = open_run(change(config, resume=True))
     chex.assert_trees_all_equal(resumed.state, state)
     prompt, continuation = sample_text(resumed, state.params, prompt_tokens=8, new_tokens=5)
     assert len(prompt) == 8
@@ -116,7 +116,7 @@ def test_a_finished_run_is_resumed_to_its_end_with_nothing_to_do(finished):
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(finished, config):
-    stopping = prepare(config)
+    stopping = open_run(config)
     stopping.batches = Disturbed(stopping.batches, 6, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Stopped, match="SIGTERM after step 6") as stopped:
         train(stopping, Console(quiet=True))
@@ -140,23 +140,21 @@ def test_on_a_mesh_the_numbers_are_the_same_and_the_state_is_split(finished, con
 
 def test_what_was_saved_on_one_mesh_goes_on_on_another(finished):
     config, state = finished
-    resumed = prepare(change(config, mesh="fsdp=8", resume=True))
+    resumed = open_run(change(config, mesh="fsdp=8", resume=True))
     chex.assert_trees_all_equal(jax.device_get(resumed.state), jax.device_get(state))
     resumed.batches.close()
 
 
 def test_state_shaped_like_a_parameter_lies_with_it(config):
-    prepared = prepare(change(config, optimizer="adamw", mesh="fsdp=4"))
-    params = prepared.state.params
-    state = abstract_state(params, prepared.tx, prepared.mesh)
+    setup = describe_run(change(config, optimizer="adamw", mesh="fsdp=4"))
+    state = setup.state
     for moment in (state.opt_state[0].mu, state.opt_state[0].nu):
-        for m, p in zip(*map(jax.tree.leaves, (moment, params)), strict=True):
+        for m, p in zip(*map(jax.tree.leaves, (moment, state.params)), strict=True):
             assert m.sharding == p.sharding or not any(p.sharding.spec)  # of a norm: spread
             assert "fsdp" in m.sharding.spec
     assert state.opt_state[0].count.sharding.spec == jax.P()
-    _, compiled = compile_step(prepared, prepared.tx, state)
+    compiled = setup.compile()
     assert compiled.output_shardings[0] == jax.tree.map(lambda x: x.sharding, state)
-    prepared.batches.close()
 
 
 def test_steps_that_are_not_finite_stop_the_run_and_change_nothing(config, monkeypatch):
@@ -167,14 +165,14 @@ def test_steps_that_are_not_finite_stop_the_run_and_change_nothing(config, monke
         return total * jnp.nan, tokens
 
     monkeypatch.setattr(llama, "loss", loss)
-    prepared = prepare(change(config, max_skipped=3))
-    before = jax.device_get(prepared.state)
+    opened = open_run(change(config, max_skipped=3))
+    before = jax.device_get(opened.state)
     with pytest.raises(Stopped, match="3 steps up to 3") as stopped:
-        train(prepared, Console(quiet=True))
+        train(opened, Console(quiet=True))
     assert stopped.value.exit_code == 1
     assert [line["loss"] for line in metrics(config)] == [None] * 3
     monkeypatch.setattr(llama, "loss", true_loss)
-    saved = prepare(change(config, resume=True, max_skipped=3)).state
+    saved = open_run(change(config, resume=True, max_skipped=3)).state
     chex.assert_trees_all_equal(saved.params, before.params)
     chex.assert_trees_all_equal(saved.opt_state, before.opt_state)
     assert (saved.step, saved.skipped, saved.skipped_in_row) == (3, 3, 3)
@@ -184,11 +182,11 @@ def test_data_that_cannot_be_read_stops_the_run_after_saving(config):
     def fail():
         raise ValueError("pages.jsonl, line 3 is not JSON")
 
-    prepared = prepare(config)
-    prepared.batches = Disturbed(prepared.batches, 3, fail)
+    opened = open_run(config)
+    opened.batches = Disturbed(opened.batches, 3, fail)
     with pytest.raises(Stopped, match=r"cannot be read: pages.jsonl, line 3 is not JSON"):
-        train(prepared, Console(quiet=True))
-    assert prepare(change(config, resume=True)).state.step == 2
+        train(opened, Console(quiet=True))
+    assert open_run(change(config, resume=True)).state.step == 2
 
 
 @pytest.mark.parametrize(
@@ -203,7 +201,7 @@ def test_data_that_cannot_be_read_stops_the_run_after_saving(config):
 )
 def test_resuming_something_else_says_what_differs(finished, options, named):
     with pytest.raises(ValueError, match=named):
-        prepare(change(finished[0], resume=True, **options))
+        open_run(change(finished[0], resume=True, **options))
 
 
 def test_resuming_on_other_data_says_what_differs(config, text, tmp_path):
@@ -213,7 +211,7 @@ def test_resuming_on_other_data_says_what_differs(config, text, tmp_path):
     run(config)
     copy.write_text(text.read_text() + " more")
     with pytest.raises(ValueError, match="data digest is"):
-        prepare(change(config, resume=True))
+        open_run(change(config, resume=True))
 
 
 def test_more_steps_may_be_asked_for_when_resuming(config):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from memopt.training.files import read_files
+from memopt.text.files import read_files
 
 if TYPE_CHECKING:
     import grain
@@ -68,7 +68,7 @@ def find_documents(specs: Sequence[str] = ("python",)) -> Documents:
     if streams:
         if len(specs) > 1:
             raise ValueError(f"data {streams[0]!r} cannot be mixed with other data: give it alone.")
-        from memopt.training.streams import open_stream  # needs Grain, which files do not
+        from memopt.text.streams import open_stream  # needs Grain, which files do not
 
         return open_stream(streams[0])
     return read_files(specs)

@@ -169,7 +169,7 @@ class Files:
 
 
 def read_files(specs: Sequence[str]) -> Files:
-    """The documents in the files that `specs` name; see `memopt.training.documents`.
+    """The documents in the files that `specs` name; see `memopt.text.documents`.
 
     Raises:
         ValueError: Nothing matches, a file is not text, all is empty, or the first line of a JSON

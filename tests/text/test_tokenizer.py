@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models
 
-from memopt.training.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_tokenizer
+from memopt.text.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_tokenizer
 
 TEXT = ["def add(a, b):\n    return a + b\n", "the quick brown fox jumps over the lazy dog. " * 20]
 

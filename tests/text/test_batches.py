@@ -1,4 +1,4 @@
-"""Documents are found and split for good; batches lose no token and resume exactly."""
+"""Batches lose no token, resume exactly and are the same for any number of processes."""
 
 import contextlib
 import dataclasses
@@ -13,15 +13,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memopt.training import data, files, streams
-from memopt.training.data import (
-    find_documents,
+from memopt.text.batches import (
+    _packed,
+    _tuples,
     fingerprint,
     train_batches,
     validation_batches,
 )
-from memopt.training.files import Piece
-from memopt.training.tokenizer import load_tokenizer
+from memopt.text.documents import find_documents
+from memopt.text.files import Piece
+from memopt.text.tokenizer import load_tokenizer
+from tests.text.corpora import texts, write_files, write_lines
 
 BYTES = load_tokenizer("bytes")
 NAMES = ("inputs", "targets", "segment_ids", "positions", "weights")
@@ -30,8 +32,8 @@ NAMES = ("inputs", "targets", "segment_ids", "positions", "weights")
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
     """Small windows, so that short tests cross many of them."""
-    monkeypatch.setattr(data, "WINDOW_TOKENS", 640)
-    monkeypatch.setattr(streams, "STREAM_WINDOW", 7)
+    monkeypatch.setattr("memopt.text.batches.WINDOW_TOKENS", 640)
+    monkeypatch.setattr("memopt.text.streams.STREAM_WINDOW", 7)
 
 
 @dataclasses.dataclass
@@ -44,24 +46,6 @@ class Given:
         return grain.MapDataset.source(self.pieces)
 
 
-def write_files(directory, count, prefix="f"):
-    directory.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        text = "".join(f"{prefix}{i} line {j}\n" for j in range(1 + (i * 7919) % 200))
-        (directory / f"{prefix}{i:03d}.txt").write_text(text)
-    return str(directory)
-
-
-def write_lines(path, count, field="text"):
-    records = [{field: f"document {i} " + "word " * (i % 13)} for i in range(count)]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
-
-
-def texts(corpus):
-    return sorted(piece.text for piece in corpus.once())
-
-
 def take(batches, count):
     return [next(batches) for _ in range(count)]
 
@@ -72,177 +56,6 @@ def assert_same(ones, others):
         assert tuple(sorted(one)) == tuple(sorted(other)) == tuple(sorted(NAMES))
         for name in NAMES:
             np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-
-
-# --- finding ---------------------------------------------------------------------------------
-
-
-def test_the_standard_library_is_about_the_same_everywhere():
-    corpus = find_documents()
-    description = corpus.describe()
-    assert 7e6 < description["bytes"] < 9e6
-    assert 350 < description["files"] < 450
-    names = {file.name for file in corpus.files}
-    assert {"ast.py", "json/decoder.py", "unittest/case.py"} <= names
-    assert not any("test/" in name.replace("unittest/", "") for name in names)
-    assert description == find_documents(["python"]).describe()
-
-
-def test_directories_globs_and_files_find_the_same(tmp_path):
-    write_files(tmp_path / "a" / "deep", 3)
-    (tmp_path / "a" / ".git").mkdir()
-    (tmp_path / "a" / ".git" / "config").write_text("hidden")
-    (tmp_path / "a" / "image.bin").write_bytes(b"\x89PNG\0\0")
-    (tmp_path / "a" / "empty.txt").touch()
-    by_directory = find_documents([str(tmp_path / "a")])
-    by_glob = find_documents([str(tmp_path / "a" / "**" / "*.txt")])
-    by_file = find_documents([str(tmp_path / "a" / "deep" / f"f{i:03d}.txt") for i in (0, 1, 2)])
-    twice = find_documents([str(tmp_path / "a"), str(tmp_path / "a" / "deep" / "f001.txt")])
-    assert texts(by_directory) == texts(by_glob) == texts(by_file) == texts(twice)
-    assert [file.name for file in by_directory.files] == [f"deep/f{i:03d}.txt" for i in range(3)]
-
-
-@pytest.mark.parametrize("field", ["text", "content"])
-def test_json_lines(tmp_path, field):
-    path = tmp_path / "pages.jsonl"
-    path.write_text(f'{{"{field}": "one\\n\\u00e9"}}\n\n  \n{{"{field}": "two", "other": 3}}')
-    spec = str(path) if field == "text" else f"{path}#content"
-    corpus = find_documents([spec])
-    assert list(corpus) == [Piece("one\né", True, True), Piece("two", True, True)]
-
-
-def test_bytes_that_are_no_utf8_are_replaced(tmp_path):
-    (tmp_path / "latin.txt").write_bytes("né\n".encode("latin-1"))
-    assert texts(find_documents([str(tmp_path)])) == ["n\ufffd\n"]
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    content=st.text(st.sampled_from("aé\n→ 𝄞"), min_size=1, max_size=400), piece=st.integers(8, 60)
-)
-def test_pieces_of_a_long_file_join_to_the_file(tmp_path_factory, content, piece):
-    path = tmp_path_factory.mktemp("long") / "book.txt"
-    path.write_bytes(content.encode())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "PIECE_BYTES", piece)
-        corpus = find_documents([str(path)])
-    pieces = list(corpus)
-    assert "".join(piece.text for piece in pieces) == content
-    assert [p.begins for p in pieces] == [True] + [False] * (len(pieces) - 1)
-    assert [p.ends for p in pieces] == [False] * (len(pieces) - 1) + [True]
-
-
-def test_long_files_are_cut_at_lines(tmp_path):
-    (tmp_path / "book.txt").write_text("".join(f"line {i}\n" for i in range(40_000)))
-    pieces = list(find_documents([str(tmp_path)]))
-    assert len(pieces) == 7
-    assert all(piece.text.startswith("line ") and piece.text.endswith("\n") for piece in pieces)
-
-
-@pytest.mark.parametrize(
-    ("specs", "message"),
-    [
-        ([], "data is empty: name a file"),
-        (["nowhere"], "data 'nowhere' matches no text file"),
-        (["*.nothing"], r"data '\*.nothing' matches no text file"),
-        (["empty.txt"], "data 'empty.txt' holds no text: every file is empty"),
-        (["binary"], "data 'binary' is not text"),
-        (["broken.jsonl"], r"broken.jsonl, line 2 is not JSON"),
-        (["pages.jsonl#body"], r"line 1 has no text in the field 'body' \(its fields are text\)"),
-        (["hf:x", "python"], "data 'hf:x' cannot be mixed"),
-    ],
-)
-def test_what_cannot_be_read_is_told_in_a_sentence(tmp_path, monkeypatch, specs, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty.txt").touch()
-    (tmp_path / "binary").write_bytes(b"a\0b")
-    (tmp_path / "broken.jsonl").write_text("\n{nothing\n")
-    write_lines(tmp_path / "pages.jsonl", 2)
-    with pytest.raises(ValueError, match=message):
-        find_documents(specs)
-
-
-def test_a_bad_line_is_told_when_it_is_reached(tmp_path):
-    path = tmp_path / "pages.jsonl"
-    path.write_text('{"text": "fine"}\n{"text": "fine"}\n[1]\n')
-    corpus = find_documents([str(path)])
-    with pytest.raises(ValueError, match=r"pages\.jsonl, line 3 has no text in the field 'text'"):
-        validation_batches(corpus, BYTES, batch_size=1, seq_len=4)
-    batches = train_batches(corpus, BYTES, batch_size=2, seq_len=4, seed=0)
-    with contextlib.closing(batches), pytest.raises(ValueError, match="line 3"):
-        take(batches, 50)
-
-
-def test_hugging_face_without_datasets_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'memopt\[hf\]'"):
-        find_documents(["hf:some/data"])
-
-
-# --- splitting -------------------------------------------------------------------------------
-
-
-def test_the_hash_never_changes():
-    """Another would move documents between training and validation. SplitMix64 from seed 0."""
-    expected = [0xE220A8397B1DCDAF / 2**64, 0x6E789E6AA1B965F4 / 2**64, 0x06C45D188009454F / 2**64]
-    np.testing.assert_allclose(files.uniform(0, np.arange(3)), expected, rtol=1e-15)
-    many = files.uniform(12345, np.arange(100_000))
-    assert 0 <= many.min() < many.max() < 1
-    np.testing.assert_allclose(np.histogram(many, 10, (0, 1))[0] / 1e5, 0.1, atol=0.005)
-
-
-@pytest.mark.parametrize("kind", ["files", "lines"])
-def test_adding_documents_moves_no_other(tmp_path, kind):
-    def corpus(count):
-        if kind == "files":  # what is added comes first
-            write_files(tmp_path / "a", count - 150, prefix="a")
-            return find_documents([write_files(tmp_path / "a", 150)])
-        return find_documents([write_lines(tmp_path / "a.jsonl", count)])
-
-    train, held = map(texts, corpus(150).split(0.1))
-    more_train, more_held = map(texts, corpus(300).split(0.1))
-    assert 5 <= len(held) <= 25
-    assert set(train) < set(more_train)
-    assert set(held) < set(more_held)
-    assert not set(more_train) & set(more_held)
-    assert sorted(more_train + more_held) == texts(corpus(300))
-
-
-@pytest.mark.parametrize("fraction", [0.05, 0.3])
-def test_few_files_hold_out_their_tails(tmp_path, fraction):
-    content = "".join(f"line {i}\n" for i in range(20_000))
-    (tmp_path / "book.txt").write_text(content)
-    (tmp_path / "tiny.txt").write_text("x")
-    train, held = find_documents([str(tmp_path)]).split(fraction)
-    book = [piece for piece in train if piece.text != "x"]
-    assert len(train) == len(book) + 1
-    assert "".join(p.text for p in book) + "".join(p.text for p in held) == content
-    assert sum(len(p.text) for p in held) / len(content) == pytest.approx(fraction, abs=0.001)
-    assert all(piece.text.startswith("line") for piece in held)
-    assert held[len(held) - 1].ends
-    assert not any(piece.begins for piece in held)
-
-
-def test_few_lines_hold_out_the_last(tmp_path):
-    train, held = find_documents([write_lines(tmp_path / "a.jsonl", 10)]).split(0.15)
-    assert [piece.text.split()[1] for piece in held] == ["8", "9"]
-    assert len(train) == 8
-
-
-def test_too_little_to_split_is_told(tmp_path):
-    corpus = find_documents([write_lines(tmp_path / "a.jsonl", 1)])
-    with pytest.raises(ValueError, match=r"too small to hold out a validation part of 0\.05"):
-        corpus.split()
-    with pytest.raises(ValueError, match=r"validation_fraction=1\.5 must be between 0 and 1"):
-        corpus.split(1.5)
-
-
-def test_every_epoch_has_every_piece_in_a_new_order(tmp_path):
-    corpus = find_documents([write_files(tmp_path, 20)])
-    pieces = [corpus.epochs(3)[i].text for i in range(40)]
-    assert sorted(pieces[:20]) == sorted(pieces[20:]) == texts(corpus)
-    assert pieces[:20] != pieces[20:]
-    assert pieces != [corpus.epochs(4)[i].text for i in range(40)]
 
 
 # --- packing ---------------------------------------------------------------------------------
@@ -305,7 +118,7 @@ def test_an_epoch_of_training_has_every_token_once(tmp_path):
 
 
 def test_rows_of_a_batch_come_from_all_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "WINDOW_TOKENS", 2**15)
+    monkeypatch.setattr("memopt.text.batches.WINDOW_TOKENS", 2**15)
     (tmp_path / "book.txt").write_text("".join(f"{i:07d}\n" for i in range(8_000)))
     batches = train_batches(
         find_documents([str(tmp_path)]), BYTES, batch_size=16, seq_len=64, seed=0
@@ -361,12 +174,12 @@ def test_any_state_continues_exactly(spec):
 
 def test_a_state_continues_in_another_process(spec):
     code = (
-        "import json, sys; from memopt.training import data, streams\n"
-        "from memopt.training.tokenizer import load_tokenizer\n"
+        "import json, sys; from memopt.text import batches as text, documents, streams\n"
+        "from memopt.text.tokenizer import load_tokenizer\n"
         "spec, state = json.load(sys.stdin)\n"
-        "data.WINDOW_TOKENS, streams.STREAM_WINDOW = 640, 7\n"
-        "train = data.find_documents([spec]).split(0.1)[0]\n"
-        "batches = data.train_batches("
+        "text.WINDOW_TOKENS, streams.STREAM_WINDOW = 640, 7\n"
+        "train = documents.find_documents([spec]).split(0.1)[0]\n"
+        "batches = text.train_batches("
         "train, load_tokenizer('bytes'), batch_size=4, seq_len=32, seed=0)\n"
         "batches.set_state(state)\n"
         "print(json.dumps([{k: v.tolist() for k, v in next(batches).items()} for _ in range(6)]))\n"
@@ -461,17 +274,6 @@ def test_validation_is_split_by_process(spec):
     assert_same(joined, whole)
 
 
-def test_a_dataset_with_a_validation_part_uses_it(tmp_path):
-    datasets.disable_progress_bars()
-    parts = {
-        name: datasets.Dataset.from_dict({"body": [name] * 5}) for name in ("train", "validation")
-    }
-    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
-    train, held = find_documents([f"hf:{tmp_path / 'saved'}#body"]).split()
-    assert texts(train) == ["train"] * 5
-    assert texts(held) == ["validation"] * 5
-
-
 def test_an_empty_stream_is_told_instead_of_waiting_for_ever(tmp_path):
     (tmp_path / "train.csv").write_text("text\n")
     train, held = find_documents([f"hf:{tmp_path}"]).split()
@@ -482,21 +284,15 @@ def test_an_empty_stream_is_told_instead_of_waiting_for_ever(tmp_path):
         next(batches)
 
 
-def test_two_readers_of_a_stream_do_not_disturb_each_other(tmp_path):
-    """`datasets` keeps a reader's place in the dataset itself."""
-    datasets.disable_progress_bars()
-    table = datasets.Dataset.from_dict({"text": [f"document {i}" for i in range(60)]})
-    table.save_to_disk(tmp_path / "saved")
-    corpus = find_documents([f"hf:{tmp_path / 'saved'}"])
-    alone = [piece.text for piece in corpus.once()]
-    one, other = iter(corpus.once()), iter(corpus.once())
-    for _ in range(25):
-        next(one)
-        state = one.get_state()
-        next(other, None)
-        next(other, None)
-    one.set_state(state)
-    assert [piece.text for piece in one] == alone[25:]
+def test_a_bad_line_is_told_when_it_is_reached(tmp_path):
+    path = tmp_path / "pages.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": "fine"}\n[1]\n')
+    corpus = find_documents([str(path)])
+    with pytest.raises(ValueError, match=r"pages\.jsonl, line 3 has no text in the field 'text'"):
+        validation_batches(corpus, BYTES, batch_size=1, seq_len=4)
+    batches = train_batches(corpus, BYTES, batch_size=2, seq_len=4, seed=0)
+    with contextlib.closing(batches), pytest.raises(ValueError, match="line 3"):
+        take(batches, 50)
 
 
 # --- arguments -------------------------------------------------------------------------------
@@ -542,7 +338,7 @@ def test_the_fingerprint_tells_what_differs(tmp_path):
 def test_grain_loses_documents_when_its_state_goes_through_json():
     """Why `set_state` gives tuples back: see `_tuples`. Grain 0.2.18."""
     corpus = Given([Piece("abc", True, True), Piece("defg", True, True), Piece("hij", True, True)])
-    rows = data._packed(corpus.once(), BYTES, 4)
+    rows = _packed(corpus.once(), BYTES, 4)
     iterator = iter(rows)
     next(iterator)
     next(iterator)
@@ -551,6 +347,6 @@ def test_grain_loses_documents_when_its_state_goes_through_json():
     state = fresh.get_state()
     fresh.set_state(json.loads(json.dumps(state)))
     broken = next(fresh)["inputs"]
-    fresh.set_state(data._tuples(json.loads(json.dumps(state))))
+    fresh.set_state(_tuples(json.loads(json.dumps(state))))
     np.testing.assert_array_equal(next(fresh)["inputs"], next(iter(rows))["inputs"])
     assert not np.array_equal(broken, next(iter(rows))["inputs"])

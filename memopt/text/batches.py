@@ -14,20 +14,12 @@ import grain
 import numpy as np
 
 from memopt import internals
-from memopt.training.documents import Documents, find_documents
-from memopt.training.files import Piece
-from memopt.training.tokenizer import Tokenizer
+from memopt.text.documents import Documents
+from memopt.text.files import Piece
+from memopt.text.tokenizer import Tokenizer
 
-__all__ = [
-    "Batch",
-    "Batches",
-    "find_documents",
-    "fingerprint",
-    "train_batches",
-    "validation_batches",
-]
-
-#: inputs, targets, segment_ids, positions, weights: int32 (rows, seq_len) each.
+#: The arrays of a batch, int32 (rows, seq_len) each.
+FIELDS = ("inputs", "targets", "segment_ids", "positions", "weights")
 Batch = dict[str, np.ndarray]
 
 #: Rows are mixed within windows of this many tokens.
@@ -100,7 +92,8 @@ def train_batches(
             not have, or a negative `seed`.
 
     Example:
-        >>> from memopt.training.tokenizer import load_tokenizer
+        >>> from memopt.text.documents import find_documents
+        >>> from memopt.text.tokenizer import load_tokenizer
         >>> training, validation = find_documents(["python"]).split()
         >>> batches = train_batches(
         ...     training, load_tokenizer("bytes"), batch_size=4, seq_len=32, seed=0

@@ -11,7 +11,7 @@ from typing import Any
 import grain
 
 from memopt import internals
-from memopt.training.files import Piece, check_fraction, text_field, uniform
+from memopt.text.files import Piece, check_fraction, text_field, uniform
 
 #: Documents of a stream that are held and mixed before they are packed.
 STREAM_WINDOW = 1024

@@ -1,0 +1,160 @@
+"""A run with its files: the directory, the text, the checkpoints, and the state to begin with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from memopt.errors import check_at_least
+from memopt.text.batches import (
+    Batch,
+    Batches,
+    fingerprint,
+    train_batches,
+    validation_batches,
+)
+from memopt.text.documents import find_documents
+from memopt.text.tokenizer import Tokenizer, load_tokenizer
+from memopt.training.checkpoint import Checkpoints, Record
+from memopt.training.config import Config
+from memopt.training.describe import describe_run
+from memopt.training.directory import check_same, choose_directory, open_directory
+from memopt.training.placement import rows_here
+from memopt.training.processes import check_alike
+from memopt.training.setup import Setup
+from memopt.training.step import TrainState
+
+
+@dataclasses.dataclass
+class Training:
+    """A run that is ready to be trained.
+
+    Attributes:
+        config: Its options.
+        setup: Its training step, and the shapes and shardings of its state.
+        directory: Where it writes.
+        tokenizer: Turns text into ids and back.
+        batches: The training data, from where the state stands.
+        validation: The held-out batches.
+        identity: What identifies the data.
+        checkpoints: Where the state is saved.
+        state: The state to begin with.
+    """
+
+    config: Config
+    setup: Setup
+    directory: Path
+    tokenizer: Tokenizer
+    batches: Batches
+    validation: list[Batch]
+    identity: Record
+    checkpoints: Checkpoints
+    state: TrainState
+
+    def save(self, state: TrainState, val_loss: float | None = None) -> None:
+        """Starts to save a checkpoint of everything that changes, and of what it belongs to."""
+        record = {
+            "config": self.config.flat(),
+            "identity": self.identity,
+            "batches": self.batches.get_state(),
+        }
+        self.checkpoints.save(state, record, val_loss)
+
+
+def open_run(config: Config) -> Training:
+    """Opens all a run needs, and checks it; writes nothing before all is well.
+
+    Args:
+        config: The options of the run. With `run.resume`, those it was started with, but for
+            `memopt.training.directory.MAY_CHANGE`.
+
+    Returns:
+        The run, at its first step or, resumed, at that of its newest whole checkpoint.
+
+    Raises:
+        ValueError: An option, or a combination of them, cannot work; says what to change.
+    """
+    directory = choose_directory(config)
+    if config.run.resume:
+        check_same(directory, json.loads((directory / "config.json").read_text()), config.flat())
+    for name in ("eval_every", "checkpoint_every", "keep"):
+        check_at_least(name, getattr(config.run, name), 1)
+    check_at_least("eval_tokens", config.text.eval_tokens, config.text.seq_len)
+
+    tokenizer = load_tokenizer(config.text.tokenizer)
+    setup = describe_run(config)
+    check_vocabulary(tokenizer, config.architecture.model, setup.model_config.vocab_size)
+    rows = rows_here(setup.mesh, config.text.batch_size)
+    batches, validation, identity = open_batches(config, tokenizer, rows)
+    check_alike({"output": str(directory), **config.flat(), "content of the data": identity})
+
+    checkpoints = Checkpoints(directory / "checkpoints", config.run.keep)
+    restored = checkpoints.restore(setup.state) if config.run.resume else None
+    if restored:
+        state, record = restored
+        check_same(directory, record["identity"], identity)
+        batches.set_state(record["batches"])
+    open_directory(directory, config)
+    if not restored:
+        with jax.set_mesh(setup.mesh):
+            state = setup.jit_init(config.optimization.seed)()
+    return Training(
+        config=config,
+        setup=setup,
+        directory=directory,
+        tokenizer=tokenizer,
+        batches=batches,
+        validation=validation,
+        identity=identity,
+        checkpoints=checkpoints,
+        state=state,
+    )
+
+
+def open_batches(
+    config: Config, tokenizer: Tokenizer, rows: Sequence[int]
+) -> tuple[Batches, list[Batch], Record]:
+    """Finds a run's text and cuts it into batches.
+
+    Args:
+        config: The options of the run.
+        tokenizer: Makes ids of the text.
+        rows: The rows of a batch that this process holds.
+
+    Returns:
+        The training batches, the held-out batches, and what identifies the data.
+
+    Raises:
+        ValueError: There is no such text, or too little of it.
+    """
+    training, held_out = find_documents(config.text.data).split()
+    shape = {"batch_size": config.text.batch_size, "seq_len": config.text.seq_len}
+    seed = config.optimization.seed
+    batches = train_batches(training, tokenizer, **shape, seed=seed, rows=rows)
+    validation = validation_batches(
+        held_out, tokenizer, max_tokens=config.text.eval_tokens, **shape, rows=rows
+    )
+    identity = fingerprint(training, tokenizer, **shape, seed=seed)
+    return batches, validation, {f"data {name}": value for name, value in identity.items()}
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: str, vocab_size: int) -> None:
+    """Raises a sentence unless a model has an embedding for every id of a tokenizer.
+
+    Args:
+        tokenizer: The tokenizer.
+        model: The model's name.
+        vocab_size: The ids it has embeddings for.
+
+    Raises:
+        ValueError: The tokenizer has more ids.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, but model "
+            f"{model!r} only {vocab_size}: add --vocab-size {tokenizer.vocab_size}."
+        )

@@ -1,0 +1,222 @@
+"""The training step of a LLaMA and all it is compiled from: shapes, shardings and functions.
+
+The same step is compiled for training, for benchmarks and, on devices that only a compiler knows,
+to ask what it needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from memopt.models import llama
+from memopt.state.quantized import dequantize_params, quantize_params
+from memopt.training.placement import abstract_state, batch_sharding, place_update
+from memopt.training.release import release_step
+from memopt.training.step import Batch, Metrics, TrainState, init_state, train_step
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+    """A training step, ready to be compiled. It holds no array.
+
+    Attributes:
+        model_config: The model's shapes and options.
+        mesh: The devices. On those of a compiler the step can be compiled, but not run.
+        tx: The optimizer.
+        learning_rate: Its schedule.
+        weights: How matrices are stored, see `memopt.quantize_params`; None: as they are.
+        state: The shapes, dtypes and shardings of the state.
+        batch: Those of a batch.
+        step: `train_step` or `release_step` with this model and optimizer, a pure function.
+    """
+
+    model_config: llama.LlamaConfig
+    mesh: Mesh
+    tx: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    weights: str | None
+    state: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+    step: Step
+
+    def model(self, params: Any) -> llama.Llama:
+        """Returns the model with these parameters, stored as in the state."""
+        return build_model(self.model_config, params)
+
+    def loss(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Returns the summed loss of a batch and its number of tokens."""
+        return llama.loss(self.model(params), batch)
+
+    @functools.cached_property
+    def jitted(self) -> Any:
+        """`step`, jitted, with the state donated and returned with the shardings of `state`."""
+        return jax.jit(self.step, donate_argnums=0, out_shardings=(_shardings(self.state), None))
+
+    def compile(self, compiler_options: dict[str, Any] | None = None) -> jax.stages.Compiled:
+        """Compiles `jitted`.
+
+        Calls of `jitted` do not compile again. What is returned is there to be asked: called by
+        itself, it refuses arrays of 4 bits in jax 0.10.
+
+        Args:
+            compiler_options: XLA's options.
+        """
+        with jax.set_mesh(self.mesh):
+            return self.jitted.lower(self.state, self.batch).compile(compiler_options)
+
+    def jit_init(self, seed: int) -> Any:
+        """Returns the jitted function, of no argument, that makes the first state.
+
+        Its parameters are made, and quantised, a layer at a time.
+
+        Args:
+            seed: Decides the parameters.
+        """
+
+        def init() -> TrainState:
+            store = functools.partial(store_params, weights=self.weights)
+            params = llama.init_params(self.model_config, seed=seed, store=store)
+            return init_state(params, self.tx)
+
+        return jax.jit(init, out_shardings=_shardings(self.state))
+
+    def place(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Puts this process's rows of a batch on its devices."""
+        like = next(iter(self.batch.values()))
+        return jax.make_array_from_process_local_data(like.sharding, batch, like.shape)
+
+
+def set_up(
+    model_config: llama.LlamaConfig,
+    mesh: Mesh,
+    tx: optax.GradientTransformation,
+    batch: dict[str, jax.ShapeDtypeStruct],
+    *,
+    optimizer: str,
+    learning_rate: optax.Schedule,
+    weights: str | None = None,
+    release: bool = False,
+    accumulation: int = 1,
+) -> Setup:
+    """Places parameters and optimizer state on a mesh, abstractly, and puts the step together.
+
+    Args:
+        model_config: The model's shapes and options.
+        mesh: The devices, with Auto axes; those of a compiler will do.
+        tx: The optimizer.
+        batch: The shapes and shardings of a batch, as `abstract_batch` returns them.
+        optimizer: The optimizer's name in `memopt.available()`; decides where its update runs.
+        learning_rate: The schedule `tx` follows.
+        weights: How to store matrices, see `memopt.quantize_params`; None: as they are.
+        release: Whether to update each block while the backward pass runs.
+        accumulation: In how many micro-batches a batch is worked through.
+
+    Returns:
+        The step and all that it is compiled from.
+
+    Example:
+        >>> import memopt
+        >>> from memopt.training.placement import make_mesh
+        >>> mesh = make_mesh("data=1", rows=2)
+        >>> setup = set_up(
+        ...     llama.preset("tiny"),
+        ...     mesh,
+        ...     memopt.lion(1e-4),
+        ...     abstract_batch(mesh, batch_size=2, seq_len=16),
+        ...     optimizer="lion",
+        ...     learning_rate=optax.constant_schedule(1e-4),
+        ... )
+        >>> setup.state.params["blocks"]["mlp"]["up"]["kernel"].shape
+        (4, 192, 512)
+        >>> state, metrics = jax.eval_shape(setup.step, setup.state, setup.batch)
+        >>> metrics["loss"].shape
+        ()
+    """
+    params = store_params(llama.abstract_params(model_config, mesh), weights)
+    tx, places = place_update(tx, optimizer, params, by_layer=release)
+    step = make_step(
+        model_config,
+        tx,
+        learning_rate,
+        release=release,
+        accumulation=accumulation,
+        shardings=_shardings(params),
+    )
+    state = abstract_state(params, tx, mesh, places)
+    return Setup(model_config, mesh, tx, learning_rate, weights, state, batch, step)
+
+
+def make_step(
+    model_config: llama.LlamaConfig,
+    tx: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    *,
+    release: bool = False,
+    accumulation: int = 1,
+    shardings: Any = None,
+) -> Step:
+    """Returns the training step of a LLaMA, to be jitted with the state donated.
+
+    Args:
+        model_config: The model's shapes and options.
+        tx: The optimizer.
+        learning_rate: The schedule it follows.
+        release: Whether to update each block while the backward pass runs.
+        accumulation: In how many micro-batches a batch is worked through.
+        shardings: Those of the parameters, for `release_step`; the ordinary step needs none.
+
+    Returns:
+        `release_step` or `train_step`, from (state, batch) to (state, metrics).
+    """
+    options: Any = {"tx": tx, "learning_rate": learning_rate, "accumulation": accumulation}
+    if release:
+        model = llama.stacked_model(model_config)
+        return functools.partial(release_step, model=model, shardings=shardings, **options)
+    loss = lambda params, batch: llama.loss(build_model(model_config, params), batch)
+    return functools.partial(train_step, loss=loss, **options)
+
+
+def build_model(model_config: llama.LlamaConfig, params: Any) -> llama.Llama:
+    """Returns a LLaMA with these parameters. It reads quantised ones a block at a time."""
+    graphdef, _ = nnx.split(llama.abstract_model(model_config), nnx.Param)
+    rest = {name: part for name, part in params.items() if name != "blocks"}
+    return nnx.merge(graphdef, params | dequantize_params(rest))
+
+
+def store_params(params: Any, weights: str | None) -> Any:
+    """Returns parameters as `memopt.quantize_params` stores them, or as they are for None."""
+    return quantize_params(params, weights) if weights else params
+
+
+def abstract_batch(
+    mesh: Mesh, batch_size: int, seq_len: int, names: tuple[str, ...] = ("inputs", "targets")
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes and shardings of a batch: int32 (batch_size, seq_len) each, rows split.
+
+    Args:
+        mesh: The devices.
+        batch_size: Rows, of all devices together.
+        seq_len: Tokens of a row.
+        names: The arrays.
+
+    Example:
+        >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> abstract_batch(mesh, batch_size=2, seq_len=16)["targets"].shape
+        (2, 16)
+    """
+    shape, sharding = (batch_size, seq_len), batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(shape, "int32", sharding=sharding) for name in names}
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)

@@ -1,0 +1,108 @@
+"""The step is described without files, by one module, and compiled for devices that cannot run."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+import memopt
+from memopt.text.tokenizer import load_tokenizer
+from memopt.training.config import Architecture, Config, Optimization, Run, Text
+from memopt.training.describe import describe_run
+from memopt.training.open import check_vocabulary, open_batches
+from memopt.training.release import release_step
+from memopt.training.setup import abstract_batch, set_up
+from memopt.training.step import train_step
+from tests.training.nano import NANO
+
+
+def config(**optimization):
+    return Config(
+        architecture=Architecture(model="nano", weights=optimization.pop("weights", None)),
+        text=Text(data=("nowhere",), tokenizer="nowhere", batch_size=8, seq_len=32),
+        optimization=Optimization(**optimization),
+        run=Run(mesh="fsdp=4", resume=True),
+    )
+
+
+def placed(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_a_run_is_described_and_compiled_without_a_file(tmp_path, monkeypatch, release):
+    """Neither its text nor its directory exists."""
+    monkeypatch.chdir(tmp_path)
+    setup = describe_run(config(release=release, weights="int8", state="int8"))
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(setup.state))
+    assert setup.step.func is (release_step if release else train_step)
+    compiled = setup.compile()
+    assert compiled.memory_analysis().argument_size_in_bytes > 0
+    assert compiled.output_shardings[0] == jax.tree.map(lambda x: x.sharding, setup.state)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_the_first_state_and_its_successor_are_as_described(release):
+    setup = describe_run(config(release=release, weights="int8", optimizer="galore"))
+    rows = {name: np.ones(x.shape, x.dtype) for name, x in setup.batch.items()}
+    with jax.set_mesh(setup.mesh):
+        state = setup.jit_init(0)()
+        assert placed(state) == placed(setup.state)
+        state, metrics = setup.jitted(state, setup.place(rows))
+    assert placed(state) == placed(setup.state)
+    assert state.step == 1
+    assert metrics["tokens"] == 8 * 32
+
+
+def test_calls_do_not_compile_again(caplog):
+    setup = describe_run(config(optimizer="sgd"))
+    rows = {name: np.ones(x.shape, x.dtype) for name, x in setup.batch.items()}
+    with jax.set_mesh(setup.mesh):
+        state, batch = setup.jit_init(0)(), setup.place(rows)
+        setup.compile()
+        with jax.log_compiles():
+            setup.jitted(state, batch)
+    assert "Compiling jit(train_step)" not in caplog.text
+
+
+def test_a_run_s_step_is_that_of_its_parts():
+    """Benchmarks, which have no `Config`, compile what training compiles."""
+    from_options = describe_run(config(optimizer="adafactor", learning_rate=1e-3))
+    mesh = Mesh(np.array(jax.devices()[:4]), "fsdp", axis_types=(AxisType.Auto,))
+    rate = from_options.learning_rate
+    names = tuple(from_options.batch)
+    from_parts = set_up(
+        NANO,
+        mesh,
+        memopt.adafactor(rate),
+        abstract_batch(mesh, 8, 32, names),
+        optimizer="adafactor",
+        learning_rate=rate,
+    )
+    texts = []
+    for setup in (from_options, from_parts):
+        with jax.set_mesh(setup.mesh):
+            texts.append(setup.jitted.lower(setup.state, setup.batch).as_text())
+    assert texts[0] == texts[1]
+
+
+def test_an_option_that_an_optimizer_cannot_take_is_named():
+    with pytest.raises(ValueError, match="'apollo' cannot work with option rank=x"):
+        describe_run(config(optimizer="apollo", option=("rank=x",)))
+
+
+def test_text_is_opened_alone(text):
+    tokenizer = load_tokenizer("bytes")
+    options = Config(text=Text(data=(str(text),), batch_size=8, seq_len=32, eval_tokens=512))
+    batches, validation, identity = open_batches(options, tokenizer, rows=[2, 5])
+    assert next(batches)["inputs"].shape == (2, 32)
+    assert [batch["inputs"].shape for batch in validation] == [(2, 32)] * 2
+    assert identity["data tokenizer"] == "bytes"
+    batches.close()
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
+    check_vocabulary(load_tokenizer("bytes"), "tiny", 257)
+    with pytest.raises(ValueError, match=r"'bytes' has 257 ids, but model 'tiny' only 256: add"):
+        check_vocabulary(load_tokenizer("bytes"), "tiny", 256)
