@@ -116,6 +116,7 @@ def hidden_matrices(name: str, leaf: Any) -> Matrix | None:
       A `Matrix` or None.
 
     Example:
+      >>> import jax
       >>> kernel = jax.ShapeDtypeStruct((8, 512, 1376), "float32")
       >>> hidden_matrices("blocks/mlp/up/kernel", kernel)
       Matrix(rows=-2, cols=-1)
@@ -141,6 +142,7 @@ def out_in(name: str, leaf: Any) -> Matrix | None:
       leaf: a `Parameter`; an array is read by its name and shape, without the tree around it.
 
     Example:
+      >>> import jax
       >>> out_in("mlp/layers/0/weight", jax.ShapeDtypeStruct((256, 64), "float32"))
       Matrix(rows=-1, cols=-2)
     """
