@@ -34,7 +34,6 @@ def on_auto_axes(f: Callable[..., Any], args: Sequence[Any], like: Any) -> Any:
     result: Any
     leaves, structure = jax.tree.flatten(args)
     given = [x for x in leaves if isinstance(x, jax.Array)]
-    wanted, result = jax.tree.flatten(like)
     mesh = explicit_mesh(given)
     if mesh is None:
         return f(*args)
@@ -49,14 +48,15 @@ def on_auto_axes(f: Callable[..., Any], args: Sequence[Any], like: Any) -> Any:
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if kind == AxisType.Explicit
     )
+    wanted, result = jax.tree.flatten(like)
     shardings = [NamedSharding(mesh, x if isinstance(x, jax.P) else spec_of(x)) for x in wanted]
     computed = jax.sharding.auto_axes(run, axes=explicit, out_sharding=shardings)
     return result.unflatten(jax.jit(computed)(*given))
 
 
-def explicit_mesh(tree: Any) -> Any:
-    """The mesh with Explicit axes that arrays of a tree are on, None if there is none."""
-    meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree))
+def explicit_mesh(arrays: Sequence[jax.Array]) -> Any:
+    """The mesh with Explicit axes that arrays are on, None if there is none."""
+    meshes = (jax.typeof(x).sharding.mesh for x in arrays)
     return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
 
 

@@ -15,7 +15,7 @@ from memopt.state.precision import statistics_dtype, to_float32, zeros_of
 from memopt.transforms.projectors import Projector, RefreshClock, by_name
 from memopt.transforms.projectors.random import RandomProjector
 from memopt.transforms.projectors.replay import Replay
-from memopt.transforms.subspace import matrix_spec
+from memopt.transforms.subspace import matrix_spec, projected_zeros
 
 
 class AccumulateState(NamedTuple):
@@ -68,7 +68,8 @@ def accumulate(
     """
     down = lambda layout, g, cycle: to_float32(g)
     up = lambda layout, mean, g, cycle: mean
-    return _accumulate(inner, every, lambda layout, p: p.shape, down, up)
+    start = lambda layout, p: jnp.zeros_like(p, dtype=statistics_dtype(p))
+    return _accumulate(inner, every, start, down, up)
 
 
 def accumulate_in_subspace(
@@ -128,9 +129,8 @@ def accumulate_in_subspace(
         raise ValueError(f"projector must be a random one or a replay, got {space}.")
     unseen: Any = None  # no gradient of the cycle may shape its basis
 
-    def shape(layout: Layout, p: Any) -> tuple[int, ...]:
-        spec = matrix_spec(layout, p)
-        return p.shape if spec is None else space.projected_shape(spec)
+    def start(layout: Layout, p: Any) -> Array:
+        return projected_zeros(space, p, matrix_spec(layout, p))
 
     def down(layout: Layout, g: Array, cycle: RefreshClock) -> Array:
         spec = matrix_spec(layout, g)
@@ -145,27 +145,22 @@ def accumulate_in_subspace(
             return mean
         return layout.from_matrices(space.up(spec, space.basis(spec, unseen, cycle), mean), g)
 
-    return _accumulate(inner, every, shape, down, up, matrices)
+    return _accumulate(inner, every, start, down, up, matrices)
 
 
 def _accumulate(
     inner: optax.GradientTransformation,
     every: int,
-    shape: Callable[[Layout, Any], tuple[int, ...]],
+    start: Callable[[Layout, Any], Array],
     down: Callable[[Layout, Array, RefreshClock], Array],
     up: Callable[[Layout, Array, Array, RefreshClock], Array],
     matrices: Matrices = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Sums ``down(g)``, of this shape, over a cycle; at its end `inner` sees ``up`` of the mean."""
+    """Adds ``down(g)`` to ``start(p)`` over a cycle; at its end `inner` sees ``up`` of the mean."""
     check_at_least("every", every, 1)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> AccumulateState:
-        def start(layout: Layout, p: Any) -> Array:
-            if shape(layout, p) == p.shape:
-                return jnp.zeros_like(p, dtype=statistics_dtype(p))
-            return jnp.zeros(shape(layout, p), statistics_dtype(p))
-
         total = map_matrices(start, params, matrices=matrices)
         return AccumulateState(jnp.zeros((), jnp.int32), total, inner.init(params))
 

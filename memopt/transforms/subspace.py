@@ -175,10 +175,17 @@ def _start(
     projector: Projector, recombine: Recombine, layout: Layout, p: Any, spec: MatrixSpec | None
 ) -> tuple[Any, Any, tuple[Array, ...]]:
     """Zeros in the shape of the projected gradient; what recombination and projector keep."""
+    low = projected_zeros(projector, p, spec)
     if spec is None:
-        return jnp.zeros_like(p, dtype=statistics_dtype(p)), NOTHING, ()
-    low = jnp.zeros(projector.projected_shape(spec), spec.dtype)
+        return low, NOTHING, ()
     return low, recombine.init(spec), projector.init(spec)
+
+
+def projected_zeros(projector: Projector, p: Any, spec: MatrixSpec | None) -> Array:
+    """Zeros in the shape of the projected gradient; of the parameter if it is no matrix."""
+    if spec is None:
+        return jnp.zeros_like(p, dtype=statistics_dtype(p))
+    return jnp.zeros(projector.projected_shape(spec), spec.dtype)
 
 
 def _low_shape(

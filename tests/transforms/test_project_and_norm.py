@@ -122,7 +122,7 @@ def test_kernel_under_vmap(interpreted):
 
 
 def project(basis, gradient, left):
-    """As `in_subspace` calls it: under Auto axes, told how the gradient's type splits it."""
+    """Calls it as `in_subspace` does: under Auto axes, with the split of the gradient's type."""
     spec = matrix_spec(layout_of("w", gradient, Matrix()), gradient)
     side = -2 if left else -1
     kept = [*spec_of(gradient), *(None,) * gradient.ndim][: gradient.ndim]

@@ -215,7 +215,7 @@ class Projector(abc.ABC):
         return product("...mr,...nr->...mn", low, basis)
 
     def residual(self, spec: MatrixSpec, basis: Array, gradient: Array, low: Array) -> Array:
-        """What of the gradient is outside the subspace, where `low` stands: G − up(R)."""
+        """The part of the gradient outside the subspace: G − up(R)."""
         return gradient - self.up(spec, basis, low)
 
     def correlation(self, spec: MatrixSpec, gradient: Array, low: Array) -> Array:
