@@ -16,10 +16,10 @@ from memopt.internals import trace
 from memopt.matrices import Layout, every_matrix, map_matrices
 from memopt.parameters import init_shapes
 from memopt.state.codecs import AsIs, Codec, Coded, named
-from memopt.state.dither import NEAREST, dither
 from memopt.state.owners import SECOND, StateArray, owners
 from memopt.state.precision import in_float32
-from memopt.trees import by_array, by_leaf, map_named
+from memopt.state.rounding import NEAREST, rounding_bits
+from memopt.trees import map_named, transpose_tuples, untranspose_tuples
 
 
 class QuantizedState(NamedTuple):
@@ -114,7 +114,7 @@ def quantize_state(
 
     def update(updates: Any, state: QuantizedState, params: Any = None, **extra: Any) -> Any:
         codecs, shapes, places = plan(updates if params is None else params)
-        scales = by_leaf(state.scales, state.codes)
+        scales = untranspose_tuples(state.scales, state.codes)
 
         def step() -> tuple[Any, Any]:
             def decode(_: str, codes: Array, scales: Any, codec: Codec, like: Any) -> Array:
@@ -130,7 +130,7 @@ def quantize_state(
             apart = lambda a: jnp.expand_dims(a, -2) if is_vectors else a
             together = lambda a: jnp.squeeze(a, -2) if is_vectors else a
             x, before = jax.tree.map(apart, (x, Coded(*like)))
-            coded = codec.encode(x, dither(x.shape, name, state.count, seed), before)
+            coded = codec.encode(x, rounding_bits(x.shape, name, state.count, seed), before)
             return jax.tree.map(together, coded)
 
         new_updates, new = step()
@@ -222,7 +222,7 @@ def _first(codec: Codec, x: Any) -> Coded:
 def _columns(coded: Any, state: Any, scales_kept: int) -> tuple[Any, tuple[Any, ...]]:
     """Splits a tree of `Coded` into codes, in the boxes of `state`, and a tuple of scale trees."""
     codes = map_named(lambda _, x, coded: coded.codes, state, coded)
-    return codes, by_array(
+    return codes, transpose_tuples(
         map_named(lambda _, x, coded: coded.scales, state, coded), state, scales_kept
     )
 

@@ -13,7 +13,7 @@ from tyro import conf
 DType = Literal["float32", "bfloat16", "float16"]
 
 #: Options that `config.json` does not hold.
-OF_ONE_INVOCATION = (
+NOT_SAVED = (
     *("output", "resume", "config"),
     *("coordinator", "processes", "process", "heartbeat_timeout"),
 )
@@ -153,7 +153,7 @@ class Config:
             flat |= group
         options = [f"{name}={value}" for name, value in sorted(self.optimizer_options.items())]
         flat |= {"data": list(self.text.data), "option": options}
-        return {name: flat[name] for name in flat if name not in OF_ONE_INVOCATION}
+        return {name: flat[name] for name in flat if name not in NOT_SAVED}
 
 
 def _value(text: str) -> Any:

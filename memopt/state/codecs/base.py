@@ -37,7 +37,7 @@ class Codec(abc.ABC):
 
         Args:
           x: float32, ``(..., n)``.
-          bits: uint32, broadcastable to it, that decide the rounding; see `memopt.state.dither`.
+          bits: uint32, broadcastable to it, that decide the rounding; see `memopt.state.rounding`.
           like: the codes that these take the place of, whose scales stay where they still fit;
             None to fit new ones.
         """

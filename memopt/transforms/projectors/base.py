@@ -12,7 +12,7 @@ from jax import Array
 
 from memopt.errors import check_at_least, check_choice
 from memopt.names import split_layer
-from memopt.transforms.linalg import for_stack, product, undivided
+from memopt.transforms.linalg import for_stack, product, replicate_axis
 
 SIDES = ("short", "long", "left", "right")
 
@@ -194,11 +194,11 @@ class Projector(abc.ABC):
 
     def down(self, spec: MatrixSpec, basis: Array, gradient: Array) -> Array:
         """The gradient in the subspace: PᵀG or G P."""
-        basis = undivided(basis, -1)
+        basis = replicate_axis(basis, -1)
         if self.is_left(spec):
             low = product("...mr,...mn->...rn", for_stack(basis, gradient), gradient)
-            return undivided(low, -2)
-        return undivided(product("...mn,...nr->...mr", gradient, basis), -1)
+            return replicate_axis(low, -2)
+        return replicate_axis(product("...mn,...nr->...mr", gradient, basis), -1)
 
     def down_and_squares(
         self, spec: MatrixSpec, basis: Array, gradient: Array
@@ -209,7 +209,10 @@ class Projector(abc.ABC):
 
     def up(self, spec: MatrixSpec, basis: Array, low: Array) -> Array:
         """What stands in the subspace, in full size: P R or R Pᵀ."""
-        basis, low = undivided(basis, -1), undivided(low, -2 if self.is_left(spec) else -1)
+        basis, low = (
+            replicate_axis(basis, -1),
+            replicate_axis(low, -2 if self.is_left(spec) else -1),
+        )
         if self.is_left(spec):
             return product("...mr,...rn->...mn", for_stack(basis, low), low)
         return product("...mr,...nr->...mn", low, basis)
