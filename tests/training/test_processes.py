@@ -9,7 +9,7 @@ from memopt.internals import clusters
 from memopt.training import processes
 from memopt.training.config import Run
 from memopt.training.placement import make_mesh
-from memopt.training.processes import check_same_on_all_processes
+from memopt.training.processes import check_same_on_all_processes, init_distributed
 
 SLURM = {
     "SLURM_JOB_ID": "7",
