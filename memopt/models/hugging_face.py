@@ -80,7 +80,7 @@ def tensors(shapes: Mapping[str, Any]) -> Iterator[Tensor]:
 
 
 def read_config(directory: Path) -> LlamaConfig:
-    """What `config.json` says, in float32.
+    """Reads `config.json`; the model computes in float32.
 
     Args:
         directory: Holds `config.json`, of transformers 4 or 5.

@@ -1,4 +1,4 @@
-"""How many bytes an optimizer's state takes, and for which parameter."""
+"""The bytes of an optimizer's state, by parameter."""
 
 import collections
 import dataclasses
@@ -17,7 +17,7 @@ from memopt.trees import named_leaves
 
 @dataclasses.dataclass(frozen=True)
 class StateBytes:
-    """What `state_bytes` found; ``print`` shows it as a table.
+    """The result of `state_bytes`; ``print`` shows it as a table.
 
     Attributes:
       parameters: {leaf name: bytes of the parameter}.

@@ -1,4 +1,4 @@
-"""Which axes of an optimizer's state follow which axes of its parameters."""
+"""The axes of an optimizer's state that follow axes of its parameters."""
 
 import itertools
 import math
@@ -31,7 +31,7 @@ class Axis(NamedTuple):
 
 
 class Follower(NamedTuple):
-    """What a state array has to do with the parameters.
+    """The parameter and the axes that a state array follows.
 
     Attributes:
       owner: the one parameter that it belongs to; None if it belongs to none, or changes with
@@ -173,7 +173,7 @@ def _tries_by_parameter(init: _Init, base: Shapes) -> _Tries:
 def _tries_by_axis(
     init: _Init, base: Shapes, owner_of: Mapping[Path, int | None], chosen: Mapping[int, Axis]
 ) -> dict[int, list[Moves]]:
-    """How the state of some parameters moves with one axis of each, all tried at the same time.
+    """Changes one axis of each of some parameters, all at the same time, and sees what moves.
 
     The axes change by one of their parts; where no such try counts, by one number too.
     """

@@ -1,4 +1,4 @@
-"""Which parameter each array of an optimizer's state belongs to, and what it is."""
+"""The parameter that each array of an optimizer's state belongs to, and the array's kind."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple

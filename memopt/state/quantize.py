@@ -205,7 +205,7 @@ def _fitted(codecs: Any, places: Any, scales: Any, new: Callable[[], Any]) -> An
 
 
 def _cast(codec: Codec, x: Array, dtype: Any) -> Array:
-    """What is quantised, in its own dtype or in that of codecs; keys and counts as they are."""
+    """Casts what is quantised; keys and counts stay as they are."""
     return x if isinstance(codec, AsIs) else x.astype(dtype)
 
 

@@ -33,7 +33,7 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the parameter."""
+        """The shape of the parameter."""
         return self.codes.shape
 
     def dequantize(self) -> Array:

@@ -1,4 +1,4 @@
-"""Where the arrays of a run live: the mesh, the state on it, the batches on it."""
+"""The mesh of a run, and the shardings of its state and its batches."""
 
 from __future__ import annotations
 

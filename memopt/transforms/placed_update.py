@@ -1,4 +1,4 @@
-"""Where an update is computed, if not where its parameters are."""
+"""Updates that are computed under another sharding than their parameters'."""
 
 import functools
 from typing import Any
@@ -61,7 +61,7 @@ def unshard_short_side(
 
 
 def _unshard_short_side(layout: Layout, param: Placed, one_layer_at_a_time: bool) -> NamedSharding:
-    """Where a matrix's shorter side is whole; where it is if there is no such place."""
+    """A sharding in which a matrix's shorter side is whole; its own if there is none."""
     mesh: Any = param.sharding.mesh
     if not layout.is_matrix or AxisType.Explicit in mesh.axis_types:
         return param.sharding

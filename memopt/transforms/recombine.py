@@ -56,7 +56,7 @@ class Subspace:
         return self.projector.up(self.spec, self.basis, low)
 
     def residual(self) -> Array:
-        """What of the gradient is outside the subspace, G − up(R)."""
+        """The part of the gradient outside the subspace: G − up(R)."""
         return self.projector.residual(self.spec, self.basis, self.gradient, self.low_gradient)
 
     def carry(self, moment: Array, power: int) -> Array:
@@ -66,7 +66,7 @@ class Subspace:
         )
 
     def dropped_momentum(self) -> Array:
-        """What of the first moment a refresh left behind in the previous subspace, in full size."""
+        """The first moment that a refresh left behind in the previous subspace, in full size."""
         nothing = lambda: jnp.zeros_like(self.gradient)
         old, new = self.old_momentum, self.momentum
         if old is None or new is None:
@@ -85,7 +85,7 @@ def norm(x: Array, axes: int | tuple[int, int]) -> Array:
 
 
 class Recombine(abc.ABC):
-    """How a full-size update is formed.
+    """A rule that forms a full-size update.
 
     Attributes:
       needs_squares: whether it needs the norms of the gradient's channels.
@@ -192,7 +192,7 @@ class LiftWithErrorFeedback(Recombine):
             )
 
     def init(self, spec: MatrixSpec) -> Array:
-        """What earlier steps left out."""
+        """Zeros in full size, for what steps leave out."""
         return jnp.zeros(spec.shape, spec.dtype)
 
     def correct(self, gradient: Array, state: Array) -> Array:

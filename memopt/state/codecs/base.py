@@ -76,7 +76,7 @@ class AsIs(Codec):
 
 
 def bits_of(dtype: Any) -> int:
-    """How many bits a number of a dtype takes; numpy counts those of 4 bits as 8.
+    """The bits of a number of a dtype; numpy counts those of 4 bits as 8.
 
     Example:
       >>> bits_of(jnp.int4), bits_of(jnp.bfloat16)

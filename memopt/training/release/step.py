@@ -383,7 +383,7 @@ class _ReleaseStep:
         return {i: dense[i] if layer is None else dense[i][None] for i in leaves}
 
     def _reads(self, f: Callable[..., Any], *args: Any) -> list[int]:
-        """Which leaves a function of the parameters without the blocks reads."""
+        """The leaves that a function of the parameters without the blocks reads."""
         leaves = {i: x for i, x in self.like.items() if i not in self.blocks}
         run = lambda leaves, *args: f(self._without_blocks(leaves), *args)
         reads = trace(run, leaves, *args).needed().reads

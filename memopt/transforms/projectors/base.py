@@ -1,4 +1,4 @@
-"""What every projector has."""
+"""The interface of projectors."""
 
 import abc
 import dataclasses
@@ -208,7 +208,7 @@ class Projector(abc.ABC):
         return self.down(spec, basis, gradient), jnp.square(gradient).sum(axis, keepdims=True)
 
     def up(self, spec: MatrixSpec, basis: Array, low: Array) -> Array:
-        """What stands in the subspace, in full size: P R or R Pᵀ."""
+        """Lifts what is in the subspace to full size: P R or R Pᵀ."""
         basis, low = (
             replicate_axis(basis, -1),
             replicate_axis(low, -2 if self.is_left(spec) else -1),
@@ -218,11 +218,11 @@ class Projector(abc.ABC):
         return product("...mr,...nr->...mn", low, basis)
 
     def residual(self, spec: MatrixSpec, basis: Array, gradient: Array, low: Array) -> Array:
-        """What of the gradient is outside the subspace, where `low` stands: G − up(R)."""
+        """The part of the gradient outside the subspace: G − up(R)."""
         return gradient - self.up(spec, basis, low)
 
     def correlation(self, spec: MatrixSpec, gradient: Array, low: Array) -> Array:
-        """How the projected side goes with what stands in a subspace: G Rᵀ or GᵀR, side×r."""
+        """The product of the gradient and its projection: G Rᵀ or GᵀR, side×r."""
         return product(
             "...mn,...rn->...mr" if self.is_left(spec) else "...mn,...mr->...nr", gradient, low
         )
@@ -232,7 +232,7 @@ class Projector(abc.ABC):
         return product("...rn,...sn->...rs" if self.is_left(spec) else "...mr,...ms->...rs", a, b)
 
     def carry(self, spec: MatrixSpec, old: Array, new: Array, low: Array, *, power: int) -> Array:
-        """What stands in an old subspace, in a new one: down_new(up_old(R)), by r×r numbers.
+        """Takes coordinates of an old subspace to a new one: down_new(up_old(R)), by r×r numbers.
 
         Args:
           spec: the parameter.
