@@ -187,7 +187,7 @@ class _Program:
         return Collective(kind, size, max(map(largest_array, shapes)), 1, start.source)
 
     def _turns(self, loop: Instruction) -> int:
-        """The number of turns of a loop, as it says or by its counter's first value, step and limit."""
+        """The turns of a loop: as it says, or by its counter's first value, step and limit."""
         if said := re.search(r'"known_trip_count":{"n":"(\d+)"}', loop.attributes):
             return int(said[1])
         (condition,), (body,) = loop.named("condition"), loop.named("body")
