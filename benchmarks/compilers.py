@@ -93,7 +93,7 @@ def devices(chip: str, count: int = 1) -> list[jax.Device]:
 
 
 def _tpus(chip: str, count: int) -> list[jax.Device]:
-    """Of the smallest grid that has so many; a grid has at least four."""
+    """Chips of the smallest grid that has so many; a grid has at least four."""
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError("compiling for a TPU needs libtpu: pip install 'memopt[aot]'.")
     os.environ |= {
@@ -111,7 +111,7 @@ def _tpus(chip: str, count: int) -> list[jax.Device]:
 
 
 def _gpus(chip: str, count: int) -> list[jax.Device]:
-    """Of one host."""
+    """GPUs of one host."""
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         raise ModuleNotFoundError(
             "compiling for a GPU needs JAX's CUDA plugin: pip install 'memopt[aot-gpu]'."

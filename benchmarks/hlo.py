@@ -1,4 +1,4 @@
-"""What a compiled program moves between devices, read off its HLO text."""
+"""The bytes that a compiled program moves between devices, read off its HLO text."""
 
 import collections
 import dataclasses
@@ -114,7 +114,7 @@ class Collective(NamedTuple):
 
 
 def collectives(hlo: str, *, refresh: bool = False) -> list[Collective]:
-    """What a program does between devices.
+    """The collectives of a program.
 
     What is in the body of a loop counts as often as the loop turns, an asynchronous pair once, and
     once a collective that a TPU's compiler spreads over several fusions, to work while it runs.
@@ -180,14 +180,14 @@ class _Program:
         return found
 
     def _collective(self, kind: str, one: Instruction) -> Collective:
-        """Of an asynchronous pair `one` is the end."""
+        """Reads a collective; `one` is the end of an asynchronous pair."""
         start = self.by_name[one.operands[0]] if one.opcode.endswith("-done") else one
         shapes = one.shape, " ".join(self.by_name[name].shape for name in start.operands)
         size = max(map(shape_bytes, shapes)) * (2 if kind == "all-reduce" else 1)
         return Collective(kind, size, max(map(largest_array, shapes)), 1, start.source)
 
     def _turns(self, loop: Instruction) -> int:
-        """How often a loop turns: as it says, or by its counter's first value, step and limit."""
+        """The turns of a loop: as it says, or by its counter's first value, step and limit."""
         if said := re.search(r'"known_trip_count":{"n":"(\d+)"}', loop.attributes):
             return int(said[1])
         (condition,), (body,) = loop.named("condition"), loop.named("body")
@@ -208,12 +208,12 @@ class _Program:
         return next(i for i in self.computations[computation] if i.is_root)
 
     def _index(self, one: Instruction) -> int | None:
-        """Which part of a tuple an instruction takes."""
+        """The part of a tuple that an instruction takes."""
         found = re.search(r"index=(\d+)", one.attributes)
         return int(found[1]) if found and one.opcode == "get-tuple-element" else None
 
     def _behind(self, name: str) -> Instruction:
-        """What an instruction is a copy of."""
+        """The instruction that this one copies."""
         one = self.by_name[name]
         is_copy = one.opcode in ("bitcast", "convert", "copy", "copy-done", "copy-start")
         return self._behind(one.operands[0]) if is_copy else one

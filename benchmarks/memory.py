@@ -150,7 +150,7 @@ def measure(optimizer: str, options: Options) -> dict[str, Any]:
 
 
 def _gradient_bytes(params: Any, release: bool) -> int:
-    """Of the gradients that a step holds together: all, or those of a block or of an end."""
+    """The bytes of gradients that a step holds together: all, or those of a block or of an end."""
 
     def size(p: Any) -> int:
         stored = p.codes if is_quantized(p) else p

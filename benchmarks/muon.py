@@ -64,7 +64,7 @@ def hidden(model: str) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def places(model: str, mesh: jax.sharding.Mesh) -> dict[str, jax.NamedSharding]:
-    """Where they lie."""
+    """The shardings of parameters and state."""
     found = by_name(llama.param_shardings(llama.abstract_model(llama.preset(model)), mesh))
     return {name: found[name] for name in hidden(model)}
 

@@ -86,7 +86,7 @@ def measure(
 
 
 def moved(text: str, *, refresh: bool) -> dict[str, Any]:
-    """What a compiled step moves; None for all of it where the program cannot be read."""
+    """The bytes that a compiled step moves; None where the program cannot be read."""
     if not text:
         return dict.fromkeys(("collectives", "collective_bytes", "refresh_bytes"))
     between = hlo.collectives(text)
@@ -98,12 +98,12 @@ def moved(text: str, *, refresh: bool) -> dict[str, Any]:
 
 
 def key(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells a row from the others."""
+    """The fields that tell a row from the others."""
     return tuple(record[name] for name in KEY)
 
 
 def added(record: dict[str, Any], results: Sequence[dict[str, Any]]) -> float | None:
-    """What an optimizer adds to the bytes of plain SGD's collectives, as a part of these."""
+    """The bytes that an optimizer adds to those of plain SGD's collectives, as a part of these."""
     same = record | {"optimizer": BASELINE, "state": None}
     plain = next((r for r in results if key(r) == key(same)), None)
     if plain is None or None in (record["collective_bytes"], plain["collective_bytes"]):

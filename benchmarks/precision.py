@@ -1,4 +1,4 @@
-"""Whether training in fewer bits ends where float32 does.
+"""Final losses of training in fewer bits, beside float32.
 
     nice python -m benchmarks.precision [--steps 200] [--seeds 0 1 2] [--cases float32 int8-state]
 
@@ -39,7 +39,7 @@ from memopt.training.step import evaluate, init_state
 
 
 class Case(NamedTuple):
-    """How state and weights are stored; None is float32."""
+    """The precision of state and weights; None is float32."""
 
     state: str | None = None
     weights: str | None = None
@@ -135,7 +135,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
 
 
 def configuration(options: Options, seed: int, output: Path) -> Config:
-    """Of one run."""
+    """The configuration of one run."""
     return Config(
         text=Text(
             batch_size=options.batch_size,

@@ -1,4 +1,4 @@
-"""What a refresh of a subspace costs, and how much of the gradient's energy it captures.
+"""The time of a refresh of a subspace, and the share of the gradient's energy it captures.
 
     OPENBLAS_NUM_THREADS=1 taskset -c 0 python -m benchmarks.refresh_cost [--repeats 3]
 
@@ -66,7 +66,7 @@ class Options(NamedTuple):
 
 
 def block_gradient(steps: int) -> dict[str, jax.Array]:
-    """Of 4096 tokens, for the matrices of the second block of three."""
+    """Gradients of 4096 tokens, for the matrices of the second block of three."""
     tokenizer = load_tokenizer("bytes")
     config = llama.preset("1b")
     config = dataclasses.replace(config, num_layers=3, vocab_size=tokenizer.vocab_size)

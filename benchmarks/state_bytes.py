@@ -1,4 +1,4 @@
-"""How many bytes of state each optimizer keeps for whole models, embedding and head included.
+"""The bytes of state that each optimizer keeps for whole models, embedding and head included.
 
     python -m benchmarks.state_bytes [--models 60m 7b] [--optimizers adamw adafactor ...]
 

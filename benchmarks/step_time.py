@@ -1,4 +1,4 @@
-"""How long a step of each optimizer takes, side by side in one process.
+"""The time of a step of each optimizer, side by side in one process.
 
     python -m benchmarks.step_time [--model 60m] [--repeats 20] [--optimizers adamw lion ...]
 
@@ -97,7 +97,7 @@ def optimizer(name: str) -> tuple[str, optax.GradientTransformation]:
 def describe(
     benchmark: str, arguments: Sequence[str], shapes: Any, model: str, dtype: str, repeats: int
 ) -> dict[str, Any]:
-    """What was run, where and with which versions."""
+    """The run, its machine and the versions."""
     packages = ("memopt", "jax", "jaxlib", "optax", "torch", "apollo-torch", "lion-pytorch")
     leaves = jax.tree.leaves(shapes)
     return {

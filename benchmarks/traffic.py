@@ -1,4 +1,4 @@
-"""How many bytes a step of each optimizer moves in a TPU's memory, by the TPU's own compiler.
+"""The bytes that a step of each optimizer moves in a TPU's memory, by the TPU's own compiler.
 
     python -m benchmarks.traffic [--optimizer apollo] [--layout list] [--dtype bfloat16] [--explain]
 

@@ -5,12 +5,13 @@ from importlib.metadata import version as _version
 
 from memopt import schedules as schedules
 from memopt import transforms as transforms
-from memopt.errors import NoSuchPairing as NoSuchPairing
+from memopt.errors import IncompatiblePairingError as IncompatiblePairingError
 from memopt.matrices import Matrix as Matrix
 from memopt.matrices import every_matrix as every_matrix
 from memopt.matrices import hidden_matrices as hidden_matrices
 from memopt.matrices import out_in as out_in
 from memopt.optimizers import *  # noqa: F403 (methods by their names)
+from memopt.renamed import finder
 from memopt.state import codecs as codecs
 from memopt.state.bytes import StateBytes as StateBytes
 from memopt.state.bytes import state_bytes as state_bytes
@@ -38,16 +39,26 @@ from memopt.transforms import normalize_by_group as normalize_by_group
 from memopt.transforms import orthogonalize as orthogonalize
 from memopt.transforms import projectors as projectors
 from memopt.transforms import recombine as recombine
+from memopt.transforms import reshard_update as reshard_update
 from memopt.transforms import scale_by_factored_rms as scale_by_factored_rms
 from memopt.transforms import scale_by_parameter_rms as scale_by_parameter_rms
 from memopt.transforms import scale_by_released_adam as scale_by_released_adam
 from memopt.transforms import scale_by_shape as scale_by_shape
 from memopt.transforms import scale_by_sign_momentum as scale_by_sign_momentum
 from memopt.transforms import scale_by_uncorrected_adam as scale_by_uncorrected_adam
-from memopt.transforms import update_at as update_at
-from memopt.transforms import whole_shorter_sides as whole_shorter_sides
+from memopt.transforms import unshard_short_side as unshard_short_side
 
 try:
     __version__ = _version("memopt")
 except _PackageNotFoundError:  # a checkout on the path that is not installed
     __version__ = "unknown"
+
+__getattr__ = finder(
+    "memopt",
+    globals(),
+    {
+        "NoSuchPairing": "IncompatiblePairingError",
+        "update_at": "reshard_update",
+        "whole_shorter_sides": "unshard_short_side",
+    },
+)

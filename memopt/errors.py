@@ -58,5 +58,5 @@ def check_left_out(argument: str, given: Any, default: Any, why: str) -> None:
         raise ValueError(f"{argument} must be left out, since {why}, got {given}.")
 
 
-class NoSuchPairing(ValueError):
+class IncompatiblePairingError(ValueError):
     """A projector, a recombination and a rule for refreshes that make no sense together."""

@@ -1,4 +1,4 @@
-"""Which axes of a parameter are its rows, its columns and its stack."""
+"""The axes of a parameter that are its rows, its columns and its stack."""
 
 import contextlib
 import contextvars

@@ -100,7 +100,7 @@ def map_named(
     return structure.unflatten(results)
 
 
-def by_array(kept: Any, tree: Any, count: int) -> tuple[Any, ...]:
+def transpose_tuples(kept: Any, tree: Any, count: int) -> tuple[Any, ...]:
     """Transposes a tree of tuples into a tuple of trees, with `NOTHING` where a tuple is short.
 
     Each leaf is then an array or nothing, as ``nnx.Optimizer`` needs it, and the number of trees
@@ -115,7 +115,7 @@ def by_array(kept: Any, tree: Any, count: int) -> tuple[Any, ...]:
       ValueError: if a tuple is longer.
 
     Example:
-      >>> by_array({"a": (1, 2), "b": (3,)}, {"a": 0, "b": 0}, 2)
+      >>> transpose_tuples({"a": (1, 2), "b": (3,)}, {"a": 0, "b": 0}, 2)
       ({'a': 1, 'b': 3}, {'a': 2, 'b': MaskedNode()})
     """
     _, structure = named_leaves(tree)
@@ -128,11 +128,11 @@ def by_array(kept: Any, tree: Any, count: int) -> tuple[Any, ...]:
     )
 
 
-def by_leaf(arrays: tuple[Any, ...], tree: Any) -> Any:
-    """The inverse of `by_array`.
+def untranspose_tuples(arrays: tuple[Any, ...], tree: Any) -> Any:
+    """The inverse of `transpose_tuples`.
 
     Example:
-      >>> by_leaf(({"a": 1, "b": 3}, {"a": 2, "b": NOTHING}), {"a": 0, "b": 0})
+      >>> untranspose_tuples(({"a": 1, "b": 3}, {"a": 2, "b": NOTHING}), {"a": 0, "b": 0})
       {'a': (1, 2), 'b': (3,)}
     """
     leaves, structure = named_leaves(tree)

@@ -31,3 +31,9 @@ def test_importing_memopt_imports_nothing_that_takes_long():
     names = imported("import memopt")
     assert "memopt" in names
     assert names.isdisjoint(HEAVY)
+
+
+def test_the_model_that_release_takes_is_public_and_needs_no_flax():
+    names = imported("from memopt.models import StackedModel")
+    assert "memopt.models" in names
+    assert names.isdisjoint({"flax", "tyro", "grain", "tokenizers"})

@@ -1,4 +1,4 @@
-"""How a command ends when something is wrong."""
+"""Ends a command with one sentence when something is wrong."""
 
 import sys
 from typing import NoReturn

@@ -25,7 +25,7 @@ from memopt.training.directory import choose_directory
 from memopt.training.loop import Stopped, train
 from memopt.training.metrics import read_metrics
 from memopt.training.open import Training, open_run
-from memopt.training.processes import join, wait_for_all, writes
+from memopt.training.processes import init_distributed, is_main_process, wait_for_all
 from memopt.training.report import plot_loss, sample_text
 from memopt.training.step import TrainState
 
@@ -67,8 +67,8 @@ def pretrain(arguments: list[str]) -> None:
 def _pretrain(arguments: list[str]) -> None:
     try:
         config = parse(arguments)
-        join(config.run)
-        console = Console(quiet=not writes())
+        init_distributed(config.run)
+        console = Console(quiet=not is_main_process())
         run = open_run(config)
     except (ValueError, ImportError) as error:
         fail(error)
@@ -87,7 +87,7 @@ def _pretrain(arguments: list[str]) -> None:
 def _leave(message: str) -> NoReturn:
     """Ends one of several processes; at an ordinary exit JAX would wait for the others."""
     print(f"memopt: process {jax.process_index()}: {message}", file=sys.stderr, flush=True)
-    if writes():
+    if is_main_process():
         time.sleep(SECONDS_TO_SPEAK)
     os._exit(1)
 
@@ -142,7 +142,7 @@ def _conclude(
     console.print(continuation, markup=False, highlight=False)
     console.rule()
     console.print(_memory_table(run, state, step))
-    if not writes():
+    if not is_main_process():
         return
     metrics = run.directory / "metrics.jsonl"
     plot_loss(metrics, run.directory / "loss.png")

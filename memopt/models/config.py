@@ -46,7 +46,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """What a LLaMA is made of: plain values only, so it can be written to JSON and read back.
+    """The shape of a LLaMA, in plain values that can be written to JSON and read back.
 
     Attributes:
         vocab_size: Rows of the embedding.
@@ -110,7 +110,7 @@ class LlamaConfig:
 
     @property
     def axis_sizes(self) -> dict[str, int]:
-        """How many pieces each logical axis of the parameters can be cut into.
+        """The number of pieces that each logical axis of the parameters can be cut into.
 
         `heads` and `kv_heads` count heads, not channels, since a head is never cut.
         """

@@ -80,7 +80,7 @@ def tensors(shapes: Mapping[str, Any]) -> Iterator[Tensor]:
 
 
 def read_config(directory: Path) -> LlamaConfig:
-    """What `config.json` says, in float32.
+    """Reads `config.json`; the model computes in float32.
 
     Args:
         directory: Holds `config.json`, of transformers 4 or 5.
@@ -270,10 +270,10 @@ def read_params(reader: Reader, shapes: dict[str, Any], shardings: dict[str, Any
     """
     flat = flatten_dict(shapes, sep="/")
     placed = flatten_dict(shardings, sep="/") if shardings else {}
-    by_leaf: dict[str, list[Tensor]] = {leaf: [] for leaf in flat}
+    untranspose_tuples: dict[str, list[Tensor]] = {leaf: [] for leaf in flat}
     expected = list(tensors(flat))
     for tensor in expected:
-        by_leaf[tensor.leaf].append(tensor)
+        untranspose_tuples[tensor.leaf].append(tensor)
     reader.check(expected)
 
     def load(leaf: str) -> jax.Array:
@@ -281,7 +281,7 @@ def read_params(reader: Reader, shapes: dict[str, Any], shardings: dict[str, Any
 
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             index = index or (slice(None),) * len(shape)
-            parts = by_leaf[leaf]
+            parts = untranspose_tuples[leaf]
             if parts[0].layer is None:
                 return reader.read(parts[0], index).astype(dtype)
             layers = parts[index[0]]

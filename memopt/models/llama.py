@@ -53,7 +53,7 @@ REMAT_POLICIES = {
 
 
 class Context(NamedTuple):
-    """What every block reads beside its input.
+    """The arrays that every block reads beside its input.
 
     Attributes:
         rotary: Cosines and sines, each float32 `(batch or 1, seq, head_dim // 2)`.
@@ -238,7 +238,7 @@ class Llama(nnx.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> Context:
-        """What the blocks read beside their input, for sequences of `length`."""
+        """The arrays that blocks read beside their input, for sequences of `length`."""
         if length > self.config.max_seq_len:
             raise ValueError(
                 f"A sequence of {length} tokens is longer than max_seq_len="
@@ -289,7 +289,7 @@ class Llama(nnx.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> jax.Array:
-        """What leaves the last block, `(batch, seq, hidden)` in the compute dtype."""
+        """The last block's output, `(batch, seq, hidden)` in the compute dtype."""
         context = self.context(token_ids.shape[1], segment_ids, positions)
         block, stacked = self.block_function()
         if self.config.remat != "none":

@@ -1,4 +1,4 @@
-"""Which mesh axis splits which axis of a parameter, and of a batch.
+"""The mesh axes that split the axes of parameters and batches.
 
 A mesh has axes among `data` (copies of the model), `fsdp` (parameters split, gathered for use) and
 `tensor` (heads and MLP channels split); a batch is split over `data` and `fsdp`.
@@ -104,7 +104,7 @@ def _describe(entry: tuple[str, ...], mesh: Mapping[str, int]) -> str:
 
 
 def batch_spec(batch_size: int) -> jax.P:
-    """How the mesh in scope (`jax.set_mesh`) splits a batch.
+    """The sharding of a batch on the mesh in scope (`jax.set_mesh`).
 
     Args:
         batch_size: Rows of the batch.

@@ -74,7 +74,7 @@ def ldadam(
       ValueError: if `rank` or `refresh_every` is out of range, the rank larger than a matrix's
         side, or an option given that has no effect: rank, rho or seed beside a projector that has
         its own, rho beside one that has none, or seed beside one that draws nothing.
-      NoSuchPairing: for error feedback with a projector whose bases are not orthonormal.
+      IncompatiblePairingError: for error feedback with a projector whose bases are not orthonormal.
 
     References:
       Robert et al., LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics,

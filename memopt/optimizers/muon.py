@@ -11,7 +11,7 @@ from memopt.matrices import Matrices
 from memopt.optimizers.by_partition import Ending, finish
 from memopt.optimizers.registry import method
 from memopt.state.precision import in_float32
-from memopt.transforms.orthogonalization import STEEPEST, orthogonalize, scale_by_shape
+from memopt.transforms.orthogonalization import NEWTON_SCHULZ_COEFFS, orthogonalize, scale_by_shape
 
 
 @method()
@@ -21,10 +21,10 @@ def muon(
     beta: float = 0.95,
     nesterov: bool = True,
     ns_steps: int = 5,
-    ns_coeffs: Sequence[float] | Sequence[Sequence[float]] = STEEPEST,
+    ns_coeffs: Sequence[float] | Sequence[Sequence[float]] = NEWTON_SCHULZ_COEFFS,
     eps: float = 1e-7,
     consistent_rms: float | None = None,
-    copied_over: str = "data",
+    replica_axis: str = "data",
     matrices: Matrices = None,
     rest: optax.GradientTransformation | None = None,
     weight_decay: float = 0.0,
@@ -53,7 +53,7 @@ def muon(
       eps: added to the norm that the iteration starts from.
       consistent_rms: scale updates by consistent_rms · √max(m, n) instead, to this root mean
         square; 0.2 is about AdamW's, whose learning rate and decay then serve both.
-      copied_over: the mesh axis over which parameters are copied, if there is one; numbers do not
+      replica_axis: the mesh axis over which parameters are copied, if there is one; numbers do not
         depend on it.
       matrices: which leaves are hidden matrices, and of which axes; see
         `memopt.hidden_matrices`. Rows are inputs; for kernels stored as (out, in), as in
@@ -84,7 +84,7 @@ def muon(
         ending,
         in_float32(optax.trace(beta, nesterov)),
         orthogonalize(
-            ns_steps, ns_coeffs, eps, dtype=dtype, copied_over=copied_over, matrices=matrices
+            ns_steps, ns_coeffs, eps, dtype=dtype, replica_axis=replica_axis, matrices=matrices
         ),
         scale_by_shape(consistent_rms, matrices=matrices),
         others=optax.scale_by_adam(),

@@ -26,7 +26,7 @@ class Method(NamedTuple):
       make: the function that builds it.
       library: "memopt", or "optax" for a baseline.
       sums_projections: whether it moves less over a mesh where shorter sides are unsharded, see
-        `memopt.whole_shorter_sides`: it sums projections of a gradient over devices.
+        `memopt.unshard_short_side`: it sums projections of a gradient over devices.
     """
 
     make: Make

@@ -1,1 +1,1 @@
-"""What a run will need."""
+"""The memory that a run will need."""

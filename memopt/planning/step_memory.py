@@ -1,4 +1,4 @@
-"""What one training step needs, asked of the compiler."""
+"""The memory of one training step, asked of the compiler."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How optimizer state is stored and counted."""
+"""Storage, placement and size of optimizer state."""

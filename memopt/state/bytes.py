@@ -1,23 +1,23 @@
-"""How many bytes an optimizer's state takes, and for which parameter."""
+"""The bytes of an optimizer's state, by parameter."""
 
 import collections
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import optax
 
-from memopt.names import snake_case
 from memopt.parameters import init_shapes
 from memopt.state.codecs import bits_of
+from memopt.state.owners import parts
 from memopt.trees import named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
 class StateBytes:
-    """What `state_bytes` found; ``print`` shows it as a table.
+    """The result of `state_bytes`; ``print`` shows it as a table.
 
     Attributes:
       parameters: {leaf name: bytes of the parameter}.
@@ -80,14 +80,14 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
     shared: list[Any] = []
     # Without their shardings, which would need the mesh in scope.
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    for like_params, part, keeper in _parts(init_shapes(tx.init, like), structure):
-        if not like_params:
-            shared.append(part)
+    for part in parts(init_shapes(tx.init, like), like):
+        if not part.has_parameters:
+            shared.append(part.tree)
             continue
-        for name, found in zip(names, structure.flatten_up_to(part), strict=True):
+        for name, found in zip(names, structure.flatten_up_to(part.tree), strict=True):
             if arrays := jax.tree.leaves(found):
                 kept[name] += arrays
-                kept_by[name][keeper] = None
+                kept_by[name][part.kept_by] = None
     return StateBytes(
         parameters={name: _bytes([leaf]) for name, leaf in leaves},
         states={name: _bytes(arrays) for name, arrays in kept.items()},
@@ -96,26 +96,6 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
         formulas={name: _formula(arrays) for name, arrays in kept.items()},
         shared_formula=_formula(shared),
     )
-
-
-def _parts(state: Any, structure: Any, keeper: str = "") -> Iterator[tuple[bool, Any, str]]:
-    """Subtrees of a state shaped like the parameters, and the leaves that are in none.
-
-    With each goes the name of the transformation whose state it is in, after the innermost type.
-    """
-    if hasattr(state, "_fields"):
-        keeper = snake_case(type(state).__name__.removesuffix("State"))
-    try:
-        structure.flatten_up_to(state)
-    except ValueError:
-        children = jax.tree.leaves(state, is_leaf=lambda x: x is not state)
-        if len(children) == 1 and children[0] is state:
-            yield False, state, keeper
-        else:
-            for child in children:
-                yield from _parts(child, structure, keeper)
-    else:
-        yield True, state, keeper
 
 
 def _bytes(arrays: Any) -> int:

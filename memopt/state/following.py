@@ -1,4 +1,4 @@
-"""Which axes of an optimizer's state follow which axes of its parameters."""
+"""The axes of an optimizer's state that follow axes of its parameters."""
 
 import itertools
 import math
@@ -9,6 +9,7 @@ import jax
 import optax
 
 from memopt.parameters import init_shapes, known, read_parameters
+from memopt.state.owners import is_state_array, owners
 from memopt.trees import named_leaves, open_box
 
 Path = tuple[Any, ...]
@@ -30,11 +31,12 @@ class Axis(NamedTuple):
 
 
 class Follower(NamedTuple):
-    """What a state array has to do with the parameters.
+    """The parameter and the axes that a state array follows.
 
     Attributes:
-      owner: the one parameter that it changes with; None if it changes with none or with several.
-      changes: whether it changes with any.
+      owner: the one parameter that it belongs to; None if it belongs to none, or changes with
+        several.
+      changes: whether it belongs to, or changes with, any.
       axes: pairs of an axis of it and an axis of the owner that it follows.
       unclear: axes of the owner of which the tries that count say different things.
       uneven: axes of the owner with which it changes only in tries that do not count.
@@ -83,13 +85,21 @@ def followers(
     """
     init = _Init(tx, params)
     base = init({})
-    grown = _tries_by_parameter(init, base)
-    owners = {path: grown.owner(moved) for path, moved in grown.moved.items()}
-    found = {path: Follower(owners[path], bool(moved)) for path, moved in grown.moved.items()}
+    arrays = jax.tree.leaves(owners(init.state({}), params), is_leaf=is_state_array)
+    found = {
+        path: Follower(array.parameter, array.parameter is not None)
+        for path, array in zip(base, arrays, strict=True)
+    }
+    # What stands in no tree like the parameters, a flat vector say, is known by its growth alone.
+    if unowned := [p for p, follower in found.items() if base[p].ndim and follower.owner is None]:
+        grown = _tries_by_parameter(init, {path: base[path] for path in unowned})
+        for path, moved in grown.moved.items():
+            found[path] = Follower(grown.owner(moved), bool(moved))
+    owner_of = {path: follower.owner for path, follower in found.items()}
     for turn in range(max(map(len, axes), default=0)):
         chosen = {i: own[turn] for i, own in enumerate(axes) if len(own) > turn}
-        tries = _tries_by_axis(init, base, owners, chosen)
-        for path, owner in owners.items():
+        tries = _tries_by_axis(init, base, owner_of, chosen)
+        for path, owner in owner_of.items():
             if owner in chosen:
                 found[path] = found[path].seen(chosen[owner].number, tries[owner], path)
     return list(found.values())
@@ -106,12 +116,15 @@ class _Init:
         nodes, self.structure = named_leaves(params)
         self.leaves = [open_box(node) for _, node in nodes]
 
-    def __call__(self, sizes: Sizes) -> Shapes:
-        """The shapes of the state."""
+    def state(self, sizes: Sizes) -> Any:
+        """The state, of shapes."""
         leaves = [p.update(shape=sizes.get(i, p.shape)) for i, p in enumerate(self.leaves)]
         with known(self.parameters):
-            state = init_shapes(self.tx.init, self.structure.unflatten(leaves))
-        return dict(jax.tree_util.tree_leaves_with_path(state))
+            return init_shapes(self.tx.init, self.structure.unflatten(leaves))
+
+    def __call__(self, sizes: Sizes) -> Shapes:
+        """Its arrays by their paths."""
+        return dict(jax.tree_util.tree_leaves_with_path(self.state(sizes)))
 
     def parts(self, sizes: Sizes) -> Iterator[tuple[Sizes, Shapes]]:
         """The same, without those parameters whose shape `tx.init` refuses."""
@@ -158,13 +171,13 @@ def _tries_by_parameter(init: _Init, base: Shapes) -> _Tries:
 
 
 def _tries_by_axis(
-    init: _Init, base: Shapes, owners: Mapping[Path, int | None], chosen: Mapping[int, Axis]
+    init: _Init, base: Shapes, owner_of: Mapping[Path, int | None], chosen: Mapping[int, Axis]
 ) -> dict[int, list[Moves]]:
-    """How the state of some parameters moves with one axis of each, all tried at the same time.
+    """Changes one axis of each of some parameters, all at the same time, and sees what moves.
 
     The axes change by one of their parts; where no such try counts, by one number too.
     """
-    owned = {i: [path for path, owner in owners.items() if owner == i] for i in chosen}
+    owned = {i: [path for path, owner in owner_of.items() if owner == i] for i in chosen}
     tries: dict[int, list[Moves]] = {i: [] for i in chosen}
     for by_part in (True, False):
         unsettled = {i: axis for i, axis in chosen.items() if not _sound(tries[i])}

@@ -16,10 +16,10 @@ from memopt.internals import trace
 from memopt.matrices import Layout, every_matrix, map_matrices
 from memopt.parameters import init_shapes
 from memopt.state.codecs import AsIs, Codec, Coded, named
-from memopt.state.dither import NEAREST, dither
+from memopt.state.owners import SECOND, StateArray, owners
 from memopt.state.precision import in_float32
-from memopt.state.second_moments import second_moments
-from memopt.trees import by_array, by_leaf, map_named
+from memopt.state.rounding import NEAREST, rounding_bits
+from memopt.trees import map_named, transpose_tuples, untranspose_tuples
 
 
 class QuantizedState(NamedTuple):
@@ -92,21 +92,20 @@ def quantize_state(
     pair = lambda codec: (codec.signed, codec.unsigned)
     scales_kept = max(_scale_count(c) for _, choice in choices for c in pair(choice))
 
-    def codec_of(name: str, leaf: Any, owner: Owner, is_second_moment: bool) -> Codec:
-        size = math.prod(leaf.shape[owner.stack :])
+    def codec_of(name: str, leaf: Any, place: Place) -> Codec:
+        size = math.prod(leaf.shape[place.stack :])
         if size < min_size or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return AsIs()
         choice = next((c for pattern, c in choices if pattern.search(name)), None)
         if choice is None:
             return AsIs()
-        return choice.unsigned if is_second_moment else choice.signed
+        return choice.unsigned if place.is_second_moment else choice.signed
 
     def plan(params: Any) -> tuple[Any, Any, Any]:
-        """Of each array of the inner state its codec, its shape and dtype, and its owner."""
+        """The codec of each array of the inner state, its shape and dtype, and its place."""
         like = init_shapes(inner.init, params)
-        owners = _owners(like, params)
-        codecs = map_named(codec_of, like, owners, second_moments(like, params))
-        return codecs, like, owners
+        places = _places(like, params)
+        return map_named(codec_of, like, places), like, places
 
     def init(params: Any) -> QuantizedState:
         state = inner.init(params)
@@ -114,8 +113,8 @@ def quantize_state(
         return QuantizedState(jnp.zeros((), jnp.int32), *_columns(coded, state, scales_kept))
 
     def update(updates: Any, state: QuantizedState, params: Any = None, **extra: Any) -> Any:
-        codecs, shapes, owners = plan(updates if params is None else params)
-        scales = by_leaf(state.scales, state.codes)
+        codecs, shapes, places = plan(updates if params is None else params)
+        scales = untranspose_tuples(state.scales, state.codes)
 
         def step() -> tuple[Any, Any]:
             def decode(_: str, codes: Array, scales: Any, codec: Codec, like: Any) -> Array:
@@ -126,72 +125,70 @@ def quantize_state(
             wide = lambda _, x, codec: _cast(codec, x, jnp.float32)
             return new_updates, map_named(wide, new, codecs)
 
-        def encode(name: str, x: Array, codec: Codec, owner: Owner, *like: Any) -> Coded:
-            is_vectors = x.ndim == owner.stack + 1  # each of which is a matrix of one row
+        def encode(name: str, x: Array, codec: Codec, place: Place, *like: Any) -> Coded:
+            is_vectors = x.ndim == place.stack + 1  # each of which is a matrix of one row
             apart = lambda a: jnp.expand_dims(a, -2) if is_vectors else a
             together = lambda a: jnp.squeeze(a, -2) if is_vectors else a
             x, before = jax.tree.map(apart, (x, Coded(*like)))
-            coded = codec.encode(x, dither(x.shape, name, state.count, seed), before)
+            coded = codec.encode(x, rounding_bits(x.shape, name, state.count, seed), before)
             return jax.tree.map(together, coded)
 
         new_updates, new = step()
-        like = state.codes, _fitted(codecs, owners, scales, lambda: step()[1])
-        coded = map_named(encode, new, codecs, owners, *like)
+        like = state.codes, _fitted(codecs, places, scales, lambda: step()[1])
+        coded = map_named(encode, new, codecs, places, *like)
         count = optax.safe_increment(state.count)
         return new_updates, QuantizedState(count, *_columns(coded, new, scales_kept))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class Owner(NamedTuple):
-    """The parameter that an array of a state belongs to.
+class Place(NamedTuple):
+    """The place of an array of a state among the parameters.
 
     Attributes:
-      name: its name, or the array's own where it belongs to none.
+      owner: the parameter's name, or the array's own if it belongs to none.
       stack: how many of the array's first axes only count matrices, as the parameter's do.
+      is_second_moment: whether it is one.
     """
 
-    name: str
+    owner: str
     stack: int
+    is_second_moment: bool
 
 
-def _owners(state: Any, params: Any) -> Any:
-    """The owner of each array of a state: the parameter whose name the array's ends with.
-
-    What belongs to none is a matrix, and so is each entry of its axes before the last two.
-    """
-    found: dict[str, tuple[int, ...]] = {}
+def _places(state: Any, params: Any) -> Any:
+    """The place of each array; what belongs to no parameter is one matrix, or a stack of them."""
+    found: list[tuple[str, tuple[int, ...]]] = []
 
     def note(layout: Layout, p: Any) -> None:
-        found[layout.name] = tuple(p.shape[axis] for axis in layout.stack)
+        found.append((layout.name, tuple(p.shape[axis] for axis in layout.stack)))
 
     map_matrices(note, params, default=every_matrix)
 
-    def owner(name: str, x: Any) -> Owner:
-        candidates = [n for n in found if f"/{name}".endswith(f"/{n}") or not n]
-        if not candidates:
-            return Owner(name, 0)
-        best = max(candidates, key=len)
-        stack = found[best]
-        return Owner(best, len(stack) if x.shape[: len(stack)] == stack else 0)
+    def place(name: str, x: Any, array: StateArray) -> Place:
+        is_second = array.kind == SECOND
+        if array.parameter is None:
+            return Place(name, 0, is_second)
+        owner, stack = found[array.parameter]
+        return Place(owner, len(stack) if x.shape[: len(stack)] == stack else 0, is_second)
 
-    return map_named(owner, state)
+    return map_named(place, state, owners(state, params))
 
 
-def _fitted(codecs: Any, owners: Any, scales: Any, new: Callable[[], Any]) -> Any:
+def _fitted(codecs: Any, places: Any, scales: Any, new: Callable[[], Any]) -> Any:
     """The scales to go by: those of the step before, or fitted to `new` where they do not serve.
 
     Then it is computed twice, so that otherwise no array of floats is kept to be looked at first;
     and only what belongs to a parameter together, as released steps update them.
     """
     structure: Any = jax.tree.structure(codecs)
-    columns = (structure.flatten_up_to(tree) for tree in (codecs, owners, scales))
+    columns = (structure.flatten_up_to(tree) for tree in (codecs, places, scales))
     leaves = list(zip(*columns, strict=True))
     unfit = [codec.is_unfit(kept) for codec, _, kept in leaves]
     groups: dict[str, list[int]] = {}
-    for i, (_, owner, _) in enumerate(leaves):
+    for i, (_, place, _) in enumerate(leaves):
         if unfit[i] is not False:
-            groups.setdefault(owner.name, []).append(i)
+            groups.setdefault(place.owner, []).append(i)
     fitted = [kept for _, _, kept in leaves]
     program = trace(new)
     for group in groups.values():
@@ -208,7 +205,7 @@ def _fitted(codecs: Any, owners: Any, scales: Any, new: Callable[[], Any]) -> An
 
 
 def _cast(codec: Codec, x: Array, dtype: Any) -> Array:
-    """What is quantised, in its own dtype or in that of codecs; keys and counts as they are."""
+    """Casts what is quantised; keys and counts stay as they are."""
     return x if isinstance(codec, AsIs) else x.astype(dtype)
 
 
@@ -225,7 +222,7 @@ def _first(codec: Codec, x: Any) -> Coded:
 def _columns(coded: Any, state: Any, scales_kept: int) -> tuple[Any, tuple[Any, ...]]:
     """Splits a tree of `Coded` into codes, in the boxes of `state`, and a tuple of scale trees."""
     codes = map_named(lambda _, x, coded: coded.codes, state, coded)
-    return codes, by_array(
+    return codes, transpose_tuples(
         map_named(lambda _, x, coded: coded.scales, state, coded), state, scales_kept
     )
 

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.state.codecs import BFloat16, Codec, Coded, named
-from memopt.state.dither import NEAREST, dither
+from memopt.state.rounding import NEAREST, rounding_bits
 from memopt.trees import map_named
 
 
@@ -33,7 +33,7 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the parameter."""
+        """The shape of the parameter."""
         return self.codes.shape
 
     def dequantize(self) -> Array:
@@ -126,7 +126,7 @@ def apply_updates(params: Any, updates: Any, step: Array | int, *, seed: int | A
         if p is None or u is None:
             return p
         wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        bits = lambda: dither(p.shape, name, step, seed)
+        bits = lambda: rounding_bits(p.shape, name, step, seed)
         if is_quantized(p):
             new = p.codec.decode(Coded(p.codes, p.scales)) + wide(u)
             coded = p.codec.encode(new, bits(), Coded(p.codes, p.scales))

@@ -1,4 +1,4 @@
-"""Where an optimizer's state lives on a mesh, found out from what its `init` does."""
+"""The sharding of an optimizer's state, inferred from its `init`."""
 
 import math
 from typing import Any, NamedTuple
@@ -132,7 +132,7 @@ class Placed(NamedTuple):
 
     @property
     def entries(self) -> tuple[Any, ...]:
-        """What of the mesh splits each axis."""
+        """The mesh axes that split each axis."""
         spec = tuple(self.sharding.spec)
         return spec + (None,) * (len(self.like.shape) - len(spec))
 
@@ -179,7 +179,7 @@ def placed_params(params: Any) -> list[Placed]:
 def _followed(
     shape: tuple[int, ...], follower: Follower, placed: list[Placed], mesh: Any
 ) -> tuple[list[Any], list[str]]:
-    """What of the mesh splits each axis of a state array, and why."""
+    """The mesh axes that split each axis of a state array, and the reasons."""
     entries: list[Any] = [None] * len(shape)
     if follower.owner is None:
         what = "changes with several parameters" if follower.changes else "follows no parameter"

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from memopt.state.quantized import is_quantized
-from memopt.training.processes import writes
+from memopt.training.processes import is_main_process
 from memopt.training.step import TrainState
 
 #: What is saved beside the arrays, JSON-serialisable.
@@ -97,7 +97,7 @@ class Checkpoints:
                 f"no checkpoint in {self._directory} can be continued from (the newest, "
                 f"{path.name}: {reason}); start anew with another --output."
             )
-        for path, reason in damaged.items() if writes() else ():
+        for path, reason in damaged.items() if is_main_process() else ():
             _set_aside(path, self._directory.parent / "damaged", reason)
         return found
 

@@ -13,7 +13,7 @@ from tyro import conf
 DType = Literal["float32", "bfloat16", "float16"]
 
 #: Options that `config.json` does not hold.
-OF_ONE_INVOCATION = (
+NOT_SAVED = (
     *("output", "resume", "config"),
     *("coordinator", "processes", "process", "heartbeat_timeout"),
 )
@@ -21,7 +21,7 @@ OF_ONE_INVOCATION = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What is trained."""
+    """The model."""
 
     model: str = "tiny"
     """tiny, 60m, 130m, 350m, 1b, 7b, 13b, 70b, llama-2-7b, llama-3-8b or llama-3.2-1b."""
@@ -39,7 +39,7 @@ class Architecture:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text:
-    """What it is trained on. 5% of the documents are held out for validation."""
+    """The text that it is trained on. 5% of the documents are held out for validation."""
 
     data: Annotated[tuple[str, ...], conf.arg(metavar="SOURCE ...")] = ("python",)
     """Text files, directories, globs; JSON lines, as FILE.jsonl or FILE.jsonl#FIELD; hf:NAME.
@@ -56,7 +56,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimization:
-    """How it is trained."""
+    """The optimizer and its schedule."""
 
     optimizer: str = "apollo_mini"
     """A name that `memopt optimizers` lists."""
@@ -88,7 +88,7 @@ class Optimization:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where it runs and what is kept of it."""
+    """The devices, and the files that are kept."""
 
     output: Annotated[Path | None, conf.arg(metavar="DIRECTORY")] = None
     """Directory of the run, if not runs/MODEL-OPTIMIZER, with a number added if that is taken."""
@@ -153,7 +153,7 @@ class Config:
             flat |= group
         options = [f"{name}={value}" for name, value in sorted(self.optimizer_options.items())]
         flat |= {"data": list(self.text.data), "option": options}
-        return {name: flat[name] for name in flat if name not in OF_ONE_INVOCATION}
+        return {name: flat[name] for name in flat if name not in NOT_SAVED}
 
 
 def _value(text: str) -> Any:

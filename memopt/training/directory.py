@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from memopt.training.config import Config
-from memopt.training.processes import writes
+from memopt.training.processes import is_main_process
 
 #: Options that may change when a run is resumed; all others decide what its checkpoints mean.
 MAY_CHANGE = {
@@ -65,7 +65,7 @@ def open_directory(directory: Path, config: Config) -> None:
     Raises:
         ValueError: It cannot be written.
     """
-    if not writes():
+    if not is_main_process():
         return
     draft = directory / "config.tmp"
     try:

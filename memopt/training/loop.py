@@ -13,7 +13,7 @@ from rich.console import Console
 from memopt.text.batches import Batch
 from memopt.training.metrics import Display, MetricsLog
 from memopt.training.open import Training
-from memopt.training.processes import agree_to_stop, writes
+from memopt.training.processes import agree_to_stop, is_main_process
 from memopt.training.step import TrainState, evaluate
 
 
@@ -51,7 +51,7 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
         contextlib.closing(run.checkpoints),
         contextlib.closing(run.batches),
         contextlib.closing(MetricsLog(run.directory, start))
-        if writes()
+        if is_main_process()
         else contextlib.nullcontext() as log,
         Display(console, steps, start) as display,
         _signals() as caught,

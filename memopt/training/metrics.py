@@ -1,4 +1,4 @@
-"""What a run writes down and shows: metrics.jsonl, TensorBoard events, progress."""
+"""Records and shows a run: metrics.jsonl, TensorBoard events, progress."""
 
 from __future__ import annotations
 

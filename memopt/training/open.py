@@ -24,7 +24,7 @@ from memopt.training.config import Config
 from memopt.training.describe import describe_run
 from memopt.training.directory import check_same, choose_directory, open_directory
 from memopt.training.placement import rows_here
-from memopt.training.processes import check_alike
+from memopt.training.processes import check_same_on_all_processes
 from memopt.training.setup import Setup
 from memopt.training.step import TrainState
 
@@ -90,7 +90,9 @@ def open_run(config: Config) -> Training:
     check_vocabulary(tokenizer, config.architecture.model, setup.model_config.vocab_size)
     rows = rows_here(setup.mesh, config.text.batch_size)
     batches, validation, identity = open_batches(config, tokenizer, rows)
-    check_alike({"output": str(directory), **config.flat(), "content of the data": identity})
+    check_same_on_all_processes(
+        {"output": str(directory), **config.flat(), "content of the data": identity}
+    )
 
     checkpoints = Checkpoints(directory / "checkpoints", config.run.keep)
     restored = checkpoints.restore(setup.state) if config.run.resume else None

@@ -1,4 +1,4 @@
-"""Where the arrays of a run live: the mesh, the state on it, the batches on it."""
+"""The mesh of a run, and the shardings of its state and its batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memopt.models.sharding import BATCH_AXES
 from memopt.optimizers.registry import METHODS
 from memopt.state.sharding import state_sharding
 from memopt.training.step import TrainState, init_state
-from memopt.transforms.placed_update import update_at, whole_shorter_sides
+from memopt.transforms.placed_update import reshard_update, unshard_short_side
 
 
 def make_mesh(spec: str | None, rows: int) -> Mesh:
@@ -85,7 +85,7 @@ def rows_here(mesh: Mesh, batch_size: int) -> list[int]:
 
 
 def place_update(
-    tx: optax.GradientTransformation, name: str, params: Any, *, by_layer: bool
+    tx: optax.GradientTransformation, name: str, params: Any, *, one_layer_at_a_time: bool
 ) -> tuple[optax.GradientTransformation, Any]:
     """An optimizer that runs where it moves least over a mesh, and where its state goes best.
 
@@ -93,17 +93,17 @@ def place_update(
         tx: The optimizer.
         name: Its name in `memopt.available()`.
         params: The parameters, arrays or `ShapeDtypeStruct`s, with shardings.
-        by_layer: Whether a layer is updated at a time.
+        one_layer_at_a_time: Whether a layer is updated at a time.
 
     Returns:
-        The optimizer, by `memopt.whole_shorter_sides` if it is one that gains by it; and the
+        The optimizer, by `memopt.unshard_short_side` if it is one that gains by it; and the
         parameters as they would lie with its state. A layer at a time that is where they are: for
         moments elsewhere XLA's loop keeps a second copy (7B on 16 chips: 3.8 GiB, not 3.1).
     """
     if not METHODS[name].sums_projections:
         return tx, params
-    places = whole_shorter_sides(params, by_layer=by_layer)
-    return update_at(tx, params, places), params if by_layer else places
+    places = unshard_short_side(params, one_layer_at_a_time=one_layer_at_a_time)
+    return reshard_update(tx, params, places), params if one_layer_at_a_time else places
 
 
 def abstract_state(

@@ -21,7 +21,7 @@ from memopt.internals import clusters
 from memopt.training.config import Run
 
 
-def join(options: Run) -> None:
+def init_distributed(options: Run) -> None:
     """Starts `jax.distributed`, if there is more than one process; before any use of a device.
 
     Args:
@@ -78,7 +78,7 @@ def _given(options: Run) -> tuple[int, int] | None:
     return processes, process
 
 
-def writes() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that writes files and shows how the run goes."""
     return jax.process_index() == 0
 
@@ -88,7 +88,7 @@ def wait_for_all() -> None:
     multihost_utils.sync_global_devices("memopt")
 
 
-def check_alike(options: Mapping[str, Any]) -> None:
+def check_same_on_all_processes(options: Mapping[str, Any]) -> None:
     """Raises unless all processes were started alike; none goes on before all have asked.
 
     Args:
@@ -98,7 +98,7 @@ def check_alike(options: Mapping[str, Any]) -> None:
         ValueError: Something differs; names it.
 
     Example:
-        >>> check_alike({"seed": 0})
+        >>> check_same_on_all_processes({"seed": 0})
     """
     digests = [zlib.crc32(json.dumps(value).encode()) for value in options.values()]
     everywhere = multihost_utils.process_allgather(np.array(digests, np.uint32))

@@ -1,4 +1,4 @@
-"""What is left to see when a run has ended: a plot of the loss and a sample of text."""
+"""Reports a run that has ended: a plot of the loss and a sample of text."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def set_up(
         ()
     """
     params = store_params(llama.abstract_params(model_config, mesh), weights)
-    tx, places = place_update(tx, optimizer, params, by_layer=release)
+    tx, places = place_update(tx, optimizer, params, one_layer_at_a_time=release)
     step = make_step(
         model_config,
         tx,

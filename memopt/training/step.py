@@ -99,14 +99,14 @@ def train_step(
         gradient_norm=norm,
     )
     params, opt_state = jax.tree.map(
-        functools.partial(choose, finite),
+        functools.partial(where_applied, finite),
         (apply_updates(state.params, updates, state.step - state.skipped), opt_state),
         (state.params, state.opt_state),
     )
-    return advance(state, params, opt_state, finite, mean_loss, norm, tokens, learning_rate)
+    return finish_step(state, params, opt_state, finite, mean_loss, norm, tokens, learning_rate)
 
 
-def choose(applied: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+def where_applied(applied: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     """`new` if `applied`, or else `old`.
 
     Codes are chosen as floats: of integers of 8 bits XLA for TPUs makes copies first, and a pass of
@@ -118,7 +118,7 @@ def choose(applied: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(applied, new, old)
 
 
-def advance(
+def finish_step(
     state: TrainState,
     params: Any,
     opt_state: optax.OptState,
@@ -181,13 +181,15 @@ def _mean_gradient(
     else:
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p, "float32")), params)
         start = (jnp.zeros(()), jnp.zeros(()), zeros)
-        (total, tokens, gradients), _ = jax.lax.scan(add, start, cut(batch, accumulation))
+        (total, tokens, gradients), _ = jax.lax.scan(
+            add, start, split_microbatches(batch, accumulation)
+        )
     tokens = jnp.maximum(tokens, 1)
     gradients = jax.tree.map(lambda g, p: (g / tokens).astype(p.dtype), gradients, params)
     return total / tokens, gradients, tokens
 
 
-def cut(batch: Batch, pieces: int) -> Batch:
+def split_microbatches(batch: Batch, pieces: int) -> Batch:
     """Cuts (batch, ...) into (pieces, batch / pieces, ...), every piece with rows of every shard.
 
     Row i goes to piece i mod pieces, so a batch sharded over its rows needs no communication.

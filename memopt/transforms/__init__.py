@@ -19,7 +19,7 @@ from memopt.transforms.norm_growth import limit_norm_growth as limit_norm_growth
 from memopt.transforms.orthogonalization import orthogonalize as orthogonalize
 from memopt.transforms.orthogonalization import scale_by_shape as scale_by_shape
 from memopt.transforms.per_matrix import per_matrix as per_matrix
-from memopt.transforms.placed_update import update_at as update_at
-from memopt.transforms.placed_update import whole_shorter_sides as whole_shorter_sides
+from memopt.transforms.placed_update import reshard_update as reshard_update
+from memopt.transforms.placed_update import unshard_short_side as unshard_short_side
 from memopt.transforms.sign_momentum import scale_by_sign_momentum as scale_by_sign_momentum
 from memopt.transforms.subspace import in_subspace as in_subspace

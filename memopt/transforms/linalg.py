@@ -24,7 +24,7 @@ def product(subscripts: str, a: Array, b: Array) -> Array:
     return jnp.einsum(subscripts, a, b, precision="highest")
 
 
-def undivided(x: Array, axis: int) -> Array:
+def replicate_axis(x: Array, axis: int) -> Array:
     """`x` with an axis, of r dimensions, whole on every device, where mesh axes are automatic.
 
     What uses it may be split along r, and the gradient along the projected side; XLA would then

@@ -1,14 +1,14 @@
 """An optimizer's moments, found in its state."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from memopt.state.second_moments import second_moments
+from memopt.state.owners import parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class CarryOver:
         V ← |T² (V − M²) + (T M)²|           entries squared, moments corrected for their start
 
     A moment is what is shaped like the projected gradients; it is a second one by the name of its
-    field (`memopt.state.second_moments`). Beside no first moment, or several, V ← |T² V|. Anything
+    field (`memopt.state.owners`). Beside no first moment, or several, V ← |T² V|. Anything
     else, a factored second moment too, is kept as it is.
 
     Attributes:
@@ -63,28 +63,28 @@ class CarryOver:
             rule = lambda s, m: c2 * jnp.abs(s + jnp.square(m / c1))
             return jax.tree.map(rule, turn(spread, self.power), turn(m, 1))
 
-        moments, structure = _moments(state, like)
+        moments = list(_moments(state, like))
 
         def first_beside(place: Any) -> Any:
             """The first moment in the same state, if there is one and no other."""
             found = [m.tree for m in moments if m.place == place and m.order == 1]
             return found[0] if len(found) == 1 else None
 
-        def carried(m: _Part) -> Any:
+        def carried(m: _Moment) -> Any:
             if m.order is None:
                 return m.tree
             return turn(m.tree, 1) if m.order == 1 else second(m.tree, first_beside(m.place))
 
-        return structure.unflatten(map(carried, moments))
+        structure: Any = jax.tree.structure(state)
+        return structure.unflatten(jax.tree.leaves([carried(m) for m in moments]))
 
 
 def first_moment(state: Any, like: Any) -> Any:
     """The first tree in a state that is shaped like `like` and no second moment, or None."""
-    moments, _ = _moments(state, like)
-    return next((m.tree for m in moments if m.order == 1), None)
+    return next((m.tree for m in _moments(state, like) if m.order == 1), None)
 
 
-class _Part(NamedTuple):
+class _Moment(NamedTuple):
     """A part of a state.
 
     Attributes:
@@ -98,24 +98,15 @@ class _Part(NamedTuple):
     tree: Any
 
 
-def _moments(state: Any, like: Any) -> tuple[list[_Part], Any]:
-    """The parts of a state, of which moments have the structure and shapes of `like`."""
+def _moments(state: Any, like: Any) -> Iterator[_Moment]:
+    """The parts of a state in their order; moments are trees of floats shaped like `like`."""
     structure: Any = jax.tree.structure(like)
     shapes = [x.shape for x in jax.tree.leaves(like)]
-
-    def is_moment(x: Any) -> bool:
-        if jax.tree.structure(x) != structure:
-            return False
-        leaves = jax.tree.leaves(x)
-        return [y.shape for y in leaves] == shapes and all(
-            jnp.issubdtype(y.dtype, jnp.floating) for y in leaves
-        )
-
-    found, outline = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_moment)
-    seconds = cast(Any, outline).flatten_up_to(second_moments(state, like))
-    orders = [
-        (2 if any(jax.tree.leaves(second)) else 1) if is_moment(x) else None
-        for (_, x), second in zip(found, seconds, strict=True)
-    ]
-    parts = [_Part(path[:-1], order, x) for (path, x), order in zip(found, orders, strict=True)]
-    return parts, outline
+    for part in parts(state, like):
+        leaves = jax.tree.leaves(part.tree)
+        alike = part.has_parameters and jax.tree.structure(part.tree) == structure
+        alike = alike and [x.shape for x in leaves] == shapes
+        if alike and all(jnp.issubdtype(x.dtype, jnp.floating) for x in leaves):
+            yield _Moment(part.path[:-1], 2 if part.is_second_moment else 1, part.tree)
+        else:
+            yield _Moment(part.path[:-1], None, part.tree)

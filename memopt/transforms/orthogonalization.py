@@ -20,17 +20,17 @@ from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.state.precision import statistics_dtype
 from memopt.transforms.per_matrix import per_matrix
 
-STEEPEST = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_COEFFS = (3.4445, -4.7750, 2.0315)
 """Muon's polynomial, the steepest at zero that keeps singular values around one."""
 
 
 def orthogonalize(
     steps: int = 5,
-    coefficients: Sequence[float] | Sequence[Sequence[float]] = STEEPEST,
+    coefficients: Sequence[float] | Sequence[Sequence[float]] = NEWTON_SCHULZ_COEFFS,
     eps: float = 1e-7,
     *,
     dtype: DTypeLike | None = None,
-    copied_over: str = "data",
+    replica_axis: str = "data",
     matrices: Matrices = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces each matrix U S Vᵀ by about U Vᵀ, with nothing but products of matrices.
@@ -51,7 +51,7 @@ def orthogonalize(
       coefficients: a, b and c, or those of each step, whose number is then that of the steps.
       eps: added to the norm.
       dtype: in which the iteration runs; by default float32, or wider if the updates are.
-      copied_over: the mesh axis over which parameters are copied, if there is one; what moves
+      replica_axis: the mesh axis over which parameters are copied, if there is one; what moves
         depends on it, the numbers do not.
       matrices: which leaves are matrices, and of which axes; see `memopt.matrices`.
 
@@ -95,7 +95,7 @@ def orthogonalize(
             if leaf_by_leaf:
                 done = list(map(iterate, leaves))
             else:
-                done = _in_batches(iterate, leaves, copied_over)
+                done = _in_batches(iterate, leaves, replica_axis)
             wide = structure.unflatten(done)
             return map_matrices(_from_wide, updates, wide, matrices=matrices, default=every_matrix)
 
@@ -165,7 +165,7 @@ def _from_wide(layout: Layout, u: Array, x: Array) -> Array:
 
 
 def _in_batches(
-    f: Callable[[Array], Array], stacks: Sequence[Array], copied_over: str
+    f: Callable[[Array], Array], stacks: Sequence[Array], replica_axis: str
 ) -> list[Array]:
     """``f`` of every stack of matrices; those of matrices of one shape in one call."""
     kinds: dict[Any, list[int]] = {}
@@ -173,13 +173,13 @@ def _in_batches(
         kinds.setdefault((x.shape[1:], x.dtype), []).append(i)
     done: dict[int, Array] = {}
     for kind in kinds.values():
-        batch = _dealt_out(f, [stacks[i] for i in kind], copied_over)
+        batch = _dealt_out(f, [stacks[i] for i in kind], replica_axis)
         done.update(zip(kind, batch, strict=True))
     return [done[i] for i in range(len(stacks))]
 
 
 def _dealt_out(
-    f: Callable[[Array], Array], stacks: Sequence[Array], copied_over: str
+    f: Callable[[Array], Array], stacks: Sequence[Array], replica_axis: str
 ) -> list[Array]:
     """``f`` of stacks of equal matrices, each device of the mesh with as many of them.
 
@@ -190,8 +190,8 @@ def _dealt_out(
     mesh = jax.typeof(stacks[0]).sharding.mesh
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     names = [name for name, kind in kinds if kind != AxisType.Manual]
-    split = tuple(name for name in names if name != copied_over)
-    everywhere = (*split, *(name for name in names if name == copied_over))
+    split = tuple(name for name in names if name != replica_axis)
+    everywhere = (*split, *(name for name in names if name == replica_axis))
     devices = math.prod(mesh.shape[name] for name in names)
 
     def place(x: Array, *spec: Any) -> Array:

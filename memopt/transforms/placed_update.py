@@ -1,4 +1,4 @@
-"""Where an update is computed, if not where its parameters are."""
+"""Updates that are computed under another sharding than their parameters'."""
 
 import functools
 from typing import Any
@@ -13,7 +13,9 @@ from memopt.state.sharding import Placed, axis_names, dense_like, part_count, pl
 from memopt.trees import map_named
 
 
-def whole_shorter_sides(params: Any, *, by_layer: bool = False, matrices: Matrices = None) -> Any:
+def unshard_short_side(
+    params: Any, *, one_layer_at_a_time: bool = False, matrices: Matrices = None
+) -> Any:
     """Parameters placed anew, so that the shorter side of each matrix is whole on its device.
 
     A subspace of rank r projects a matrix's shorter side, p. Where a mesh splits that one, devices
@@ -22,12 +24,12 @@ def whole_shorter_sides(params: Any, *, by_layer: bool = False, matrices: Matric
     bases. If not, they split the longer side, q: projections need no sum, but the basis, r·p
     numbers, is gathered, unless it is drawn from a seed.
 
-    For `update_at`, and for `memopt.state_sharding`, so that state is where it is used.
+    For `reshard_update`, and for `memopt.state_sharding`, so that state is where it is used.
 
     Args:
       params: arrays, or ``jax.ShapeDtypeStruct`` in their place, each with a `NamedSharding`.
-      by_layer: whether updates are made a layer at a time, as by a released step; stacks then
-        stay as they are.
+      one_layer_at_a_time: whether updates are made a layer at a time, as by a released step;
+        stacks then stay as they are.
       matrices: which leaves are matrices, and of which axes; see
         `memopt.hidden_matrices`.
 
@@ -43,21 +45,23 @@ def whole_shorter_sides(params: Any, *, by_layer: bool = False, matrices: Matric
       >>> mesh = jax.sharding.AbstractMesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
       >>> rows = NamedSharding(mesh, jax.P(None, "fsdp"))
       >>> params = {"up": jax.ShapeDtypeStruct((8, 16, 64), "float32", sharding=rows)}
-      >>> whole_shorter_sides(params)["up"].sharding.spec
+      >>> unshard_short_side(params)["up"].sharding.spec
       P('fsdp',)
-      >>> whole_shorter_sides(params, by_layer=True)["up"].sharding.spec
+      >>> unshard_short_side(params, one_layer_at_a_time=True)["up"].sharding.spec
       P(None, None, 'fsdp')
     """
     places = {p.name: p for p in placed_params(params)}
 
     def place(layout: Layout, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return like.update(sharding=_whole_shorter_side(layout, places[layout.name], by_layer))
+        return like.update(
+            sharding=_unshard_short_side(layout, places[layout.name], one_layer_at_a_time)
+        )
 
     return map_matrices(place, dense_like(params), matrices=matrices)
 
 
-def _whole_shorter_side(layout: Layout, param: Placed, by_layer: bool) -> NamedSharding:
-    """Where a matrix's shorter side is whole; where it is if there is no such place."""
+def _unshard_short_side(layout: Layout, param: Placed, one_layer_at_a_time: bool) -> NamedSharding:
+    """A sharding in which a matrix's shorter side is whole; its own if there is none."""
     mesh: Any = param.sharding.mesh
     if not layout.is_matrix or AxisType.Explicit in mesh.axis_types:
         return param.sharding
@@ -66,7 +70,7 @@ def _whole_shorter_side(layout: Layout, param: Placed, by_layer: bool) -> NamedS
     moved = [name for axis in shorter for name in axis_names(param.entries[axis])]
     if not moved:
         return param.sharding
-    for axis in (*(() if by_layer else layout.stack), longer[0]):
+    for axis in (*(() if one_layer_at_a_time else layout.stack), longer[0]):
         names = (*axis_names(param.entries[axis]), *moved)
         if param.like.shape[axis] % part_count(mesh, names) == 0:
             spec = [None if a in shorter else entry for a, entry in enumerate(param.entries)]
@@ -77,13 +81,13 @@ def _whole_shorter_side(layout: Layout, param: Placed, by_layer: bool) -> NamedS
     return param.sharding
 
 
-def update_at(
+def reshard_update(
     tx: optax.GradientTransformation, params: Any, places: Any
 ) -> optax.GradientTransformationExtraArgs:
     """Runs an optimizer where its parameters are not: gradients move there, updates back.
 
     Devices exchange (all-to-all) a gradient and an update, each no more than its own part of them.
-    The numbers are the same but for the order of sums. With `whole_shorter_sides` it pays for
+    The numbers are the same but for the order of sums. With `unshard_short_side` it pays for
     optimizers that work in a subspace of more than a few dimensions, see `memopt.in_subspace`,
     but for FRUGAL, which selects, and LDAdam, whose error feedback is a full-size array that
     changes places too. Others, with little to sum up, need nothing of the kind.
@@ -104,8 +108,8 @@ def update_at(
       >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,))
       >>> rows = NamedSharding(mesh, jax.P("fsdp"))
       >>> params = {"up": {"kernel": jax.device_put(jnp.ones((16, 64)), rows)}}
-      >>> places = whole_shorter_sides(params)
-      >>> tx = update_at(memopt.galore(1e-2, rank=4), params, places)
+      >>> places = unshard_short_side(params)
+      >>> tx = reshard_update(memopt.galore(1e-2, rank=4), params, places)
       >>> shardings = memopt.state_sharding(tx, places)
       >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
       >>> updates, state = jax.jit(tx.update)(params, state, params)

@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import AxisType
 
 from memopt.state.precision import statistics_dtype
-from memopt.transforms.linalg import for_stack, product, undivided
+from memopt.transforms.linalg import for_stack, product, replicate_axis
 
 _BLOCK = 512  # rows and columns of a gradient that are in fast memory at a time
 _LANES, _SUBLANES = 128, 8  # arrays are stored in tiles of so many columns and rows
@@ -64,12 +64,12 @@ def _jvp(left: bool, split: jax.P | None, primals: Any, tangents: Any) -> Any:
 
 
 def _plain(basis: Array, gradient: Array, *, left: bool) -> Pair:
-    basis, g = undivided(basis, -1), gradient.astype(statistics_dtype(gradient))
+    basis, g = replicate_axis(basis, -1), gradient.astype(statistics_dtype(gradient))
     if left:
         low = product("...mr,...mn->...rn", for_stack(basis, g), g)
     else:
         low = product("...mn,...nr->...mr", g, basis)
-    low = undivided(low, -2 if left else -1)
+    low = replicate_axis(low, -2 if left else -1)
     return low, jnp.square(g).sum(-2 if left else -1, keepdims=True)
 
 

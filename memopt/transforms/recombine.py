@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from memopt.errors import NoSuchPairing, check_at_least, check_choice
+from memopt.errors import IncompatiblePairingError, check_at_least, check_choice
 from memopt.transforms.norm_growth import GrowthLimiter
 from memopt.transforms.projectors import MatrixSpec, Projector
 from memopt.trees import NOTHING
@@ -85,7 +85,7 @@ def norm(x: Array, axes: int | tuple[int, int]) -> Array:
 
 
 class Recombine(abc.ABC):
-    """How a full-size update is formed.
+    """A rule that forms a full-size update.
 
     Attributes:
       needs_squares: whether it needs the norms of the gradient's channels.
@@ -97,7 +97,7 @@ class Recombine(abc.ABC):
         return False
 
     def check(self, projector: Projector) -> None:
-        """Raises `NoSuchPairing` if this makes no sense with a projector."""
+        """Raises `IncompatiblePairingError` if this makes no sense with a projector."""
         return
 
     def init(self, spec: MatrixSpec) -> Any:
@@ -185,14 +185,14 @@ class LiftWithErrorFeedback(Recombine):
     def check(self, projector: Projector) -> None:
         """Errors must shrink when they are projected out."""
         if not projector.orthonormal:
-            raise NoSuchPairing(
+            raise IncompatiblePairingError(
                 "lift_with_error_feedback needs a projector with orthonormal bases: the errors of "
                 f"a {type(projector).__name__} projector would grow without bound. Take "
                 "orthogonal, svd, randomized_svd, power_iteration, columns, coordinates or blocks."
             )
 
     def init(self, spec: MatrixSpec) -> Array:
-        """What earlier steps left out."""
+        """Zeros in full size, for what steps leave out."""
         return jnp.zeros(spec.shape, spec.dtype)
 
     def correct(self, gradient: Array, state: Array) -> Array:
@@ -239,7 +239,7 @@ class ScaleGradient(Recombine):
 
 def _check_channels(name: str, projector: Projector) -> None:
     if not projector.per_matrix:
-        raise NoSuchPairing(
+        raise IncompatiblePairingError(
             f"{name} needs ‖N‖/‖R‖ for each matrix; a {type(projector).__name__} projector has it "
             "only for the matrices that are chosen. Take lift, lift_and_sign or lift_and_rest."
         )

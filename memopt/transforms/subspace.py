@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import AxisType
 
 from memopt.axis_types import on_auto_axes
-from memopt.errors import NoSuchPairing, check_at_least, check_choice
+from memopt.errors import IncompatiblePairingError, check_at_least, check_choice
 from memopt.matrices import Layout, Matrices, Matrix, map_matrices
 from memopt.names import MATRIX, VECTOR
 from memopt.parameters import Parameter, known, reading_whole_trees
@@ -22,7 +22,7 @@ from memopt.state.quantize import QuantizedState
 from memopt.transforms.moments import CarryOver, first_moment
 from memopt.transforms.projectors import MatrixSpec, Projector, RefreshClock
 from memopt.transforms.recombine import Recombine, Subspace
-from memopt.trees import NOTHING, by_array, by_leaf, map_named
+from memopt.trees import NOTHING, map_named, transpose_tuples, untranspose_tuples
 
 
 class InSubspaceState(NamedTuple):
@@ -83,7 +83,7 @@ def in_subspace(
 
     Raises:
       ValueError: if `refresh_every` is below one, or a rank does not fit its matrix.
-      NoSuchPairing: if projector, recombination and `on_refresh` make no sense together.
+      IncompatiblePairingError: if projector, recombination and `on_refresh` make no sense together.
 
     References:
       Zhao et al., GaLore, 2024, https://arxiv.org/abs/2403.03507; Zhu et al., APOLLO, 2024,
@@ -123,7 +123,7 @@ def in_subspace(
             inner_state = inner.init(low)
         if isinstance(carry, CarryOver):
             _check_can_be_carried(inner_state)
-        kept = by_array(kept, params, projector.keeps)
+        kept = transpose_tuples(kept, params, projector.keeps)
         return InSubspaceState(jnp.zeros((), jnp.int32), kept, inner_state, rule)
 
     def step(specs: Any, updates: Any, state: InSubspaceState, extra: Any) -> Any:
@@ -131,7 +131,7 @@ def in_subspace(
         on = functools.partial(map_matrices, matrices=matrices)
 
         enter = functools.partial(enter_subspace, projector, recombine, clock)
-        kept = by_leaf(state.projector, updates)
+        kept = untranspose_tuples(state.projector, updates)
         old = _momentum(state.inner, on(functools.partial(_low_shape, projector), updates, specs))
         spaces, low, kept = on(enter, updates, specs, kept, state.recombine, old, outputs=3)
 
@@ -143,7 +143,10 @@ def in_subspace(
         leave = functools.partial(leave_subspace, recombine, carried)
         ends = (updates, spaces, low_updates, old, momentum, state.recombine)
         updates, rule = on(leave, *ends, outputs=2)
-        kept, count = by_array(kept, updates, projector.keeps), optax.safe_increment(state.count)
+        kept, count = (
+            transpose_tuples(kept, updates, projector.keeps),
+            optax.safe_increment(state.count),
+        )
         return updates, InSubspaceState(count, kept, inner_state, rule)
 
     def update(updates: Any, state: InSubspaceState, params: Any = None, **extra: Any) -> Any:
@@ -330,12 +333,12 @@ def _check_pairing(projector: Projector, recombine: Recombine, on_refresh: str |
     recombine.check(projector)
     name = type(projector).__name__
     if not projector.per_matrix and on_refresh == "keep":
-        raise NoSuchPairing(
+        raise IncompatiblePairingError(
             f"on_refresh='keep' would hand the moments of one layer to the next that a {name} "
             "projector chooses. Take 'reset', 'reset_moments' or 'carry'."
         )
     if projector.moves and on_refresh != "keep":
-        raise NoSuchPairing(
+        raise IncompatiblePairingError(
             f"a {name} projector moves its basis at every step and has no refreshes after the "
             f"first; on_refresh must be 'keep', got {on_refresh!r}."
         )
@@ -344,7 +347,7 @@ def _check_pairing(projector: Projector, recombine: Recombine, on_refresh: str |
 def _check_can_be_carried(inner_state: Any) -> None:
     is_quantized = lambda x: isinstance(x, QuantizedState)
     if any(map(is_quantized, jax.tree.leaves(inner_state, is_leaf=is_quantized))):
-        raise NoSuchPairing(
+        raise IncompatiblePairingError(
             "on_refresh='carry' cannot carry moments that the inner optimizer keeps quantised. "
             "Take memopt.quantize_state(in_subspace(...)), or 'keep', 'reset' or 'reset_moments'."
         )

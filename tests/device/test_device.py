@@ -13,7 +13,7 @@ import memopt
 from benchmarks.training_step import Options, TrainingStep
 from memopt.models.attention import causal_attention
 from memopt.state.codecs import named
-from memopt.state.dither import dither
+from memopt.state.rounding import rounding_bits
 from tests.training import nano
 
 pytestmark = pytest.mark.device
@@ -60,7 +60,7 @@ def test_codes_are_those_of_the_cpu_bit_for_bit(name, kind):
     x = np.exp(4 * matrices()["up"]) if kind == "unsigned" else matrices()["up"]
 
     def there_and_back(x):
-        coded = codec.encode(x, dither(x.shape, "up", step=3))
+        coded = codec.encode(x, rounding_bits(x.shape, "up", step=3))
         return coded.codes, coded.scales, codec.decode(coded)
 
     expected, found = on_both(there_and_back, x)
@@ -68,7 +68,7 @@ def test_codes_are_those_of_the_cpu_bit_for_bit(name, kind):
 
 
 def test_random_bits_are_those_of_the_cpu():
-    expected, found = on_both(lambda step: dither((64, 128), "up", step), np.int32(7))
+    expected, found = on_both(lambda step: rounding_bits((64, 128), "up", step), np.int32(7))
     np.testing.assert_array_equal(found, expected)
 
 

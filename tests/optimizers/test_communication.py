@@ -89,8 +89,10 @@ def test_less_moves_where_shorter_sides_are_whole(name):
     tx, params = memopt.optimizer(name, 1e-3), on_mesh(jax.devices())
     moved = lambda *where: hlo.total_bytes(collectives(*where, spread_over="fsdp"))
     by_layer, by_stack = (
-        moved(memopt.update_at(tx, params, places), params, places)
-        for places in (memopt.whole_shorter_sides(params, by_layer=b) for b in (True, False))
+        moved(memopt.reshard_update(tx, params, places), params, places)
+        for places in (
+            memopt.unshard_short_side(params, one_layer_at_a_time=b) for b in (True, False)
+        )
     )
     plain = moved(tx, params)
     assert by_layer < 0.8 * plain

@@ -90,7 +90,7 @@ def test_a_pairing_works(name):
 def test_what_makes_no_sense_is_refused_when_built(pair):
     projector, rule = pair
     space = pairings.PROJECTORS[projector]
-    with pytest.raises(memopt.NoSuchPairing, match=f"^{rule} needs"):
+    with pytest.raises(memopt.IncompatiblePairingError, match=f"^{rule} needs"):
         pairings.transformation(space, pairings.RULES[rule], pairings.INNERS["adam"])
 
 
@@ -103,7 +103,7 @@ def test_what_makes_no_sense_is_refused_when_built(pair):
     ],
 )
 def test_refreshes_that_make_no_sense_are_refused(projector, on_refresh, sentence):
-    with pytest.raises(memopt.NoSuchPairing, match=sentence):
+    with pytest.raises(memopt.IncompatiblePairingError, match=sentence):
         memopt.in_subspace(
             optax.scale_by_adam(), projector, recombine.lift(), on_refresh=on_refresh
         )

@@ -78,3 +78,11 @@ def test_a_formula_comes_to_its_bytes(name):
     table = memopt.state_bytes(memopt.optimizer(name, 1e-3), params)
     assert {leaf: value(formula) for leaf, formula in table.formulas.items()} == table.states
     assert value(table.shared_formula) == table.shared
+
+
+def test_states_of_a_chain_are_not_taken_for_parameters():
+    """A chain of two has as many states as a tuple of two has parameters."""
+    params = (jnp.zeros((4, 2)), jnp.zeros(3))
+    counted = memopt.state_bytes(optax.adam(1e-3), params)
+    assert counted.states == {"0": 2 * 4 * 8, "1": 2 * 4 * 3}
+    assert counted.shared == 4

@@ -10,7 +10,7 @@ import pytest
 
 from memopt import codecs
 from memopt.state.codecs import Coded, named
-from memopt.state.dither import NEAREST, dither
+from memopt.state.rounding import NEAREST, rounding_bits
 
 # {name: (codec, relative error, error relative to the largest number)}
 CODECS = {
@@ -90,7 +90,7 @@ def test_errors_are_at_most_the_distance_of_two_codes(name):
     assert (x - tiny <= high).all()
     assert (gap <= allowed(name, x) + tiny).all()
     for step in range(3):
-        _, back = coded_and_decoded(name, x, dither(x.shape, name, step))
+        _, back = coded_and_decoded(name, x, rounding_bits(x.shape, name, step))
         assert ((back == low.astype("float32")) | (back == high.astype("float32"))).all()
     _, nearest = coded_and_decoded(name, x)
     assert (np.abs(nearest - x) <= gap / 2 * 1.01 + tiny).all()
@@ -100,7 +100,7 @@ def test_errors_are_at_most_the_distance_of_two_codes(name):
 def test_rounding_is_unbiased_over_seeds(name):
     x, count = numbers(name, (3, 200)), 1024
     codec = CODECS[name][0]
-    draw = lambda seed: codec.decode(codec.encode(x, dither(x.shape, "w", 3, seed)))
+    draw = lambda seed: codec.decode(codec.encode(x, rounding_bits(x.shape, "w", 3, seed)))
     draws = np.asarray(jax.jit(jax.vmap(draw))(jnp.arange(count)), float)
     _, _, gap = around(name, x)
     # A number that is one of two has a spread of at most half their distance.
@@ -115,7 +115,7 @@ def test_rounding_is_unbiased_over_seeds(name):
 def test_rounding_over_steps_cancels_faster_than_by_chance(name):
     x, count = numbers(name, (3, 200)), 512
     codec = CODECS[name][0]
-    draw = lambda step: codec.decode(codec.encode(x, dither(x.shape, "w", step)))
+    draw = lambda step: codec.decode(codec.encode(x, rounding_bits(x.shape, "w", step)))
     draws = np.asarray(jax.jit(jax.vmap(draw))(jnp.arange(count)), float)
     _, _, gap = around(name, x)
     # What chance would do is 5 / (2·sqrt(512)) = 0.11; the golden ratio's discrepancy is below
@@ -125,19 +125,25 @@ def test_rounding_over_steps_cancels_faster_than_by_chance(name):
 
 
 def test_bits_depend_on_seed_name_and_step_alone():
-    bits = lambda name="w", step=0, seed=0: np.asarray(dither((64, 64), name, step, seed))
-    np.testing.assert_array_equal(bits(), jax.jit(dither, static_argnums=(0, 1))((64, 64), "w", 0))
+    bits = lambda name="w", step=0, seed=0: np.asarray(rounding_bits((64, 64), name, step, seed))
+    np.testing.assert_array_equal(
+        bits(), jax.jit(rounding_bits, static_argnums=(0, 1))((64, 64), "w", 0)
+    )
     others = [bits(seed=1), bits("v"), bits(step=1)]
     assert all((bits() != other).mean() > 0.99 for other in others)
     np.testing.assert_array_equal(bits("blocks/0/up"), bits("blocks/up"))
-    np.testing.assert_array_equal(dither((2, 64, 64), "w", 5), [bits(step=5)] * 2)
+    np.testing.assert_array_equal(rounding_bits((2, 64, 64), "w", 5), [bits(step=5)] * 2)
 
 
 def test_bits_are_uniform_and_independent():
-    u = np.asarray(dither((256, 256), "w", 0)) / 2**32
+    u = np.asarray(rounding_bits((256, 256), "w", 0)) / 2**32
     counts = np.histogram(u, 64, (0, 1))[0]
     assert ((counts - 1024) ** 2 / 1024).sum() < 63 + 5 * np.sqrt(2 * 63)
-    for shifted in (np.roll(u, 1, 0), np.roll(u, 1, 1), np.asarray(dither((256, 256), "v", 0))):
+    for shifted in (
+        np.roll(u, 1, 0),
+        np.roll(u, 1, 1),
+        np.asarray(rounding_bits((256, 256), "v", 0)),
+    ):
         assert abs(np.corrcoef(u.ravel(), np.ravel(shifted))[0, 1]) < 5 / 256
     # Rounding errors of a matrix add up in no direction more than independent ones would.
     for e in (u - 0.5, (u < 0.5) - 0.5, (u < 0.1) - 0.1):
@@ -147,9 +153,9 @@ def test_bits_are_uniform_and_independent():
 @every_codec
 def test_what_does_not_change_keeps_its_codes(name):
     x = numbers(name)
-    coded, back = coded_and_decoded(name, x, dither(x.shape, "w", 0))
+    coded, back = coded_and_decoded(name, x, rounding_bits(x.shape, "w", 0))
     for step in range(1, 4):
-        coded2, back2 = coded_and_decoded(name, back, dither(x.shape, "w", step), coded)
+        coded2, back2 = coded_and_decoded(name, back, rounding_bits(x.shape, "w", step), coded)
         if name in DYNAMIC:  # the scale may be the next power of two: same numbers, other codes,
             # but for what is so small that it lies a little beside a code of the new scale.
             moved = np.abs(back2 - back) > 1e-8 * np.abs(x).max()
@@ -166,14 +172,14 @@ def test_zeros_are_zeros_and_wake_up(name):
     x = numbers(name, (3, 8, 256)).at[0].set(0).at[1, 3].set(0)
     coded = codec.init(x)
     assert not codec.decode(coded).any()
-    coded, back = coded_and_decoded(name, x, dither(x.shape, "w", 0))
+    coded, back = coded_and_decoded(name, x, rounding_bits(x.shape, "w", 0))
     assert not back[0].any()
     if name in UNSIGNED & DYNAMIC:  # next to nothing, where others in the matrix are not zero
         assert 0 < back[1, 3].max() < 1e-8 * x[1].max()
     else:
         assert not back[1, 3].any()
     awake = numbers(name, x.shape, seed=1)
-    coded, back = coded_and_decoded(name, awake, dither(x.shape, "w", 1), coded)
+    coded, back = coded_and_decoded(name, awake, rounding_bits(x.shape, "w", 1), coded)
     assert (np.abs(back - awake) <= allowed(name, awake)).all()
 
 
@@ -217,7 +223,7 @@ def test_what_is_not_finite_stays_so_and_in_its_row(name, bad):
     x = good.at[2, 100].set(bad)
     coded, _ = coded_and_decoded(name, good)
     for step in range(3):
-        coded, back = coded_and_decoded(name, x, dither(x.shape, "w", step), coded)
+        coded, back = coded_and_decoded(name, x, rounding_bits(x.shape, "w", step), coded)
         assert not jnp.isfinite(back[2, 100])
         rest = np.arange(8) != 2
         assert (np.abs(back - x) <= allowed(name, good))[rest].all()
@@ -228,7 +234,7 @@ def test_second_moments_are_never_zero(name):
     x = numbers(name, (8, 256)).at[:, ::2].multiply(1e-20).at[3].multiply(1e-20)
     coded, _ = coded_and_decoded(name, x)
     for step in range(4):
-        coded, back = coded_and_decoded(name, x, dither(x.shape, "w", step), coded)
+        coded, back = coded_and_decoded(name, x, rounding_bits(x.shape, "w", step), coded)
         assert (back > 0).all()
 
 
@@ -238,7 +244,7 @@ def test_a_row_may_grow_by_the_headroom_at_each_step(name):
     coded, _ = coded_and_decoded(name, x)
     for step in range(1, 20):
         x = 15 * x
-        coded, back = coded_and_decoded(name, x, dither(x.shape, "w", step), coded)
+        coded, back = coded_and_decoded(name, x, rounding_bits(x.shape, "w", step), coded)
         assert (np.abs(back - x) <= allowed(name, x)).all()
 
 

@@ -234,7 +234,7 @@ def test_types_of_axes_do_not_matter(name):
 
 
 # Whatever decides by comparing lengths must be seen through.
-def by_leaf(f):
+def untranspose_tuples(f):
     """A transformation with what `f` makes of each parameter's shape as its state."""
     zeros = lambda shapes: jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
     init = lambda params: jax.tree.map(lambda p: zeros(f(p.shape)), params)
@@ -295,7 +295,7 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_made_up_state(name):
     f, params, expected = ODD[name]
-    found, _ = specs(by_leaf(f), abstract(**params))
+    found, _ = specs(untranspose_tuples(f), abstract(**params))
     assert list(found.values()) == expected
 
 

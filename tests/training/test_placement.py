@@ -58,10 +58,12 @@ def test_what_a_chip_holds_falls_with_their_number(name):
 
 def test_where_an_update_is_made():
     params = llama.abstract_params(llama.preset("tiny"), make_mesh("fsdp=4", rows=4))
-    places = lambda name, by_layer: place_update(tx, name, params, by_layer=by_layer)[1]
+    places = lambda name, one_layer_at_a_time: place_update(
+        tx, name, params, one_layer_at_a_time=one_layer_at_a_time
+    )[1]
     tx = memopt.galore(1e-3)
     at = lambda tree: tree["blocks"]["mlp"]["up"]["kernel"].sharding.spec
     assert at(params) == jax.P(None, "fsdp", None)
     assert at(places("galore", False)) == jax.P("fsdp")
     assert places("galore", True) is params
-    assert place_update(tx, "lion", params, by_layer=False) == (tx, params)
+    assert place_update(tx, "lion", params, one_layer_at_a_time=False) == (tx, params)

@@ -9,7 +9,7 @@ from memopt.internals import clusters
 from memopt.training import processes
 from memopt.training.config import Run
 from memopt.training.placement import make_mesh
-from memopt.training.processes import check_alike, join
+from memopt.training.processes import check_same_on_all_processes, init_distributed
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -69,7 +69,7 @@ def surround(monkeypatch, environment):
 )
 def test_jax_is_joined_where_there_are_others(monkeypatch, joined, environment, options, calls):
     surround(monkeypatch, environment)
-    join(Run(**options))
+    init_distributed(Run(**options))
     assert joined == calls
 
 
@@ -90,7 +90,7 @@ def test_jax_is_joined_where_there_are_others(monkeypatch, joined, environment, 
 def test_what_contradicts_is_told(monkeypatch, joined, environment, options, says):
     surround(monkeypatch, environment)
     with pytest.raises(ValueError, match=says):
-        join(Run(**options))
+        init_distributed(Run(**options))
     assert not joined
 
 
@@ -113,4 +113,4 @@ def test_processes_started_differently_are_told(monkeypatch):
     gather = lambda mine: np.stack([mine, mine + theirs])
     monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
     with pytest.raises(ValueError, match=r"^seed must be the same in all 2 processes"):
-        check_alike({"model": "nano", "seed": 0, "steps": 3})
+        check_same_on_all_processes({"model": "nano", "seed": 0, "steps": 3})

@@ -63,19 +63,19 @@ def train(tx, seeds, place, places=None):
         if method.sums_projections
     ],
 )
-@pytest.mark.parametrize("by_layer", [False, True], ids=["stack", "by layer"])
-def test_the_numbers_stay(name, by_layer):
+@pytest.mark.parametrize("one_layer_at_a_time", [False, True], ids=["stack", "by layer"])
+def test_the_numbers_stay(name, one_layer_at_a_time):
     mesh = make_mesh(AxisType.Auto)
     tx, params = memopt.optimizer(name, RATE), tree(0, on(mesh))
-    places = memopt.whole_shorter_sides(params, by_layer=by_layer)
+    places = memopt.unshard_short_side(params, one_layer_at_a_time=one_layer_at_a_time)
     with jax.set_mesh(mesh):
-        found = train(memopt.update_at(tx, params, places), (1, 2, 3), on(mesh), places)
+        found = train(memopt.reshard_update(tx, params, places), (1, 2, 3), on(mesh), places)
     expected = train(tx, (1, 2, 3), lambda x: x[0])
     chex.assert_trees_all_close(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("by_layer", [False, True], ids=["all layers", "one layer"])
-def test_the_shorter_side_is_whole_while_the_optimizer_runs(by_layer):
+@pytest.mark.parametrize("one_layer_at_a_time", [False, True], ids=["all layers", "one layer"])
+def test_the_shorter_side_is_whole_while_the_optimizer_runs(one_layer_at_a_time):
     mesh, seen = make_mesh(AxisType.Auto), {}
 
     def watch(updates, state, params=None):
@@ -88,11 +88,13 @@ def test_the_shorter_side_is_whole_while_the_optimizer_runs(by_layer):
 
     watching = optax.GradientTransformation(lambda params: optax.EmptyState(), watch)
     params = tree(0, on(mesh))
-    places = memopt.whole_shorter_sides(params, by_layer=by_layer)
-    tx = memopt.update_at(watching, params, places)
-    blocks = jax.tree.map(lambda p: p[0], params["blocks"]) if by_layer else params["blocks"]
+    places = memopt.unshard_short_side(params, one_layer_at_a_time=one_layer_at_a_time)
+    tx = memopt.reshard_update(watching, params, places)
+    blocks = (
+        jax.tree.map(lambda p: p[0], params["blocks"]) if one_layer_at_a_time else params["blocks"]
+    )
     updates = jax.jit(lambda x: tx.update({"blocks": x}, optax.EmptyState())[0])(blocks)["blocks"]
-    if by_layer:
+    if one_layer_at_a_time:
         shapes = {"up": (16, 8), "down": (8, 16), "o": (16, 2), "odd": (2, 10), "few": (8, 3)}
     else:
         shapes = {"up": (1, 16, 32), "down": (1, 32, 16), "o": (2, 16, 4)}
@@ -108,7 +110,7 @@ def test_the_shorter_side_is_whole_while_the_optimizer_runs(by_layer):
 
 def test_state_lies_where_it_is_used():
     params = tree(0, on(make_mesh(AxisType.Auto)))
-    places = memopt.whole_shorter_sides(params)
+    places = memopt.unshard_short_side(params)
     found = memopt.state_sharding(memopt.galore(RATE, rank=4), places)
     state = found.inner_states["matrices"].inner_state[0]
     at = lambda tree: tree["blocks"]["up"]["kernel"].spec
@@ -119,9 +121,9 @@ def test_state_lies_where_it_is_used():
 def test_explicit_axes_say_themselves_where_arrays_are():
     mesh = make_mesh(AxisType.Explicit)
     params = tree(0, on(mesh))
-    places = memopt.whole_shorter_sides(params)
+    places = memopt.unshard_short_side(params)
     assert jax.tree.map(lambda x: x.sharding, places) == jax.tree.map(lambda x: x.sharding, params)
-    tx = memopt.update_at(optax.identity(), params, places)
+    tx = memopt.reshard_update(optax.identity(), params, places)
     with jax.set_mesh(mesh):
         updates, _ = jax.jit(tx.update)(params, tx.init(params))
     chex.assert_trees_all_equal(updates, params)
@@ -131,16 +133,16 @@ def test_explicit_axes_say_themselves_where_arrays_are():
 def test_quantized_parameters_are_placed_as_dense_ones():
     params = tree(0, on(make_mesh(AxisType.Auto)))
     codes = memopt.quantize_params(params, "int8")
-    places = memopt.whole_shorter_sides(codes)
+    places = memopt.unshard_short_side(codes)
     assert jax.tree.map(lambda x: x.sharding, places) == jax.tree.map(
-        lambda x: x.sharding, memopt.whole_shorter_sides(params)
+        lambda x: x.sharding, memopt.unshard_short_side(params)
     )
 
 
 def test_an_array_of_no_known_place():
     params = {"up": {"kernel": on(make_mesh(AxisType.Auto))((jnp.ones((8, 16)), jax.P()))}}
-    tx = memopt.update_at(optax.identity(), params, params)
+    tx = memopt.reshard_update(optax.identity(), params, params)
     with pytest.raises(ValueError, match=r"params has no 'down/kernel', only \['up/kernel'\]"):
         tx.update({"down": params["up"]}, tx.init(params))
     with pytest.raises(ValueError, match=r"only one of them has \['down', 'up/kernel'\]"):
-        memopt.update_at(optax.identity(), params, {"down": params["up"]["kernel"]})
+        memopt.reshard_update(optax.identity(), params, {"down": params["up"]["kernel"]})

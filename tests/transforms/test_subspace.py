@@ -220,7 +220,9 @@ def test_second_moments_that_are_carried_stay_positive(inner, seconds):
 def test_quantised_moments_are_not_carried_but_refused():
     inner = memopt.quantize_state(optax.scale_by_adam(), min_size=1)
     tx = memopt.in_subspace(inner, projectors.gaussian(4), recombine.lift(), 2, "carry")
-    with pytest.raises(memopt.NoSuchPairing, match=r"memopt\.quantize_state\(in_subspace"):
+    with pytest.raises(
+        memopt.IncompatiblePairingError, match=r"memopt\.quantize_state\(in_subspace"
+    ):
         tx.init({"w": jnp.zeros((8, 24))})
 
 

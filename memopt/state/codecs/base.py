@@ -37,7 +37,7 @@ class Codec(abc.ABC):
 
         Args:
           x: float32, ``(..., n)``.
-          bits: uint32, broadcastable to it, that decide the rounding; see `memopt.state.dither`.
+          bits: uint32, broadcastable to it, that decide the rounding; see `memopt.state.rounding`.
           like: the codes that these take the place of, whose scales stay where they still fit;
             None to fit new ones.
         """
@@ -76,7 +76,7 @@ class AsIs(Codec):
 
 
 def bits_of(dtype: Any) -> int:
-    """How many bits a number of a dtype takes; numpy counts those of 4 bits as 8.
+    """The bits of a number of a dtype; numpy counts those of 4 bits as 8.
 
     Example:
       >>> bits_of(jnp.int4), bits_of(jnp.bfloat16)

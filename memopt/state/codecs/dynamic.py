@@ -57,7 +57,7 @@ class Dynamic(Codec):
 
     @property
     def _dropped(self) -> int:
-        """How many bits of a float32's mantissa a code leaves out."""
+        """The bits of a float32's mantissa that a code leaves out."""
         return 23 - self.mantissa_bits
 
     @property

@@ -136,7 +136,7 @@ class PerParameterUpdate:
         return self._program.needed(outputs)(*given, *state, value, gradient_norm)
 
     def _separate(self) -> tuple[list[int | None], bool]:
-        """Which parameter each state array belongs to, and whether an update reads the norm."""
+        """The parameter that each new state array depends on; whether an update reads the norm."""
         n = len(self.names)
         reads = []  # of each output: parameters, state arrays
         needs_norm = False

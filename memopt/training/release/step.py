@@ -23,7 +23,14 @@ from memopt.training.release.layouts import (
     write_layer,
 )
 from memopt.training.release.per_parameter_update import PerParameterUpdate
-from memopt.training.step import Batch, Metrics, TrainState, advance, choose, cut
+from memopt.training.step import (
+    Batch,
+    Metrics,
+    TrainState,
+    finish_step,
+    split_microbatches,
+    where_applied,
+)
 
 BLOCKS = "blocks"
 
@@ -97,7 +104,7 @@ def release_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         release = _ReleaseStep(state, batch, model, tx, accumulation, specs)
-        return advance(state, *release.run(), learning_rate)
+        return finish_step(state, *release.run(), learning_rate)
 
     return jax.sharding.auto_axes(step, out_sharding=(state_specs, jax.P()))(state, batch)
 
@@ -153,7 +160,7 @@ class _ReleaseStep:
         specs: Any,
     ) -> None:
         self.start, self.model = start, model
-        self.accumulation, self.pieces = accumulation, cut(batch, accumulation)
+        self.accumulation, self.pieces = accumulation, split_microbatches(batch, accumulation)
         dense = jax.eval_shape(dequantize_params, start.params)
         structure: Any = jax.tree.structure(dense)
         self.structure = structure
@@ -174,7 +181,7 @@ class _ReleaseStep:
         self.last = [i for i in self.like if i not in self.blocks and i not in self.first]
 
     def run(self) -> tuple[Any, Any, Array, Array, Array, Array]:
-        """The arguments of `advance`."""
+        """The arguments of `finish_step`."""
         optimizer, start = self.optimizer, self.start
         params = self.structure.flatten_up_to(start.params)
         state = jax.tree.leaves(start.opt_state)
@@ -206,7 +213,7 @@ class _ReleaseStep:
         norm = jnp.sqrt(sums.squares)
         scalars = {"value": self.loss, "gradient_norm": norm}
         for i, new in optimizer.update_shared(state, layered=False, **scalars).items():
-            new_state[i] = choose(sums.finite, new, state[i])
+            new_state[i] = where_applied(sums.finite, new, state[i])
         structure: Any = jax.tree.structure(start.opt_state)
         opt_state = structure.unflatten(new_state)
         params = self.structure.unflatten(params)
@@ -292,7 +299,7 @@ class _ReleaseStep:
                 # Nothing added leaves what is stored as it is, without a copy to fall back on.
                 update = jnp.where(finite[i], update.astype(jnp.promote_types(update, "f4")), 0)
                 written = apply_updates(self._tree({i: node}), self._tree({i: update}), step)
-                new = {k: choose(finite[i], x, old[k]) for k, x in new.items()}
+                new = {k: where_applied(finite[i], x, old[k]) for k, x in new.items()}
                 return self.structure.flatten_up_to(written)[i], new
 
             keep = lambda node=node, owned=owned: (node, {k: old[k] for k in owned})
@@ -302,7 +309,7 @@ class _ReleaseStep:
                 state[k] = write_layer(state[k], x, layer, axes[k])
         if layered:
             for k, x in optimizer.update_shared(old, layered=True, **scalars).items():
-                state[k] = write_layer(state[k], choose(before, x, old[k]), layer, axes[k])
+                state[k] = write_layer(state[k], where_applied(before, x, old[k]), layer, axes[k])
         return _Carry(stored, state, sums)
 
     def _head(self, x: Array, weights: Leaves) -> tuple[Leaves, tuple[Array, Array, Array]]:
@@ -376,7 +383,7 @@ class _ReleaseStep:
         return {i: dense[i] if layer is None else dense[i][None] for i in leaves}
 
     def _reads(self, f: Callable[..., Any], *args: Any) -> list[int]:
-        """Which leaves a function of the parameters without the blocks reads."""
+        """The leaves that a function of the parameters without the blocks reads."""
         leaves = {i: x for i, x in self.like.items() if i not in self.blocks}
         run = lambda leaves, *args: f(self._without_blocks(leaves), *args)
         reads = trace(run, leaves, *args).needed().reads

@@ -14,9 +14,7 @@ longer; ``side="long"`` the other. All of them may carry leading stack axes; a P
 serves the whole stack. `columns`, `coordinates` and `blocks` select entries of G instead.
 """
 
-import warnings
-from typing import Any
-
+from memopt.renamed import finder
 from memopt.transforms.projectors.base import MatrixSpec as MatrixSpec
 from memopt.transforms.projectors.base import Projector as Projector
 from memopt.transforms.projectors.base import RefreshClock as RefreshClock
@@ -34,17 +32,4 @@ from memopt.transforms.projectors.singular import svd as svd
 from memopt.transforms.projectors.tracked import online_pca as online_pca
 from memopt.transforms.projectors.tracked import power_iteration as power_iteration
 
-_RENAMED = {"Leaf": "MatrixSpec", "When": "RefreshClock"}
-
-
-def __getattr__(name: str) -> Any:
-    """Finds what has another name since 0.2, with a warning."""
-    if name not in _RENAMED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    new = _RENAMED[name]
-    warnings.warn(
-        f"memopt.projectors.{name} is now memopt.projectors.{new}.",
-        DeprecationWarning,
-        stacklevel=2,
-    )
-    return globals()[new]
+__getattr__ = finder("memopt.projectors", globals(), {"Leaf": "MatrixSpec", "When": "RefreshClock"})

@@ -1,4 +1,4 @@
-"""What every projector has."""
+"""The interface of projectors."""
 
 import abc
 import dataclasses
@@ -12,7 +12,7 @@ from jax import Array
 
 from memopt.errors import check_at_least, check_choice
 from memopt.names import split_layer
-from memopt.transforms.linalg import for_stack, product, undivided
+from memopt.transforms.linalg import for_stack, product, replicate_axis
 
 SIDES = ("short", "long", "left", "right")
 
@@ -194,11 +194,11 @@ class Projector(abc.ABC):
 
     def down(self, spec: MatrixSpec, basis: Array, gradient: Array) -> Array:
         """The gradient in the subspace: PᵀG or G P."""
-        basis = undivided(basis, -1)
+        basis = replicate_axis(basis, -1)
         if self.is_left(spec):
             low = product("...mr,...mn->...rn", for_stack(basis, gradient), gradient)
-            return undivided(low, -2)
-        return undivided(product("...mn,...nr->...mr", gradient, basis), -1)
+            return replicate_axis(low, -2)
+        return replicate_axis(product("...mn,...nr->...mr", gradient, basis), -1)
 
     def down_and_squares(
         self, spec: MatrixSpec, basis: Array, gradient: Array
@@ -208,8 +208,11 @@ class Projector(abc.ABC):
         return self.down(spec, basis, gradient), jnp.square(gradient).sum(axis, keepdims=True)
 
     def up(self, spec: MatrixSpec, basis: Array, low: Array) -> Array:
-        """What stands in the subspace, in full size: P R or R Pᵀ."""
-        basis, low = undivided(basis, -1), undivided(low, -2 if self.is_left(spec) else -1)
+        """Lifts what is in the subspace to full size: P R or R Pᵀ."""
+        basis, low = (
+            replicate_axis(basis, -1),
+            replicate_axis(low, -2 if self.is_left(spec) else -1),
+        )
         if self.is_left(spec):
             return product("...mr,...rn->...mn", for_stack(basis, low), low)
         return product("...mr,...nr->...mn", low, basis)
@@ -219,7 +222,7 @@ class Projector(abc.ABC):
         return gradient - self.up(spec, basis, low)
 
     def correlation(self, spec: MatrixSpec, gradient: Array, low: Array) -> Array:
-        """How the projected side goes with what stands in a subspace: G Rᵀ or GᵀR, side×r."""
+        """The product of the gradient and its projection: G Rᵀ or GᵀR, side×r."""
         return product(
             "...mn,...rn->...mr" if self.is_left(spec) else "...mn,...mr->...nr", gradient, low
         )
@@ -229,7 +232,7 @@ class Projector(abc.ABC):
         return product("...rn,...sn->...rs" if self.is_left(spec) else "...mr,...ms->...rs", a, b)
 
     def carry(self, spec: MatrixSpec, old: Array, new: Array, low: Array, *, power: int) -> Array:
-        """What stands in an old subspace, in a new one: down_new(up_old(R)), by r×r numbers.
+        """Takes coordinates of an old subspace to a new one: down_new(up_old(R)), by r×r numbers.
 
         Args:
           spec: the parameter.

@@ -140,7 +140,7 @@ def _in_force(
     clock: RefreshClock,
     oriented: Callable[[np.ndarray], np.ndarray],
 ) -> Array:
-    """What was last begun at this step."""
+    """The matrix or choice that was last begun at this step."""
     steps = _steps(matrices, spec)
     begins = jnp.asarray(sorted(steps), jnp.int32)
     every = jnp.asarray(np.stack([oriented(np.asarray(steps[t])) for t in sorted(steps)]))

@@ -25,7 +25,7 @@ class Selected(Projector):
         """The chosen entries in their places, zeros elsewhere."""
 
     def carry(self, spec: MatrixSpec, old: Array, new: Array, low: Array, *, power: int) -> Array:
-        """What is chosen again stays; zeros for what is new."""
+        """Keeps the entries that are chosen again; the new ones begin at zero."""
         return self.down(spec, new, self.up(spec, old, low))
 
 
@@ -49,7 +49,7 @@ class Strata(Selected):
         """The axis of G along which one of every c is chosen, counted from the end."""
 
     def parts(self, spec: MatrixSpec) -> tuple[int, int]:
-        """Of an axis, b and the width; b·c·width may exceed it."""
+        """The number b of strata along the axis, and their width; b·c·width may exceed it."""
         return math.ceil(spec.shape[self.axis(spec)] / self.every), 1
 
     def projected_shape(self, spec: MatrixSpec) -> tuple[int, ...]:
@@ -69,12 +69,12 @@ class Strata(Selected):
         return self._full(spec, strata)
 
     def residual(self, spec: MatrixSpec, basis: Array, gradient: Array, low: Array) -> Array:
-        """What is not chosen, read off the gradient alone."""
+        """The entries that are not chosen, read off the gradient alone."""
         strata = self._split(spec, gradient, self.every)
         return self._full(spec, jnp.where(self._is_chosen(spec, basis), 0, strata))
 
     def _is_chosen(self, spec: MatrixSpec, basis: Array) -> Array:
-        """Of an axis as (b, c, width), which entries are chosen."""
+        """Marks the chosen entries of an axis that is split into (b, c, width)."""
         at = basis.ndim + self.axis(spec)
         b, _ = self.parts(spec)
         choice = basis.reshape(*basis.shape[:at], b, 1, -1, *basis.shape[at + 1 :])
@@ -115,7 +115,7 @@ class Coordinates(Strata):
         return super().parts(spec)
 
     def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
-        """Of each stratum of each line which of its entries is chosen."""
+        """Draws one entry of each stratum of each line."""
         return self._drawn(spec, clock, spec.shape[-2:], math.prod(self.parts(spec)))
 
     def _drawn(
@@ -132,7 +132,7 @@ class Lines(Coordinates):
     """Rows, or columns, as many together as a tile is wide; see `columns`."""
 
     def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
-        """Of each stratum which of its tiles is chosen."""
+        """Draws one tile of each stratum."""
         return self._drawn(spec, clock, (1, 1), self.parts(spec)[0])
 
     def down(self, spec: MatrixSpec, basis: Array, gradient: Array) -> Array:
@@ -161,7 +161,7 @@ class Blocks(Strata):
         return -len(spec.shape)
 
     def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
-        """Of each stratum the chosen layer; of a matrix by itself, whether it is one."""
+        """Draws one layer of each stratum; for a matrix by itself, says whether it is drawn."""
         key = spec.key(self.seed, clock.refresh)
         draw = lambda i: jax.random.randint(jax.random.fold_in(key, i), (), 0, self.every)
         if len(spec.shape) == 2:

@@ -58,7 +58,7 @@ class RandomizedSvd(Svd):
             check_at_least("oversample", self.oversample, 0)
 
     def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
-        """Of a sketch of the gradient, or of G GᵀQ with its basis Q, the singular vectors."""
+        """The singular vectors of a sketch of the gradient, or of G GᵀQ with its basis Q."""
         r = self.size(spec)[1]
         sketch = self.sketch(spec, gradient, spec.key(self.seed, clock.refresh))
         squares = product("...mk,...ml->...kl", sketch, sketch)

@@ -36,7 +36,7 @@ class Tracked(Projector):
         return for_stack(self.first.basis(spec, gradient, clock), gradient)
 
     def is_left(self, spec: MatrixSpec) -> bool:
-        """As the first basis is."""
+        """Whether the first basis projects the rows."""
         return self.first.is_left(spec)
 
     def size(self, spec: MatrixSpec) -> tuple[int, int]:

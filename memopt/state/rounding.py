@@ -15,7 +15,9 @@ NEAREST = np.uint32(2**31)
 """The bits that round to the nearest."""
 
 
-def dither(shape: tuple[int, ...], name: str, step: Array | int, seed: int | Array = 0) -> Array:
+def rounding_bits(
+    shape: tuple[int, ...], name: str, step: Array | int, seed: int | Array = 0
+) -> Array:
     """32 random bits for each number of an array, by which it is rounded up or down.
 
     They are a product of hashes, of (seed, name), row and column, plus `step` times 2³²/φ: uniform
@@ -37,9 +39,10 @@ def dither(shape: tuple[int, ...], name: str, step: Array | int, seed: int | Arr
       of sequences, 1974; the hash is that of Wellons, Prospecting for hash functions, 2018.
 
     Example:
-      >>> dither((3, 4, 5), "w", step=0).shape
+      >>> rounding_bits((3, 4, 5), "w", step=0).shape
       (3, 4, 5)
-      >>> bool((dither((4, 5), "w", 1) == dither((4, 5), "w", 0) + np.uint32(0x9E3779B9)).all())
+      >>> first, second = (rounding_bits((4, 5), "w", step) for step in (0, 1))
+      >>> bool((second == first + np.uint32(0x9E3779B9)).all())
       True
     """
     stream = jnp.asarray(seed).astype(jnp.uint32) * _GOLDEN + np.uint32(

@@ -1,0 +1,173 @@
+"""The parameter that each array of an optimizer's state belongs to, and the array's kind."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from memopt.names import snake_case
+from memopt.trees import named_leaves, open_box
+
+FIRST, SECOND, COUNT, OTHER = "first moment", "second moment", "count", "other"
+
+SECOND_MOMENTS = frozenset(
+    {
+        *("nu", "nu_max", "sum_of_squares", "e_g", "e_x", "v_row", "v_col"),
+        *("exp_avg_sq", "grad_sum_sq"),  # of optax.contrib
+        *("rows", "cols"),  # of memopt
+    }
+)
+"""The fields in which Optax, and memopt, keep second moments."""
+
+_OTHER_NAMES: dict[str, frozenset[str]] = {
+    "ScaleBySM3State": frozenset({"mu"}),  # nu is the momentum
+    "ScaleByAdanState": frozenset({"n"}),
+    "FactoredState": frozenset({"v_row", "v_col", "v"}),
+}
+"""Second moments of states that name their fields otherwise."""
+
+
+class StateArray(NamedTuple):
+    """An array of a state.
+
+    Attributes:
+      name: its keys in the state joined by ``/``.
+      parameter: the parameter's place among the leaves of its tree; None if it belongs to none.
+      kind: "first moment", "second moment", "count" or "other". A first moment has the shape of
+        its parameter; a second moment is known by the field of the state that it is in.
+      kept_by: the transformation whose state it is in.
+    """
+
+    name: str
+    parameter: int | None
+    kind: str
+    kept_by: str
+
+
+class Part(NamedTuple):
+    """A part of a state: a tree with a node for each parameter, or an array.
+
+    Attributes:
+      path: its keys in the state.
+      tree: the part.
+      has_parameters: whether it is such a tree.
+      state: the name of the innermost state that it is in, "" outside of any.
+      field: the field of that state.
+    """
+
+    path: tuple[Any, ...]
+    tree: Any
+    has_parameters: bool
+    state: str = ""
+    field: str = ""
+
+    @property
+    def is_second_moment(self) -> bool:
+        """Whether the field is one for second moments."""
+        return self.field in _OTHER_NAMES.get(self.state, SECOND_MOMENTS)
+
+    @property
+    def kept_by(self) -> str:
+        """The transformation whose state it is in."""
+        return snake_case(self.state.removesuffix("State"))
+
+
+def parts(state: Any, params: Any) -> Iterator[Part]:
+    """Splits a state into trees with a node for each parameter, and other arrays, in their order.
+
+    A tree is one for the parameters if it has their structure, with anything but the state of a
+    transformation in the place of a parameter: in a chain of two the states of a tree of two are
+    no parameters.
+
+    Args:
+      state: of any Optax transformation.
+      params: the parameters, or a tree like them.
+
+    Example:
+      >>> params = (jnp.ones(2), jnp.ones(3))
+      >>> for part in parts(optax.adam(1e-3).init(params), params):
+      ...     print(part.kept_by, part.field, part.has_parameters)
+      scale_by_adam count False
+      scale_by_adam mu True
+      scale_by_adam nu True
+    """
+    return _parts(Part((), state, False), named_leaves(params)[1])
+
+
+def _parts(part: Part, structure: Any) -> Iterator[Part]:
+    if _has_parameters(part.tree, structure):
+        yield part._replace(has_parameters=True)
+        return
+    children = jax.tree_util.tree_leaves_with_path(part.tree, is_leaf=lambda x: x is not part.tree)
+    for (*keys,), child in children:
+        if not keys:
+            yield part  # an array
+        elif isinstance(keys[0], jax.tree_util.GetAttrKey):
+            inside = Part((*part.path, *keys), child, False, type(part.tree).__name__, keys[0].name)
+            yield from _parts(inside, structure)
+        else:
+            yield from _parts(part._replace(path=(*part.path, *keys), tree=child), structure)
+
+
+def _has_parameters(tree: Any, structure: Any) -> bool:
+    """Whether it has this structure, and no state of a transformation in a leaf's place."""
+    try:
+        nodes = structure.flatten_up_to(tree)
+    except ValueError:
+        return False
+    is_state = lambda x: hasattr(x, "_fields") and not isinstance(x, optax.MaskedNode)
+    return not any(map(is_state, nodes))
+
+
+def is_state_array(x: Any) -> bool:
+    """Whether a node of a tree is a `StateArray`."""
+    return isinstance(x, StateArray)
+
+
+def owners(state: Any, params: Any) -> Any:
+    """Finds the parameter and the kind of each array of a state, from their structures.
+
+    Args:
+      state: of any Optax transformation, or its shapes.
+      params: the parameters, or their shapes.
+
+    Returns:
+      A tree like `state` of `StateArray`, a box being one array.
+
+    Example:
+      >>> params = {"w": jnp.ones((4, 2)), "b": jnp.ones(2)}
+      >>> tx = optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=2), optax.trace(0.9))
+      >>> for x in jax.tree.leaves(owners(tx.init(params), params), is_leaf=is_state_array):
+      ...     print(x.name, x.parameter, x.kind)
+      0/count None count
+      0/v_row/b 0 second moment
+      0/v_row/w 1 second moment
+      0/v_col/b 0 second moment
+      0/v_col/w 1 second moment
+      0/v/b 0 second moment
+      0/v/w 1 second moment
+      1/trace/b 0 first moment
+      1/trace/w 1 first moment
+    """
+    leaves, structure = named_leaves(params)
+    shapes = [getattr(open_box(x), "shape", None) for _, x in leaves]
+    found: list[tuple[int | None, str, str]] = []
+    for part in parts(state, params):
+        nodes = structure.flatten_up_to(part.tree) if part.has_parameters else [part.tree]
+        for i, node in enumerate(nodes):
+            owner, shape = (i, shapes[i]) if part.has_parameters else (None, None)
+            arrays = [open_box(x) for _, x in named_leaves(node)[0]]
+            found += [(owner, _kind(part, x, shape), part.kept_by) for x in arrays]
+    names, outline = named_leaves(state)
+    arrays = [StateArray(name, *rest) for (name, _), rest in zip(names, found, strict=True)]
+    return outline.unflatten(arrays)
+
+
+def _kind(part: Part, x: Any, shape: tuple[int, ...] | None) -> str:
+    if part.is_second_moment:
+        return SECOND
+    if jnp.issubdtype(x.dtype, jnp.integer) and x.shape == ():
+        return COUNT
+    return FIRST if jnp.issubdtype(x.dtype, jnp.floating) and x.shape == shape else OTHER
