@@ -20,14 +20,20 @@ from memopt.state.describe import describe as describe
 from memopt.state.quantize import QuantizedState as QuantizedState
 from memopt.state.quantize import quantize_state as quantize_state
 from memopt.state.quantized import Quantized as Quantized
-from memopt.state.quantized import apply_updates as apply_updates
+from memopt.state.quantized import apply_rounded_updates as apply_rounded_updates
 from memopt.state.quantized import dequantize_params as dequantize_params
 from memopt.state.quantized import quantize_params as quantize_params
 from memopt.state.sharding import init_sharded as init_sharded
 from memopt.state.sharding import state_sharding as state_sharding
 from memopt.transforms import AccumulateState as AccumulateState
 from memopt.transforms import CarryOver as CarryOver
+from memopt.transforms import ClipByGradientNormState as ClipByGradientNormState
 from memopt.transforms import GrowthLimiter as GrowthLimiter
+from memopt.transforms import InSubspaceState as InSubspaceState
+from memopt.transforms import LimitNormGrowthState as LimitNormGrowthState
+from memopt.transforms import ScaleByFactoredMatrixRmsState as ScaleByFactoredMatrixRmsState
+from memopt.transforms import ScaleBySignMomentumState as ScaleBySignMomentumState
+from memopt.transforms import ScaleByUncorrectedAdamState as ScaleByUncorrectedAdamState
 from memopt.transforms import accumulate as accumulate
 from memopt.transforms import accumulate_in_subspace as accumulate_in_subspace
 from memopt.transforms import adam_bias_correction as adam_bias_correction
@@ -35,15 +41,16 @@ from memopt.transforms import clip_by_gradient_norm as clip_by_gradient_norm
 from memopt.transforms import clip_by_matrix_rms as clip_by_matrix_rms
 from memopt.transforms import in_subspace as in_subspace
 from memopt.transforms import limit_norm_growth as limit_norm_growth
+from memopt.transforms import newton_schulz as newton_schulz
 from memopt.transforms import normalize_by_group as normalize_by_group
 from memopt.transforms import orthogonalize as orthogonalize
 from memopt.transforms import projectors as projectors
 from memopt.transforms import recombine as recombine
 from memopt.transforms import reshard_update as reshard_update
-from memopt.transforms import scale_by_factored_rms as scale_by_factored_rms
+from memopt.transforms import scale_by_factored_matrix_rms as scale_by_factored_matrix_rms
+from memopt.transforms import scale_by_matrix_shape as scale_by_matrix_shape
 from memopt.transforms import scale_by_parameter_rms as scale_by_parameter_rms
 from memopt.transforms import scale_by_released_adam as scale_by_released_adam
-from memopt.transforms import scale_by_shape as scale_by_shape
 from memopt.transforms import scale_by_sign_momentum as scale_by_sign_momentum
 from memopt.transforms import scale_by_uncorrected_adam as scale_by_uncorrected_adam
 from memopt.transforms import unshard_short_side as unshard_short_side
@@ -58,6 +65,9 @@ __getattr__ = finder(
     globals(),
     {
         "NoSuchPairing": "IncompatiblePairingError",
+        "apply_updates": "apply_rounded_updates",
+        "scale_by_factored_rms": "scale_by_factored_matrix_rms",
+        "scale_by_shape": "scale_by_matrix_shape",
         "update_at": "reshard_update",
         "whole_shorter_sides": "unshard_short_side",
     },

@@ -1,8 +1,9 @@
 """One-sentence errors that name the argument, what was given and what is allowed."""
 
 import difflib
+import inspect
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -39,23 +40,31 @@ def check_at_least(argument: str, given: Any, least: float) -> None:
         raise ValueError(f"{argument} must be at least {least}, got {given}.")
 
 
-def check_left_out(argument: str, given: Any, default: Any, why: str) -> None:
-    """Raises unless an argument that has no effect is at its default; a traced value passes.
+def check_unused(function: Callable[..., Any], why: str, **given: Any) -> None:
+    """Raises unless arguments that have no effect are at their defaults; traced values pass.
+
+    Args:
+      function: whose arguments they are.
+      why: the reason why they have no effect.
+      **given: their values.
 
     Raises:
       ValueError: naming the argument, why it has no effect, and the value given.
 
     Example:
-      >>> check_left_out("seed", 3, 0, "projector 'svd' does not draw")
+      >>> def draw(seed=0): ...
+      >>> check_unused(draw, "nothing is drawn", seed=3)
       Traceback (most recent call last):
-      ValueError: seed must be left out, since projector 'svd' does not draw, got 3.
+      ValueError: seed must be left out, since nothing is drawn, got 3.
     """
-    try:  # by numpy: jnp would trace the comparison of known values, too
-        differs = bool(np.any(np.asarray(given) != default))
-    except jax.errors.TracerArrayConversionError:
-        return
-    if differs:
-        raise ValueError(f"{argument} must be left out, since {why}, got {given}.")
+    parameters = inspect.signature(function).parameters
+    for name, value in given.items():
+        try:  # by numpy: jnp would trace the comparison of known values, too
+            differs = bool(np.any(np.asarray(value) != parameters[name].default))
+        except jax.errors.TracerArrayConversionError:
+            continue
+        if differs:
+            raise ValueError(f"{name} must be left out, since {why}, got {value}.")
 
 
 class IncompatiblePairingError(ValueError):

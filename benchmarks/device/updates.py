@@ -33,7 +33,8 @@ class Case(NamedTuple):
     """An optimizer, and how parameters are stored.
 
     Attributes:
-      library: where it comes from; of memopt's, parameters are rounded by `memopt.apply_updates`.
+      library: where it comes from; memopt's are applied by
+        `memopt.apply_rounded_updates`.
       build: makes the optimizer.
       dtype: dtype of parameters and gradients.
       weights: how the parameters are stored, see `memopt.quantize_params`; None: as they are.
@@ -83,7 +84,7 @@ class _Contenders:
         case = CASES[name]
         parameters, tx = self.parameters(case.dtype, case.weights), case.build()
         if case.library == "memopt":
-            return parameters.contender(name, case.library, tx, memopt.apply_updates)
+            return parameters.contender(name, case.library, tx, memopt.apply_rounded_updates)
         return parameters.contender(name, case.library, tx)
 
     def _from_torch(self) -> Contender:

@@ -9,9 +9,10 @@ from jax import Array
 from memopt.matrices import Matrices
 from memopt.optimizers.by_partition import Ending, descend, matrices_and_rest
 from memopt.optimizers.registry import method
+from memopt.renamed import keywords
 from memopt.state.precision import in_float32
 from memopt.transforms.decay import decay_as_released, rms_scaled_weights, weights
-from memopt.transforms.factored import scale_by_factored_rms
+from memopt.transforms.factored import scale_by_factored_matrix_rms
 from memopt.transforms.matrix_rms import clip_by_matrix_rms, scale_by_parameter_rms
 
 
@@ -21,6 +22,7 @@ def relative_step(count: Array) -> Array:
 
 
 @method()
+@keywords(eps_scale="min_scale")
 def adafactor(
     learning_rate: optax.ScalarOrSchedule = relative_step,
     *,
@@ -29,7 +31,7 @@ def adafactor(
     clip_threshold: float | None = 1.0,
     scale_by_parameter: bool = True,
     eps: float = 1e-30,
-    eps_scale: float = 1e-3,
+    min_scale: float = 1e-3,
     matrices: Matrices = None,
     rest: optax.GradientTransformation | None = None,
     weight_decay: float = 0.0,
@@ -48,16 +50,16 @@ def adafactor(
       b1: decay of a first moment of the updates; None keeps none.
       decay_rate: the second moment's decay is 1 − t^−decay_rate.
       clip_threshold: the largest root mean square of an update, d; None does not clip.
-      scale_by_parameter: multiply the step by max(eps_scale, RMS(W)).
+      scale_by_parameter: multiply the step by max(min_scale, RMS(W)).
       eps: ε₁, added to the squared gradient.
-      eps_scale: ε₂, the least parameter scale.
+      min_scale: ε₂, the least parameter scale.
       matrices: which leaves are factored, and of which axes; by default
         `memopt.matrices.every_matrix`.
       rest: what updates the leaves that are no hidden matrices; None is Adafactor for all.
       weight_decay: decoupled decay, times the learning rate.
       weight_decay_mask: which leaves decay, as in ``optax.adamw``.
       as_released: as in transformers' Adafactor, the first moment averages what the learning
-        rate already multiplies, and the decay is multiplied by max(eps_scale, RMS(W)) too.
+        rate already multiplies, and the decay is multiplied by max(min_scale, RMS(W)) too.
 
     References:
       Shazeer & Stern, Adafactor, 2018, https://arxiv.org/abs/1804.04235, Algorithms 4 to 6.
@@ -69,16 +71,16 @@ def adafactor(
       >>> memopt.state_bytes(tx, params).total                   # (16 + 8) floats and the count
       100
     """
-    steps = [scale_by_factored_rms(decay_rate, eps, matrices=matrices)]
+    steps = [scale_by_factored_matrix_rms(decay_rate, eps, matrices=matrices)]
     if clip_threshold is not None:
         steps.append(clip_by_matrix_rms(clip_threshold, matrices=matrices))
     if scale_by_parameter:
-        steps.append(scale_by_parameter_rms(eps_scale, matrices=matrices))
+        steps.append(scale_by_parameter_rms(min_scale, matrices=matrices))
     moment = optax.identity() if b1 is None else in_float32(optax.ema(b1, debias=False))
     ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
     if as_released:
         rate = optax.scale_by_learning_rate(learning_rate)
-        decayed = rms_scaled_weights(eps_scale) if scale_by_parameter else weights
+        decayed = rms_scaled_weights(min_scale) if scale_by_parameter else weights
         decay = decay_as_released(decayed, *ending[:3], matrices=matrices)
         return matrices_and_rest(optax.chain(*steps, rate, moment, decay), rest, matrices)
     return matrices_and_rest(optax.chain(*steps, moment, *descend(ending)), rest, matrices)

@@ -8,19 +8,21 @@ from memopt.matrices import Matrices
 from memopt.optimizers.by_partition import Ending, descend, matrices_and_rest
 from memopt.optimizers.lomo import clip_entries
 from memopt.optimizers.registry import method
+from memopt.renamed import keywords
 from memopt.transforms.decay import rms_scaled_weights
-from memopt.transforms.factored import scale_by_factored_rms
+from memopt.transforms.factored import scale_by_factored_matrix_rms
 from memopt.transforms.matrix_rms import normalize_by_group
 
 
 @method()
+@keywords(eps_scale="min_scale")
 def adalomo(
     learning_rate: optax.ScalarOrSchedule,
     *,
     decay_rate: float = 0.8,
     clip_threshold: float = 1.0,
     eps: float = 1e-30,
-    eps_scale: float = 1e-3,
+    min_scale: float = 1e-3,
     clip_value: float | None = None,
     matrices: Matrices = None,
     rest: optax.GradientTransformation | None = None,
@@ -35,18 +37,18 @@ def adalomo(
     m + n float32 numbers a matrix.
 
     Args:
-      learning_rate: a number or a schedule, multiplied by max(eps_scale, RMS(W)).
+      learning_rate: a number or a schedule, multiplied by max(min_scale, RMS(W)).
       decay_rate: the second moment's decay is 1 − t^−decay_rate.
       clip_threshold: the largest root mean square of an update.
       eps: ε₁, added to the squared gradient.
-      eps_scale: ε₂, the least parameter scale.
+      min_scale: ε₂, the least parameter scale.
       clip_value: the largest magnitude of a gradient's entry; None does not clip.
       matrices: which leaves are factored, and of which axes; by default
         `memopt.matrices.every_matrix`.
       rest: what updates the leaves that are no hidden matrices; None is AdaLomo for all.
       weight_decay: decoupled decay, times the learning rate.
       weight_decay_mask: which leaves decay, as in ``optax.adamw``.
-      as_released: as in the authors' code, the decay is multiplied by max(eps_scale, RMS(W)),
+      as_released: as in the authors' code, the decay is multiplied by max(min_scale, RMS(W)),
         as the step is.
 
     Raises:
@@ -63,9 +65,9 @@ def adalomo(
     """
     steps = (
         clip_entries(clip_value),
-        scale_by_factored_rms(decay_rate, eps, matrices=matrices),
-        normalize_by_group(clip_threshold, eps_scale, matrices=matrices),
+        scale_by_factored_matrix_rms(decay_rate, eps, matrices=matrices),
+        normalize_by_group(clip_threshold, min_scale, matrices=matrices),
     )
-    decayed = rms_scaled_weights(eps_scale) if as_released else None
+    decayed = rms_scaled_weights(min_scale) if as_released else None
     ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
     return matrices_and_rest(optax.chain(*steps, *descend(ending, decayed)), rest, matrices)

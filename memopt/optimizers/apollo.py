@@ -106,7 +106,9 @@ def apollo(
     steps = (
         in_subspace(
             inner=adam,
-            projector=projectors.by_name(projector, rank, seed=seed, stored=as_released),
+            projector=projectors.by_name(
+                projector, apollo, known={"stored": as_released}, rank=rank, seed=seed
+            ),
             recombine=scale_gradient(per, limiter),
             refresh_every=refresh_every,
             matrices=matrices,
@@ -130,6 +132,7 @@ def apollo_mini(
     rank: int | float = 1,
     scale: float = 128.0,
     per: str = "matrix",
+    projector: projectors.Projector | str = "gaussian",
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """APOLLO-Mini: APOLLO of rank 1 with one scaling factor a matrix; SGD's memory.
@@ -147,4 +150,6 @@ def apollo_mini(
       >>> memopt.state_bytes(memopt.apollo_mini(1e-2), params)["up/kernel"]   # (2·64 + 1) floats
       516
     """
-    return apollo(learning_rate, rank=rank, scale=scale, per=per, **options)
+    if isinstance(projector, projectors.Projector) and rank == 1:
+        rank = projector.rank
+    return apollo(learning_rate, rank=rank, scale=scale, per=per, projector=projector, **options)

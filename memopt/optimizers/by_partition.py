@@ -1,10 +1,11 @@
 """One method for the matrices, another for the rest; and how both end."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import optax
 
-from memopt.errors import check_left_out
+from memopt.errors import check_unused
 from memopt.matrices import Matrices, map_matrices
 from memopt.parameters import reading_whole_trees
 from memopt.state.precision import in_float32
@@ -105,23 +106,19 @@ def finish(
 
 
 def inner_or_adam(
-    inner: optax.GradientTransformation | None,
-    options: tuple[float, float, float],
-    *,
-    defaults: tuple[float, float, float],
+    inner: optax.GradientTransformation | None, of: Callable[..., Any], **options: Any
 ) -> optax.GradientTransformation:
     """Returns what runs in a subspace: `inner`, or else Adam.
 
     Args:
       inner: any Optax transformation, or None.
-      options: Adam's b1, b2 and eps.
-      defaults: what they are unless the user says.
+      of: the method.
+      **options: of the method that Adam takes.
 
     Raises:
       ValueError: if an option of Adam's is given beside `inner`.
     """
     if inner is None:
-        return optax.scale_by_adam(*options)
-    for name, given, default in zip(("b1", "b2", "eps"), options, defaults, strict=True):
-        check_left_out(name, given, default, "inner runs in Adam's place")
+        return optax.scale_by_adam(**options)
+    check_unused(of, "inner runs in Adam's place", **options)
     return inner

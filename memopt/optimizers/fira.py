@@ -100,7 +100,7 @@ def fira(
     check_at_least("scale", scale, 0)
     project = functools.partial(
         in_subspace,
-        projector=projectors.by_name(projector, rank, seed=seed),
+        projector=projectors.by_name(projector, fira, rank=rank, seed=seed),
         refresh_every=refresh_every,
         refresh_phase=refresh_phase,
         matrices=matrices,

@@ -9,14 +9,16 @@ from jax import Array
 from memopt.matrices import Matrices
 from memopt.optimizers.by_partition import Ending, finish
 from memopt.optimizers.registry import method
+from memopt.renamed import keywords
 from memopt.transforms import projectors
-from memopt.transforms.factored import scale_by_factored_rms
+from memopt.transforms.factored import scale_by_factored_matrix_rms
 from memopt.transforms.matrix_rms import clip_by_matrix_rms, scale_by_parameter_rms
 from memopt.transforms.recombine import lift, lift_and_rest
 from memopt.transforms.subspace import in_subspace
 
 
 @method(sums_projections=True)
+@keywords(eps_scale="min_scale")
 def flora(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -27,7 +29,7 @@ def flora(
     clip_threshold: float | None = None,
     scale_by_parameter: bool | None = None,
     eps: float = 1e-30,
-    eps_scale: float = 1e-3,
+    min_scale: float = 1e-3,
     projector: projectors.Projector | str = "gaussian",
     matrices: Matrices = None,
     rest: optax.GradientTransformation | None = None,
@@ -56,9 +58,9 @@ def flora(
       decay_rate: the second moment's decay is 1 − t^−decay_rate.
       clip_threshold: the largest root mean square of Â; by default, as the paper's rule has it,
         Â is not clipped.
-      scale_by_parameter: multiply Â by max(eps_scale, RMS(W)); by default not.
+      scale_by_parameter: multiply Â by max(min_scale, RMS(W)); by default not.
       eps: ε₁, added to the squared gradient.
-      eps_scale: ε₂, the least parameter scale.
+      min_scale: ε₂, the least parameter scale.
       projector: "gaussian", any other name in `memopt.projectors`, or a projector, which then
         says rank and seed itself.
       matrices: which leaves have their momentum in a subspace, and of which axes, by default
@@ -95,13 +97,13 @@ def flora(
         clip_threshold = 1.0 if clip_threshold is None else clip_threshold
         scale_by_parameter = scale_by_parameter is not False
     on = {"matrices": matrices}
-    normalize = scale_by_factored_rms(decay_rate, eps, **on)
+    normalize = scale_by_factored_matrix_rms(decay_rate, eps, **on)
     clip = optax.identity() if clip_threshold is None else clip_by_matrix_rms(clip_threshold, **on)
-    resize = scale_by_parameter_rms(eps_scale, **on) if scale_by_parameter else optax.identity()
+    resize = scale_by_parameter_rms(min_scale, **on) if scale_by_parameter else optax.identity()
     momentum = functools.partial(
         in_subspace,
         inner=optax.ema(b1, debias=False),
-        projector=projectors.by_name(projector, rank, seed=seed),
+        projector=projectors.by_name(projector, flora, rank=rank, seed=seed),
         refresh_every=refresh_every,
         on_refresh="carry",
         **on,

@@ -95,8 +95,8 @@ def frugal(
     """
     check_choice("inactive", inactive, ("sign", "sgd"))
     subspace = in_subspace(
-        inner=inner_or_adam(inner, (b1, b2, eps), defaults=(0.9, 0.999, 1e-8)),
-        projector=projectors.by_name(projector, density, seed=seed),
+        inner=inner_or_adam(inner, frugal, b1=b1, b2=b2, eps=eps),
+        projector=projectors.by_name(projector, frugal, density=density, seed=seed),
         recombine=(lift_and_sign if inactive == "sign" else lift_and_rest)(scale),
         refresh_every=refresh_every,
         on_refresh=on_refresh,

@@ -92,7 +92,7 @@ def galore(
     check_at_least("scale", scale, 0)
     project = functools.partial(
         in_subspace,
-        projector=projectors.by_name(projector, rank, seed=seed),
+        projector=projectors.by_name(projector, galore, rank=rank, seed=seed),
         recombine=lift(),
         refresh_every=refresh_every,
         refresh_phase=refresh_phase,
@@ -103,5 +103,5 @@ def galore(
         adam = scale_by_released_adam(b1, b2, eps)
         steps = (project(inner or adam), optax.scale(scale))
         return finish(ending, *steps, others=adam, decayed=updated_weights)
-    adam = inner_or_adam(inner, (b1, b2, eps), defaults=(0.9, 0.999, 1e-6))
+    adam = inner_or_adam(inner, galore, b1=b1, b2=b2, eps=eps)
     return finish(ending, project(adam), optax.scale(scale), others=optax.scale_by_adam())

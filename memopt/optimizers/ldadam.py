@@ -90,7 +90,9 @@ def ldadam(
     """
     subspace = in_subspace(
         inner=optax.scale_by_adam(b1, b2, eps),
-        projector=projectors.by_name(projector, rank, rho=rho, b1=b1, seed=seed),
+        projector=projectors.by_name(
+            projector, ldadam, known={"b1": b1}, rank=rank, rho=rho, seed=seed
+        ),
         recombine=lift_with_error_feedback(b1) if error_feedback else lift(),
         refresh_every=refresh_every,
         on_refresh=CarryOver(b1, b2, power=4 if as_released else 2),

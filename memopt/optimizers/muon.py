@@ -11,7 +11,11 @@ from memopt.matrices import Matrices
 from memopt.optimizers.by_partition import Ending, finish
 from memopt.optimizers.registry import method
 from memopt.state.precision import in_float32
-from memopt.transforms.orthogonalization import NEWTON_SCHULZ_COEFFS, orthogonalize, scale_by_shape
+from memopt.transforms.orthogonalization import (
+    NEWTON_SCHULZ_COEFFS,
+    orthogonalize,
+    scale_by_matrix_shape,
+)
 
 
 @method()
@@ -86,6 +90,6 @@ def muon(
         orthogonalize(
             ns_steps, ns_coeffs, eps, dtype=dtype, replica_axis=replica_axis, matrices=matrices
         ),
-        scale_by_shape(consistent_rms, matrices=matrices),
+        scale_by_matrix_shape(consistent_rms, matrices=matrices),
         others=optax.scale_by_adam(),
     )

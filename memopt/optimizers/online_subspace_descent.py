@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from memopt.errors import check_left_out
+from memopt.errors import check_unused
 from memopt.matrices import Matrices
 from memopt.optimizers.galore import galore
 from memopt.optimizers.registry import method
@@ -85,13 +85,13 @@ def online_subspace_descent(
       2820
     """
     if projector_optimizer is not None:
-        why = "projector_optimizer has its own"
-        check_left_out("projector_learning_rate", projector_learning_rate, 5e-3, why)
+        own = {"projector_learning_rate": projector_learning_rate}
+        check_unused(online_subspace_descent, "projector_optimizer has its own", **own)
     else:
         decay = 0.01 if as_released else 0.0
         projector_optimizer = optax.adamw(projector_learning_rate, weight_decay=decay)
     if as_released:
-        check_left_out("penalty", penalty, 0.1, "the authors' code has none")
+        check_unused(online_subspace_descent, "the authors' code has none", penalty=penalty)
     projector = projectors.online_pca(
         rank,
         optimizer=projector_optimizer,

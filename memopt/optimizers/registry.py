@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 import optax
 import optax.contrib
 
+from memopt import renamed
 from memopt.errors import check_choice
 
 Make = Callable[..., optax.GradientTransformation]
@@ -142,6 +143,7 @@ def optimizer(
     """
     check_choice("optimizer", name, available())
     chosen = METHODS[name]
+    options = renamed.current(chosen.make, options)
     for option in options:
         check_choice(f"option of {name}:", option, chosen.defaults)
     return optax.with_extra_args_support(chosen.make(learning_rate, **options))

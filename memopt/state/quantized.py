@@ -98,7 +98,9 @@ def dequantize_params(params: Any) -> Any:
     return jax.tree.map(read, params, is_leaf=is_quantized)
 
 
-def apply_updates(params: Any, updates: Any, step: Array | int, *, seed: int | Array = 0) -> Any:
+def apply_rounded_updates(
+    params: Any, updates: Any, step: Array | int, *, seed: int | Array = 0
+) -> Any:
     """Adds updates to parameters, and rounds what cannot hold the sum stochastically.
 
     In bfloat16 a weight of 1 does not move by updates below 0.002, however many, when each sum
@@ -117,7 +119,7 @@ def apply_updates(params: Any, updates: Any, step: Array | int, *, seed: int | A
     Example:
       >>> w = {"w": jnp.ones((64, 64), jnp.bfloat16)}
       >>> for step in range(100):
-      ...     w = apply_updates(w, {"w": jnp.full((64, 64), 1e-4)}, step)
+      ...     w = apply_rounded_updates(w, {"w": jnp.full((64, 64), 1e-4)}, step)
       >>> bool(abs(w["w"].astype("float32").mean() - 1.01) < 1e-4)
       True
     """

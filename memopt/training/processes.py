@@ -32,8 +32,8 @@ def init_distributed(options: Run) -> None:
         ValueError: Some of the three are missing, are impossible or contradict the cluster.
 
     Example:
-        >>> join(Run())  # a laptop
-        >>> join(Run(processes=2))
+        >>> init_distributed(Run())  # a laptop
+        >>> init_distributed(Run(processes=2))
         Traceback (most recent call last):
         ValueError: coordinator, processes and process go together, got None, 2 and None: ...
     """

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memopt.state.quantized import apply_updates, dequantize_params
+from memopt.state.quantized import apply_rounded_updates, dequantize_params
 
 Batch = Mapping[str, Any]
 Loss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
@@ -100,7 +100,7 @@ def train_step(
     )
     params, opt_state = jax.tree.map(
         functools.partial(where_applied, finite),
-        (apply_updates(state.params, updates, state.step - state.skipped), opt_state),
+        (apply_rounded_updates(state.params, updates, state.step - state.skipped), opt_state),
         (state.params, state.opt_state),
     )
     return finish_step(state, params, opt_state, finite, mean_loss, norm, tokens, learning_rate)

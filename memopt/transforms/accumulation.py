@@ -11,33 +11,39 @@ from jax import Array
 from memopt.axis_types import on_auto_axes
 from memopt.errors import check_at_least, check_choice
 from memopt.matrices import Layout, Matrices, map_matrices
+from memopt.renamed import keywords
 from memopt.state.precision import statistics_dtype, to_float32, zeros_of
 from memopt.transforms.projectors import Projector, RefreshClock, by_name
 from memopt.transforms.projectors.random import RandomProjector
 from memopt.transforms.projectors.replay import Replay
 from memopt.transforms.subspace import matrix_spec, projected_zeros
 
+EveryK = int | Callable[[Array], Array]
+
 
 class AccumulateState(NamedTuple):
     """State of `accumulate` and `accumulate_in_subspace`.
 
     Attributes:
-      micro_step: micro-steps taken, int32.
+      micro_step: micro-steps taken, int32; with a schedule, those of this cycle.
       sum: of the cycle's gradients, or of their projections.
       inner: the inner optimizer's state.
+      cycle: cycles finished, int32; None unless `every_k_schedule` is a schedule.
     """
 
     micro_step: Array
     sum: Any
     inner: Any
+    cycle: Any = None
 
 
+@keywords(every="every_k_schedule")
 def accumulate(
-    inner: optax.GradientTransformation, every: int
+    inner: optax.GradientTransformation, every_k_schedule: EveryK
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs an optimizer once in `every` micro-steps, on the mean of their gradients.
+    """Runs an optimizer once in k micro-steps, on the mean of their gradients.
 
-    It takes the place of `optax.MultiSteps`, which computes the inner update at every micro-step
+    It takes the place of ``optax.MultiSteps``, which computes the inner update at every micro-step
     and throws it away; here that stands in one branch of a ``lax.cond`` whose other branch does
     nothing. Between its updates, zeros are returned.
 
@@ -47,16 +53,17 @@ def accumulate(
 
     Args:
       inner: any Optax transformation.
-      every: micro-steps in a cycle.
+      every_k_schedule: k, the micro-steps in a cycle; or a function that gives k, at least one,
+        from the cycles finished.
 
     Returns:
       A transformation whose state is an `AccumulateState`.
 
     Raises:
-      ValueError: if `every` is below one.
+      ValueError: if k is a number below one.
 
     Example:
-      >>> tx = accumulate(optax.sgd(1.0), every=2)
+      >>> tx = accumulate(optax.sgd(1.0), every_k_schedule=2)
       >>> state = tx.init(jnp.zeros(1))
       >>> for g in [1.0, 3.0, 5.0, 5.0]:
       ...     u, state = tx.update(jnp.array([g]), state)
@@ -69,13 +76,14 @@ def accumulate(
     down = lambda layout, g, cycle: to_float32(g)
     up = lambda layout, mean, g, cycle: mean
     start = lambda layout, p: jnp.zeros_like(p, dtype=statistics_dtype(p))
-    return _accumulate(inner, every, start, down, up)
+    return _accumulate(inner, every_k_schedule, start, down, up)
 
 
+@keywords(every="every_k_schedule")
 def accumulate_in_subspace(
     inner: optax.GradientTransformation,
-    every: int,
-    rank: int | float,
+    every_k_schedule: EveryK,
+    rank: int | float = 0.25,
     *,
     projector: Projector | str = "gaussian",
     seed: int | Array = 0,
@@ -83,10 +91,10 @@ def accumulate_in_subspace(
 ) -> optax.GradientTransformationExtraArgs:
     """Accumulates the gradients of hidden matrices in random subspaces (Flora).
 
-    For each matrix, over a cycle of `every` micro-steps::
+    For each matrix, over a cycle of k micro-steps::
 
         C ← C + PᵀG  or  C + G P        r·q numbers, q the longer side, in place of m·n
-        G ≈ P C / every  or  C Pᵀ / every
+        G ≈ P C / k  or  C Pᵀ / k
 
     and `inner` runs on that, an unbiased estimate of the mean: E[P Pᵀ] = identity. P is drawn
     from (seed, parameter, cycle) whenever it is needed; nothing of it is kept. Leaves that are
@@ -95,7 +103,7 @@ def accumulate_in_subspace(
 
     Args:
       inner: any Optax transformation; it sees gradients of full size.
-      every: micro-steps in a cycle.
+      every_k_schedule: k, as in `accumulate`.
       rank: r, or a fraction of each matrix's shorter side.
       projector: "gaussian", "rademacher" or "sparse", or a random projector, which then says
         rank and seed itself (an orthogonal one is biased, unless its rank is the whole side), or
@@ -108,23 +116,21 @@ def accumulate_in_subspace(
       A transformation whose state is an `AccumulateState`.
 
     Raises:
-      ValueError: if `every` or `rank` is below one, a rank does not fit its matrix, or the
-        projector is another.
+      ValueError: if k or `rank` is below one, a rank does not fit its matrix, the projector is
+        another, or rank or seed is given beside one that has its own.
 
     References:
       Hao et al., Flora, 2024, https://arxiv.org/abs/2402.03293, Algorithm 1.
 
     Example:
-      >>> tx = accumulate_in_subspace(optax.sgd(1.0), every=8, rank=2)
+      >>> tx = accumulate_in_subspace(optax.sgd(1.0), 8, rank=2)
       >>> state = tx.init({"w": jnp.zeros((3, 16, 8)), "norm": jnp.zeros(8)})
       >>> state.sum["w"].shape, state.sum["norm"].shape
       ((3, 16, 2), (8,))
     """
     if isinstance(projector, str):
         check_choice("projector", projector, ("gaussian", "rademacher", "sparse"))
-        space = by_name(projector, rank, seed=seed)
-    else:
-        space = by_name(projector, seed=seed)
+    space = by_name(projector, accumulate_in_subspace, rank=rank, seed=seed)
     if not isinstance(space, RandomProjector | Replay):
         raise ValueError(f"projector must be a random one or a replay, got {space}.")
     unseen: Any = None  # no gradient of the cycle may shape its basis
@@ -145,45 +151,55 @@ def accumulate_in_subspace(
             return mean
         return layout.from_matrices(space.up(spec, space.basis(spec, unseen, cycle), mean), g)
 
-    return _accumulate(inner, every, start, down, up, matrices)
+    return _accumulate(inner, every_k_schedule, start, down, up, matrices)
 
 
 def _accumulate(
     inner: optax.GradientTransformation,
-    every: int,
+    every_k_schedule: EveryK,
     start: Callable[[Layout, Any], Array],
     down: Callable[[Layout, Array, RefreshClock], Array],
     up: Callable[[Layout, Array, Array, RefreshClock], Array],
     matrices: Matrices = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds ``down(g)`` to ``start(p)`` over a cycle; at its end `inner` sees ``up`` of the mean."""
-    check_at_least("every", every, 1)
+    check_at_least("every_k_schedule", every_k_schedule, 1)
+    is_schedule = callable(every_k_schedule)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> AccumulateState:
         total = map_matrices(start, params, matrices=matrices)
-        return AccumulateState(jnp.zeros((), jnp.int32), total, inner.init(params))
+        zero = jnp.zeros((), jnp.int32)
+        return AccumulateState(zero, total, inner.init(params), zero if is_schedule else None)
 
     def step(updates: Any, state: AccumulateState, params: Any, extra: Any) -> Any:
-        count = optax.safe_increment(state.micro_step)
-        begins, ends = RefreshClock.at(state.micro_step, every), RefreshClock.at(count, every)
-        cycle = RefreshClock.at(begins.refresh, 1)
+        if callable(every_k_schedule):
+            cycle, step = state.cycle, state.micro_step
+            k: Any = every_k_schedule(cycle)
+        else:
+            k = every_k_schedule
+            cycle, step = jnp.divmod(state.micro_step, jnp.int32(k))
+        begins, ends = step == 0, step + 1 >= k
+        clock = RefreshClock.at(cycle, 1)
 
         def add(layout: Layout, g: Array, total: Array) -> Array:
-            g = down(layout, g, cycle)
-            return jnp.where(begins.refresh_now, g, total + g)
+            g = down(layout, g, clock)
+            return jnp.where(begins, g, total + g)
 
         total = map_matrices(add, updates, state.sum, matrices=matrices)
 
         def end() -> tuple[Any, Any]:
-            lift = lambda layout, g, total: up(layout, total / every, g, cycle).astype(g.dtype)
+            lift = lambda layout, g, total: up(layout, total / k, g, clock).astype(g.dtype)
             mean = map_matrices(lift, updates, total, matrices=matrices)
             return inner.update(mean, state.inner, params, **extra)
 
         # Zeros as `inner` would return them: it decides the dtype of its updates.
         wait = lambda: (zeros_of(lambda: end()[0]), state.inner)
-        updates, inner_state = jax.lax.cond(ends.refresh_now, end, wait)
-        return updates, AccumulateState(count, total, inner_state)
+        updates, inner_state = jax.lax.cond(ends, end, wait)
+        count = optax.safe_increment(state.micro_step)
+        if is_schedule:
+            count, cycle = jnp.where(ends, 0, count), jnp.where(ends, cycle + 1, cycle)
+        return updates, AccumulateState(count, total, inner_state, cycle if is_schedule else None)
 
     def update(updates: Any, state: AccumulateState, params: Any = None, **extra: Any) -> Any:
         return on_auto_axes(step, (updates, state, params, extra), like=(updates, state))

@@ -10,13 +10,14 @@ from jax import Array
 
 from memopt.matrices import Layout, Matrices
 from memopt.reductions import total
+from memopt.renamed import keywords
 from memopt.state.precision import statistics_dtype
 from memopt.transforms.per_matrix import per_matrix
 from memopt.trees import NOTHING
 
 
-class ScaleByFactoredRmsState(NamedTuple):
-    """State of `scale_by_factored_rms`.
+class ScaleByFactoredMatrixRmsState(NamedTuple):
+    """State of `scale_by_factored_matrix_rms`.
 
     Attributes:
       count: steps taken, int32.
@@ -31,9 +32,10 @@ class ScaleByFactoredRmsState(NamedTuple):
     cols: Any
 
 
-def scale_by_factored_rms(
+@keywords(epsilon="eps")
+def scale_by_factored_matrix_rms(
     decay_rate: float = 0.8,
-    epsilon: float = 1e-30,
+    eps: float = 1e-30,
     *,
     matrices: Matrices = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -50,26 +52,26 @@ def scale_by_factored_rms(
 
     Args:
       decay_rate: the exponent of the decay's schedule.
-      epsilon: added to the squared gradient.
+      eps: ε, added to the squared gradient.
       matrices: which leaves are matrices, and of which axes; see `memopt.matrices`. By default
         every array of two or more axes that is no norm or bias, embeddings included.
 
     Returns:
-      A transformation whose state is a `ScaleByFactoredRmsState`.
+      A transformation whose state is a `ScaleByFactoredMatrixRmsState`.
 
     References:
       Shazeer & Stern, Adafactor, 2018, https://arxiv.org/abs/1804.04235, Algorithms 1, 2 and
       section 7.2.
 
     Example:
-      >>> tx = scale_by_factored_rms()
+      >>> tx = scale_by_factored_matrix_rms()
       >>> state = tx.init({"w": jnp.zeros((3, 6, 4)), "b": jnp.zeros((4,))})
       >>> state.rows["w"].shape, state.cols["w"].shape, state.rows["b"], state.cols["b"].shape
       ((3, 6), (3, 4), MaskedNode(), (4,))
     """
     return per_matrix(
-        functools.partial(divide_by_factored_rms, epsilon=epsilon),
-        ScaleByFactoredRmsState,
+        functools.partial(divide_by_factored_rms, eps=eps),
+        ScaleByFactoredMatrixRmsState,
         functools.partial(mean_squares, weight=1.0),
         schedules={"decay": functools.partial(second_moment_decay, exponent=decay_rate)},
         matrices=matrices,
@@ -82,9 +84,9 @@ def second_moment_decay(count: Array, exponent: float) -> Array:
 
 
 def divide_by_factored_rms(
-    layout: Layout, g: Array, rows: Any, cols: Array, *, decay: Array, epsilon: float
+    layout: Layout, g: Array, rows: Any, cols: Array, *, decay: Array, eps: float
 ) -> tuple[Array, Any, Array]:
-    """The update of `scale_by_factored_rms`, and the new moments.
+    """The update of `scale_by_factored_matrix_rms`, and the new moments.
 
     Args:
       layout: of the gradient.
@@ -92,11 +94,11 @@ def divide_by_factored_rms(
       rows: the mean squares over columns; `NOTHING` for a vector.
       cols: the mean squares over rows; the second moment of a vector.
       decay: β₂ₜ.
-      epsilon: ε.
+      eps: ε.
     """
     beta = decay.astype(statistics_dtype(g))
     new = mean_squares(layout, g, 1 - beta)
-    average = lambda old, new: beta * old + new + (1 - beta) * epsilon
+    average = lambda old, new: beta * old + new + (1 - beta) * eps
     rows, cols = jax.tree.map(average, (rows, cols), new)
     return _over_root(layout, g, rows, cols), rows, cols
 

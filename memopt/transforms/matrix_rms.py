@@ -9,20 +9,22 @@ from jax import Array
 
 from memopt.matrices import Layout, Matrices
 from memopt.reductions import total
+from memopt.renamed import keywords
 from memopt.state.precision import statistics_dtype
 from memopt.transforms.per_matrix import per_matrix
 
 
+@keywords(threshold="clip_threshold")
 def clip_by_matrix_rms(
-    threshold: float = 1.0, *, matrices: Matrices = None
+    clip_threshold: float = 1.0, *, matrices: Matrices = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Scales each matrix of the stack down to a root mean square of at most `threshold`.
+    """Scales each matrix of the stack down to a root mean square of at most `clip_threshold`.
 
-    U ← U / max(1, RMS(U) / threshold). Where `optax.clip_by_block_rms` pools a stacked array
+    U ← U / max(1, RMS(U) / clip_threshold). Where `optax.clip_by_block_rms` pools a stacked array
     into one root mean square, layers here do not touch each other. No state.
 
     Args:
-      threshold: the largest root mean square that passes, d in the paper.
+      clip_threshold: the largest root mean square that passes, d in the paper.
       matrices: which leaves are matrices, and of which axes; see `memopt.matrices`.
 
     References:
@@ -34,7 +36,7 @@ def clip_by_matrix_rms(
       >>> tx.update(layers, tx.init(layers))[0][:, 0, 0].tolist()
       [1.0, 0.5]
     """
-    return per_matrix(functools.partial(clip_rms, threshold=threshold), matrices=matrices)
+    return per_matrix(functools.partial(clip_rms, clip_threshold=clip_threshold), matrices=matrices)
 
 
 def scale_by_parameter_rms(
@@ -67,15 +69,16 @@ def scale_by_parameter_rms(
     )
 
 
+@keywords(threshold="clip_threshold")
 def normalize_by_group(
-    threshold: float = 1.0, min_scale: float = 1e-3, *, matrices: Matrices = None
+    clip_threshold: float = 1.0, min_scale: float = 1e-3, *, matrices: Matrices = None
 ) -> optax.GradientTransformationExtraArgs:
     """AdaLomo's grouped update normalisation, each matrix of the stack a group.
 
-    U ← max(min_scale, RMS(W)) · U / max(1, RMS(U) / threshold). No state.
+    U ← max(min_scale, RMS(W)) · U / max(1, RMS(U) / clip_threshold). No state.
 
     Args:
-      threshold: the largest root mean square that passes.
+      clip_threshold: the largest root mean square that passes.
       min_scale: the least scale taken from the parameter.
       matrices: which leaves are matrices, and of which axes; see `memopt.matrices`.
 
@@ -89,14 +92,14 @@ def normalize_by_group(
       [[0.5, 0.5], [0.5, 0.5]]
     """
     return optax.chain(
-        clip_by_matrix_rms(threshold, matrices=matrices),
+        clip_by_matrix_rms(clip_threshold, matrices=matrices),
         scale_by_parameter_rms(min_scale, matrices=matrices),
     )
 
 
-def clip_rms(layout: Layout, u: Array, *, threshold: float) -> Array:
-    """U / max(1, RMS(U) / threshold), for each matrix."""
-    return (u / jnp.maximum(1.0, rms(layout, u) / threshold)).astype(u.dtype)
+def clip_rms(layout: Layout, u: Array, *, clip_threshold: float) -> Array:
+    """U / max(1, RMS(U) / clip_threshold), for each matrix."""
+    return (u / jnp.maximum(1.0, rms(layout, u) / clip_threshold)).astype(u.dtype)
 
 
 def scale_by_rms_of(layout: Layout, u: Array, w: Array, *, min_scale: float) -> Array:

@@ -9,6 +9,7 @@ from jax import Array
 
 from memopt.matrices import Layout, Matrices
 from memopt.reductions import total
+from memopt.renamed import keywords
 from memopt.state.precision import statistics_dtype
 from memopt.transforms.per_matrix import per_matrix
 
@@ -20,11 +21,11 @@ class GrowthLimiter(NamedTuple):
     """The rule of `limit_norm_growth`, for whoever knows a norm without the array.
 
     Attributes:
-      limit: the largest ratio of a norm to the one before, γ.
+      growth_limit: the largest ratio of a norm to the one before, γ.
       as_released: store every norm, zero too, as the authors' code does.
     """
 
-    limit: float = 1.01
+    growth_limit: float = 1.01
     as_released: bool = False
 
     def __call__(self, norm: Array, previous: Array) -> tuple[Array, Array]:
@@ -34,7 +35,7 @@ class GrowthLimiter(NamedTuple):
           norm: of the update.
           previous: what the call before remembered; 0 stands for none.
         """
-        excess = jnp.maximum(norm / (previous + 1e-8), self.limit) / self.limit
+        excess = jnp.maximum(norm / (previous + 1e-8), self.growth_limit) / self.growth_limit
         factor = jnp.where(previous > 0, 1.0 / excess, 1.0)
         limited = norm * factor
         if self.as_released:
@@ -53,12 +54,13 @@ class LimitNormGrowthState(NamedTuple):
     norm: Any
 
 
+@keywords(limit="growth_limit")
 def limit_norm_growth(
-    limit: float = 1.01, *, matrices: Matrices = None, as_released: bool = False
+    growth_limit: float = 1.01, *, matrices: Matrices = None, as_released: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    """Lets the norm of each matrix's update grow by at most a factor of `limit` a step.
+    """Lets the norm of each matrix's update grow by at most a factor of `growth_limit` a step.
 
-    With γ = limit and ‖U‖ the norm that was let through the step before::
+    With γ = growth_limit and ‖U‖ the norm that was let through the step before::
 
         U ← U / (max(‖U‖ / (‖U‖_before + 1e-8), γ) / γ)
 
@@ -67,7 +69,7 @@ def limit_norm_growth(
     hold the matrix at that size for ever. State: one number a matrix.
 
     Args:
-      limit: the largest ratio of two successive norms, γ.
+      growth_limit: the largest ratio of two successive norms, γ.
       matrices: which leaves are matrices, and of which axes; see `memopt.matrices`.
       as_released: remember every norm, as the authors' code does; for replaying its runs.
 
@@ -87,7 +89,7 @@ def limit_norm_growth(
       4.0
     """
     return per_matrix(
-        functools.partial(limit_growth, limiter=GrowthLimiter(limit, as_released)),
+        functools.partial(limit_growth, limiter=GrowthLimiter(growth_limit, as_released)),
         LimitNormGrowthState,
         matrix_norm,
         matrices=matrices,

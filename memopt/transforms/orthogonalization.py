@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from memopt.axis_types import on_auto_axes
 from memopt.errors import check_at_least
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
+from memopt.renamed import keywords
 from memopt.state.precision import statistics_dtype
 from memopt.transforms.per_matrix import per_matrix
 
@@ -24,9 +25,10 @@ NEWTON_SCHULZ_COEFFS = (3.4445, -4.7750, 2.0315)
 """Muon's polynomial, the steepest at zero that keeps singular values around one."""
 
 
+@keywords(steps="ns_steps", coefficients="ns_coeffs")
 def orthogonalize(
-    steps: int = 5,
-    coefficients: Sequence[float] | Sequence[Sequence[float]] = NEWTON_SCHULZ_COEFFS,
+    ns_steps: int = 5,
+    ns_coeffs: Sequence[float] | Sequence[Sequence[float]] = NEWTON_SCHULZ_COEFFS,
     eps: float = 1e-7,
     *,
     dtype: DTypeLike | None = None,
@@ -38,7 +40,7 @@ def orthogonalize(
     ::
 
         X = G / (‖G‖ + ε)                            of an m×n matrix, m ≤ n; else of its transpose
-        X ← a X + (b A + c A²) X,    A = X Xᵀ        `steps` times
+        X ← a X + (b A + c A²) X,    A = X Xᵀ        `ns_steps` times
 
     With the default coefficients singular values end between 0.7 and 1.2. No state.
 
@@ -47,8 +49,8 @@ def orthogonalize(
     nothing moves but on the way there and back. A vector is a matrix of one row.
 
     Args:
-      steps: how often.
-      coefficients: a, b and c, or those of each step, whose number is then that of the steps.
+      ns_steps: how often.
+      ns_coeffs: a, b and c, or those of each step, whose number is then that of the steps.
       eps: added to the norm.
       dtype: in which the iteration runs; by default float32, or wider if the updates are.
       replica_axis: the mesh axis over which parameters are copied, if there is one; what moves
@@ -60,7 +62,7 @@ def orthogonalize(
       step that never holds all gradients keeps parameters from being batched.
 
     Raises:
-      ValueError: if `steps` is below 1, or coefficients do not come in threes.
+      ValueError: if `ns_steps` is below 1, or `ns_coeffs` do not come in threes.
 
     References:
       Jordan et al., Muon, 2024, https://kellerjordan.github.io/posts/muon/.
@@ -72,18 +74,10 @@ def orthogonalize(
       [[ 1.  0.  0.]
        [ 0.  0. -1.]]
     """
-    check_at_least("steps", steps, 1)
-    polynomials = np.asarray(coefficients, float)
-    if polynomials.ndim not in (1, 2) or polynomials.shape[-1] != 3:
-        raise ValueError(
-            f"coefficients must be three numbers, or three for each step, got {coefficients!r}."
-        )
-    if polynomials.ndim == 1:
-        polynomials = np.tile(polynomials, (steps, 1))
-
-    def iterate(x: Array) -> Array:
-        wide = x.astype(dtype or statistics_dtype(x))
-        return _newton_schulz(wide, polynomials, eps).astype(x.dtype)
+    _polynomials(ns_steps, ns_coeffs)
+    iterate = functools.partial(
+        newton_schulz, ns_steps=ns_steps, ns_coeffs=ns_coeffs, eps=eps, dtype=dtype
+    )
 
     def update(
         updates: Any, state: Any, params: Any = None, *, leaf_by_leaf: bool = False, **_: Any
@@ -104,7 +98,59 @@ def orthogonalize(
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def scale_by_shape(
+def newton_schulz(
+    x: Array,
+    ns_steps: int = 5,
+    ns_coeffs: Sequence[float] | Sequence[Sequence[float]] = NEWTON_SCHULZ_COEFFS,
+    eps: float = 1e-7,
+    *,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    """The iteration of `orthogonalize` on an array of matrices.
+
+    Args:
+      x: ``(*stack, m, n)``.
+      ns_steps: as in `orthogonalize`.
+      ns_coeffs: as in `orthogonalize`.
+      eps: as in `orthogonalize`.
+      dtype: as in `orthogonalize`.
+
+    Returns:
+      An array of the shape and dtype of `x`.
+
+    Raises:
+      ValueError: as `orthogonalize`.
+
+    Example:
+      >>> newton_schulz(jnp.array([[3.0, 0.0], [0.0, 1.0]]), 20, (1.5, -0.5, 0.0)).round(3).tolist()
+      [[1.0, 0.0], [0.0, 1.0]]
+    """
+    polynomials = _polynomials(ns_steps, ns_coeffs)
+    is_tall = x.shape[-2] > x.shape[-1]
+    y = (x.mT if is_tall else x).astype(dtype or statistics_dtype(x))
+
+    def step(y: Array, polynomial: Array) -> tuple[Array, None]:
+        a, b, c = polynomial
+        gram = jnp.einsum("...mn,...pn->...mp", y, y)
+        return a * y + (b * gram + c * (gram @ gram)) @ y, None
+
+    norm = jnp.sqrt(jnp.square(y).sum((-2, -1), keepdims=True))
+    y = jax.lax.scan(step, y / (norm + eps), jnp.asarray(polynomials, y.dtype))[0]
+    return (y.mT if is_tall else y).astype(x.dtype)
+
+
+def _polynomials(ns_steps: int, ns_coeffs: Any) -> np.ndarray:
+    """The coefficients of each step."""
+    check_at_least("ns_steps", ns_steps, 1)
+    polynomials = np.asarray(ns_coeffs, float)
+    if polynomials.ndim not in (1, 2) or polynomials.shape[-1] != 3:
+        raise ValueError(
+            f"ns_coeffs must be three numbers, or three for each step, got {ns_coeffs!r}."
+        )
+    return polynomials if polynomials.ndim == 2 else np.tile(polynomials, (ns_steps, 1))
+
+
+def scale_by_matrix_shape(
     consistent_rms: float | None = None, *, matrices: Matrices = None
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the update of an m×n matrix, of m inputs and n outputs, by its shape.
@@ -122,7 +168,7 @@ def scale_by_shape(
       Scalable for LLM Training, 2025, https://arxiv.org/abs/2502.16982, section 2.2.
 
     Example:
-      >>> u, _ = scale_by_shape().update({"w": jnp.ones((2, 8))}, optax.EmptyState())
+      >>> u, _ = scale_by_matrix_shape().update({"w": jnp.ones((2, 8))}, optax.EmptyState())
       >>> float(u["w"][0, 0])
       2.0
     """
@@ -137,18 +183,6 @@ def multiply_by_shape(layout: Layout, u: Array, *, consistent_rms: float | None)
     if consistent_rms is None:
         return u * math.sqrt(max(1, n / m))
     return (u * (consistent_rms * math.sqrt(max(m, n)))).astype(u.dtype)
-
-
-def _newton_schulz(x: Array, polynomials: np.ndarray, eps: float) -> Array:
-    """The iteration on a stack of m×n matrices, m ≤ n, one polynomial after the other."""
-
-    def step(x: Array, polynomial: Array) -> tuple[Array, None]:
-        a, b, c = polynomial
-        gram = jnp.einsum("...mn,...pn->...mp", x, x)
-        return a * x + (b * gram + c * (gram @ gram)) @ x, None
-
-    norm = jnp.sqrt(jnp.square(x).sum((-2, -1), keepdims=True))
-    return jax.lax.scan(step, x / (norm + eps), jnp.asarray(polynomials, x.dtype))[0]
 
 
 def _to_wide(layout: Layout, u: Array) -> Array:

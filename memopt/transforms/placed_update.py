@@ -9,10 +9,12 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding
 
 from memopt.matrices import Layout, Matrices, map_matrices
+from memopt.renamed import keywords
 from memopt.state.sharding import Placed, axis_names, dense_like, part_count, placed_params
 from memopt.trees import map_named
 
 
+@keywords(by_layer="one_layer_at_a_time")
 def unshard_short_side(
     params: Any, *, one_layer_at_a_time: bool = False, matrices: Matrices = None
 ) -> Any:
@@ -81,8 +83,9 @@ def _unshard_short_side(layout: Layout, param: Placed, one_layer_at_a_time: bool
     return param.sharding
 
 
+@keywords(places="shardings")
 def reshard_update(
-    tx: optax.GradientTransformation, params: Any, places: Any
+    tx: optax.GradientTransformation, params: Any, shardings: Any
 ) -> optax.GradientTransformationExtraArgs:
     """Runs an optimizer where its parameters are not: gradients move there, updates back.
 
@@ -94,13 +97,14 @@ def reshard_update(
 
     Args:
       tx: any Optax transformation; its state is as it was, and best placed by
-        ``memopt.state_sharding(tx, places)``.
+        ``memopt.state_sharding(tx, shardings)``.
       params: arrays, or ``jax.ShapeDtypeStruct`` in their place, each with a `NamedSharding`, over
         Auto axes. Updates of the same names, of all layers or of one, are taken to lie as they do.
-      places: a tree like `params`, of arrays or shapes that lie where the update is computed.
+      shardings: a tree like `params`, of arrays or shapes with the shardings under which the
+        update is computed.
 
     Raises:
-      ValueError: if a parameter has no `NamedSharding`, they are on several meshes, or `places`
+      ValueError: if a parameter has no `NamedSharding`, they are on several meshes, or `shardings`
         has others; in an update, if it has a leaf that `params` has not.
 
     Example:
@@ -108,16 +112,15 @@ def reshard_update(
       >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,))
       >>> rows = NamedSharding(mesh, jax.P("fsdp"))
       >>> params = {"up": {"kernel": jax.device_put(jnp.ones((16, 64)), rows)}}
-      >>> places = unshard_short_side(params)
-      >>> tx = reshard_update(memopt.galore(1e-2, rank=4), params, places)
-      >>> shardings = memopt.state_sharding(tx, places)
-      >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
+      >>> shardings = unshard_short_side(params)
+      >>> tx = reshard_update(memopt.galore(1e-2, rank=4), params, shardings)
+      >>> state = jax.jit(tx.init, out_shardings=memopt.state_sharding(tx, shardings))(params)
       >>> updates, state = jax.jit(tx.update)(params, state, params)
     """
-    here, there = ({p.name: p for p in placed_params(tree)} for tree in (params, places))
+    here, there = ({p.name: p for p in placed_params(tree)} for tree in (params, shardings))
     if here.keys() != there.keys():
         odd = sorted(here.keys() ^ there.keys())
-        raise ValueError(f"places must have the arrays of params; only one of them has {odd}.")
+        raise ValueError(f"shardings must have the arrays of params; only one of them has {odd}.")
     tx = optax.with_extra_args_support(tx)
 
     def move(name: str, x: Array, *, back: bool) -> Array:

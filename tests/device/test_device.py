@@ -80,7 +80,9 @@ def test_updates_too_small_for_a_code_add_up(stored):
         w["w"] = w["w"].at[:, ::2].set(-1)  # codes of blocks of one number have no width
         start = memopt.dequantize_params(w)["w"].astype(jnp.float32)
         w = w if stored == "bfloat16" else memopt.quantize_params(w, stored)
-        add = jax.jit(lambda w, i: memopt.apply_updates(w, {"w": jnp.full((64, 256), 1e-4)}, i))
+        add = jax.jit(
+            lambda w, i: memopt.apply_rounded_updates(w, {"w": jnp.full((64, 256), 1e-4)}, i)
+        )
         for i in range(100):
             w = add(w, i)
         moved = memopt.dequantize_params(w)["w"].astype(jnp.float32) - start

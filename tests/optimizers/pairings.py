@@ -84,7 +84,7 @@ INNERS = {
     "adam": Inner(optax.scale_by_adam, twice, twice),
     "lion": Inner(memopt.scale_by_sign_momentum, once, once),
     "momentum": Inner(lambda: optax.trace(0.9), once, once),
-    "adafactor": Inner(memopt.scale_by_factored_rms, lambda k, m, n: k * (m + n), once),
+    "adafactor": Inner(memopt.scale_by_factored_matrix_rms, lambda k, m, n: k * (m + n), once),
 }
 RULES = {
     "lift": Rule(recombine.lift, nothing),

@@ -63,7 +63,7 @@ def _galore(method, transpose):
     adafactor = {"b1": 0.9, "scale_by_parameter": False}
     other = {}
     if method == "galore_adafactor":
-        steps = memopt.scale_by_factored_rms(), memopt.clip_by_matrix_rms()
+        steps = memopt.scale_by_factored_matrix_rms(), memopt.clip_by_matrix_rms()
         other["inner"] = optax.chain(*steps, optax.ema(0.9, debias=False))
         other["rest"] = memopt.adafactor(meta["lr"], **adafactor)
     return memopt.galore(

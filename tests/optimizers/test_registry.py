@@ -103,12 +103,12 @@ draws = memopt.projectors.gaussian(4)
 UNUSED = [
     ("galore", {"projector": "svd", "seed": 1}, "seed must be left out, since projector 'svd'"),
     ("galore", {"projector": draws, "seed": 1}, "seed must be left out, since the projector"),
-    ("galore", {"projector": draws, "rank": 8}, "rank or density must be left out.*got 8"),
+    ("galore", {"projector": draws, "rank": 8}, "rank must be left out.*got 8"),
     ("galore", {"inner": optax.identity(), "b2": 0.9}, "b2 must be left out, since inner"),
     ("flora", {"projector": "svd", "seed": jnp.array(1)}, "seed must be left out"),
     ("fira", {"projector": "svd", "seed": 1}, "seed must be left out"),
-    ("apollo", {"projector": draws, "rank": 0.5}, "rank or density must be left out.*got 0.5"),
-    ("frugal", {"projector": draws, "density": 0.5}, "rank or density must be left out"),
+    ("apollo", {"projector": draws, "rank": 0.5}, "rank must be left out.*got 0.5"),
+    ("frugal", {"projector": draws, "density": 0.5}, "density must be left out"),
     ("frugal", {"inner": optax.identity(), "eps": 1e-3}, "eps must be left out, since inner"),
     ("ldadam", {"projector": "svd", "rho": 0.5}, "rho must be left out, since projector 'svd'"),
     ("ldadam", {"seed": 1}, "seed must be left out, since projector 'power_iteration'"),
@@ -129,7 +129,11 @@ def test_an_option_without_effect_is_refused(name, options, sentence):
 
 def test_a_projector_may_be_given_with_its_own_rank():
     memopt.apollo(1e-2, projector=draws, rank=4)
-    memopt.apollo_mini(1e-2, projector=memopt.projectors.rademacher(1))
+    memopt.apollo_mini(1e-2, projector=draws)
+    state = memopt.apollo_mini(1e-2, projector=draws, rest=optax.sgd(1.0)).init(tree())
+    assert {x.shape for x in jax.tree.leaves(state)} >= {(4, 16)}
+    with pytest.raises(ValueError, match=r"rank must be left out.*got 2"):
+        memopt.apollo_mini(1e-2, projector=draws, rank=2)
 
 
 def test_injected_defaults_are_not_refused():

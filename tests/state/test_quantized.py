@@ -37,7 +37,7 @@ SPECS = {
 @functools.partial(jax.jit, static_argnums=2)
 def moved(params, update, steps):
     """Parameters after some equal updates."""
-    body = lambda step, p: memopt.apply_updates(p, update, step)
+    body = lambda step, p: memopt.apply_rounded_updates(p, update, step)
     return jax.lax.fori_loop(0, steps, body, params)
 
 
@@ -77,10 +77,10 @@ def test_what_does_not_change_keeps_its_codes(codec):
     zeros = jax.tree.map(jnp.zeros_like, tree())
     chex.assert_trees_all_equal(moved(stored, zeros, 5), stored)
     nothing = {"blocks": {"up": None, "norm": None}, "embed": None}
-    chex.assert_trees_all_equal(memopt.apply_updates(stored, nothing, 0), stored)
+    chex.assert_trees_all_equal(memopt.apply_rounded_updates(stored, nothing, 0), stored)
     # A block of which one weight moves keeps the codes of the others.
     one = jax.tree.map(lambda z: z.at[(0,) * z.ndim].set(1e-3), zeros)
-    after = memopt.apply_updates(stored, one, 1)
+    after = memopt.apply_rounded_updates(stored, one, 1)
     differ = after["embed"].codes != stored["embed"].codes
     assert not differ.at[0, 0].set(False).any()
 
@@ -88,7 +88,7 @@ def test_what_does_not_change_keeps_its_codes(codec):
 def test_bfloat16_and_remainder_stays_near_float32():
     params = {"w": normal(0, (64, 256))}
     stored = memopt.quantize_params(params, "bfloat16+8")
-    apply = jax.jit(memopt.apply_updates)
+    apply = jax.jit(memopt.apply_rounded_updates)
     for step in range(50):
         update = {"w": 1e-3 * normal(step + 1, (64, 256))}
         params, stored = optax.apply_updates(params, update), apply(stored, update, step)
@@ -130,7 +130,7 @@ def test_sharded_is_unsharded(codec, axis_type):
     def train(params, updates):
         stored = memopt.quantize_params(params, codec)
         for step in range(3):
-            stored = memopt.apply_updates(stored, updates, step)
+            stored = memopt.apply_rounded_updates(stored, updates, step)
         return stored
 
     plain = jax.jit(train)(tree(), tree(9))
@@ -151,13 +151,13 @@ def test_other_dtypes_and_no_leaves():
     assert memopt.dequantize_params(stored)["w"].dtype == jnp.bfloat16
     assert memopt.dequantize_params(stored["w"]).shape == (8, 16)
     updates = {"w": jnp.ones((8, 16), jnp.bfloat16), "none": None, "n": jnp.ones(3)}
-    after = memopt.apply_updates(stored, updates, 0)
+    after = memopt.apply_rounded_updates(stored, updates, 0)
     assert after["none"] is None
     assert (after["n"] == 2).all()
     for nothing in (None, {}, {"a": None}):
         assert memopt.quantize_params(nothing) == nothing
         assert memopt.dequantize_params(nothing) == nothing
-        assert memopt.apply_updates(nothing, nothing, 0) == nothing
+        assert memopt.apply_rounded_updates(nothing, nothing, 0) == nothing
 
 
 def test_which_leaves_are_stored_is_a_selection():

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from memopt.state.quantized import apply_updates
+from memopt.state.quantized import apply_rounded_updates
 from memopt.training.step import evaluate, init_state, train_step
 
 DIM, BATCH = 6, 16
@@ -91,7 +91,7 @@ def test_accumulation_sums_in_float32():
     gradients = [jax.grad(lambda p, row: loss(p, row)[0])(params, row) for row in rows]
     exact = jax.tree.map(lambda *g: sum(x.astype(jnp.float32) for x in g), *gradients)
     mean = lambda g: -(g / batch["weights"].sum()).astype(jnp.bfloat16)
-    expected = apply_updates(params, jax.tree.map(mean, exact), 0)
+    expected = apply_rounded_updates(params, jax.tree.map(mean, exact), 0)
     chex.assert_trees_all_equal_dtypes(state.params, params)
     chex.assert_trees_all_equal(state.params, expected)
 

@@ -51,6 +51,29 @@ def test_equals_multi_steps(inner, every):
     close(params, expected, rtol=2e-4)
 
 
+@every_wrapper
+def test_a_schedule_gives_the_micro_steps_of_each_cycle(wrapper):
+    """As MultiSteps takes one; a number is a constant schedule."""
+    grows = lambda cycle: 1 + cycle
+    tx = WRAPPERS[wrapper](optax.sgd(1.0), grows)
+    state, moved = tx.init(tree(0)), []
+    for t in range(10):
+        updates, state = tx.update(tree(t), state)
+        moved.append(any(bool(jnp.any(u != 0)) for u in jax.tree.leaves(updates)))
+    assert [t + 1 for t, moves in enumerate(moved) if moves] == [1, 3, 6, 10]
+    assert (int(state.cycle), int(state.micro_step)) == (4, 0)
+    constant, number = (WRAPPERS[wrapper](optax.sgd(1.0), every) for every in (lambda _: 2, 2))
+    params, _ = run(constant, tree(0), tree, 4)
+    chex.assert_trees_all_equal(params, run(number, tree(0), tree, 4)[0])
+
+
+def test_a_schedule_equals_multi_steps():
+    grows = lambda cycle: 1 + cycle
+    params, _ = run(accumulate(optax.adam(1e-2), grows), tree(0), tree, 10)
+    expected, _ = run(optax.MultiSteps(optax.adam(1e-2), grows), tree(0), tree, 10)
+    close(params, expected, rtol=2e-4)
+
+
 def counted(runs):
     """A transformation that tells the host each time it is computed."""
 
@@ -150,7 +173,7 @@ def rotations():
 
 @pytest.mark.parametrize("basis", [rotations(), projectors.orthogonal(6)], ids=["replay", "drawn"])
 def test_in_the_whole_space_it_is_exact(basis):
-    whole = lambda inner: accumulate_in_subspace(inner, EVERY, 6, projector=basis)
+    whole = lambda inner: accumulate_in_subspace(inner, EVERY, projector=basis)
     params = {"w": jnp.ones((8, 6))}
     gradient = lambda seed: {"w": jnp.asarray(np.random.default_rng(seed).normal(size=(8, 6)))}
     got, _ = run(whole(optax.adam(1e-2)), params, gradient, 6)
@@ -268,8 +291,11 @@ def test_optax_leaves_out_what_is_not_finite(wrapper):
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: accumulate(optax.sgd(1.0), 0), "every must be at least 1, got 0"),
-        (lambda: accumulate_in_subspace(optax.sgd(1.0), 0, 4), "every must be at least 1, got 0"),
+        (lambda: accumulate(optax.sgd(1.0), 0), "every_k_schedule must be at least 1, got 0"),
+        (
+            lambda: accumulate_in_subspace(optax.sgd(1.0), 0, 4),
+            "every_k_schedule must be at least 1, got 0",
+        ),
         (lambda: accumulate_in_subspace(optax.sgd(1.0), 2, 0), "rank must be at least 1, got 0"),
         (
             lambda: accumulate_in_subspace(optax.sgd(1.0), 2, 4, projector="gausian"),

@@ -103,6 +103,12 @@ def test_nothing_moves_but_on_the_way_there_and_back(layout, axis_type):
     assert share <= sum(sizes) <= LAYOUTS[layout][-1] * share
 
 
+def test_one_array_is_orthogonalised_as_in_a_tree():
+    updates = update(tree())
+    for name, g in tree().items():
+        np.testing.assert_allclose(memopt.newton_schulz(g), updates[name], atol=1e-5)
+
+
 def numbers(shape):
     return math.prod(map(int, shape.split(",")))
 
@@ -110,8 +116,8 @@ def numbers(shape):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"ns_steps": 0}, "steps must be at least 1, got 0"),
-        ({"ns_coeffs": (1.5, -0.5)}, "coefficients must be three numbers"),
+        ({"ns_steps": 0}, "ns_steps must be at least 1, got 0"),
+        ({"ns_coeffs": (1.5, -0.5)}, "ns_coeffs must be three numbers"),
         ({"consistent_rms": -1.0}, "consistent_rms must be at least 0"),
     ],
 )
@@ -121,6 +127,6 @@ def test_bad_options_are_named(options, says):
 
 
 def test_each_step_may_have_a_polynomial_of_its_own():
-    same = memopt.orthogonalize(coefficients=[(3.4445, -4.7750, 2.0315)] * 5)
+    same = memopt.orthogonalize(ns_coeffs=[(3.4445, -4.7750, 2.0315)] * 5)
     found, _ = same.update(tree(), optax.EmptyState())
     chex.assert_trees_all_equal(found, update(tree()))

@@ -56,7 +56,7 @@ def test_rules_say_what_becomes_of_one_parameter():
     ones = jnp.ones(2)
     rms = lambda x: np.sqrt(np.square(x).mean((1, 2), keepdims=True))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5)
-    close(clip_rms(LAYOUT, G, threshold=0.5), G / np.maximum(1, rms(G) / 0.5))
+    close(clip_rms(LAYOUT, G, clip_threshold=0.5), G / np.maximum(1, rms(G) / 0.5))
     close(scale_by_rms_of(LAYOUT, G, 3 * G, min_scale=0.1), G * 3 * rms(G))
     close(multiply_by_shape(LAYOUT, G, consistent_rms=None), G * np.sqrt(6 / 4))
     close(subtract_decay(LAYOUT, G, G, decayed=updated_weights, strength=0.25), 0.5 * G)
@@ -70,7 +70,7 @@ def test_a_factored_second_moment_is_the_product_of_its_means():
     rows, cols = squares.mean(2), squares.mean(1)
     moment = rows[:, :, None] * cols[:, None] / rows.mean(1)[:, None, None]
     zeros = jax.tree.map(jnp.zeros_like, (rows, cols))
-    first = {"decay": second_moment_decay(jnp.int32(0), 0.8), "epsilon": 0.0}
+    first = {"decay": second_moment_decay(jnp.int32(0), 0.8), "eps": 0.0}
     update, *new = divide_by_factored_rms(LAYOUT, G, *zeros, **first)
     chex.assert_trees_all_close((update, *new), (G / np.sqrt(moment), rows, cols), rtol=1e-5)
     vector = layout_of("b", G[0, 0], None)

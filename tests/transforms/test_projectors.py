@@ -379,9 +379,3 @@ def test_a_rank_beyond_the_singular_vectors_is_refused():
     tx = memopt.in_subspace(optax.identity(), projectors.svd(8, side="long"), recombine.lift())
     with pytest.raises(ValueError, match="rank must be at most 4, the number of singular vectors"):
         tx.init({"w": jnp.ones((4, 16))})
-
-
-@pytest.mark.parametrize(("old", "new"), [("Leaf", MatrixSpec), ("When", RefreshClock)])
-def test_old_names_still_work_and_warn(old, new):
-    with pytest.warns(DeprecationWarning, match=new.__name__):
-        assert getattr(memopt.projectors, old) is new

@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 
 from memopt.internals import trace
 from memopt.models.stacked import StackedModel
-from memopt.state.quantized import apply_updates, dequantize_params, is_quantized
+from memopt.state.quantized import apply_rounded_updates, dequantize_params, is_quantized
 from memopt.training.release.layouts import (
     delay_flag,
     pin_layout,
@@ -298,7 +298,9 @@ class _ReleaseStep:
                 update, new = optimizer.update(i, gradient, weight, old, **scalars)
                 # Nothing added leaves what is stored as it is, without a copy to fall back on.
                 update = jnp.where(finite[i], update.astype(jnp.promote_types(update, "f4")), 0)
-                written = apply_updates(self._tree({i: node}), self._tree({i: update}), step)
+                written = apply_rounded_updates(
+                    self._tree({i: node}), self._tree({i: update}), step
+                )
                 new = {k: where_applied(finite[i], x, old[k]) for k, x in new.items()}
                 return self.structure.flatten_up_to(written)[i], new
 

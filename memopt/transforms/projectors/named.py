@@ -2,12 +2,11 @@
 
 import inspect
 import numbers
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
-from jax import Array
-
-from memopt.errors import check_choice, check_left_out
+from memopt.errors import check_choice, check_unused
 from memopt.transforms.projectors.base import Projector
 from memopt.transforms.projectors.random import gaussian, orthogonal, rademacher, sparse
 from memopt.transforms.projectors.selected import blocks, columns, coordinates
@@ -26,45 +25,41 @@ NAMED: dict[str, Callable[..., Projector]] = {
 
 def by_name(
     projector: Projector | str,
-    size: float = 0.25,
+    of: Callable[..., Any],
     *,
-    seed: int | Array = 0,
-    rho: float = 0.908,
-    **others: Any,
+    known: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
 ) -> Projector:
     """Returns a projector as it is, or makes the one of this name.
 
     Args:
       projector: a `Projector`, or the name of a function of `memopt.projectors`.
-      size: its rank, or its density.
-      seed: of a random projector.
-      rho: of `memopt.projectors.power_iteration`.
-      **others: further arguments; left out where the function does not have them.
+      of: the function whose arguments `options` are.
+      known: further arguments, left out where the projector's function does not have them.
+      **options: `rank` or `density`, and other arguments of the projector's function. Those that
+        it does not have, and all beside a `Projector`, must be at the defaults of `of`.
 
     Raises:
-      ValueError: if the name is unknown; or if `size`, `seed` or `rho` is neither its default nor
-        used: a `Projector` has its own, and not every named one has a seed or a rho.
+      ValueError: if the name is unknown, or an option has no effect.
 
     Example:
-      >>> by_name("rademacher", 4, seed=1) == rademacher(4, seed=1)
+      >>> def method(rank=0.25, seed=0): ...
+      >>> by_name("rademacher", method, rank=4, seed=1) == rademacher(4, seed=1)
       True
-      >>> by_name("svd", 4, seed=1)
+      >>> by_name("svd", method, rank=4, seed=1)
       Traceback (most recent call last):
       ValueError: seed must be left out, since projector 'svd' does not take it, got 1.
     """
-    known: Collection[str] = ()
-    why = "the projector given has its own"
+    size = "density" if "density" in options else "rank"
     if isinstance(projector, Projector):
-        if not (isinstance(size, numbers.Real) and size == projector.rank):
-            check_left_out("rank or density", size, 0.25, why)
-    else:
-        check_choice("projector", projector, NAMED)
-        known = inspect.signature(NAMED[projector]).parameters
-        why = f"projector {projector!r} does not take it"
-    for name, given, default in (("seed", seed, 0), ("rho", rho, 0.908)):
-        if name not in known:
-            check_left_out(name, given, default, why)
-    if isinstance(projector, Projector):
+        if isinstance(options[size], numbers.Real) and options[size] == projector.rank:
+            del options[size]
+        check_unused(of, "the projector given has its own", **options)
         return projector
-    options = {"seed": seed, "rho": rho, **others}
-    return NAMED[projector](size, **{k: v for k, v in options.items() if k in known})
+    check_choice("projector", projector, NAMED)
+    make, rank = NAMED[projector], options.pop(size)
+    takes = inspect.signature(make).parameters
+    unused = {name: value for name, value in options.items() if name not in takes}
+    check_unused(of, f"projector {projector!r} does not take it", **unused)
+    options = {**known, **options}
+    return make(rank, **{name: value for name, value in options.items() if name in takes})
