@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
+from memopt import renamed
 from memopt import schedules as schedules
 from memopt import transforms as transforms
 from memopt.errors import IncompatiblePairingError as IncompatiblePairingError
@@ -11,7 +12,6 @@ from memopt.matrices import every_matrix as every_matrix
 from memopt.matrices import hidden_matrices as hidden_matrices
 from memopt.matrices import out_in as out_in
 from memopt.optimizers import *  # noqa: F403 (methods by their names)
-from memopt.renamed import finder
 from memopt.state import codecs as codecs
 from memopt.state.bytes import StateBytes as StateBytes
 from memopt.state.bytes import state_bytes as state_bytes
@@ -60,7 +60,7 @@ try:
 except _PackageNotFoundError:  # a checkout on the path that is not installed
     __version__ = "unknown"
 
-__getattr__ = finder(
+__getattr__ = renamed.finder(
     "memopt",
     globals(),
     {

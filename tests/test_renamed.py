@@ -5,7 +5,7 @@ import optax
 import pytest
 
 import memopt
-from memopt import projectors
+from memopt import projectors, recombine
 
 OLD_NAMES = {
     "NoSuchPairing": memopt.IncompatiblePairingError,
@@ -42,6 +42,11 @@ def test_an_old_name_is_the_new_one_and_warns(old):
 def test_an_old_name_of_projectors_is_the_new_one_and_warns(old, new):
     with pytest.warns(DeprecationWarning, match=new.__name__):
         assert getattr(projectors, old) is new
+
+
+def test_an_old_name_of_recombine_is_the_new_one_and_warns():
+    with pytest.warns(DeprecationWarning, match="lift_and_residual"):
+        assert recombine.lift_and_rest is recombine.lift_and_residual
 
 
 @pytest.mark.parametrize("case", OLD_ARGUMENTS)

@@ -19,7 +19,7 @@ from memopt.transforms.adam import (
 )
 from memopt.transforms.decay import updated_weights
 from memopt.transforms.norm_growth import GrowthLimiter
-from memopt.transforms.recombine import lift_and_scaled_rest
+from memopt.transforms.recombine import lift_and_scaled_residual
 from memopt.transforms.subspace import in_subspace
 
 
@@ -110,9 +110,10 @@ def fira(
     if as_released:
         adam = scale_by_uncorrected_adam(b1, b2, eps)
         correction = optax.scale_by_schedule(adam_bias_correction(b1, b2))
-        subspace = project(adam, recombine=lift_and_scaled_rest(scale, limiter, as_released=True))
+        rule = lift_and_scaled_residual(scale, limiter, as_released=True)
+        subspace = project(adam, recombine=rule)
         others = optax.chain(adam, correction)
         return finish(ending, subspace, correction, others=others, decayed=updated_weights)
     adam = scale_by_released_adam(b1, b2, eps)
-    subspace = project(adam, recombine=lift_and_scaled_rest(limiter=limiter))
+    subspace = project(adam, recombine=lift_and_scaled_residual(limiter=limiter))
     return finish(ending, subspace, optax.scale(scale), others=optax.scale_by_adam())

@@ -13,7 +13,7 @@ from memopt.renamed import keywords
 from memopt.transforms import projectors
 from memopt.transforms.factored import scale_by_factored_matrix_rms
 from memopt.transforms.matrix_rms import clip_by_matrix_rms, scale_by_parameter_rms
-from memopt.transforms.recombine import lift, lift_and_rest
+from memopt.transforms.recombine import lift, lift_and_residual
 from memopt.transforms.subspace import in_subspace
 
 
@@ -110,7 +110,7 @@ def flora(
     )
     ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
     if as_released:
-        newest = lift_and_rest(1 - b1, recover=b1)
+        newest = lift_and_residual(1 - b1, recover=b1)
         released = momentum(recombine=newest, refresh_phase=1)
         return finish(ending, normalize, released, clip, resize)
     return finish(ending, normalize, clip, resize, momentum(recombine=lift()))

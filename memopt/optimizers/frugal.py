@@ -12,7 +12,7 @@ from memopt.optimizers.by_partition import Ending, finish, inner_or_adam
 from memopt.optimizers.registry import method
 from memopt.transforms import projectors
 from memopt.transforms.moments import CarryOver
-from memopt.transforms.recombine import lift_and_rest, lift_and_sign
+from memopt.transforms.recombine import lift_and_residual, lift_and_sign
 from memopt.transforms.subspace import in_subspace
 
 
@@ -97,7 +97,7 @@ def frugal(
     subspace = in_subspace(
         inner=inner_or_adam(inner, frugal, b1=b1, b2=b2, eps=eps),
         projector=projectors.by_name(projector, frugal, density=density, seed=seed),
-        recombine=(lift_and_sign if inactive == "sign" else lift_and_rest)(scale),
+        recombine=(lift_and_sign if inactive == "sign" else lift_and_residual)(scale),
         refresh_every=refresh_every,
         on_refresh=on_refresh,
         refresh_phase=refresh_phase,

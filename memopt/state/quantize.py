@@ -223,10 +223,10 @@ def _columns(coded: Any, state: Any, scales_kept: int) -> tuple[Any, tuple[Any, 
     """Splits a tree of `Coded` into codes, in the boxes of `state`, and a tuple of scale trees."""
     codes = map_named(lambda _, x, coded: coded.codes, state, coded)
     return codes, transpose_tuples(
-        map_named(lambda _, x, coded: coded.scales, state, coded), state, scales_kept
+        map_named(lambda _, x, coded: coded.side_data, state, coded), state, scales_kept
     )
 
 
 def _scale_count(codec: Codec) -> int:
     """The number of arrays that a codec keeps beside the codes."""
-    return len(jax.eval_shape(codec.init, jax.ShapeDtypeStruct((1, 1), jnp.float32)).scales)
+    return len(jax.eval_shape(codec.init, jax.ShapeDtypeStruct((1, 1), jnp.float32)).side_data)

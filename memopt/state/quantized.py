@@ -83,7 +83,7 @@ def quantize_params(params: Any, codec: str | Codec = "int8", *, matrices: Matri
         coded = jax.eval_shape(encode, x) if isinstance(x, jax.ShapeDtypeStruct) else encode(x)
         if isinstance(x, jax.ShapeDtypeStruct) and isinstance(x.sharding, NamedSharding):
             coded = jax.tree.map(lambda part: _placed(part, x.sharding), coded)
-        return Quantized(coded.codes, coded.scales, stored, jnp.dtype(x.dtype))
+        return Quantized(coded.codes, coded.side_data, stored, jnp.dtype(x.dtype))
 
     return map_matrices(store, params, matrices=matrices, default=every_matrix)
 
@@ -132,7 +132,7 @@ def apply_rounded_updates(
         if is_quantized(p):
             new = p.codec.decode(Coded(p.codes, p.scales)) + wide(u)
             coded = p.codec.encode(new, bits(), Coded(p.codes, p.scales))
-            return dataclasses.replace(p, codes=coded.codes, scales=coded.scales)
+            return dataclasses.replace(p, codes=coded.codes, scales=coded.side_data)
         if p.dtype == jnp.bfloat16:
             return BFloat16().encode(wide(p) + wide(u), bits()).codes
         return (p + u).astype(p.dtype)

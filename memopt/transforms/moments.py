@@ -15,7 +15,7 @@ from memopt.state.owners import parts
 class CarryOver:
     """Moves the moments of an Adam-like optimizer into a new subspace.
 
-    With T the r×r numbers that take coordinates of the old subspace to those of the new::
+    With T the r×r change of basis that takes coordinates of the old subspace to those of the new::
 
         M ← T M
         V ← |T² (V − M²) + (T M)²|           entries squared, moments corrected for their start
@@ -42,7 +42,7 @@ class CarryOver:
         self,
         state: Any,
         like: Any,
-        turn: Callable[[Any, int], Any],
+        carry: Callable[[Any, int], Any],
         steps: Array,
     ) -> Any:
         """The state with every moment shaped like `like` carried over; the rest as it is.
@@ -50,7 +50,7 @@ class CarryOver:
         Args:
           state: the inner optimizer's.
           like: the projected gradients.
-          turn: takes a tree of moments to the new subspace, by T to the given power.
+          carry: takes a tree of moments to the new subspace, by T to the given power.
           steps: how many the moments have seen.
         """
         t = jnp.maximum(steps, 1)
@@ -58,10 +58,10 @@ class CarryOver:
 
         def second(v: Any, m: Any) -> Any:
             if m is None:
-                return jax.tree.map(jnp.abs, turn(v, self.power))
+                return jax.tree.map(jnp.abs, carry(v, self.power))
             spread = jax.tree.map(lambda v, m: v / c2 - jnp.square(m / c1), v, m)
             rule = lambda s, m: c2 * jnp.abs(s + jnp.square(m / c1))
-            return jax.tree.map(rule, turn(spread, self.power), turn(m, 1))
+            return jax.tree.map(rule, carry(spread, self.power), carry(m, 1))
 
         moments = list(_moments(state, like))
 
@@ -73,7 +73,7 @@ class CarryOver:
         def carried(m: _Moment) -> Any:
             if m.order is None:
                 return m.tree
-            return turn(m.tree, 1) if m.order == 1 else second(m.tree, first_beside(m.place))
+            return carry(m.tree, 1) if m.order == 1 else second(m.tree, first_beside(m.place))
 
         structure: Any = jax.tree.structure(state)
         return structure.unflatten(jax.tree.leaves([carried(m) for m in moments]))

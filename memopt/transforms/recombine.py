@@ -1,7 +1,7 @@
 """Recombinations: from what an inner optimizer did in a subspace to a full-size update."""
 
-import abc
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from memopt import renamed
 from memopt.errors import IncompatiblePairingError, check_at_least, check_choice
 from memopt.transforms.norm_growth import GrowthLimiter
 from memopt.transforms.projectors import MatrixSpec, Projector
@@ -84,165 +85,24 @@ def norm(x: Array, axes: int | tuple[int, int]) -> Array:
     return jnp.sqrt(jnp.square(x).sum(axes, keepdims=True))
 
 
-class Recombine(abc.ABC):
+@dataclasses.dataclass(frozen=True)
+class Recombine:
     """A rule that forms a full-size update.
 
     Attributes:
+      update: maps a `Subspace` and the array kept between steps to the full-size update and the
+        array to keep, `NOTHING` for none.
+      init: maps a `MatrixSpec` to that array as zeros.
+      correct: maps the gradient that came, and that array, to the gradient that is projected.
+      check: raises `IncompatiblePairingError` for a projector with which the rule makes no sense.
       needs_squares: whether it needs the norms of the gradient's channels.
     """
 
-    @property
-    def needs_squares(self) -> bool:
-        """Not unless a rule says so."""
-        return False
-
-    def check(self, projector: Projector) -> None:
-        """Raises `IncompatiblePairingError` if this makes no sense with a projector."""
-        return
-
-    def init(self, spec: MatrixSpec) -> Any:
-        """The array of zeros that is kept between steps, or `NOTHING`."""
-        return NOTHING
-
-    def correct(self, gradient: Array, state: Any) -> Array:
-        """The gradient that is projected, from the one that came."""
-        return gradient
-
-    @abc.abstractmethod
-    def __call__(self, space: Subspace, state: Any) -> tuple[Array, Any]:
-        """The full-size update and the state to keep."""
-
-
-class Lift(Recombine):
-    """See `lift`."""
-
-    def __call__(self, space: Subspace, state: Any) -> tuple[Array, Any]:
-        """N in full size."""
-        return space.up(space.low_update), NOTHING
-
-
-@dataclasses.dataclass(frozen=True)
-class LiftAndSign(Recombine):
-    """See `lift_and_sign`."""
-
-    scale: float | Array
-
-    def __call__(self, space: Subspace, state: Any) -> tuple[Array, Any]:
-        """N in full size plus the signs of the rest."""
-        return space.up(space.low_update) + self.scale * jnp.sign(space.residual()), NOTHING
-
-
-@dataclasses.dataclass(frozen=True)
-class LiftAndRest(Recombine):
-    """See `lift_and_rest`."""
-
-    scale: float | Array
-    recover: float | Array
-
-    def __call__(self, space: Subspace, state: Any) -> tuple[Array, Any]:
-        """N in full size plus the rest."""
-        update = space.up(space.low_update) + self.scale * space.residual()
-        if isinstance(self.recover, float) and self.recover == 0:
-            return update, NOTHING
-        return update + self.recover * space.dropped_momentum(), NOTHING
-
-
-@dataclasses.dataclass(frozen=True)
-class LiftAndScaledRest(Recombine):
-    """See `lift_and_scaled_rest`."""
-
-    scale: float | Array
-    limiter: GrowthLimiter | None
-    as_released: bool
-
-    def check(self, projector: Projector) -> None:
-        """R needs a channel for each of G's."""
-        _check_channels("lift_and_scaled_rest", projector)
-
-    def init(self, spec: MatrixSpec) -> Any:
-        """The norm of each matrix's last rest, if its growth is limited."""
-        return NOTHING if self.limiter is None else jnp.zeros(spec.stack, spec.dtype)
-
-    def __call__(self, space: Subspace, state: Any) -> tuple[Array, Any]:
-        """N in full size plus the rest, scaled as N was."""
-        if self.as_released:
-            rest = space.gradient - self.scale * space.up(space.low_gradient)
-        else:
-            rest = space.residual()
-        rest = rest * space.ratio(space.low_axis)
-        if self.limiter is not None:
-            factor, state = self.limiter(norm(rest, (-2, -1))[..., 0, 0], state)
-            rest = rest * factor[..., None, None]
-        return self.scale * space.up(space.low_update) + rest, state
-
-
-@dataclasses.dataclass(frozen=True)
-class LiftWithErrorFeedback(Recombine):
-    """See `lift_with_error_feedback`."""
-
-    b1: float | Array
-
-    def check(self, projector: Projector) -> None:
-        """Errors must shrink when they are projected out."""
-        if not projector.orthonormal:
-            raise IncompatiblePairingError(
-                "lift_with_error_feedback needs a projector with orthonormal bases: the errors of "
-                f"a {type(projector).__name__} projector would grow without bound. Take "
-                "orthogonal, svd, randomized_svd, power_iteration, columns, coordinates or blocks."
-            )
-
-    def init(self, spec: MatrixSpec) -> Array:
-        """Zeros in full size, for what steps leave out."""
-        return jnp.zeros(spec.shape, spec.dtype)
-
-    def correct(self, gradient: Array, state: Array) -> Array:
-        """The gradient and what earlier steps left out."""
-        return gradient + state
-
-    def __call__(self, space: Subspace, state: Array) -> tuple[Array, Array]:
-        """N in full size."""
-        error = space.residual() + self.b1 / (1 - self.b1) * space.dropped_momentum()
-        return space.up(space.low_update), error
-
-
-@dataclasses.dataclass(frozen=True)
-class ScaleGradient(Recombine):
-    """See `scale_gradient`."""
-
-    per: str
-    limiter: GrowthLimiter | None
-
-    @property
-    def needs_squares(self) -> bool:
-        """For the norm that the limiter sees."""
-        return self.limiter is not None
-
-    def check(self, projector: Projector) -> None:
-        """R needs a channel for each of G's."""
-        _check_channels("scale_gradient", projector)
-
-    def init(self, spec: MatrixSpec) -> Any:
-        """The norm of each matrix's last update, if its growth is limited."""
-        return NOTHING if self.limiter is None else jnp.zeros(spec.stack, spec.dtype)
-
-    def __call__(self, space: Subspace, state: Any) -> tuple[Array, Any]:
-        """G times ‖N‖/‖R‖."""
-        axes = (-2, -1) if self.per == "matrix" else space.low_axis
-        scale = space.ratio(axes)
-        if self.limiter is not None:
-            # ‖G∘s‖ from the norms of G, so that G∘s is formed once, where it is used.
-            length = jnp.sqrt((jnp.square(scale) * space.squares).sum((-2, -1)))
-            factor, state = self.limiter(length, state)
-            scale = scale * factor[..., None, None]
-        return space.gradient * scale, state
-
-
-def _check_channels(name: str, projector: Projector) -> None:
-    if not projector.per_matrix:
-        raise IncompatiblePairingError(
-            f"{name} needs ‖N‖/‖R‖ for each matrix; a {type(projector).__name__} projector has it "
-            "only for the matrices that are chosen. Take lift, lift_and_sign or lift_and_rest."
-        )
+    update: Callable[[Subspace, Any], tuple[Array, Any]]
+    init: Callable[[MatrixSpec], Any] = lambda spec: NOTHING
+    correct: Callable[[Array, Any], Array] = lambda gradient, state: gradient
+    check: Callable[[Projector], None] = lambda projector: None
+    needs_squares: bool = False
 
 
 def lift() -> Recombine:
@@ -251,7 +111,7 @@ def lift() -> Recombine:
     References:
       Zhao et al., GaLore, 2024, https://arxiv.org/abs/2403.03507, Algorithm 2.
     """
-    return Lift()
+    return Recombine(lambda space, state: (space.up(space.low_update), NOTHING))
 
 
 def lift_and_sign(scale: float | Array = 1.0) -> Recombine:
@@ -263,16 +123,20 @@ def lift_and_sign(scale: float | Array = 1.0) -> Recombine:
     References:
       Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, Algorithm 1.
     """
-    return LiftAndSign(scale)
+
+    def update(space: Subspace, state: Any) -> tuple[Array, Any]:
+        return space.up(space.low_update) + scale * jnp.sign(space.residual()), NOTHING
+
+    return Recombine(update)
 
 
-def lift_and_rest(scale: float | Array = 1.0, *, recover: float | Array = 0.0) -> Recombine:
+def lift_and_residual(scale: float | Array = 1.0, *, recover: float | Array = 0.0) -> Recombine:
     """The inner update, lifted, and gradient descent outside: U = up(N) + scale·(G − up(R)).
 
     Args:
       scale: the learning rate outside the subspace, relative to that inside.
       recover: at a refresh, add this much of what the momentum loses with the old subspace.
-        With a momentum that decays by β₁ as the inner optimizer, ``lift_and_rest(1 - b1,
+        With a momentum that decays by β₁ as the inner optimizer, ``lift_and_residual(1 - b1,
         recover=b1)`` is Flora's released code: only what is older than this step is
         compressed, and not by a subspace that is younger.
 
@@ -280,16 +144,23 @@ def lift_and_rest(scale: float | Array = 1.0, *, recover: float | Array = 0.0) -
       Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, Algorithm 1; Hao et al.,
       Flora, 2024, https://arxiv.org/abs/2402.03293.
     """
-    return LiftAndRest(scale, recover)
+
+    def update(space: Subspace, state: Any) -> tuple[Array, Any]:
+        u = space.up(space.low_update) + scale * space.residual()
+        if isinstance(recover, float) and recover == 0:
+            return u, NOTHING
+        return u + recover * space.dropped_momentum(), NOTHING
+
+    return Recombine(update)
 
 
-def lift_and_scaled_rest(
+def lift_and_scaled_residual(
     scale: float | Array = 1.0,
     limiter: GrowthLimiter | None = None,
     *,
     as_released: bool = False,
 ) -> Recombine:
-    """The inner update, lifted, and the rest scaled as the inner update was.
+    """The inner update, lifted, and the residual scaled as the inner update was.
 
     ::
 
@@ -300,13 +171,26 @@ def lift_and_scaled_rest(
     Args:
       scale: of the lifted update, α.
       limiter: bounds the growth of the second term's norm. State: one number a matrix.
-      as_released: the rest is G − scale·up(R), as in the authors' code, where projecting back
+      as_released: the residual is G − scale·up(R), as in the authors' code, where projecting back
         always multiplies by α.
 
     References:
       Chen et al., Fira, 2024, https://arxiv.org/abs/2410.01623, Algorithm 1.
     """
-    return LiftAndScaledRest(scale, limiter, as_released)
+
+    def update(space: Subspace, state: Any) -> tuple[Array, Any]:
+        if as_released:
+            residual = space.gradient - scale * space.up(space.low_gradient)
+        else:
+            residual = space.residual()
+        residual = residual * space.ratio(space.low_axis)
+        if limiter is not None:
+            factor, state = limiter(norm(residual, (-2, -1))[..., 0, 0], state)
+            residual = residual * factor[..., None, None]
+        return scale * space.up(space.low_update) + residual, state
+
+    check = functools.partial(_check_channels, "lift_and_scaled_residual")
+    return Recombine(update, _norms(limiter), check=check)
 
 
 def lift_with_error_feedback(b1: float | Array = 0.0) -> Recombine:
@@ -328,7 +212,21 @@ def lift_with_error_feedback(b1: float | Array = 0.0) -> Recombine:
       Robert et al., LDAdam, 2024, https://arxiv.org/abs/2410.16103, section 3.3.
     """
     check_at_least("b1", b1, 0)
-    return LiftWithErrorFeedback(b1)
+
+    def check(projector: Projector) -> None:
+        if not projector.orthonormal:
+            raise IncompatiblePairingError(
+                "lift_with_error_feedback needs a projector with orthonormal bases: the errors of "
+                f"a {type(projector).__name__} projector would grow without bound. Take "
+                "orthogonal, svd, randomized_svd, power_iteration, columns, coordinates or blocks."
+            )
+
+    def update(space: Subspace, state: Array) -> tuple[Array, Array]:
+        error = space.residual() + b1 / (1 - b1) * space.dropped_momentum()
+        return space.up(space.low_update), error
+
+    zeros = lambda spec: jnp.zeros(spec.shape, spec.dtype)
+    return Recombine(update, zeros, lambda gradient, state: gradient + state, check)
 
 
 def scale_gradient(per: str = "channel", limiter: GrowthLimiter | None = None) -> Recombine:
@@ -347,4 +245,41 @@ def scale_gradient(per: str = "channel", limiter: GrowthLimiter | None = None) -
       Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270, section 4.
     """
     check_choice("per", per, ("channel", "matrix"))
-    return ScaleGradient(per, limiter)
+
+    def update(space: Subspace, state: Any) -> tuple[Array, Any]:
+        scale = space.ratio((-2, -1) if per == "matrix" else space.low_axis)
+        if limiter is not None:
+            # ‖G∘s‖ from the norms of G, so that G∘s is formed once, where it is used.
+            length = jnp.sqrt((jnp.square(scale) * space.squares).sum((-2, -1)))
+            factor, state = limiter(length, state)
+            scale = scale * factor[..., None, None]
+        return space.gradient * scale, state
+
+    check = functools.partial(_check_channels, "scale_gradient")
+    has_limiter = limiter is not None
+    return Recombine(update, _norms(limiter), check=check, needs_squares=has_limiter)
+
+
+def _norms(limiter: GrowthLimiter | None) -> Callable[[MatrixSpec], Any]:
+    """Zeros for the norm of each matrix's last update, if its growth is limited."""
+    return lambda spec: NOTHING if limiter is None else jnp.zeros(spec.stack, spec.dtype)
+
+
+def _check_channels(name: str, projector: Projector) -> None:
+    """Raises unless R has a channel for each of G's."""
+    if not projector.per_matrix:
+        raise IncompatiblePairingError(
+            f"{name} needs ‖N‖/‖R‖ for each matrix; a {type(projector).__name__} projector has it "
+            "only for the matrices that are chosen. Take lift, lift_and_sign or lift_and_residual."
+        )
+
+
+__getattr__ = renamed.finder(
+    "memopt.recombine",
+    globals(),
+    {
+        "lift_and_rest": "lift_and_residual",
+        "lift_and_scaled_rest": "lift_and_scaled_residual",
+        "Projected": "Subspace",
+    },
+)

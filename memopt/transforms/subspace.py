@@ -274,7 +274,7 @@ def leave_subspace(
         momentum=momentum,
         is_carried=carried,
     )
-    u, rule = recombine(space, rule)
+    u, rule = recombine.update(space, rule)
     return layout.from_matrices(u, gradient).astype(gradient.dtype), rule
 
 

@@ -61,7 +61,7 @@ def test_codes_are_those_of_the_cpu_bit_for_bit(name, kind):
 
     def there_and_back(x):
         coded = codec.encode(x, rounding_bits(x.shape, "up", step=3))
-        return coded.codes, coded.scales, codec.decode(coded)
+        return coded.codes, coded.side_data, codec.decode(coded)
 
     expected, found = on_both(there_and_back, x)
     jax.tree.map(np.testing.assert_array_equal, found, expected)

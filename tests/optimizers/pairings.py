@@ -89,9 +89,9 @@ INNERS = {
 RULES = {
     "lift": Rule(recombine.lift, nothing),
     "lift_and_sign": Rule(recombine.lift_and_sign, nothing),
-    "lift_and_rest": Rule(lambda: recombine.lift_and_rest(0.1, recover=0.9), nothing),
-    "lift_and_scaled_rest": Rule(
-        lambda: recombine.lift_and_scaled_rest(0.25, limiter), lambda k, m, n: k
+    "lift_and_residual": Rule(lambda: recombine.lift_and_residual(0.1, recover=0.9), nothing),
+    "lift_and_scaled_residual": Rule(
+        lambda: recombine.lift_and_scaled_residual(0.25, limiter), lambda k, m, n: k
     ),
     "lift_with_error_feedback": Rule(
         lambda: recombine.lift_with_error_feedback(0.9), lambda k, m, n: k * m * n
@@ -101,7 +101,7 @@ RULES = {
 
 SENSELESS = {
     *itertools.product(("gaussian", "rademacher", "sparse"), ("lift_with_error_feedback",)),
-    ("blocks", "lift_and_scaled_rest"),
+    ("blocks", "lift_and_scaled_residual"),
     ("blocks", "scale_gradient"),
 }
 """Projector and recombination that are refused."""

@@ -45,8 +45,8 @@ def numbers(name, shape=(6, 5, 200), seed=0):
 
 def coded_and_decoded(name, x, bits=NEAREST, like=None):
     codec = CODECS[name][0]
-    if like is not None and codec.is_unfit(like.scales):
-        like = like._replace(scales=codec.fit(like.scales, x))
+    if like is not None and codec.is_unfit(like.side_data):
+        like = like._replace(side_data=codec.fit(like.side_data, x))
     coded = jitted(codec.encode)(x, bits, like)
     return coded, jitted(codec.decode)(coded)
 
@@ -72,7 +72,7 @@ def test_codes_keep_the_shape_and_scales_all_but_the_last_axis(name, shape):
     assert back.dtype == jnp.float32
     last = {"Dynamic": 1, "BFloat16AndRemainder": shape[-1]}.get(type(codec).__name__)
     blocks = last or -(-shape[-1] // min(getattr(codec, "block", 0) or shape[-1], shape[-1]))
-    assert {s.shape for s in coded.scales} <= {(*shape[:-1], blocks)}
+    assert {s.shape for s in coded.side_data} <= {(*shape[:-1], blocks)}
     assert (np.abs(back - x) <= allowed(name, x)).all()
     again = jax.eval_shape(codec.encode, x, NEAREST, coded)
     assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, coded)
@@ -258,7 +258,7 @@ def test_the_upper_half_of_bfloat16_and_remainder_is_the_nearest():
     x = numbers("bfloat16+8")
     coded, _ = coded_and_decoded("bfloat16+8", x)
     assert (coded.codes == x.astype(jnp.bfloat16)).mean() > 0.99  # ties of the lower half apart
-    assert coded.scales[0].dtype == jnp.int8
+    assert coded.side_data[0].dtype == jnp.int8
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_hyperparameters_may_be_traced(transform):
         tx = memopt.in_subspace(
             optax.scale_by_adam(b1),
             projectors.power_iteration(2, rho=scale, b1=b1),
-            recombine.lift_and_rest(scale, recover=b1),
+            recombine.lift_and_residual(scale, recover=b1),
             refresh_every,
             memopt.CarryOver(b1, 0.999),
             refresh_phase=phase,

@@ -15,11 +15,12 @@ class Coded(NamedTuple):
 
     Attributes:
       codes: of the array's shape.
-      scales: what the codec keeps beside them, of that shape but for a shorter last axis.
+      side_data: what the codec keeps beside them, such as scales: arrays of that shape
+        but for a shorter last axis.
     """
 
     codes: Array
-    scales: tuple[Array, ...] = ()
+    side_data: tuple[Array, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +47,16 @@ class Codec(abc.ABC):
     def decode(self, coded: Coded) -> Array:
         """The numbers, float32."""
 
-    def is_unfit(self, scales: tuple[Array, ...]) -> Array | bool:
+    def is_unfit(self, side_data: tuple[Array, ...]) -> Array | bool:
         """Whether numbers outgrew their scales, which `fit` must see to before the next `encode`.
 
         Only of a codec that goes by the scales of the step before; others look at the numbers.
         """
         return False
 
-    def fit(self, scales: tuple[Array, ...], x: Array) -> tuple[Array, ...]:
+    def fit(self, side_data: tuple[Array, ...], x: Array) -> tuple[Array, ...]:
         """The scales by which `encode` is to go for numbers like `x`."""
-        return scales
+        return side_data
 
     def init(self, x: Any) -> Coded:
         """The codes of zeros with the shape, dtype and sharding of `x`."""

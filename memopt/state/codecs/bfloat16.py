@@ -42,5 +42,5 @@ class BFloat16AndRemainder(Codec):
     def decode(self, coded: Coded) -> Array:
         """Both halves put together."""
         upper = jax.lax.bitcast_convert_type(coded.codes, jnp.uint16).astype(jnp.int32)
-        words = (upper << 8) + coded.scales[0].astype(jnp.int32)
+        words = (upper << 8) + coded.side_data[0].astype(jnp.int32)
         return jax.lax.bitcast_convert_type(words << 8, jnp.float32)

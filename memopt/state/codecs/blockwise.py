@@ -139,7 +139,7 @@ class Integers(Blockwise):
     def encode(self, x: Array, bits: Array, like: Coded | None = None) -> Coded:
         """The code below, or the one above, as often as the number is nearer to it."""
         largest = self._per_block(jnp.max, jnp.abs(x))
-        old = jnp.zeros_like(largest) if like is None else like.scales[0]
+        old = jnp.zeros_like(largest) if like is None else like.side_data[0]
         scale = self._kept(old, largest)
         y = self._scaled(lambda x, inverse: jnp.abs(x) * inverse, x, reciprocal(scale))
         below = jnp.floor(jnp.minimum(_root(y, self.power) * self._top, self._top))
@@ -159,7 +159,7 @@ class Integers(Blockwise):
             y = code / self._top
             return (y if self.power == 1 else jnp.sign(y) * jnp.abs(y) ** self.power) * scale
 
-        return self._scaled(value, coded.codes, *coded.scales)
+        return self._scaled(value, coded.codes, *coded.side_data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,14 +190,14 @@ class Asymmetric(Blockwise):
         if like is None:
             step = _up_to_bfloat16(least * self.slack)
         else:
-            step = self._kept(like.scales[0], least)
+            step = self._kept(like.side_data[0], least)
         inverse = reciprocal(step)
         # The numbers in the middle of the codes, unless zero's old place will still do.
         zero = jnp.round((first + last - (high + low) * inverse) / 2)
         if like is not None:
-            old, near = like.scales[1].astype(jnp.float32), 1e-3  # near: up to rounding
+            old, near = like.side_data[1].astype(jnp.float32), 1e-3  # near: up to rounding
             fits = (low * inverse + old >= first - near) & (high * inverse + old <= last + near)
-            zero = jnp.where(fits & (step == like.scales[0].astype(jnp.float32)), old, zero)
+            zero = jnp.where(fits & (step == like.side_data[0].astype(jnp.float32)), old, zero)
         y = self._scaled(lambda x, inverse, zero: x * inverse + zero, x, inverse, zero)
         codes = jnp.clip(jnp.floor(y + _uniform(bits)), first, last).astype(f"int{self.bits}")
         return Coded(codes, (step.astype(jnp.bfloat16), zero.astype(jnp.int8)))
@@ -205,7 +205,7 @@ class Asymmetric(Blockwise):
     def decode(self, coded: Coded) -> Array:
         """The step times a code's distance from that of zero."""
         value = lambda code, step, zero: (code - zero) * step
-        return self._scaled(value, coded.codes, *coded.scales)
+        return self._scaled(value, coded.codes, *coded.side_data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +227,7 @@ class Float8(Blockwise):
         info = jnp.finfo(self.dtype)
         top = float(info.max)
         largest = self._per_block(jnp.max, jnp.abs(x)) / top
-        old = jnp.zeros_like(largest) if like is None else like.scales[0]
+        old = jnp.zeros_like(largest) if like is None else like.side_data[0]
         scale = self._kept(old, largest)
         y = self._scaled(jnp.multiply, x, reciprocal(scale))
         # Adding c, a power of two, to a number leaves it as many bits as the float8 has.
@@ -238,7 +238,7 @@ class Float8(Blockwise):
 
     def decode(self, coded: Coded) -> Array:
         """The codes in float32, times their block's scale."""
-        return self._scaled(jnp.multiply, coded.codes, *coded.scales)
+        return self._scaled(jnp.multiply, coded.codes, *coded.side_data)
 
 
 def _tiles(x: Array) -> Array:

@@ -70,17 +70,18 @@ class Dynamic(Codec):
         """The upper bits of the word of `_origin`, which coding subtracts: zero has code 0."""
         return int(np.float32(self._origin).view(np.int32)) >> self._dropped
 
-    def is_unfit(self, scales: tuple[Array, ...]) -> Array:
+    def is_unfit(self, side_data: tuple[Array, ...]) -> Array:
         """Whether the octave of some row is unknown."""
-        return jnp.isinf(scales[1]).any()
+        return jnp.isinf(side_data[1]).any()
 
-    def fit(self, scales: tuple[Array, ...], x: Array) -> tuple[Array, ...]:
+    def fit(self, side_data: tuple[Array, ...], x: Array) -> tuple[Array, ...]:
         """Takes unknown octaves from `x`, as if it were the numbers of the step before."""
-        return scales[0], jnp.where(jnp.isinf(scales[1]), _octave(x), scales[1])
+        scale, octave = side_data
+        return scale, jnp.where(jnp.isinf(octave), _octave(x), octave)
 
     def encode(self, x: Array, bits: Array, like: Coded | None = None) -> Coded:
         """Adds a random rest to a float32 and keeps its upper bits."""
-        before = _octave(x) if like is None else like.scales[1]
+        before = _octave(x) if like is None else like.side_data[1]
         scale = self._scale(before)
         codes, largest = jax.lax.platform_dependent(
             x,
@@ -134,7 +135,7 @@ class Dynamic(Codec):
         magnitudes = jnp.abs(codes) if self.signed else codes
         words = (magnitudes + self._offset) << self._dropped
         y = jax.lax.bitcast_convert_type(words, jnp.float32) - self._origin
-        return (jnp.where(codes < 0, -y, y) if self.signed else y) * coded.scales[0]
+        return (jnp.where(codes < 0, -y, y) if self.signed else y) * coded.side_data[0]
 
     def _octave_of(self, codes: Array) -> Array:
         """The power of two up to a code's number, the scale apart."""

@@ -14,7 +14,7 @@ longer; ``side="long"`` the other. All of them may carry leading stack axes; a P
 serves the whole stack. `columns`, `coordinates` and `blocks` select entries of G instead.
 """
 
-from memopt.renamed import finder
+from memopt import renamed
 from memopt.transforms.projectors.base import MatrixSpec as MatrixSpec
 from memopt.transforms.projectors.base import Projector as Projector
 from memopt.transforms.projectors.base import RefreshClock as RefreshClock
@@ -32,4 +32,6 @@ from memopt.transforms.projectors.singular import svd as svd
 from memopt.transforms.projectors.tracked import online_pca as online_pca
 from memopt.transforms.projectors.tracked import power_iteration as power_iteration
 
-__getattr__ = finder("memopt.projectors", globals(), {"Leaf": "MatrixSpec", "When": "RefreshClock"})
+__getattr__ = renamed.finder(
+    "memopt.projectors", globals(), {"Leaf": "MatrixSpec", "When": "RefreshClock"}
+)

@@ -232,17 +232,16 @@ class Projector(abc.ABC):
         return product("...rn,...sn->...rs" if self.is_left(spec) else "...mr,...ms->...rs", a, b)
 
     def carry(self, spec: MatrixSpec, old: Array, new: Array, low: Array, *, power: int) -> Array:
-        """Takes coordinates of an old subspace to a new one: down_new(up_old(R)), by r×r numbers.
+        """Takes coordinates of an old subspace to a new one: down_new(up_old(R)).
 
         Args:
           spec: the parameter.
           old: the basis that was in force.
           new: the basis that is.
           low: R, or the second moment of its entries.
-          power: to which those numbers are raised, 2 for a second moment.
+          power: to which the entries of the r×r change of basis are raised, 2 for a second moment.
         """
-        turn = product("...ms,...mr->...sr", new, old)
-        turn = turn**power
+        change_of_basis = product("...ms,...mr->...sr", new, old) ** power
         if self.is_left(spec):
-            return product("...sr,...rn->...sn", for_stack(turn, low), low)
-        return product("...mr,...sr->...ms", low, turn)
+            return product("...sr,...rn->...sn", for_stack(change_of_basis, low), low)
+        return product("...mr,...sr->...ms", low, change_of_basis)

@@ -67,8 +67,8 @@ class RandomizedSvd(Svd):
             low = self.down(spec, orthonormal(sketch), gradient)
             sketch, squares = self.correlation(spec, gradient, low), self.gram(spec, low, low)
         # Columns that are near orthogonal, the longest first, keep their directions in a QR.
-        turn = leading_eigenvectors(squares, r)
-        return orthonormal(product("...mk,...kr->...mr", sketch, turn))
+        rotation = leading_eigenvectors(squares, r)
+        return orthonormal(product("...mk,...kr->...mr", sketch, rotation))
 
     def sketch(self, spec: MatrixSpec, gradient: Array, key: Array) -> Array:
         """G Ω or GᵀΩ, side×k, with Ω = W ⊗ I: every so many lines are mixed by the same W."""
