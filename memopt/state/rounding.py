@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from memopt.shapes import Bits
+
 _GOLDEN = np.uint32(0x9E3779B9)  # 2³² divided by the golden ratio
 
 NEAREST = np.uint32(2**31)
@@ -17,7 +19,7 @@ NEAREST = np.uint32(2**31)
 
 def rounding_bits(
     shape: tuple[int, ...], name: str, step: Array | int, seed: int | Array = 0
-) -> Array:
+) -> Bits:
     """32 random bits for each number of an array, by which it is rounded up or down.
 
     They are a product of hashes, of (seed, name), row and column, plus `step` times 2³²/φ: uniform

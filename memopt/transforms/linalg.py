@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType, NamedSharding
 
+from memopt.shapes import Basis, Square
+
 
 def product(subscripts: str, a: Array, b: Array) -> Array:
     """``jnp.einsum`` of two stacks in full precision.
@@ -38,12 +40,12 @@ def replicate_axis(x: Array, axis: int) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, jax.P(*spec)))
 
 
-def for_stack(basis: Array, like: Array) -> Array:
+def for_stack(basis: Basis, like: Array) -> Basis:
     """The basis once for each matrix: a batched product that copies no transposed gradient."""
     return jnp.broadcast_to(basis, (*like.shape[:-2], *basis.shape[-2:]))
 
 
-def orthonormal(matrices: Array) -> Array:
+def orthonormal(matrices: Basis) -> Basis:
     """Orthonormal columns that span the columns of a stack of side×r matrices, r ≤ side.
 
     What is rank-deficient, zero too, is filled up with any directions.
@@ -56,7 +58,7 @@ def orthonormal(matrices: Array) -> Array:
     return _per_matrix(lambda x: jnp.linalg.qr(x)[0], matrices)
 
 
-def leading_eigenvectors(symmetric: Array, r: int) -> Array:
+def leading_eigenvectors(symmetric: Square, r: int) -> Basis:
     """The eigenvectors of the r largest eigenvalues, largest first: ``(*stack, side, r)``.
 
     The largest entry of each is positive, so that a vector does not turn round with the

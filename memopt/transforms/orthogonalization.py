@@ -18,6 +18,7 @@ from memopt.axis_types import on_auto_axes
 from memopt.errors import check_at_least
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.renamed import keywords
+from memopt.shapes import Stack
 from memopt.state.precision import statistics_dtype
 from memopt.transforms.per_matrix import per_matrix
 
@@ -99,13 +100,13 @@ def orthogonalize(
 
 
 def newton_schulz(
-    x: Array,
+    x: Stack,
     ns_steps: int = 5,
     ns_coeffs: Sequence[float] | Sequence[Sequence[float]] = NEWTON_SCHULZ_COEFFS,
     eps: float = 1e-7,
     *,
     dtype: DTypeLike | None = None,
-) -> Array:
+) -> Stack:
     """The iteration of `orthogonalize` on an array of matrices.
 
     Args:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType
 
+from memopt.shapes import Basis, Projected, Stack
 from memopt.state.precision import statistics_dtype
 from memopt.transforms.linalg import for_stack, product, replicate_axis
 
@@ -21,11 +22,11 @@ _BLOCK = 512  # rows and columns of a gradient that are in fast memory at a time
 _LANES, _SUBLANES = 128, 8  # arrays are stored in tiles of so many columns and rows
 _MOST_RESIDENT = 7e6  # bytes of P and two blocks of R in fast memory, which is 16 MiB at least
 
-Pair = tuple[Array, Array]
+Pair = tuple[Projected, Array]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def project_and_norm(basis: Array, gradient: Array, left: bool, split: jax.P | None = None) -> Pair:
+def project_and_norm(basis: Basis, gradient: Stack, left: bool, split: jax.P | None = None) -> Pair:
     """The gradient in a subspace, and the sum of squares of each of its channels.
 
     On a TPU the gradient is read once, as it comes: give it in its own dtype. Where it is known
@@ -63,7 +64,7 @@ def _jvp(left: bool, split: jax.P | None, primals: Any, tangents: Any) -> Any:
     return project_and_norm(*primals, left, split), slopes
 
 
-def _plain(basis: Array, gradient: Array, *, left: bool) -> Pair:
+def _plain(basis: Basis, gradient: Stack, *, left: bool) -> Pair:
     basis, g = replicate_axis(basis, -1), gradient.astype(statistics_dtype(gradient))
     if left:
         low = product("...mr,...mn->...rn", for_stack(basis, g), g)
@@ -74,7 +75,7 @@ def _plain(basis: Array, gradient: Array, *, left: bool) -> Pair:
 
 
 def _one_pass(
-    basis: Array, gradient: Array, left: bool, split: jax.P | None
+    basis: Basis, gradient: Stack, left: bool, split: jax.P | None
 ) -> Callable[..., Pair] | None:
     """The kernel for a gradient that is split so; None if XLA does as well, or must do it."""
     side, r = basis.shape
@@ -93,14 +94,14 @@ def _one_pass(
     return None
 
 
-def _on_shards(basis: Array, gradient: Array, *, left: bool, split: jax.P) -> Pair:
+def _on_shards(basis: Basis, gradient: Stack, *, left: bool, split: jax.P) -> Pair:
     """The kernel on each device's part."""
     side = -2 if left else -1
     projected, kept = split[side], list(split)
     kept[side] = None
     basis_spec, result_spec = jax.P(projected, None), jax.P(*kept)
 
-    def part(basis: Array, gradient: Array) -> Pair:
+    def part(basis: Basis, gradient: Stack) -> Pair:
         results = _kernel(basis, gradient, left=left)
         return results if projected is None else jax.lax.psum(results, projected)
 
@@ -113,7 +114,7 @@ def _on_shards(basis: Array, gradient: Array, *, left: bool, split: jax.P) -> Pa
     return one_pass(basis, gradient)
 
 
-def _kernel(basis: Array, gradient: Array, *, left: bool) -> Pair:
+def _kernel(basis: Basis, gradient: Stack, *, left: bool) -> Pair:
     """The kernel on axes in the order in which XLA stores them, so that it copies nothing.
 
     That is the one that wastes least of the tiles: columns whose number is no multiple of 128

@@ -11,6 +11,7 @@ from jax import Array
 
 from memopt import renamed
 from memopt.errors import IncompatiblePairingError, check_at_least, check_choice
+from memopt.shapes import Basis, Projected, Stack
 from memopt.transforms.norm_growth import GrowthLimiter
 from memopt.transforms.projectors import MatrixSpec, Projector
 from memopt.trees import NOTHING
@@ -37,14 +38,14 @@ class Subspace:
 
     projector: Projector
     spec: MatrixSpec
-    gradient: Array
-    basis: Array
-    low_gradient: Array
+    gradient: Stack
+    basis: Basis
+    low_gradient: Projected
     squares: Any
     previous_basis: Callable[[], Array]
     low_update: Any = None
-    old_momentum: Array | None = None
-    momentum: Array | None = None
+    old_momentum: Projected | None = None
+    momentum: Projected | None = None
     is_carried: Any = False
 
     @property
@@ -52,21 +53,21 @@ class Subspace:
         """The axis of R that counts its r dimensions, -2 or -1."""
         return -2 if self.projector.is_left(self.spec) else -1
 
-    def up(self, low: Array) -> Array:
+    def up(self, low: Projected) -> Stack:
         """Takes what is in the subspace to full size."""
         return self.projector.up(self.spec, self.basis, low)
 
-    def residual(self) -> Array:
+    def residual(self) -> Stack:
         """The part of the gradient outside the subspace: G − up(R)."""
         return self.projector.residual(self.spec, self.basis, self.gradient, self.low_gradient)
 
-    def carry(self, moment: Array, power: int) -> Array:
+    def carry(self, moment: Projected, power: int) -> Projected:
         """Takes a moment from the previous subspace to this one."""
         return self.projector.carry(
             self.spec, self.previous_basis(), self.basis, moment, power=power
         )
 
-    def dropped_momentum(self) -> Array:
+    def dropped_momentum(self) -> Stack:
         """The first moment that a refresh left behind in the previous subspace, in full size."""
         nothing = lambda: jnp.zeros_like(self.gradient)
         old, new = self.old_momentum, self.momentum
@@ -124,7 +125,7 @@ def lift_and_sign(scale: float | Array = 1.0) -> Recombine:
       Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, Algorithm 1.
     """
 
-    def update(space: Subspace, state: Any) -> tuple[Array, Any]:
+    def update(space: Subspace, state: Any) -> tuple[Stack, Any]:
         return space.up(space.low_update) + scale * jnp.sign(space.residual()), NOTHING
 
     return Recombine(update)
@@ -145,7 +146,7 @@ def lift_and_residual(scale: float | Array = 1.0, *, recover: float | Array = 0.
       Flora, 2024, https://arxiv.org/abs/2402.03293.
     """
 
-    def update(space: Subspace, state: Any) -> tuple[Array, Any]:
+    def update(space: Subspace, state: Any) -> tuple[Stack, Any]:
         u = space.up(space.low_update) + scale * space.residual()
         if isinstance(recover, float) and recover == 0:
             return u, NOTHING
@@ -178,7 +179,7 @@ def lift_and_scaled_residual(
       Chen et al., Fira, 2024, https://arxiv.org/abs/2410.01623, Algorithm 1.
     """
 
-    def update(space: Subspace, state: Any) -> tuple[Array, Any]:
+    def update(space: Subspace, state: Any) -> tuple[Stack, Any]:
         if as_released:
             residual = space.gradient - scale * space.up(space.low_gradient)
         else:
@@ -246,7 +247,7 @@ def scale_gradient(per: str = "channel", limiter: GrowthLimiter | None = None) -
     """
     check_choice("per", per, ("channel", "matrix"))
 
-    def update(space: Subspace, state: Any) -> tuple[Array, Any]:
+    def update(space: Subspace, state: Any) -> tuple[Stack, Any]:
         scale = space.ratio((-2, -1) if per == "matrix" else space.low_axis)
         if limiter is not None:
             # ‖G∘s‖ from the norms of G, so that G∘s is formed once, where it is used.

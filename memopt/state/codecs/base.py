@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from memopt.shapes import Bits, Numbers
 from memopt.state.precision import zeros_of
 
 
@@ -33,7 +34,7 @@ class Codec(abc.ABC):
     """
 
     @abc.abstractmethod
-    def encode(self, x: Array, bits: Array, like: Coded | None = None) -> Coded:
+    def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:
         """The codes of some numbers.
 
         Args:
@@ -44,7 +45,7 @@ class Codec(abc.ABC):
         """
 
     @abc.abstractmethod
-    def decode(self, coded: Coded) -> Array:
+    def decode(self, coded: Coded) -> Numbers:
         """The numbers, float32."""
 
     def is_unfit(self, side_data: tuple[Array, ...]) -> Array | bool:
@@ -67,11 +68,11 @@ class Codec(abc.ABC):
 class AsIs(Codec):
     """Numbers as they are."""
 
-    def encode(self, x: Array, bits: Array, like: Coded | None = None) -> Coded:
+    def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:
         """Returns the numbers unchanged."""
         return Coded(x)
 
-    def decode(self, coded: Coded) -> Array:
+    def decode(self, coded: Coded) -> Numbers:
         """Returns the codes, which are the numbers."""
         return coded.codes
 

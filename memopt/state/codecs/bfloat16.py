@@ -4,8 +4,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
+from memopt.shapes import Bits, Numbers
 from memopt.state.codecs.base import Codec, Coded
 
 
@@ -13,13 +13,13 @@ from memopt.state.codecs.base import Codec, Coded
 class BFloat16(Codec):
     """bfloat16, rounded stochastically. Nothing but the codes is kept."""
 
-    def encode(self, x: Array, bits: Array, like: Coded | None = None) -> Coded:
+    def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:
         """The upper half of a float32 to which a random lower half is added."""
         words = jax.lax.bitcast_convert_type(x, jnp.uint32)
         rounded = jax.lax.bitcast_convert_type((words + (bits >> 16)) >> 16 << 16, jnp.float32)
         return Coded(jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16))
 
-    def decode(self, coded: Coded) -> Array:
+    def decode(self, coded: Coded) -> Numbers:
         """Widens the codes to float32."""
         return coded.codes.astype(jnp.float32)
 
@@ -31,7 +31,7 @@ class BFloat16AndRemainder(Codec):
     The bfloat16 half is the nearest to the number, so that a model may compute with it alone.
     """
 
-    def encode(self, x: Array, bits: Array, like: Coded | None = None) -> Coded:
+    def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:
         """The nearest bfloat16, and the difference in 256ths of its last place."""
         words = jax.lax.bitcast_convert_type(x, jnp.uint32) + (bits >> 24) >> 8
         upper = (words + 0x80) >> 8
@@ -39,7 +39,7 @@ class BFloat16AndRemainder(Codec):
         codes = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
         return Coded(codes, (remainder,))
 
-    def decode(self, coded: Coded) -> Array:
+    def decode(self, coded: Coded) -> Numbers:
         """Both halves put together."""
         upper = jax.lax.bitcast_convert_type(coded.codes, jnp.uint16).astype(jnp.int32)
         words = (upper << 8) + coded.side_data[0].astype(jnp.int32)

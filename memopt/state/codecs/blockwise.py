@@ -13,6 +13,7 @@ from jax import Array
 
 from memopt.axis_types import on_auto_axes, spec_of
 from memopt.errors import check_at_least, check_choice
+from memopt.shapes import Bits, Numbers
 from memopt.state.codecs.base import Codec, Coded, reciprocal
 
 BLOCK = 128
@@ -136,7 +137,7 @@ class Integers(Blockwise):
     def _dtype(self) -> Any:
         return jnp.dtype(f"{'' if self.signed else 'u'}int{self.bits}")
 
-    def encode(self, x: Array, bits: Array, like: Coded | None = None) -> Coded:
+    def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:
         """The code below, or the one above, as often as the number is nearer to it."""
         largest = self._per_block(jnp.max, jnp.abs(x))
         old = jnp.zeros_like(largest) if like is None else like.side_data[0]
@@ -152,7 +153,7 @@ class Integers(Blockwise):
         codes = jnp.where(x < 0, -codes, codes) if self.signed else codes
         return Coded(codes.astype(self._dtype), (scale.astype(jnp.bfloat16),))
 
-    def decode(self, coded: Coded) -> Array:
+    def decode(self, coded: Coded) -> Numbers:
         """The power of a code, times its block's scale."""
 
         def value(code: Array, scale: Array) -> Array:
@@ -181,7 +182,7 @@ class Asymmetric(Blockwise):
         super().__post_init__()
         check_choice("bits", self.bits, (4, 8))
 
-    def encode(self, x: Array, bits: Array, like: Coded | None = None) -> Coded:
+    def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:
         """The code below, or the one above, as often as the number is nearer to it."""
         first, last = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         low = jnp.minimum(self._per_block(jnp.min, x), 0)
@@ -202,7 +203,7 @@ class Asymmetric(Blockwise):
         codes = jnp.clip(jnp.floor(y + _uniform(bits)), first, last).astype(f"int{self.bits}")
         return Coded(codes, (step.astype(jnp.bfloat16), zero.astype(jnp.int8)))
 
-    def decode(self, coded: Coded) -> Array:
+    def decode(self, coded: Coded) -> Numbers:
         """The step times a code's distance from that of zero."""
         value = lambda code, step, zero: (code - zero) * step
         return self._scaled(value, coded.codes, *coded.side_data)
@@ -222,7 +223,7 @@ class Float8(Blockwise):
         super().__post_init__()
         check_choice("dtype", self.dtype, ("float8_e4m3fn", "float8_e5m2"))
 
-    def encode(self, x: Array, bits: Array, like: Coded | None = None) -> Coded:
+    def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:
         """A float32 to whose mantissa a random rest is added, cut to the float8's."""
         info = jnp.finfo(self.dtype)
         top = float(info.max)
@@ -236,7 +237,7 @@ class Float8(Blockwise):
         codes = jnp.clip(jnp.floor(y / step + _uniform(bits)) * step, -top, top)
         return Coded(codes.astype(self.dtype), (scale.astype(jnp.bfloat16),))
 
-    def decode(self, coded: Coded) -> Array:
+    def decode(self, coded: Coded) -> Numbers:
         """The codes in float32, times their block's scale."""
         return self._scaled(jnp.multiply, coded.codes, *coded.side_data)
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from memopt.errors import check_choice
+from memopt.shapes import Bits, Numbers
 from memopt.state.codecs.base import Codec, Coded, reciprocal
 
 
@@ -79,7 +80,7 @@ class Dynamic(Codec):
         scale, octave = side_data
         return scale, jnp.where(jnp.isinf(octave), _octave(x), octave)
 
-    def encode(self, x: Array, bits: Array, like: Coded | None = None) -> Coded:
+    def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:
         """Adds a random rest to a float32 and keeps its upper bits."""
         before = _octave(x) if like is None else like.side_data[1]
         scale = self._scale(before)
@@ -129,7 +130,7 @@ class Dynamic(Codec):
             return jnp.where(x < 0, -magnitudes, magnitudes).astype(jnp.int8)
         return jnp.maximum(magnitudes, 1).astype(jnp.uint8)
 
-    def decode(self, coded: Coded) -> Array:
+    def decode(self, coded: Coded) -> Numbers:
         """The float32 whose word begins with a code, times its row's scale."""
         codes = coded.codes.astype(jnp.int32)
         magnitudes = jnp.abs(codes) if self.signed else codes

@@ -12,6 +12,7 @@ from jax import Array
 
 from memopt.errors import check_at_least, check_choice
 from memopt.names import split_layer
+from memopt.shapes import Basis, Projected, Square, Stack
 from memopt.transforms.linalg import for_stack, product, replicate_axis
 
 SIDES = ("short", "long", "left", "right")
@@ -119,7 +120,7 @@ class Projector(abc.ABC):
             check_at_least("rank", self.rank, 1)
 
     @abc.abstractmethod
-    def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
+    def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
         """A fresh basis for a gradient ``(*stack, m, n)``: ``(*stack, side, r)`` or one for all."""
 
     @property
@@ -137,7 +138,7 @@ class Projector(abc.ABC):
         self,
         spec: MatrixSpec,
         kept: tuple[Array, ...],
-        gradient: Array,
+        gradient: Stack,
         clock: RefreshClock,
         momentum: Any,
     ) -> tuple[Array, tuple[Array, ...]]:
@@ -158,8 +159,8 @@ class Projector(abc.ABC):
         return basis, (basis,)
 
     def previous_basis(
-        self, spec: MatrixSpec, kept: tuple[Array, ...], gradient: Array, clock: RefreshClock
-    ) -> Array:
+        self, spec: MatrixSpec, kept: tuple[Array, ...], gradient: Stack, clock: RefreshClock
+    ) -> Basis:
         """The basis that a refresh due now replaces."""
         return kept[0] if self.stored else self.basis(spec, gradient, clock.before)
 
@@ -192,7 +193,7 @@ class Projector(abc.ABC):
             )
         return side, r
 
-    def down(self, spec: MatrixSpec, basis: Array, gradient: Array) -> Array:
+    def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> Projected:
         """The gradient in the subspace: PᵀG or G P."""
         basis = replicate_axis(basis, -1)
         if self.is_left(spec):
@@ -201,13 +202,13 @@ class Projector(abc.ABC):
         return replicate_axis(product("...mn,...nr->...mr", gradient, basis), -1)
 
     def down_and_squares(
-        self, spec: MatrixSpec, basis: Array, gradient: Array
-    ) -> tuple[Array, Array]:
+        self, spec: MatrixSpec, basis: Basis, gradient: Stack
+    ) -> tuple[Projected, Array]:
         """The gradient in the subspace, and each of its channels' sum of squares."""
         axis = -2 if self.is_left(spec) else -1
         return self.down(spec, basis, gradient), jnp.square(gradient).sum(axis, keepdims=True)
 
-    def up(self, spec: MatrixSpec, basis: Array, low: Array) -> Array:
+    def up(self, spec: MatrixSpec, basis: Basis, low: Projected) -> Stack:
         """Lifts what is in the subspace to full size: P R or R Pᵀ."""
         basis, low = (
             replicate_axis(basis, -1),
@@ -217,21 +218,23 @@ class Projector(abc.ABC):
             return product("...mr,...rn->...mn", for_stack(basis, low), low)
         return product("...mr,...nr->...mn", low, basis)
 
-    def residual(self, spec: MatrixSpec, basis: Array, gradient: Array, low: Array) -> Array:
+    def residual(self, spec: MatrixSpec, basis: Basis, gradient: Stack, low: Projected) -> Stack:
         """The part of the gradient outside the subspace: G − up(R)."""
         return gradient - self.up(spec, basis, low)
 
-    def correlation(self, spec: MatrixSpec, gradient: Array, low: Array) -> Array:
+    def correlation(self, spec: MatrixSpec, gradient: Stack, low: Projected) -> Basis:
         """The product of the gradient and its projection: G Rᵀ or GᵀR, side×r."""
         return product(
             "...mn,...rn->...mr" if self.is_left(spec) else "...mn,...mr->...nr", gradient, low
         )
 
-    def gram(self, spec: MatrixSpec, a: Array, b: Array) -> Array:
+    def gram(self, spec: MatrixSpec, a: Projected, b: Projected) -> Square:
         """The inner products of the r dimensions of two low arrays: A Bᵀ or AᵀB, r×r."""
         return product("...rn,...sn->...rs" if self.is_left(spec) else "...mr,...ms->...rs", a, b)
 
-    def carry(self, spec: MatrixSpec, old: Array, new: Array, low: Array, *, power: int) -> Array:
+    def carry(
+        self, spec: MatrixSpec, old: Basis, new: Basis, low: Projected, *, power: int
+    ) -> Projected:
         """Takes coordinates of an old subspace to a new one: down_new(up_old(R)).
 
         Args:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from memopt.shapes import Basis, Projected, Stack
 from memopt.transforms.linalg import orthonormal
 from memopt.transforms.project_and_norm import project_and_norm
 from memopt.transforms.projectors.base import MatrixSpec, Projector, RefreshClock
@@ -32,10 +33,10 @@ class RandomProjector(Projector):
     orthonormal: ClassVar[bool] = False
 
     @abc.abstractmethod
-    def entries(self, key: Array, shape: tuple[int, int]) -> Array:
+    def entries(self, key: Array, shape: tuple[int, int]) -> Basis:
         """Independent entries of mean 0 and variance 1, float32."""
 
-    def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
+    def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
         """Entries of variance 1/r, ``(side, r)``."""
         side, r = self.size(spec)
         key = spec.key(self.seed, clock.refresh)
@@ -46,8 +47,8 @@ class RandomProjector(Projector):
         return self.size(spec)
 
     def down_and_squares(
-        self, spec: MatrixSpec, basis: Array, gradient: Array
-    ) -> tuple[Array, Array]:
+        self, spec: MatrixSpec, basis: Basis, gradient: Stack
+    ) -> tuple[Projected, Array]:
         """Both in one pass over the gradient as it came, where there is a kernel for it."""
         given = gradient.astype(spec.gradient_dtype or spec.dtype)
         return project_and_norm(basis, given, self.is_left(spec), spec.split)
@@ -56,7 +57,7 @@ class RandomProjector(Projector):
 class Gaussian(RandomProjector):
     """Normal entries; see `gaussian`."""
 
-    def entries(self, key: Array, shape: tuple[int, int]) -> Array:
+    def entries(self, key: Array, shape: tuple[int, int]) -> Basis:
         """Standard normal numbers."""
         return jax.random.normal(key, shape, jnp.float32)
 
@@ -64,7 +65,7 @@ class Gaussian(RandomProjector):
 class Rademacher(RandomProjector):
     """Random signs; see `rademacher`."""
 
-    def entries(self, key: Array, shape: tuple[int, int]) -> Array:
+    def entries(self, key: Array, shape: tuple[int, int]) -> Basis:
         """±1, one random bit each."""
         count = shape[0] * shape[1]
         words = jax.random.bits(key, (-(-count // 32), 1), jnp.uint32)
@@ -75,7 +76,7 @@ class Rademacher(RandomProjector):
 class Sparse(RandomProjector):
     """Mostly zeros; see `sparse`."""
 
-    def entries(self, key: Array, shape: tuple[int, int]) -> Array:
+    def entries(self, key: Array, shape: tuple[int, int]) -> Basis:
         """√3 times -1, 0 or 1, of which two in three are 0."""
         third = jax.random.randint(key, shape, 0, 6)
         return np.sqrt(3.0) * jnp.where(third < 2, 2.0 * third - 1.0, 0.0).astype(jnp.float32)
@@ -86,7 +87,7 @@ class Orthogonal(Gaussian):
 
     orthonormal: ClassVar[bool] = True
 
-    def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
+    def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
         """Orthonormal columns that span what normal entries span."""
         return orthonormal(super().basis(spec, gradient, clock))
 

@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from memopt.errors import check_choice
+from memopt.shapes import Basis, Projected, Stack
 from memopt.transforms.projectors.base import MatrixSpec, Projector, RefreshClock
 from memopt.transforms.projectors.selected import Selected
 
@@ -43,7 +44,7 @@ class Replay(Projector):
         given = _first(self.matrices, spec).shape[-2:]
         return max(given), min(given)
 
-    def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
+    def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
         """The matrix last begun at this step, in this package's orientation."""
         tall = lambda b: b if b.shape[-2] >= b.shape[-1] else b.swapaxes(-1, -2)
         return _in_force(self.matrices, spec, clock, tall).astype(spec.dtype)
@@ -59,7 +60,7 @@ class ReplaySelected(Selected):
 
     matrices: Recorded = dataclasses.field(default_factory=dict)
 
-    def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
+    def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
         """The choice last begun at this step."""
         return _in_force(self.matrices, spec, clock, lambda chosen: chosen)
 
@@ -73,7 +74,7 @@ class ReplaySelected(Selected):
             return (*stack, len(chosen))
         return (*stack, len(chosen), n) if self.is_left(spec) else (*stack, m, len(chosen))
 
-    def down(self, spec: MatrixSpec, basis: Array, gradient: Array) -> Array:
+    def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> Projected:
         """The chosen lines or entries; of a matrix switched off zeros."""
         if basis.ndim == 0:
             return jnp.where(basis, gradient, 0)
@@ -81,7 +82,7 @@ class ReplaySelected(Selected):
             return gradient.reshape(*gradient.shape[:-2], -1)[..., basis]
         return jnp.take(gradient, basis, -2 if self.is_left(spec) else -1)
 
-    def up(self, spec: MatrixSpec, basis: Array, low: Array) -> Array:
+    def up(self, spec: MatrixSpec, basis: Basis, low: Projected) -> Stack:
         """The chosen entries in their places, zeros elsewhere."""
         if basis.ndim == 0:
             return jnp.where(basis, low, 0)
@@ -92,7 +93,7 @@ class ReplaySelected(Selected):
         index = (..., basis, slice(None)) if self.is_left(spec) else (..., basis)
         return jnp.zeros(spec.shape, low.dtype).at[index].set(low)
 
-    def _are_entries(self, spec: MatrixSpec, basis: Array | np.ndarray) -> bool:
+    def _are_entries(self, spec: MatrixSpec, basis: Basis | np.ndarray) -> bool:
         return basis.shape[0] > spec.shape[-2 if self.is_left(spec) else -1]
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from memopt.shapes import Basis, Projected, Stack
 from memopt.transforms.projectors.base import MatrixSpec, Projector, RefreshClock
 
 
@@ -17,14 +18,16 @@ class Selected(Projector):
     """Entries of G as they are; `up` puts them back in their places among zeros."""
 
     @abc.abstractmethod
-    def down(self, spec: MatrixSpec, basis: Array, gradient: Array) -> Array:
+    def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> Projected:
         """The chosen entries."""
 
     @abc.abstractmethod
-    def up(self, spec: MatrixSpec, basis: Array, low: Array) -> Array:
+    def up(self, spec: MatrixSpec, basis: Basis, low: Projected) -> Stack:
         """The chosen entries in their places, zeros elsewhere."""
 
-    def carry(self, spec: MatrixSpec, old: Array, new: Array, low: Array, *, power: int) -> Array:
+    def carry(
+        self, spec: MatrixSpec, old: Array, new: Array, low: Projected, *, power: int
+    ) -> Projected:
         """Keeps the entries that are chosen again; the new ones begin at zero."""
         return self.down(spec, new, self.up(spec, old, low))
 
@@ -57,23 +60,23 @@ class Strata(Selected):
         at = len(spec.shape) + self.axis(spec)
         return (*spec.shape[:at], math.prod(self.parts(spec)), *spec.shape[at + 1 :])
 
-    def down(self, spec: MatrixSpec, basis: Array, gradient: Array) -> Array:
+    def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> Projected:
         """The chosen entries: the axis is c times shorter."""
         strata = self._split(spec, gradient, self.every)
         chosen = jnp.where(self._is_chosen(spec, basis), strata, 0)
         return self._join(spec, chosen.sum(self.axis(spec) - 1, keepdims=True))
 
-    def up(self, spec: MatrixSpec, basis: Array, low: Array) -> Array:
+    def up(self, spec: MatrixSpec, basis: Basis, low: Projected) -> Stack:
         """The chosen entries in their places, zeros elsewhere."""
         strata = jnp.where(self._is_chosen(spec, basis), self._split(spec, low, 1), 0)
         return self._full(spec, strata)
 
-    def residual(self, spec: MatrixSpec, basis: Array, gradient: Array, low: Array) -> Array:
+    def residual(self, spec: MatrixSpec, basis: Basis, gradient: Stack, low: Projected) -> Stack:
         """The entries that are not chosen, read off the gradient alone."""
         strata = self._split(spec, gradient, self.every)
         return self._full(spec, jnp.where(self._is_chosen(spec, basis), 0, strata))
 
-    def _is_chosen(self, spec: MatrixSpec, basis: Array) -> Array:
+    def _is_chosen(self, spec: MatrixSpec, basis: Basis) -> Array:
         """Marks the chosen entries of an axis that is split into (b, c, width)."""
         at = basis.ndim + self.axis(spec)
         b, _ = self.parts(spec)
@@ -114,7 +117,7 @@ class Coordinates(Strata):
                 return length // (self.every * width), width
         return super().parts(spec)
 
-    def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
+    def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
         """Draws one entry of each stratum of each line."""
         return self._drawn(spec, clock, spec.shape[-2:], math.prod(self.parts(spec)))
 
@@ -131,11 +134,11 @@ class Coordinates(Strata):
 class Lines(Coordinates):
     """Rows, or columns, as many together as a tile is wide; see `columns`."""
 
-    def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
+    def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
         """Draws one tile of each stratum."""
         return self._drawn(spec, clock, (1, 1), self.parts(spec)[0])
 
-    def down(self, spec: MatrixSpec, basis: Array, gradient: Array) -> Array:
+    def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> Projected:
         """The chosen lines; whole tiles of rows are read by themselves."""
         b, width = self.parts(spec)
         if not self.is_left(spec) or width == 1:
@@ -160,7 +163,7 @@ class Blocks(Strata):
         """The stack's first axis."""
         return -len(spec.shape)
 
-    def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
+    def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
         """Draws one layer of each stratum; for a matrix by itself, says whether it is drawn."""
         key = spec.key(self.seed, clock.refresh)
         draw = lambda i: jax.random.randint(jax.random.fold_in(key, i), (), 0, self.every)
@@ -173,19 +176,19 @@ class Blocks(Strata):
         """The shape of the chosen layers; of a matrix by itself, its own."""
         return spec.shape if len(spec.shape) == 2 else super().projected_shape(spec)
 
-    def down(self, spec: MatrixSpec, basis: Array, gradient: Array) -> Array:
+    def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> Projected:
         """The chosen layers: the stack is c times shorter. A matrix by itself: it, or zeros."""
         if len(spec.shape) == 2:
             return jnp.where(basis, gradient, 0)
         return super().down(spec, basis, gradient)
 
-    def up(self, spec: MatrixSpec, basis: Array, low: Array) -> Array:
+    def up(self, spec: MatrixSpec, basis: Basis, low: Projected) -> Stack:
         """The chosen layers in their places, zeros elsewhere."""
         if len(spec.shape) == 2:
             return jnp.where(basis, low, 0)
         return super().up(spec, basis, low)
 
-    def residual(self, spec: MatrixSpec, basis: Array, gradient: Array, low: Array) -> Array:
+    def residual(self, spec: MatrixSpec, basis: Basis, gradient: Stack, low: Projected) -> Stack:
         """The other layers."""
         if len(spec.shape) == 2:
             return jnp.where(basis, 0, gradient)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from memopt.errors import check_at_least
+from memopt.shapes import Basis, Stack
 from memopt.transforms.linalg import leading_eigenvectors, orthonormal, product
 from memopt.transforms.projectors.base import MatrixSpec, Projector, RefreshClock
 
@@ -19,7 +20,7 @@ class Svd(Projector):
 
     stored: bool = True
 
-    def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
+    def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
         """Eigenvectors of G Gᵀ or GᵀG, whichever is smaller, taken to the projected side."""
         r = self.size(spec)[1]
         m, n = spec.shape[-2:]
@@ -57,7 +58,7 @@ class RandomizedSvd(Svd):
         if self.oversample is not None:
             check_at_least("oversample", self.oversample, 0)
 
-    def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
+    def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
         """The singular vectors of a sketch of the gradient, or of G GᵀQ with its basis Q."""
         r = self.size(spec)[1]
         sketch = self.sketch(spec, gradient, spec.key(self.seed, clock.refresh))
@@ -70,7 +71,7 @@ class RandomizedSvd(Svd):
         rotation = leading_eigenvectors(squares, r)
         return orthonormal(product("...mk,...kr->...mr", sketch, rotation))
 
-    def sketch(self, spec: MatrixSpec, gradient: Array, key: Array) -> Array:
+    def sketch(self, spec: MatrixSpec, gradient: Stack, key: Array) -> Basis:
         """G Ω or GᵀΩ, side×k, with Ω = W ⊗ I: every so many lines are mixed by the same W."""
         axis = -1 if self.is_left(spec) else -2
         r, more = self.size(spec)[1], self.oversample

@@ -9,6 +9,7 @@ import optax
 from jax import Array
 
 from memopt.errors import check_at_least
+from memopt.shapes import Basis, Stack
 from memopt.state.precision import zeros_of
 from memopt.transforms.linalg import for_stack, orthonormal, product
 from memopt.transforms.projectors.base import MatrixSpec, Projector, RefreshClock
@@ -31,7 +32,7 @@ class Tracked(Projector):
         """The projector of the first basis."""
         return self.start or randomized_svd(self.rank, side=self.side)
 
-    def basis(self, spec: MatrixSpec, gradient: Array, clock: RefreshClock) -> Array:
+    def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
         """The first basis, one for each matrix of the stack."""
         return for_stack(self.first.basis(spec, gradient, clock), gradient)
 
@@ -69,7 +70,7 @@ class OnlinePca(Tracked):
         self,
         spec: MatrixSpec,
         kept: tuple[Array, ...],
-        gradient: Array,
+        gradient: Stack,
         clock: RefreshClock,
         momentum: Any,
     ) -> tuple[Array, tuple[Array, ...]]:
@@ -84,7 +85,7 @@ class OnlinePca(Tracked):
         return basis, tuple(map(keep, (basis, *kept[1:]), moved))
 
     def _moved(
-        self, spec: MatrixSpec, kept: tuple[Array, ...], gradient: Array
+        self, spec: MatrixSpec, kept: tuple[Array, ...], gradient: Stack
     ) -> tuple[Array, ...]:
         """Basis and optimizer's state after a step down ‖PPᵀĜ − Ĝ‖² + λ‖PᵀP − I‖²."""
         basis, *leaves = kept
@@ -114,7 +115,7 @@ class PowerIteration(Tracked):
         self,
         spec: MatrixSpec,
         kept: tuple[Array, ...],
-        gradient: Array,
+        gradient: Stack,
         clock: RefreshClock,
         momentum: Any,
     ) -> tuple[Array, tuple[Array, ...]]:
@@ -126,8 +127,8 @@ class PowerIteration(Tracked):
         return basis, (basis,)
 
     def _further(
-        self, spec: MatrixSpec, basis: Array, gradient: Array, clock: RefreshClock, momentum: Any
-    ) -> Array:
+        self, spec: MatrixSpec, basis: Basis, gradient: Stack, clock: RefreshClock, momentum: Any
+    ) -> Basis:
         """An orthonormal basis of B BᵀP, with B = ρ·up(M̂) + (1−ρ)·G, which is never formed."""
         weight = 1.0 if momentum is None else 1 - self.rho
         low = weight * self.down(spec, basis, gradient)
