@@ -6,6 +6,7 @@ from memopt.optimizers.adafactor import adafactor as adafactor
 from memopt.optimizers.adalomo import adalomo as adalomo
 from memopt.optimizers.apollo import apollo as apollo
 from memopt.optimizers.apollo import apollo_mini as apollo_mini
+from memopt.optimizers.by_partition import Common as Common
 from memopt.optimizers.by_partition import matrices_and_rest as matrices_and_rest
 from memopt.optimizers.fira import fira as fira
 from memopt.optimizers.flora import flora as flora
@@ -22,4 +23,6 @@ from memopt.optimizers.registry import available as available
 from memopt.optimizers.registry import optimizer as optimizer
 
 if not TYPE_CHECKING:  # which reads the imports above
-    __all__ = sorted(("matrices_and_rest", "available", "optimizer", *available("memopt")))
+    __all__ = sorted(
+        ("Common", "matrices_and_rest", "available", "optimizer", *available("memopt"))
+    )

@@ -1,13 +1,12 @@
 """Adafactor."""
 
-from typing import Any
+from typing import Unpack
 
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import Ending, descend, matrices_and_rest
+from memopt.optimizers.by_partition import Common, finish, matrices_and_rest
 from memopt.optimizers.registry import method
 from memopt.renamed import keywords
 from memopt.state.precision import in_float32
@@ -32,11 +31,8 @@ def adafactor(
     scale_by_parameter: bool = True,
     eps: float = 1e-30,
     min_scale: float = 1e-3,
-    matrices: Matrices = None,
-    rest: optax.GradientTransformation | None = None,
-    weight_decay: float = 0.0,
-    weight_decay_mask: Any = None,
     as_released: bool = False,
+    **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
     """Adafactor: a second moment of m + n numbers for an m×n matrix.
 
@@ -53,13 +49,9 @@ def adafactor(
       scale_by_parameter: multiply the step by max(min_scale, RMS(W)).
       eps: ε₁, added to the squared gradient.
       min_scale: ε₂, the least parameter scale.
-      matrices: which leaves are factored, and of which axes; by default
-        `memopt.matrices.every_matrix`.
-      rest: what updates the leaves that are no hidden matrices; None is Adafactor for all.
-      weight_decay: decoupled decay, times the learning rate.
-      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
       as_released: as in transformers' Adafactor, the first moment averages what the learning
         rate already multiplies, and the decay is multiplied by max(min_scale, RMS(W)) too.
+      **common: see `memopt.Common`.
 
     References:
       Shazeer & Stern, Adafactor, 2018, https://arxiv.org/abs/1804.04235, Algorithms 4 to 6.
@@ -71,16 +63,18 @@ def adafactor(
       >>> memopt.state_bytes(tx, params).total                   # (16 + 8) floats and the count
       100
     """
+    matrices = common.get("matrices")
     steps = [scale_by_factored_matrix_rms(decay_rate, eps, matrices=matrices)]
     if clip_threshold is not None:
         steps.append(clip_by_matrix_rms(clip_threshold, matrices=matrices))
     if scale_by_parameter:
         steps.append(scale_by_parameter_rms(min_scale, matrices=matrices))
     moment = optax.identity() if b1 is None else in_float32(optax.ema(b1, debias=False))
-    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
     if as_released:
         rate = optax.scale_by_learning_rate(learning_rate)
         decayed = rms_scaled_weights(min_scale) if scale_by_parameter else weights
-        decay = decay_as_released(decayed, *ending[:3], matrices=matrices)
-        return matrices_and_rest(optax.chain(*steps, rate, moment, decay), rest, matrices)
-    return matrices_and_rest(optax.chain(*steps, moment, *descend(ending)), rest, matrices)
+        strength, mask = common.get("weight_decay", 0.0), common.get("weight_decay_mask")
+        decay = decay_as_released(decayed, learning_rate, strength, mask, matrices=matrices)
+        chain = optax.chain(*steps, rate, moment, decay)
+        return matrices_and_rest(chain, common.get("rest"), matrices)
+    return finish(learning_rate, *steps, moment, is_flat=True, **common)

@@ -1,11 +1,10 @@
 """AdaLomo."""
 
-from typing import Any
+from typing import Unpack
 
 import optax
 
-from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import Ending, descend, matrices_and_rest
+from memopt.optimizers.by_partition import Common, finish
 from memopt.optimizers.lomo import clip_entries
 from memopt.optimizers.registry import method
 from memopt.renamed import keywords
@@ -24,11 +23,8 @@ def adalomo(
     eps: float = 1e-30,
     min_scale: float = 1e-3,
     clip_value: float | None = None,
-    matrices: Matrices = None,
-    rest: optax.GradientTransformation | None = None,
-    weight_decay: float = 0.0,
-    weight_decay_mask: Any = None,
     as_released: bool = False,
+    **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
     """AdaLomo: LOMO with a factored second moment and updates normalised matrix by matrix.
 
@@ -43,13 +39,9 @@ def adalomo(
       eps: ε₁, added to the squared gradient.
       min_scale: ε₂, the least parameter scale.
       clip_value: the largest magnitude of a gradient's entry; None does not clip.
-      matrices: which leaves are factored, and of which axes; by default
-        `memopt.matrices.every_matrix`.
-      rest: what updates the leaves that are no hidden matrices; None is AdaLomo for all.
-      weight_decay: decoupled decay, times the learning rate.
-      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
       as_released: as in the authors' code, the decay is multiplied by max(min_scale, RMS(W)),
         as the step is.
+      **common: see `memopt.Common`.
 
     Raises:
       ValueError: if `clip_value` is negative.
@@ -63,11 +55,11 @@ def adalomo(
       >>> memopt.state_bytes(memopt.adalomo(1e-3), params).states    # 3·(16 + 8) and 8 floats
       {'norm': 32, 'w': 288}
     """
+    matrices = common.get("matrices")
     steps = (
         clip_entries(clip_value),
         scale_by_factored_matrix_rms(decay_rate, eps, matrices=matrices),
         normalize_by_group(clip_threshold, min_scale, matrices=matrices),
     )
     decayed = rms_scaled_weights(min_scale) if as_released else None
-    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
-    return matrices_and_rest(optax.chain(*steps, *descend(ending, decayed)), rest, matrices)
+    return finish(learning_rate, *steps, decayed=decayed, is_flat=True, **common)

@@ -1,13 +1,12 @@
 """APOLLO and APOLLO-Mini."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import optax
 from jax import Array
 
 from memopt.errors import check_at_least
-from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import Ending, finish
+from memopt.optimizers.by_partition import Common, finish
 from memopt.optimizers.registry import method, options_of
 from memopt.transforms import projectors
 from memopt.transforms.adam import adam_bias_correction, scale_by_uncorrected_adam
@@ -31,12 +30,9 @@ def apollo(
     growth_limit: float | None = 1.01,
     scale_front: bool = False,
     projector: projectors.Projector | str = "gaussian",
-    matrices: Matrices = None,
-    rest: optax.GradientTransformation | None = None,
-    weight_decay: float = 0.0,
-    weight_decay_mask: Any = None,
     seed: int | Array = 0,
     as_released: bool = False,
+    **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
     """APOLLO: SGD with a learning rate for each channel, learnt from a random projection.
 
@@ -66,17 +62,12 @@ def apollo(
       scale_front: multiply by √scale before the limiter instead of after it.
       projector: "gaussian" or "rademacher", or a projector of `memopt.projectors`, which then
         says rank and seed itself.
-      matrices: which leaves are hidden matrices, and of which axes; see
-        `memopt.hidden_matrices`. Square ones are projected along their rows, the inputs; for
-        kernels stored as (out, in), as in Equinox, pass ``matrices=memopt.out_in``.
-      rest: what updates the other leaves; by default AdamW at the same learning rate and decay.
-      weight_decay: decoupled decay, times the learning rate.
-      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
       seed: what the projections are drawn from.
       as_released: follow the authors' code: the limiter freezes a matrix after a gradient of
         zeros, decay applies to the weights after the step, the projection is kept (r numbers
         for each index of the shorter side), and the rest gets that code's Adam (ε before the
         bias correction).
+      **common: see `memopt.Common`.
 
     Raises:
       ValueError: if `rank`, `refresh_every` or `scale` is out of range, the rank larger than a
@@ -96,6 +87,7 @@ def apollo(
       >>> memopt.state_bytes(tx, params)["up/kernel"]            # (2·4·64 + 1) floats
       2052
     """
+    matrices = common.get("matrices")
     check_at_least("scale", scale, 0)
     adam = scale_by_uncorrected_adam(b1, b2, eps)
     limiter, limit = None, []
@@ -117,11 +109,10 @@ def apollo(
         *limit,
         optax.scale_by_schedule(adam_bias_correction(b1, b2)),
     )
-    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
     if as_released:
         others = optax.chain(adam, steps[-1])
-        return finish(ending, *steps, others=others, decayed=updated_weights)
-    return finish(ending, *steps, others=optax.scale_by_adam())
+        return finish(learning_rate, *steps, others=others, decayed=updated_weights, **common)
+    return finish(learning_rate, *steps, others=optax.scale_by_adam(), **common)
 
 
 @method()

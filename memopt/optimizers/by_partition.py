@@ -1,7 +1,7 @@
 """One method for the matrices, another for the rest; and how both end."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, TypedDict
 
 import optax
 
@@ -41,68 +41,69 @@ def matrices_and_rest(
     return reading_whole_trees(optax.partition({"matrices": method, "rest": rest}, labels))
 
 
-class Ending(NamedTuple):
-    """The arguments that every method has, and that `finish` looks at.
+class Common(TypedDict, total=False):
+    """Options that every method has.
 
     Attributes:
-      learning_rate: a number or a schedule.
+      matrices: which leaves are matrices, and which axes are their rows and columns; by default
+        the hidden matrices, see `memopt.hidden_matrices`, or every matrix where a method treats
+        all parameters alike. Rows are inputs: for kernels stored as (out, in), as in Equinox, pass
+        ``matrices=memopt.out_in``.
+      rest: updates the leaves that are no hidden matrices, instead of the method's default, which
+        is the method itself or else AdamW at the same learning rate and decay.
       weight_decay: decoupled decay, times the learning rate.
       weight_decay_mask: which leaves decay, as in ``optax.adamw``.
-      matrices: which leaves are hidden matrices, see `memopt.hidden_matrices`.
-      rest: updates the leaves that are none, instead of the method's default.
     """
 
-    learning_rate: optax.ScalarOrSchedule
-    weight_decay: float = 0.0
-    weight_decay_mask: Any = None
-    matrices: Matrices = None
-    rest: optax.GradientTransformation | None = None
-
-
-def descend(
-    ending: Ending, decayed: Decayed | None = None
-) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """Decay and learning rate, the last two steps of a chain.
-
-    Args:
-      ending: the method's arguments.
-      decayed: as in `finish`.
-    """
-    rate, decay = ending.learning_rate, (ending.weight_decay, ending.weight_decay_mask)
-    scale = optax.scale_by_learning_rate(rate)
-    if decayed is None:
-        return optax.add_decayed_weights(*decay), scale
-    return scale, decay_as_released(decayed, rate, *decay, matrices=ending.matrices)
+    matrices: Matrices
+    rest: optax.GradientTransformation | None
+    weight_decay: float
+    weight_decay_mask: Any
 
 
 def finish(
-    ending: Ending,
+    learning_rate: optax.ScalarOrSchedule,
     *steps: optax.GradientTransformation,
     others: optax.GradientTransformation | None = None,
     decayed: Decayed | None = None,
+    is_flat: bool = False,
+    matrices: Matrices = None,
+    rest: optax.GradientTransformation | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Ends a method: decay and learning rate after its steps, and `rest` for other parameters.
 
     Args:
-      ending: the method's arguments.
+      learning_rate: a number or a schedule.
       *steps: make a matrix's gradient the update that is to be subtracted.
       others: does so for leaves that are no hidden matrices, with float32 statistics, unless
-        `ending.rest` replaces it and its decay; None: the steps do.
+        `rest` replaces it and its decay; None: the steps do.
       decayed: decays after the learning rate, as in released code, see `decay_as_released`; None:
         the weights decay before it.
+      is_flat: whether decay and learning rate are in one chain with the steps, which saved states
+        depend on, or in a chain of their own.
+      matrices: see `Common`.
+      rest: see `Common`.
+      weight_decay: see `Common`.
+      weight_decay_mask: see `Common`.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> tx = finish(Ending(0.5, weight_decay=0.5), optax.scale(2.0))
+      >>> tx = finish(0.5, optax.scale(2.0), weight_decay=0.5)
       >>> w = jnp.array(4.0)
       >>> float(tx.update(jnp.array(1.0), tx.init(w), w)[0])              # -0.5·(2·1 + 0.5·4)
       -2.0
     """
-    last = descend(ending, decayed)
-    rest = ending.rest
+    decay, scale = (weight_decay, weight_decay_mask), optax.scale_by_learning_rate(learning_rate)
+    if decayed is None:
+        last = optax.add_decayed_weights(*decay), scale
+    else:
+        last = scale, decay_as_released(decayed, learning_rate, *decay, matrices=matrices)
     if rest is None and others is not None:
         rest = in_float32(optax.chain(others, *last))
-    return matrices_and_rest(optax.chain(*steps, optax.chain(*last)), rest, ending.matrices)
+    end = last if is_flat else (optax.chain(*last),)
+    return matrices_and_rest(optax.chain(*steps, *end), rest, matrices)
 
 
 def inner_or_adam(

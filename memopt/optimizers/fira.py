@@ -2,14 +2,13 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import optax
 from jax import Array
 
 from memopt.errors import check_at_least
-from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import Ending, finish
+from memopt.optimizers.by_partition import Common, finish
 from memopt.optimizers.registry import method
 from memopt.transforms import projectors
 from memopt.transforms.adam import (
@@ -36,12 +35,9 @@ def fira(
     eps: float = 1e-6,
     growth_limit: float | None = 1.01,
     projector: projectors.Projector | str = "randomized_svd",
-    matrices: Matrices = None,
-    rest: optax.GradientTransformation | None = None,
-    weight_decay: float = 0.0,
-    weight_decay_mask: Any = None,
     seed: int | Array = 0,
     as_released: bool = False,
+    **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
     """Fira: GaLore, and what is outside its subspace scaled as Adam scales what is inside.
 
@@ -68,17 +64,12 @@ def fira(
         gradient of zeros does not freeze its matrix, as it does in the released code.
       projector: "randomized_svd", "svd", any other name in `memopt.projectors`, or a projector,
         which then says its rank itself.
-      matrices: which leaves are hidden matrices, and of which axes; see
-        `memopt.hidden_matrices`. Square ones are projected along their rows, the inputs; for
-        kernels stored as (out, in), as in Equinox, pass ``matrices=memopt.out_in``.
-      rest: what updates the other leaves; by default AdamW at the same learning rate and decay.
-      weight_decay: decoupled decay, times the learning rate.
-      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
       seed: what random projectors draw from.
       as_released: follow the authors' code: N is corrected for the moments' start only after
         the limiter, scale multiplies P N alone, S is formed of G − scale · P R, the limiter
         freezes a matrix after a gradient of zeros, decay applies to the weights after the step,
         and the rest gets that code's Adam.
+      **common: see `memopt.Common`.
 
     Raises:
       ValueError: if `rank`, `refresh_every` or `scale` is out of range, the rank larger than a
@@ -97,6 +88,7 @@ def fira(
       >>> memopt.state_bytes(tx, params)["up/kernel"]            # 2·4·64 + 4·16 + 1 floats
       2308
     """
+    matrices = common.get("matrices")
     check_at_least("scale", scale, 0)
     project = functools.partial(
         in_subspace,
@@ -105,7 +97,6 @@ def fira(
         refresh_phase=refresh_phase,
         matrices=matrices,
     )
-    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
     limiter = None if growth_limit is None else GrowthLimiter(growth_limit, as_released)
     if as_released:
         adam = scale_by_uncorrected_adam(b1, b2, eps)
@@ -113,7 +104,11 @@ def fira(
         rule = lift_and_scaled_residual(scale, limiter, as_released=True)
         subspace = project(adam, recombine=rule)
         others = optax.chain(adam, correction)
-        return finish(ending, subspace, correction, others=others, decayed=updated_weights)
+        return finish(
+            learning_rate, subspace, correction, others=others, decayed=updated_weights, **common
+        )
     adam = scale_by_released_adam(b1, b2, eps)
     subspace = project(adam, recombine=lift_and_scaled_residual(limiter=limiter))
-    return finish(ending, subspace, optax.scale(scale), others=optax.scale_by_adam())
+    return finish(
+        learning_rate, subspace, optax.scale(scale), others=optax.scale_by_adam(), **common
+    )

@@ -1,13 +1,12 @@
 """Flora."""
 
 import functools
-from typing import Any
+from typing import Unpack
 
 import optax
 from jax import Array
 
-from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import Ending, finish
+from memopt.optimizers.by_partition import Common, finish
 from memopt.optimizers.registry import method
 from memopt.renamed import keywords
 from memopt.transforms import projectors
@@ -31,12 +30,9 @@ def flora(
     eps: float = 1e-30,
     min_scale: float = 1e-3,
     projector: projectors.Projector | str = "gaussian",
-    matrices: Matrices = None,
-    rest: optax.GradientTransformation | None = None,
-    weight_decay: float = 0.0,
-    weight_decay_mask: Any = None,
     seed: int | Array = 0,
     as_released: bool = False,
+    **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
     """Flora: Adafactor with a momentum that is kept in a random subspace.
 
@@ -63,18 +59,13 @@ def flora(
       min_scale: ε₂, the least parameter scale.
       projector: "gaussian", any other name in `memopt.projectors`, or a projector, which then
         says rank and seed itself.
-      matrices: which leaves have their momentum in a subspace, and of which axes, by default
-        `memopt.hidden_matrices`. Leaves that it is given and leaves out have a second
-        moment of full size; by default every matrix's is factored.
-      rest: what updates the other leaves.
-      weight_decay: decoupled decay, times the learning rate.
-      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
       seed: what the projections are drawn from.
       as_released: follow the authors' PyTorch code: the newest update enters uncompressed,
         clipping, by default at 1, and parameter scale, by default on, come after the momentum,
         and a new subspace comes one step earlier and is lifted from one step later. That code
         keeps the whole momentum of matrices with one side four times the other or below the
         rank; `matrices` can say so.
+      **common: see `memopt.Common`.
 
     Raises:
       ValueError: if `rank` or `refresh_every` is out of range, the rank larger than a matrix's
@@ -96,21 +87,23 @@ def flora(
     if as_released:
         clip_threshold = 1.0 if clip_threshold is None else clip_threshold
         scale_by_parameter = scale_by_parameter is not False
-    on = {"matrices": matrices}
-    normalize = scale_by_factored_matrix_rms(decay_rate, eps, **on)
-    clip = optax.identity() if clip_threshold is None else clip_by_matrix_rms(clip_threshold, **on)
-    resize = scale_by_parameter_rms(min_scale, **on) if scale_by_parameter else optax.identity()
+    matrices = common.get("matrices")
+    clip = resize = optax.identity()
+    normalize = scale_by_factored_matrix_rms(decay_rate, eps, matrices=matrices)
+    if clip_threshold is not None:
+        clip = clip_by_matrix_rms(clip_threshold, matrices=matrices)
+    if scale_by_parameter:
+        resize = scale_by_parameter_rms(min_scale, matrices=matrices)
     momentum = functools.partial(
         in_subspace,
         inner=optax.ema(b1, debias=False),
         projector=projectors.by_name(projector, flora, rank=rank, seed=seed),
         refresh_every=refresh_every,
         on_refresh="carry",
-        **on,
+        matrices=matrices,
     )
-    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
     if as_released:
         newest = lift_and_residual(1 - b1, recover=b1)
         released = momentum(recombine=newest, refresh_phase=1)
-        return finish(ending, normalize, released, clip, resize)
-    return finish(ending, normalize, clip, resize, momentum(recombine=lift()))
+        return finish(learning_rate, normalize, released, clip, resize, **common)
+    return finish(learning_rate, normalize, clip, resize, momentum(recombine=lift()), **common)

@@ -1,14 +1,13 @@
 """FRUGAL."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import optax
 from jax import Array
 
 from memopt.errors import check_choice
-from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import Ending, finish, inner_or_adam
+from memopt.optimizers.by_partition import Common, finish, inner_or_adam
 from memopt.optimizers.registry import method
 from memopt.transforms import projectors
 from memopt.transforms.moments import CarryOver
@@ -31,12 +30,9 @@ def frugal(
     eps: float = 1e-8,
     inner: optax.GradientTransformation | None = None,
     projector: projectors.Projector | str = "columns",
-    matrices: Matrices = None,
-    rest: optax.GradientTransformation | None = None,
-    weight_decay: float = 0.0,
-    weight_decay_mask: Any = None,
     seed: int | Array = 0,
     as_released: bool = False,
+    **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
     """FRUGAL: Adam for a part of each gradient, sign descent for the rest.
 
@@ -67,14 +63,10 @@ def frugal(
       projector: "columns", "coordinates", "blocks" (whole layers of a stack), "svd",
         "orthogonal", any other name in `memopt.projectors`, or a projector, which then says
         density or rank itself.
-      matrices: which leaves are hidden matrices, and of which axes; see
-        `memopt.hidden_matrices`.
-      rest: what updates the other leaves; by default AdamW at the same learning rate and decay.
-      weight_decay: decoupled decay, times the learning rate.
-      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
       seed: what the choices depend on.
       as_released: changes nothing, since the authors' code does what the paper says; only how a
         choice is drawn differs: there any lines, here one of every 1/ρ.
+      **common: see `memopt.Common`.
 
     Raises:
       ValueError: if `density` or `refresh_every` is out of range, `inactive` unknown, or an option
@@ -93,6 +85,7 @@ def frugal(
       >>> memopt.state_bytes(tx, params)["up/kernel"]            # 2·16·16 floats
       2048
     """
+    matrices = common.get("matrices")
     check_choice("inactive", inactive, ("sign", "sgd"))
     subspace = in_subspace(
         inner=inner_or_adam(inner, frugal, b1=b1, b2=b2, eps=eps),
@@ -103,5 +96,4 @@ def frugal(
         refresh_phase=refresh_phase,
         matrices=matrices,
     )
-    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
-    return finish(ending, subspace, others=optax.scale_by_adam())
+    return finish(learning_rate, subspace, others=optax.scale_by_adam(), **common)

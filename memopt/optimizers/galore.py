@@ -2,14 +2,13 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import optax
 from jax import Array
 
 from memopt.errors import check_at_least
-from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import Ending, finish, inner_or_adam
+from memopt.optimizers.by_partition import Common, finish, inner_or_adam
 from memopt.optimizers.registry import method
 from memopt.transforms import projectors
 from memopt.transforms.adam import scale_by_released_adam
@@ -31,12 +30,9 @@ def galore(
     eps: float = 1e-6,
     inner: optax.GradientTransformation | None = None,
     projector: projectors.Projector | str = "randomized_svd",
-    matrices: Matrices = None,
-    rest: optax.GradientTransformation | None = None,
-    weight_decay: float = 0.0,
-    weight_decay_mask: Any = None,
     seed: int | Array = 0,
     as_released: bool = False,
+    **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore: Adam in the subspace of the gradient's leading singular vectors.
 
@@ -61,15 +57,10 @@ def galore(
       inner: runs in the subspace in Adam's place: any Optax transformation.
       projector: "randomized_svd", "svd", any other name in `memopt.projectors`, or a projector,
         which then says its rank itself.
-      matrices: which leaves are hidden matrices, and of which axes; see
-        `memopt.hidden_matrices`. Square ones are projected along their rows, the inputs; for
-        kernels stored as (out, in), as in Equinox, pass ``matrices=memopt.out_in``.
-      rest: what updates the other leaves; by default AdamW at the same learning rate and decay.
-      weight_decay: decoupled decay, times the learning rate.
-      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
       seed: what random projectors draw from.
       as_released: follow the authors' code: ε is added before Adam's bias correction, for the
         rest too, and decay applies to the weights after the step.
+      **common: see `memopt.Common`.
 
     Raises:
       ValueError: if `rank`, `refresh_every` or `scale` is out of range, the rank larger than a
@@ -89,6 +80,7 @@ def galore(
       >>> memopt.state_bytes(tx, params)["up/kernel"]            # 2·4·64 + 4·16 floats
       2304
     """
+    matrices = common.get("matrices")
     check_at_least("scale", scale, 0)
     project = functools.partial(
         in_subspace,
@@ -98,10 +90,11 @@ def galore(
         refresh_phase=refresh_phase,
         matrices=matrices,
     )
-    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
     if as_released:
         adam = scale_by_released_adam(b1, b2, eps)
         steps = (project(inner or adam), optax.scale(scale))
-        return finish(ending, *steps, others=adam, decayed=updated_weights)
+        return finish(learning_rate, *steps, others=adam, decayed=updated_weights, **common)
     adam = inner_or_adam(inner, galore, b1=b1, b2=b2, eps=eps)
-    return finish(ending, project(adam), optax.scale(scale), others=optax.scale_by_adam())
+    return finish(
+        learning_rate, project(adam), optax.scale(scale), others=optax.scale_by_adam(), **common
+    )

@@ -1,12 +1,11 @@
 """LDAdam."""
 
-from typing import Any
+from typing import Unpack
 
 import optax
 from jax import Array
 
-from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import Ending, finish
+from memopt.optimizers.by_partition import Common, finish
 from memopt.optimizers.registry import method
 from memopt.transforms import projectors
 from memopt.transforms.moments import CarryOver
@@ -26,12 +25,9 @@ def ldadam(
     b2: float = 0.99,
     eps: float = 1e-8,
     projector: projectors.Projector | str = "power_iteration",
-    matrices: Matrices = None,
-    rest: optax.GradientTransformation | None = None,
-    weight_decay: float = 0.0,
-    weight_decay_mask: Any = None,
     seed: int | Array = 0,
     as_released: bool = False,
+    **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
     """LDAdam: Adam in a subspace that moves at each step, and that forgets nothing.
 
@@ -60,15 +56,10 @@ def ldadam(
       eps: added to the root of the second moment.
       projector: "power_iteration", any other name in `memopt.projectors`, or a projector, which
         then says its rank itself.
-      matrices: which leaves are hidden matrices, and of which axes; see
-        `memopt.hidden_matrices`. Square ones are projected along their rows, the inputs; for
-        kernels stored as (out, in), as in Equinox, pass ``matrices=memopt.out_in``.
-      rest: what updates the other leaves; by default AdamW at the same learning rate and decay.
-      weight_decay: decoupled decay, times the learning rate.
-      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
       seed: what random projectors draw from.
       as_released: follow the authors' code, which squares T² once more, and gives the rest
         the same b1 and b2.
+      **common: see `memopt.Common`.
 
     Raises:
       ValueError: if `rank` or `refresh_every` is out of range, the rank larger than a matrix's
@@ -88,6 +79,7 @@ def ldadam(
       >>> memopt.state_bytes(tx, params)["up/kernel"]            # 2·4·64 + 4·16 floats
       2304
     """
+    matrices = common.get("matrices")
     subspace = in_subspace(
         inner=optax.scale_by_adam(b1, b2, eps),
         projector=projectors.by_name(
@@ -99,5 +91,4 @@ def ldadam(
         matrices=matrices,
     )
     others = optax.scale_by_adam(b1, b2) if as_released else optax.scale_by_adam()
-    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
-    return finish(ending, subspace, others=others)
+    return finish(learning_rate, subspace, others=others, **common)

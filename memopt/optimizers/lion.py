@@ -1,12 +1,11 @@
 """Lion."""
 
-from typing import Any
+from typing import Unpack
 
 import optax
 from jax.typing import DTypeLike
 
-from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import Ending, descend, matrices_and_rest
+from memopt.optimizers.by_partition import Common, finish
 from memopt.optimizers.registry import method
 from memopt.transforms.sign_momentum import scale_by_sign_momentum
 
@@ -18,11 +17,8 @@ def lion(
     b1: float = 0.9,
     b2: float = 0.99,
     mu_dtype: DTypeLike | None = None,
-    matrices: Matrices = None,
-    rest: optax.GradientTransformation | None = None,
-    weight_decay: float = 0.0,
-    weight_decay_mask: Any = None,
     as_released: bool = False,
+    **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
     """Lion: the sign of an interpolated momentum.
 
@@ -34,12 +30,9 @@ def lion(
       b1: the weight of the momentum in the update.
       b2: the decay of the momentum.
       mu_dtype: the momentum's dtype; by default the parameter's.
-      matrices: which leaves are hidden matrices, where `rest` is given.
-      rest: what updates the leaves that are no hidden matrices; None is Lion for all.
-      weight_decay: decoupled decay, times the learning rate.
-      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
       as_released: changes nothing, since the authors' code does what the paper says; every
         method has this switch.
+      **common: see `memopt.Common`.
 
     References:
       Chen et al., Symbolic Discovery of Optimization Algorithms, 2023,
@@ -52,6 +45,5 @@ def lion(
       >>> state = tx.init(params)
       >>> updates, state = tx.update({"w": jnp.ones((4, 4))}, state, params)
     """
-    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
     momentum = scale_by_sign_momentum(b1, b2, mu_dtype=mu_dtype)
-    return matrices_and_rest(optax.chain(momentum, *descend(ending)), rest, matrices)
+    return finish(learning_rate, momentum, is_flat=True, **common)

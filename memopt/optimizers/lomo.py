@@ -1,12 +1,11 @@
 """LOMO."""
 
-from typing import Any
+from typing import Unpack
 
 import optax
 
 from memopt.errors import check_at_least
-from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import Ending, finish
+from memopt.optimizers.by_partition import Common, finish
 from memopt.optimizers.registry import method
 
 
@@ -15,11 +14,8 @@ def lomo(
     learning_rate: optax.ScalarOrSchedule,
     *,
     clip_value: float | None = None,
-    matrices: Matrices = None,
-    rest: optax.GradientTransformation | None = None,
-    weight_decay: float = 0.0,
-    weight_decay_mask: Any = None,
     as_released: bool = False,
+    **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
     """LOMO: stochastic gradient descent, to be run while the backward pass is.
 
@@ -30,12 +26,9 @@ def lomo(
     Args:
       learning_rate: a number or a schedule; a schedule keeps its step count.
       clip_value: the largest magnitude of a gradient's entry; None does not clip.
-      matrices: which leaves are hidden matrices, where `rest` is given.
-      rest: what updates the leaves that are no hidden matrices; None is LOMO for all.
-      weight_decay: decoupled decay, times the learning rate.
-      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
       as_released: changes nothing, since the authors' code does what the paper says; every
         method has this switch.
+      **common: see `memopt.Common`.
 
     Raises:
       ValueError: if `clip_value` is negative.
@@ -51,8 +44,7 @@ def lomo(
       >>> [round(float(u), 3) for u in updates]
       [-0.05, 0.1]
     """
-    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
-    return finish(ending, clip_entries(clip_value))
+    return finish(learning_rate, clip_entries(clip_value), **common)
 
 
 def clip_entries(clip_value: float | None) -> optax.GradientTransformation:

@@ -1,14 +1,13 @@
 """Muon."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import jax.numpy as jnp
 import optax
 
 from memopt.errors import check_at_least
-from memopt.matrices import Matrices
-from memopt.optimizers.by_partition import Ending, finish
+from memopt.optimizers.by_partition import Common, finish
 from memopt.optimizers.registry import method
 from memopt.state.precision import in_float32
 from memopt.transforms.orthogonalization import (
@@ -29,11 +28,8 @@ def muon(
     eps: float = 1e-7,
     consistent_rms: float | None = None,
     replica_axis: str = "data",
-    matrices: Matrices = None,
-    rest: optax.GradientTransformation | None = None,
-    weight_decay: float = 0.0,
-    weight_decay_mask: Any = None,
     as_released: bool = False,
+    **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
     """Muon: momentum, made orthogonal by Newton–Schulz.
 
@@ -59,13 +55,8 @@ def muon(
         square; 0.2 is about AdamW's, whose learning rate and decay then serve both.
       replica_axis: the mesh axis over which parameters are copied, if there is one; numbers do not
         depend on it.
-      matrices: which leaves are hidden matrices, and of which axes; see
-        `memopt.hidden_matrices`. Rows are inputs; for kernels stored as (out, in), as in
-        Equinox, pass ``matrices=memopt.out_in``, or the scale is √max(1, m/n).
-      rest: what updates the other leaves; by default AdamW at the same learning rate and decay.
-      weight_decay: decoupled decay, times the learning rate.
-      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
       as_released: iterate in bfloat16, as the authors' code does.
+      **common: see `memopt.Common`.
 
     Raises:
       ValueError: if `ns_steps` is below 1, `consistent_rms` negative, or `ns_coeffs` no threes.
@@ -81,15 +72,16 @@ def muon(
       >>> memopt.state_bytes(memopt.muon(2e-2), params)["up/kernel"]   # 64·16 floats
       4096
     """
+    matrices = common.get("matrices")
     check_at_least("consistent_rms", consistent_rms, 0)
     dtype = jnp.bfloat16 if as_released else None
-    ending = Ending(learning_rate, weight_decay, weight_decay_mask, matrices, rest)
     return finish(
-        ending,
+        learning_rate,
         in_float32(optax.trace(beta, nesterov)),
         orthogonalize(
             ns_steps, ns_coeffs, eps, dtype=dtype, replica_axis=replica_axis, matrices=matrices
         ),
         scale_by_matrix_shape(consistent_rms, matrices=matrices),
         others=optax.scale_by_adam(),
+        **common,
     )

@@ -1,11 +1,11 @@
 """Online Subspace Descent."""
 
-from typing import Any
+from typing import Unpack
 
 import optax
 
 from memopt.errors import check_unused
-from memopt.matrices import Matrices
+from memopt.optimizers.by_partition import Common
 from memopt.optimizers.galore import galore
 from memopt.optimizers.registry import method
 from memopt.transforms import projectors
@@ -25,11 +25,8 @@ def online_subspace_descent(
     b2: float = 0.999,
     eps: float = 1e-6,
     inner: optax.GradientTransformation | None = None,
-    matrices: Matrices = None,
-    rest: optax.GradientTransformation | None = None,
-    weight_decay: float = 0.0,
-    weight_decay_mask: Any = None,
     as_released: bool = False,
+    **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
     """Online Subspace Descent: GaLore whose subspace takes a step of its own at each step.
 
@@ -58,14 +55,9 @@ def online_subspace_descent(
       b2: decay of the second moment.
       eps: added to the root of the second moment.
       inner: runs in the subspace in Adam's place: any Optax transformation.
-      matrices: which leaves are hidden matrices, and of which axes; see
-        `memopt.hidden_matrices`. Square ones are projected along their rows, the inputs; for
-        kernels stored as (out, in), as in Equinox, pass ``matrices=memopt.out_in``.
-      rest: what updates the other leaves; by default AdamW at the same learning rate and decay.
-      weight_decay: decoupled decay, times the learning rate.
-      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
       as_released: follow the authors' code: no penalty, AdamW with decay 0.01 for P, and for
         everything else as `galore` does.
+      **common: see `memopt.Common`.
 
     Raises:
       ValueError: if `rank` or `scale` is out of range, the rank larger than a matrix's side, or
@@ -106,9 +98,6 @@ def online_subspace_descent(
         eps=eps,
         inner=inner,
         projector=projector,
-        matrices=matrices,
-        rest=rest,
-        weight_decay=weight_decay,
-        weight_decay_mask=weight_decay_mask,
         as_released=as_released,
+        **common,
     )

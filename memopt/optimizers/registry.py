@@ -4,6 +4,7 @@ Whatever lists methods (`memopt.available`, the command line, README's table, be
 tables) reads it here.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
@@ -13,6 +14,7 @@ import optax.contrib
 
 from memopt import renamed
 from memopt.errors import check_choice
+from memopt.optimizers.by_partition import Common, finish
 
 Make = Callable[..., optax.GradientTransformation]
 F = TypeVar("F", bound=Make)
@@ -66,17 +68,39 @@ METHODS: dict[str, Method] = {
 
 
 def method(*, sums_projections: bool = False) -> Callable[[F], F]:
-    """Enters a function of memopt, as it is, into `METHODS` under its own name.
+    """Enters a function of memopt into `METHODS` under its own name.
+
+    Its signature and docstring then say the options of `Common` in the place of ``**common``.
 
     Args:
       sums_projections: see `Method`.
     """
 
     def enter(make: F) -> F:
-        METHODS[make.__name__] = Method(make, sums_projections=sums_projections)
-        return make
+        signature, ending = inspect.signature(make), inspect.signature(finish).parameters
+        parameters = dict(signature.parameters)
+        if parameters.pop("common", None):
+            parameters |= {name: ending[name] for name in Common.__annotations__}
+        signature = signature.replace(parameters=list(parameters.values()))
+
+        @functools.wraps(make)
+        def checked(*args: Any, **options: Any) -> Any:
+            options = renamed.current(make, options)
+            signature.bind(*args, **options)  # refuses an unknown option, as Python would
+            return make(*args, **options)
+
+        _set_signature(checked, signature)
+        options = (Common.__doc__ or "").partition("Attributes:\n")[2].rstrip()
+        line = "      **common: see `memopt.Common`."
+        checked.__doc__ = (make.__doc__ or "").replace(line, options)
+        METHODS[make.__name__] = Method(checked, sums_projections=sums_projections)
+        return cast(F, checked)
 
     return enter
+
+
+def _set_signature(function: Callable, signature: inspect.Signature) -> None:
+    setattr(function, "__signature__", signature)  # noqa: B010
 
 
 def options_of(base: Callable[P, R]) -> Callable[[Callable[..., R]], Callable[P, R]]:
@@ -97,7 +121,7 @@ def options_of(base: Callable[P, R]) -> Callable[[Callable[..., R]], Callable[P,
     def decorate(function: Callable[..., R]) -> Callable[P, R]:
         own, signature = inspect.signature(function).parameters, inspect.signature(base)
         parameters = [own.get(name, p) for name, p in signature.parameters.items()]
-        setattr(function, "__signature__", signature.replace(parameters=parameters))  # noqa: B010
+        _set_signature(function, signature.replace(parameters=parameters))
         return cast(Callable[P, R], function)
 
     return decorate

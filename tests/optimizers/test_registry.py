@@ -1,6 +1,8 @@
 """Optimizers by name."""
 
 import ast
+import inspect
+import re
 from pathlib import Path
 
 import jax
@@ -48,7 +50,7 @@ def test_type_checkers_read_the_imports_of_every_method():
     tree = ast.parse(Path(memopt.optimizers.__file__).read_text())
     names = [node.names[0] for node in tree.body if isinstance(node, ast.ImportFrom)]
     explicit = {alias.name for alias in names if alias.asname == alias.name}
-    others = {"available", "matrices_and_rest", "optimizer"}
+    others = {"Common", "available", "matrices_and_rest", "optimizer"}
     assert explicit == {*memopt.available("memopt"), *others} == set(memopt.optimizers.__all__)
 
 
@@ -73,6 +75,20 @@ def test_a_name_means_its_function():
     direct = memopt.apollo(1e-2, rank=2, weight_decay=0.1)
     assert jax.tree.structure(by_name.init(tree())) == jax.tree.structure(direct.init(tree()))
     assert memopt.state_bytes(by_name, tree()) == memopt.state_bytes(direct, tree())
+
+
+@pytest.mark.parametrize("name", memopt.available("memopt"))
+def test_a_method_documents_all_its_options_and_refuses_others(name):
+    make = getattr(memopt, name)
+    options = inspect.signature(make).parameters
+    assert {"matrices", "rest", "weight_decay", "weight_decay_mask"} <= set(options)
+    assert not {p.kind for p in options.values()} & {inspect.Parameter.VAR_KEYWORD}
+    if name != "apollo_mini":  # refers to apollo's
+        documented = set(re.findall(r"^ {6}(\w+): ", make.__doc__, re.MULTILINE))
+        assert set(options) <= documented
+    for as_released in (False, True):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'weigth_decay'"):
+            make(1e-2, as_released=as_released, weigth_decay=0.1)
 
 
 def test_unknown_names_suggest_the_nearest():
