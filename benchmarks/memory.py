@@ -34,7 +34,7 @@ from benchmarks.compilers import GPUS, Chip, devices
 from benchmarks.report import GIB, save
 from benchmarks.training_step import State, TrainingStep, Weights
 from memopt.planning.step_memory import step_memory
-from memopt.state.quantized import is_quantized
+from memopt.state.quantized_params import is_quantized
 
 HBM = {  # GiB that a step may use
     **{"v5e": 15.75, "v5p": 95.0, "v6e": 31.25},

@@ -37,7 +37,7 @@ from benchmarks.report import save
 from benchmarks.step_time import COLORS
 from benchmarks.updates import between_refreshes
 from memopt.optimizers.registry import METHODS
-from memopt.state.quantize import QuantizedState
+from memopt.state.quantized_state import QuantizedState
 
 LAYERS, D, FF = 4, 4096, 11008
 KERNELS = dict.fromkeys("qkvo", (D, D)) | {"gate": (D, FF), "up": (D, FF), "down": (FF, D)}

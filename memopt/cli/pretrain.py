@@ -18,7 +18,7 @@ from rich.table import Table
 from memopt.cli.errors import fail
 from memopt.planning.step_memory import step_memory
 from memopt.state.describe import describe
-from memopt.state.quantized import dequantize_params
+from memopt.state.quantized_params import dequantize_params
 from memopt.training.config import Config, read_flags
 from memopt.training.describe import describe_run
 from memopt.training.directory import choose_directory

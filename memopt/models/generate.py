@@ -8,7 +8,7 @@ from flax import nnx
 
 from memopt.models.attention import causal_attention
 from memopt.models.llama import Llama, in_auto_mesh
-from memopt.state.quantized import dequantize_params
+from memopt.state.quantized_params import dequantize_params
 
 
 class Cache(NamedTuple):

@@ -21,7 +21,7 @@ from memopt.models.config import PRESETS, DType, LlamaConfig, Remat, RopeScaling
 from memopt.models.rotary import rotary_tables, rotate
 from memopt.models.sharding import batch_shards, batch_spec, constrain, param_shardings
 from memopt.models.stacked import StackedModel
-from memopt.state.quantized import dequantize_params
+from memopt.state.quantized_params import dequantize_params
 
 __all__ = [
     "PRESETS",

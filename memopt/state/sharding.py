@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from memopt.errors import check_choice
 from memopt.parameters import init_shapes
 from memopt.state.following import Axis, Follower, followers
-from memopt.state.quantized import dequantize_params, is_quantized
+from memopt.state.quantized_params import dequantize_params, is_quantized
 from memopt.trees import named_leaves, open_box
 
 

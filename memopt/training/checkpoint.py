@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from memopt.state.quantized import is_quantized
+from memopt.state.quantized_params import is_quantized
 from memopt.training.processes import is_main_process
 from memopt.training.step import TrainState
 

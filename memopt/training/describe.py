@@ -11,7 +11,7 @@ import optax
 from memopt import optimizers, schedules
 from memopt.errors import check_at_least
 from memopt.models import llama
-from memopt.state.quantize import quantize_state
+from memopt.state.quantized_state import quantize_state
 from memopt.text.batches import FIELDS
 from memopt.training.config import Config, Optimization
 from memopt.training.placement import make_mesh

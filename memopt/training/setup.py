@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from memopt.models import llama
-from memopt.state.quantized import dequantize_params, quantize_params
+from memopt.state.quantized_params import dequantize_params, quantize_params
 from memopt.training.placement import abstract_state, batch_sharding, place_update
 from memopt.training.release import release_step
 from memopt.training.step import Batch, Metrics, TrainState, init_state, train_step

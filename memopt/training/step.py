@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memopt.state.quantized import apply_rounded_updates, dequantize_params
+from memopt.state.quantized_params import apply_rounded_updates, dequantize_params
 
 Batch = Mapping[str, Any]
 Loss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]

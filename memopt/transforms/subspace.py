@@ -18,7 +18,7 @@ from memopt.matrices import Layout, Matrices, Matrix, map_matrices
 from memopt.names import MATRIX, VECTOR
 from memopt.parameters import Parameter, known, reading_whole_trees
 from memopt.state.precision import statistics_dtype, to_float32
-from memopt.state.quantize import QuantizedState
+from memopt.state.quantized_state import QuantizedState
 from memopt.transforms.moments import CarryOver, first_moment
 from memopt.transforms.projectors import MatrixSpec, Projector, RefreshClock
 from memopt.transforms.recombine import Recombine, Subspace

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from memopt.state.quantized import apply_rounded_updates
+from memopt.state.quantized_params import apply_rounded_updates
 from memopt.training.step import evaluate, init_state, train_step
 
 DIM, BATCH = 6, 16

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from memopt.state.quantized import is_quantized
+from memopt.state.quantized_params import is_quantized
 
 
 def pin_layout(x: Any, spec: Any = None) -> Any:

@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 
 from memopt.internals import trace
 from memopt.models.stacked import StackedModel
-from memopt.state.quantized import apply_rounded_updates, dequantize_params, is_quantized
+from memopt.state.quantized_params import apply_rounded_updates, dequantize_params, is_quantized
 from memopt.training.release.layouts import (
     delay_flag,
     pin_layout,

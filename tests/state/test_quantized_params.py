@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 import memopt
-from memopt.state.quantized import is_quantized
+from memopt.state.quantized_params import is_quantized
 
 CODECS = ("int8", "int4", "float8", "bfloat16", "bfloat16+8")
 
