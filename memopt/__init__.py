@@ -25,6 +25,7 @@ from memopt.state.quantized_state import QuantizedState as QuantizedState
 from memopt.state.quantized_state import quantize_state as quantize_state
 from memopt.state.sharding import init_sharded as init_sharded
 from memopt.state.sharding import state_sharding as state_sharding
+from memopt.transforms import AccumulateByScheduleState as AccumulateByScheduleState
 from memopt.transforms import AccumulateState as AccumulateState
 from memopt.transforms import CarryOver as CarryOver
 from memopt.transforms import ClipByGradientNormState as ClipByGradientNormState

@@ -2,6 +2,9 @@
 
 from memopt.transforms import projectors as projectors
 from memopt.transforms import recombine as recombine
+from memopt.transforms.accumulation import (
+    AccumulateByScheduleState as AccumulateByScheduleState,
+)
 from memopt.transforms.accumulation import AccumulateState as AccumulateState
 from memopt.transforms.accumulation import accumulate as accumulate
 from memopt.transforms.accumulation import accumulate_in_subspace as accumulate_in_subspace

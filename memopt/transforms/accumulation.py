@@ -25,16 +25,30 @@ class AccumulateState(NamedTuple):
     """State of `accumulate` and `accumulate_in_subspace`.
 
     Attributes:
-      micro_step: micro-steps taken, int32; with a schedule, those of this cycle.
+      micro_step: micro-steps taken, int32.
       sum: of the cycle's gradients, or of their projections.
       inner: the inner optimizer's state.
-      cycle: cycles finished, int32; None unless `every_k_schedule` is a schedule.
     """
 
     micro_step: Array
     sum: Any
     inner: Any
-    cycle: Any = None
+
+
+class AccumulateByScheduleState(NamedTuple):
+    """State of the same where `every_k_schedule` is a function.
+
+    Attributes:
+      micro_step: micro-steps of this cycle taken, int32.
+      sum: as in `AccumulateState`.
+      inner: as in `AccumulateState`.
+      cycle: cycles finished, int32.
+    """
+
+    micro_step: Array
+    sum: Any
+    inner: Any
+    cycle: Array
 
 
 @keywords(every="every_k_schedule")
@@ -57,7 +71,7 @@ def accumulate(
         from the cycles finished.
 
     Returns:
-      A transformation whose state is an `AccumulateState`.
+      A transformation whose state is an `AccumulateState` or `AccumulateByScheduleState`.
 
     Raises:
       ValueError: if k is a number below one.
@@ -113,7 +127,7 @@ def accumulate_in_subspace(
         default the hidden matrices, see `memopt.hidden_matrices`.
 
     Returns:
-      A transformation whose state is an `AccumulateState`.
+      A transformation whose state is an `AccumulateState` or `AccumulateByScheduleState`.
 
     Raises:
       ValueError: if k or `rank` is below one, a rank does not fit its matrix, the projector is
@@ -164,20 +178,20 @@ def _accumulate(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds ``down(g)`` to ``start(p)`` over a cycle; at its end `inner` sees ``up`` of the mean."""
     check_at_least("every_k_schedule", every_k_schedule, 1)
-    is_schedule = callable(every_k_schedule)
     inner = optax.with_extra_args_support(inner)
 
-    def init(params: Any) -> AccumulateState:
-        total = map_matrices(start, params, matrices=matrices)
-        zero = jnp.zeros((), jnp.int32)
-        return AccumulateState(zero, total, inner.init(params), zero if is_schedule else None)
+    def init(params: Any) -> AccumulateState | AccumulateByScheduleState:
+        total, zero = map_matrices(start, params, matrices=matrices), jnp.zeros((), jnp.int32)
+        if callable(every_k_schedule):
+            return AccumulateByScheduleState(zero, total, inner.init(params), zero)
+        return AccumulateState(zero, total, inner.init(params))
 
-    def step(updates: Any, state: AccumulateState, params: Any, extra: Any) -> Any:
+    def step(updates: Any, state: Any, params: Any, extra: Any) -> Any:
+        k: Any = every_k_schedule
         if callable(every_k_schedule):
             cycle, step = state.cycle, state.micro_step
-            k: Any = every_k_schedule(cycle)
+            k = every_k_schedule(cycle)
         else:
-            k = every_k_schedule
             cycle, step = jnp.divmod(state.micro_step, jnp.int32(k))
         begins, ends = step == 0, step + 1 >= k
         clock = RefreshClock.at(cycle, 1)
@@ -196,12 +210,13 @@ def _accumulate(
         # Zeros as `inner` would return them: it decides the dtype of its updates.
         wait = lambda: (zeros_of(lambda: end()[0]), state.inner)
         updates, inner_state = jax.lax.cond(ends, end, wait)
+        if callable(every_k_schedule):
+            step, cycle = jnp.where(ends, 0, step + 1), jnp.where(ends, cycle + 1, cycle)
+            return updates, AccumulateByScheduleState(step, total, inner_state, cycle)
         count = optax.safe_increment(state.micro_step)
-        if is_schedule:
-            count, cycle = jnp.where(ends, 0, count), jnp.where(ends, cycle + 1, cycle)
-        return updates, AccumulateState(count, total, inner_state, cycle if is_schedule else None)
+        return updates, AccumulateState(count, total, inner_state)
 
-    def update(updates: Any, state: AccumulateState, params: Any = None, **extra: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         return on_auto_axes(step, (updates, state, params, extra), like=(updates, state))
 
     return optax.GradientTransformationExtraArgs(init, update)
