@@ -1,7 +1,5 @@
 """`memopt tokenizer train`: learns a vocabulary from text."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

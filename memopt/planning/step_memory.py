@@ -1,7 +1,5 @@
 """The memory of one training step, asked of the compiler."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

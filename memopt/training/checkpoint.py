@@ -1,11 +1,10 @@
 """Checkpoints: written in the background, committed atomically, checked when they are read."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import logging
 import sys
@@ -19,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from memopt.state.quantized import is_quantized
 from memopt.training.processes import is_main_process
 from memopt.training.step import TrainState
+from memopt.trees import named_leaves
 
 #: What is saved beside the arrays, JSON-serialisable.
 Record = dict[str, Any]
@@ -106,9 +105,7 @@ class Checkpoints:
         self._checkpointer.close()
 
     def _steps(self) -> list[Path]:
-        if not self._directory.is_dir():
-            return []
-        return [path for path in self._directory.iterdir() if path.name.isdecimal()]
+        return [path for path in self._directory.glob("*") if path.name.isdecimal()]
 
 
 @dataclasses.dataclass
@@ -160,13 +157,11 @@ def _read(path: Path, metadata: dict[str, Any], like: TrainState) -> tuple[Train
 
 def _set_aside(path: Path, folder: Path, reason: str) -> None:
     folder.mkdir(exist_ok=True)
-    taken = {other.name for other in folder.iterdir()}
-    names = (f"{path.name}{'-' * bool(n)}{n or ''}" for n in range(len(taken) + 1))
-    target = folder / next(name for name in names if name not in taken)
-    path.rename(target)
+    numbered = (folder / f"{path.name}-{number}" for number in itertools.count(1))
+    targets = itertools.chain([folder / path.name], numbered)
+    target = path.rename(next(target for target in targets if not target.exists()))
     warnings.warn(
-        f"checkpoint {path.name} is damaged and skipped, moved to {target} ({reason})",
-        stacklevel=3,
+        f"checkpoint {path.name} is damaged and skipped, moved to {target} ({reason})", stacklevel=3
     )
 
 
@@ -185,13 +180,10 @@ def _describe(tree: Any) -> dict[str, str]:
 
     def describe(leaf: Any) -> str:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)  # as which Orbax stores keys
+            leaf = jax.eval_shape(jax.random.key_data, leaf)  # Orbax stores keys as such arrays
         return f"{leaf.dtype}{list(leaf.shape)}"
 
-    is_leaf = lambda x: hasattr(x, "shape") and not is_quantized(x)
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    return dict(zip(names, [describe(leaf) for _, leaf in leaves], strict=True))
+    return {name: describe(leaf) for name, leaf in named_leaves(tree)[0]}
 
 
 def _checksum(state: TrainState, record: Record) -> int:

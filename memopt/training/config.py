@@ -1,7 +1,5 @@
 """Everything that decides a run: the flags of `memopt pretrain`, and the keys of `config.json`."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import json
@@ -148,12 +146,10 @@ class Config:
 
     def flat(self) -> dict[str, Any]:
         """All options by name, JSON-serialisable, without those of one invocation only."""
-        flat: dict[str, Any] = {}
-        for group in dataclasses.asdict(self).values():
-            flat |= group
+        flat = {name: x for group in dataclasses.asdict(self).values() for name, x in group.items()}
         options = [f"{name}={value}" for name, value in sorted(self.optimizer_options.items())]
         flat |= {"data": list(self.text.data), "option": options}
-        return {name: flat[name] for name in flat if name not in NOT_SAVED}
+        return {name: x for name, x in flat.items() if name not in NOT_SAVED}
 
 
 def _value(text: str) -> Any:

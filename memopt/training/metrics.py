@@ -1,7 +1,5 @@
 """Records and shows a run: metrics.jsonl, TensorBoard events, progress."""
 
-from __future__ import annotations
-
 import json
 import math
 import time
@@ -60,7 +58,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-class Display:
+class Display(Progress):
     """Progress on the screen: a bar in a terminal, plain lines elsewhere.
 
     Args:
@@ -70,11 +68,7 @@ class Display:
     """
 
     def __init__(self, console: Console, steps: int, start: int):
-        self._console = console
-        self._steps = steps
-        self._clock: tuple[float, int] | None = None  # after the first step, which compiles
-        self._shown = -math.inf
-        self._progress = Progress(
+        super().__init__(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
@@ -84,30 +78,20 @@ class Display:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("", total=steps, completed=start, line="compiling …")
+        self._shown = -math.inf
+        self.add_task("", total=steps, completed=start, line="compiling …")
 
-    def __enter__(self) -> Display:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def update(self, step: int, metrics: dict[str, float]) -> None:
+    def show(self, step: int, metrics: dict[str, float]) -> None:
         """Shows the metrics of a step."""
+        (task,) = self.tasks
         line = (
             f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  "
             f"|g| {metrics['gradient_norm']:.2f}  {metrics['tokens_per_second']:,.0f} tokens/s"
         )
-        self._progress.update(self._task, completed=step, line=line)
+        self.update(task.id, completed=step, line=line)
         now = time.monotonic()
-        began, first = self._clock = self._clock or (now, step)
-        due = now - self._shown > SECONDS_BETWEEN_LINES or step == self._steps
-        if due and not self._console.is_terminal:
+        due = now - self._shown > SECONDS_BETWEEN_LINES or task.finished
+        if due and self.disable:
             self._shown = now
-            left = (now - began) / max(step - first, 1) * (self._steps - step)
-            self.note(f"step {step}/{self._steps}  {line}  {left:.0f} s left")
-
-    def note(self, line: str) -> None:
-        """Prints a line that stays, above the bar."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            line = f"step {step}/{task.total}  {line}  {task.time_remaining or 0:.0f} s left"
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,7 +1,5 @@
 """A run with its files: the directory, the text, the checkpoints, and the state to begin with."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -10,13 +8,7 @@ from pathlib import Path
 import jax
 
 from memopt.errors import check_at_least
-from memopt.text.batches import (
-    Batch,
-    Batches,
-    fingerprint,
-    train_batches,
-    validation_batches,
-)
+from memopt.text.batches import Batch, Batches, fingerprint, train_batches, validation_batches
 from memopt.text.documents import find_documents
 from memopt.text.tokenizer import Tokenizer, load_tokenizer
 from memopt.training.checkpoint import Checkpoints, Record
@@ -81,8 +73,6 @@ def open_run(config: Config) -> Training:
     directory = choose_directory(config)
     if config.run.resume:
         check_same(directory, json.loads((directory / "config.json").read_text()), config.flat())
-    for name in ("eval_every", "checkpoint_every", "keep"):
-        check_at_least(name, getattr(config.run, name), 1)
     check_at_least("eval_tokens", config.text.eval_tokens, config.text.seq_len)
 
     tokenizer = load_tokenizer(config.text.tokenizer)
@@ -105,15 +95,7 @@ def open_run(config: Config) -> Training:
         with jax.set_mesh(setup.mesh):
             state = setup.jit_init(config.optimization.seed)()
     return Training(
-        config=config,
-        setup=setup,
-        directory=directory,
-        tokenizer=tokenizer,
-        batches=batches,
-        validation=validation,
-        identity=identity,
-        checkpoints=checkpoints,
-        state=state,
+        config, setup, directory, tokenizer, batches, validation, identity, checkpoints, state
     )
 
 

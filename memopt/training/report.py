@@ -1,7 +1,5 @@
 """Reports a run that has ended: a plot of the loss and a sample of text."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

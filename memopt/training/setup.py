@@ -4,8 +4,6 @@ The same step is compiled for training, for benchmarks and, on devices that only
 to ask what it needs.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -144,14 +142,8 @@ def set_up(
     """
     params = store_params(llama.abstract_params(model_config, mesh), weights)
     tx, places = place_update(tx, optimizer, params, one_layer_at_a_time=release)
-    step = make_step(
-        model_config,
-        tx,
-        learning_rate,
-        release=release,
-        accumulation=accumulation,
-        shardings=_shardings(params),
-    )
+    options = {"release": release, "accumulation": accumulation, "shardings": _shardings(params)}
+    step = make_step(model_config, tx, learning_rate, **options)
     state = abstract_state(params, tx, mesh, places)
     return Setup(model_config, mesh, tx, learning_rate, weights, state, batch, step)
 

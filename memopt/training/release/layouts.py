@@ -94,11 +94,11 @@ def write_layer(tree: Any, part: Any, layer: Array | None, axis: int | None) -> 
     return jax.tree.map(write, tree, part)
 
 
-def update_in_place(condition: Array, update: Callable[[], Any], keep: Callable[[], Any]) -> Any:
-    """Runs `update` inside a loop; it gives ``keep()`` unless `condition` holds.
+def update_in_place(condition: Array, update: Callable[[], Any], old: Any) -> Any:
+    """Runs `update` inside a loop; it gives `old` unless `condition` holds.
 
     XLA for CPUs would fuse reads and writes of several arrays, and copy them whole; under a
     conditional it reads all it needs of one before it writes to it.
     """
-    cond = lambda: jax.lax.cond(condition, update, keep)
+    cond = lambda: jax.lax.cond(condition, update, lambda: old)
     return jax.lax.platform_dependent(cpu=cond, default=update)
