@@ -1,7 +1,6 @@
 """Checkpoints: written in the background, committed atomically, checked when they are read."""
 
 import contextlib
-import dataclasses
 import functools
 import gc
 import itertools
@@ -40,14 +39,15 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int = 3):
         self._directory = directory.absolute()
-        self._policy = _NewestAndBest(keep, {})
+        self._keep = keep
+        self._val_loss: dict[int, float | None] = {}
 
     @functools.cached_property
     def _checkpointer(self) -> ocp.training.Checkpointer:
         for path in self._steps():
-            self._policy.val_loss[int(path.name)] = _metadata(path)["val_loss"]
+            self._val_loss[int(path.name)] = _metadata(path)["val_loss"]
         return ocp.training.Checkpointer(
-            self._directory, preservation_policy=self._policy, cleanup_tmp_directories=True
+            self._directory, preservation_policy=self, cleanup_tmp_directories=True
         )
 
     def save(self, state: TrainState, record: Record, val_loss: float | None = None) -> None:
@@ -61,7 +61,7 @@ class Checkpoints:
         step = int(state.step)
         if any(checkpoint.step == step for checkpoint in self._checkpointer.checkpoints):
             return
-        self._policy.val_loss[step] = val_loss
+        self._val_loss[step] = val_loss
         metadata = {"record": record, "val_loss": val_loss, "checksum": _checksum(state, record)}
         self._checkpointer.save_checkpointables_async(
             step, {"state": state}, force=True, custom_metadata=metadata
@@ -100,27 +100,20 @@ class Checkpoints:
             _set_aside(path, self._directory.parent / "damaged", reason)
         return found
 
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Says, as a preservation policy of Orbax, which checkpoints are kept."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        losses = [(self._val_loss[step], step) for step in steps]
+        known = sorted((loss, step) for loss, step in losses if loss is not None)
+        kept = {*steps[-self._keep :], *(step for _, step in known[:1])}
+        return [step in kept for step in steps]
+
     def close(self) -> None:
         """Waits until everything is written."""
         self._checkpointer.close()
 
     def _steps(self) -> list[Path]:
         return [path for path in self._directory.glob("*") if path.name.isdecimal()]
-
-
-@dataclasses.dataclass
-class _NewestAndBest:
-    """Orbax's preservation policy: the `keep` newest and the one with the lowest `val_loss`."""
-
-    keep: int
-    val_loss: dict[int, float | None]
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        losses = [self.val_loss[step] for step in steps]
-        known = [(loss, step) for loss, step in zip(losses, steps, strict=True) if loss is not None]
-        kept = {*steps[-self.keep :], *(step for _, step in sorted(known)[:1])}
-        return [step in kept for step in steps]
 
 
 @contextlib.contextmanager

@@ -24,23 +24,21 @@ def pin_layout(x: Any, spec: Any = None) -> Any:
     if not is_quantized(x):
         pin = lambda x: with_layout(x, spec)
         return jax.lax.platform_dependent(x, cpu=lambda x: x, default=pin)
-    by_columns = lambda s, spec: jax.lax.platform_dependent(
-        s, tpu=lambda s: with_layout(s, spec, last=0), default=lambda s: s
+    pin_scales = lambda s, spec: jax.lax.platform_dependent(
+        s, tpu=lambda s: with_layout(s, spec, by_columns=True), default=lambda s: s
     )
-    specs = spec.scales if spec else [None] * len(x.scales)
-    scales = tuple(map(by_columns, x.scales, specs))
+    scales = tuple(map(pin_scales, x.scales, spec.scales if spec else [None] * len(x.scales)))
     return dataclasses.replace(x, codes=pin_layout(x.codes, spec and spec.codes), scales=scales)
 
 
-def with_layout(x: Array, spec: jax.P | None, *, last: int = -1) -> Array:
-    """Constrains an array's axes to their order in memory, the last axis moved to `last`.
+def with_layout(x: Array, spec: jax.P | None, *, by_columns: bool = False) -> Array:
+    """Constrains an array's axes to their order in memory, the last axis first if `by_columns`.
 
     On a mesh each shard of it, if `spec` is known: XLA would gather the whole array to lay it out.
     """
-    order = list(range(x.ndim))
-    if order:
-        order.insert(last % x.ndim, order.pop())
-    constrain = lambda x: with_layout_constraint(x, Layout(tuple(order)))
+    axes = tuple(range(x.ndim))
+    order = axes[-1:] + axes[:-1] if by_columns else axes
+    constrain = lambda x: with_layout_constraint(x, Layout(order))
     if jax.sharding.get_abstract_mesh().size <= 1:
         return constrain(x)
     return x if spec is None else jax.shard_map(constrain, in_specs=spec, out_specs=spec)(x)
@@ -82,8 +80,7 @@ def read_layer(tree: Any, layer: Array | None, axis: int | None) -> Any:
     """Slices one layer, as a stack of one; all of it if `layer` or `axis` is None."""
     if layer is None or axis is None:
         return tree
-    read = lambda x: jax.lax.dynamic_slice_in_dim(x, layer, 1, axis)
-    return jax.tree.map(read, tree)
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, layer, 1, axis), tree)
 
 
 def write_layer(tree: Any, part: Any, layer: Array | None, axis: int | None) -> Any:

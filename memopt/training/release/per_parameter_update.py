@@ -191,19 +191,19 @@ def _layer_axes(states: Sequence[Sequence[Any]], counts: tuple[int, int, int]) -
       states: the arrays' shapes for each number of layers.
       counts: these numbers.
     """
-    axes: list[int | None] = []
-    same_length = len({len(arrays) for arrays in states}) == 1
-    for arrays in zip(*states, strict=False):
+    refused = ValueError(
+        "the optimizer's state does not grow by equal parts with the number of layers, so that it "
+        "cannot be updated a layer at a time; transforms that choose or group layers do this."
+    )
+    if len({len(arrays) for arrays in states}) > 1:
+        raise refused
+    axes = []
+    for arrays in zip(*states, strict=True):
         kinds = {(len(x.shape), x.dtype) for x in arrays}
         sizes = list(zip(*(x.shape for x in arrays), strict=False))
         moved = [axis for axis, size in enumerate(sizes) if len(set(size)) > 1]
-        follows = len(moved) <= 1 and all(sizes[axis] == counts for axis in moved)
-        if not (same_length and len(kinds) == 1 and follows):
-            raise ValueError(
-                "the optimizer's state does not grow by equal parts with the number of layers, so "
-                "that it cannot be updated a layer at a time; transforms that choose or group "
-                "layers do this."
-            )
+        if len(kinds) > 1 or len(moved) > 1 or any(sizes[axis] != counts for axis in moved):
+            raise refused
         axes.append(moved[0] if moved else None)
     return axes
 

@@ -12,14 +12,8 @@ from jax.sharding import AxisType
 from memopt.internals import trace
 from memopt.models.stacked import StackedModel
 from memopt.state.quantized import apply_updates, dequantize_params, is_quantized
-from memopt.training.release.layouts import (
-    delay_flag,
-    pin_layout,
-    read_layer,
-    reload_after,
-    update_in_place,
-    write_layer,
-)
+from memopt.training.release import layouts
+from memopt.training.release.layouts import read_layer, write_layer
 from memopt.training.release.per_parameter_update import PerParameterUpdate
 from memopt.training.step import (
     Batch,
@@ -221,9 +215,9 @@ class _ReleaseStep:
             (inside, cotangent), (layer, x) = back, xs
             around = _fill(inside, carry)
             weights = self._load(around.params, self.blocks, layer)
-            gradients, cotangent = self._block(weights, pin_layout(x), cotangent)
+            gradients, cotangent = self._block(weights, layouts.pin_layout(x), cotangent)
             means = self._means(gradients)
-            around = around._replace(finite=delay_flag(cotangent, around.finite))
+            around = around._replace(finite=layouts.delay_flag(cotangent, around.finite))
             return (self._only_layers(visit(around, means, layer)), cotangent), None
 
         back, order = (self._only_layers(carry), cotangent), (jnp.arange(self.layers), inputs)
@@ -254,7 +248,7 @@ class _ReleaseStep:
 
         for i, gradient in gradients.items():
             # Reloaded, so that it need not be kept since the model computed with it.
-            node, at = reload_after(stored[i], finite[i], layer)
+            node, at = layouts.reload_after(stored[i], finite[i], layer)
 
             def update(i: int = i, gradient: Array = gradient, node: Any = node) -> Any:
                 update, new = optimizer.update(i, gradient, dequantize_params(node), old, scalars)
@@ -265,8 +259,8 @@ class _ReleaseStep:
                 return self.structure.flatten_up_to(written)[i], new
 
             kept = node, {k: old[k] for k in optimizer.state_of(i, layered=layered)}
-            node, new = update_in_place(finite[i], update, kept) if layered else update()
-            stored[i] = pin_layout(write_layer(stored[i], node, at, 0), self.specs[i])
+            node, new = layouts.update_in_place(finite[i], update, kept) if layered else update()
+            stored[i] = layouts.pin_layout(write_layer(stored[i], node, at, 0), self.specs[i])
             for k, x in new.items():
                 state[k] = write_layer(state[k], x, layer, axes[k])
         if layered:
@@ -317,19 +311,18 @@ class _ReleaseStep:
             return dequantize_params(part)
         # As matrices: for codes in stacks of one XLA for TPUs would transpose the whole stack.
         part = jax.tree.map(lambda x: x[0], part)
-        part = {i: x if is_quantized(x) else pin_layout(x) for i, x in part.items()}
+        part = {i: x if is_quantized(x) else layouts.pin_layout(x) for i, x in part.items()}
         return jax.tree.map(lambda x: x[None], dequantize_params(part))
 
     def _reload(self, stored: Sequence[Any], leaves: Sequence[int], x: Array) -> Leaves:
         """The same of parameters that are read after `x` is computed."""
-        return self._load({i: reload_after(stored[i], x)[0] for i in leaves}, leaves)
+        return self._load({i: layouts.reload_after(stored[i], x)[0] for i in leaves}, leaves)
 
     def _reads(self, f: Callable[..., Any], *args: Any) -> list[int]:
         """The leaves that a function of the parameters without the blocks reads."""
-        leaves = {i: x for i, x in self.like.items() if i not in self.blocks}
         run = lambda leaves, *args: f(self._without_blocks(leaves), *args)
-        reads = trace(run, leaves, *args).needed().reads
-        return [i for i, read in zip(leaves, reads, strict=False) if read]
+        reads = trace(run, self.like, *args).needed().reads
+        return [i for i, read in zip(self.like, reads, strict=False) if read]
 
     def _tree(self, leaves: Leaves) -> Any:
         """The parameters' tree, None where a leaf is not given."""
