@@ -142,40 +142,16 @@ def set_up(
     """
     params = store_params(llama.abstract_params(model_config, mesh), weights)
     tx, places = place_update(tx, optimizer, params, one_layer_at_a_time=release)
-    options = {"release": release, "accumulation": accumulation, "shardings": _shardings(params)}
-    step = make_step(model_config, tx, learning_rate, **options)
-    state = abstract_state(params, tx, mesh, places)
-    return Setup(model_config, mesh, tx, learning_rate, weights, state, batch, step)
-
-
-def make_step(
-    model_config: llama.LlamaConfig,
-    tx: optax.GradientTransformation,
-    learning_rate: optax.Schedule,
-    *,
-    release: bool = False,
-    accumulation: int = 1,
-    shardings: Any = None,
-) -> Step:
-    """Returns the training step of a LLaMA, to be jitted with the state donated.
-
-    Args:
-        model_config: The model's shapes and options.
-        tx: The optimizer.
-        learning_rate: The schedule it follows.
-        release: Whether to update each block while the backward pass runs.
-        accumulation: In how many micro-batches a batch is worked through.
-        shardings: Those of the parameters, for `release_step`; the ordinary step needs none.
-
-    Returns:
-        `release_step` or `train_step`, from (state, batch) to (state, metrics).
-    """
     options: Any = {"tx": tx, "learning_rate": learning_rate, "accumulation": accumulation}
+    step: Step
     if release:
         model = llama.stacked_model(model_config)
-        return functools.partial(release_step, model=model, shardings=shardings, **options)
-    loss = lambda params, batch: llama.loss(build_model(model_config, params), batch)
-    return functools.partial(train_step, loss=loss, **options)
+        step = functools.partial(release_step, model=model, shardings=_shardings(params), **options)
+    else:
+        loss = lambda params, batch: llama.loss(build_model(model_config, params), batch)
+        step = functools.partial(train_step, loss=loss, **options)
+    state = abstract_state(params, tx, mesh, places)
+    return Setup(model_config, mesh, tx, learning_rate, weights, state, batch, step)
 
 
 def build_model(model_config: llama.LlamaConfig, params: Any) -> llama.Llama:
