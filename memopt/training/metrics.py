@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 #: Without a terminal, a line of progress at most this often.
 SECONDS_BETWEEN_LINES = 5.0
@@ -68,16 +68,9 @@ class Display(Progress):
     """
 
     def __init__(self, console: Console, steps: int, start: int):
-        super().__init__(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[line]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        columns = (MofNCompleteColumn(), BarColumn(bar_width=20), "{task.fields[line]}", "left")
+        bar = console.is_terminal
+        super().__init__("step", *columns, TimeRemainingColumn(), console=console, disable=not bar)
         self._shown = -math.inf
         self.add_task("", total=steps, completed=start, line="compiling …")
 

@@ -127,6 +127,6 @@ def abstract_state(
     )
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     count: Any = jax.ShapeDtypeStruct((), "int32", sharding=NamedSharding(mesh, jax.P()))
-    params_state = jax.tree.map(lambda x: place(x, x.sharding), params)
+    params = jax.tree.map(lambda x: place(x, x.sharding), params)
     opt_state = jax.tree.map(place, init_shapes(tx.init, dense_like(params)), shardings)
-    return TrainState(params_state, opt_state, count, count, count)
+    return TrainState(params, opt_state, count, count, count)

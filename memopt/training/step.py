@@ -88,14 +88,10 @@ def train_step(
     for gradient in jax.tree.leaves(gradients):
         finite &= jnp.isfinite(gradient).all()
 
-    updates, opt_state = optax.with_extra_args_support(tx).update(
-        gradients,
-        state.opt_state,
-        dense,
-        value=mean_loss,
-        obj_fn=lambda params: loss(params, batch)[0] / tokens,
-        gradient_norm=norm,
-    )
+    objective = lambda params: loss(params, batch)[0] / tokens
+    extra = {"value": mean_loss, "obj_fn": objective, "gradient_norm": norm}
+    update = optax.with_extra_args_support(tx).update
+    updates, opt_state = update(gradients, state.opt_state, dense, **extra)
     new = apply_updates(state.params, updates, state.step - state.skipped), opt_state
     choose = functools.partial(where_applied, finite)
     params, opt_state = jax.tree.map(choose, new, (state.params, state.opt_state))

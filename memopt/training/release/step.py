@@ -91,9 +91,8 @@ def release_step(
         (1, (4, 3, 3))
     """
     state_specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state)
-    specs = jax.tree.map(lambda x: x.spec, shardings) if shardings else None
-    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
-        specs = state_specs.params
+    explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+    specs = state_specs.params if explicit else jax.tree.map(lambda x: x.spec, shardings)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         new, applied, metrics = _ReleaseStep(state, batch, model, tx, accumulation, specs).run()
