@@ -183,7 +183,7 @@ def _parameter(entry: Entry, axes: Axes, kind: tuple[str, str] | None) -> Parame
 
 
 def reading_whole_trees(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Has the parts of a partition read parameters as in the whole tree, not among their own."""
+    """Makes the parts of a partition read parameters as parts of the whole tree."""
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> Any:

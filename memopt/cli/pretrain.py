@@ -46,7 +46,7 @@ from memopt.training.processes import init_distributed, is_main_process
 from memopt.training.report import plot_loss, sample_text
 from memopt.training.step import TrainState
 
-#: How long the first process, through which all others hear of each other, outlives a failure.
+#: Seconds for which process 0, through which the others hear of a failure, waits before it ends.
 SECONDS_TO_SPEAK = 2.0
 
 
@@ -79,9 +79,8 @@ def _pretrain(arguments: list[str]) -> None:
             _leave(f"{stopped} Continue in all processes with: {command}")
         fail(f"{stopped} All is saved; continue with: {command}", stopped.exit_code)
     _conclude(run, state, step, console)
-    multihost_utils.sync_global_devices(
-        "memopt"
-    )  # JAX's own patience at the exit is that with a silent process
+    # At the exit JAX waits for the heartbeat timeout only.
+    multihost_utils.sync_global_devices("memopt")
 
 
 def _leave(message: str) -> NoReturn:

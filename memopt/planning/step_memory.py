@@ -1,4 +1,4 @@
-"""The memory of one training step, asked of the compiler."""
+"""The memory of one training step, as the compiler reports it."""
 
 import dataclasses
 import math

@@ -88,7 +88,7 @@ class Checkpoints:
                 try:
                     metadata = _metadata(path)
                     found = found or _read(path, metadata, like)
-                except Exception as error:  # what a torn file makes Orbax raise is anybody's guess
+                except Exception as error:  # Orbax raises errors of many kinds for a torn file
                     damaged[path] = f"{error}"[:300].splitlines()[0]
         if damaged and not found:
             path, reason = next(iter(damaged.items()))
@@ -118,7 +118,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps off the screen what Orbax logs, and its abandoned coroutines say, of a torn file."""
+    """Silences what Orbax logs about a torn file, and the warnings of abandoned coroutines."""
     disabled, hook = logging.root.manager.disable, sys.unraisablehook
     logging.disable(logging.CRITICAL)
     sys.unraisablehook = lambda _: None

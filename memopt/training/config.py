@@ -106,7 +106,7 @@ class Run:
     Attributes:
         output: Directory of the run, if not runs/MODEL-OPTIMIZER, with a number added if that is
             taken.
-        resume: Continue the run in --output (or the latest) exactly where its last checkpoint is.
+        resume: Continue the run in --output (or the latest) exactly from its last checkpoint.
             Its options need not be given again.
         config: Read options from a config.json. Those on the command line win.
         mesh: Arrangement of the devices, such as data=2,fsdp=4; if not given, data=DEVICES. `data`

@@ -1,4 +1,4 @@
-"""The directory of a run: which one it is, and that no run is ever written over another."""
+"""The directory of a run: how it is chosen and written, so that no run overwrites another."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ MAY_CHANGE = {
 
 
 def choose_directory(config: Config) -> Path:
-    """Returns the directory that `config` means: a free one or, to resume, one that holds a run.
+    """Returns the directory of a run: a free one or, to resume, one that holds a run.
 
     Raises:
         ValueError: The directory is taken or, to resume, holds no run.
@@ -73,7 +73,7 @@ def open_directory(directory: Path, config: Config) -> None:
 
 
 def check_same(directory: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raises a sentence that names all that differs between a run and how it is resumed.
+    """Raises if options or data of a resumed run differ from those it was started with.
 
     Args:
         directory: The run's directory.

@@ -20,7 +20,7 @@ class Stopped(Exception):
 
     Attributes:
         exit_code: What the process should exit with.
-        saved: Whether where it was is saved. It is, unless only one of several processes stopped.
+        saved: Whether its state is saved; False if only one of several processes stopped.
     """
 
     def __init__(self, reason: str, exit_code: int = 1, saved: bool = True):
@@ -95,7 +95,7 @@ def _next_batch(run: Training) -> Batch:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[signal.Signals]]:
-    """Collects SIGTERM and Ctrl-C instead of dying of them; a second one works as usual."""
+    """Collects SIGTERM and Ctrl-C, which then do not end the process; a second one does."""
     caught: list[signal.Signals] = []
 
     def handle(number: int, _: object) -> None:

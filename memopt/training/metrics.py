@@ -16,8 +16,8 @@ SECONDS_BETWEEN_LINES = 5.0
 class MetricsLog:
     """`metrics.jsonl` and TensorBoard events of a run.
 
-    Each step is one line, a JSON object; what is not finite is null. Every line is handed to the
-    operating system at once, so that none is lost when the process is killed.
+    Each step is one line, a JSON object; numbers that are not finite are null. Every line is
+    handed to the operating system at once, so that none is lost when the process is killed.
 
     Args:
         directory: The run's directory.

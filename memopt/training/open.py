@@ -28,12 +28,12 @@ class Training:
     Attributes:
         config: Its options.
         setup: Its training step, and the shapes and shardings of its state.
-        directory: Where it writes.
+        directory: The directory it writes to.
         tokenizer: Turns text into ids and back.
-        batches: The training data, from where the state stands.
+        batches: The training batches, from the step of `state` on.
         validation: The held-out batches.
         identity: What identifies the data.
-        checkpoints: Where the state is saved.
+        checkpoints: Its checkpoints.
         state: The state to begin with.
     """
 
@@ -48,7 +48,7 @@ class Training:
     state: TrainState
 
     def save(self, state: TrainState, val_loss: float | None = None) -> None:
-        """Starts to save a checkpoint of everything that changes, and of what it belongs to."""
+        """Starts to save a checkpoint: the state, the position in the data, options, identity."""
         record = {
             "config": self.config.flat(),
             "identity": self.identity,
@@ -58,7 +58,7 @@ class Training:
 
 
 def open_run(config: Config) -> Training:
-    """Opens all a run needs, and checks it; writes nothing before all is well.
+    """Opens and checks all that a run needs; writes nothing until every check has passed.
 
     Args:
         config: The options of the run. With `run.resume`, those it was started with, but for
@@ -127,7 +127,7 @@ def open_batches(
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: str, vocab_size: int) -> None:
-    """Raises a sentence unless a model has an embedding for every id of a tokenizer.
+    """Raises unless a model has an embedding for every id of a tokenizer.
 
     Args:
         tokenizer: The tokenizer.

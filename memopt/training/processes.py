@@ -1,6 +1,6 @@
 """The processes of a run: how they find each other, and which of them writes.
 
-Everything else about them is `jax.distributed`'s. All run the same program on the same global
+`jax.distributed` does the rest. All run the same program on the same global
 arrays; files are written, and the screen, by the first alone.
 """
 

@@ -1,7 +1,7 @@
 """The training step of a LLaMA and all it is compiled from: shapes, shardings and functions.
 
-The same step is compiled for training, for benchmarks and, on devices that only a compiler knows,
-to ask what it needs.
+Training, benchmarks and planning compile the same step, planning for devices that only a compiler
+knows.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Setup:
         learning_rate: Its schedule.
         weights: How matrices are stored, see `memopt.quantize_params`; None: as they are.
         state: The shapes, dtypes and shardings of the state.
-        batch: Those of a batch.
+        batch: The shapes, dtypes and shardings of a batch.
         step: `train_step` or `release_step` with this model and optimizer, a pure function.
     """
 
@@ -63,8 +63,8 @@ class Setup:
     def compile(self, compiler_options: dict[str, Any] | None = None) -> jax.stages.Compiled:
         """Compiles `jitted`.
 
-        Calls of `jitted` do not compile again. What is returned is there to be asked: called by
-        itself, it refuses arrays of 4 bits in jax 0.10.
+        Calls of `jitted` do not compile again. The result is for its analyses of memory and cost:
+        called by itself, it refuses arrays of 4 bits in jax 0.10.
 
         Args:
             compiler_options: XLA's options.
@@ -73,7 +73,7 @@ class Setup:
             return self.jitted.lower(self.state, self.batch).compile(compiler_options)
 
     def jit_init(self, seed: int) -> Any:
-        """Returns the jitted function, of no argument, that makes the first state.
+        """Returns a jitted function without arguments that makes the first state.
 
         Its parameters are made, and quantised, a layer at a time.
 

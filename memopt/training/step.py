@@ -101,7 +101,7 @@ def train_step(
 
 
 def where_applied(applied: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    """`new` if `applied`, or else `old`.
+    """Returns `new` if `applied`, else `old`.
 
     Codes are chosen as floats: of integers of 8 bits XLA for TPUs makes copies first, and a pass of
     their own.

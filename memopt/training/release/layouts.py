@@ -13,13 +13,13 @@ from memopt.state.quantized import is_quantized
 
 
 def pin_layout(x: Any, spec: Any = None) -> Any:
-    """Keeps XLA from transposing a whole stack to suit what reads or makes one layer of it.
+    """Pins an array's layout in memory, so that XLA does not transpose a whole stack for one layer.
 
-    Scales are narrow: a TPU keeps them by columns; by rows most of its lanes would be empty.
+    TPUs store the scales of a quantised array by columns: by rows most lanes would be empty.
 
     Args:
         x: An array, or a quantised one.
-        spec: Its `jax.P`, or those of its arrays, on a mesh that splits it.
+        spec: Its `jax.P` on a mesh; that of a quantised array holds one for each of its arrays.
     """
     if not is_quantized(x):
         pin = lambda x: with_layout(x, spec)
@@ -34,7 +34,8 @@ def pin_layout(x: Any, spec: Any = None) -> Any:
 def with_layout(x: Array, spec: jax.P | None, *, by_columns: bool = False) -> Array:
     """Constrains an array's axes to their order in memory, the last axis first if `by_columns`.
 
-    On a mesh each shard of it, if `spec` is known: XLA would gather the whole array to lay it out.
+    On a mesh each shard is constrained, if `spec` is known: for a constraint on the whole array
+    XLA would gather it.
     """
     axes = tuple(range(x.ndim))
     order = axes[-1:] + axes[:-1] if by_columns else axes
@@ -45,7 +46,7 @@ def with_layout(x: Array, spec: jax.P | None, *, by_columns: bool = False) -> Ar
 
 
 def reload_after(stored: Any, x: Array, layer: Array | None = None) -> tuple[Any, Array | None]:
-    """Reads a parameter, or one layer of it, which XLA cannot do before `x` is computed.
+    """Reads a parameter, or one layer of it, after `x` is computed.
 
     The read waits for the scales of quantised parameters, and for the index of a dense layer.
     Dense parameters without a layer may be read at any time.
@@ -63,10 +64,11 @@ def reload_after(stored: Any, x: Array, layer: Array | None = None) -> tuple[Any
 
 
 def delay_flag(x: Array, flag: Array) -> Array:
-    """Returns `flag`, which on CPUs is not known before `x` is.
+    """Returns `flag`; on CPUs XLA does not know it before `x` is computed.
 
-    XLA would not see there that all reads of a stack come before the write, and copy it whole: the
-    gradient of a matrix need not depend on the matrix, but what leaves the block does.
+    Without this XLA for CPUs does not see that all reads of a stack come before the write, and
+    copies the whole stack: the gradient of a matrix need not depend on the matrix, but the
+    cotangent of the block's input does.
     """
 
     def known(x: Array, flag: Array) -> Array:
@@ -84,7 +86,7 @@ def read_layer(tree: Any, layer: Array | None, axis: int | None) -> Any:
 
 
 def write_layer(tree: Any, part: Any, layer: Array | None, axis: int | None) -> Any:
-    """Puts back what `read_layer` sliced."""
+    """Writes a layer that `read_layer` sliced back into its stack."""
     if layer is None or axis is None:
         return part
     write = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, layer, axis)
@@ -92,7 +94,7 @@ def write_layer(tree: Any, part: Any, layer: Array | None, axis: int | None) -> 
 
 
 def update_in_place(condition: Array, update: Callable[[], Any], old: Any) -> Any:
-    """Runs `update` inside a loop; it gives `old` unless `condition` holds.
+    """Returns ``update()`` inside a loop; unless `condition` holds, that is `old`.
 
     XLA for CPUs would fuse reads and writes of several arrays, and copy them whole; under a
     conditional it reads all it needs of one before it writes to it.

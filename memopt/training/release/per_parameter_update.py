@@ -1,4 +1,4 @@
-"""Any Optax transformation, run on one parameter, or one layer of it, at a time."""
+"""Any Optax transformation, applied to one parameter, or one layer of it, at a time."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ Scalars = tuple[Any, Any]
 
 
 class PerParameterUpdate:
-    """The update of a transformation, cut into the parts that compute each parameter's.
+    """Splits the update of a transformation into programs for one parameter each.
 
     ``tx.update`` is traced once, on shapes. The part of that program that computes the update of a
     parameter, and the new state that goes with it, runs when its gradient is there. The program
@@ -26,7 +26,7 @@ class PerParameterUpdate:
     hyperparameters need no rule of their own. Parameters with a leading axis of layers are updated
     one layer at a time, as stacks of one.
 
-    A parameter or a state array goes by its place in ``jax.tree.leaves``.
+    Parameters and state arrays are numbered as in ``jax.tree.leaves``.
 
     Args:
       tx: any transformation; it is given `value` and `gradient_norm` as extra arguments.
@@ -34,7 +34,7 @@ class PerParameterUpdate:
       stacked: for each parameter whether its first axis counts layers; all count as many.
 
     Attributes:
-      axes: of each state array the axis that counts layers, or None.
+      axes: for each state array the axis that counts layers, or None.
       needs_norm: whether an update depends on the norm of this step's whole gradient.
 
     Raises:
@@ -80,11 +80,11 @@ class PerParameterUpdate:
                 )
 
     def state_of(self, leaf: int | None, *, layered: bool) -> list[int]:
-        """The state arrays that go with a parameter, or with none: counts, hyperparameters.
+        """Finds the state arrays of a parameter, or of none: counts, hyperparameters.
 
         Args:
           leaf: the parameter, or None.
-          layered: those that count layers, or those that do not.
+          layered: whether to return those with an axis of layers or those without.
         """
         own = zip(self._owners, self.axes, strict=True)
         return [i for i, (o, axis) in enumerate(own) if o == leaf and (axis is not None) == layered]
@@ -92,13 +92,13 @@ class PerParameterUpdate:
     def update(
         self, leaf: int, gradient: Array, param: Array, state: Sequence[Array], scalars: Scalars
     ) -> tuple[Array, dict[int, Array]]:
-        """The update of a parameter, and the new state that goes with it.
+        """Computes the update of a parameter, and its new state arrays.
 
         Args:
-          leaf: which.
-          gradient: of it, a layer as a stack of one.
-          param: it, likewise.
-          state: all state arrays as they were before the step, likewise.
+          leaf: the parameter.
+          gradient: its gradient, that of a layer as a stack of one.
+          param: its value, a layer as a stack of one.
+          state: all state arrays before the step, layers as stacks of one.
           scalars: the loss, and the norm of the whole gradient, read only if `needs_norm`.
         """
         owned, leaves = self.state_of(leaf, layered=self.stacked[leaf]), len(self.names)
@@ -111,14 +111,14 @@ class PerParameterUpdate:
     def update_shared(
         self, state: Sequence[Array], scalars: Scalars, *, layered: bool
     ) -> dict[int, Array]:
-        """The new state that goes with no parameter, once a step or once a layer."""
+        """Computes the new state arrays of no parameter, once a step or once a layer."""
         shared, leaves = self.state_of(None, layered=layered), len(self.names)
         part = self._program.needed([leaves + i for i in shared])
         new = part(*[None] * 2 * leaves, *state, *scalars)
         return dict(zip(shared, new, strict=True))
 
     def _separate(self) -> tuple[list[int | None], bool]:
-        """The parameter that each new state array depends on; whether an update reads the norm."""
+        """Finds the parameter of each state array, and whether an update reads the norm."""
         n = len(self.names)
         reads = [self._program.needed([i]).reads for i in range(n + len(self.axes))]
         leaves = [{i % n for i in range(2 * n) if used[i]} for used in reads]
@@ -151,7 +151,7 @@ class PerParameterUpdate:
 
 
 def _trace(tx: optax.GradientTransformation, params: Any) -> Program:
-    """``tx.update`` as a program of flat gradients, parameters, state, loss and norm."""
+    """Traces ``tx.update`` as a program of flat gradients, parameters, state, loss and norm."""
 
     def loss(_: Any) -> Any:
         raise ValueError(
@@ -171,21 +171,21 @@ def _trace(tx: optax.GradientTransformation, params: Any) -> Program:
 
 
 def _with_layers(params: Any, stacked: Sequence[bool], layers: int) -> Any:
-    """The shapes of the parameters if they had `layers` layers."""
+    """Returns the shapes that the parameters would have with `layers` layers."""
     layered = iter(stacked)
     shape = lambda p: (layers, *p.shape[1:]) if next(layered) else p.shape
     return jax.tree.map(lambda p: jax.ShapeDtypeStruct(shape(p), p.dtype), params)
 
 
 def _prime_beyond(least: int, sizes: set[int]) -> int:
-    """The first prime above `least` that divides none of the sizes."""
+    """Returns the first prime above `least` that divides none of the sizes."""
     is_prime = lambda n: all(n % k for k in range(2, math.isqrt(n) + 1))
     divides = lambda n: any(size and size % n == 0 for size in sizes)
     return next(n for n in itertools.count(least + 1) if is_prime(n) and not divides(n))
 
 
 def _layer_axes(states: Sequence[Sequence[Any]], counts: tuple[int, int, int]) -> list[int | None]:
-    """The axis of each state array that follows the number of layers, or None.
+    """Finds the axis of each state array that counts layers, or None.
 
     Args:
       states: the arrays' shapes for each number of layers.
@@ -212,14 +212,14 @@ _CLEAN, _BY_LAYER, _MIXED = range(3)
 
 
 def _mixed(program: Program, tags: Sequence[int], prime: int) -> list[int]:
-    """Whether the layers of a program's inputs meet on the way to its outputs.
+    """Finds the outputs of a program that mix the layers of its inputs.
 
-    Layers are counted by axes whose length `prime` divides, and by no others. What is computed
-    from an array with such an axis and has none itself has seen several layers.
+    An axis counts layers if `prime` divides its length. An operation that maps an array with such
+    an axis to one without mixes layers; so does a random draw of such an array.
 
     Args:
       program: traced with `prime` layers.
-      tags: of its inputs, `_CLEAN`, `_BY_LAYER` or `_MIXED`.
+      tags: for each input `_CLEAN`, `_BY_LAYER` or `_MIXED`.
       prime: the number of layers.
 
     Returns:
@@ -231,7 +231,7 @@ def _mixed(program: Program, tags: Sequence[int], prime: int) -> list[int]:
     inner = lambda program, tags: _mixed(program, tags, prime)
 
     def settled(body: Program, given: list[int], carried: slice) -> list[int]:
-        """The tags of a loop's outputs, once those of what it carries grow no more."""
+        """Returns the tags of a loop's outputs, repeated until those of its carry are stable."""
         outs, before = inner(body, given), None
         while before != given[carried]:
             before = given[carried]

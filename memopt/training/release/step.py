@@ -50,8 +50,8 @@ def release_step(
 
     What differs: a loss that is not finite leaves everything as it was, but a gradient that is not
     finite behind a finite loss is found when the parameters nearer to the head are updated
-    already. It and what comes after it are left as they were, the step counts as skipped, and the
-    step counts of the optimizer stay. A transformation that reads this step's norm
+    already. It and all later gradients are not applied, the step counts as skipped, and the step
+    counts of the optimizer stay. A transformation that reads this step's norm
     (`memopt.clip_by_gradient_norm`) has the backward pass run twice, first only for the norm;
     then nothing is updated unless every gradient is finite.
 
@@ -121,7 +121,7 @@ class _Carry(NamedTuple):
     squares: Array
 
     def add(self, gradients: Leaves) -> "tuple[_Carry, Leaves]":
-        """Adds gradients, and tells of each whether it and all those before are finite."""
+        """Adds gradients; also returns for each whether it and all those before are finite."""
         finite = {i: self.finite & jnp.isfinite(g).all() for i, g in gradients.items()}
         squares = self.squares
         for g in gradients.values():
@@ -163,7 +163,7 @@ class _ReleaseStep:
         self.last = [i for i in self.like if i not in self.blocks and i not in self.first]
 
     def run(self) -> tuple[TrainState, Array, Metrics]:
-        """The state before its counters are advanced, whether it was updated, and metrics."""
+        """Returns the arguments of `finish_step`: the new state, whether it changed, metrics."""
         optimizer, start = self.optimizer, self.start
         params, state = self.structure.flatten_up_to(start.params), jax.tree.leaves(start.opt_state)
         rest = self._without_blocks(self._load(params, self.last))
@@ -231,7 +231,7 @@ class _ReleaseStep:
         return carry
 
     def _only_layers(self, carry: _Carry) -> _Carry:
-        """The part that the loop over layers changes: XLA may copy all that a loop is given."""
+        """Leaves what the loop over layers changes: XLA may copy all that a loop is given."""
         params = [p if i in self.blocks else None for i, p in enumerate(carry.params)]
         pairs = zip(carry.state, self.optimizer.axes, strict=True)
         return carry._replace(params=params, state=[None if a is None else s for s, a in pairs])
@@ -268,7 +268,7 @@ class _ReleaseStep:
         return carry._replace(params=stored, state=state)
 
     def _head(self, x: Array, weights: Leaves) -> tuple[Leaves, tuple[Array, Array, Array]]:
-        """Gradients of what the head reads; and of x, the losses and counts by micro-batch."""
+        """Computes gradients of the head's leaves; by micro-batch that of x, loss and tokens."""
 
         def one(x: Array, piece: Batch) -> Any:
             loss = lambda leaves, x: self.model.head(self._without_blocks(leaves), x, piece)
@@ -281,7 +281,7 @@ class _ReleaseStep:
         return sum_microbatches(one, x, self.pieces)
 
     def _block(self, weights: Leaves, x: Array, cotangent: Array) -> tuple[Leaves, Array]:
-        """Gradients of one block's parameters, and of what entered it by micro-batch."""
+        """Computes the gradients of a block's leaves, and by micro-batch that of its input."""
 
         def one(x: Array, cotangent: Array, piece: Batch) -> Any:
             run = lambda weights, x: self.model.block(self._one_block(weights), x, piece)
@@ -290,7 +290,7 @@ class _ReleaseStep:
         return sum_microbatches(one, x, cotangent, self.pieces)
 
     def _embed(self, cotangent: Array, weights: Leaves) -> Leaves:
-        """Gradients of what is neither in blocks nor only in the head."""
+        """Computes the gradients of leaves that are neither in blocks nor only in the head."""
 
         def one(cotangent: Array, piece: Batch) -> Any:
             run = lambda leaves: self.model.embed(self._without_blocks(leaves), piece)
@@ -314,24 +314,24 @@ class _ReleaseStep:
         return jax.tree.map(lambda x: x[None], dequantize_params(part))
 
     def _reload(self, stored: Sequence[Any], leaves: Sequence[int], x: Array) -> Leaves:
-        """The same of parameters that are read after `x` is computed."""
+        """Does the same, reading the parameters after `x` is computed."""
         return self._load({i: layouts.reload_after(stored[i], x)[0] for i in leaves}, leaves)
 
     def _reads(self, f: Callable[..., Any], *args: Any) -> list[int]:
-        """The leaves that a function of the parameters without the blocks reads."""
+        """Finds the leaves that a function of the parameters without the blocks reads."""
         run = lambda leaves, *args: f(self._without_blocks(leaves), *args)
         reads = trace(run, self.like, *args).needed().reads
         return [i for i, read in zip(self.like, reads, strict=False) if read]
 
     def _tree(self, leaves: Leaves) -> Any:
-        """The parameters' tree, None where a leaf is not given."""
+        """Returns the parameters' tree, None where a leaf is not given."""
         return self.structure.unflatten([leaves.get(i) for i in self.like])
 
     def _without_blocks(self, leaves: Leaves) -> dict[str, Any]:
         return {k: v for k, v in self._tree(leaves).items() if k != BLOCKS}
 
     def _one_block(self, leaves: Leaves) -> Any:
-        """The parameters of a block, of stacks of one."""
+        """Returns the parameters of a block from stacks of one."""
         return self._tree({i: x[0] for i, x in leaves.items()})[BLOCKS]
 
 
@@ -341,6 +341,6 @@ def _each(f: Callable[..., Array], *xs: Any) -> Array:
 
 
 def _fill(part: Any, whole: Any) -> Any:
-    """The leaves of `part`, and those of `whole` where it has None."""
+    """Returns `part` with the nodes of `whole` in place of None."""
     choose = lambda x, old: old if x is None else x
     return jax.tree.map(choose, part, whole, is_leaf=lambda x: x is None)
