@@ -11,6 +11,7 @@ Prints a table and writes it as JSON, with a plot of the same name.
 """
 
 import dataclasses
+import functools
 import shlex
 import statistics
 import sys
@@ -34,8 +35,7 @@ from memopt.errors import check_at_least, check_choice
 from memopt.state.codecs import bits_of
 from memopt.training.config import Config, Optimization, Run, Text
 from memopt.training.open import Training, open_run
-from memopt.training.setup import make_step
-from memopt.training.step import evaluate, init_state
+from memopt.training.step import evaluate, init_state, train_step
 
 
 class Case(NamedTuple):
@@ -95,7 +95,8 @@ def train(run: Training, case: Case, seed: int) -> dict[str, float]:
     stored = memopt.quantize_params(params, case.weights) if case.weights else params
     state, size = init_state(stored, tx), sum(p.size for p in jax.tree.leaves(params))
     kept = lambda tree: sum(x.size * bits_of(x.dtype) for x in jax.tree.leaves(tree)) / 8 / size
-    step = jax.jit(make_step(setup.model_config, tx, setup.learning_rate))
+    options = {"loss": setup.loss, "tx": tx, "learning_rate": setup.learning_rate}
+    step = jax.jit(functools.partial(train_step, **options))
     for _ in range(run.config.optimization.steps):
         state, _ = step(state, setup.place(next(run.batches)))
     loss = evaluate(state.params, map(setup.place, run.validation), jax.jit(setup.loss))

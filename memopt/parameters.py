@@ -1,12 +1,12 @@
 """Kinds of the parameters in a tree, and their rows and columns."""
 
 import contextlib
-import contextvars
 import functools
 import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -59,21 +59,22 @@ class Parameter(NamedTuple):
         Args:
           selection: name of the selection in `memopt` that is for the other parameters.
         """
-        if self.doubt:
+        subject = re.sub(r"\d+", "", self.doubt)
+        if self.doubt and subject not in _WARNED:
+            _WARNED.add(subject)
             tail = lambda name: re.split(r"(?:^|/)\d+/", name)[-1]  # the same in all layers
             ends = tuple(map(tail, self.alike or (self.name,)))
-            _warn_once(
-                re.sub(r"\d+", "", self.doubt),
+            warnings.warn(
                 f"{self.name!r} of shape {self.shape} is taken for memopt.{self.matrix} "
                 f"({self.why}), but {self.doubt}; it may be memopt.{self.otherwise}. Settle it by "
                 f"matrices=lambda name, p: memopt.{self.otherwise} if name.endswith({ends}) "
                 f"else memopt.{selection}(name, p), or with the former; see memopt.describe.",
+                stacklevel=2,
             )
 
 
-_KNOWN: contextvars.ContextVar[Mapping[str, Parameter]] = contextvars.ContextVar(
-    "memopt_known_parameters", default=MappingProxyType({})
-)
+_WARNED: set[str] = set()
+_KNOWN: ContextVar[Mapping[str, Parameter]] = ContextVar("known", default=MappingProxyType({}))
 
 _AXES_AT_INIT: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[Any, ...]] = {}
 """Axis names by the names and shapes of all leaves of a tree that came in boxes.
@@ -181,19 +182,8 @@ def _parameter(entry: Entry, axes: Axes, kind: tuple[str, str] | None) -> Parame
     return Parameter(entry.name, entry.shape, None, MATRIX, *axes)
 
 
-_WARNED: set[str] = set()
-
-
-def _warn_once(subject: str, message: str) -> None:
-    if subject not in _WARNED:
-        warnings.warn(message, stacklevel=3)
-        _WARNED.add(subject)
-
-
-def reading_whole_trees(
-    tx: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """Has the parts of a partition read parameters as in the whole tree, not among their own."""
+def reading_whole_trees(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Makes the parts of a partition read parameters as parts of the whole tree."""
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> Any:

@@ -1,16 +1,6 @@
-"""The command `memopt`."""
+"""Memory-efficient optimizers for large models in JAX.
 
-from __future__ import annotations
-
-import sys
-
-from memopt import __version__
-from memopt.cli.errors import fail
-
-USAGE = """\
 usage: memopt COMMAND [OPTIONS]
-
-Memory-efficient optimizers for large models in JAX.
 
 commands:
   pretrain          train a LLaMA on text, from nothing to a sample of what it writes
@@ -19,6 +9,11 @@ commands:
 
 `memopt COMMAND --help` describes its options, `memopt --version` prints the version.
 """
+
+import sys
+
+from memopt import __version__
+from memopt.cli.errors import fail
 
 
 def main() -> None:
@@ -41,7 +36,7 @@ def main() -> None:
             case ["--version"]:
                 print(f"memopt {__version__}")
             case [] | ["-h" | "--help"] | ["tokenizer"] | ["tokenizer", "-h" | "--help"]:
-                print(USAGE, end="")
+                print(__doc__, end="")
             case _:
                 fail(f"there is no command {' '.join(arguments[:2])!r}: see memopt --help")
     except ModuleNotFoundError as error:

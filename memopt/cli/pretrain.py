@@ -1,8 +1,23 @@
-"""`memopt pretrain`: trains a LLaMA, and shows what came of it."""
+"""Train a LLaMA on text.
 
-from __future__ import annotations
+With no options at all: the tiny model learns, with APOLLO-Mini and in a few minutes, the source of
+Python's own standard library, byte by byte.
+
+Examples:
+  memopt pretrain --output runs/first
+  memopt pretrain --output runs/first --resume
+  memopt pretrain --optimizer adamw --learning-rate 3e-3
+  memopt pretrain --model 60m --optimizer apollo --option rank=128 --data 'books/**/*.txt'
+  memopt pretrain --model 1b --mesh data=2,fsdp=4 --compute-dtype bfloat16 --remat full
+  memopt pretrain --model 7b --release --weights int8 --state int8 --compute-dtype bfloat16
+
+The run directory holds config.json, metrics.jsonl (one step a line), TensorBoard events, loss.png
+and checkpoints. A run that was killed at any moment continues with --resume as if nothing had
+happened; Ctrl-C and SIGTERM save first.
+"""
 
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -12,6 +27,8 @@ from typing import NoReturn
 
 import jax
 import tyro
+from jax.experimental import multihost_utils
+from jax.stages import Compiled
 from rich.console import Console
 from rich.table import Table
 
@@ -25,31 +42,12 @@ from memopt.training.directory import choose_directory
 from memopt.training.loop import Stopped, train
 from memopt.training.metrics import read_metrics
 from memopt.training.open import Training, open_run
-from memopt.training.processes import init_distributed, is_main_process, wait_for_all
+from memopt.training.processes import init_distributed, is_main_process
 from memopt.training.report import plot_loss, sample_text
 from memopt.training.step import TrainState
 
-#: How long the first process, through which all others hear of each other, outlives a failure.
+#: Seconds for which process 0, through which the others hear of a failure, waits before it ends.
 SECONDS_TO_SPEAK = 2.0
-
-DESCRIPTION = """\
-Train a LLaMA on text.
-
-With no options at all: the tiny model learns, with APOLLO-Mini and in a few minutes, the source of
-Python's own standard library, byte by byte.
-
-examples:
-  memopt pretrain --output runs/first
-  memopt pretrain --output runs/first --resume
-  memopt pretrain --optimizer adamw --learning-rate 3e-3
-  memopt pretrain --model 60m --optimizer apollo --option rank=128 --data 'books/**/*.txt'
-  memopt pretrain --model 1b --mesh data=2,fsdp=4 --compute-dtype bfloat16 --remat full
-  memopt pretrain --model 7b --release --weights int8 --state int8 --compute-dtype bfloat16
-
-The run directory holds config.json, metrics.jsonl (one step a line), TensorBoard events, loss.png
-and checkpoints. A run that was killed at any moment continues with --resume as if nothing had
-happened; Ctrl-C and SIGTERM save first.
-"""
 
 
 def pretrain(arguments: list[str]) -> None:
@@ -81,7 +79,8 @@ def _pretrain(arguments: list[str]) -> None:
             _leave(f"{stopped} Continue in all processes with: {command}")
         fail(f"{stopped} All is saved; continue with: {command}", stopped.exit_code)
     _conclude(run, state, step, console)
-    wait_for_all()  # JAX's own patience at the exit is that with a silent process
+    # At the exit JAX waits for the heartbeat timeout only.
+    multihost_utils.sync_global_devices("memopt")
 
 
 def _leave(message: str) -> NoReturn:
@@ -98,22 +97,19 @@ def parse(arguments: list[str]) -> Config:
     Raises:
         ValueError: The config file cannot be read, or there is no run to resume.
     """
-
-    def read(arguments: list[str]) -> Config:
-        return tyro.cli(
-            Config,
-            prog="memopt pretrain",
-            description=DESCRIPTION,
-            args=arguments,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-        )
-
-    config, flags = read(arguments), []
+    read = functools.partial(
+        tyro.cli,
+        Config,
+        prog="memopt pretrain",
+        description=__doc__,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+    config, flags = read(args=arguments), []
     if config.run.config:
         flags += read_flags(config.run.config)
     if config.run.resume:
         flags += read_flags(choose_directory(config) / "config.json")
-    return read([*flags, *arguments]) if flags else config
+    return read(args=[*flags, *arguments]) if flags else config
 
 
 def _introduce(run: Training, console: Console) -> None:
@@ -133,9 +129,7 @@ def _introduce(run: Training, console: Console) -> None:
     console.print("\n".join(lines), markup=False, highlight=False)
 
 
-def _conclude(
-    run: Training, state: TrainState, step: jax.stages.Compiled, console: Console
-) -> None:
+def _conclude(run: Training, state: TrainState, step: Compiled, console: Console) -> None:
     prompt, continuation = sample_text(run, state.params)
     console.rule("sample")
     console.print(prompt, style="dim", markup=False, highlight=False, end="")
@@ -153,7 +147,7 @@ def _conclude(
     console.print(f"everything is in {run.directory}", markup=False, highlight=False)
 
 
-def _memory_table(run: Training, state: TrainState, step: jax.stages.Compiled) -> Table:
+def _memory_table(run: Training, state: TrainState, step: Compiled) -> Table:
     """Bytes of this run and of the same run with AdamW, both from the compiler."""
     own = run.config.optimization
     adamw = dataclasses.replace(own, optimizer="adamw", option=(), state=None)
@@ -165,11 +159,7 @@ def _memory_table(run: Training, state: TrainState, step: jax.stages.Compiled) -
     table = Table("bytes on one device")
     for name in (own.optimizer, "optax.adamw"):
         table.add_column(name, justify="right")
-    for name, field in {
-        "parameters": "parameters",
-        "optimizer state": "state",
-        "peak of a step": "peak",
-    }.items():
-        sizes = (getattr(memory, field) for memory in memories)
+    names = ("parameters", "optimizer state", "peak of a step")
+    for name, *sizes in zip(names, *map(dataclasses.astuple, memories), strict=True):
         table.add_row(name, *(f"{size:,}" if size is not None else "unknown" for size in sizes))
     return table

@@ -1,7 +1,5 @@
 """`memopt tokenizer train`: learns a vocabulary from text."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 
@@ -14,14 +12,17 @@ from memopt.text.tokenizer import train_tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Learn a byte-level BPE vocabulary, for `memopt pretrain --tokenizer FILE`."""
+    """Learn a byte-level BPE vocabulary, for `memopt pretrain --tokenizer FILE`.
+
+    Attributes:
+        output: Where to write: a file ending in .json, or a directory to hold tokenizer.json.
+        data: Text to learn from, as in `memopt pretrain`.
+        vocab_size: Largest number of ids.
+    """
 
     output: Path
-    """Where to write: a file ending in .json, or a directory to hold tokenizer.json."""
     data: tuple[str, ...] = ("python",)
-    """Text to learn from, as in `memopt pretrain`."""
     vocab_size: int = 4096
-    """Largest number of ids."""
 
 
 def train(arguments: list[str]) -> None:

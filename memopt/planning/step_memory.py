@@ -1,6 +1,4 @@
-"""The memory of one training step, asked of the compiler."""
-
-from __future__ import annotations
+"""The memory of one training step, as the compiler reports it."""
 
 import dataclasses
 import math

@@ -1,11 +1,9 @@
 """Checkpoints: written in the background, committed atomically, checked when they are read."""
 
-from __future__ import annotations
-
 import contextlib
-import dataclasses
 import functools
 import gc
+import itertools
 import json
 import logging
 import sys
@@ -19,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from memopt.state.quantized_params import is_quantized
 from memopt.training.processes import is_main_process
 from memopt.training.step import TrainState
+from memopt.trees import named_leaves
 
 #: What is saved beside the arrays, JSON-serialisable.
 Record = dict[str, Any]
@@ -41,14 +39,15 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int = 3):
         self._directory = directory.absolute()
-        self._policy = _NewestAndBest(keep, {})
+        self._keep = keep
+        self._val_loss: dict[int, float | None] = {}
 
     @functools.cached_property
     def _checkpointer(self) -> ocp.training.Checkpointer:
         for path in self._steps():
-            self._policy.val_loss[int(path.name)] = _metadata(path)["val_loss"]
+            self._val_loss[int(path.name)] = _metadata(path)["val_loss"]
         return ocp.training.Checkpointer(
-            self._directory, preservation_policy=self._policy, cleanup_tmp_directories=True
+            self._directory, preservation_policy=self, cleanup_tmp_directories=True
         )
 
     def save(self, state: TrainState, record: Record, val_loss: float | None = None) -> None:
@@ -62,7 +61,7 @@ class Checkpoints:
         step = int(state.step)
         if any(checkpoint.step == step for checkpoint in self._checkpointer.checkpoints):
             return
-        self._policy.val_loss[step] = val_loss
+        self._val_loss[step] = val_loss
         metadata = {"record": record, "val_loss": val_loss, "checksum": _checksum(state, record)}
         self._checkpointer.save_checkpointables_async(
             step, {"state": state}, force=True, custom_metadata=metadata
@@ -89,7 +88,7 @@ class Checkpoints:
                 try:
                     metadata = _metadata(path)
                     found = found or _read(path, metadata, like)
-                except Exception as error:  # what a torn file makes Orbax raise is anybody's guess
+                except Exception as error:  # Orbax raises errors of many kinds for a torn file
                     damaged[path] = f"{error}"[:300].splitlines()[0]
         if damaged and not found:
             path, reason = next(iter(damaged.items()))
@@ -101,34 +100,25 @@ class Checkpoints:
             _set_aside(path, self._directory.parent / "damaged", reason)
         return found
 
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Says, as a preservation policy of Orbax, which checkpoints are kept."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        losses = [(self._val_loss[step], step) for step in steps]
+        known = sorted((loss, step) for loss, step in losses if loss is not None)
+        kept = {*steps[-self._keep :], *(step for _, step in known[:1])}
+        return [step in kept for step in steps]
+
     def close(self) -> None:
         """Waits until everything is written."""
         self._checkpointer.close()
 
     def _steps(self) -> list[Path]:
-        if not self._directory.is_dir():
-            return []
-        return [path for path in self._directory.iterdir() if path.name.isdecimal()]
-
-
-@dataclasses.dataclass
-class _NewestAndBest:
-    """Orbax's preservation policy: the `keep` newest and the one with the lowest `val_loss`."""
-
-    keep: int
-    val_loss: dict[int, float | None]
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        losses = [self.val_loss[step] for step in steps]
-        known = [(loss, step) for loss, step in zip(losses, steps, strict=True) if loss is not None]
-        kept = {*steps[-self.keep :], *(step for _, step in sorted(known)[:1])}
-        return [step in kept for step in steps]
+        return [path for path in self._directory.glob("*") if path.name.isdecimal()]
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps off the screen what Orbax logs, and its abandoned coroutines say, of a torn file."""
+    """Silences what Orbax logs about a torn file, and the warnings of abandoned coroutines."""
     disabled, hook = logging.root.manager.disable, sys.unraisablehook
     logging.disable(logging.CRITICAL)
     sys.unraisablehook = lambda _: None
@@ -160,13 +150,11 @@ def _read(path: Path, metadata: dict[str, Any], like: TrainState) -> tuple[Train
 
 def _set_aside(path: Path, folder: Path, reason: str) -> None:
     folder.mkdir(exist_ok=True)
-    taken = {other.name for other in folder.iterdir()}
-    names = (f"{path.name}{'-' * bool(n)}{n or ''}" for n in range(len(taken) + 1))
-    target = folder / next(name for name in names if name not in taken)
-    path.rename(target)
+    numbered = (folder / f"{path.name}-{number}" for number in itertools.count(1))
+    targets = itertools.chain([folder / path.name], numbered)
+    target = path.rename(next(target for target in targets if not target.exists()))
     warnings.warn(
-        f"checkpoint {path.name} is damaged and skipped, moved to {target} ({reason})",
-        stacklevel=3,
+        f"checkpoint {path.name} is damaged and skipped, moved to {target} ({reason})", stacklevel=3
     )
 
 
@@ -185,13 +173,10 @@ def _describe(tree: Any) -> dict[str, str]:
 
     def describe(leaf: Any) -> str:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)  # as which Orbax stores keys
+            leaf = jax.eval_shape(jax.random.key_data, leaf)  # Orbax stores keys as such arrays
         return f"{leaf.dtype}{list(leaf.shape)}"
 
-    is_leaf = lambda x: hasattr(x, "shape") and not is_quantized(x)
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    return dict(zip(names, [describe(leaf) for _, leaf in leaves], strict=True))
+    return {name: describe(leaf) for name, leaf in named_leaves(tree)[0]}
 
 
 def _checksum(state: TrainState, record: Record) -> int:

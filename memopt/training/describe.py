@@ -1,10 +1,6 @@
 """A run's training step from its options, before anything is opened or written."""
 
-from __future__ import annotations
-
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 
 import optax
 
@@ -16,6 +12,13 @@ from memopt.text.batches import FIELDS
 from memopt.training.config import Config, Optimization
 from memopt.training.placement import make_mesh
 from memopt.training.setup import Setup, abstract_batch, set_up
+
+#: The least values of options.
+LEAST = {
+    **dict.fromkeys(("batch_size", "accumulation", "steps", "max_skipped"), 1),
+    **dict.fromkeys(("eval_every", "checkpoint_every", "keep"), 1),
+    "learning_rate": 0,
+}
 
 
 def describe_run(config: Config) -> Setup:
@@ -36,11 +39,17 @@ def describe_run(config: Config) -> Setup:
         >>> setup.batch["inputs"].shape, setup.state.params["embed"]["embedding"].shape
         ((8, 128), (264, 192))
     """
-    options = config.optimization
-    model_config = _model_config(config)
-    mesh = make_mesh(config.run.mesh, _rows_at_once(config))
-    learning_rate = _learning_rate(options)
-    with _naming_options(config):
+    options, flat = config.optimization, config.flat()
+    for name, least in LEAST.items():
+        check_at_least(name, flat[name], least)
+    model_config, learning_rate = _model_config(config), _learning_rate(options)
+    if config.text.batch_size % options.accumulation:
+        raise ValueError(
+            f"accumulation={options.accumulation} does not divide "
+            f"batch_size={config.text.batch_size}: change one."
+        )
+    mesh = make_mesh(config.run.mesh, config.text.batch_size // options.accumulation)
+    try:
         tx = optimizers.optimizer(
             options.optimizer, learning_rate=learning_rate, **config.optimizer_options
         )
@@ -55,6 +64,13 @@ def describe_run(config: Config) -> Setup:
             release=options.release,
             accumulation=options.accumulation,
         )
+    except TypeError as error:  # of an option of another type
+        if not options.option:
+            raise
+        raise ValueError(
+            f"optimizer {options.optimizer!r} cannot work with "
+            f"option {', '.join(options.option)} ({error})."
+        ) from error
 
 
 def _model_config(config: Config) -> llama.LlamaConfig:
@@ -75,37 +91,10 @@ def _model_config(config: Config) -> llama.LlamaConfig:
     return model
 
 
-@contextlib.contextmanager
-def _naming_options(config: Config) -> Iterator[None]:
-    """Turns what Python says of an option of the wrong type into a sentence."""
-    try:
-        yield
-    except TypeError as error:
-        if not config.optimization.option:
-            raise
-        raise ValueError(
-            f"optimizer {config.optimization.optimizer!r} cannot work with "
-            f"option {', '.join(config.optimization.option)} ({error})."
-        ) from error
-
-
-def _rows_at_once(config: Config) -> int:
-    """The rows of a micro-batch."""
-    rows, pieces = config.text.batch_size, config.optimization.accumulation
-    check_at_least("batch_size", rows, 1)
-    check_at_least("accumulation", pieces, 1)
-    if rows % pieces:
-        raise ValueError(f"accumulation={pieces} does not divide batch_size={rows}: change one.")
-    return rows // pieces
-
-
 def _learning_rate(options: Optimization) -> optax.Schedule:
     for name in ("warmup", "decay", "final_learning_rate"):
         if not 0 <= getattr(options, name) <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {getattr(options, name)}.")
-    check_at_least("steps", options.steps, 1)
-    check_at_least("max_skipped", options.max_skipped, 1)
-    check_at_least("learning_rate", options.learning_rate, 0)
     return schedules.schedule(
         options.schedule,
         options.learning_rate,

@@ -1,6 +1,4 @@
-"""The directory of a run: which one it is, and that no run is ever written over another."""
-
-from __future__ import annotations
+"""The directory of a run: how it is chosen and written, so that no run overwrites another."""
 
 import itertools
 import json
@@ -14,18 +12,13 @@ from memopt.training.processes import is_main_process
 
 #: Options that may change when a run is resumed; all others decide what its checkpoints mean.
 MAY_CHANGE = {
-    "steps",
-    "mesh",
-    "eval_every",
-    "eval_tokens",
-    "checkpoint_every",
-    "keep",
-    "max_skipped",
+    *("steps", "mesh", "max_skipped", "keep"),
+    *("eval_every", "eval_tokens", "checkpoint_every"),
 }
 
 
 def choose_directory(config: Config) -> Path:
-    """Returns the directory that `config` means: a free one or, to resume, one that holds a run.
+    """Returns the directory of a run: a free one or, to resume, one that holds a run.
 
     Raises:
         ValueError: The directory is taken or, to resume, holds no run.
@@ -35,26 +28,26 @@ def choose_directory(config: Config) -> Path:
         >>> str(choose_directory(Config(run=Run(output=Path("runs/that/nobody/made")))))
         'runs/that/nobody/made'
     """
+    output = config.run.output
     default = Path("runs", f"{config.architecture.model}-{config.optimization.optimizer}")
     if config.run.resume:
         runs = default.parent.glob(f"{default.name}*/config.json")
-        latest = max(runs, key=lambda path: path.stat().st_mtime, default=default / "none")
-        directory = config.run.output or latest.parent
+        latest = max(runs, key=lambda path: path.stat().st_mtime, default=default / "config.json")
+        directory = output or latest.parent
         if not (directory / "config.json").is_file():
             raise ValueError(
                 f"there is no run to resume in {str(directory)!r}: give its directory with "
                 "--output, or start it without --resume."
             )
         return directory
-    if config.run.output is None:
-        numbered = (Path(f"{default}-{number}") for number in itertools.count(2))
-        return next(path for path in itertools.chain([default], numbered) if not _taken(path))
-    if _taken(config.run.output):
+    if output and _taken(output):
         raise ValueError(
-            f"output {str(config.run.output)!r} is taken: continue the run in it with --resume, "
-            "or choose another --output."
+            f"output {str(output)!r} is taken: continue the run in it with --resume, or choose "
+            "another --output."
         )
-    return config.run.output
+    numbered = (Path(f"{default}-{number}") for number in itertools.count(2))
+    candidates = itertools.chain([default], numbered)
+    return output or next(path for path in candidates if not _taken(path))
 
 
 def open_directory(directory: Path, config: Config) -> None:
@@ -80,7 +73,7 @@ def open_directory(directory: Path, config: Config) -> None:
 
 
 def check_same(directory: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raises a sentence that names all that differs between a run and how it is resumed.
+    """Raises if options or data of a resumed run differ from those it was started with.
 
     Args:
         directory: The run's directory.

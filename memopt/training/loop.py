@@ -1,7 +1,5 @@
 """The training loop."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import time
@@ -22,7 +20,7 @@ class Stopped(Exception):
 
     Attributes:
         exit_code: What the process should exit with.
-        saved: Whether where it was is saved. It is, unless only one of several processes stopped.
+        saved: Whether its state is saved; False if only one of several processes stopped.
     """
 
     def __init__(self, reason: str, exit_code: int = 1, saved: bool = True):
@@ -59,7 +57,9 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
         compiled, loss = setup.compile(), jax.jit(setup.loss)
         try:
             for number in range(start + 1, steps + 1):
-                _stop_if_caught(caught, number - 1)
+                if signum := agree_to_stop(caught[0] if caught else 0):
+                    reason = f"stopped by {signal.Signals(signum).name} after step {number - 1}."
+                    raise Stopped(reason, 128 + signum)
                 began = time.perf_counter()
                 state, outcome = setup.jitted(state, setup.place(_next_batch(run)))
                 metrics = {name: value.item() for name, value in outcome.items()}
@@ -69,8 +69,13 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
                     metrics["val_loss"] = evaluate(state.params, batches, loss)
                 if log:
                     log.write(number, metrics)
-                display.update(number, metrics)
-                _stop_if_stuck(metrics, run.config.optimization.max_skipped, number)
+                display.show(number, metrics)
+                if metrics["skipped_in_row"] >= run.config.optimization.max_skipped:
+                    raise Stopped(
+                        f"the loss or its gradients were not finite in the "
+                        f"{metrics['skipped_in_row']} steps up to {number}, which changed nothing: "
+                        "lower --learning-rate, or look at the data."
+                    )
                 if number % options.checkpoint_every == 0 or number == steps:
                     run.save(state, metrics.get("val_loss"))
         except Stopped as stopped:
@@ -88,32 +93,19 @@ def _next_batch(run: Training) -> Batch:
         raise Stopped(f"the data cannot be read: {error}", saved=not alone) from error
 
 
-def _stop_if_stuck(metrics: dict[str, float], limit: int, step: int) -> None:
-    if metrics["skipped_in_row"] >= limit:
-        raise Stopped(
-            f"the loss or its gradients were not finite in the {limit} steps up to {step}, which "
-            "changed nothing: lower --learning-rate, or look at the data."
-        )
-
-
-def _stop_if_caught(caught: list[signal.Signals], step: int) -> None:
-    if number := agree_to_stop(caught[0] if caught else 0):
-        raise Stopped(f"stopped by {signal.Signals(number).name} after step {step}.", 128 + number)
-
-
 @contextlib.contextmanager
 def _signals() -> Iterator[list[signal.Signals]]:
-    """Collects SIGTERM and Ctrl-C instead of dying of them; a second one works as usual."""
+    """Collects SIGTERM and Ctrl-C, which then do not end the process; a second one does."""
     caught: list[signal.Signals] = []
 
     def handle(number: int, _: object) -> None:
-        name = signal.Signals(number)
-        caught.append(name)
-        signal.signal(name, usual[name])
+        caught.append(signal.Signals(number))
+        signal.signal(number, usual[number])
 
-    usual = {name: signal.signal(name, handle) for name in (signal.SIGINT, signal.SIGTERM)}
+    numbers: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+    usual = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield caught
     finally:
-        for name, handler in usual.items():
-            signal.signal(name, handler)
+        for number, handler in usual.items():
+            signal.signal(number, handler)

@@ -1,7 +1,5 @@
 """Records and shows a run: metrics.jsonl, TensorBoard events, progress."""
 
-from __future__ import annotations
-
 import json
 import math
 import time
@@ -9,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 #: Without a terminal, a line of progress at most this often.
 SECONDS_BETWEEN_LINES = 5.0
@@ -18,8 +16,8 @@ SECONDS_BETWEEN_LINES = 5.0
 class MetricsLog:
     """`metrics.jsonl` and TensorBoard events of a run.
 
-    Each step is one line, a JSON object; what is not finite is null. Every line is handed to the
-    operating system at once, so that none is lost when the process is killed.
+    Each step is one line, a JSON object; numbers that are not finite are null. Every line is
+    handed to the operating system at once, so that none is lost when the process is killed.
 
     Args:
         directory: The run's directory.
@@ -60,7 +58,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-class Display:
+class Display(Progress):
     """Progress on the screen: a bar in a terminal, plain lines elsewhere.
 
     Args:
@@ -70,44 +68,23 @@ class Display:
     """
 
     def __init__(self, console: Console, steps: int, start: int):
-        self._console = console
-        self._steps = steps
-        self._clock: tuple[float, int] | None = None  # after the first step, which compiles
+        columns = (MofNCompleteColumn(), BarColumn(bar_width=20), "{task.fields[line]}", "left")
+        bar = console.is_terminal
+        super().__init__("step", *columns, TimeRemainingColumn(), console=console, disable=not bar)
         self._shown = -math.inf
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[line]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("", total=steps, completed=start, line="compiling …")
+        self.add_task("", total=steps, completed=start, line="compiling …")
 
-    def __enter__(self) -> Display:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def update(self, step: int, metrics: dict[str, float]) -> None:
+    def show(self, step: int, metrics: dict[str, float]) -> None:
         """Shows the metrics of a step."""
+        (task,) = self.tasks
         line = (
             f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  "
             f"|g| {metrics['gradient_norm']:.2f}  {metrics['tokens_per_second']:,.0f} tokens/s"
         )
-        self._progress.update(self._task, completed=step, line=line)
+        self.update(task.id, completed=step, line=line)
         now = time.monotonic()
-        began, first = self._clock = self._clock or (now, step)
-        due = now - self._shown > SECONDS_BETWEEN_LINES or step == self._steps
-        if due and not self._console.is_terminal:
+        due = now - self._shown > SECONDS_BETWEEN_LINES or task.finished
+        if due and self.disable:
             self._shown = now
-            left = (now - began) / max(step - first, 1) * (self._steps - step)
-            self.note(f"step {step}/{self._steps}  {line}  {left:.0f} s left")
-
-    def note(self, line: str) -> None:
-        """Prints a line that stays, above the bar."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            line = f"step {step}/{task.total}  {line}  {task.time_remaining or 0:.0f} s left"
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,7 +1,5 @@
 """A run with its files: the directory, the text, the checkpoints, and the state to begin with."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -10,13 +8,7 @@ from pathlib import Path
 import jax
 
 from memopt.errors import check_at_least
-from memopt.text.batches import (
-    Batch,
-    Batches,
-    fingerprint,
-    train_batches,
-    validation_batches,
-)
+from memopt.text.batches import Batch, Batches, fingerprint, train_batches, validation_batches
 from memopt.text.documents import find_documents
 from memopt.text.tokenizer import Tokenizer, load_tokenizer
 from memopt.training.checkpoint import Checkpoints, Record
@@ -36,12 +28,12 @@ class Training:
     Attributes:
         config: Its options.
         setup: Its training step, and the shapes and shardings of its state.
-        directory: Where it writes.
+        directory: The directory it writes to.
         tokenizer: Turns text into ids and back.
-        batches: The training data, from where the state stands.
+        batches: The training batches, from the step of `state` on.
         validation: The held-out batches.
         identity: What identifies the data.
-        checkpoints: Where the state is saved.
+        checkpoints: Its checkpoints.
         state: The state to begin with.
     """
 
@@ -56,7 +48,7 @@ class Training:
     state: TrainState
 
     def save(self, state: TrainState, val_loss: float | None = None) -> None:
-        """Starts to save a checkpoint of everything that changes, and of what it belongs to."""
+        """Starts to save a checkpoint: the state, the position in the data, options, identity."""
         record = {
             "config": self.config.flat(),
             "identity": self.identity,
@@ -66,7 +58,7 @@ class Training:
 
 
 def open_run(config: Config) -> Training:
-    """Opens all a run needs, and checks it; writes nothing before all is well.
+    """Opens and checks all that a run needs; writes nothing until every check has passed.
 
     Args:
         config: The options of the run. With `run.resume`, those it was started with, but for
@@ -81,8 +73,6 @@ def open_run(config: Config) -> Training:
     directory = choose_directory(config)
     if config.run.resume:
         check_same(directory, json.loads((directory / "config.json").read_text()), config.flat())
-    for name in ("eval_every", "checkpoint_every", "keep"):
-        check_at_least(name, getattr(config.run, name), 1)
     check_at_least("eval_tokens", config.text.eval_tokens, config.text.seq_len)
 
     tokenizer = load_tokenizer(config.text.tokenizer)
@@ -105,15 +95,7 @@ def open_run(config: Config) -> Training:
         with jax.set_mesh(setup.mesh):
             state = setup.jit_init(config.optimization.seed)()
     return Training(
-        config=config,
-        setup=setup,
-        directory=directory,
-        tokenizer=tokenizer,
-        batches=batches,
-        validation=validation,
-        identity=identity,
-        checkpoints=checkpoints,
-        state=state,
+        config, setup, directory, tokenizer, batches, validation, identity, checkpoints, state
     )
 
 
@@ -145,7 +127,7 @@ def open_batches(
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: str, vocab_size: int) -> None:
-    """Raises a sentence unless a model has an embedding for every id of a tokenizer.
+    """Raises unless a model has an embedding for every id of a tokenizer.
 
     Args:
         tokenizer: The tokenizer.

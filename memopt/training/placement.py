@@ -1,7 +1,5 @@
 """The mesh of a run, and the shardings of its state and its batches."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +10,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from memopt.models.sharding import BATCH_AXES
 from memopt.optimizers.registry import METHODS
-from memopt.state.sharding import state_sharding
-from memopt.training.step import TrainState, init_state
+from memopt.parameters import init_shapes
+from memopt.state.sharding import dense_like, state_sharding
+from memopt.training.step import TrainState
 from memopt.transforms.placed_update import reshard_update, unshard_short_side
 
 
@@ -38,22 +37,22 @@ def make_mesh(spec: str | None, rows: int) -> Mesh:
     """
     devices = jax.device_count()
     axes = {"data": math.gcd(devices, rows)} if spec is None else parse_mesh(spec)
-    if math.prod(axes.values()) > devices:
+    size, shards = math.prod(axes.values()), math.prod(axes.get(axis, 1) for axis in BATCH_AXES)
+    mesh = ",".join(f"{axis}={count}" for axis, count in axes.items())
+    if size > devices:
         raise ValueError(
-            f"mesh {spec!r} needs {math.prod(axes.values())} devices, but there are {devices}: "
-            "choose sizes whose product is at most that."
+            f"mesh {mesh!r} needs {size} devices, but there are {devices}: choose sizes whose "
+            "product is at most that."
         )
-    if math.prod(axes.values()) < devices and jax.process_count() > 1:
-        taken = ",".join(f"{axis}={size}" for axis, size in axes.items())
+    if size < devices and jax.process_count() > 1:
         raise ValueError(
-            f"mesh {taken!r}, for {rows} rows (batch size ÷ accumulation), must take in all "
+            f"mesh {mesh!r}, for {rows} rows (batch size ÷ accumulation), must take in all "
             f"{devices} devices of the {jax.process_count()} processes: change --mesh or "
             "--batch-size."
         )
-    shards = math.prod(axes.get(axis, 1) for axis in BATCH_AXES)
     if rows % shards:
         raise ValueError(
-            f"mesh {spec!r} splits a batch into {shards} parts, which does not divide its {rows} "
+            f"mesh {mesh!r} splits a batch into {shards} parts, which does not divide its {rows} "
             "rows (batch size ÷ accumulation): change --mesh or --batch-size."
         )
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
@@ -87,7 +86,7 @@ def rows_here(mesh: Mesh, batch_size: int) -> list[int]:
 def place_update(
     tx: optax.GradientTransformation, name: str, params: Any, *, one_layer_at_a_time: bool
 ) -> tuple[optax.GradientTransformation, Any]:
-    """An optimizer that runs where it moves least over a mesh, and where its state goes best.
+    """Reshards an optimizer's update if that moves fewer bytes over the mesh.
 
     Args:
         tx: The optimizer.
@@ -96,9 +95,10 @@ def place_update(
         one_layer_at_a_time: Whether a layer is updated at a time.
 
     Returns:
-        The optimizer, by `memopt.unshard_short_side` if it is one that gains by it; and the
-        parameters as they would lie with its state. A layer at a time that is where they are: for
-        moments elsewhere XLA's loop keeps a second copy (7B on 16 chips: 3.8 GiB, not 3.1).
+        The optimizer, on parameters placed by `memopt.unshard_short_side` if it gains by it; and
+        the parameters, placed as its state should be. For updates a layer at a time these are
+        `params`: of state placed otherwise XLA's loop keeps a second copy (7B on 16 chips:
+        3.8 GiB, not 3.1).
     """
     if not METHODS[name].sums_projections:
         return tx, params
@@ -113,22 +113,20 @@ def abstract_state(
 
     Args:
         params: The parameters, arrays or `ShapeDtypeStruct`s, with shardings.
-        tx: The optimizer, whose state lies as `memopt.state_sharding` says; over an axis `fsdp`,
-            unless it is Explicit, is spread what of it follows no axis that is split.
+        tx: The optimizer. Its state is placed by `memopt.state_sharding`, and spread further over
+            an axis `fsdp` that is not Explicit.
         mesh: Where the parameters are.
-        places: Where they would be where their update is computed, if elsewhere.
+        places: The parameters placed as their update is computed, if otherwise than `params`.
 
     Returns:
         The state, of `ShapeDtypeStruct`s with shardings.
     """
     spread = dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get("fsdp") == AxisType.Auto
-    places = params if places is None else places
-    whole = NamedSharding(mesh, jax.P())
-    bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    state = jax.eval_shape(lambda params: init_state(params, tx), bare)
-    shardings = jax.tree.map(lambda x: whole, state)._replace(
-        params=jax.tree.map(lambda x: x.sharding, params),
-        opt_state=state_sharding(tx, places, spread_over="fsdp" if spread else None),
+    shardings = state_sharding(
+        tx, params if places is None else places, spread_over="fsdp" if spread else None
     )
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    return jax.tree.map(place, state, shardings)
+    count: Any = jax.ShapeDtypeStruct((), "int32", sharding=NamedSharding(mesh, jax.P()))
+    params = jax.tree.map(lambda x: place(x, x.sharding), params)
+    opt_state = jax.tree.map(place, init_shapes(tx.init, dense_like(params)), shardings)
+    return TrainState(params, opt_state, count, count, count)

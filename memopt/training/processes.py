@@ -1,10 +1,8 @@
 """The processes of a run: how they find each other, and which of them writes.
 
-Everything else about them is `jax.distributed`'s. All run the same program on the same global
+`jax.distributed` does the rest. All run the same program on the same global
 arrays; files are written, and the screen, by the first alone.
 """
-
-from __future__ import annotations
 
 import json
 import re
@@ -38,12 +36,13 @@ def init_distributed(options: Run) -> None:
         ValueError: coordinator, processes and process go together, got None, 2 and None: ...
     """
     check_at_least("heartbeat_timeout", options.heartbeat_timeout, 1)
-    given = _given(options)
-    cluster = next((cluster for cluster in clusters() if cluster.is_env_present()), None)
-    count, index = given or (1, 0)
-    if cluster:
+    given = (options.coordinator, options.processes, options.process)
+    if given != (None, None, None):
+        _check_given(*given)
+    count, index = options.processes or 1, options.process or 0
+    if cluster := next((cluster for cluster in clusters() if cluster.is_env_present()), None):
         count, index = cluster.get_process_count(), cluster.get_process_id()
-        if given not in (None, (count, index)):
+        if given[0] and given[1:] != (count, index):
             raise ValueError(
                 f"processes={options.processes} and process={options.process} contradict the "
                 f"cluster ({cluster.name}), where this is process {index} of {count}: leave them "
@@ -51,20 +50,14 @@ def init_distributed(options: Run) -> None:
             )
     if count > 1:
         jax.distributed.initialize(
-            options.coordinator,
-            options.processes,
-            options.process,
+            *given,
             cluster_detection_method=None if cluster else "deactivate",
             heartbeat_timeout_seconds=options.heartbeat_timeout,
             shutdown_timeout_seconds=options.heartbeat_timeout,
         )
 
 
-def _given(options: Run) -> tuple[int, int] | None:
-    """The number of processes and which of them this is, as the options have them."""
-    coordinator, processes, process = options.coordinator, options.processes, options.process
-    if coordinator is None and processes is None and process is None:
-        return None
+def _check_given(coordinator: str | None, processes: int | None, process: int | None) -> None:
     if coordinator is None or processes is None or process is None:
         raise ValueError(
             "coordinator, processes and process go together, "
@@ -75,17 +68,11 @@ def _given(options: Run) -> tuple[int, int] | None:
     check_at_least("processes", processes, 1)
     if not 0 <= process < processes:
         raise ValueError(f"process={process} must be from 0 to processes - 1, {processes - 1}.")
-    return processes, process
 
 
 def is_main_process() -> bool:
     """Whether this process is the one that writes files and shows how the run goes."""
     return jax.process_index() == 0
-
-
-def wait_for_all() -> None:
-    """Returns when all processes have come here."""
-    multihost_utils.sync_global_devices("memopt")
 
 
 def check_same_on_all_processes(options: Mapping[str, Any]) -> None:

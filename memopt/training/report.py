@@ -1,7 +1,5 @@
 """Reports a run that has ended: a plot of the loss and a sample of text."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +25,9 @@ def plot_loss(metrics: Path, image: Path) -> None:
     evaluated = [line for line in lines if line.get("val_loss") is not None]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot([x["step"] for x in lines], [x["loss"] for x in lines], lw=0.8, label="training")
-    axes.plot(
-        [x["step"] for x in evaluated], [x["val_loss"] for x in evaluated], "o-", label="validation"
-    )
+    curve = lambda lines, key: ([line["step"] for line in lines], [line[key] for line in lines])
+    axes.plot(*curve(lines, "loss"), lw=0.8, label="training")
+    axes.plot(*curve(evaluated, "val_loss"), "o-", label="validation")
     axes.set(xlabel="step", ylabel="loss a token (nats)")
     axes.grid(alpha=0.3)
     axes.legend()

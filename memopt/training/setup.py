@@ -1,10 +1,8 @@
 """The training step of a LLaMA and all it is compiled from: shapes, shardings and functions.
 
-The same step is compiled for training, for benchmarks and, on devices that only a compiler knows,
-to ask what it needs.
+Training, benchmarks and planning compile the same step, planning for devices that only a compiler
+knows.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import functools
@@ -36,7 +34,7 @@ class Setup:
         learning_rate: Its schedule.
         weights: How matrices are stored, see `memopt.quantize_params`; None: as they are.
         state: The shapes, dtypes and shardings of the state.
-        batch: Those of a batch.
+        batch: The shapes, dtypes and shardings of a batch.
         step: `train_step` or `release_step` with this model and optimizer, a pure function.
     """
 
@@ -65,8 +63,8 @@ class Setup:
     def compile(self, compiler_options: dict[str, Any] | None = None) -> jax.stages.Compiled:
         """Compiles `jitted`.
 
-        Calls of `jitted` do not compile again. What is returned is there to be asked: called by
-        itself, it refuses arrays of 4 bits in jax 0.10.
+        Calls of `jitted` do not compile again. The result is for its analyses of memory and cost:
+        called by itself, it refuses arrays of 4 bits in jax 0.10.
 
         Args:
             compiler_options: XLA's options.
@@ -75,7 +73,7 @@ class Setup:
             return self.jitted.lower(self.state, self.batch).compile(compiler_options)
 
     def jit_init(self, seed: int) -> Any:
-        """Returns the jitted function, of no argument, that makes the first state.
+        """Returns a jitted function without arguments that makes the first state.
 
         Its parameters are made, and quantised, a layer at a time.
 
@@ -144,46 +142,16 @@ def set_up(
     """
     params = store_params(llama.abstract_params(model_config, mesh), weights)
     tx, places = place_update(tx, optimizer, params, one_layer_at_a_time=release)
-    step = make_step(
-        model_config,
-        tx,
-        learning_rate,
-        release=release,
-        accumulation=accumulation,
-        shardings=_shardings(params),
-    )
-    state = abstract_state(params, tx, mesh, places)
-    return Setup(model_config, mesh, tx, learning_rate, weights, state, batch, step)
-
-
-def make_step(
-    model_config: llama.LlamaConfig,
-    tx: optax.GradientTransformation,
-    learning_rate: optax.Schedule,
-    *,
-    release: bool = False,
-    accumulation: int = 1,
-    shardings: Any = None,
-) -> Step:
-    """Returns the training step of a LLaMA, to be jitted with the state donated.
-
-    Args:
-        model_config: The model's shapes and options.
-        tx: The optimizer.
-        learning_rate: The schedule it follows.
-        release: Whether to update each block while the backward pass runs.
-        accumulation: In how many micro-batches a batch is worked through.
-        shardings: Those of the parameters, for `release_step`; the ordinary step needs none.
-
-    Returns:
-        `release_step` or `train_step`, from (state, batch) to (state, metrics).
-    """
     options: Any = {"tx": tx, "learning_rate": learning_rate, "accumulation": accumulation}
+    step: Step
     if release:
         model = llama.stacked_model(model_config)
-        return functools.partial(release_step, model=model, shardings=shardings, **options)
-    loss = lambda params, batch: llama.loss(build_model(model_config, params), batch)
-    return functools.partial(train_step, loss=loss, **options)
+        step = functools.partial(release_step, model=model, shardings=_shardings(params), **options)
+    else:
+        loss = lambda params, batch: llama.loss(build_model(model_config, params), batch)
+        step = functools.partial(train_step, loss=loss, **options)
+    state = abstract_state(params, tx, mesh, places)
+    return Setup(model_config, mesh, tx, learning_rate, weights, state, batch, step)
 
 
 def build_model(model_config: llama.LlamaConfig, params: Any) -> llama.Llama:

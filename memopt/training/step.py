@@ -1,7 +1,5 @@
 """One training step and one evaluation, as pure functions of the state and a batch."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -90,24 +88,20 @@ def train_step(
     for gradient in jax.tree.leaves(gradients):
         finite &= jnp.isfinite(gradient).all()
 
-    updates, opt_state = optax.with_extra_args_support(tx).update(
-        gradients,
-        state.opt_state,
-        dense,
-        value=mean_loss,
-        obj_fn=lambda params: loss(params, batch)[0] / tokens,
-        gradient_norm=norm,
-    )
-    params, opt_state = jax.tree.map(
-        functools.partial(where_applied, finite),
-        (apply_rounded_updates(state.params, updates, state.step - state.skipped), opt_state),
-        (state.params, state.opt_state),
-    )
-    return finish_step(state, params, opt_state, finite, mean_loss, norm, tokens, learning_rate)
+    objective = lambda params: loss(params, batch)[0] / tokens
+    extra = {"value": mean_loss, "obj_fn": objective, "gradient_norm": norm}
+    update = optax.with_extra_args_support(tx).update
+    updates, opt_state = update(gradients, state.opt_state, dense, **extra)
+    new = apply_rounded_updates(state.params, updates, state.step - state.skipped), opt_state
+    choose = functools.partial(where_applied, finite)
+    params, opt_state = jax.tree.map(choose, new, (state.params, state.opt_state))
+    state = state._replace(params=params, opt_state=opt_state)
+    metrics = {"loss": mean_loss, "gradient_norm": norm, "tokens": tokens}
+    return finish_step(state, finite, learning_rate, metrics)
 
 
 def where_applied(applied: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    """`new` if `applied`, or else `old`.
+    """Returns `new` if `applied`, else `old`.
 
     Codes are chosen as floats: of integers of 8 bits XLA for TPUs makes copies first, and a pass of
     their own.
@@ -119,37 +113,22 @@ def where_applied(applied: jax.Array, new: jax.Array, old: jax.Array) -> jax.Arr
 
 
 def finish_step(
-    state: TrainState,
-    params: Any,
-    opt_state: optax.OptState,
-    applied: jax.Array,
-    loss: jax.Array,
-    gradient_norm: jax.Array,
-    tokens: jax.Array,
-    learning_rate: optax.Schedule,
+    state: TrainState, applied: jax.Array, learning_rate: optax.Schedule, metrics: Metrics
 ) -> tuple[TrainState, Metrics]:
-    """The state after a step, its counters moved on, and what is logged of it.
+    """Advances the counters, and adds the learning rate and the skipped steps to the metrics.
 
     Args:
-        state: The state before.
-        params: The parameters after it.
-        opt_state: The optimizer's state after it.
+        state: The counters before the step; parameters and optimizer state after it.
         applied: Whether the step was applied, bool.
-        loss: The mean loss.
-        gradient_norm: The norm of its gradient.
-        tokens: The number of tokens.
         learning_rate: As in `train_step`.
+        metrics: `loss`, `gradient_norm` and `tokens`.
     """
     skipped_in_row = jnp.where(applied, 0, state.skipped_in_row + 1)
-    metrics = {
-        "loss": loss,
-        "learning_rate": jnp.asarray(learning_rate(state.step - state.skipped), jnp.float32),
-        "gradient_norm": gradient_norm,
-        "tokens": tokens,
-        "skipped_in_row": skipped_in_row,
-    }
+    rate = jnp.asarray(learning_rate(state.step - state.skipped), jnp.float32)
+    metrics = {**metrics, "learning_rate": rate, "skipped_in_row": skipped_in_row}
     skipped = state.skipped + ~applied
-    return TrainState(params, opt_state, state.step + 1, skipped, skipped_in_row), metrics
+    counters = {"step": state.step + 1, "skipped": skipped, "skipped_in_row": skipped_in_row}
+    return state._replace(**counters), metrics
 
 
 def evaluate(params: Any, batches: Any, loss: Loss) -> float:
@@ -171,22 +150,36 @@ def _mean_gradient(
 ) -> tuple[jax.Array, Any, jax.Array]:
     """Returns the mean loss a token, its gradient in the parameters' dtypes, and the tokens."""
     gradient = jax.value_and_grad(loss, has_aux=True)
-
-    def add(sums: Any, micro_batch: Batch) -> tuple[Any, None]:
-        (total, tokens), gradients = gradient(params, micro_batch)
-        return jax.tree.map(jnp.add, sums, (total, tokens, gradients)), None
-
+    one = lambda micro_batch: (gradient(params, micro_batch), None)
     if accumulation == 1:
-        (total, tokens), gradients = gradient(params, batch)
+        sums, _ = one(batch)
     else:
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p, "float32")), params)
-        start = (jnp.zeros(()), jnp.zeros(()), zeros)
-        (total, tokens, gradients), _ = jax.lax.scan(
-            add, start, split_microbatches(batch, accumulation)
-        )
+        sums, _ = sum_microbatches(one, split_microbatches(batch, accumulation))
+    (total, tokens), gradients = sums
     tokens = jnp.maximum(tokens, 1)
     gradients = jax.tree.map(lambda g, p: (g / tokens).astype(p.dtype), gradients, params)
     return total / tokens, gradients, tokens
+
+
+def sum_microbatches(f: Callable[..., tuple[Any, Any]], *xs: Any) -> tuple[Any, Any]:
+    """Sums one result of `f` over micro-batches, in float32, and stacks the other.
+
+    Args:
+        f: Maps a micro-batch of each of `xs` to (tree to sum, tree to stack).
+        *xs: Trees of arrays of shape (micro-batches, ...).
+    """
+    first = jax.tree.map(lambda x: x[0], xs)
+    if jax.tree.leaves(xs)[0].shape[0] == 1:
+        sums, others = f(*first)
+        return sums, jax.tree.map(lambda x: x[None], others)
+
+    def add(sums: Any, xs: Any) -> tuple[Any, Any]:
+        new, others = f(*xs)
+        return jax.tree.map(jnp.add, sums, new), others
+
+    like, _ = jax.eval_shape(f, *first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x, "float32")), like)
+    return jax.lax.scan(add, zeros, xs)
 
 
 def split_microbatches(batch: Batch, pieces: int) -> Batch:

@@ -43,5 +43,5 @@ def test_a_delayed_flag_is_the_flag(flag, x):
 def test_an_update_in_place_is_the_update_or_the_old(condition):
     condition = jnp.array(condition)
     update = lambda: jnp.where(condition, 2.0, 1.0)
-    found = jax.jit(lambda: layouts.update_in_place(condition, update, lambda: jnp.array(1.0)))()
+    found = jax.jit(lambda: layouts.update_in_place(condition, update, jnp.array(1.0)))()
     assert found == 1 + condition

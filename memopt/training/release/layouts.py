@@ -13,41 +13,40 @@ from memopt.state.quantized_params import is_quantized
 
 
 def pin_layout(x: Any, spec: Any = None) -> Any:
-    """Keeps XLA from transposing a whole stack to suit what reads or makes one layer of it.
+    """Pins an array's layout in memory, so that XLA does not transpose a whole stack for one layer.
 
-    Scales are narrow: a TPU keeps them by columns; by rows most of its lanes would be empty.
+    TPUs store the scales of a quantised array by columns: by rows most lanes would be empty.
 
     Args:
         x: An array, or a quantised one.
-        spec: Its `jax.P`, or those of its arrays, on a mesh that splits it.
+        spec: Its `jax.P` on a mesh; that of a quantised array holds one for each of its arrays.
     """
     if not is_quantized(x):
         pin = lambda x: with_layout(x, spec)
         return jax.lax.platform_dependent(x, cpu=lambda x: x, default=pin)
-    by_columns = lambda s, spec: jax.lax.platform_dependent(
-        s, tpu=lambda s: with_layout(s, spec, last=0), default=lambda s: s
+    pin_scales = lambda s, spec: jax.lax.platform_dependent(
+        s, tpu=lambda s: with_layout(s, spec, by_columns=True), default=lambda s: s
     )
-    specs = spec.scales if spec else [None] * len(x.scales)
-    scales = tuple(map(by_columns, x.scales, specs))
+    scales = tuple(map(pin_scales, x.scales, spec.scales if spec else [None] * len(x.scales)))
     return dataclasses.replace(x, codes=pin_layout(x.codes, spec and spec.codes), scales=scales)
 
 
-def with_layout(x: Array, spec: jax.P | None, *, last: int = -1) -> Array:
-    """Constrains an array's axes to their order in memory, the last axis moved to `last`.
+def with_layout(x: Array, spec: jax.P | None, *, by_columns: bool = False) -> Array:
+    """Constrains an array's axes to their order in memory, the last axis first if `by_columns`.
 
-    On a mesh each shard of it, if `spec` is known: XLA would gather the whole array to lay it out.
+    On a mesh each shard is constrained, if `spec` is known: for a constraint on the whole array
+    XLA would gather it.
     """
-    order = list(range(x.ndim))
-    if order:
-        order.insert(last % x.ndim, order.pop())
-    constrain = lambda x: with_layout_constraint(x, Layout(tuple(order)))
+    axes = tuple(range(x.ndim))
+    order = axes[-1:] + axes[:-1] if by_columns else axes
+    constrain = lambda x: with_layout_constraint(x, Layout(order))
     if jax.sharding.get_abstract_mesh().size <= 1:
         return constrain(x)
     return x if spec is None else jax.shard_map(constrain, in_specs=spec, out_specs=spec)(x)
 
 
 def reload_after(stored: Any, x: Array, layer: Array | None = None) -> tuple[Any, Array | None]:
-    """Reads a parameter, or one layer of it, which XLA cannot do before `x` is computed.
+    """Reads a parameter, or one layer of it, after `x` is computed.
 
     The read waits for the scales of quantised parameters, and for the index of a dense layer.
     Dense parameters without a layer may be read at any time.
@@ -65,10 +64,11 @@ def reload_after(stored: Any, x: Array, layer: Array | None = None) -> tuple[Any
 
 
 def delay_flag(x: Array, flag: Array) -> Array:
-    """Returns `flag`, which on CPUs is not known before `x` is.
+    """Returns `flag`; on CPUs XLA does not know it before `x` is computed.
 
-    XLA would not see there that all reads of a stack come before the write, and copy it whole: the
-    gradient of a matrix need not depend on the matrix, but what leaves the block does.
+    Without this XLA for CPUs does not see that all reads of a stack come before the write, and
+    copies the whole stack: the gradient of a matrix need not depend on the matrix, but the
+    cotangent of the block's input does.
     """
 
     def known(x: Array, flag: Array) -> Array:
@@ -82,23 +82,22 @@ def read_layer(tree: Any, layer: Array | None, axis: int | None) -> Any:
     """Slices one layer, as a stack of one; all of it if `layer` or `axis` is None."""
     if layer is None or axis is None:
         return tree
-    read = lambda x: jax.lax.dynamic_slice_in_dim(x, layer, 1, axis)
-    return jax.tree.map(read, tree)
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, layer, 1, axis), tree)
 
 
 def write_layer(tree: Any, part: Any, layer: Array | None, axis: int | None) -> Any:
-    """Puts back what `read_layer` sliced."""
+    """Writes a layer that `read_layer` sliced back into its stack."""
     if layer is None or axis is None:
         return part
     write = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, layer, axis)
     return jax.tree.map(write, tree, part)
 
 
-def update_in_place(condition: Array, update: Callable[[], Any], keep: Callable[[], Any]) -> Any:
-    """Runs `update` inside a loop; it gives ``keep()`` unless `condition` holds.
+def update_in_place(condition: Array, update: Callable[[], Any], old: Any) -> Any:
+    """Returns ``update()`` inside a loop; unless `condition` holds, that is `old`.
 
     XLA for CPUs would fuse reads and writes of several arrays, and copy them whole; under a
     conditional it reads all it needs of one before it writes to it.
     """
-    cond = lambda: jax.lax.cond(condition, update, keep)
+    cond = lambda: jax.lax.cond(condition, update, lambda: old)
     return jax.lax.platform_dependent(cpu=cond, default=update)

@@ -1,7 +1,8 @@
-"""Any Optax transformation, run on one parameter, or one layer of it, at a time."""
+"""Any Optax transformation, applied to one parameter, or one layer of it, at a time."""
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,15 +13,12 @@ from jax import Array
 from memopt.internals import Call, Cond, Program, Scan, While, trace
 from memopt.parameters import init_shapes, known, read_parameters
 
-CHOICES = (
-    "Take one that looks at each matrix by itself (memopt.clip_by_matrix_rms), or "
-    "memopt.clip_by_gradient_norm, which divides by the norm of the step before (previous=True) "
-    "or, at the price of a second backward pass, by this step's own."
-)
+Scalars = tuple[Any, Any]
+"""The loss, and the norm of the whole gradient."""
 
 
 class PerParameterUpdate:
-    """The update of a transformation, cut into the parts that compute each parameter's.
+    """Splits the update of a transformation into programs for one parameter each.
 
     ``tx.update`` is traced once, on shapes. The part of that program that computes the update of a
     parameter, and the new state that goes with it, runs when its gradient is there. The program
@@ -28,7 +26,7 @@ class PerParameterUpdate:
     hyperparameters need no rule of their own. Parameters with a leading axis of layers are updated
     one layer at a time, as stacks of one.
 
-    A parameter or a state array goes by its place in ``jax.tree.leaves``.
+    Parameters and state arrays are numbered as in ``jax.tree.leaves``.
 
     Args:
       tx: any transformation; it is given `value` and `gradient_norm` as extra arguments.
@@ -36,7 +34,7 @@ class PerParameterUpdate:
       stacked: for each parameter whether its first axis counts layers; all count as many.
 
     Attributes:
-      axes: of each state array the axis that counts layers, or None.
+      axes: for each state array the axis that counts layers, or None.
       needs_norm: whether an update depends on the norm of this step's whole gradient.
 
     Raises:
@@ -48,9 +46,7 @@ class PerParameterUpdate:
       >>> tx = optax.adam(0.1)
       >>> per_parameter = PerParameterUpdate(tx, params, [False, False])
       >>> state = jax.tree.leaves(tx.init(params))
-      >>> update, state = per_parameter.update(
-      ...     1, jnp.ones(3), params["b"], state, value=0.0, gradient_norm=0.0
-      ... )
+      >>> update, state = per_parameter.update(1, jnp.ones(3), params["b"], state, (0.0, 0.0))
       >>> update.shape, list(state)                        # of b: its update, and its two moments
       ((3,), [2, 4])
     """
@@ -59,24 +55,22 @@ class PerParameterUpdate:
         self, tx: optax.GradientTransformation, params: Any, stacked: Sequence[bool]
     ) -> None:
         parameters = read_parameters(params)
-        self.names = [p.name for p in parameters]
-        self.stacked = list(stacked)
-        shapes = [p.shape for p in parameters]
-        counts = {s[0] for s, layered in zip(shapes, stacked, strict=True) if layered}
+        self.names, self.stacked = [p.name for p in parameters], list(stacked)
+        counts = {p.shape[0] for p, layered in zip(parameters, stacked, strict=True) if layered}
         if len(counts) > 1:
             raise ValueError(f"stacked parameters must count the same layers, got {counts}.")
-        # A number of layers that no other axis has tells an axis of layers by its length.
         layers = counts.pop() if counts else 1
-        prime = _prime_beyond(layers, {n for s in shapes for n in s[1:]} | {layers})
-        one, some = (_with_layers(params, stacked, n) for n in (1, prime))
+        # A number of layers that divides no other size tells an axis of layers by its length.
+        prime = _prime_beyond(layers, {n for p in parameters for n in p.shape})
+        shapes = [_with_layers(params, stacked, n) for n in (layers, 1, prime)]
         with known(parameters):  # of other numbers of layers, too
-            states = [jax.tree.leaves(init_shapes(tx.init, p)) for p in (params, one, some)]
-            self._program, with_some = _trace(tx, one), _trace(tx, some)
-        self.axes = _layer_axes(*states, layers=layers, prime=prime)
+            states = [jax.tree.leaves(init_shapes(tx.init, p)) for p in shapes]
+            self._program, with_prime = _trace(tx, shapes[1]), _trace(tx, shapes[2])
+        self.axes = _layer_axes(states, (layers, 1, prime))
         self._owners, self.needs_norm = self._separate()
-        tags = [int(s) for s in stacked] * 2 + [int(a is not None) for a in self.axes] + [0, 0]
-        mixed = _mixed(with_some, tags, prime)
-        for name, layered, tag in zip(self.names, stacked, mixed, strict=False):
+        by_layer = [*stacked, *stacked, *(axis is not None for axis in self.axes), False, False]
+        tags = _mixed(with_prime, [_BY_LAYER if x else _CLEAN for x in by_layer], prime)
+        for name, layered, tag in zip(self.names, stacked, tags, strict=False):
             if layered and tag == _MIXED:
                 raise ValueError(
                     f"the update of {name!r} treats its layers together, as "
@@ -86,79 +80,67 @@ class PerParameterUpdate:
                 )
 
     def state_of(self, leaf: int | None, *, layered: bool) -> list[int]:
-        """The state arrays that go with a parameter, or with none: counts, hyperparameters.
+        """Finds the state arrays of a parameter, or of none: counts, hyperparameters.
 
         Args:
           leaf: the parameter, or None.
-          layered: those that count layers, or those that do not.
+          layered: whether to return those with an axis of layers or those without.
         """
         own = zip(self._owners, self.axes, strict=True)
         return [i for i, (o, axis) in enumerate(own) if o == leaf and (axis is not None) == layered]
 
     def update(
-        self, leaf: int, gradient: Array, param: Array, state: Sequence[Array], **scalars: Any
+        self, leaf: int, gradient: Array, param: Array, state: Sequence[Array], scalars: Scalars
     ) -> tuple[Array, dict[int, Array]]:
-        """The update of a parameter, and the new state that goes with it.
+        """Computes the update of a parameter, and its new state arrays.
 
         Args:
-          leaf: which.
-          gradient: of it, a layer as a stack of one.
-          param: it, likewise.
-          state: all state arrays as they were before the step, likewise.
-          **scalars: `value`, the loss, and `gradient_norm`, the norm of the whole gradient, which
-            is read only if `needs_norm`.
+          leaf: the parameter.
+          gradient: its gradient, that of a layer as a stack of one.
+          param: its value, a layer as a stack of one.
+          state: all state arrays before the step, layers as stacks of one.
+          scalars: the loss, and the norm of the whole gradient, read only if `needs_norm`.
         """
-        owned = self.state_of(leaf, layered=self.stacked[leaf])
-        outputs = [leaf, *(len(self.names) + i for i in owned)]
-        update, *new = self._run(outputs, {leaf: gradient}, {leaf: param}, state, **scalars)
+        owned, leaves = self.state_of(leaf, layered=self.stacked[leaf]), len(self.names)
+        given: list[Any] = [None] * 2 * leaves
+        given[leaf], given[leaves + leaf] = gradient, param
+        part = self._program.needed([leaf, *(leaves + i for i in owned)])
+        update, *new = part(*given, *state, *scalars)
         return update, dict(zip(owned, new, strict=True))
 
     def update_shared(
-        self, state: Sequence[Array], *, layered: bool, **scalars: Any
+        self, state: Sequence[Array], scalars: Scalars, *, layered: bool
     ) -> dict[int, Array]:
-        """The new state that goes with no parameter, once a step or once a layer."""
-        which = self.state_of(None, layered=layered)
-        new = self._run([len(self.names) + i for i in which], {}, {}, state, **scalars)
-        return dict(zip(which, new, strict=True))
-
-    def _run(
-        self,
-        outputs: Sequence[int],
-        gradients: Mapping[int, Array],
-        params: Mapping[int, Array],
-        state: Sequence[Array],
-        value: Any,
-        gradient_norm: Any,
-    ) -> list[Array]:
-        """Some outputs of the traced update; in the order of their numbers, as they are given."""
-        leaves = range(len(self.names))
-        given = [gradients.get(i) for i in leaves] + [params.get(i) for i in leaves]
-        return self._program.needed(outputs)(*given, *state, value, gradient_norm)
+        """Computes the new state arrays of no parameter, once a step or once a layer."""
+        shared, leaves = self.state_of(None, layered=layered), len(self.names)
+        part = self._program.needed([leaves + i for i in shared])
+        new = part(*[None] * 2 * leaves, *state, *scalars)
+        return dict(zip(shared, new, strict=True))
 
     def _separate(self) -> tuple[list[int | None], bool]:
-        """The parameter that each new state array depends on; whether an update reads the norm."""
+        """Finds the parameter of each state array, and whether an update reads the norm."""
         n = len(self.names)
-        reads = []  # of each output: parameters, state arrays
+        reads = [self._program.needed([i]).reads for i in range(n + len(self.axes))]
+        leaves = [{i % n for i in range(2 * n) if used[i]} for used in reads]
+        owners = [min(own, default=None) for own in leaves[n:]]
         needs_norm = False
-        for output in range(n + len(self.axes)):
-            used = self._program.needed([output]).reads
-            leaves = {i % n for i in range(2 * n) if used[i]}
-            reads.append((leaves, {i for i in range(len(self.axes)) if used[2 * n + i]}))
-            once = output >= n and not leaves and self.axes[output - n] is None
-            needs_norm |= used[-1] and not once
-        owners = [next(iter(leaves), None) for leaves, _ in reads[n:]]
-        for output, (leaves, states) in enumerate(reads):
-            own = {output} if output < n else leaves
-            others = leaves - own or (leaves if len(leaves) > 1 else set())
-            others |= {k for s in states if (k := owners[s]) is not None} - own
-            if others:
-                first = self.names[min(own)] if own else "shared state"
-                second = self.names[min(others - {min(own)}) if own else min(others)]
+        for output, used in enumerate(reads):
+            own = {output} if output < n else leaves[output]
+            states = zip(owners, used[2 * n : -2], strict=True)
+            met = own | leaves[output] | {k for k, read in states if read and k is not None}
+            first = min(own, default=None)
+            if others := met - {first}:
+                name = "shared state" if first is None else self.names[first]
                 raise ValueError(
-                    f"the update of {first!r} depends on {second!r} too, as clipping by the norm "
-                    "of all gradients does, but the gradients are never held together here. "
-                    f"{CHOICES}"
+                    f"the update of {name!r} depends on {self.names[min(others)]!r} too, as "
+                    "clipping by the norm of all gradients does, but the gradients are never held "
+                    "together here. Take one that looks at each matrix by itself "
+                    "(memopt.clip_by_matrix_rms), or memopt.clip_by_gradient_norm, which divides "
+                    "by the norm of the step before (previous=True) or, at the price of a second "
+                    "backward pass, by this step's own."
                 )
+            once = output >= n and not own and self.axes[output - n] is None
+            needs_norm |= used[-1] and not once
         for axis, owner in zip(self.axes, owners, strict=True):
             if owner is not None and self.stacked[owner] != (axis is not None):
                 raise ValueError(
@@ -169,7 +151,7 @@ class PerParameterUpdate:
 
 
 def _trace(tx: optax.GradientTransformation, params: Any) -> Program:
-    """``tx.update`` as a program of flat gradients, parameters, state, loss and norm."""
+    """Traces ``tx.update`` as a program of flat gradients, parameters, state, loss and norm."""
 
     def loss(_: Any) -> Any:
         raise ValueError(
@@ -189,48 +171,40 @@ def _trace(tx: optax.GradientTransformation, params: Any) -> Program:
 
 
 def _with_layers(params: Any, stacked: Sequence[bool], layers: int) -> Any:
-    """The shapes of the parameters if they had `layers` layers."""
-    structure: Any
-    leaves, structure = jax.tree.flatten(params)
-    shapes = [
-        jax.ShapeDtypeStruct((layers, *p.shape[1:]) if layered else p.shape, p.dtype)
-        for p, layered in zip(leaves, stacked, strict=True)
-    ]
-    return structure.unflatten(shapes)
+    """Returns the shapes that the parameters would have with `layers` layers."""
+    layered = iter(stacked)
+    shape = lambda p: (layers, *p.shape[1:]) if next(layered) else p.shape
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(shape(p), p.dtype), params)
 
 
 def _prime_beyond(least: int, sizes: set[int]) -> int:
-    """The first prime above `least` that divides none of the sizes."""
-    product = math.prod(n for n in sizes if n)
-    n = least + 1
-    while any(n % k == 0 for k in range(2, math.isqrt(n) + 1)) or product % n == 0:
-        n += 1
-    return n
+    """Returns the first prime above `least` that divides none of the sizes."""
+    is_prime = lambda n: all(n % k for k in range(2, math.isqrt(n) + 1))
+    divides = lambda n: any(size and size % n == 0 for size in sizes)
+    return next(n for n in itertools.count(least + 1) if is_prime(n) and not divides(n))
 
 
-def _layer_axes(
-    full: Sequence[Any], one: Sequence[Any], some: Sequence[Any], *, layers: int, prime: int
-) -> list[int | None]:
-    """The axis of each state array that follows the number of layers, or None."""
+def _layer_axes(states: Sequence[Sequence[Any]], counts: tuple[int, int, int]) -> list[int | None]:
+    """Finds the axis of each state array that counts layers, or None.
+
+    Args:
+      states: the arrays' shapes for each number of layers.
+      counts: these numbers.
+    """
     refused = ValueError(
         "the optimizer's state does not grow by equal parts with the number of layers, so that it "
         "cannot be updated a layer at a time; transforms that choose or group layers do this."
     )
-    if not len(full) == len(one) == len(some):
+    if len({len(arrays) for arrays in states}) > 1:
         raise refused
-    axes: list[int | None] = []
-    for a, b, c in zip(full, one, some, strict=True):
-        moved = [i for i, (m, n) in enumerate(zip(a.shape, c.shape, strict=False)) if m != n]
-        axis = moved[0] if moved else None
-        expected = list(a.shape)
-        for other, size in ((c, prime), (b, 1)):
-            if axis is not None:
-                expected[axis] = size
-            if tuple(expected) != other.shape or a.dtype != other.dtype:
-                raise refused
-        if axis is not None and a.shape[axis] != layers:
+    axes = []
+    for arrays in zip(*states, strict=True):
+        kinds = {(len(x.shape), x.dtype) for x in arrays}
+        sizes = list(zip(*(x.shape for x in arrays), strict=False))
+        moved = [axis for axis, size in enumerate(sizes) if len(set(size)) > 1]
+        if len(kinds) > 1 or len(moved) > 1 or any(sizes[axis] != counts for axis in moved):
             raise refused
-        axes.append(axis)
+        axes.append(moved[0] if moved else None)
     return axes
 
 
@@ -238,14 +212,14 @@ _CLEAN, _BY_LAYER, _MIXED = range(3)
 
 
 def _mixed(program: Program, tags: Sequence[int], prime: int) -> list[int]:
-    """Whether the layers of a program's inputs meet on the way to its outputs.
+    """Finds the outputs of a program that mix the layers of its inputs.
 
-    Layers are counted by axes whose length `prime` divides, and by no others. What is computed
-    from an array with such an axis and has none itself has seen several layers.
+    An axis counts layers if `prime` divides its length. An operation that maps an array with such
+    an axis to one without mixes layers; so does a random draw of such an array.
 
     Args:
       program: traced with `prime` layers.
-      tags: of its inputs, `_CLEAN`, `_BY_LAYER` or `_MIXED`.
+      tags: for each input `_CLEAN`, `_BY_LAYER` or `_MIXED`.
       prime: the number of layers.
 
     Returns:
@@ -256,6 +230,15 @@ def _mixed(program: Program, tags: Sequence[int], prime: int) -> list[int]:
     layered = lambda v: any(n and n % prime == 0 for n in getattr(v.aval, "shape", ()))
     inner = lambda program, tags: _mixed(program, tags, prime)
 
+    def settled(body: Program, given: list[int], carried: slice) -> list[int]:
+        """Returns the tags of a loop's outputs, repeated until those of its carry are stable."""
+        outs, before = inner(body, given), None
+        while before != given[carried]:
+            before = given[carried]
+            given[carried] = map(max, before, outs)
+            outs = inner(body, given)
+        return outs
+
     for eqn in program.equations():
         given = [tag(v) for v in eqn.inputs]
         match eqn.inner:
@@ -264,19 +247,13 @@ def _mixed(program: Program, tags: Sequence[int], prime: int) -> list[int]:
                 outs = [max(column) for column in zip(*each, strict=True)]
                 outs = [_MIXED] * len(outs) if given[0] else outs
             case Scan(body, constants, count):
-                carried = slice(constants, constants + count)
-                outs, before = inner(body, given), None
-                while before != given[carried]:
-                    before = given[carried]
-                    given[carried] = list(map(max, before, outs))
-                    outs = inner(body, given)
+                outs = settled(body, given, slice(constants, constants + count))
             case While(test, body, of_test, of_body):
-                carry, before = given[of_test + of_body :], None
-                while before != carry:
-                    before = carry
-                    carry = list(map(max, carry, inner(body, given[of_test:][:of_body] + carry)))
-                stop = inner(test, given[:of_test] + carry)[0]
-                outs = [_MIXED] * len(carry) if stop else carry
+                carry = given[of_test + of_body :]
+                outs = settled(body, given[of_test:], slice(of_body, None))
+                outs = list(map(max, carry, outs))
+                if inner(test, given[:of_test] + outs)[0]:
+                    outs = [_MIXED] * len(outs)
             case Call(body):
                 outs = inner(body, given)
             case None:
