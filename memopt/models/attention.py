@@ -45,19 +45,40 @@ def causal_attention(
         return jax.nn.dot_product_attention(
             query, key, value, mask=same, is_causal=True, implementation="cudnn"
         )
-    length = query.shape[1]
-    index = offset + jnp.arange(length)
-    if length <= 2 * QUERY_CHUNK:
-        return _attend(query, key, value, index, segment_ids, segment_ids)
 
-    @jax.checkpoint
     def attend(part: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
         query, index, segments = part
-        return _attend(query, key, value, index, segments, segment_ids)
+        mask = (index[..., None] >= jnp.arange(key.shape[1]))[:, None]
+        if segments is not None and segment_ids is not None:
+            mask = mask & _same(segments, segment_ids)
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
 
-    segments = None if segment_ids is None else _split(segment_ids, 1)
-    out = jnp.moveaxis(jax.lax.map(attend, (_split(query, 1), _split(index, 0), segments)), 0, 1)
+    length = query.shape[1]
+    whole = query, (offset + jnp.arange(length))[None], segment_ids
+    if length <= 2 * QUERY_CHUNK:
+        return attend(whole)
+    chunks = jax.tree.map(lambda x: split_sequence(x, QUERY_CHUNK), whole)
+    out = jnp.moveaxis(jax.lax.map(jax.checkpoint(attend), chunks), 0, 1)
     return out.reshape(query.shape[0], -1, *query.shape[2:])[:, :length]
+
+
+def split_sequence(x: jax.Array, size: int) -> jax.Array:
+    """Cuts the second axis into chunks, the last padded with zeros.
+
+    Args:
+        x: `(batch, seq, ...)`.
+        size: Positions of a chunk.
+
+    Returns:
+        `(chunks, batch, size, ...)`.
+
+    Example:
+        >>> split_sequence(jnp.ones((2, 5, 3)), 4).shape
+        (2, 2, 4, 3)
+
+    """
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
 
 def _flash(query: jax.Array, key: jax.Array) -> bool:
@@ -73,25 +94,3 @@ def _flash(query: jax.Array, key: jax.Array) -> bool:
 
 def _same(first: jax.Array, second: jax.Array) -> jax.Array:
     return first[:, None, :, None] == second[:, None, None, :]
-
-
-def _attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    index: jax.Array,
-    query_segments: jax.Array | None,
-    key_segments: jax.Array | None,
-) -> jax.Array:
-    mask = (index[:, None] >= jnp.arange(key.shape[1]))[None, None]
-    if query_segments is not None and key_segments is not None:
-        mask = mask & _same(query_segments, key_segments)
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
-
-
-def _split(x: jax.Array, axis: int) -> jax.Array:
-    """Pad an axis with zeros, cut it into chunks, and bring the chunks to the front."""
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, -x.shape[axis] % QUERY_CHUNK)
-    x = jnp.pad(x, padding)
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, QUERY_CHUNK, *x.shape[axis + 1 :]), axis, 0)

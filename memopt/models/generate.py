@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memopt.axis_types import on_auto_axes
+from memopt.errors import check_at_least
 from memopt.models.attention import causal_attention
-from memopt.models.llama import Llama, in_auto_mesh
+from memopt.models.llama import Llama
 from memopt.state.quantized import dequantize_params
 
 
@@ -53,29 +55,21 @@ def generate(
         (8,)
 
     """
-    prompt = jnp.asarray(prompt_ids, jnp.int32)
-    if prompt.ndim == 1:
-        sample = generate(model, prompt[None], max_new_tokens, temperature=temperature, key=key)
-        return sample[0]
-    if prompt.shape[1] == 0 or max_new_tokens < 1:
-        raise ValueError(
-            f"prompt_ids has {prompt.shape[1]} tokens and max_new_tokens is {max_new_tokens}; "
-            "both must be at least 1."
-        )
+    prompt = jnp.atleast_2d(jnp.asarray(prompt_ids, jnp.int32))
+    check_at_least("the length of prompt_ids", prompt.shape[1], 1)
+    check_at_least("max_new_tokens", max_new_tokens, 1)
     if temperature < 0 or (temperature > 0 and key is None):
         raise ValueError(
             f"temperature is {temperature}; it must be 0, or positive with a random key."
         )
-    key = jax.random.key(0) if key is None else key
-    return _generate(model, prompt, key, jnp.float32(temperature), max_new_tokens)
+    keys = jax.random.split(jax.random.key(0) if key is None else key, max_new_tokens)
+    ids = _generate(model, prompt, keys, jnp.float32(temperature))
+    return ids.reshape(*jnp.shape(prompt_ids)[:-1], -1)
 
 
-@nnx.jit(static_argnums=4)
-def _generate(
-    model: Llama, prompt: jax.Array, key: jax.Array, temperature: jax.Array, count: int
-) -> jax.Array:
-    keys = jax.random.split(key, count)
-    return in_auto_mesh(_continue, jax.P(), model, prompt, keys, temperature)
+@nnx.jit
+def _generate(model: Llama, *inputs: jax.Array) -> jax.Array:
+    return on_auto_axes(_continue, (model, *inputs), like=jax.P())
 
 
 def _continue(

@@ -6,7 +6,7 @@ and the rotary stretch of Llama 3 (arXiv 2407.21783).
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,31 +15,19 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from memopt.axis_types import on_auto_axes
 from memopt.models import hugging_face
-from memopt.models.attention import causal_attention
-from memopt.models.config import PRESETS, DType, LlamaConfig, Remat, RopeScaling, preset
+from memopt.models.attention import causal_attention, split_sequence
+from memopt.models.config import PRESETS as PRESETS
+from memopt.models.config import DType, Remat
+from memopt.models.config import LlamaConfig as LlamaConfig
+from memopt.models.config import RopeScaling as RopeScaling
+from memopt.models.config import preset as preset
 from memopt.models.rotary import rotary_tables, rotate
-from memopt.models.sharding import batch_shards, batch_spec, constrain, param_shardings
-from memopt.models.stacked import StackedModel
+from memopt.models.sharding import batch_shards, batch_spec, constrain
+from memopt.models.sharding import param_shardings as param_shardings
+from memopt.models.stacked import Batch, StackedModel
 from memopt.state.quantized import dequantize_params
-
-__all__ = [
-    "PRESETS",
-    "Context",
-    "Llama",
-    "LlamaConfig",
-    "RopeScaling",
-    "abstract_model",
-    "abstract_params",
-    "from_hugging_face",
-    "head_loss",
-    "init_params",
-    "loss",
-    "param_shardings",
-    "preset",
-    "stacked_model",
-    "to_hugging_face",
-]
 
 INIT = jax.nn.initializers.normal(0.02)
 
@@ -68,29 +56,20 @@ class Context(NamedTuple):
 BlockFunction = Callable[[Any, jax.Array, Context], jax.Array]
 
 
+def _dtypes(config: LlamaConfig) -> dict[str, Any]:
+    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
+
+
 def _linear(
     config: LlamaConfig, axes: tuple[str, str], sizes: tuple[int, int], rngs: nnx.Rngs
 ) -> nnx.Linear:
-    return nnx.Linear(
-        *sizes,
-        use_bias=False,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        kernel_init=INIT,
-        kernel_metadata={"axes": axes},
-        rngs=rngs,
-    )
+    init: Any = {"kernel_init": INIT, "kernel_metadata": {"axes": axes}}
+    return nnx.Linear(sizes[0], sizes[1], use_bias=False, rngs=rngs, **init, **_dtypes(config))
 
 
 def _norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(
-        config.hidden_size,
-        epsilon=config.norm_eps,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        scale_metadata={"axes": (None,)},
-        rngs=rngs,
-    )
+    options: Any = {"epsilon": config.norm_eps, "scale_metadata": {"axes": (None,)}}
+    return nnx.RMSNorm(config.hidden_size, rngs=rngs, **options, **_dtypes(config))
 
 
 class Attention(nnx.Module):
@@ -119,6 +98,7 @@ class Attention(nnx.Module):
         return self.o(heads.reshape(*heads.shape[:2], -1))
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """Maps `(batch, seq, hidden)` to the same shape."""
         query, key, value = self.project(x, context)
         return self.combine(causal_attention(query, key, value, context.segment_ids))
 
@@ -133,6 +113,7 @@ class MLP(nnx.Module):
         self.down = _linear(config, ("mlp", "embed"), (wide, narrow), rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `(batch, seq, hidden)` to the same shape."""
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
@@ -146,6 +127,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """Maps `(batch, seq, hidden)` to the same shape."""
         x = constrain(x, "batch", None, None)
         x = x + self.attention(self.attention_norm(x), context)
         return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, None)
@@ -225,18 +207,12 @@ class Llama(nnx.Module):
             ValueError: If the sequence is longer than `max_seq_len`.
 
         """
-
-        def forward(model: Llama, *inputs: Any) -> jax.Array:
-            return model.unembed(model.hidden(*inputs))
-
-        spec = batch_spec(jnp.shape(token_ids)[0])
-        return in_auto_mesh(forward, spec, self, token_ids, segment_ids, positions)
+        inputs = jax.tree.map(jnp.asarray, (token_ids, segment_ids, positions))
+        forward = lambda model, *inputs: model.unembed(model.hidden(*inputs))
+        return on_auto_axes(forward, (self, *inputs), like=batch_spec(len(inputs[0])))
 
     def context(
-        self,
-        length: int,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
+        self, length: int, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
     ) -> Context:
         """The arrays that blocks read beside their input, for sequences of `length`."""
         if length > self.config.max_seq_len:
@@ -308,24 +284,8 @@ class Llama(nnx.Module):
         return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def in_auto_mesh(
-    function: Callable[..., Any], out_sharding: Any, model: Llama, *inputs: Any
-) -> Any:
-    """Call `function(model, *inputs)` with an Explicit mesh in scope, if any, turned to Auto.
-
-    Inside, the compiler places what is computed; outside, types carry the given shardings.
-    """
-    graphdef, params = nnx.split(model)
-
-    def pure(params: Any, *inputs: Any) -> Any:
-        return function(nnx.merge(graphdef, params), *inputs)
-
-    inputs = jax.tree.map(jnp.asarray, inputs)
-    return jax.sharding.auto_axes(pure, out_sharding=out_sharding)(params, *inputs)
-
-
 def loss(
-    model: Llama, batch: Mapping[str, jax.Array], *, logits_bytes: int = LOGITS_BYTES
+    model: Llama, batch: Batch, *, logits_bytes: int = LOGITS_BYTES
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy of the next token, summed, and the number of tokens it was summed over.
 
@@ -353,19 +313,16 @@ def loss(
 
     """
 
-    def forward(model: Llama, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def forward(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
         x = model.hidden(batch["inputs"], batch.get("segment_ids"), batch.get("positions"))
         return head_loss(model, x, batch, logits_bytes=logits_bytes)
 
-    return in_auto_mesh(forward, (jax.P(), jax.P()), model, dict(batch))
+    arrays = jax.tree.map(jnp.asarray, dict(batch))
+    return on_auto_axes(forward, (model, arrays), like=(jax.P(), jax.P()))
 
 
 def head_loss(
-    model: Llama,
-    x: jax.Array,
-    batch: Mapping[str, jax.Array],
-    *,
-    logits_bytes: int = LOGITS_BYTES,
+    model: Llama, x: jax.Array, batch: Batch, *, logits_bytes: int = LOGITS_BYTES
 ) -> tuple[jax.Array, jax.Array]:
     """The part of `loss` that follows the last block.
 
@@ -399,18 +356,13 @@ def head_loss(
     if longest >= length:
         return summed(x, targets, weights), weights.sum()
 
-    chunk = -(-length // -(-length // longest))
-
-    def chunked(array: jax.Array) -> jax.Array:
-        # Cut along the sequence, which no mesh axis splits.
-        padded = jnp.pad(array, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (array.ndim - 2))
-        return jnp.moveaxis(padded.reshape(rows, -1, chunk, *array.shape[2:]), 1, 0)
-
     def step(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         return total + jax.checkpoint(summed, prevent_cse=False)(*part), None
 
-    total, _ = jax.lax.scan(step, jnp.float32(0), tuple(map(chunked, (x, targets, weights))))
-    return total, weights.sum()
+    # Cut along the sequence, which no mesh axis splits.
+    chunk = -(-length // -(-length // longest))
+    chunks = tuple(split_sequence(array, chunk) for array in (x, targets, weights))
+    return jax.lax.scan(step, jnp.float32(0), chunks)[0], weights.sum()
 
 
 def init_params(
@@ -520,18 +472,12 @@ def stacked_model(config: LlamaConfig, *, logits_bytes: int = LOGITS_BYTES) -> S
         # What is not given stays a shape: the embedding needs no head.
         return nnx.merge(graphdef, shapes | {k: v for k, v in rest.items() if k != "blocks"})
 
-    def embed(rest: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-        return model(rest).embed_tokens(batch["inputs"])
-
-    def block(params: Any, x: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    def block(params: Any, x: jax.Array, batch: Batch) -> jax.Array:
         segments, positions = batch.get("segment_ids"), batch.get("positions")
         return run_block(params, x, abstract.context(x.shape[1], segments, positions))
 
-    def head(
-        rest: Any, x: jax.Array, batch: Mapping[str, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        return head_loss(model(rest), x, batch, logits_bytes=logits_bytes)
-
+    embed = lambda rest, batch: model(rest).embed_tokens(batch["inputs"])
+    head = lambda rest, x, batch: head_loss(model(rest), x, batch, logits_bytes=logits_bytes)
     return StackedModel(embed, block, head)
 
 
@@ -572,13 +518,13 @@ def from_hugging_face(
     """
     directory = Path(directory)
     config = hugging_face.read_config(directory)
-    with hugging_face.Reader(directory) as reader:
-        stored = param_dtype or reader.dtype()
-        config = dataclasses.replace(config, param_dtype=stored, dtype=dtype, remat=remat)
-        model = abstract_model(config)
-        graphdef, shapes = nnx.split(model, nnx.Param)
-        shardings = None if mesh is None else param_shardings(model, mesh)
-        params = hugging_face.read_params(reader, nnx.to_pure_dict(shapes), shardings)
+    tensors = hugging_face.open_tensors(directory)
+    stored = param_dtype or hugging_face.narrowest_dtype(directory, tensors)
+    config = dataclasses.replace(config, param_dtype=stored, dtype=dtype, remat=remat)
+    model = abstract_model(config)
+    shardings = param_shardings(model, mesh) if mesh else None
+    graphdef, state = nnx.split(model, nnx.Param)
+    params = hugging_face.read_params(directory, tensors, nnx.to_pure_dict(state), shardings)
     return nnx.merge(graphdef, params)
 
 

@@ -4,31 +4,31 @@ A mesh has axes among `data` (copies of the model), `fsdp` (parameters split, ga
 `tensor` (heads and MLP channels split); a batch is split over `data` and `fsdp`.
 """
 
+import itertools
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
+from memopt.errors import check_choice
 from memopt.models.config import LlamaConfig
 
-RULES: Mapping[str, str] = {
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "vocab": "tensor",
-}
 BATCH_AXES = ("data", "fsdp")
+# The mesh axes that split each logical axis, of batches and of parameters.
+RULES: Mapping[str | None, tuple[str, ...]] = {
+    **{"batch": BATCH_AXES, "data": ("data",), "embed": ("fsdp",)},
+    **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), ("tensor",)),
+}
 
 log = logging.getLogger(__name__)
 
 
 class Model(Protocol):
-    """A module whose parameters carry logical `axes` and whose config knows their sizes."""
+    """A module whose parameters carry logical `axes`."""
 
     config: LlamaConfig
 
@@ -58,41 +58,42 @@ def param_shardings(model: Model, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         True
 
     """
-    allowed = dict.fromkeys((*BATCH_AXES, *RULES.values()))
-    if unknown := [axis for axis in mesh.axis_names if axis not in allowed]:
-        raise ValueError(f"Mesh axis {unknown[0]!r} is unknown; use axes among {tuple(allowed)}.")
+    for axis in mesh.axis_names:
+        check_choice("Mesh axis", axis, dict.fromkeys(itertools.chain(*RULES.values())))
+    width = dict.fromkeys(("heads", "kv_heads"), model.config.head_dim)  # a head is never cut
 
     def sharding(path: tuple[Any, ...], param: nnx.Param) -> NamedSharding:
-        name = "/".join(map(str, path))
-        return NamedSharding(mesh, _spec(name, param.axes, model.config.axis_sizes, mesh.shape))
+        sizes = [n // width.get(axis, 1) for n, axis in zip(param.shape, param.axes, strict=True)]
+        return NamedSharding(mesh, _spec("/".join(path), param.axes, sizes, mesh.shape))
 
     params = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return nnx.traversals.unflatten_mapping({p: sharding(p, v) for p, v in params})
 
 
 def _spec(
-    name: str, axes: tuple[str | None, ...], sizes: Mapping[str, int], mesh: Mapping[str, int]
+    name: str, axes: Sequence[str | None], sizes: Sequence[int], mesh: Mapping[str, int]
 ) -> jax.P:
-    wanted = [RULES.get(axis or "", "") for axis in axes]
-    entries: list[tuple[str, ...]] = [(axis,) if axis in mesh else () for axis in wanted]
-    if "mlp" in axes and sizes["mlp"] % _size(entries[axes.index("mlp")], mesh):
+    entries = _entries(axes, mesh)
+    if "mlp" in axes:
         mlp, embed = axes.index("mlp"), axes.index("embed")
-        log.warning(
-            "%s: mlp=%d does not divide over %s; embed=%d is split there instead.",
-            *(name, sizes["mlp"], _describe(entries[mlp], mesh), sizes["embed"]),
-        )
-        entries[embed], entries[mlp] = entries[embed] + entries[mlp], ()
-    for axis, entry in zip(axes, entries, strict=True):
-        if axis and sizes[axis] % _size(entry, mesh):
+        if sizes[mlp] % _size(entries[mlp], mesh):
+            log.warning(
+                "%s: mlp=%d does not divide over %s; embed=%d is split there instead.",
+                *(name, sizes[mlp], _describe(entries[mlp], mesh), sizes[embed]),
+            )
+            entries[embed], entries[mlp] = entries[embed] + entries[mlp], ()
+    for axis, size, entry in zip(axes, sizes, entries, strict=True):
+        if size % _size(entry, mesh):
             raise ValueError(
-                f"{name}: axis {axis} of size {sizes[axis]} does not divide over mesh axis "
+                f"{name}: axis {axis} of size {size} does not divide over mesh axis "
                 f"{_describe(entry, mesh)}; choose a mesh whose size divides it."
             )
-    return _partition(entries)
+    return jax.P(*entries)
 
 
-def _partition(entries: Iterable[tuple[str, ...]]) -> jax.P:
-    return jax.P(*(entry if len(entry) > 1 else entry[0] if entry else None for entry in entries))
+def _entries(axes: Sequence[str | None], mesh: Mapping[str, int]) -> list[tuple[str, ...]]:
+    """The axes of a mesh that split each logical axis."""
+    return [tuple(axis for axis in RULES.get(name, ()) if axis in mesh) for name in axes]
 
 
 def _size(entry: tuple[str, ...], mesh: Mapping[str, int]) -> int:
@@ -118,7 +119,7 @@ def batch_spec(batch_size: int) -> jax.P:
         True
 
     """
-    return _divided((batch_size,), (BATCH_AXES,))
+    return _divided((batch_size,), ("batch",))
 
 
 def batch_shards() -> int:
@@ -129,8 +130,7 @@ def batch_shards() -> int:
         1
 
     """
-    axes = _usable_axes()
-    return math.prod(axes.get(axis, 1) for axis in BATCH_AXES)
+    return math.prod(_usable_axes().get(axis, 1) for axis in BATCH_AXES)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -153,17 +153,14 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """
     if not _usable_axes() or AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
         return x
-    batch = {"batch": BATCH_AXES, "data": ("data",)}
-    wanted = tuple(batch.get(n) or (RULES[n],) if n else () for n in names)
-    return jax.lax.with_sharding_constraint(x, _divided(x.shape, wanted))
+    return jax.lax.with_sharding_constraint(x, _divided(x.shape, names))
 
 
-def _divided(shape: tuple[int, ...], wanted: tuple[tuple[str, ...], ...]) -> jax.P:
-    """The wanted partition without the mesh axes that are absent or do not divide."""
+def _divided(shape: tuple[int, ...], names: Sequence[str | None]) -> jax.P:
+    """A partition by `RULES`, but for the mesh axes that are absent or do not divide."""
     mesh = _usable_axes()
-    entries = [tuple(axis for axis in axes if axis in mesh) for axes in wanted]
-    divides = [size % _size(entry, mesh) == 0 for size, entry in zip(shape, entries, strict=True)]
-    return _partition(entry if ok else () for entry, ok in zip(entries, divides, strict=True))
+    sizes = zip(shape, _entries(names, mesh), strict=True)
+    return jax.P(*(entry if size % _size(entry, mesh) == 0 else () for size, entry in sizes))
 
 
 def _usable_axes() -> dict[str, int]:

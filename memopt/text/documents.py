@@ -16,19 +16,15 @@ class Documents(Protocol):
 
     def split(self, validation_fraction: float = 0.05) -> tuple[Documents, Documents]:
         """Returns the (training, validation) parts, the same at every call."""
-        ...
 
     def epochs(self, seed: int) -> grain.MapDataset | grain.IterDataset:
         """Returns the pieces for ever, in an order that `seed` decides, new in each epoch."""
-        ...
 
     def once(self) -> grain.MapDataset | grain.IterDataset:
         """Returns every piece once, in an order that never changes."""
-        ...
 
     def describe(self) -> dict[str, Any]:
         """Returns what identifies this corpus, JSON-serialisable."""
-        ...
 
 
 def find_documents(specs: Sequence[str] = ("python",)) -> Documents:

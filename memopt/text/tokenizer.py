@@ -13,7 +13,6 @@ from typing import Protocol
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 #: What well-known models call the token that ends a document, most telling first.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>")
@@ -36,11 +35,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of `text`, int32 (tokens,), without special tokens."""
-        ...
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`. Never raises: ids that stand for no text are dropped."""
-        ...
 
 
 class ByteTokenizer:
@@ -144,7 +141,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return ByteTokenizer()
     path = Path(spec)
     if not path.exists():
-        beside = [str(path.parent / p.name) for p in path.parent.glob("*")]
+        beside = map(str, path.parent.glob("*"))
         near = difflib.get_close_matches(spec, ["bytes", *beside], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
@@ -175,25 +172,18 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | Path)
         Sennrich et al. 2016, "Neural machine translation of rare words with subword units"
         (arXiv:1508.07909); byte level as in Radford et al. 2019 (GPT-2), section 2.2.
     """
-    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
-    if vocab_size < smallest:
+    if vocab_size < ByteTokenizer.vocab_size:
         raise ValueError(
-            f"vocab_size={vocab_size} is too small: the 256 bytes and end of document need "
-            f"{smallest}."
+            f"vocab_size={vocab_size} is too small: the 256 bytes and end of document need 257."
         )
     file = Path(path) if Path(path).suffix == ".json" else Path(path) / "tokenizer.json"
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT[0]],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    special = [END_OF_DOCUMENT[0]]
+    tokenizer.train_from_iterator(
+        documents, vocab_size, 0, show_progress=False, special_tokens=special
     )
-    tokenizer.train_from_iterator(documents, trainer)
     file.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(file))
+    tokenizer.save(str(file), pretty=True)
     return load_tokenizer(str(path))
 
 

@@ -301,8 +301,8 @@ def test_a_bad_line_is_told_when_it_is_reached(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seq_len": 1}, "seq_len=1 must be at least 2"),
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"seq_len": 1}, "seq_len must be at least 2, got 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"rows": [3, 4]}, r"rows=\[3, 4\] must be some of 0 to 3"),
         ({"rows": []}, r"rows=\[\] must be some of 0 to 3"),
         ({"seed": -1}, "seed=-1 must be between 0 and"),
@@ -315,7 +315,7 @@ def test_arguments_that_cannot_be_are_told(tmp_path, options, message):
 
 def test_too_few_validation_tokens_are_told(tmp_path):
     corpus = find_documents([write_files(tmp_path, 3)])
-    with pytest.raises(ValueError, match="max_tokens=10 must be at least seq_len=16"):
+    with pytest.raises(ValueError, match="max_tokens must be at least 16, got 10"):
         validation_batches(corpus, BYTES, batch_size=1, seq_len=16, max_tokens=10)
 
 
