@@ -2,20 +2,21 @@
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 # Queries scored at a time: rows enough to fill a matrix unit, few enough to keep scores small.
 QUERY_CHUNK = 256
 
 
 def causal_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array | None = None,
-    offset: jax.Array | int = 0,
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array | None = None,
+    offset: Array | int = 0,
     *,
     chunked: bool = False,
-) -> jax.Array:
+) -> Array:
     """Grouped-query attention of each position to itself and to what precedes it.
 
     On a GPU, half-precision training runs cuDNN's flash attention. Elsewhere queries are scored in
@@ -46,7 +47,7 @@ def causal_attention(
             query, key, value, mask=same, is_causal=True, implementation="cudnn"
         )
 
-    def attend(part: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+    def attend(part: tuple[Array, Array, Array | None]) -> Array:
         query, index, segments = part
         mask = (index[..., None] >= jnp.arange(key.shape[1]))[:, None]
         if segments is not None and segment_ids is not None:
@@ -62,7 +63,7 @@ def causal_attention(
     return out.reshape(query.shape[0], -1, *query.shape[2:])[:, :length]
 
 
-def split_sequence(x: jax.Array, size: int) -> jax.Array:
+def split_sequence(x: Array, size: int) -> Array:
     """Cuts the second axis into chunks, the last padded with zeros.
 
     Args:
@@ -81,7 +82,7 @@ def split_sequence(x: jax.Array, size: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
 
-def _flash(query: jax.Array, key: jax.Array) -> bool:
+def _flash(query: Array, key: Array) -> bool:
     """Whether cuDNN's flash attention takes these arrays; whole training sequences only."""
     return (
         jax.default_backend() == "gpu"
@@ -92,5 +93,5 @@ def _flash(query: jax.Array, key: jax.Array) -> bool:
     )
 
 
-def _same(first: jax.Array, second: jax.Array) -> jax.Array:
+def _same(first: Array, second: Array) -> Array:
     return first[:, None, :, None] == second[:, None, None, :]

@@ -38,16 +38,13 @@ TENSORS = {
 }
 
 # Our field and their key in config.json. The defaults of `LlamaConfig` are transformers'.
+SAME = ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "rope_theta")
 FIELDS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
+    **{name: name for name in SAME},
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
     "max_seq_len": "max_position_embeddings",
-    "rope_theta": "rope_theta",
     "norm_eps": "rms_norm_eps",
     "tied": "tie_word_embeddings",
 }
@@ -236,10 +233,7 @@ def _enumerate(names: list[str]) -> str:
 
 
 def read_params(
-    directory: Path,
-    stored: Mapping[str, Any],
-    shapes: dict[str, Any],
-    shardings: dict[str, Any] | None,
+    directory: Path, stored: Mapping[str, Any], shapes: dict[str, Any], shardings: Any
 ) -> Any:
     """Parameters of an opened directory, each device reading only its own part.
 
@@ -265,18 +259,16 @@ def read_params(
         shape, dtype = flat[leaf].shape, flat[leaf].dtype
         parts = [tensor for tensor in expected if tensor.leaf == leaf]
 
-        def read(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
-            values = stored[tensor.name]
-            return values[index[::-1]].T if tensor.transposed else values[index]
-
         def read_part(index: Any) -> np.ndarray:
-            if parts[0].layer is None:
-                return read(parts[0], index).astype(dtype)
             sizes = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
-            stack = np.empty(sizes, dtype)
-            for row, tensor in zip(stack, parts[index[0]], strict=True):
-                row[...] = read(tensor, index[1:])
-            return stack
+            part = np.empty(sizes, dtype)
+            rows: Any = [(part, parts[0])]
+            if leaf.startswith("blocks/"):
+                rows, index = zip(part, parts[index[0]], strict=True), index[1:]
+            for row, tensor in rows:
+                values = stored[tensor.name]
+                row[...] = values[index[::-1]].T if tensor.transposed else values[index]
+            return part
 
         if leaf in placed:
             return jax.make_array_from_callback(shape, placed[leaf], read_part, dtype=dtype)
@@ -350,8 +342,8 @@ def _write_weights(directory: Path, params: Mapping[str, Any], max_shard_bytes: 
 
     weight_map = {}
     for number, shard in enumerate(shards, 1):
-        sharded = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        name = WEIGHTS if len(shards) == 1 else sharded
+        many = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        name = many if len(shards) > 1 else WEIGHTS
         content = {tensor.name: values(tensor) for tensor in shard}
         save_file(content, directory / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(content, name))
@@ -368,7 +360,6 @@ def _config_json(config: LlamaConfig) -> dict[str, Any]:
         **PLAIN_LLAMA,
         **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
         "rope_scaling": {"rope_type": "llama3", **stretch} if scaling else None,
-        "initializer_range": 0.02,
         "bos_token_id": None,
         "eos_token_id": None,
         "torch_dtype": config.param_dtype,

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import Array
 
 from memopt.axis_types import on_auto_axes
 from memopt.models import hugging_face
@@ -24,7 +25,7 @@ from memopt.models.config import LlamaConfig as LlamaConfig
 from memopt.models.config import RopeScaling as RopeScaling
 from memopt.models.config import preset as preset
 from memopt.models.rotary import rotary_tables, rotate
-from memopt.models.sharding import batch_shards, batch_spec, constrain
+from memopt.models.sharding import batch_shards, constrain, partition
 from memopt.models.sharding import param_shardings as param_shardings
 from memopt.models.stacked import Batch, StackedModel
 from memopt.state.quantized import dequantize_params
@@ -33,11 +34,6 @@ INIT = jax.nn.initializers.normal(0.02)
 
 # Float32 logits that one device may hold at a time, in bytes.
 LOGITS_BYTES = 2**27
-
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class Context(NamedTuple):
@@ -49,11 +45,8 @@ class Context(NamedTuple):
 
     """
 
-    rotary: tuple[jax.Array, jax.Array]
-    segment_ids: jax.Array | None = None
-
-
-BlockFunction = Callable[[Any, jax.Array, Context], jax.Array]
+    rotary: tuple[Array, Array]
+    segment_ids: Array | None = None
 
 
 def _dtypes(config: LlamaConfig) -> dict[str, Any]:
@@ -85,22 +78,21 @@ class Attention(nnx.Module):
         self.v = _linear(config, ("embed", "kv_heads"), (hidden, keys), rngs)
         self.o = _linear(config, ("heads", "embed"), (queries, hidden), rngs)
 
-    def project(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values `(batch, seq, heads, head_dim)`, the first two turned."""
+    def __call__(
+        self, x: Array, context: Context, cache: Array | None = None, offset: Any = 0
+    ) -> tuple[Array, Array | None]:
+        """Maps `(batch, seq, hidden)` to the same shape, and updates a cache; see `Block`."""
         query, key, value = (
             projection(x).reshape(*x.shape[:2], -1, self.head_dim)
             for projection in (self.q, self.k, self.v)
         )
-        return rotate(query, context.rotary), rotate(key, context.rotary), value
-
-    def combine(self, heads: jax.Array) -> jax.Array:
-        """Mix the heads' results `(batch, seq, heads, head_dim)` into `(batch, seq, hidden)`."""
-        return self.o(heads.reshape(*heads.shape[:2], -1))
-
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        """Maps `(batch, seq, hidden)` to the same shape."""
-        query, key, value = self.project(x, context)
-        return self.combine(causal_attention(query, key, value, context.segment_ids))
+        query, key = rotate(query, context.rotary), rotate(key, context.rotary)
+        if cache is not None:
+            read = jnp.stack([key, value])
+            cache = jax.lax.dynamic_update_slice_in_dim(cache, read, offset, axis=2)
+            key, value = cache
+        heads = causal_attention(query, key, value, context.segment_ids, offset)
+        return self.o(heads.reshape(*heads.shape[:2], -1)), cache
 
 
 class MLP(nnx.Module):
@@ -112,7 +104,7 @@ class MLP(nnx.Module):
         self.up = _linear(config, ("embed", "mlp"), (narrow, wide), rngs)
         self.down = _linear(config, ("mlp", "embed"), (wide, narrow), rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         """Maps `(batch, seq, hidden)` to the same shape."""
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
@@ -126,25 +118,33 @@ class Block(nnx.Module):
         self.mlp_norm = _norm(config, rngs)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        """Maps `(batch, seq, hidden)` to the same shape."""
+    def __call__(
+        self, x: Array, context: Context, cache: Array | None = None, offset: Any = 0
+    ) -> tuple[Array, Array | None]:
+        """Maps the residual stream, `(batch, seq, hidden)`, to the same shape.
+
+        Args:
+            x: The residual stream.
+            context: What every block reads.
+            cache: Keys and values `(2, batch, length, kv_heads, head_dim)` of all positions before
+                `offset`, to attend to as well; None if there are none.
+            offset: Position of the first token in `cache`.
+
+        Returns:
+            The new residual stream, and the cache with keys and values of these tokens.
+        """
         x = constrain(x, "batch", None, None)
-        x = x + self.attention(self.attention_norm(x), context)
-        return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, None)
+        heads, cache = self.attention(self.attention_norm(x), context, cache, offset)
+        x = x + heads
+        return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, None), cache
 
 
 def _parts(
     config: LlamaConfig, rngs: nnx.Rngs
-) -> tuple[nnx.Embed, jax.Array, nnx.RMSNorm, nnx.Linear | None]:
+) -> tuple[nnx.Embed, Array, nnx.RMSNorm, nnx.Linear | None]:
     """Embedding, a key for each block, final norm, and the head unless it is tied."""
-    embed = nnx.Embed(
-        config.vocab_size,
-        config.hidden_size,
-        param_dtype=jnp.dtype(config.param_dtype),
-        embedding_init=INIT,
-        embedding_metadata={"axes": ("vocab", "embed")},
-        rngs=rngs,
-    )
+    init: Any = {"embedding_init": INIT, "embedding_metadata": {"axes": ("vocab", "embed")}}
+    embed = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs, **init, **_dtypes(config))
     keys = jax.random.split(rngs.params(), config.num_layers)
     norm = _norm(config, rngs)
     sizes = (config.hidden_size, config.vocab_size)
@@ -178,11 +178,9 @@ class Llama(nnx.Module):
         self.config = config
         self.embed, keys, self.final_norm, head = _parts(config, rngs)
 
-        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers", "axes": "layers"})
-        def stack(key: jax.Array) -> Block:
-            return Block(config, rngs=nnx.Rngs(key))
-
-        self.blocks = stack(keys)
+        block = lambda key: Block(config, rngs=nnx.Rngs(key))
+        axes = {nnx.PARTITION_NAME: "layers", "axes": "layers"}
+        self.blocks = nnx.vmap(block, transform_metadata=axes)(keys)
         if head is not None:
             self.head = head
 
@@ -191,7 +189,7 @@ class Llama(nnx.Module):
         token_ids: jax.typing.ArrayLike,
         segment_ids: jax.typing.ArrayLike | None = None,
         positions: jax.typing.ArrayLike | None = None,
-    ) -> jax.Array:
+    ) -> Array:
         """Logits of the next token at every position.
 
         Args:
@@ -209,10 +207,12 @@ class Llama(nnx.Module):
         """
         inputs = jax.tree.map(jnp.asarray, (token_ids, segment_ids, positions))
         forward = lambda model, *inputs: model.unembed(model.hidden(*inputs))
-        return on_auto_axes(forward, (self, *inputs), like=batch_spec(len(inputs[0])))
+        return on_auto_axes(
+            forward, (self, *inputs), like=partition(inputs[0].shape[:1], ["batch"])
+        )
 
     def context(
-        self, length: int, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
+        self, length: int, segment_ids: Array | None = None, positions: Array | None = None
     ) -> Context:
         """The arrays that blocks read beside their input, for sequences of `length`."""
         if length > self.config.max_seq_len:
@@ -224,7 +224,7 @@ class Llama(nnx.Module):
             positions = jnp.arange(length)[None]
         return Context(rotary_tables(self.config, positions), segment_ids)
 
-    def embed_tokens(self, token_ids: jax.Array) -> jax.Array:
+    def embed_tokens(self, token_ids: Array) -> Array:
         """Rows of the embedding, `(batch, seq, hidden)` in the compute dtype.
 
         The cast follows the look-up so that the embedding's gradient is summed in its own dtype.
@@ -235,7 +235,7 @@ class Llama(nnx.Module):
         x = jnp.take(self.embed.embedding[...], token_ids, axis=0).astype(self.config.dtype)
         return constrain(constrain(x, "data", None, "embed"), "batch", None, None)
 
-    def block_function(self) -> tuple[BlockFunction, Any]:
+    def block_function(self) -> tuple[Callable[[Any, Array, Context], Array], Any]:
         """One block as a function, and the stacked parameters to slice its argument from.
 
         Returns:
@@ -254,39 +254,35 @@ class Llama(nnx.Module):
         """
         graphdef, stacked = nnx.split(self.blocks, nnx.Param)
 
-        def block(params: Any, x: jax.Array, context: Context) -> jax.Array:
-            return nnx.merge(graphdef, dequantize_params(params))(x, context)
+        def block(params: Any, x: Array, context: Context) -> Array:
+            return nnx.merge(graphdef, dequantize_params(params))(x, context)[0]
 
         return block, nnx.to_pure_dict(stacked)
 
     def hidden(
-        self,
-        token_ids: jax.Array,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
-    ) -> jax.Array:
+        self, token_ids: Array, segment_ids: Array | None = None, positions: Array | None = None
+    ) -> Array:
         """The last block's output, `(batch, seq, hidden)` in the compute dtype."""
         context = self.context(token_ids.shape[1], segment_ids, positions)
         block, stacked = self.block_function()
         if self.config.remat != "none":
-            policy = REMAT_POLICIES[self.config.remat]
+            dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policy = dots if self.config.remat == "dots" else None
             block = jax.checkpoint(block, policy=policy, prevent_cse=False)
 
-        def step(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
+        def step(x: Array, params: Any) -> tuple[Array, None]:
             return block(params, x, context), None
 
         return jax.lax.scan(step, self.embed_tokens(token_ids), stacked)[0]
 
-    def unembed(self, x: jax.Array) -> jax.Array:
+    def unembed(self, x: Array) -> Array:
         """Final norm and head: `(..., hidden)` to float32 logits `(..., vocab)`."""
         x = self.final_norm(x)
         kernel = self.embed.embedding[...].T if self.config.tied else self.head.kernel[...]
         return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def loss(
-    model: Llama, batch: Batch, *, logits_bytes: int = LOGITS_BYTES
-) -> tuple[jax.Array, jax.Array]:
+def loss(model: Llama, batch: Batch, *, logits_bytes: int = LOGITS_BYTES) -> tuple[Array, Array]:
     """Cross-entropy of the next token, summed, and the number of tokens it was summed over.
 
     Sums rather than means, so that micro-batches, devices and evaluation batches add up exactly.
@@ -313,7 +309,7 @@ def loss(
 
     """
 
-    def forward(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def forward(model: Llama, batch: Batch) -> tuple[Array, Array]:
         x = model.hidden(batch["inputs"], batch.get("segment_ids"), batch.get("positions"))
         return head_loss(model, x, batch, logits_bytes=logits_bytes)
 
@@ -322,8 +318,8 @@ def loss(
 
 
 def head_loss(
-    model: Llama, x: jax.Array, batch: Batch, *, logits_bytes: int = LOGITS_BYTES
-) -> tuple[jax.Array, jax.Array]:
+    model: Llama, x: Array, batch: Batch, *, logits_bytes: int = LOGITS_BYTES
+) -> tuple[Array, Array]:
     """The part of `loss` that follows the last block.
 
     Args:
@@ -347,7 +343,7 @@ def head_loss(
     weights = batch.get("weights", jnp.ones_like(targets)).astype(jnp.float32)
     rows, length = targets.shape
 
-    def summed(x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    def summed(x: Array, targets: Array, weights: Array) -> Array:
         logits = model.unembed(constrain(x, "batch", None, None))
         return (optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights).sum()
 
@@ -356,7 +352,7 @@ def head_loss(
     if longest >= length:
         return summed(x, targets, weights), weights.sum()
 
-    def step(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    def step(total: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
         return total + jax.checkpoint(summed, prevent_cse=False)(*part), None
 
     # Cut along the sequence, which no mesh axis splits.
@@ -396,7 +392,7 @@ def init_params(
     if head is not None:
         ends["head"] = pure(head)
 
-    def layer(key: jax.Array) -> Any:
+    def layer(key: Array) -> Any:
         return store({"blocks": pure(Block(config, rngs=nnx.Rngs(key)))})["blocks"]
 
     return store(ends) | {"blocks": jax.lax.map(layer, keys)}
@@ -472,7 +468,7 @@ def stacked_model(config: LlamaConfig, *, logits_bytes: int = LOGITS_BYTES) -> S
         # What is not given stays a shape: the embedding needs no head.
         return nnx.merge(graphdef, shapes | {k: v for k, v in rest.items() if k != "blocks"})
 
-    def block(params: Any, x: jax.Array, batch: Batch) -> jax.Array:
+    def block(params: Any, x: Array, batch: Batch) -> Array:
         segments, positions = batch.get("segment_ids"), batch.get("positions")
         return run_block(params, x, abstract.context(x.shape[1], segments, positions))
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import jax
 from flax import nnx
+from jax import Array
 from jax.sharding import AxisType, NamedSharding
 
 from memopt.errors import check_choice
@@ -104,22 +105,24 @@ def _describe(entry: tuple[str, ...], mesh: Mapping[str, int]) -> str:
     return " x ".join(f"{axis}={mesh[axis]}" for axis in entry)
 
 
-def batch_spec(batch_size: int) -> jax.P:
-    """The sharding of a batch on the mesh in scope (`jax.set_mesh`).
+def partition(shape: Sequence[int], names: Sequence[str | None]) -> jax.P:
+    """The sharding of an array on the mesh in scope (`jax.set_mesh`).
 
     Args:
-        batch_size: Rows of the batch.
+        shape: Of the array.
+        names: For each axis, a key of `RULES`, or None for an axis that is not split.
 
     Returns:
-        A partition of the first axis over `data` and `fsdp`, as far as the mesh has them; of
-        nothing where they do not divide the batch.
+        A partition by `RULES`, without the mesh axes that are absent or do not divide.
 
     Example:
-        >>> batch_spec(8) == jax.P(None)  # no mesh in scope
+        >>> partition((8, 3), ["batch", None]) == jax.P(None, None)  # no mesh in scope
         True
 
     """
-    return _divided((batch_size,), ("batch",))
+    mesh = _usable_axes()
+    sizes = zip(shape, _entries(names, mesh), strict=True)
+    return jax.P(*(entry if size % _size(entry, mesh) == 0 else () for size, entry in sizes))
 
 
 def batch_shards() -> int:
@@ -133,7 +136,7 @@ def batch_shards() -> int:
     return math.prod(_usable_axes().get(axis, 1) for axis in BATCH_AXES)
 
 
-def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+def constrain(x: Array, *names: str | None) -> Array:
     """Tell the compiler how an array is split; it would otherwise guess from the parameters.
 
     Does nothing outside a mesh and, since types carry the placement there, in an Explicit one.
@@ -153,14 +156,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """
     if not _usable_axes() or AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
         return x
-    return jax.lax.with_sharding_constraint(x, _divided(x.shape, names))
-
-
-def _divided(shape: tuple[int, ...], names: Sequence[str | None]) -> jax.P:
-    """A partition by `RULES`, but for the mesh axes that are absent or do not divide."""
-    mesh = _usable_axes()
-    sizes = zip(shape, _entries(names, mesh), strict=True)
-    return jax.P(*(entry if size % _size(entry, mesh) == 0 else () for size, entry in sizes))
+    return jax.lax.with_sharding_constraint(x, partition(x.shape, names))
 
 
 def _usable_axes() -> dict[str, int]:

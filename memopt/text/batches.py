@@ -7,7 +7,7 @@ row ends, so that a row holds no padding. Rows are mixed within windows of 2^18 
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -29,7 +29,7 @@ WINDOW_TOKENS = 2**18
 PREFETCH = 8
 
 
-class Batches:
+class Batches(Iterator[Batch]):
     """An endless iterator of batches whose state can be saved and restored exactly.
 
     Batches are made ahead by a thread; the state is that of the batch handed out last.
@@ -37,9 +37,6 @@ class Batches:
 
     def __init__(self, dataset: grain.IterDataset):
         self._iterator: Any = iter(dataset)
-
-    def __iter__(self) -> "Batches":
-        return self
 
     def __next__(self) -> Batch:
         """Returns the next batch."""
@@ -114,7 +111,7 @@ def train_batches(
         raise ValueError(f"seed={seed} must be between 0 and 2147483647.")
     rows_in_order = _packed(documents.epochs(seed), tokenizer, seq_len)
     dataset = internals.shuffled(rows_in_order, max(1, WINDOW_TOKENS // seq_len), seed)
-    return Batches(internals.prefetched(_batched(dataset, batch_size, rows), PREFETCH))
+    return Batches(internals.prefetched(_batch(dataset, batch_size, rows), PREFETCH))
 
 
 def validation_batches(
@@ -150,7 +147,7 @@ def validation_batches(
     check_at_least("max_tokens", max_tokens, seq_len)
     dataset = _packed(documents.once(), tokenizer, seq_len)
     dataset = internals.limited(dataset, max_tokens // seq_len)
-    batches = list(_batched(dataset, batch_size, rows))
+    batches = list(_batch(dataset, batch_size, rows))
     if not batches:
         raise ValueError("the validation part of the data holds no text: give more data.")
     return batches
@@ -174,13 +171,8 @@ def fingerprint(
         A flat dict: files, bytes and a digest of their names and sizes (or the stream's name),
         the tokenizer's name and digest, `batch_size`, `seq_len`, `seed`.
     """
-    return {
-        **documents.describe(),
-        "tokenizer": tokenizer.digest,
-        "batch_size": batch_size,
-        "seq_len": seq_len,
-        "seed": seed,
-    }
+    options = {"batch_size": batch_size, "seq_len": seq_len, "seed": seed}
+    return {**documents.describe(), "tokenizer": tokenizer.digest, **options}
 
 
 def _packed(
@@ -212,7 +204,7 @@ def _row(packed: dict[str, np.ndarray]) -> Batch:
     }
 
 
-def _batched(dataset: grain.IterDataset, batch_size: int, rows: Sequence[int]) -> grain.IterDataset:
+def _batch(dataset: grain.IterDataset, batch_size: int, rows: Sequence[int]) -> grain.IterDataset:
     """These rows of each batch; rows of zeros fill up the last one."""
 
     def take(batch: Batch) -> Batch:

@@ -61,10 +61,10 @@ def find_documents(specs: Sequence[str] = ("python",)) -> Documents:
     if not specs:
         raise ValueError("data is empty: name a file, a directory, a glob, 'python' or 'hf:NAME'.")
     streams = [spec for spec in specs if spec.startswith("hf:")]
-    if streams:
-        if len(specs) > 1:
-            raise ValueError(f"data {streams[0]!r} cannot be mixed with other data: give it alone.")
-        from memopt.text.streams import open_stream  # needs Grain, which files do not
+    if not streams:
+        return read_files(specs)
+    if len(specs) > 1:
+        raise ValueError(f"data {streams[0]!r} cannot be mixed with other data: give it alone.")
+    from memopt.text.streams import open_stream  # needs Grain, which files do not
 
-        return open_stream(streams[0])
-    return read_files(specs)
+    return open_stream(streams[0])

@@ -142,9 +142,10 @@ class Files:
             else:
                 lines = len(pieces) - math.ceil(len(pieces) * fraction)
                 head, tail = pieces[:lines], pieces[lines:]
-            # What is too short to cut is for training.
-            heads.append(head if len(head) else tail)
-            tails.append(tail if len(head) else _NO_PIECES)
+            if not len(head):  # too short to cut
+                head, tail = tail, head
+            heads.append(head)
+            tails.append(tail)
         if not any(map(len, tails)):
             raise ValueError(
                 f"data is too small to hold out a validation part of {fraction:g}: "
@@ -205,7 +206,8 @@ def _match(spec: str) -> list[File]:
         if not _is_text(path):
             raise ValueError(f"data {str(path)!r} is not text: it holds zero bytes.")
     elif path.is_dir():
-        root, paths = path, (p for p in path.rglob("*") if not _is_hidden(p.relative_to(path)))
+        visible = lambda p: not any(part[0] == "." for part in p.relative_to(path).parts)
+        root, paths = path, filter(visible, path.rglob("*"))
     else:
         plain = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)
         root, paths = Path(*plain), map(Path, glob.glob(str(path), recursive=True))
@@ -226,10 +228,6 @@ def _match(spec: str) -> list[File]:
 def _is_text(path: Path) -> bool:
     with path.open("rb") as stream:
         return b"\0" not in stream.read(2**13)
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _standard_library(root: Path) -> Iterator[Path]:

@@ -83,15 +83,10 @@ class FileTokenizer:
     def __init__(self, path: str | Path):
         file = Path(path)
         file = file / "tokenizer.json" if file.is_dir() else file
-        if not file.is_file():
-            raise ValueError(f"tokenizer {str(path)!r}: there is no file {str(file)!r}.")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(
-                f"tokenizer {str(file)!r} is not a tokenizer.json that `tokenizers` can read: "
-                f"{error}."
-            ) from error
+            raise ValueError(f"tokenizer {str(file)!r} cannot be read: {error}.") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True
