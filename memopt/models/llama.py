@@ -53,11 +53,13 @@ def _dtypes(config: LlamaConfig) -> dict[str, Any]:
     return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 
-def _linear(
-    config: LlamaConfig, axes: tuple[str, str], sizes: tuple[int, int], rngs: nnx.Rngs
-) -> nnx.Linear:
-    init: Any = {"kernel_init": INIT, "kernel_metadata": {"axes": axes}}
-    return nnx.Linear(sizes[0], sizes[1], use_bias=False, rngs=rngs, **init, **_dtypes(config))
+def _linear(config: LlamaConfig, rows: str, cols: str, rngs: nnx.Rngs) -> nnx.Linear:
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    sizes = {"embed": config.hidden_size, "heads": heads, "kv_heads": kv_heads}
+    sizes |= {"mlp": config.intermediate_size, "vocab": config.vocab_size}
+    options: Any = {"kernel_init": INIT, "kernel_metadata": {"axes": (rows, cols)}}
+    options |= _dtypes(config)
+    return nnx.Linear(sizes[rows], sizes[cols], use_bias=False, rngs=rngs, **options)
 
 
 def _norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -69,14 +71,11 @@ class Attention(nnx.Module):
     """Grouped-query attention: `num_heads` queries share `num_kv_heads` keys and values."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        hidden = config.hidden_size
-        queries = config.num_heads * config.head_dim
-        keys = config.num_kv_heads * config.head_dim
         self.head_dim = config.head_dim
-        self.q = _linear(config, ("embed", "heads"), (hidden, queries), rngs)
-        self.k = _linear(config, ("embed", "kv_heads"), (hidden, keys), rngs)
-        self.v = _linear(config, ("embed", "kv_heads"), (hidden, keys), rngs)
-        self.o = _linear(config, ("heads", "embed"), (queries, hidden), rngs)
+        self.q = _linear(config, "embed", "heads", rngs)
+        self.k = _linear(config, "embed", "kv_heads", rngs)
+        self.v = _linear(config, "embed", "kv_heads", rngs)
+        self.o = _linear(config, "heads", "embed", rngs)
 
     def __call__(
         self, x: Array, context: Context, cache: Array | None = None, offset: Any = 0
@@ -99,10 +98,9 @@ class MLP(nnx.Module):
     """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        wide, narrow = config.intermediate_size, config.hidden_size
-        self.gate = _linear(config, ("embed", "mlp"), (narrow, wide), rngs)
-        self.up = _linear(config, ("embed", "mlp"), (narrow, wide), rngs)
-        self.down = _linear(config, ("mlp", "embed"), (wide, narrow), rngs)
+        self.gate = _linear(config, "embed", "mlp", rngs)
+        self.up = _linear(config, "embed", "mlp", rngs)
+        self.down = _linear(config, "mlp", "embed", rngs)
 
     def __call__(self, x: Array) -> Array:
         """Maps `(batch, seq, hidden)` to the same shape."""
@@ -147,8 +145,7 @@ def _parts(
     embed = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs, **init, **_dtypes(config))
     keys = jax.random.split(rngs.params(), config.num_layers)
     norm = _norm(config, rngs)
-    sizes = (config.hidden_size, config.vocab_size)
-    head = None if config.tied else _linear(config, ("embed", "vocab"), sizes, rngs)
+    head = None if config.tied else _linear(config, "embed", "vocab", rngs)
     return embed, keys, norm, head
 
 
@@ -207,9 +204,8 @@ class Llama(nnx.Module):
         """
         inputs = jax.tree.map(jnp.asarray, (token_ids, segment_ids, positions))
         forward = lambda model, *inputs: model.unembed(model.hidden(*inputs))
-        return on_auto_axes(
-            forward, (self, *inputs), like=partition(inputs[0].shape[:1], ["batch"])
-        )
+        spec = partition(inputs[0].shape[:1], ["batch"])
+        return on_auto_axes(forward, (self, *inputs), like=spec)
 
     def context(
         self, length: int, segment_ids: Array | None = None, positions: Array | None = None
@@ -461,12 +457,9 @@ def stacked_model(config: LlamaConfig, *, logits_bytes: int = LOGITS_BYTES) -> S
     """
     abstract = abstract_model(config)
     graphdef, params = nnx.split(abstract, nnx.Param)
-    shapes = nnx.to_pure_dict(params)
     run_block, _ = abstract.block_function()
-
-    def model(rest: Any) -> Llama:
-        # What is not given stays a shape: the embedding needs no head.
-        return nnx.merge(graphdef, shapes | {k: v for k, v in rest.items() if k != "blocks"})
+    # What is not given stays a shape: the embedding needs no head.
+    model = lambda rest: nnx.merge(graphdef, nnx.to_pure_dict(params) | rest)
 
     def block(params: Any, x: Array, batch: Batch) -> Array:
         segments, positions = batch.get("segment_ids"), batch.get("positions")

@@ -64,32 +64,29 @@ def param_shardings(model: Model, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     width = dict.fromkeys(("heads", "kv_heads"), model.config.head_dim)  # a head is never cut
 
     def sharding(path: tuple[Any, ...], param: nnx.Param) -> NamedSharding:
-        sizes = [n // width.get(axis, 1) for n, axis in zip(param.shape, param.axes, strict=True)]
-        return NamedSharding(mesh, _spec("/".join(path), param.axes, sizes, mesh.shape))
+        axes = zip(param.axes, param.shape, strict=True)
+        sizes = {axis: size // width.get(axis, 1) for axis, size in axes}
+        return NamedSharding(mesh, _spec("/".join(path), sizes, mesh.shape))
 
     params = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return nnx.traversals.unflatten_mapping({p: sharding(p, v) for p, v in params})
 
 
-def _spec(
-    name: str, axes: Sequence[str | None], sizes: Sequence[int], mesh: Mapping[str, int]
-) -> jax.P:
-    entries = _entries(axes, mesh)
-    if "mlp" in axes:
-        mlp, embed = axes.index("mlp"), axes.index("embed")
-        if sizes[mlp] % _size(entries[mlp], mesh):
-            log.warning(
-                "%s: mlp=%d does not divide over %s; embed=%d is split there instead.",
-                *(name, sizes[mlp], _describe(entries[mlp], mesh), sizes[embed]),
-            )
-            entries[embed], entries[mlp] = entries[embed] + entries[mlp], ()
-    for axis, size, entry in zip(axes, sizes, entries, strict=True):
-        if size % _size(entry, mesh):
+def _spec(name: str, sizes: Mapping[str | None, int], mesh: Mapping[str, int]) -> jax.P:
+    entries = dict(zip(sizes, _entries([*sizes], mesh), strict=True))
+    if "mlp" in sizes and sizes["mlp"] % _size(entries["mlp"], mesh):
+        log.warning(
+            "%s: mlp=%d does not divide over %s; embed=%d is split there instead.",
+            *(name, sizes["mlp"], _describe(entries["mlp"], mesh), sizes["embed"]),
+        )
+        entries["embed"], entries["mlp"] = entries["embed"] + entries["mlp"], ()
+    for axis, entry in entries.items():
+        if sizes[axis] % _size(entry, mesh):
             raise ValueError(
-                f"{name}: axis {axis} of size {size} does not divide over mesh axis "
+                f"{name}: axis {axis} of size {sizes[axis]} does not divide over mesh axis "
                 f"{_describe(entry, mesh)}; choose a mesh whose size divides it."
             )
-    return jax.P(*entries)
+    return jax.P(*entries.values())
 
 
 def _entries(axes: Sequence[str | None], mesh: Mapping[str, int]) -> list[tuple[str, ...]]:
@@ -162,5 +159,4 @@ def constrain(x: Array, *names: str | None) -> Array:
 def _usable_axes() -> dict[str, int]:
     """Axes of the mesh in scope that are not the manual ones of a `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
-    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return {axis: mesh.shape[axis] for axis, kind in types if kind != AxisType.Manual}
+    return {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes}

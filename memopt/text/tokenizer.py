@@ -94,7 +94,7 @@ class FileTokenizer:
         self.name = str(path)
         self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        candidates = (*_configured_eos(file.parent), *END_OF_DOCUMENT)
+        candidates = (_configured_eos(file.parent), *END_OF_DOCUMENT)
         eos = next((token for token in candidates if token in vocabulary), None)
         if eos is None:
             raise ValueError(
@@ -182,14 +182,13 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | Path)
     return load_tokenizer(str(path))
 
 
-def _configured_eos(directory: Path) -> tuple[str, ...]:
+def _configured_eos(directory: Path) -> str | None:
     """The `eos_token` of the tokenizer_config.json in `directory`, if it names one."""
     file = directory / "tokenizer_config.json"
     if not file.is_file():
-        return ()
+        return None
     try:
         token = json.loads(file.read_text("utf-8")).get("eos_token")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{str(file)!r} is not a JSON object: {error}.") from error
-    token = token.get("content") if isinstance(token, dict) else token
-    return (token,) if isinstance(token, str) else ()
+    return token.get("content") if isinstance(token, dict) else token
