@@ -17,7 +17,7 @@ def causal_attention(
     *,
     chunked: bool = False,
 ) -> Array:
-    """Grouped-query attention of each position to itself and to what precedes it.
+    """Grouped-query attention of each position to itself and the positions before it.
 
     On a GPU, half-precision training runs cuDNN's flash attention. Elsewhere queries are scored in
     chunks and each chunk is recomputed in the backward pass, so float32 scores take

@@ -63,7 +63,7 @@ PLAIN_LLAMA = {
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
-# What we replace, or would contradict, when writing over an earlier export.
+# Files of an earlier export that a new one replaces, or would contradict.
 REPLACED = (CONFIG, "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -224,8 +224,8 @@ class Llama(nnx.Module):
         """Rows of the embedding, `(batch, seq, hidden)` in the compute dtype.
 
         The cast follows the look-up so that the embedding's gradient is summed in its own dtype.
-        Of a table whose rows are split each device looks up its part for all rows of the batch,
-        and the parts change places: no device holds the whole table, nor its gradient.
+        On a mesh each device looks up its columns of the table for all rows of the batch, then the
+        devices exchange columns for rows: none holds the whole table, nor its gradient.
         """
         token_ids = constrain(token_ids, "data", None)
         x = jnp.take(self.embed.embedding[...], token_ids, axis=0).astype(self.config.dtype)
@@ -320,7 +320,7 @@ def head_loss(
 
     Args:
         model: The model, of which the final norm and the head are used.
-        x: `(batch, seq, hidden)`, what leaves the last block.
+        x: `(batch, seq, hidden)`, the last block's output.
         batch: As in `loss`.
         logits_bytes: As in `loss`.
 
@@ -369,7 +369,7 @@ def init_params(
     Args:
         config: Shapes and options.
         seed: Decides the values.
-        store: Maps parts of the parameters, nested dicts, to what is kept of them; see
+        store: Maps parts of the parameters, nested dicts, to the form they are kept in, such as
             `memopt.quantize_params`.
 
     Returns:
@@ -458,7 +458,7 @@ def stacked_model(config: LlamaConfig, *, logits_bytes: int = LOGITS_BYTES) -> S
     abstract = abstract_model(config)
     graphdef, params = nnx.split(abstract, nnx.Param)
     run_block, _ = abstract.block_function()
-    # What is not given stays a shape: the embedding needs no head.
+    # Parameters that are not given stay shapes: the embedding needs no head.
     model = lambda rest: nnx.merge(graphdef, nnx.to_pure_dict(params) | rest)
 
     def block(params: Any, x: Array, batch: Batch) -> Array:

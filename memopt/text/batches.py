@@ -43,7 +43,7 @@ class Batches(Iterator[Batch]):
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """Returns where the iterator stands, JSON-serialisable: a few hundred bytes."""
+        """Returns the iterator's position, JSON-serialisable: a few hundred bytes."""
         return json.loads(json.dumps(self._iterator.get_state()))
 
     def set_state(self, state: dict[str, Any]) -> None:

@@ -54,7 +54,7 @@ class File:
     """A file of text, or of JSON lines.
 
     Attributes:
-        path: Where it is.
+        path: Its path.
         name: Its name relative to the directory or glob that found it; decides its split.
         size: Its size in bytes.
         field: The field of a JSON line that holds the text; None for plain text.
@@ -189,7 +189,7 @@ def read_files(specs: Sequence[str]) -> Files:
     documents = Files(files, pieces)
     for first in np.unique(pieces["file"], return_index=True)[1].tolist():
         if files[pieces["file"][first]].field is not None:
-            documents[first]  # a wrong field should be told now, not in an hour
+            documents[first]  # refuses a wrong field now, not in an hour
     return documents
 
 
@@ -280,7 +280,7 @@ def text_field(record: Any, field: str, where: str) -> str:
     """The text in a field of a record.
 
     Raises:
-        ValueError: There is none; says where, and what there is.
+        ValueError: There is none; names the record and its fields.
     """
     fields = record if isinstance(record, dict) else {}
     if isinstance(text := fields.get(field), str):

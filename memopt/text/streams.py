@@ -114,8 +114,8 @@ class _StreamIterator(grain.DatasetIterator[Piece]):
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._epoch, self._index, self._found = state["epoch"], state["index"], state["found"]
-        # The one shard of one is a dataset of our own: `datasets` keeps a reader's place in the
-        # dataset, where two readers would clash and a place once loaded begins every later epoch.
+        # Each reader takes the only shard, a new object: `datasets` keeps the position in the
+        # object, so that readers would share it, and a loaded one would begin every later epoch.
         self._dataset = self._stream.dataset.shard(num_shards=1, index=0)
         source = json.loads(state["source"])
         if source is not None:

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import tokenizers
 
-#: What well-known models call the token that ends a document, most telling first.
+#: Names of the token that ends a document in well-known models, most specific first.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>")
 
 
@@ -22,7 +22,7 @@ class Tokenizer(Protocol):
     """Text to token ids and back.
 
     Attributes:
-        name: What to pass to `load_tokenizer` to get this tokenizer again.
+        name: `load_tokenizer(name)` returns this tokenizer again.
         digest: A hash of everything that decides which ids a text becomes.
         vocab_size: One more than the largest id.
         eos_id: The id that ends a document.

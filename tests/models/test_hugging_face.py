@@ -124,6 +124,13 @@ def test_keys_that_older_configs_lack(tmp_path):
     assert from_hugging_face(tmp_path / "model").config == config
 
 
+def test_null_keys_count_as_absent(model, directory):
+    path = directory / "config.json"
+    null = dict.fromkeys(("head_dim", "max_position_embeddings", "rms_norm_eps", "hidden_act"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | null))
+    assert from_hugging_face(directory).config == model.config
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
