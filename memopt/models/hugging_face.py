@@ -204,10 +204,10 @@ def narrowest_dtype(directory: Path, stored: Mapping[str, Any]) -> DType:
         ValueError: If a tensor is of another type than `STORED` lists.
 
     """
-    kinds = {name: tensor.get_dtype() for name, tensor in stored.items()}
-    for name, kind in kinds.items():
-        check_choice(f"{directory}: tensor {name}: type", kind, STORED)
-    return cast(DType, jnp.result_type(*(STORED[kind] for kind in set(kinds.values()))).name)
+    for name, tensor in stored.items():
+        check_choice(f"{directory}: tensor {name}: type", tensor.get_dtype(), STORED)
+    kinds = {STORED[tensor.get_dtype()] for tensor in stored.values()}
+    return cast(DType, jnp.result_type(*kinds).name)
 
 
 def _check_tensors(directory: Path, stored: Mapping[str, Any], expected: list[Tensor]) -> None:
@@ -294,12 +294,8 @@ def write(directory: Path, config: LlamaConfig, params: Any, max_shard_bytes: in
 
     """
     directory = directory.expanduser().resolve()
-    earlier_export = (directory / CONFIG).is_file()
-    if (
-        directory.exists()
-        and not earlier_export
-        and (directory.is_file() or any(directory.iterdir()))
-    ):
+    occupied = directory.is_file() or (directory.is_dir() and any(directory.iterdir()))
+    if occupied and not (directory / CONFIG).is_file():
         raise ValueError(
             f"{directory} exists and is not a model directory; give a new or an empty one."
         )

@@ -216,8 +216,7 @@ class Llama(nnx.Module):
                 f"A sequence of {length} tokens is longer than max_seq_len="
                 f"{self.config.max_seq_len}; shorten it or raise max_seq_len in the config."
             )
-        if positions is None:
-            positions = jnp.arange(length)[None]
+        positions = jnp.arange(length)[None] if positions is None else positions
         return Context(rotary_tables(self.config, positions), segment_ids)
 
     def embed_tokens(self, token_ids: Array) -> Array:
@@ -384,9 +383,8 @@ def init_params(
     """
     embed, keys, final_norm, head = _parts(config, nnx.Rngs(seed))
     pure = lambda module: nnx.to_pure_dict(nnx.state(module, nnx.Param))
-    ends = {"embed": pure(embed), "final_norm": pure(final_norm)}
-    if head is not None:
-        ends["head"] = pure(head)
+    parts = {"embed": embed, "final_norm": final_norm, "head": head}
+    ends = {name: pure(part) for name, part in parts.items() if part is not None}
 
     def layer(key: Array) -> Any:
         return store({"blocks": pure(Block(config, rngs=nnx.Rngs(key)))})["blocks"]

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
-from memopt.text.files import read_files
+from memopt.text.files import Files, read_files
 
 if TYPE_CHECKING:
-    import grain
+    from memopt.text.streams import Stream
 
-
-class Documents(Protocol):
-    """A corpus: `Files` or a `Stream`."""
-
-    def split(self, validation_fraction: float = 0.05) -> tuple[Documents, Documents]:
-        """Returns the (training, validation) parts, the same at every call."""
-
-    def epochs(self, seed: int) -> grain.MapDataset | grain.IterDataset:
-        """Returns the pieces for ever, in an order that `seed` decides, new in each epoch."""
-
-    def once(self) -> grain.MapDataset | grain.IterDataset:
-        """Returns every piece once, in an order that never changes."""
-
-    def describe(self) -> dict[str, Any]:
-        """Returns what identifies this corpus, JSON-serialisable."""
+#: A corpus; both have `split`, `epochs`, `once` and `describe`.
+Documents: TypeAlias = "Files | Stream"
 
 
 def find_documents(specs: Sequence[str] = ("python",)) -> Documents:

@@ -173,10 +173,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | Path)
         )
     file = Path(path) if Path(path).suffix == ".json" else Path(path) / "tokenizer.json"
     tokenizer = tokenizers.ByteLevelBPETokenizer()
-    special = [END_OF_DOCUMENT[0]]
-    tokenizer.train_from_iterator(
-        documents, vocab_size, 0, show_progress=False, special_tokens=special
-    )
+    options = {"min_frequency": 0, "special_tokens": [END_OF_DOCUMENT[0]], "show_progress": False}
+    tokenizer.train_from_iterator(documents, vocab_size, **options)
     file.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(file), pretty=True)
     return load_tokenizer(str(path))
