@@ -2,21 +2,22 @@
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 # Queries scored at a time: rows enough to fill a matrix unit, few enough to keep scores small.
 QUERY_CHUNK = 256
 
 
 def causal_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array | None = None,
-    offset: jax.Array | int = 0,
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array | None = None,
+    offset: Array | int = 0,
     *,
     chunked: bool = False,
-) -> jax.Array:
-    """Grouped-query attention of each position to itself and to what precedes it.
+) -> Array:
+    """Grouped-query attention of each position to itself and the positions before it.
 
     On a GPU, half-precision training runs cuDNN's flash attention. Elsewhere queries are scored in
     chunks and each chunk is recomputed in the backward pass, so float32 scores take
@@ -45,22 +46,43 @@ def causal_attention(
         return jax.nn.dot_product_attention(
             query, key, value, mask=same, is_causal=True, implementation="cudnn"
         )
-    length = query.shape[1]
-    index = offset + jnp.arange(length)
-    if length <= 2 * QUERY_CHUNK:
-        return _attend(query, key, value, index, segment_ids, segment_ids)
 
-    @jax.checkpoint
-    def attend(part: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+    def attend(part: tuple[Array, Array, Array | None]) -> Array:
         query, index, segments = part
-        return _attend(query, key, value, index, segments, segment_ids)
+        mask = (index[..., None] >= jnp.arange(key.shape[1]))[:, None]
+        if segments is not None and segment_ids is not None:
+            mask = mask & _same(segments, segment_ids)
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
 
-    segments = None if segment_ids is None else _split(segment_ids, 1)
-    out = jnp.moveaxis(jax.lax.map(attend, (_split(query, 1), _split(index, 0), segments)), 0, 1)
+    length = query.shape[1]
+    whole = query, (offset + jnp.arange(length))[None], segment_ids
+    if length <= 2 * QUERY_CHUNK:
+        return attend(whole)
+    chunks = jax.tree.map(lambda x: split_sequence(x, QUERY_CHUNK), whole)
+    out = jnp.moveaxis(jax.lax.map(jax.checkpoint(attend), chunks), 0, 1)
     return out.reshape(query.shape[0], -1, *query.shape[2:])[:, :length]
 
 
-def _flash(query: jax.Array, key: jax.Array) -> bool:
+def split_sequence(x: Array, size: int) -> Array:
+    """Cuts the second axis into chunks, the last padded with zeros.
+
+    Args:
+        x: `(batch, seq, ...)`.
+        size: Positions of a chunk.
+
+    Returns:
+        `(chunks, batch, size, ...)`.
+
+    Example:
+        >>> split_sequence(jnp.ones((2, 5, 3)), 4).shape
+        (2, 2, 4, 3)
+
+    """
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+
+def _flash(query: Array, key: Array) -> bool:
     """Whether cuDNN's flash attention takes these arrays; whole training sequences only."""
     return (
         jax.default_backend() == "gpu"
@@ -71,27 +93,5 @@ def _flash(query: jax.Array, key: jax.Array) -> bool:
     )
 
 
-def _same(first: jax.Array, second: jax.Array) -> jax.Array:
+def _same(first: Array, second: Array) -> Array:
     return first[:, None, :, None] == second[:, None, None, :]
-
-
-def _attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    index: jax.Array,
-    query_segments: jax.Array | None,
-    key_segments: jax.Array | None,
-) -> jax.Array:
-    mask = (index[:, None] >= jnp.arange(key.shape[1]))[None, None]
-    if query_segments is not None and key_segments is not None:
-        mask = mask & _same(query_segments, key_segments)
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
-
-
-def _split(x: jax.Array, axis: int) -> jax.Array:
-    """Pad an axis with zeros, cut it into chunks, and bring the chunks to the front."""
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, -x.shape[axis] % QUERY_CHUNK)
-    x = jnp.pad(x, padding)
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, QUERY_CHUNK, *x.shape[axis + 1 :]), axis, 0)

@@ -1,8 +1,10 @@
 """Shapes and options of a LLaMA, and the published sizes by name."""
 
 import dataclasses
-import difflib
-from typing import Literal, get_args
+import functools
+from typing import Any, Literal, get_args, get_origin
+
+from memopt.errors import check_at_least, check_choice
 
 Remat = Literal["none", "dots", "full"]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -95,8 +97,10 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and value < 1:
-                raise ValueError(f"{field.name} is {value}; it must be at least 1.")
+            if field.type is int:
+                check_at_least(field.name, value, 1)
+            elif get_origin(field.type) is Literal:
+                check_choice(field.name, value, get_args(field.type))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads="
@@ -104,72 +108,32 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need it even.")
-        for name, allowed in (("param_dtype", DType), ("dtype", DType), ("remat", Remat)):
-            if (value := getattr(self, name)) not in get_args(allowed):
-                raise ValueError(f"{name} is {value!r}; choose one of {get_args(allowed)}.")
-
-    @property
-    def axis_sizes(self) -> dict[str, int]:
-        """The number of pieces that each logical axis of the parameters can be cut into.
-
-        `heads` and `kv_heads` count heads, not channels, since a head is never cut.
-        """
-        return {
-            "layers": self.num_layers,
-            "embed": self.hidden_size,
-            "heads": self.num_heads,
-            "kv_heads": self.num_kv_heads,
-            "mlp": self.intermediate_size,
-            "vocab": self.vocab_size,
-        }
 
 
-def _plain(hidden: int, intermediate: int, layers: int, heads: int) -> LlamaConfig:
-    """The first LLaMA's layout: every query head has a key head of its own."""
-    return LlamaConfig(
-        vocab_size=32000,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=hidden // heads,
-    )
+def _llama(hidden: int, intermediate: int, layers: int, heads: int, **more: Any) -> LlamaConfig:
+    """A size with the first LLaMA's options, as far as `more` does not say otherwise."""
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_layers": layers}
+    attention = {"num_heads": heads, "num_kv_heads": heads, "head_dim": hidden // heads}
+    return LlamaConfig(**{"vocab_size": 32000, **sizes, **attention, **more})
 
 
-_LLAMA_3 = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    max_seq_len=8192,
-    rope_theta=500000.0,
-    norm_eps=1e-5,
+_llama_3 = functools.partial(
+    _llama, vocab_size=128256, num_kv_heads=8, rope_theta=500000.0, norm_eps=1e-5
 )
 
 PRESETS = {
-    "tiny": dataclasses.replace(_plain(192, 512, 4, 4), vocab_size=264),
-    "60m": _plain(512, 1376, 8, 8),
-    "130m": _plain(768, 2048, 12, 12),
-    "350m": _plain(1024, 2736, 24, 16),
-    "1b": _plain(2048, 5461, 24, 32),
-    "7b": _plain(4096, 11008, 32, 32),
-    "13b": _plain(5120, 13824, 40, 40),
-    "70b": dataclasses.replace(_plain(8192, 28672, 80, 64), num_kv_heads=8),
-    "llama-2-7b": dataclasses.replace(_plain(4096, 11008, 32, 32), max_seq_len=4096, norm_eps=1e-5),
-    "llama-3-8b": _LLAMA_3,
-    "llama-3.2-1b": dataclasses.replace(
-        _LLAMA_3,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_layers=16,
-        head_dim=64,
-        max_seq_len=131072,
-        rope_scaling=RopeScaling(factor=32.0),
-        tied=True,
+    "tiny": _llama(192, 512, 4, 4, vocab_size=264),
+    "60m": _llama(512, 1376, 8, 8),
+    "130m": _llama(768, 2048, 12, 12),
+    "350m": _llama(1024, 2736, 24, 16),
+    "1b": _llama(2048, 5461, 24, 32),
+    "7b": _llama(4096, 11008, 32, 32),
+    "13b": _llama(5120, 13824, 40, 40),
+    "70b": _llama(8192, 28672, 80, 64, num_kv_heads=8),
+    "llama-2-7b": _llama(4096, 11008, 32, 32, max_seq_len=4096, norm_eps=1e-5),
+    "llama-3-8b": _llama_3(4096, 14336, 32, 32, max_seq_len=8192),
+    "llama-3.2-1b": _llama_3(
+        2048, 8192, 16, 32, max_seq_len=131072, rope_scaling=RopeScaling(factor=32.0), tied=True
     ),
 }
 
@@ -194,9 +158,5 @@ def preset(name: str) -> LlamaConfig:
         32
 
     """
-    if name in PRESETS:
-        return PRESETS[name]
-    nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-    raise ValueError(
-        f"Unknown model {name!r}; did you mean {nearest!r}? Available: {', '.join(PRESETS)}."
-    )
+    check_choice("model", name, PRESETS)
+    return PRESETS[name]

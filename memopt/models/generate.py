@@ -1,21 +1,16 @@
 """Continue a prompt token by token, keeping keys and values of what was read."""
 
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
-from memopt.models.attention import causal_attention
-from memopt.models.llama import Llama, in_auto_mesh
+from memopt.axis_types import on_auto_axes
+from memopt.errors import check_at_least
+from memopt.models.llama import Llama
 from memopt.state.quantized_params import dequantize_params
-
-
-class Cache(NamedTuple):
-    """Keys and values of all layers, each `(layers, batch, length, kv_heads, head_dim)`."""
-
-    key: jax.Array
-    value: jax.Array
 
 
 def generate(
@@ -24,8 +19,8 @@ def generate(
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
-    key: jax.Array | None = None,
-) -> jax.Array:
+    key: Array | None = None,
+) -> Array:
     """Continue each prompt by `max_new_tokens` tokens.
 
     The prompt is read in one pass; then each token costs one pass over a cache of fixed size, all
@@ -53,69 +48,52 @@ def generate(
         (8,)
 
     """
-    prompt = jnp.asarray(prompt_ids, jnp.int32)
-    if prompt.ndim == 1:
-        sample = generate(model, prompt[None], max_new_tokens, temperature=temperature, key=key)
-        return sample[0]
-    if prompt.shape[1] == 0 or max_new_tokens < 1:
-        raise ValueError(
-            f"prompt_ids has {prompt.shape[1]} tokens and max_new_tokens is {max_new_tokens}; "
-            "both must be at least 1."
-        )
+    prompt = jnp.atleast_2d(jnp.asarray(prompt_ids, jnp.int32))
+    check_at_least("the length of prompt_ids", prompt.shape[1], 1)
+    check_at_least("max_new_tokens", max_new_tokens, 1)
     if temperature < 0 or (temperature > 0 and key is None):
         raise ValueError(
             f"temperature is {temperature}; it must be 0, or positive with a random key."
         )
-    key = jax.random.key(0) if key is None else key
-    return _generate(model, prompt, key, jnp.float32(temperature), max_new_tokens)
+    keys = jax.random.split(jax.random.key(0) if key is None else key, max_new_tokens)
+    ids = _generate(model, prompt, keys, jnp.float32(temperature))
+    return ids.reshape(*jnp.shape(prompt_ids)[:-1], -1)
 
 
-@nnx.jit(static_argnums=4)
-def _generate(
-    model: Llama, prompt: jax.Array, key: jax.Array, temperature: jax.Array, count: int
-) -> jax.Array:
-    keys = jax.random.split(key, count)
-    return in_auto_mesh(_continue, jax.P(), model, prompt, keys, temperature)
+@nnx.jit
+def _generate(model: Llama, *inputs: Array) -> Array:
+    return on_auto_axes(_continue, (model, *inputs), like=jax.P())
 
 
-def _continue(
-    model: Llama, prompt: jax.Array, keys: jax.Array, temperature: jax.Array
-) -> jax.Array:
-    config, (batch, length) = model.config, prompt.shape
-    total = length + keys.shape[0]
-    shape = (config.num_layers, batch, total, config.num_kv_heads, config.head_dim)
-    empty = Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+def _continue(model: Llama, prompt: Array, keys: Array, temperature: Array) -> Array:
+    config, (batch, length), count = model.config, prompt.shape, len(keys)
+    shape = (config.num_layers, 2, batch, length + count, config.num_kv_heads, config.head_dim)
 
-    Carry = tuple[jax.Array, Cache]
+    def step(carry: tuple[Array, Array], xs: tuple[Array, Array]) -> Any:
+        (logits, cache), (position, key) = carry, xs
+        token = _choose(logits, temperature, key)
+        return read(model, token[:, None], cache, position), token
 
-    def step(carry: Carry, xs: tuple[jax.Array, jax.Array]) -> tuple[Carry, jax.Array]:
-        (token, cache), (position, key) = carry, xs
-        logits, cache = read(model, token[:, None], cache, position)
-        return (_choose(logits, temperature, key), cache), token
-
-    logits, cache = read(model, prompt, empty, 0)
-    first = _choose(logits, temperature, keys[0])
-    positions = jnp.arange(length, total - 1)
-    (last, _), tokens = jax.lax.scan(step, (first, cache), (positions, keys[1:]))
-    return jnp.concatenate([prompt, tokens.T, last[:, None]], axis=1)
+    first = read(model, prompt, jnp.zeros(shape, config.dtype), 0)
+    _, tokens = jax.lax.scan(step, first, (length + jnp.arange(count), keys))
+    return jnp.concatenate([prompt, tokens.T], axis=1)
 
 
-def _choose(logits: jax.Array, temperature: jax.Array, key: jax.Array) -> jax.Array:
+def _choose(logits: Array, temperature: Array, key: Array) -> Array:
     """The likeliest token at temperature 0, else a sample; `(batch,)`."""
     greedy = temperature == 0
     sampled = jax.random.categorical(key, logits / jnp.where(greedy, 1.0, temperature))
     return jnp.where(greedy, logits.argmax(-1), sampled).astype(jnp.int32)
 
 
-def read(
-    model: Llama, token_ids: jax.Array, cache: Cache, offset: jax.Array | int
-) -> tuple[jax.Array, Cache]:
+def read(model: Llama, token_ids: Array, cache: Array, offset: Array | int) -> tuple[Array, Array]:
     """Read tokens that follow what the cache holds.
 
     Args:
         model: The model.
         token_ids: Integers `(batch, seq)`.
-        cache: Keys and values of the positions before `offset`.
+        cache: Keys and values of the positions before `offset`, in all layers:
+            `(layers, 2, batch, length, kv_heads, head_dim)`.
         offset: Position of the first token.
 
     Returns:
@@ -126,20 +104,12 @@ def read(
 
     """
     positions = offset + jnp.arange(token_ids.shape[1])[None]
-    context = model.context(cache.key.shape[2], positions=positions)
+    context = model.context(cache.shape[3], positions=positions)
     graphdef, stacked = nnx.split(model.blocks, nnx.Param)
 
-    def step(x: jax.Array, layer: tuple[nnx.State, Cache]) -> tuple[jax.Array, Cache]:
+    def step(x: Array, layer: tuple[nnx.State, Array]) -> Any:
         params, cache = layer
-        block = nnx.merge(graphdef, dequantize_params(params))
-        query, key, value = block.attention.project(block.attention_norm(x), context)
-        cache = Cache(
-            jax.lax.dynamic_update_slice_in_dim(cache.key, key, offset, axis=1),
-            jax.lax.dynamic_update_slice_in_dim(cache.value, value, offset, axis=1),
-        )
-        heads = causal_attention(query, cache.key, cache.value, offset=offset)
-        x = x + block.attention.combine(heads)
-        return x + block.mlp(block.mlp_norm(x)), cache
+        return nnx.merge(graphdef, dequantize_params(params))(x, context, cache, offset)
 
     x, cache = jax.lax.scan(step, model.embed_tokens(token_ids), (stacked, cache))
     return model.unembed(x[:, -1]), cache

@@ -6,7 +6,7 @@ and the rotary stretch of Llama 3 (arXiv 2407.21783).
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,42 +14,26 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import Array
 
+from memopt.axis_types import on_auto_axes
 from memopt.models import hugging_face
-from memopt.models.attention import causal_attention
-from memopt.models.config import PRESETS, DType, LlamaConfig, Remat, RopeScaling, preset
+from memopt.models.attention import causal_attention, split_sequence
+from memopt.models.config import PRESETS as PRESETS
+from memopt.models.config import DType, Remat
+from memopt.models.config import LlamaConfig as LlamaConfig
+from memopt.models.config import RopeScaling as RopeScaling
+from memopt.models.config import preset as preset
 from memopt.models.rotary import rotary_tables, rotate
-from memopt.models.sharding import batch_shards, batch_spec, constrain, param_shardings
-from memopt.models.stacked import StackedModel
+from memopt.models.sharding import batch_shards, constrain, partition
+from memopt.models.sharding import param_shardings as param_shardings
+from memopt.models.stacked import Batch, StackedModel
 from memopt.state.quantized_params import dequantize_params
-
-__all__ = [
-    "PRESETS",
-    "Context",
-    "Llama",
-    "LlamaConfig",
-    "RopeScaling",
-    "abstract_model",
-    "abstract_params",
-    "from_hugging_face",
-    "head_loss",
-    "init_params",
-    "loss",
-    "param_shardings",
-    "preset",
-    "stacked_model",
-    "to_hugging_face",
-]
 
 INIT = jax.nn.initializers.normal(0.02)
 
 # Float32 logits that one device may hold at a time, in bytes.
 LOGITS_BYTES = 2**27
-
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class Context(NamedTuple):
@@ -61,78 +45,65 @@ class Context(NamedTuple):
 
     """
 
-    rotary: tuple[jax.Array, jax.Array]
-    segment_ids: jax.Array | None = None
+    rotary: tuple[Array, Array]
+    segment_ids: Array | None = None
 
 
-BlockFunction = Callable[[Any, jax.Array, Context], jax.Array]
+def _dtypes(config: LlamaConfig) -> dict[str, Any]:
+    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 
-def _linear(
-    config: LlamaConfig, axes: tuple[str, str], sizes: tuple[int, int], rngs: nnx.Rngs
-) -> nnx.Linear:
-    return nnx.Linear(
-        *sizes,
-        use_bias=False,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        kernel_init=INIT,
-        kernel_metadata={"axes": axes},
-        rngs=rngs,
-    )
+def _linear(config: LlamaConfig, rows: str, cols: str, rngs: nnx.Rngs) -> nnx.Linear:
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    sizes = {"embed": config.hidden_size, "heads": heads, "kv_heads": kv_heads}
+    sizes |= {"mlp": config.intermediate_size, "vocab": config.vocab_size}
+    options: Any = {"kernel_init": INIT, "kernel_metadata": {"axes": (rows, cols)}}
+    options |= _dtypes(config)
+    return nnx.Linear(sizes[rows], sizes[cols], use_bias=False, rngs=rngs, **options)
 
 
 def _norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(
-        config.hidden_size,
-        epsilon=config.norm_eps,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        scale_metadata={"axes": (None,)},
-        rngs=rngs,
-    )
+    options: Any = {"epsilon": config.norm_eps, "scale_metadata": {"axes": (None,)}}
+    return nnx.RMSNorm(config.hidden_size, rngs=rngs, **options, **_dtypes(config))
 
 
 class Attention(nnx.Module):
     """Grouped-query attention: `num_heads` queries share `num_kv_heads` keys and values."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        hidden = config.hidden_size
-        queries = config.num_heads * config.head_dim
-        keys = config.num_kv_heads * config.head_dim
         self.head_dim = config.head_dim
-        self.q = _linear(config, ("embed", "heads"), (hidden, queries), rngs)
-        self.k = _linear(config, ("embed", "kv_heads"), (hidden, keys), rngs)
-        self.v = _linear(config, ("embed", "kv_heads"), (hidden, keys), rngs)
-        self.o = _linear(config, ("heads", "embed"), (queries, hidden), rngs)
+        self.q = _linear(config, "embed", "heads", rngs)
+        self.k = _linear(config, "embed", "kv_heads", rngs)
+        self.v = _linear(config, "embed", "kv_heads", rngs)
+        self.o = _linear(config, "heads", "embed", rngs)
 
-    def project(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values `(batch, seq, heads, head_dim)`, the first two turned."""
+    def __call__(
+        self, x: Array, context: Context, cache: Array | None = None, offset: Any = 0
+    ) -> tuple[Array, Array | None]:
+        """Maps `(batch, seq, hidden)` to the same shape, and updates a cache; see `Block`."""
         query, key, value = (
             projection(x).reshape(*x.shape[:2], -1, self.head_dim)
             for projection in (self.q, self.k, self.v)
         )
-        return rotate(query, context.rotary), rotate(key, context.rotary), value
-
-    def combine(self, heads: jax.Array) -> jax.Array:
-        """Mix the heads' results `(batch, seq, heads, head_dim)` into `(batch, seq, hidden)`."""
-        return self.o(heads.reshape(*heads.shape[:2], -1))
-
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        query, key, value = self.project(x, context)
-        return self.combine(causal_attention(query, key, value, context.segment_ids))
+        query, key = rotate(query, context.rotary), rotate(key, context.rotary)
+        if cache is not None:
+            read = jnp.stack([key, value])
+            cache = jax.lax.dynamic_update_slice_in_dim(cache, read, offset, axis=2)
+            key, value = cache
+        heads = causal_attention(query, key, value, context.segment_ids, offset)
+        return self.o(heads.reshape(*heads.shape[:2], -1)), cache
 
 
 class MLP(nnx.Module):
     """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        wide, narrow = config.intermediate_size, config.hidden_size
-        self.gate = _linear(config, ("embed", "mlp"), (narrow, wide), rngs)
-        self.up = _linear(config, ("embed", "mlp"), (narrow, wide), rngs)
-        self.down = _linear(config, ("mlp", "embed"), (wide, narrow), rngs)
+        self.gate = _linear(config, "embed", "mlp", rngs)
+        self.up = _linear(config, "embed", "mlp", rngs)
+        self.down = _linear(config, "mlp", "embed", rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
+        """Maps `(batch, seq, hidden)` to the same shape."""
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
@@ -145,28 +116,36 @@ class Block(nnx.Module):
         self.mlp_norm = _norm(config, rngs)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+    def __call__(
+        self, x: Array, context: Context, cache: Array | None = None, offset: Any = 0
+    ) -> tuple[Array, Array | None]:
+        """Maps the residual stream, `(batch, seq, hidden)`, to the same shape.
+
+        Args:
+            x: The residual stream.
+            context: What every block reads.
+            cache: Keys and values `(2, batch, length, kv_heads, head_dim)` of all positions before
+                `offset`, to attend to as well; None if there are none.
+            offset: Position of the first token in `cache`.
+
+        Returns:
+            The new residual stream, and the cache with keys and values of these tokens.
+        """
         x = constrain(x, "batch", None, None)
-        x = x + self.attention(self.attention_norm(x), context)
-        return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, None)
+        heads, cache = self.attention(self.attention_norm(x), context, cache, offset)
+        x = x + heads
+        return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, None), cache
 
 
 def _parts(
     config: LlamaConfig, rngs: nnx.Rngs
-) -> tuple[nnx.Embed, jax.Array, nnx.RMSNorm, nnx.Linear | None]:
+) -> tuple[nnx.Embed, Array, nnx.RMSNorm, nnx.Linear | None]:
     """Embedding, a key for each block, final norm, and the head unless it is tied."""
-    embed = nnx.Embed(
-        config.vocab_size,
-        config.hidden_size,
-        param_dtype=jnp.dtype(config.param_dtype),
-        embedding_init=INIT,
-        embedding_metadata={"axes": ("vocab", "embed")},
-        rngs=rngs,
-    )
+    init: Any = {"embedding_init": INIT, "embedding_metadata": {"axes": ("vocab", "embed")}}
+    embed = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs, **init, **_dtypes(config))
     keys = jax.random.split(rngs.params(), config.num_layers)
     norm = _norm(config, rngs)
-    sizes = (config.hidden_size, config.vocab_size)
-    head = None if config.tied else _linear(config, ("embed", "vocab"), sizes, rngs)
+    head = None if config.tied else _linear(config, "embed", "vocab", rngs)
     return embed, keys, norm, head
 
 
@@ -196,11 +175,9 @@ class Llama(nnx.Module):
         self.config = config
         self.embed, keys, self.final_norm, head = _parts(config, rngs)
 
-        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers", "axes": "layers"})
-        def stack(key: jax.Array) -> Block:
-            return Block(config, rngs=nnx.Rngs(key))
-
-        self.blocks = stack(keys)
+        block = lambda key: Block(config, rngs=nnx.Rngs(key))
+        axes = {nnx.PARTITION_NAME: "layers", "axes": "layers"}
+        self.blocks = nnx.vmap(block, transform_metadata=axes)(keys)
         if head is not None:
             self.head = head
 
@@ -209,7 +186,7 @@ class Llama(nnx.Module):
         token_ids: jax.typing.ArrayLike,
         segment_ids: jax.typing.ArrayLike | None = None,
         positions: jax.typing.ArrayLike | None = None,
-    ) -> jax.Array:
+    ) -> Array:
         """Logits of the next token at every position.
 
         Args:
@@ -225,18 +202,13 @@ class Llama(nnx.Module):
             ValueError: If the sequence is longer than `max_seq_len`.
 
         """
-
-        def forward(model: Llama, *inputs: Any) -> jax.Array:
-            return model.unembed(model.hidden(*inputs))
-
-        spec = batch_spec(jnp.shape(token_ids)[0])
-        return in_auto_mesh(forward, spec, self, token_ids, segment_ids, positions)
+        inputs = jax.tree.map(jnp.asarray, (token_ids, segment_ids, positions))
+        forward = lambda model, *inputs: model.unembed(model.hidden(*inputs))
+        spec = partition(inputs[0].shape[:1], ["batch"])
+        return on_auto_axes(forward, (self, *inputs), like=spec)
 
     def context(
-        self,
-        length: int,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
+        self, length: int, segment_ids: Array | None = None, positions: Array | None = None
     ) -> Context:
         """The arrays that blocks read beside their input, for sequences of `length`."""
         if length > self.config.max_seq_len:
@@ -244,22 +216,21 @@ class Llama(nnx.Module):
                 f"A sequence of {length} tokens is longer than max_seq_len="
                 f"{self.config.max_seq_len}; shorten it or raise max_seq_len in the config."
             )
-        if positions is None:
-            positions = jnp.arange(length)[None]
+        positions = jnp.arange(length)[None] if positions is None else positions
         return Context(rotary_tables(self.config, positions), segment_ids)
 
-    def embed_tokens(self, token_ids: jax.Array) -> jax.Array:
+    def embed_tokens(self, token_ids: Array) -> Array:
         """Rows of the embedding, `(batch, seq, hidden)` in the compute dtype.
 
         The cast follows the look-up so that the embedding's gradient is summed in its own dtype.
-        Of a table whose rows are split each device looks up its part for all rows of the batch,
-        and the parts change places: no device holds the whole table, nor its gradient.
+        On a mesh each device looks up its columns of the table for all rows of the batch, then the
+        devices exchange columns for rows: none holds the whole table, nor its gradient.
         """
         token_ids = constrain(token_ids, "data", None)
         x = jnp.take(self.embed.embedding[...], token_ids, axis=0).astype(self.config.dtype)
         return constrain(constrain(x, "data", None, "embed"), "batch", None, None)
 
-    def block_function(self) -> tuple[BlockFunction, Any]:
+    def block_function(self) -> tuple[Callable[[Any, Array, Context], Array], Any]:
         """One block as a function, and the stacked parameters to slice its argument from.
 
         Returns:
@@ -278,55 +249,35 @@ class Llama(nnx.Module):
         """
         graphdef, stacked = nnx.split(self.blocks, nnx.Param)
 
-        def block(params: Any, x: jax.Array, context: Context) -> jax.Array:
-            return nnx.merge(graphdef, dequantize_params(params))(x, context)
+        def block(params: Any, x: Array, context: Context) -> Array:
+            return nnx.merge(graphdef, dequantize_params(params))(x, context)[0]
 
         return block, nnx.to_pure_dict(stacked)
 
     def hidden(
-        self,
-        token_ids: jax.Array,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
-    ) -> jax.Array:
+        self, token_ids: Array, segment_ids: Array | None = None, positions: Array | None = None
+    ) -> Array:
         """The last block's output, `(batch, seq, hidden)` in the compute dtype."""
         context = self.context(token_ids.shape[1], segment_ids, positions)
         block, stacked = self.block_function()
         if self.config.remat != "none":
-            policy = REMAT_POLICIES[self.config.remat]
+            dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policy = dots if self.config.remat == "dots" else None
             block = jax.checkpoint(block, policy=policy, prevent_cse=False)
 
-        def step(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
+        def step(x: Array, params: Any) -> tuple[Array, None]:
             return block(params, x, context), None
 
         return jax.lax.scan(step, self.embed_tokens(token_ids), stacked)[0]
 
-    def unembed(self, x: jax.Array) -> jax.Array:
+    def unembed(self, x: Array) -> Array:
         """Final norm and head: `(..., hidden)` to float32 logits `(..., vocab)`."""
         x = self.final_norm(x)
         kernel = self.embed.embedding[...].T if self.config.tied else self.head.kernel[...]
         return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def in_auto_mesh(
-    function: Callable[..., Any], out_sharding: Any, model: Llama, *inputs: Any
-) -> Any:
-    """Call `function(model, *inputs)` with an Explicit mesh in scope, if any, turned to Auto.
-
-    Inside, the compiler places what is computed; outside, types carry the given shardings.
-    """
-    graphdef, params = nnx.split(model)
-
-    def pure(params: Any, *inputs: Any) -> Any:
-        return function(nnx.merge(graphdef, params), *inputs)
-
-    inputs = jax.tree.map(jnp.asarray, inputs)
-    return jax.sharding.auto_axes(pure, out_sharding=out_sharding)(params, *inputs)
-
-
-def loss(
-    model: Llama, batch: Mapping[str, jax.Array], *, logits_bytes: int = LOGITS_BYTES
-) -> tuple[jax.Array, jax.Array]:
+def loss(model: Llama, batch: Batch, *, logits_bytes: int = LOGITS_BYTES) -> tuple[Array, Array]:
     """Cross-entropy of the next token, summed, and the number of tokens it was summed over.
 
     Sums rather than means, so that micro-batches, devices and evaluation batches add up exactly.
@@ -353,25 +304,22 @@ def loss(
 
     """
 
-    def forward(model: Llama, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def forward(model: Llama, batch: Batch) -> tuple[Array, Array]:
         x = model.hidden(batch["inputs"], batch.get("segment_ids"), batch.get("positions"))
         return head_loss(model, x, batch, logits_bytes=logits_bytes)
 
-    return in_auto_mesh(forward, (jax.P(), jax.P()), model, dict(batch))
+    arrays = jax.tree.map(jnp.asarray, dict(batch))
+    return on_auto_axes(forward, (model, arrays), like=(jax.P(), jax.P()))
 
 
 def head_loss(
-    model: Llama,
-    x: jax.Array,
-    batch: Mapping[str, jax.Array],
-    *,
-    logits_bytes: int = LOGITS_BYTES,
-) -> tuple[jax.Array, jax.Array]:
+    model: Llama, x: Array, batch: Batch, *, logits_bytes: int = LOGITS_BYTES
+) -> tuple[Array, Array]:
     """The part of `loss` that follows the last block.
 
     Args:
         model: The model, of which the final norm and the head are used.
-        x: `(batch, seq, hidden)`, what leaves the last block.
+        x: `(batch, seq, hidden)`, the last block's output.
         batch: As in `loss`.
         logits_bytes: As in `loss`.
 
@@ -390,7 +338,7 @@ def head_loss(
     weights = batch.get("weights", jnp.ones_like(targets)).astype(jnp.float32)
     rows, length = targets.shape
 
-    def summed(x: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    def summed(x: Array, targets: Array, weights: Array) -> Array:
         logits = model.unembed(constrain(x, "batch", None, None))
         return (optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights).sum()
 
@@ -399,18 +347,13 @@ def head_loss(
     if longest >= length:
         return summed(x, targets, weights), weights.sum()
 
-    chunk = -(-length // -(-length // longest))
-
-    def chunked(array: jax.Array) -> jax.Array:
-        # Cut along the sequence, which no mesh axis splits.
-        padded = jnp.pad(array, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (array.ndim - 2))
-        return jnp.moveaxis(padded.reshape(rows, -1, chunk, *array.shape[2:]), 1, 0)
-
-    def step(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    def step(total: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
         return total + jax.checkpoint(summed, prevent_cse=False)(*part), None
 
-    total, _ = jax.lax.scan(step, jnp.float32(0), tuple(map(chunked, (x, targets, weights))))
-    return total, weights.sum()
+    # Cut along the sequence, which no mesh axis splits.
+    chunk = -(-length // -(-length // longest))
+    chunks = tuple(split_sequence(array, chunk) for array in (x, targets, weights))
+    return jax.lax.scan(step, jnp.float32(0), chunks)[0], weights.sum()
 
 
 def init_params(
@@ -425,7 +368,7 @@ def init_params(
     Args:
         config: Shapes and options.
         seed: Decides the values.
-        store: Maps parts of the parameters, nested dicts, to what is kept of them; see
+        store: Maps parts of the parameters, nested dicts, to the form they are kept in, such as
             `memopt.quantize_params`.
 
     Returns:
@@ -440,11 +383,10 @@ def init_params(
     """
     embed, keys, final_norm, head = _parts(config, nnx.Rngs(seed))
     pure = lambda module: nnx.to_pure_dict(nnx.state(module, nnx.Param))
-    ends = {"embed": pure(embed), "final_norm": pure(final_norm)}
-    if head is not None:
-        ends["head"] = pure(head)
+    parts = {"embed": embed, "final_norm": final_norm, "head": head}
+    ends = {name: pure(part) for name, part in parts.items() if part is not None}
 
-    def layer(key: jax.Array) -> Any:
+    def layer(key: Array) -> Any:
         return store({"blocks": pure(Block(config, rngs=nnx.Rngs(key)))})["blocks"]
 
     return store(ends) | {"blocks": jax.lax.map(layer, keys)}
@@ -513,25 +455,16 @@ def stacked_model(config: LlamaConfig, *, logits_bytes: int = LOGITS_BYTES) -> S
     """
     abstract = abstract_model(config)
     graphdef, params = nnx.split(abstract, nnx.Param)
-    shapes = nnx.to_pure_dict(params)
     run_block, _ = abstract.block_function()
+    # Parameters that are not given stay shapes: the embedding needs no head.
+    model = lambda rest: nnx.merge(graphdef, nnx.to_pure_dict(params) | rest)
 
-    def model(rest: Any) -> Llama:
-        # What is not given stays a shape: the embedding needs no head.
-        return nnx.merge(graphdef, shapes | {k: v for k, v in rest.items() if k != "blocks"})
-
-    def embed(rest: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-        return model(rest).embed_tokens(batch["inputs"])
-
-    def block(params: Any, x: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    def block(params: Any, x: Array, batch: Batch) -> Array:
         segments, positions = batch.get("segment_ids"), batch.get("positions")
         return run_block(params, x, abstract.context(x.shape[1], segments, positions))
 
-    def head(
-        rest: Any, x: jax.Array, batch: Mapping[str, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        return head_loss(model(rest), x, batch, logits_bytes=logits_bytes)
-
+    embed = lambda rest, batch: model(rest).embed_tokens(batch["inputs"])
+    head = lambda rest, x, batch: head_loss(model(rest), x, batch, logits_bytes=logits_bytes)
     return StackedModel(embed, block, head)
 
 
@@ -572,13 +505,13 @@ def from_hugging_face(
     """
     directory = Path(directory)
     config = hugging_face.read_config(directory)
-    with hugging_face.Reader(directory) as reader:
-        stored = param_dtype or reader.dtype()
-        config = dataclasses.replace(config, param_dtype=stored, dtype=dtype, remat=remat)
-        model = abstract_model(config)
-        graphdef, shapes = nnx.split(model, nnx.Param)
-        shardings = None if mesh is None else param_shardings(model, mesh)
-        params = hugging_face.read_params(reader, nnx.to_pure_dict(shapes), shardings)
+    tensors = hugging_face.open_tensors(directory)
+    stored = param_dtype or hugging_face.narrowest_dtype(directory, tensors)
+    config = dataclasses.replace(config, param_dtype=stored, dtype=dtype, remat=remat)
+    model = abstract_model(config)
+    shardings = param_shardings(model, mesh) if mesh else None
+    graphdef, state = nnx.split(model, nnx.Param)
+    params = hugging_face.read_params(directory, tensors, nnx.to_pure_dict(state), shardings)
     return nnx.merge(graphdef, params)
 
 

@@ -1,10 +1,10 @@
 """Rotary position embeddings (Su et al. 2021, arXiv 2104.09864), half-split as at Hugging Face."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from memopt.models.config import LlamaConfig, RopeScaling
+from memopt.models.config import LlamaConfig
 
 
 def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -24,17 +24,16 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
     """
     exponents = np.arange(0, config.head_dim, 2) / config.head_dim
     frequencies = config.rope_theta**-exponents
-    return _stretch(frequencies, config.rope_scaling) if config.rope_scaling else frequencies
-
-
-def _stretch(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
     turns = scaling.original_max_seq_len * frequencies / (2 * np.pi)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = np.clip(keep, 0.0, 1.0)
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
-def rotary_tables(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rotary_tables(config: LlamaConfig, positions: Array) -> tuple[Array, Array]:
     """Cosine and sine of every position's angles.
 
     Args:
@@ -55,7 +54,7 @@ def rotary_tables(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array,
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
     """Turn each pair of channels `(i, i + head_dim/2)` by its angle.
 
     Args:

@@ -4,31 +4,32 @@ A mesh has axes among `data` (copies of the model), `fsdp` (parameters split, ga
 `tensor` (heads and MLP channels split); a batch is split over `data` and `fsdp`.
 """
 
+import itertools
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 from flax import nnx
+from jax import Array
 from jax.sharding import AxisType, NamedSharding
 
+from memopt.errors import check_choice
 from memopt.models.config import LlamaConfig
 
-RULES: Mapping[str, str] = {
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "vocab": "tensor",
-}
 BATCH_AXES = ("data", "fsdp")
+# The mesh axes that split each logical axis, of batches and of parameters.
+RULES: Mapping[str | None, tuple[str, ...]] = {
+    **{"batch": BATCH_AXES, "data": ("data",), "embed": ("fsdp",)},
+    **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), ("tensor",)),
+}
 
 log = logging.getLogger(__name__)
 
 
 class Model(Protocol):
-    """A module whose parameters carry logical `axes` and whose config knows their sizes."""
+    """A module whose parameters carry logical `axes`."""
 
     config: LlamaConfig
 
@@ -58,41 +59,39 @@ def param_shardings(model: Model, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         True
 
     """
-    allowed = dict.fromkeys((*BATCH_AXES, *RULES.values()))
-    if unknown := [axis for axis in mesh.axis_names if axis not in allowed]:
-        raise ValueError(f"Mesh axis {unknown[0]!r} is unknown; use axes among {tuple(allowed)}.")
+    for axis in mesh.axis_names:
+        check_choice("Mesh axis", axis, dict.fromkeys(itertools.chain(*RULES.values())))
+    width = dict.fromkeys(("heads", "kv_heads"), model.config.head_dim)  # a head is never cut
 
     def sharding(path: tuple[Any, ...], param: nnx.Param) -> NamedSharding:
-        name = "/".join(map(str, path))
-        return NamedSharding(mesh, _spec(name, param.axes, model.config.axis_sizes, mesh.shape))
+        axes = zip(param.axes, param.shape, strict=True)
+        sizes = {axis: size // width.get(axis, 1) for axis, size in axes}
+        return NamedSharding(mesh, _spec("/".join(path), sizes, mesh.shape))
 
     params = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return nnx.traversals.unflatten_mapping({p: sharding(p, v) for p, v in params})
 
 
-def _spec(
-    name: str, axes: tuple[str | None, ...], sizes: Mapping[str, int], mesh: Mapping[str, int]
-) -> jax.P:
-    wanted = [RULES.get(axis or "", "") for axis in axes]
-    entries: list[tuple[str, ...]] = [(axis,) if axis in mesh else () for axis in wanted]
-    if "mlp" in axes and sizes["mlp"] % _size(entries[axes.index("mlp")], mesh):
-        mlp, embed = axes.index("mlp"), axes.index("embed")
+def _spec(name: str, sizes: Mapping[str | None, int], mesh: Mapping[str, int]) -> jax.P:
+    entries = dict(zip(sizes, _entries([*sizes], mesh), strict=True))
+    if "mlp" in sizes and sizes["mlp"] % _size(entries["mlp"], mesh):
         log.warning(
             "%s: mlp=%d does not divide over %s; embed=%d is split there instead.",
-            *(name, sizes["mlp"], _describe(entries[mlp], mesh), sizes["embed"]),
+            *(name, sizes["mlp"], _describe(entries["mlp"], mesh), sizes["embed"]),
         )
-        entries[embed], entries[mlp] = entries[embed] + entries[mlp], ()
-    for axis, entry in zip(axes, entries, strict=True):
-        if axis and sizes[axis] % _size(entry, mesh):
+        entries["embed"], entries["mlp"] = entries["embed"] + entries["mlp"], ()
+    for axis, entry in entries.items():
+        if sizes[axis] % _size(entry, mesh):
             raise ValueError(
                 f"{name}: axis {axis} of size {sizes[axis]} does not divide over mesh axis "
                 f"{_describe(entry, mesh)}; choose a mesh whose size divides it."
             )
-    return _partition(entries)
+    return jax.P(*entries.values())
 
 
-def _partition(entries: Iterable[tuple[str, ...]]) -> jax.P:
-    return jax.P(*(entry if len(entry) > 1 else entry[0] if entry else None for entry in entries))
+def _entries(axes: Sequence[str | None], mesh: Mapping[str, int]) -> list[tuple[str, ...]]:
+    """The axes of a mesh that split each logical axis."""
+    return [tuple(axis for axis in RULES.get(name, ()) if axis in mesh) for name in axes]
 
 
 def _size(entry: tuple[str, ...], mesh: Mapping[str, int]) -> int:
@@ -103,22 +102,24 @@ def _describe(entry: tuple[str, ...], mesh: Mapping[str, int]) -> str:
     return " x ".join(f"{axis}={mesh[axis]}" for axis in entry)
 
 
-def batch_spec(batch_size: int) -> jax.P:
-    """The sharding of a batch on the mesh in scope (`jax.set_mesh`).
+def partition(shape: Sequence[int], names: Sequence[str | None]) -> jax.P:
+    """The sharding of an array on the mesh in scope (`jax.set_mesh`).
 
     Args:
-        batch_size: Rows of the batch.
+        shape: Of the array.
+        names: For each axis, a key of `RULES`, or None for an axis that is not split.
 
     Returns:
-        A partition of the first axis over `data` and `fsdp`, as far as the mesh has them; of
-        nothing where they do not divide the batch.
+        A partition by `RULES`, without the mesh axes that are absent or do not divide.
 
     Example:
-        >>> batch_spec(8) == jax.P(None)  # no mesh in scope
+        >>> partition((8, 3), ["batch", None]) == jax.P(None, None)  # no mesh in scope
         True
 
     """
-    return _divided((batch_size,), (BATCH_AXES,))
+    mesh = _usable_axes()
+    sizes = zip(shape, _entries(names, mesh), strict=True)
+    return jax.P(*(entry if size % _size(entry, mesh) == 0 else () for size, entry in sizes))
 
 
 def batch_shards() -> int:
@@ -129,11 +130,10 @@ def batch_shards() -> int:
         1
 
     """
-    axes = _usable_axes()
-    return math.prod(axes.get(axis, 1) for axis in BATCH_AXES)
+    return math.prod(_usable_axes().get(axis, 1) for axis in BATCH_AXES)
 
 
-def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+def constrain(x: Array, *names: str | None) -> Array:
     """Tell the compiler how an array is split; it would otherwise guess from the parameters.
 
     Does nothing outside a mesh and, since types carry the placement there, in an Explicit one.
@@ -153,21 +153,10 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """
     if not _usable_axes() or AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
         return x
-    batch = {"batch": BATCH_AXES, "data": ("data",)}
-    wanted = tuple(batch.get(n) or (RULES[n],) if n else () for n in names)
-    return jax.lax.with_sharding_constraint(x, _divided(x.shape, wanted))
-
-
-def _divided(shape: tuple[int, ...], wanted: tuple[tuple[str, ...], ...]) -> jax.P:
-    """The wanted partition without the mesh axes that are absent or do not divide."""
-    mesh = _usable_axes()
-    entries = [tuple(axis for axis in axes if axis in mesh) for axes in wanted]
-    divides = [size % _size(entry, mesh) == 0 for size, entry in zip(shape, entries, strict=True)]
-    return _partition(entry if ok else () for entry, ok in zip(entries, divides, strict=True))
+    return jax.lax.with_sharding_constraint(x, partition(x.shape, names))
 
 
 def _usable_axes() -> dict[str, int]:
     """Axes of the mesh in scope that are not the manual ones of a `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
-    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return {axis: mesh.shape[axis] for axis, kind in types if kind != AxisType.Manual}
+    return {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes}

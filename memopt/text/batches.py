@@ -7,13 +7,14 @@ row ends, so that a row holds no padding. Rows are mixed within windows of 2^18 
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from memopt import internals
+from memopt.errors import check_at_least
 from memopt.text.documents import Documents
 from memopt.text.files import Piece
 from memopt.text.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ WINDOW_TOKENS = 2**18
 PREFETCH = 8
 
 
-class Batches:
+class Batches(Iterator[Batch]):
     """An endless iterator of batches whose state can be saved and restored exactly.
 
     Batches are made ahead by a thread; the state is that of the batch handed out last.
@@ -37,15 +38,12 @@ class Batches:
     def __init__(self, dataset: grain.IterDataset):
         self._iterator: Any = iter(dataset)
 
-    def __iter__(self) -> "Batches":
-        return self
-
     def __next__(self) -> Batch:
         """Returns the next batch."""
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """Returns where the iterator stands, JSON-serialisable: a few hundred bytes."""
+        """Returns the iterator's position, JSON-serialisable: a few hundred bytes."""
         return json.loads(json.dumps(self._iterator.get_state()))
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -53,8 +51,8 @@ class Batches:
         self._iterator.set_state(_tuples(state))
 
     def close(self) -> None:
-        """Stops the thread that makes batches ahead; nothing follows after that."""
-        if self._iterator is not None:
+        """Stops the thread that makes batches ahead; no batch follows."""
+        if self._iterator is not None:  # freed here: at exit, Grain's could not be
             self._iterator.close()
             self._iterator = None
 
@@ -113,8 +111,7 @@ def train_batches(
         raise ValueError(f"seed={seed} must be between 0 and 2147483647.")
     rows_in_order = _packed(documents.epochs(seed), tokenizer, seq_len)
     dataset = internals.shuffled(rows_in_order, max(1, WINDOW_TOKENS // seq_len), seed)
-    dataset = dataset.batch(batch_size).map(functools.partial(_take_rows, rows=rows))
-    return Batches(internals.prefetched(dataset, PREFETCH))
+    return Batches(internals.prefetched(_batch(dataset, batch_size, rows), PREFETCH))
 
 
 def validation_batches(
@@ -147,12 +144,10 @@ def validation_batches(
         ValueError: As `train_batches`; `max_tokens` below `seq_len`; or no text is held out.
     """
     rows = _check_rows(batch_size, seq_len, rows)
-    if max_tokens < seq_len:
-        raise ValueError(f"max_tokens={max_tokens} must be at least seq_len={seq_len}.")
+    check_at_least("max_tokens", max_tokens, seq_len)
     dataset = _packed(documents.once(), tokenizer, seq_len)
     dataset = internals.limited(dataset, max_tokens // seq_len)
-    dataset = dataset.batch(batch_size, batch_fn=functools.partial(_stack_and_fill, batch_size))
-    batches = list(dataset.map(functools.partial(_take_rows, rows=rows)))
+    batches = list(_batch(dataset, batch_size, rows))
     if not batches:
         raise ValueError("the validation part of the data holds no text: give more data.")
     return batches
@@ -176,13 +171,8 @@ def fingerprint(
         A flat dict: files, bytes and a digest of their names and sizes (or the stream's name),
         the tokenizer's name and digest, `batch_size`, `seq_len`, `seed`.
     """
-    return {
-        **documents.describe(),
-        "tokenizer": tokenizer.digest,
-        "batch_size": batch_size,
-        "seq_len": seq_len,
-        "seed": seed,
-    }
+    options = {"batch_size": batch_size, "seq_len": seq_len, "seed": seed}
+    return {**documents.describe(), "tokenizer": tokenizer.digest, **options}
 
 
 def _packed(
@@ -214,23 +204,19 @@ def _row(packed: dict[str, np.ndarray]) -> Batch:
     }
 
 
-def _stack_and_fill(batch_size: int, rows: list[Batch]) -> Batch:
-    missing = batch_size - len(rows)
-    return {
-        name: np.pad(np.stack([row[name] for row in rows]), [(0, missing), (0, 0)])
-        for name in rows[0]
-    }
+def _batch(dataset: grain.IterDataset, batch_size: int, rows: Sequence[int]) -> grain.IterDataset:
+    """These rows of each batch; rows of zeros fill up the last one."""
 
+    def take(batch: Batch) -> Batch:
+        missing = [(0, batch_size - len(batch["inputs"])), (0, 0)]
+        return {name: np.pad(array, missing)[rows] for name, array in batch.items()}
 
-def _take_rows(batch: Batch, rows: Sequence[int]) -> Batch:
-    return {name: array[rows] for name, array in batch.items()}
+    return dataset.batch(batch_size).map(take)
 
 
 def _check_rows(batch_size: int, seq_len: int, rows: Sequence[int] | None) -> Sequence[int]:
-    if seq_len < 2:
-        raise ValueError(f"seq_len={seq_len} must be at least 2.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    check_at_least("seq_len", seq_len, 2)
+    check_at_least("batch_size", batch_size, 1)
     rows = list(range(batch_size) if rows is None else rows)
     if not rows or min(rows) < 0 or max(rows) >= batch_size:
         raise ValueError(f"rows={rows} must be some of 0 to {batch_size - 1}, as batch_size says.")

@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
-from memopt.text.files import read_files
+from memopt.text.files import Files, read_files
 
 if TYPE_CHECKING:
-    import grain
+    from memopt.text.streams import Stream
 
-
-class Documents(Protocol):
-    """A corpus: `Files` or a `Stream`."""
-
-    def split(self, validation_fraction: float = 0.05) -> tuple[Documents, Documents]:
-        """Returns the (training, validation) parts, the same at every call."""
-        ...
-
-    def epochs(self, seed: int) -> grain.MapDataset | grain.IterDataset:
-        """Returns the pieces for ever, in an order that `seed` decides, new in each epoch."""
-        ...
-
-    def once(self) -> grain.MapDataset | grain.IterDataset:
-        """Returns every piece once, in an order that never changes."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Returns what identifies this corpus, JSON-serialisable."""
-        ...
+#: A corpus; both have `split`, `epochs`, `once` and `describe`.
+Documents: TypeAlias = "Files | Stream"
 
 
 def find_documents(specs: Sequence[str] = ("python",)) -> Documents:
@@ -65,10 +48,10 @@ def find_documents(specs: Sequence[str] = ("python",)) -> Documents:
     if not specs:
         raise ValueError("data is empty: name a file, a directory, a glob, 'python' or 'hf:NAME'.")
     streams = [spec for spec in specs if spec.startswith("hf:")]
-    if streams:
-        if len(specs) > 1:
-            raise ValueError(f"data {streams[0]!r} cannot be mixed with other data: give it alone.")
-        from memopt.text.streams import open_stream  # needs Grain, which files do not
+    if not streams:
+        return read_files(specs)
+    if len(specs) > 1:
+        raise ValueError(f"data {streams[0]!r} cannot be mixed with other data: give it alone.")
+    from memopt.text.streams import open_stream  # needs Grain, which files do not
 
-        return open_stream(streams[0])
-    return read_files(specs)
+    return open_stream(streams[0])

@@ -29,10 +29,10 @@ PIECE_BYTES = 2**16
 #: With fewer documents than this, the tail of each is held out instead of whole documents.
 FEW_DOCUMENTS = 100
 
-# Folders of the standard library: what some distributions leave out, and what is no source.
-_OPTIONAL = {"ensurepip", "idlelib", "idle_test", "lib2to3", "tkinter", "turtledemo", "venv"}
-_OPTIONAL |= {"distutils", "test", "tests"}
-_NO_SOURCE = {"site-packages", "dist-packages", "pydoc_data", "encodings"}
+# Folders of the standard library that some distributions leave out or that hold no source.
+_SKIPPED = {"ensurepip", "idlelib", "idle_test", "lib2to3", "tkinter", "turtledemo", "venv"}
+_SKIPPED |= {"distutils", "test", "tests"}
+_SKIPPED |= {"site-packages", "dist-packages", "pydoc_data", "encodings"}
 
 
 class Piece(NamedTuple):
@@ -54,7 +54,7 @@ class File:
     """A file of text, or of JSON lines.
 
     Attributes:
-        path: Where it is.
+        path: Its path.
         name: Its name relative to the directory or glob that found it; decides its split.
         size: Its size in bytes.
         field: The field of a JSON line that holds the text; None for plain text.
@@ -100,7 +100,12 @@ class Files:
             text = stream.read(stop - start).decode("utf-8", "replace")
         if file.field is None:
             return Piece(text, start == 0, stop == file.size)
-        return Piece(_text_of_line(text, file, line), True, True)
+        where = f"{file.path}, line {line}"
+        try:
+            record = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{where} is not JSON: {error}.") from error
+        return Piece(text_field(record, file.field, where), True, True)
 
     def split(self, validation_fraction: float = 0.05) -> tuple[Files, Files]:
         """Splits by document: a hash of its name (and line) decides, never its position.
@@ -137,9 +142,10 @@ class Files:
             else:
                 lines = len(pieces) - math.ceil(len(pieces) * fraction)
                 head, tail = pieces[:lines], pieces[lines:]
-            # What is too short to cut is for training.
-            heads.append(head if len(head) else tail)
-            tails.append(tail if len(head) else _NO_PIECES)
+            if not len(head):  # too short to cut
+                head, tail = tail, head
+            heads.append(head)
+            tails.append(tail)
         if not any(map(len, tails)):
             raise ValueError(
                 f"data is too small to hold out a validation part of {fraction:g}: "
@@ -177,33 +183,40 @@ def read_files(specs: Sequence[str]) -> Files:
     """
     found = {file.path.resolve(): file for spec in specs for file in _match(spec)}
     files = tuple(file for file in found.values() if file.size)
-    pieces = np.concatenate([_NO_PIECES, *(_cut(files, i) for i in range(len(files)))])
+    pieces = np.concatenate([_NO_PIECES, *itertools.starmap(_cut, enumerate(files))])
     if not len(pieces):
         raise ValueError(f"data {', '.join(map(repr, specs))} holds no text: every file is empty.")
     documents = Files(files, pieces)
     for first in np.unique(pieces["file"], return_index=True)[1].tolist():
         if files[pieces["file"][first]].field is not None:
-            documents[first]  # a wrong field should be told now, not in an hour
+            documents[first]  # refuses a wrong field now, not in an hour
     return documents
 
 
 def _match(spec: str) -> list[File]:
     """The files that a spec names, sorted by name."""
-    if spec == "python":
-        root = Path(sysconfig.get_path("stdlib"))
-        return _files(root, _standard_library(root), "text")
     pattern, _, field = (spec, "", "") if Path(spec).exists() else spec.partition("#")
     path = Path(pattern).expanduser()
-    if path.is_file():
-        return _files(path.parent, [path], field or "text", must_be_text=True)
-    if path.is_dir():
-        root, paths = path, [p for p in path.rglob("*") if p.is_file()]
-        paths = [p for p in paths if not _is_hidden(p.relative_to(root))]
+    paths: Iterable[Path]
+    if spec == "python":
+        root = Path(sysconfig.get_path("stdlib"))
+        paths = _standard_library(root)
+    elif path.is_file():
+        root, paths = path.parent, [path]
+        if not _is_text(path):
+            raise ValueError(f"data {str(path)!r} is not text: it holds zero bytes.")
+    elif path.is_dir():
+        visible = lambda p: not any(part[0] == "." for part in p.relative_to(path).parts)
+        root, paths = path, filter(visible, path.rglob("*"))
     else:
         plain = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)
-        root = Path(*plain)
-        paths = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
-    files = _files(root, paths, field or "text")
+        root, paths = Path(*plain), map(Path, glob.glob(str(path), recursive=True))
+    named = sorted((p.relative_to(root).as_posix(), p) for p in paths if p.is_file())
+    files = [
+        File(p, name, p.stat().st_size, (field or "text") if p.suffix == ".jsonl" else None)
+        for name, p in named
+        if _is_text(p)
+    ]
     if not files:
         raise ValueError(
             f"data {spec!r} matches no text file: give a file, a directory, a glob, 'python' or "
@@ -212,51 +225,34 @@ def _match(spec: str) -> list[File]:
     return files
 
 
-def _files(root: Path, paths: Iterable[Path], field: str, must_be_text: bool = False) -> list[File]:
-    files = []
-    for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
-        if _is_text(path):
-            is_json = path.suffix == ".jsonl"
-            name = path.relative_to(root).as_posix()
-            files.append(File(path, name, path.stat().st_size, field if is_json else None))
-        elif must_be_text:
-            raise ValueError(f"data {str(path)!r} is not text: it holds zero bytes.")
-    return files
-
-
 def _is_text(path: Path) -> bool:
     with path.open("rb") as stream:
         return b"\0" not in stream.read(2**13)
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
 def _standard_library(root: Path) -> Iterator[Path]:
     """The modules in `root` that are on every machine that has Python."""
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _OPTIONAL | _NO_SOURCE]
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED]
         if "config-" not in folder:
-            yield from (
-                Path(folder, name)
-                for name in names
-                if name.endswith(".py") and not name.startswith("_sysconfigdata")
-            )
+            modules = [name for name in names if not name.startswith("_sysconfigdata")]
+            yield from (Path(folder, name) for name in modules if name.endswith(".py"))
 
 
-def _cut(files: Sequence[File], number: int) -> np.ndarray:
+def _cut(number: int, file: File) -> np.ndarray:
     """The pieces of one file."""
-    file = files[number]
     if file.field is None:
         return _cut_text(file, number, 0, file.size)
+    return np.fromiter(_cut_lines(number, file), _PIECE)
+
+
+def _cut_lines(number: int, file: File) -> Iterator[tuple[int, int, int, int]]:
+    stop = 0
     with file.path.open("rb") as stream:
-        lengths = [len(line) if line.strip() else -len(line) for line in stream]
-    stops = np.cumsum(np.abs(lengths), dtype=np.int64)
-    pieces = np.zeros(len(lengths), _PIECE)
-    pieces["file"], pieces["line"] = number, np.arange(1, len(lengths) + 1)
-    pieces["start"], pieces["stop"] = stops - np.abs(lengths), stops
-    return pieces[np.array(lengths) > 0]
+        for line, content in enumerate(stream, 1):
+            start, stop = stop, stop + len(content)
+            if content.strip():
+                yield number, line, start, stop
 
 
 def _cut_text(file: File, number: int, start: int, stop: int) -> np.ndarray:
@@ -280,29 +276,18 @@ def _boundary(file: File, position: int) -> int:
     return position + len(list(continuation))
 
 
-def _text_of_line(line: str, file: File, number: int) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{file.path}, line {number} is not JSON: {error}.") from error
-    return text_field(record, file.field or "text", f"{file.path}, line {number}")
-
-
 def text_field(record: Any, field: str, where: str) -> str:
     """The text in a field of a record.
 
     Raises:
-        ValueError: There is none; says where, and what there is.
+        ValueError: There is none; names the record and its fields.
     """
-    text = record.get(field) if isinstance(record, dict) else None
-    if isinstance(text, str):
+    fields = record if isinstance(record, dict) else {}
+    if isinstance(text := fields.get(field), str):
         return text
-    has = (
-        f"its fields are {', '.join(map(str, record))}" if isinstance(record, dict) else "no object"
-    )
     raise ValueError(
-        f"{where} has no text in the field {field!r} ({has}): name the field that holds the text "
-        "after '#', as in 'pages.jsonl#content'."
+        f"{where} has no text in the field {field!r} (its fields are {', '.join(fields) or 'none'})"
+        ": name the field that holds the text after '#', as in 'pages.jsonl#content'."
     )
 
 

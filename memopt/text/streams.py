@@ -53,24 +53,21 @@ class Stream:
         part = dataclasses.replace(self, validation=None)
         if self.validation is not None:
             return part, dataclasses.replace(part, dataset=self.validation)
-        return (
-            dataclasses.replace(part, held_out=False, fraction=validation_fraction),
-            dataclasses.replace(part, held_out=True, fraction=validation_fraction),
-        )
+        part = dataclasses.replace(part, fraction=validation_fraction)
+        return dataclasses.replace(part, held_out=False), dataclasses.replace(part, held_out=True)
 
     def keeps(self, index: int) -> bool:
         """Whether the document at position `index` of the dataset belongs to this part."""
-        if self.held_out is None:
-            return True
-        return bool(uniform(0, index) < self.fraction) == self.held_out
+        held_out = bool(uniform(0, index) < self.fraction)
+        return self.held_out is None or self.held_out == held_out
 
     def epochs(self, seed: int) -> grain.IterDataset:
         """Returns the documents for ever, mixed within windows of 1,024."""
-        return internals.shuffled(_StreamDataset(self, None), STREAM_WINDOW, seed)
+        return internals.shuffled(_StreamDataset(self, endless=True), STREAM_WINDOW, seed)
 
     def once(self) -> grain.IterDataset:
         """Returns every document once, in the order of the dataset."""
-        return _StreamDataset(self, 1)
+        return _StreamDataset(self, endless=False)
 
     def describe(self) -> dict[str, Any]:
         """Returns the name, the field and the share that is held out."""
@@ -78,58 +75,47 @@ class Stream:
 
 
 class _StreamDataset(grain.IterDataset[Piece]):
-    """The pieces of a `Stream`, for a number of epochs or (None) for ever."""
+    """The pieces of a `Stream`, once or for ever."""
 
-    def __init__(self, stream: Stream, epochs: int | None):
+    def __init__(self, stream: Stream, endless: bool):
         super().__init__()
-        self._stream = stream
-        self._epochs = epochs
+        self._stream, self._endless = stream, endless
 
     def __iter__(self) -> _StreamIterator:
-        return _StreamIterator(self._stream, self._epochs)
+        return _StreamIterator(self._stream, self._endless)
 
 
 class _StreamIterator(grain.DatasetIterator[Piece]):
-    """Reads a `Stream`; its state is an epoch, a position and where `datasets` stands."""
+    """Reads a `Stream`; its state is an epoch, a position and the state of `datasets`."""
 
-    def __init__(self, stream: Stream, epochs: int | None):
+    def __init__(self, stream: Stream, endless: bool):
         super().__init__()
-        self._stream = stream
-        self._epochs = epochs
+        self._stream, self._endless = stream, endless
         self.set_state({"epoch": 0, "index": 0, "found": False, "source": "null"})
 
     def __next__(self) -> Piece:
         while True:
-            example = next(self._examples, None)
-            if example is None:
-                self._next_epoch()
-                continue
-            self._index += 1
-            if self._stream.keeps(self._index - 1):
-                self._found = True
-                return Piece(_text_of_example(example, self._stream, self._index), True, True)
-
-    def _next_epoch(self) -> None:
-        if self._epochs is not None and self._epoch + 1 >= self._epochs:
-            raise StopIteration
-        if not self._found:
-            raise ValueError(f"data {self._stream.name!r} holds no documents.")
-        self.set_state({"epoch": self._epoch + 1, "index": 0, "found": True, "source": "null"})
+            for example in self._examples:
+                self._index += 1
+                if self._stream.keeps(self._index - 1):
+                    self._found = True
+                    where = f"{self._stream.name}, document {self._index}"
+                    return Piece(text_field(example, self._stream.field, where), True, True)
+            if not self._endless:
+                raise StopIteration
+            if not self._found:
+                raise ValueError(f"data {self._stream.name!r} holds no documents.")
+            self.set_state({"epoch": self._epoch + 1, "index": 0, "found": True, "source": "null"})
 
     def get_state(self) -> dict[str, Any]:
         # As text: whatever `datasets` keeps survives a round trip through a checkpoint.
-        source = self._dataset.state_dict() if self._index else None
-        return {
-            "epoch": self._epoch,
-            "index": self._index,
-            "found": self._found,
-            "source": json.dumps(source),
-        }
+        source = json.dumps(self._dataset.state_dict() if self._index else None)
+        return {"epoch": self._epoch, "index": self._index, "found": self._found, "source": source}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._epoch, self._index, self._found = state["epoch"], state["index"], state["found"]
-        # The one shard of one is a dataset of our own: `datasets` keeps a reader's place in the
-        # dataset, where two readers would clash and a place once loaded begins every later epoch.
+        # Each reader takes the only shard, a new object: `datasets` keeps the position in the
+        # object, so that readers would share it, and a loaded one would begin every later epoch.
         self._dataset = self._stream.dataset.shard(num_shards=1, index=0)
         source = json.loads(state["source"])
         if source is not None:
@@ -167,7 +153,3 @@ def open_stream(spec: str) -> Stream:
     if "train" not in parts:
         raise ValueError(f"data {spec!r} has no part `train`, only {', '.join(parts)}.")
     return Stream(parts["train"], spec, field or "text", parts.get("validation"))
-
-
-def _text_of_example(example: dict[str, Any], stream: Stream, number: int) -> str:
-    return text_field(example, stream.field, f"{stream.name}, document {number}")

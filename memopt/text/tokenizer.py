@@ -13,9 +13,8 @@ from typing import Protocol
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
-#: What well-known models call the token that ends a document, most telling first.
+#: Names of the token that ends a document in well-known models, most specific first.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>")
 
 
@@ -23,7 +22,7 @@ class Tokenizer(Protocol):
     """Text to token ids and back.
 
     Attributes:
-        name: What to pass to `load_tokenizer` to get this tokenizer again.
+        name: `load_tokenizer(name)` returns this tokenizer again.
         digest: A hash of everything that decides which ids a text becomes.
         vocab_size: One more than the largest id.
         eos_id: The id that ends a document.
@@ -36,11 +35,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of `text`, int32 (tokens,), without special tokens."""
-        ...
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`. Never raises: ids that stand for no text are dropped."""
-        ...
 
 
 class ByteTokenizer:
@@ -86,15 +83,10 @@ class FileTokenizer:
     def __init__(self, path: str | Path):
         file = Path(path)
         file = file / "tokenizer.json" if file.is_dir() else file
-        if not file.is_file():
-            raise ValueError(f"tokenizer {str(path)!r}: there is no file {str(file)!r}.")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(
-                f"tokenizer {str(file)!r} is not a tokenizer.json that `tokenizers` can read: "
-                f"{error}."
-            ) from error
+            raise ValueError(f"tokenizer {str(file)!r} cannot be read: {error}.") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True
@@ -102,7 +94,7 @@ class FileTokenizer:
         self.name = str(path)
         self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        candidates = (*_configured_eos(file.parent), *END_OF_DOCUMENT)
+        candidates = (_configured_eos(file.parent), *END_OF_DOCUMENT)
         eos = next((token for token in candidates if token in vocabulary), None)
         if eos is None:
             raise ValueError(
@@ -144,7 +136,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return ByteTokenizer()
     path = Path(spec)
     if not path.exists():
-        beside = [str(path.parent / p.name) for p in path.parent.glob("*")]
+        beside = map(str, path.parent.glob("*"))
         near = difflib.get_close_matches(spec, ["bytes", *beside], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
@@ -175,36 +167,26 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | Path)
         Sennrich et al. 2016, "Neural machine translation of rare words with subword units"
         (arXiv:1508.07909); byte level as in Radford et al. 2019 (GPT-2), section 2.2.
     """
-    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
-    if vocab_size < smallest:
+    if vocab_size < ByteTokenizer.vocab_size:
         raise ValueError(
-            f"vocab_size={vocab_size} is too small: the 256 bytes and end of document need "
-            f"{smallest}."
+            f"vocab_size={vocab_size} is too small: the 256 bytes and end of document need 257."
         )
     file = Path(path) if Path(path).suffix == ".json" else Path(path) / "tokenizer.json"
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT[0]],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    options = {"min_frequency": 0, "special_tokens": [END_OF_DOCUMENT[0]], "show_progress": False}
+    tokenizer.train_from_iterator(documents, vocab_size, **options)
     file.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(file))
+    tokenizer.save(str(file), pretty=True)
     return load_tokenizer(str(path))
 
 
-def _configured_eos(directory: Path) -> tuple[str, ...]:
+def _configured_eos(directory: Path) -> str | None:
     """The `eos_token` of the tokenizer_config.json in `directory`, if it names one."""
     file = directory / "tokenizer_config.json"
     if not file.is_file():
-        return ()
+        return None
     try:
         token = json.loads(file.read_text("utf-8")).get("eos_token")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{str(file)!r} is not a JSON object: {error}.") from error
-    token = token.get("content") if isinstance(token, dict) else token
-    return (token,) if isinstance(token, str) else ()
+    return token.get("content") if isinstance(token, dict) else token

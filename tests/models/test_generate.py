@@ -64,8 +64,8 @@ def test_the_key_decides_the_sample(model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0; both must be at least 1"),
-        ({"prompt_ids": np.zeros((1, 0))}, "prompt_ids has 0 tokens"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"prompt_ids": np.zeros((1, 0))}, "the length of prompt_ids must be at least 1, got 0"),
         ({"temperature": 1.0}, "temperature is 1.0; it must be 0, or positive with a random key"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"max_new_tokens": 12}, "17 tokens is longer than max_seq_len=16"),

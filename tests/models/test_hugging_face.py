@@ -124,10 +124,17 @@ def test_keys_that_older_configs_lack(tmp_path):
     assert from_hugging_face(tmp_path / "model").config == config
 
 
+def test_null_keys_count_as_absent(model, directory):
+    path = directory / "config.json"
+    null = dict.fromkeys(("head_dim", "max_position_embeddings", "rms_norm_eps", "hidden_act"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | null))
+    assert from_hugging_face(directory).config == model.config
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, "only LlamaForCausalLM is known"),
+        ({"architectures": ["MistralForCausalLM"]}, r"only \['LlamaForCausalLM'\] is supported"),
         ({"model_type": "qwen2"}, "model_type is 'qwen2'; only 'llama' is supported"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is supported"),
         ({"attention_bias": True}, "attention_bias is True; only False is supported"),
@@ -154,7 +161,10 @@ def test_configs_that_do_not_fit_are_refused(directory, changes, message):
         ({"lm_head__weight": None}, "lacks tensor lm_head.weight"),
         ({"extra": np.zeros(2, np.float32)}, "has unexpected tensor extra"),
         ({"model__norm__weight": np.ones(31, np.float32)}, r"shape \(31,\).* makes it \(32,\)"),
-        ({"model__norm__weight": np.ones(32, np.int8)}, "model.norm.weight is stored as I8"),
+        (
+            {"model__norm__weight": np.ones(32, np.int8)},
+            "model.norm.weight: type 'I8' is unknown. Allowed: F32, F16, BF16",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(directory, changes, message):

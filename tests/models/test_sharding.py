@@ -151,7 +151,7 @@ def test_the_odd_width_of_1b_is_not_cut_and_the_log_says_so(caplog):
         ("tiny", {"fsdp": 5}, "axis embed of size 192 does not divide over mesh axis fsdp=5; choo"),
         ("tiny", {"tensor": 8}, "attention/k/kernel: axis kv_heads of size 4 does not divide over"),
         ("1b", {"fsdp": 2048, "tensor": 2}, "embed of size 2048 does not divide over mesh axis fs"),
-        ("tiny", {"expert": 2}, "Mesh axis 'expert' is unknown; use axes among"),
+        ("tiny", {"expert": 2}, "Mesh axis 'expert' is unknown. Allowed: data, fsdp, tensor"),
     ],
 )
 def test_a_mesh_that_does_not_divide_is_refused(name, sizes, message):

@@ -274,7 +274,7 @@ def test_validation_is_split_by_process(spec):
     assert_same(joined, whole)
 
 
-def test_an_empty_stream_is_told_instead_of_waiting_for_ever(tmp_path):
+def test_an_empty_stream_is_refused_instead_of_waiting_for_ever(tmp_path):
     (tmp_path / "train.csv").write_text("text\n")
     train, held = find_documents([f"hf:{tmp_path}"]).split()
     with pytest.raises(ValueError, match="the validation part of the data holds no text"):
@@ -284,7 +284,7 @@ def test_an_empty_stream_is_told_instead_of_waiting_for_ever(tmp_path):
         next(batches)
 
 
-def test_a_bad_line_is_told_when_it_is_reached(tmp_path):
+def test_a_bad_line_is_refused_when_it_is_read(tmp_path):
     path = tmp_path / "pages.jsonl"
     path.write_text('{"text": "fine"}\n{"text": "fine"}\n[1]\n')
     corpus = find_documents([str(path)])
@@ -301,25 +301,25 @@ def test_a_bad_line_is_told_when_it_is_reached(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seq_len": 1}, "seq_len=1 must be at least 2"),
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"seq_len": 1}, "seq_len must be at least 2, got 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"rows": [3, 4]}, r"rows=\[3, 4\] must be some of 0 to 3"),
         ({"rows": []}, r"rows=\[\] must be some of 0 to 3"),
         ({"seed": -1}, "seed=-1 must be between 0 and"),
     ],
 )
-def test_arguments_that_cannot_be_are_told(tmp_path, options, message):
+def test_impossible_arguments_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         training(write_files(tmp_path, 3), **options)
 
 
-def test_too_few_validation_tokens_are_told(tmp_path):
+def test_too_few_validation_tokens_are_refused(tmp_path):
     corpus = find_documents([write_files(tmp_path, 3)])
-    with pytest.raises(ValueError, match="max_tokens=10 must be at least seq_len=16"):
+    with pytest.raises(ValueError, match="max_tokens must be at least 16, got 10"):
         validation_batches(corpus, BYTES, batch_size=1, seq_len=16, max_tokens=10)
 
 
-def test_the_fingerprint_tells_what_differs(tmp_path):
+def test_the_fingerprint_differs_where_data_or_options_differ(tmp_path):
     options = {"batch_size": 4, "seq_len": 32, "seed": 0}
 
     def of(corpus, **changed):

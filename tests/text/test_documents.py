@@ -91,7 +91,7 @@ def test_long_files_are_cut_at_lines(tmp_path):
         (["hf:x", "python"], "data 'hf:x' cannot be mixed"),
     ],
 )
-def test_what_cannot_be_read_is_told_in_a_sentence(tmp_path, monkeypatch, specs, message):
+def test_unreadable_data_is_refused_in_one_sentence(tmp_path, monkeypatch, specs, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").touch()
     (tmp_path / "binary").write_bytes(b"a\0b")
@@ -157,7 +157,7 @@ def test_few_lines_hold_out_the_last(tmp_path):
     assert len(train) == 8
 
 
-def test_too_little_to_split_is_told(tmp_path):
+def test_too_little_text_to_split_is_refused(tmp_path):
     corpus = find_documents([write_lines(tmp_path / "a.jsonl", 1)])
     with pytest.raises(ValueError, match=r"too small to hold out a validation part of 0\.05"):
         corpus.split()
