@@ -1,1 +1,1 @@
-"""Measurements that the README and the tables quote."""
+"""Measurements that the README and the docs quote."""

@@ -1,4 +1,4 @@
-"""The compilers of accelerators, on a machine that has none."""
+"""Compiles for accelerators on a machine without them."""
 
 import importlib.util
 import math
@@ -16,18 +16,18 @@ TPUS: dict[str, list[int]] = {"v5e": [2, 2], "v5p": [2, 2, 1], "v6e": [2, 2]}  #
 
 
 class _Card(NamedTuple):
-    """A GPU, as its compiler must know it.
+    """The properties of a GPU that its compiler needs.
 
     Attributes:
-      capability: its compute capability, (major, minor).
-      cores: multiprocessors.
-      lanes: float32 units of a core.
-      threads: that a core holds at most.
-      shared: KiB of shared memory of a core; a block may ask for all but one of them.
+      capability: the compute capability, (major, minor).
+      cores: the number of multiprocessors.
+      lanes: float32 units per multiprocessor.
+      threads: the maximum number of threads per multiprocessor.
+      shared: KiB of shared memory per multiprocessor; a block may use all but one of them.
       cache: MiB of the second-level cache.
-      clock: GHz.
-      bandwidth: of its memory, GB a second.
-      memory: bytes of it, as CUDA reports them.
+      clock: the clock rate in GHz.
+      bandwidth: the memory bandwidth in GB per second.
+      memory: the bytes of memory, as CUDA reports them.
     """
 
     capability: tuple[int, int]
@@ -41,7 +41,7 @@ class _Card(NamedTuple):
     memory: int
 
     def target(self) -> str:
-        """A `GpuTargetConfigProto` in text format."""
+        """The GPU as a `GpuTargetConfigProto` in text format."""
         major, minor = self.capability
         return f"""
             gpu_device_info {{
@@ -77,23 +77,23 @@ GPUS = {
 
 
 def devices(chip: str, count: int = 1) -> list[jax.Device]:
-    """Chips to compile for; nothing can be run on them, but on "cpu".
+    """Returns devices to compile for; only "cpu" can run programs.
 
     Args:
       chip: one of `TPUS` or `GPUS`, or "cpu" for this machine.
-      count: how many are needed.
+      count: the number of devices.
 
     Raises:
-      ModuleNotFoundError: if the compiler is not installed; says what to install.
+      ModuleNotFoundError: if the compiler is not installed; names the package to install.
     """
-    jax.config.update("jax_platforms", "cpu")  # compilers run here, and programs nowhere
+    jax.config.update("jax_platforms", "cpu")  # only compilers run
     if chip == "cpu":
         return jax.devices()[:count]
     return (_gpus if chip in GPUS else _tpus)(chip, count)
 
 
 def _tpus(chip: str, count: int) -> list[jax.Device]:
-    """Chips of the smallest grid that has so many; a grid has at least four."""
+    """Chips of the smallest grid that has `count` of them; a grid has at least four."""
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError("compiling for a TPU needs libtpu: pip install 'memopt[aot]'.")
     os.environ |= {

@@ -1,4 +1,4 @@
-"""The bytes that a compiled program moves between devices, read off its HLO text."""
+"""Counts the bytes that a compiled program moves between devices, from its HLO text."""
 
 import collections
 import dataclasses
@@ -21,7 +21,7 @@ _ARRAY = re.compile(r"(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]({[^}]*})?")
 
 
 def text(compiled: jax.stages.Compiled) -> str:
-    """The compiled program; "" if jaxlib cannot read what a newer compiler wrote, as a v5p's."""
+    """The compiled program's text, or "" if jaxlib cannot read it (a v5p's newer compiler)."""
     try:
         return compiled.as_text() or ""
     except jax.errors.JaxRuntimeError:
@@ -33,12 +33,12 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      name: without its ``%``.
-      shape: of the result, as it is written.
-      opcode: what it does.
-      given: what stands between the parentheses.
-      attributes: what stands after them.
-      is_root: whether the computation returns it.
+      name: the name without ``%``.
+      shape: the shape of the result, as HLO writes it.
+      opcode: the operation.
+      given: the text between the parentheses.
+      attributes: the text after the parentheses.
+      is_root: whether the computation returns the result.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """Their names."""
+        """The names of the operands."""
         return re.findall(r"%([^\s,)]+)", self.given)
 
     @property
     def source(self) -> str:
-        """The function calls of Python that it comes from; "" if it is the compiler's own."""
+        """The Python function calls that it comes from; "" for the compiler's own instructions."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
@@ -66,7 +66,7 @@ class Instruction:
 
 
 def parse(hlo: str) -> tuple[dict[str, list[Instruction]], str]:
-    """The computations of a program by name, and the name of the one that it begins with."""
+    """Parses a program: its computations by name, and the name of the entry computation."""
     computations: dict[str, list[Instruction]] = {}
     entry, lines = "", []
     for line in map(str.strip, hlo.splitlines()):
@@ -80,13 +80,13 @@ def parse(hlo: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def shape_bytes(shape: str, where: Callable[[str], bool] = lambda layout: True) -> int:
-    """Bytes of the arrays in a shape as HLO writes it, of those whose layout passes."""
+    """The bytes of the arrays in an HLO shape whose layout passes the filter."""
     arrays = (found for found in _ARRAY.finditer(shape) if where(found[3] or ""))
     return sum(int(found[1] or 8) * _numbers(found[2]) // 8 for found in arrays)
 
 
 def largest_array(shape: str) -> int:
-    """The numbers in the largest array of a shape."""
+    """The size of the largest array of a shape."""
     return max((_numbers(found[2]) for found in _ARRAY.finditer(shape)), default=0)
 
 
@@ -95,15 +95,15 @@ def _numbers(dims: str) -> int:
 
 
 class Collective(NamedTuple):
-    """Something that devices do together.
+    """A collective operation.
 
     Attributes:
       kind: one of `KINDS`.
-      bytes: what one device gives or gets, whichever is more; of an all-reduce, which is a
-        reduce-scatter and an all-gather, both.
-      largest: the numbers in the largest array that it takes or leaves on a device.
-      times: how often it happens in a run of the program.
-      source: the function calls of Python that it comes from.
+      bytes: the bytes that one device sends or receives, whichever is more; for an all-reduce,
+        those of a reduce-scatter and an all-gather.
+      largest: the size of the largest array that it reads or writes on a device.
+      times: how often it runs in one execution of the program.
+      source: the Python function calls that it comes from.
     """
 
     kind: str
@@ -114,25 +114,26 @@ class Collective(NamedTuple):
 
 
 def collectives(hlo: str, *, refresh: bool = False) -> list[Collective]:
-    """The collectives of a program.
+    """Finds the collectives of a program.
 
-    What is in the body of a loop counts as often as the loop turns, an asynchronous pair once, and
-    once a collective that a TPU's compiler spreads over several fusions, to work while it runs.
+    Those in the body of a loop are counted for each iteration. An asynchronous pair counts once, as
+    does a collective that the TPU compiler spreads over several fusions to overlap it with
+    computation.
 
     Args:
       hlo: ``compiled.as_text()``.
-      refresh: of each conditional count the branch that moves the most, instead of the one that
+      refresh: for each conditional, count the branch that moves the most instead of the one that
         moves the least.
 
     Raises:
-      ValueError: if a loop with collectives does not say how often it turns.
+      ValueError: if the number of iterations of a loop with collectives is unknown.
     """
     program = _Program(hlo, refresh)
     return program.inside(program.entry)
 
 
 def by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
-    """{kind: {"bytes": all that it moves, "count": how often it happens}}."""
+    """Sums collectives by kind: {kind: {"bytes": bytes moved, "count": number of runs}}."""
     sums: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"bytes": 0, "count": 0})
     for one in found:
         sums[one.kind]["bytes"] += one.times * one.bytes
@@ -141,12 +142,12 @@ def by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
 
 
 def total_bytes(found: list[Collective]) -> int:
-    """All bytes of some collectives."""
+    """The total bytes of some collectives."""
     return sum(one.times * one.bytes for one in found)
 
 
 class _Program:
-    """The computations of a program, and what is found in each."""
+    """The computations of a program, and the collectives found in each."""
 
     def __init__(self, hlo: str, refresh: bool) -> None:
         self.choose: Callable[..., list[Collective]] = max if refresh else min
@@ -155,14 +156,14 @@ class _Program:
         self.inside = functools.cache(self._inside)
 
     def _inside(self, computation: str) -> list[Collective]:
-        """The collectives of a computation and of all that it calls."""
+        """The collectives of a computation and of all computations that it calls."""
         found: list[Collective] = []
         lines = self.computations[computation]
         starts = any('"AsyncCollectiveStart"' in one.attributes for one in lines)
         for one in lines:
             kind = one.opcode.removesuffix("-done")
             if kind in KINDS:
-                # A TPU works while it runs: all that do so name it, the first starts it.
+                # On a TPU, fusions that overlap with a collective name it; the first starts it.
                 if starts or "async_collective_fusion_config" not in one.attributes:
                     found.append(self._collective(kind, one))
             elif one.opcode == "while":
@@ -180,14 +181,14 @@ class _Program:
         return found
 
     def _collective(self, kind: str, one: Instruction) -> Collective:
-        """Reads a collective; `one` is the end of an asynchronous pair."""
+        """Reads a collective; `one` may be the end of an asynchronous pair."""
         start = self.by_name[one.operands[0]] if one.opcode.endswith("-done") else one
         shapes = one.shape, " ".join(self.by_name[name].shape for name in start.operands)
         size = max(map(shape_bytes, shapes)) * (2 if kind == "all-reduce" else 1)
         return Collective(kind, size, max(map(largest_array, shapes)), 1, start.source)
 
     def _turns(self, loop: Instruction) -> int:
-        """The turns of a loop: as it says, or by its counter's first value, step and limit."""
+        """The iterations of a loop, as annotated or from its counter's start, step and limit."""
         if said := re.search(r'"known_trip_count":{"n":"(\d+)"}', loop.attributes):
             return int(said[1])
         (condition,), (body,) = loop.named("condition"), loop.named("body")
@@ -208,7 +209,7 @@ class _Program:
         return next(i for i in self.computations[computation] if i.is_root)
 
     def _index(self, one: Instruction) -> int | None:
-        """The part of a tuple that an instruction takes."""
+        """The index of a tuple's element that an instruction reads."""
         found = re.search(r"index=(\d+)", one.attributes)
         return int(found[1]) if found and one.opcode == "get-tuple-element" else None
 
@@ -219,7 +220,7 @@ class _Program:
         return self._behind(one.operands[0]) if is_copy else one
 
     def _value(self, name: str, carried: Instruction | None = None) -> int | None:
-        """The number that an instruction gives, if it is constant; or carried into a loop."""
+        """The number that an instruction returns, if it is constant or carried into a loop."""
         one = self._behind(name)
         if one.opcode == "constant":
             return int(one.given) if one.given.isdecimal() else None

@@ -1,4 +1,4 @@
-"""The machine that a benchmark ran on, and what was installed there."""
+"""Describes the machine that a benchmark runs on, and the installed packages."""
 
 import importlib.metadata
 import os
@@ -16,14 +16,14 @@ def core_count() -> int | None:
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Versions of installed packages; of one that is installed twice, that of the imported."""
+    """Versions of installed packages; if one is installed twice, that of the imported one."""
     installed = list(importlib.metadata.distributions())
     found = {d.name: d.version for d in reversed(installed)}
     return {name: found[name] for name in packages if name in found}
 
 
 def cpu_model() -> str:
-    """The processor's name, as Linux knows it."""
+    """The processor's name, from Linux if possible."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -34,8 +34,8 @@ class Gpu(NamedTuple):
     """A GPU of this machine.
 
     Attributes:
-      name: the vendor's name for it.
-      memory: its bytes.
+      name: the vendor's name.
+      memory: the bytes of its memory.
     """
 
     name: str

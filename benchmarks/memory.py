@@ -1,14 +1,14 @@
-"""How much memory a training step of a LLaMA needs on a chip, by the chip's own compiler.
+"""Measures the memory of a LLaMA's training step on a chip, by the chip's own compiler.
 
     python -m benchmarks.memory --model 7b --optimizer adafactor [--release] [--mesh fsdp=16]
 
-The step is that of ``memopt pretrain``, forward, backward and update, bfloat16 parameters: the
-ordinary one with full rematerialisation, or, released, the one that updates each block while the
-backward pass runs. Nothing is run, and no chip is needed, only its compiler: libtpu (the extra
-`aot`) for TPUs, JAX's CUDA plugin (the extra `aot-gpu`) for GPUs.
+The step is that of ``memopt pretrain``: forward, backward and update with bfloat16 parameters,
+either the ordinary step with full rematerialisation, or the released one, which updates each block
+while the backward pass runs. Nothing is run, and no chip is needed, only its compiler: libtpu (the
+extra `aot`) for TPUs, JAX's CUDA plugin (the extra `aot-gpu`) for GPUs.
 
-Attention is the one that scores queries in chunks, for GPUs too, where training takes cuDNN's if it
-is installed: how much room that works in only cuDNN itself says.
+Attention processes queries in chunks, for GPUs too, although training there uses cuDNN's if it is
+installed: only cuDNN itself reports its workspace.
 
 Without ``--optimizer`` it measures a list, prints a table and writes it as JSON, with a plot.
 """
@@ -36,11 +36,11 @@ from benchmarks.training_step import State, TrainingStep, Weights
 from memopt.planning.step_memory import step_memory
 from memopt.state.quantized_params import is_quantized
 
-HBM = {  # GiB that a step may use
+HBM = {  # usable GiB
     **{"v5e": 15.75, "v5p": 95.0, "v6e": 31.25},
     **{chip: card.memory / GIB for chip, card in GPUS.items()},
 }
-ROOMY: tuple[Chip, Chip] = ("v5p", "h200")  # of TPUs and GPUs: what does not fit is measured there
+ROOMY: tuple[Chip, Chip] = ("v5p", "h200")  # the TPU and the GPU for steps that do not fit
 RELEASED: dict[str, Any] = {"release": True}
 INT8 = RELEASED | {"weights": "int8"}
 FSDP: dict[str, Any] = {"mesh": "fsdp=16", "batch_size": 16}
@@ -68,19 +68,19 @@ class Options(NamedTuple):
       model: a preset.
       optimizer: a name known to `memopt.optimizer`; by default a list of them, one by one.
       release: update each block while the backward pass runs.
-      weights: how the parameters are stored; by default as they are.
-      state: how the optimizer's state is stored; by default as the method does.
-      dtype: of parameters and activations; the compiler of CPUs widens bfloat16.
-      chip: what to compile for.
+      weights: how the parameters are stored; by default not quantised.
+      state: how the optimizer's state is stored; by default as in the method.
+      dtype: the dtype of parameters and activations; the CPU compiler widens bfloat16.
+      chip: the chip to compile for.
       mesh: axes and their sizes, such as "fsdp=16"; by default one chip.
-      batch_size: rows, of all chips together.
-      seq_len: tokens a row.
-      accumulation: in how many micro-batches the batch is worked through.
-      refresh: whether the step may be one that refreshes a subspace, by an SVD, say, which the
-        compiler of TPUs takes half an hour for.
+      batch_size: rows over all chips.
+      seq_len: tokens per row.
+      accumulation: the number of micro-batches per batch.
+      refresh: whether the step may refresh a subspace, for example by an SVD, which the TPU
+        compiler takes half an hour to compile.
       json: print one JSON object instead of a table.
       dump: a file for the compiled program.
-      output: the JSON file of a list; the plot stands beside it.
+      output: the JSON file of a list; the plot has the same name.
     """
 
     model: str = "7b"
@@ -119,7 +119,7 @@ def step(optimizer: str, options: Options) -> TrainingStep:
 
 
 def measure(optimizer: str, options: Options) -> dict[str, Any]:
-    """The record of one configuration; of one that does not fit, by a roomier chip's compiler."""
+    """The record of one configuration, compiled for a larger chip if it does not fit."""
     compiled_for = options.chip
     try:
         found = step(optimizer, options)
@@ -150,7 +150,7 @@ def measure(optimizer: str, options: Options) -> dict[str, Any]:
 
 
 def _gradient_bytes(params: Any, release: bool) -> int:
-    """The bytes of gradients that a step holds together: all, or those of a block or of an end."""
+    """The bytes of gradients held at once: all, or those of one block, embedding or head."""
 
     def size(p: Any) -> int:
         stored = p.codes if is_quantized(p) else p
@@ -189,9 +189,9 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """One bar a configuration, cut into weights, state, gradients and what is needed beside them.
+    """Draws one bar per configuration, divided into weights, state, gradients and the rest.
 
-    Gradients are counted from their shapes, the rest is what remains of the compiler's peak.
+    Gradients are counted from their shapes; the rest is what remains of the compiler's peak.
     """
     from matplotlib.figure import Figure
 
@@ -224,7 +224,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures, prints and, of a list, writes the files."""
+    """Measures, prints and, for a list, writes the files."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
     chosen = [(options.optimizer, {})] if options.optimizer else LIST
     results: list[dict[str, Any]] = []
@@ -232,9 +232,9 @@ def main(arguments: Sequence[str]) -> None:
     try:
         for optimizer, changes in track(chosen, transient=True, disable=len(chosen) == 1):
             if changes.get("mesh") and options.chip in GPUS:
-                continue  # the list is of one card then
+                continue  # then the list has only this card
             results.append(measure(optimizer, options._replace(**changes)))
-            if not options.optimizer:  # each takes minutes: what is known is kept
+            if not options.optimizer:  # saved after each, because each takes minutes
                 report = {"command": command, "results": results}
                 save(report, options.output, lambda path: plot(results, path))
     except (ValueError, ModuleNotFoundError) as error:

@@ -1,11 +1,11 @@
-"""How long a step of Muon takes on a mesh, beside Optax's, in one process.
+"""Compares the time of a step of Muon on a mesh with Optax's in one process.
 
     python -m benchmarks.muon [--model 60m] [--mesh fsdp=8] [--repeats 10]
 
 A step is one jitted ``update`` and ``apply_updates`` of a model's hidden matrices, with donated
-parameters and state, on so many host devices; Optax's under Auto axes, which alone it knows, of
-stacked layers (by its dimension numbers) and of separate ones. All take turns, round after round,
-and each time is divided by memopt's of the same round.
+parameters and state, on the mesh's number of host devices. Optax's Muon supports only Auto axes; it
+is timed with stacked layers (by its dimension numbers) and with separate ones. All are timed in
+turn in each round, and each time is divided by memopt's in the same round.
 
 Prints a table and writes it as JSON.
 """
@@ -40,9 +40,9 @@ class Options:
     """What to measure.
 
     Attributes:
-      model: the preset whose hidden matrices are taken.
-      mesh: the axes of the mesh, all of whose devices are this machine's.
-      repeats: rounds that are timed.
+      model: the preset whose hidden matrices are used.
+      mesh: the axes of the mesh of this machine's devices.
+      repeats: the number of timed rounds.
       output: the JSON file.
     """
 
@@ -53,7 +53,7 @@ class Options:
 
 
 def by_name(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree."""
+    """The leaves of a tree by name."""
     return {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
@@ -70,7 +70,7 @@ def places(model: str, mesh: jax.sharding.Mesh) -> dict[str, jax.NamedSharding]:
 
 
 def contenders(options: Options) -> list[Contender]:
-    """Muon of memopt, and Optax's of stacked and of separate layers."""
+    """Muon of memopt, and Optax's with stacked and with separate layers."""
     sizes = parse_mesh(options.mesh)
     axes = lambda kind: jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes)

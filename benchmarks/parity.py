@@ -1,12 +1,13 @@
-"""How far memopt is from the runs recorded of the authors' own implementations.
+"""Compares memopt with runs recorded from the authors' own implementations.
 
     python -m benchmarks.parity [--runs galore flora ...]
 
 Each run takes 50 steps on the problem of ``tests/yardstick``. An error is the largest difference
-of a parameter after 1, 2, 5, 10, 25 or 50 of them, over its displacement from the start. It may
-be 3e-4, or ten times what one relative ulp in the gradients does to the authors' code; in the one
-run that rounds its parameters twice a step, one ulp of them a step. Kernels are as torch has
-them, (out, in), and transposed, (in, out), as in Flax. Prints a table and writes it as JSON.
+of a parameter after 1, 2, 5, 10, 25 or 50 steps, relative to its displacement from the start. The
+tolerance is 3e-4, or ten times the effect of one relative ulp in the gradients on the authors'
+code; for the one run that rounds its parameters twice per step, it is one ulp of them per step.
+Kernels are (out, in), as in torch, and transposed, (in, out), as in Flax. Prints a table and writes
+it as JSON.
 """
 
 import shlex
@@ -39,7 +40,7 @@ class Options(NamedTuple):
 
 
 def measure(run: str) -> dict[str, Any]:
-    """The largest errors of one run, and the largest part of what was allowed."""
+    """The largest errors of one run, and the largest ratio of an error to its tolerance."""
     meta = yardstick.load(run)[2]
     allowed = recorded_runs.tolerances(run)
     largest, part = {}, 0.0
@@ -80,7 +81,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Follows the runs, prints the table and writes the file."""
+    """Measures the runs, prints the table and writes the file."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
     try:
         for run in options.runs:

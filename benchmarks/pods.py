@@ -1,12 +1,12 @@
-"""What a training step of a LLaMA needs and moves on each chip of a pod, by the chip's compiler.
+"""Measures the memory and communication of a LLaMA's training step on a pod, by its compiler.
 
     python -m benchmarks.pods [--only "7b v5e fsdp=16 apollo_mini"]
 
-Steps are those of `benchmarks.memory`, with one row of 2048 tokens a chip; plain SGD is the first
-of each kind, to see what another optimizer adds to it. Every row takes minutes. It is written as
-soon as it is measured, and what the file has already is not measured again: stop it at any time.
-GaLore's SVD takes the compiler half an hour; but for the first pod, its steps are such as refresh
-nothing.
+Steps are those of `benchmarks.memory`, with one row of 2048 tokens per chip; the first of each
+kind is plain SGD, to show what other optimizers add to it. Every row takes minutes. It is written
+as soon as it is measured, and rows already in the file are not measured again, so that you may
+stop at any time. The compiler takes half an hour for GaLore's SVD; except on the first pod, its
+steps are therefore without a refresh.
 """
 
 import itertools
@@ -56,8 +56,8 @@ class Options(NamedTuple):
     """What to measure.
 
     Attributes:
-      only: words, such as "v5e fsdp=16 released", that a row has; by default all rows are measured.
-      output: the JSON file; the plot stands beside it.
+      only: words that a row must have, such as "v5e fsdp=16 released"; by default all rows.
+      output: the JSON file; the plot has the same name.
     """
 
     only: str = ""
@@ -67,10 +67,10 @@ class Options(NamedTuple):
 def measure(
     model: str, chip: Any, mesh: str, optimizer: str, state: Any, release: bool
 ) -> dict[str, Any]:
-    """The record of one step: that of `benchmarks.memory`, and what moves between the chips.
+    """The record of one step: that of `benchmarks.memory`, and the bytes moved between chips.
 
-    Of conditionals the branch is counted that moves least, as between two refreshes; and, in
-    "refresh_bytes", that which moves most, unless the step cannot refresh.
+    For conditionals, the branch that moves least is counted, as in steps between two refreshes;
+    "refresh_bytes" counts the branch that moves most, unless the step cannot refresh.
     """
     refresh = optimizer != "galore" or (model, chip, mesh) == PODS[0]
     chips = math.prod(parse_mesh(mesh).values())
@@ -86,7 +86,7 @@ def measure(
 
 
 def moved(text: str, *, refresh: bool) -> dict[str, Any]:
-    """The bytes that a compiled step moves; None where the program cannot be read."""
+    """The bytes that a compiled step moves; None if the program cannot be read."""
     if not text:
         return dict.fromkeys(("collectives", "collective_bytes", "refresh_bytes"))
     between = hlo.collectives(text)
@@ -98,12 +98,12 @@ def moved(text: str, *, refresh: bool) -> dict[str, Any]:
 
 
 def key(record: dict[str, Any]) -> tuple[Any, ...]:
-    """The fields that tell a row from the others."""
+    """The fields that identify a row."""
     return tuple(record[name] for name in KEY)
 
 
 def added(record: dict[str, Any], results: Sequence[dict[str, Any]]) -> float | None:
-    """The bytes that an optimizer adds to those of plain SGD's collectives, as a part of these."""
+    """The bytes that an optimizer adds to plain SGD's collectives, as a fraction of these."""
     same = record | {"optimizer": BASELINE, "state": None}
     plain = next((r for r in results if key(r) == key(same)), None)
     if plain is None or None in (record["collective_bytes"], plain["collective_bytes"]):
@@ -112,7 +112,7 @@ def added(record: dict[str, Any], results: Sequence[dict[str, Any]]) -> float | 
 
 
 def describe(row: tuple[Any, ...]) -> str:
-    """A row in a few words."""
+    """A short description of a row."""
     model, chip, mesh, optimizer, state, release = row
     words = [model, chip, mesh, optimizer, state or "", "released" if release else "ordinary"]
     return " ".join(filter(None, words))
@@ -138,7 +138,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars of the peak, and of what moves, by kind."""
+    """Draws the peak, and the bytes moved by each kind of collective, as bars."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 1.4 + 0.3 * len(results)), layout="constrained")

@@ -1,11 +1,11 @@
-"""Final losses of training in fewer bits, beside float32.
+"""Compares the final losses of training in fewer bits with float32.
 
     nice python -m benchmarks.precision [--steps 200] [--seeds 0 1 2] [--cases float32 int8-state]
 
-The tiny LLaMA on the source of Python's standard library, with AdamW, whose state or whose weights
-are stored in fewer bits; everything else, for a seed the initial weights and the data too, is the
-same. A case is indistinguishable from float32 if their mean validation losses differ by no more
-than the seeds do: the larger of both standard deviations.
+It trains the tiny LLaMA on the source of Python's standard library by AdamW, with state or weights
+stored in fewer bits. Everything else is the same, including, for each seed, the initial weights
+and the data. A case is indistinguishable from float32 if their mean validation losses differ by no
+more than the larger of both standard deviations over the seeds.
 
 Prints a table and writes it as JSON, with a plot of the same name.
 """
@@ -63,14 +63,14 @@ class Options:
     """What to measure.
 
     Attributes:
-      cases: which of them.
-      seeds: of the initial weights and the order of the data.
-      steps: of training.
-      seq_len: tokens of a row.
-      batch_size: rows.
-      eval_tokens: held-out tokens of the validation loss.
-      learning_rate: the highest; it rises for a tenth of the steps, then falls by a cosine.
-      output: the JSON file; the plot stands beside it.
+      cases: the cases to train.
+      seeds: the seeds of the initial weights and the order of the data.
+      steps: training steps.
+      seq_len: tokens per row.
+      batch_size: rows per batch.
+      eval_tokens: held-out tokens for the validation loss.
+      learning_rate: the peak; warm-up takes a tenth of the steps, a cosine decay the others.
+      output: the JSON file; the plot has the same name.
     """
 
     cases: tuple[str, ...] = tuple(CASES)
@@ -84,7 +84,7 @@ class Options:
 
 
 def train(run: Training, case: Case, seed: int) -> dict[str, float]:
-    """The validation loss after a run's steps, and bytes a weight of state and weights."""
+    """Trains one run; returns the validation loss, and bytes per weight of state and weights."""
     setup, adam = run.setup, optax.scale_by_adam()
     if case.state:
         adam = memopt.quantize_state(adam, case.state, seed=seed)
@@ -105,7 +105,7 @@ def train(run: Training, case: Case, seed: int) -> dict[str, float]:
 
 
 def measure(options: Options) -> list[dict[str, Any]]:
-    """Every case with every seed, as records."""
+    """Trains every case with every seed, and returns records."""
     names = dict.fromkeys((BASELINE, *options.cases))
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for seed in options.seeds:
@@ -173,7 +173,7 @@ def table(report: dict[str, Any]) -> Table:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Every run's loss, and the means, over bands of what the seeds of float32 do."""
+    """Draws every run's loss and the means over a band of float32's spread over seeds."""
     from matplotlib.figure import Figure
 
     results = report["results"]

@@ -1,9 +1,9 @@
-"""Writes README's table of methods: from the registry, docstrings and the benchmarks' results.
+"""Writes README's table of methods from the registry, docstrings and the benchmarks' results.
 
     python -m benchmarks.readme
 
-A method's numbers of state and its source are read off its docstring; bytes for whole models are
-those of `benchmarks.state_bytes`, errors those of `benchmarks.parity`.
+A method's formula of state and its source are taken from its docstring, the bytes for whole models
+from `benchmarks.state_bytes`, and the errors from `benchmarks.parity`.
 """
 
 import json
@@ -22,7 +22,7 @@ HEAD = (
 
 
 def numbers(name: str) -> str:
-    """The formula of a method's state for an m×n matrix, from what its docstring says of it."""
+    """The formula of a method's state for an m×n matrix, from its docstring."""
     found = re.search(r"State: (.+?)(?: float32)? numbers", _docstring(name))
     return found[1] if found else "0"
 
@@ -36,7 +36,7 @@ def source(name: str) -> str:
 
 
 def table() -> str:
-    """The table: what keeps least at 7B first, what is not measured yet last."""
+    """The table, sorted by state at 7B; methods that are not measured yet come last."""
     kept = {(r["optimizer"], r["model"]): r["state_bytes"] for r in results("state_bytes")}
     errors: dict[str, list[float]] = {}
     for r in results("parity"):
@@ -58,7 +58,7 @@ def table() -> str:
 
 
 def main() -> None:
-    """Puts the table in the place of the one that README has."""
+    """Replaces the table in README."""
     path = ROOT / "README.md"
     text = path.read_text()
     old = re.search(rf"^{re.escape(HEAD[0])}\n(?:\|.*\n)*", text, re.MULTILINE)

@@ -1,13 +1,13 @@
-"""The time of a refresh of a subspace, and the share of the gradient's energy it captures.
+"""Measures the time of refreshing a subspace, and the share of the gradient's energy it captures.
 
     OPENBLAS_NUM_THREADS=1 taskset -c 0 python -m benchmarks.refresh_cost [--repeats 3]
 
-The seven matrices of the middle block of a LLaMA of three blocks with 1b's dimensions get, for
-the gradient of a batch of text, the singular vectors of `jnp.linalg.svd`, as GaLore's authors take
-them, of `projectors.svd` and of `projectors.randomized_svd`. All take turns on each matrix. The
-processor's time is what counts, which other processes hardly prolong: so run it on one thread, as
-above, where no thread spins while it waits for another. The energy ‖PᵀG‖² is divided by that of
-the r largest singular values; white noise of the same shapes is the worst case there is.
+For the seven matrices of the middle block of a LLaMA with three blocks and 1b's dimensions, and
+the gradient of a batch of text, it computes the singular vectors by `jnp.linalg.svd`, as GaLore's
+authors do, by `projectors.svd` and by `projectors.randomized_svd`, in turn on each matrix. It
+measures processor time, which other processes hardly affect. Run it on one thread, as above, so
+that no thread spins while it waits for another. The energy ‖PᵀG‖² is divided by that of the r
+largest singular values; white noise of the same shapes is the worst case.
 
 Prints a table and writes it as JSON, with a plot of the same name.
 """
@@ -49,12 +49,12 @@ class Options(NamedTuple):
     """What to measure.
 
     Attributes:
-      ranks: of the subspaces.
-      iterations: of `randomized_svd`, each a row; its default is 0.
-      oversample: of `randomized_svd`; its own default if not given.
-      steps: of AdamW before the gradient is taken, 0 for the gradient at the start.
-      repeats: rounds that are timed.
-      output: the JSON file; the plot stands beside it.
+      ranks: the ranks of the subspaces.
+      iterations: the iterations of `randomized_svd`, with a row for each; its own default is 0.
+      oversample: the oversampling of `randomized_svd`; by default its own default.
+      steps: steps of AdamW before the gradient is computed, 0 for the gradient at initialization.
+      repeats: the number of timed rounds.
+      output: the JSON file; the plot has the same name.
     """
 
     ranks: tuple[int, ...] = (128, 512)
@@ -114,7 +114,7 @@ def contenders(options: Options) -> dict[tuple[str, int], Projector]:
 
 
 def refresh(projector: Projector) -> Callable[[jax.Array], jax.Array]:
-    """The projector's basis of one gradient, compiled."""
+    """Returns a compiled function that computes the projector's basis for one gradient."""
 
     @jax.jit
     def basis(gradient: jax.Array) -> jax.Array:
@@ -125,7 +125,7 @@ def refresh(projector: Projector) -> Callable[[jax.Array], jax.Array]:
 
 
 def measure(options: Options) -> list[dict[str, Any]]:
-    """Seconds of the whole block, and each matrix's share of the best energy, as records."""
+    """Records the seconds of the whole block, and each matrix's share of the best energy."""
     projectors = contenders(options)
     full = jax.jit(lambda g: jnp.linalg.svd(g, full_matrices=False))
     functions = {(LAPACK, None): full} | {key: refresh(p) for key, p in projectors.items()}
@@ -147,7 +147,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
         jax.block_until_ready([functions[key](g) for key in projectors])  # compiles
         for i in range(options.repeats):
             for key, f in functions.items():
-                time.sleep(0.01)  # threads of the one before spin on for a while
+                time.sleep(0.01)  # threads of the previous one may still be spinning
                 start = time.process_time()
                 result = jax.block_until_ready(f(g))
                 seconds[key][i] += time.process_time() - start
@@ -189,7 +189,7 @@ def table(report: dict[str, Any]) -> Table:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Bars of the times, whiskers from least to largest, and of the least energy."""
+    """Draws the times as bars with whiskers from minimum to maximum, and the least energy."""
     from matplotlib.figure import Figure
 
     results = report["results"]

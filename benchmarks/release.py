@@ -1,11 +1,11 @@
-"""The released step beside the ordinary one, run on this machine: speed, and resident memory.
+"""Compares speed and resident memory of the released step and the ordinary one on this machine.
 
     nice python -m benchmarks.release [--model 350m] [--optimizer adafactor] [--repeats 5]
 
-Both compute the same update of the same model in float32, both compute each block again in the
-backward pass. For the speed they take turns in one process. For the memory each runs in a process
-of its own, which forgets what compiling took and then reports the most that was resident (Linux);
-beside it stands what the compiler said.
+Both compute the same update of the same model in float32, and both recompute each block in the
+backward pass. Speed is measured in one process, in alternating steps. Memory is measured in a
+separate process for each, as the peak of resident memory after compilation (Linux), and compared
+with the compiler's prediction.
 
 Prints a table and writes it as JSON.
 """
@@ -45,10 +45,10 @@ class Options:
     Attributes:
       model: a preset.
       optimizer: a name known to `memopt.optimizer`.
-      batch_size: rows.
-      seq_len: tokens a row.
-      repeats: rounds that are timed.
-      only: prints what a few steps of this kind take, as JSON.
+      batch_size: rows per batch.
+      seq_len: tokens per row.
+      repeats: the number of timed rounds.
+      only: print the memory that a few steps of this kind take, as JSON.
       output: the JSON file.
     """
 
@@ -80,14 +80,14 @@ class Run:
         self.compiled, self.init = self.training.compile(), self.training.compile_init()
 
     def start(self) -> None:
-        """Makes the state."""
+        """Initializes the state."""
         self.state = self.init()
         shape = (self.options.batch_size, self.options.seq_len)
         tokens = np.random.default_rng(1).integers(0, 1000, shape, np.int32)
         self.batch = self.training.place({"inputs": tokens, "targets": tokens})
 
     def step(self) -> float:
-        """Takes one, and returns its seconds."""
+        """Takes one step, and returns its seconds."""
         start = time.perf_counter()
         self.state, _ = self.training(self.state, self.batch)
         jax.block_until_ready(self.state)
@@ -95,11 +95,11 @@ class Run:
 
 
 def resident(options: Options, kind: Kind) -> dict[str, int | None]:
-    """Bytes that a few steps take: what the compiler says, and the most that was resident."""
+    """The bytes that a few steps take: the compiler's prediction, and the resident peak."""
     run = Run(options, kind)
     like = run.training.like
     said = step_memory(run.compiled, like.params, like.opt_state).peak
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     run.start()
     for _ in range(3):
@@ -108,24 +108,24 @@ def resident(options: Options, kind: Kind) -> dict[str, int | None]:
 
 
 def _status(name: str) -> int:
-    """Bytes, from what Linux knows of this process."""
+    """Reads a number of bytes from Linux's status of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def in_own_process(arguments: Sequence[str], kind: Kind) -> dict[str, int]:
-    """`resident` there."""
+    """Runs `resident` in a new process."""
     command = [sys.executable, "-m", "benchmarks.release", *arguments, "--only", kind]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def measure(options: Options, arguments: Sequence[str]) -> list[dict[str, Any]]:
-    """A record of each kind."""
+    """Returns a record for each kind of step."""
     sizes = [in_own_process(arguments, kind) for kind in KINDS]
     runs = [Run(options, kind) for kind in KINDS]
     for run in runs:
         run.start()
-        run.step()  # warms up
+        run.step()  # warm-up
     rounds = [[run.step() for run in runs] for _ in range(options.repeats)]
     tokens = options.batch_size * options.seq_len
     return [

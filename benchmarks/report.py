@@ -1,4 +1,4 @@
-"""Measurements of a benchmark and their results: a JSON file, and a plot beside it."""
+"""Saves the results of a benchmark as a JSON file and a plot."""
 
 import json
 import statistics
@@ -11,14 +11,14 @@ GIB = 2**30
 
 
 def save(report: dict[str, Any], path: Path, plot: Callable[[Path], None] | None = None) -> None:
-    """Writes a report, making its directory, and a PNG of the same name.
+    """Writes a report, and a PNG of the same name, and creates their directory.
 
-    The file is whole at every moment: a run that is stopped loses nothing it had written.
+    The file is replaced atomically: a run that is stopped loses nothing that it had written.
 
     Args:
-      report: JSON-serialisable.
+      report: a JSON-serialisable dict.
       path: the JSON file.
-      plot: draws the image file it is given.
+      plot: draws the image file with the given path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.new")
@@ -29,7 +29,7 @@ def save(report: dict[str, Any], path: Path, plot: Callable[[Path], None] | None
 
 
 def milliseconds(run: Callable[[], Any]) -> float:
-    """The time of a function that waits for what it starts."""
+    """Times a function that waits for its own results."""
     start = time.perf_counter()
     run()
     return 1e3 * (time.perf_counter() - start)

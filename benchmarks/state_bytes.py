@@ -1,4 +1,4 @@
-"""The bytes of state that each optimizer keeps for whole models, embedding and head included.
+"""Counts the bytes of state of each optimizer for whole models, embedding and head included.
 
     python -m benchmarks.state_bytes [--models 60m 7b] [--optimizers adamw adafactor ...]
 
@@ -28,8 +28,8 @@ class Options(NamedTuple):
 
     Attributes:
       optimizers: names known to `memopt.optimizer`; by default AdamW and memopt's own.
-      models: presets whose shapes are taken; the last one's bytes order the optimizers.
-      output: the JSON file; the plot stands beside it.
+      models: presets whose shapes are used; optimizers are sorted by the bytes of the last one.
+      output: the JSON file; the plot has the same name.
     """
 
     optimizers: tuple[str, ...] = ("adamw", *memopt.available("memopt"))
@@ -38,7 +38,7 @@ class Options(NamedTuple):
 
 
 def count(name: str, model: str) -> dict[str, Any]:
-    """Bytes one optimizer keeps for one model with float32 parameters."""
+    """Counts the bytes that one optimizer keeps for one model with float32 parameters."""
     shapes = model_shapes(model, "float32")
     table = memopt.state_bytes(memopt.optimizer(name, LEARNING_RATE), shapes)
     hidden = sum(size for leaf, size in table.states.items() if leaf.startswith("blocks/"))
@@ -54,7 +54,7 @@ def count(name: str, model: str) -> dict[str, Any]:
 def table(results: Sequence[dict[str, Any]]) -> Table:
     """The records as a table for the terminal."""
     shown = Table(title="Optimizer state, float32, embedding and head included")
-    for column in ("model", "optimizer", "state MB", "of it blocks", "bytes a parameter"):
+    for column in ("model", "optimizer", "state MB", "blocks MB", "bytes per parameter"):
         shown.add_column(column, justify="left" if column in ("model", "optimizer") else "right")
     for r in results:
         shown.add_row(
@@ -68,7 +68,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars of bytes a parameter for each model, blocks and the rest apart."""
+    """Draws the bytes per parameter of each model as bars, divided into blocks and the rest."""
     from matplotlib.figure import Figure
 
     models = list(dict.fromkeys(r["model"] for r in results))
@@ -86,7 +86,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
         for i, total in enumerate(h + r for h, r in zip(hidden, rest, strict=True)):
             axes.annotate(f" {total:.3g}", (total, i), va="center", fontsize=8)
         axes.set(title=f"LLaMA-{model}", xlabel="state bytes a parameter", xlim=(0, 9.5))
-    axes.invert_yaxis()  # of all: they share it
+    axes.invert_yaxis()  # all subplots share this axis
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
 

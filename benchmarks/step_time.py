@@ -1,11 +1,11 @@
-"""The time of a step of each optimizer, side by side in one process.
+"""Compares the time of a step of each optimizer in one process.
 
     python -m benchmarks.step_time [--model 60m] [--repeats 20] [--optimizers adamw lion ...]
 
 A step is one jitted ``update`` and ``apply_updates`` with donated parameters and state, on the
-shapes of a model and fixed gradients; no forward and no backward pass. All optimizers take turns,
-round after round, so that whatever else the machine does falls on all of them, and each time is
-divided by AdamW's of the same round. Torch's optimizers stand beside where they are installed.
+shapes of a model and fixed gradients, without forward and backward pass. The optimizers are timed
+in turn in each round, so that other load on the machine affects all of them, and each time is
+divided by AdamW's in the same round. Torch's optimizers are included if they are installed.
 
 Prints a table and writes it as JSON, with a plot of the same name.
 """
@@ -56,13 +56,13 @@ class Options:
     """What to measure.
 
     Attributes:
-      optimizers: names known to `memopt.optimizer`, also with _8bit at their end for a state of
-        int8, and torch_adamw, torch_adafactor, torch_lion, torch_apollo, torch_apollo_mini; by
-        default the methods of memopt, their baselines, and of torch's what is installed.
-      model: the preset whose shapes are taken.
-      dtype: of parameters and gradients.
-      repeats: rounds that are timed.
-      output: the JSON file; the plot stands beside it.
+      optimizers: names known to `memopt.optimizer`, with the suffix _8bit for int8 state, and
+        torch_adamw, torch_adafactor, torch_lion, torch_apollo, torch_apollo_mini; by default the
+        methods of memopt, their baselines, and those of torch that are installed.
+      model: the preset whose shapes are used.
+      dtype: the dtype of parameters and gradients.
+      repeats: the number of timed rounds.
+      output: the JSON file; the plot has the same name.
     """
 
     optimizers: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ class Options:
 
 
 def contenders(options: Options) -> list[Contender]:
-    """Builds all that take part, the baseline first."""
+    """Builds all optimizers to compare, the baseline first."""
     names = options.optimizers or (*DEFAULTS, *torch_optimizers.installed())
     for name in names:
         method = name.removesuffix(EIGHT_BITS)
@@ -87,7 +87,7 @@ def contenders(options: Options) -> list[Contender]:
 
 
 def optimizer(name: str) -> tuple[str, optax.GradientTransformation]:
-    """The library and ``memopt.optimizer(name)``, or that with its state in int8."""
+    """The library and ``memopt.optimizer(name)``, with int8 state if the name ends in _8bit."""
     method = name.removesuffix(EIGHT_BITS)
     tx = memopt.optimizer(method, learning_rate=LEARNING_RATE)
     tx = tx if method == name else memopt.quantize_state(tx)
@@ -97,7 +97,7 @@ def optimizer(name: str) -> tuple[str, optax.GradientTransformation]:
 def describe(
     benchmark: str, arguments: Sequence[str], shapes: Any, model: str, dtype: str, repeats: int
 ) -> dict[str, Any]:
-    """The run, its machine and the versions."""
+    """Describes the run, the machine and the versions."""
     packages = ("memopt", "jax", "jaxlib", "optax", "torch", "apollo-torch", "lion-pytorch")
     leaves = jax.tree.leaves(shapes)
     return {
@@ -138,7 +138,7 @@ def table(report: dict[str, Any], baseline: str = "optax.adamw") -> Table:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Bars of the ratios, whiskers from least to largest, one colour a library."""
+    """Draws the ratios as bars with whiskers from minimum to maximum, coloured by library."""
     from matplotlib.figure import Figure
 
     results = report["results"]

@@ -1,4 +1,4 @@
-"""Torch's optimizers and the authors' own code, to stand beside ours where they are installed.
+"""Torch's optimizers and the authors' own code, for comparison if they are installed.
 
 Needs torch, and for some names apollo-torch (with bitsandbytes) or lion-pytorch.
 """
@@ -13,8 +13,8 @@ class TorchOptimizer(NamedTuple):
     """One of torch's optimizers.
 
     Attributes:
-      package: the module that holds it.
-      build: makes it from the hidden matrices, the other parameters and a learning rate.
+      package: the module that contains it.
+      build: builds it from the hidden matrices, the other parameters and a learning rate.
     """
 
     package: str
@@ -64,7 +64,7 @@ TORCH_OPTIMIZERS = {
 
 
 def installed() -> tuple[str, ...]:
-    """The names of `TORCH_OPTIMIZERS` whose packages are there."""
+    """The names in `TORCH_OPTIMIZERS` whose packages are installed."""
     return tuple(
         name
         for name, (package, _) in TORCH_OPTIMIZERS.items()
@@ -76,11 +76,11 @@ class TorchParameters:
     """One set of torch parameters with fixed gradients, for several optimizers in turn.
 
     Args:
-      hidden: shapes ``(*stack, in, out)`` of the hidden matrices; each matrix of a stack becomes
-        a parameter (out, in) of its own, as torch models have them.
+      hidden: shapes ``(*stack, in, out)`` of the hidden matrices; each matrix of a stack becomes a
+        separate parameter (out, in), as in torch models.
       rest: shapes of the other parameters.
-      dtype: of both.
-      device: where they are, "cpu" or "cuda".
+      dtype: the dtype of all parameters.
+      device: their device, "cpu" or "cuda".
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class TorchParameters:
         self.rest = [parameter(shape) for shape in rest]
 
     def optimizer(self, name: str, learning_rate: float) -> Any:
-        """The optimizer of that name, its state already there.
+        """Builds the optimizer of that name and initializes its state.
 
         Raises:
           ValueError: if it is not installed.
@@ -129,7 +129,7 @@ class TorchParameters:
 
 
 def state_bytes(optimizer: Any) -> int:
-    """Bytes of all tensors in a torch optimizer's state, those in a projector's fields too."""
+    """The bytes of all tensors in a torch optimizer's state, including a projector's fields."""
     return sum(t.nbytes for state in optimizer.state.values() for t in _tensors(state))
 
 

@@ -1,14 +1,14 @@
-"""The bytes that a step of each optimizer moves in a TPU's memory, by the TPU's own compiler.
+"""Counts the bytes that a step of each optimizer moves in a TPU's memory, by the TPU's compiler.
 
     python -m benchmarks.traffic [--optimizer apollo] [--layout list] [--dtype bfloat16] [--explain]
 
 A step is one jitted ``update`` and ``apply_updates`` with donated parameters and state, on the
-hidden matrices of four LLaMA-7b blocks, compiled for one chip; nothing is run, and no TPU is
+hidden matrices of four LLaMA-7b blocks, compiled for one chip. Nothing is run, and no TPU is
 needed, only libtpu (the extra `aot`). Its bytes accessed are divided by those of the parameters.
 
-They are those of the chip's main memory: its fast memory is left to kernels. By itself the compiler
-also keeps arrays there where they fit, and then counts twice and more what it copies there first,
-to read it from there; ``--cache`` lets it.
+Only the chip's main memory is counted: its fast memory is reserved for kernels. By default the
+compiler also keeps arrays that fit in fast memory, and then counts their bytes twice or more, for
+the copy and for reads; ``--cache`` allows this.
 
 Without ``--optimizer`` it measures a list, prints a table and writes it as JSON, with a plot.
 """
@@ -44,7 +44,7 @@ KERNELS = dict.fromkeys("qkvo", (D, D)) | {"gate": (D, FF), "up": (D, FF), "down
 BASELINES = ("adamw", "optax_adafactor", "optax_lion")
 NO_CACHE: dict[str, str | bool] = {
     "xla_tpu_scoped_vmem_limit_kib": str(2**17)
-}  # all of the fast memory, to kernels
+}  # reserves all of the fast memory for kernels
 LEARNING_RATE = 1e-3
 EXPLAINED = 40
 
@@ -54,15 +54,15 @@ class Options(NamedTuple):
 
     Attributes:
       optimizer: a name known to `memopt.optimizer`; by default a list of them, one by one.
-      layout: the blocks as one array a kernel, or as a list of arrays.
-      dtype: of parameters and gradients.
-      chip: what to compile for.
-      rank: of the methods whose rank is a fraction by default; APOLLO-Mini's is its own.
-      state: how the optimizer's state is stored; by default as the method does.
-      cache: let the compiler keep arrays in fast memory, as it does by itself.
+      layout: "stacked" for one array per kernel, "list" for one array per kernel and block.
+      dtype: the dtype of parameters and gradients.
+      chip: the chip to compile for.
+      rank: the rank of methods whose rank is a fraction by default; APOLLO-Mini keeps its own.
+      state: how the optimizer's state is stored; by default as in the method.
+      cache: let the compiler keep arrays in fast memory, as it does by default.
       json: print one JSON object instead of a table.
-      explain: print what moves the most bytes, too.
-      output: the JSON file of a list; the plot stands beside it.
+      explain: also print the instructions that move the most bytes.
+      output: the JSON file of a list; the plot has the same name.
     """
 
     optimizer: str | None = None
@@ -78,7 +78,7 @@ class Options(NamedTuple):
 
 
 def one_chip(chip: str) -> NamedSharding:
-    """Whole arrays on one chip; the mesh says that there is no other."""
+    """A sharding of unsplit arrays on a mesh of one chip."""
     return NamedSharding(Mesh(devices(chip), "chip"), jax.P())
 
 
@@ -93,13 +93,13 @@ def blocks(layout: str, dtype: str) -> Any:
 
 
 def compared() -> list[str]:
-    """Baselines and memopt's methods, but those that no step leaves without a refresh."""
+    """Baselines and memopt's methods, except those that refresh at every step."""
     always = [name for name, method in METHODS.items() if method.defaults.get("refresh_every") == 1]
     return [*BASELINES, *(name for name in memopt.available("memopt") if name not in always)]
 
 
 def method_options(name: str, rank: int) -> dict[str, Any]:
-    """The rank, for whichever method of memopt has one to choose."""
+    """The rank, for a method of memopt that lets users choose it."""
     return {"rank": rank} if name in METHODS and METHODS[name].has_free_rank else {}
 
 
@@ -110,7 +110,7 @@ def compile_step(
     *,
     cache: bool = False,
 ) -> jax.stages.Compiled:
-    """A step without a refresh, on arrays placed as `sharding` says."""
+    """Compiles a step without a refresh, on arrays with the given sharding."""
     place = lambda tree: jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
     )
@@ -123,7 +123,7 @@ def compile_step(
         return state._replace(scales=(scales, *jax.tree.map(jnp.ones_like, octaves)))
 
     def step(params: Any, state: Any, gradients: Any) -> Any:
-        # Every row's octave is known, too, so that nothing is due to be fitted anew.
+        # Every row's octave is set too, so that no scales need to be fitted again.
         state = jax.tree.map(with_known_octaves, between_refreshes(state), is_leaf=is_quantized)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
@@ -166,15 +166,15 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], jax.stages.Com
 
 _MOVES_NOTHING = {
     *("parameter", "constant", "bitcast", "tuple", "get-tuple-element"),
-    *("while", "conditional", "call"),  # what they call does
+    *("while", "conditional", "call"),  # only the computations that they call move bytes
 }
 
 
 def movers(text: str | None) -> list[tuple[int, str]]:
-    """Bytes that each instruction moves, the largest first, and what it is.
+    """Lists the bytes that each instruction moves, the largest first, with a description.
 
-    Of a fusion these are all its operands and results in the chip's main memory: too much where
-    it reads a part of one. Bodies of loops are left out.
+    For a fusion, all operands and results in the chip's main memory are counted, which is too much
+    if it reads only a part of one. Bodies of loops are ignored.
     """
     computations, entry = hlo.parse(text or "")
     sizes: dict[str, int] = {}
@@ -213,7 +213,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars of the traffic, one colour a library."""
+    """Draws the traffic as bars, with a colour for each library."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 0.9 + 0.32 * len(results)), layout="constrained")
@@ -233,7 +233,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures, prints and, of a list, writes the files."""
+    """Measures, prints and, for a list, writes the files."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
     names = [options.optimizer] if options.optimizer else compared()
     console = Console()

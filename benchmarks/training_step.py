@@ -1,4 +1,4 @@
-"""A training step of a LLaMA, ordinary or released, on any devices: real ones or a compiler's."""
+"""A LLaMA's ordinary or released training step, on real devices or devices to compile for."""
 
 import dataclasses
 import math
@@ -28,15 +28,15 @@ class Options(NamedTuple):
       model: a preset.
       optimizer: a name known to `memopt.optimizer`.
       release: update each block while the backward pass runs; otherwise blocks are rematerialised.
-      weights: how the parameters are stored; by default as they are.
-      state: how the optimizer's state is stored; by default as the method does.
-      dtype: of parameters and activations.
+      weights: how the parameters are stored; by default not quantised.
+      state: how the optimizer's state is stored; by default as in the method.
+      dtype: the dtype of parameters and activations.
       mesh: axes and their sizes, such as "fsdp=16"; by default one device.
-      batch_size: rows, of all devices together.
-      seq_len: tokens a row.
-      accumulation: in how many micro-batches the batch is worked through.
-      refresh: whether the step may be one that refreshes a subspace.
-      learning_rate: constant.
+      batch_size: rows over all devices.
+      seq_len: tokens per row.
+      accumulation: the number of micro-batches per batch.
+      refresh: whether the step may refresh a subspace.
+      learning_rate: the constant learning rate.
     """
 
     model: str
@@ -59,17 +59,17 @@ class Options(NamedTuple):
 
 
 class TrainingStep:
-    """A step that `memopt pretrain` would take with these options.
+    """The step of `memopt pretrain` with these options.
 
-    Called, it maps a state, which is donated, and a batch to a state and metrics.
+    A call maps a state, which is donated, and a batch to the new state and metrics.
 
     Args:
-      options: its options.
-      devices: at least as many as the mesh has.
+      options: the options of the step.
+      devices: at least as many devices as the mesh has.
 
     Attributes:
       config: the model's shapes and options.
-      setup: the step and all that it is compiled from.
+      setup: the step and its inputs for compilation.
       like: the shapes and shardings of its state.
     """
 
@@ -111,13 +111,13 @@ class TrainingStep:
             return self.setup.jitted(state, batch)
 
     def compile_init(self, seed: int = 0) -> jax.stages.Compiled:
-        """The compiled function that makes the first state."""
+        """Compiles the function that initializes the state."""
         with jax.set_mesh(self.setup.mesh):
             return self.setup.jit_init(seed).lower().compile()
 
 
 def without_refresh(step: Step) -> Step:
-    """The step, compiled as one between two refreshes of a subspace."""
+    """Returns the step as it is between two refreshes of a subspace."""
 
     def between(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         return step(state._replace(opt_state=between_refreshes(state.opt_state)), batch)

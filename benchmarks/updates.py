@@ -1,4 +1,4 @@
-"""Steps of optimizers alone: updates of a model's parameters, of fixed gradients."""
+"""Times optimizer steps alone, on a model's parameters and fixed gradients."""
 
 import dataclasses
 import math
@@ -26,18 +26,18 @@ Apply = Callable[[Any, Any, jax.Array], Any]
 
 
 class Contender(NamedTuple):
-    """An optimizer ready to step.
+    """A compiled optimizer step.
 
     Attributes:
-      name: its name.
-      library: where it comes from, such as "memopt", "optax" or "torch".
+      name: the optimizer's name.
+      library: its library, such as "memopt", "optax" or "torch".
       step: takes one step and waits for it.
-      state_bytes: bytes of its state.
-      temp_bytes: bytes that a step allocates beside parameters, state and gradients; None if
-        unknown.
-      least_bytes: bytes that a step moves at least: gradients read once, parameters and state read
-        and written once.
-      compile_seconds: seconds that tracing and compiling took; None if nothing is compiled.
+      state_bytes: the bytes of its state.
+      temp_bytes: the bytes that a step allocates in addition to parameters, state and gradients;
+        None if unknown.
+      least_bytes: the minimum of bytes that a step moves: gradients read once, parameters and
+        state read and written once.
+      compile_seconds: seconds for tracing and compiling; None if nothing is compiled.
     """
 
     name: str
@@ -50,14 +50,12 @@ class Contender(NamedTuple):
 
 
 class Parameters:
-    """One set of parameters with fixed gradients; contenders take turns on it.
-
-    Only the optimizers' states add up in memory this way.
+    """One set of parameters with fixed gradients, shared by all contenders to save memory.
 
     Args:
-      shapes: of the parameters, which are their gradients' shapes and dtypes, too.
+      shapes: the shapes and dtypes of parameters and gradients.
       places: their shardings.
-      weights: how the parameters are stored, see `memopt.quantize_params`; None: as they are.
+      weights: how the parameters are stored, see `memopt.quantize_params`; None for not quantised.
     """
 
     def __init__(self, shapes: Any, places: Any, weights: str | None = None) -> None:
@@ -83,13 +81,13 @@ class Parameters:
         tx: optax.GradientTransformation,
         apply: Apply = lambda params, updates, _: optax.apply_updates(params, updates),
     ) -> Contender:
-        """Compiles a step; `memopt.state_sharding` places its state.
+        """Compiles a step, with its state sharded by `memopt.state_sharding`.
 
         Args:
-          name: the contender's.
-          library: where it comes from.
+          name: the contender's name.
+          library: the contender's library.
           tx: the optimizer.
-          apply: maps parameters, updates and the number of steps taken to the new parameters.
+          apply: maps parameters, updates and the number of previous steps to the new parameters.
         """
 
         def one_step(params: Any, state: Any, count: jax.Array, gradients: Any) -> Any:
@@ -120,13 +118,13 @@ class Parameters:
 
 
 def on_one_device(shapes: Any, weights: str | None = None) -> Parameters:
-    """Parameters that are whole on the first device."""
+    """Returns unsplit parameters on the first device."""
     here = NamedSharding(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,)), jax.P())
     return Parameters(shapes, jax.tree.map(lambda _: here, shapes), weights)
 
 
 def optax_muon(learning_rate: float) -> optax.GradientTransformation:
-    """Optax's Muon, to which each layer of a stack is a matrix; with AdamW for what is no stack."""
+    """Optax's Muon with each layer of a stack as a matrix, and AdamW for other parameters."""
     dimensions = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
 
     def choose(params: Any) -> Any:
@@ -136,10 +134,10 @@ def optax_muon(learning_rate: float) -> optax.GradientTransformation:
 
 
 def between_refreshes(state: Any) -> Any:
-    """An optimizer's state with every count the constant 1.
+    """Replaces every count in an optimizer's state by the constant 1.
 
-    The compiler then knows that no refresh is due and drops the conditionals, of which it would
-    otherwise count a branch each, taken or not.
+    The compiler then knows that the step does not refresh, and removes the conditionals;
+    otherwise it would count a branch of each, whether taken or not.
     """
     is_count = lambda x: x.shape == () and x.dtype == jnp.int32
     return jax.tree.map(lambda x: jnp.ones_like(x) if is_count(x) else x, state)
@@ -148,7 +146,7 @@ def between_refreshes(state: Any) -> Any:
 def torch_contenders(
     shapes: Any, dtype: str, names: Sequence[str], device: str = "cpu"
 ) -> list[Contender]:
-    """Torch's optimizers on the same shapes."""
+    """Builds torch's optimizers on the same shapes."""
     if not names:
         return []
     leaves = [(leaf_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(shapes)]
@@ -171,17 +169,17 @@ def torch_contenders(
 
 
 def model_shapes(model: str, dtype: Literal["float32", "bfloat16"]) -> Any:
-    """The parameters of a preset as shapes."""
+    """The shapes of a preset's parameters."""
     config = dataclasses.replace(llama.preset(model), param_dtype=dtype)
     return llama.abstract_params(config)
 
 
 def measure(found: Sequence[Contender], repeats: int) -> list[dict[str, Any]]:
-    """Milliseconds of each step, and how they compare with the first contender's, as records."""
+    """Records the milliseconds of each step, and their ratio to the first contender's."""
     times: list[list[float]] = [[] for _ in found]
     for _ in track(range(repeats + 2), description="rounds", transient=True):
         for contender, taken in zip(found, times, strict=True):
-            time.sleep(0.01)  # threads of the one before spin on for a while
+            time.sleep(0.01)  # threads of the previous one may still be spinning
             taken.append(milliseconds(contender.step))
     times = [taken[2:] for taken in times]  # the first rounds warm up
     return [

@@ -58,7 +58,7 @@ from memopt.transforms import unshard_short_side as unshard_short_side
 
 try:
     __version__ = _version("memopt")
-except _PackageNotFoundError:  # a checkout on the path that is not installed
+except _PackageNotFoundError:  # imported from a checkout that is not installed
     __version__ = "unknown"
 
 __getattr__ = renamed.finder(

@@ -1,4 +1,4 @@
-"""`python -m memopt` is the command `memopt`."""
+"""Runs the command `memopt` as `python -m memopt`."""
 
 from memopt.cli.main import main
 

@@ -1,7 +1,7 @@
-"""Rows and columns of the parameters in a tree.
+"""Finds the rows and columns of the parameters in a tree.
 
-They follow from axis names in the boxes of other libraries, else from the module that a parameter
-is in, else they are its last two axes.
+They are determined by the axis names in boxes of other libraries, or else by the parameter's
+module, or else they are the last two axes.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ from memopt.names import VECTOR, Entry, attention_part, kind_of, words
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """Names the axes of an array that are a matrix's rows and columns.
+    """The axes of an array that are the rows and columns of a matrix.
 
-    Every axis that is not named is a *stack*: an array is as many separate matrices as its
-    stack has entries (scanned layers, experts), and every transform of memopt treats each of
-    them on its own, in one batched operation.
+    All other axes are *stack* axes: the array is a stack of separate matrices (scanned layers,
+    experts), and every transformation of memopt treats each of them separately, in one batched
+    operation.
 
-    Rows are taken for inputs and columns for outputs, which matters to Muon's scale and to the
-    choice of the side that a subspace projects in square matrices; see `memopt.out_in`.
+    Rows are assumed to be inputs and columns outputs, which matters for Muon's scale and for the
+    side that a subspace projects in square matrices; see `memopt.out_in`.
 
     Attributes:
       rows: the axis, or axes, that index rows; negative ones count from the end.
@@ -39,7 +39,7 @@ class Matrix:
 
 
 def as_tuple(side: int | Sequence[int]) -> tuple[int, ...]:
-    """The axes of a side of a `Matrix`."""
+    """The axes of one side of a `Matrix`, as a tuple."""
     return tuple(side) if isinstance(side, Sequence) else (side,)
 
 
@@ -57,7 +57,7 @@ LAST_TWO = Axes(Matrix(), "its last two axes")
 
 
 def axes_of(entries: Sequence[Entry]) -> dict[str, Axes]:
-    """Rows and columns of those parameters for which they are not simply the last two axes."""
+    """Finds rows and columns for the parameters whose axes are not simply the last two."""
     found = {}
     for e in entries:
         matrix, settled = _by_axis_names(e.axes or ())
@@ -68,21 +68,21 @@ def axes_of(entries: Sequence[Entry]) -> dict[str, Axes]:
 
 
 LAYER_AXES = frozenset({"layer", "layers"})
-"""Names that only an axis of layers has; others may be a mesh's."""
+"""Names that are only used for an axis of layers; other names may be those of mesh axes."""
 
 STACK_AXES = LAYER_AXES | {"block", "blocks", "stack", "scan", "stage", "stages", "repeats"}
 STACK_AXES |= {"circular_repeats", "qkv", "exp", "expert", "experts", "num_experts"}
-"""Names of axes that count matrices."""
+"""Names of stack axes."""
 
 HEAD_AXES = frozenset(
     {"head", "heads", "num_heads", "q_heads", "kv_head", "kv_heads", "num_kv_heads"}
     | {"q_heads_per_group", "kv", "head_dim", "head_size", "kv_head_dim", "d_head"}
 )
-"""Names of axes that count heads or are inside a head; together they are one side of a matrix."""
+"""Names of axes of heads or inside a head; together they form one side of a matrix."""
 
 
 def _by_axis_names(names: tuple[str | None, ...]) -> tuple[Matrix | None, bool]:
-    """Rows and columns by the names of axes, None for a vector; and whether the names settle it.
+    """Rows and columns by axis names, None for a vector; and whether the names determine them.
 
     Example:
       >>> _by_axis_names(("embed", "layers", "q_heads", "kv"))
@@ -107,10 +107,11 @@ def _by_axis_names(names: tuple[str | None, ...]) -> tuple[Matrix | None, bool]:
 
 
 def _attention(entries: Sequence[Entry]) -> dict[str, Axes]:
-    """Rows and columns of attention kernels whose heads have axes of their own.
+    """Rows and columns of attention kernels with separate axes for heads.
 
-    The output is then (heads, head_dim, d) and the query (d, heads, head_dim); stacked dense
-    kernels are (…, n, d) and (…, d, n). Gemma names its kernels "einsum" and puts heads first.
+    Such an output kernel is (heads, head_dim, d) and the query kernel (d, heads, head_dim); stacked
+    dense kernels are (…, n, d) and (…, d, n). Gemma names its kernels "einsum" and puts heads
+    first.
     """
     modules: dict[str, dict[str, list[Entry]]] = {}
     found: dict[str, Axes] = {}
@@ -135,11 +136,11 @@ def _attention(entries: Sequence[Entry]) -> dict[str, Axes]:
 def _one_attention(
     module: str, kinds: Mapping[str, Sequence[Entry]], entries: Sequence[Entry]
 ) -> dict[str, Axes]:
-    """Rows and columns of one module's kernels, from the shapes of its output and its query."""
+    """Rows and columns of one module's kernels, from the shapes of its output and query."""
     inputs = [*kinds.get("query", ()), *kinds.get("key and value", ())]
     outputs = kinds.get("output", ())
     if not inputs:
-        return {}  # an output alone, of an MLP say
+        return {}  # an output without a query, for example of an MLP
     query = inputs[0]
     if not outputs:
         return _in_doubt(inputs, f"no output beside {query.name!r} tells heads from layers")
@@ -175,26 +176,26 @@ def _one_attention(
 
 
 def _in_doubt(entries: Sequence[Entry], doubt: str) -> dict[str, Axes]:
-    """Keeps the last two axes, with a doubt if the axis before them may be the model's width."""
+    """Uses the last two axes, with a doubt if the axis before them may be the model's width."""
     names = [e.name for e in entries if e.shape[-3] > e.shape[-2]]
     axes = LAST_TWO._replace(doubt=doubt, otherwise=Matrix(-3, (-2, -1)), alike=tuple(names))
     return dict.fromkeys(names, axes)
 
 
 def _stacks(ndim: int) -> list[tuple[int, ...]]:
-    """Candidates for the stack of an array with three other axes: its first axes, or axis 1."""
+    """Candidate stack axes of an array with three other axes: the first axes, or axis 1."""
     return [tuple(range(ndim - 3)), *([(1,)] if ndim == 4 else [])]
 
 
 def _to_heads(shape: tuple[int, ...], stack: tuple[int, ...], heads: int) -> Matrix | None:
-    """Rows and columns of a (d, heads, head_dim) kernel, or None if it has other heads.
+    """Rows and columns of a (d, heads, head_dim) kernel, or None if the heads do not match.
 
-    A fused (d, 3, heads, head_dim), or (3, d, heads, head_dim), is a stack of three.
+    A fused (d, 3, heads, head_dim) or (3, d, heads, head_dim) kernel is a stack of three.
 
     Args:
-      shape: of the array.
-      stack: axes of layers.
-      heads: those of the output; keys and values may share them.
+      shape: the shape of the array.
+      stack: the axes of layers.
+      heads: the number of the output's heads; keys and values may have fewer.
     """
     core = [a for a in range(len(shape)) if a not in stack]
     if len(core) < 3 or shape[core[-2]] == 0 or heads % shape[core[-2]]:
@@ -209,7 +210,7 @@ def _around(module: str) -> str:
 
 
 def _is_stacked(prefix: str, layers: int, entries: Sequence[Entry]) -> bool | None:
-    """Whether the norms and biases of a block have this many layers first; None if it has none."""
+    """Whether a block's norms and biases have a first axis of layers; None if it has neither."""
     kind = lambda e: (kind_of(e.name) or ("",))[0]
     vectors = [e.shape for e in entries if e.name.startswith(prefix) and kind(e) == VECTOR]
     return all(len(s) > 1 and s[0] == layers for s in vectors) if vectors else None
@@ -230,7 +231,7 @@ def _scanned_along(
 
 
 def _low_rank_pairs(entries: Sequence[Entry]) -> dict[str, Axes]:
-    """Rows and columns of LoRA's A and B, which share the rank as A's last and B's first axis."""
+    """Rows and columns of LoRA's A and B: the rank is the last axis of A and the first of B."""
     by_name = {e.name: e for e in entries}
     found = {}
     for name, a in by_name.items():
@@ -254,7 +255,7 @@ _CONVOLUTION = re.compile(r"(?:^|_)conv(?:_?([123])_?d)?(_transpose$|$|_)")
 
 
 def _convolutions(entries: Sequence[Entry]) -> dict[str, Axes]:
-    """Rows and columns of convolutions; outputs are the last axis, of a "weight" the first."""
+    """Rows and columns of convolutions; outputs are the last axis, or the first of a "weight"."""
     found = {}
     for e in entries:
         *modules, last = e.name.split("/")

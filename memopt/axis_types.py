@@ -1,8 +1,8 @@
-"""The one way out of Explicit axes.
+"""Runs functions of arrays on Explicit mesh axes under Auto axes.
 
 JAX puts the sharding of an array over Explicit mesh axes into its type, and every operation must
-say, or infer, the type of its result. memopt computes under Auto axes, where the compiler decides,
-and returns arrays typed as those it was given.
+infer, or be given, the type of its result. memopt computes under Auto axes, where the compiler
+chooses shardings, and returns arrays with the types of those it was given.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,13 +13,13 @@ from jax.sharding import AxisType, NamedSharding
 
 
 def on_auto_axes(f: Callable[..., Any], args: Sequence[Any], like: Any) -> Any:
-    """Computes ``f(*args)`` under Auto axes, with results sharded as `like` is.
+    """Computes ``f(*args)`` under Auto axes, with results sharded like `like`.
 
-    Without Explicit axes it is ``f(*args)``. No mesh need be set.
+    Without Explicit axes this is ``f(*args)``. No mesh need be set.
 
     Args:
       f: any traceable function.
-      args: its arguments, trees of arrays and of anything else.
+      args: its arguments, trees of arrays and other objects.
       like: a tree with the structure of the result, of arrays, shapes or ``jax.P``.
 
     Example:
@@ -55,11 +55,11 @@ def on_auto_axes(f: Callable[..., Any], args: Sequence[Any], like: Any) -> Any:
 
 
 def explicit_mesh(arrays: Sequence[jax.Array]) -> Any:
-    """The mesh with Explicit axes that arrays are on, None if there is none."""
+    """The mesh with Explicit axes that arrays are on, or None."""
     meshes = (jax.typeof(x).sharding.mesh for x in arrays)
     return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
 
 
 def spec_of(x: Any) -> jax.P:
-    """The Explicit mesh axes that split each axis of an array, as its type says."""
+    """The Explicit mesh axes that split each axis of an array, from its type."""
     return jax.typeof(x).sharding.spec

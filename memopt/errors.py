@@ -1,4 +1,4 @@
-"""One-sentence errors that name the argument, what was given and what is allowed."""
+"""Checks whose errors name the argument, the given value and what is allowed."""
 
 import difflib
 import inspect
@@ -11,10 +11,10 @@ import numpy as np
 
 
 def check_choice(argument: str, given: Any, allowed: Iterable[Any]) -> None:
-    """Raises unless `given` is one of `allowed`, suggesting the nearest.
+    """Raises unless `given` is one of `allowed`, and suggests the closest.
 
     Raises:
-      ValueError: naming the argument, the nearest allowed value and all of them.
+      ValueError: names the argument, the closest allowed value and all allowed values.
 
     Example:
       >>> check_choice("side", "rihgt", ["left", "right"])
@@ -31,25 +31,27 @@ def check_choice(argument: str, given: Any, allowed: Iterable[Any]) -> None:
 
 
 def check_at_least(argument: str, given: Any, least: float) -> None:
-    """Raises if `given` is a number below `least`; a traced value passes.
+    """Raises if `given` is a number below `least`; traced values are not checked.
 
     Raises:
-      ValueError: naming the argument, the value given and the least allowed.
+      ValueError: names the argument, the given value and the smallest allowed one.
     """
     if isinstance(given, numbers.Real) and not float(given) >= least:
         raise ValueError(f"{argument} must be at least {least}, got {given}.")
 
 
 def check_unused(function: Callable[..., Any], why: str, **given: Any) -> None:
-    """Raises unless arguments that have no effect are at their defaults; traced values pass.
+    """Raises unless arguments without effect have their default values.
+
+    Traced values are not checked.
 
     Args:
-      function: whose arguments they are.
+      function: the function that has these arguments.
       why: the reason why they have no effect.
-      **given: their values.
+      **given: the given values.
 
     Raises:
-      ValueError: naming the argument, why it has no effect, and the value given.
+      ValueError: names the argument, why it has no effect, and the given value.
 
     Example:
       >>> def draw(seed=0): ...
@@ -59,7 +61,7 @@ def check_unused(function: Callable[..., Any], why: str, **given: Any) -> None:
     """
     parameters = inspect.signature(function).parameters
     for name, value in given.items():
-        try:  # by numpy: jnp would trace the comparison of known values, too
+        try:  # NumPy, because under jit jnp would trace the comparison even of concrete values
             differs = bool(np.any(np.asarray(value) != parameters[name].default))
         except jax.errors.TracerArrayConversionError:
             continue
@@ -68,4 +70,4 @@ def check_unused(function: Callable[..., Any], why: str, **given: Any) -> None:
 
 
 class IncompatiblePairingError(ValueError):
-    """A projector, a recombination and a rule for refreshes that make no sense together."""
+    """Raised if a projector, a recombination and a refresh rule cannot be combined."""

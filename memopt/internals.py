@@ -1,6 +1,6 @@
-"""Non-public API of JAX and Grain, used from this file alone.
+"""Wrappers of all non-public API of JAX and Grain that memopt uses.
 
-A new release may change any of it; `tests/test_internals.py` then says what.
+A new release may change any of it; `tests/test_internals.py` shows what has changed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def trace(f: Callable[..., Any], *args: Any) -> Program:
-    """The program of a function, as JAX traces it on arrays or their shapes.
+    """Traces a function on arrays or their shapes.
 
     Args:
-      f: any function that JAX can trace; arrays that it closes over are constants of the program.
+      f: any function that JAX can trace; arrays that it closes over become constants.
       *args: trees of arrays or of `jax.ShapeDtypeStruct`.
 
     Returns:
-      A program of flat inputs and outputs, in the order of `jax.tree.leaves`.
+      A program with flat inputs and outputs, in the order of `jax.tree.leaves`.
 
     Example:
       >>> program = trace(lambda x, y: (2 * x, x + y), 1.0, 2.0)
@@ -37,11 +37,11 @@ def trace(f: Callable[..., Any], *args: Any) -> Program:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A traced function of flat inputs and outputs.
+    """A traced function with flat inputs and outputs.
 
     Attributes:
-      inputs: its variables.
-      outputs: the variables that it returns, None for a number written into the program.
+      inputs: the input variables.
+      outputs: the output variables, with None for a literal.
     """
 
     inputs: Sequence[Any]
@@ -50,12 +50,12 @@ class Program:
     _consts: Sequence[Any]
 
     def needed(self, outputs: Iterable[int] | None = None) -> Part:
-        """Returns the part of the program that computes some outputs, in scans and branches too.
+        """Returns the part of the program that computes some outputs, also inside control flow.
 
-        Cutting a jaxpr is public API in no release.
+        No release of JAX has a public function for this dead-code elimination.
 
         Args:
-          outputs: their numbers, in ascending order; all, if not given.
+          outputs: the indices of the outputs, in ascending order; by default all.
 
         Example:
           >>> trace(lambda x, y: x, 1.0, 2.0).needed().reads
@@ -69,7 +69,7 @@ class Program:
         return Part(reads, jaxpr, _where(self._consts, kept))
 
     def equations(self) -> Iterator[Equation]:
-        """The operations of the program, in their order."""
+        """Yields the operations of the program in order."""
         for eqn in self._jaxpr.eqns:
             inputs = [_variable(v) for v in eqn.invars]
             yield Equation(eqn.primitive.name, inputs, eqn.outvars, _inner(eqn))
@@ -80,7 +80,7 @@ class Part:
     """The part of a program that computes some of its outputs.
 
     Attributes:
-      reads: which of the program's inputs it reads.
+      reads: for each input of the program, whether this part reads it.
     """
 
     reads: Sequence[bool]
@@ -88,8 +88,8 @@ class Part:
     _consts: Sequence[Any]
 
     def __call__(self, *inputs: Any) -> list[Any]:
-        """Computes the outputs from all inputs of the program; one that is not read may be None."""
-        # JAX's own jaxpr_as_fun disables the check for NaNs, too.
+        """Computes the outputs from all inputs of the program; unread ones may be None."""
+        # JAX's own jaxpr_as_fun disables the check for NaNs too.
         with jax.debug_nans(False):
             return jax.core.eval_jaxpr(self._jaxpr, self._consts, *_where(inputs, self.reads))
 
@@ -98,10 +98,10 @@ class Equation(NamedTuple):
     """One operation of a program.
 
     Attributes:
-      name: of the primitive, such as ``"add"``.
-      inputs: variables, None for a number written into the program.
-      outputs: variables; each has an `aval` with a shape.
-      inner: the programs that it runs.
+      name: the name of the primitive, such as ``"add"``.
+      inputs: the input variables, with None for a literal.
+      outputs: the output variables; each has an `aval` with a shape.
+      inner: the programs that the operation runs.
     """
 
     name: str
@@ -111,15 +111,15 @@ class Equation(NamedTuple):
 
 
 class Cond(NamedTuple):
-    """One of several programs, by a number that is the first input; they take the rest."""
+    """Runs one of several programs on all inputs but the first, which is the branch's index."""
 
     branches: Sequence[Program]
 
 
 class Scan(NamedTuple):
-    """A program run for each slice: of constants, what is carried and slices, in this order.
+    """Runs a program in a loop over slices.
 
-    It returns what is carried and slices.
+    Its inputs are constants, carry and slices, in this order; its outputs are carry and slices.
     """
 
     body: Program
@@ -128,7 +128,10 @@ class Scan(NamedTuple):
 
 
 class While(NamedTuple):
-    """Two programs: of each its constants are inputs, the test's first, then what is carried."""
+    """Runs a test and a body in a loop.
+
+    The inputs are the constants of the test, the constants of the body, and the carry.
+    """
 
     test: Program
     body: Program
@@ -137,13 +140,13 @@ class While(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A program run once on all inputs: a function compiled, rematerialised, or with a rule."""
+    """Runs a program once on all inputs, as in `jax.jit`, `jax.checkpoint` or `jax.custom_vjp`."""
 
     body: Program
 
 
 def _inner(eqn: Any) -> Cond | Scan | While | Call | None:
-    """The programs that an equation runs. The names of its parameters are not public."""
+    """The programs that an equation runs; the names of its parameters are not public."""
     params = eqn.params
     match eqn.primitive.name:
         case "cond":
@@ -160,20 +163,20 @@ def _inner(eqn: Any) -> Cond | Scan | While | Call | None:
     if called is None:
         return None
     body = _program(called)
-    # A kernel's program, and a reduction's, are of other arrays than the operation's.
+    # The programs of kernels and reductions have other inputs than their operation.
     shapes = lambda inputs: [getattr(v.aval, "shape", None) for v in inputs]
     return Call(body) if shapes(eqn.invars) == shapes(body.inputs) else None
 
 
 def _program(traced: Any) -> Program:
-    """Wraps a ClosedJaxpr, or what replaces it since jax 0.11: a Jaxpr with constants."""
+    """Wraps a ClosedJaxpr or, since jax 0.11, a Jaxpr with constants."""
     jaxpr = getattr(traced, "jaxpr", traced)
     consts = getattr(traced, "consts", ())
     return Program(jaxpr.invars, [_variable(v) for v in jaxpr.outvars], jaxpr, consts)
 
 
 def _variable(v: Any) -> Any:
-    from jax.extend.core import Literal  # late: it imports Pallas
+    from jax.extend.core import Literal  # imported here because it imports Pallas
 
     return None if isinstance(v, Literal) else v
 
@@ -183,10 +186,10 @@ def _where(items: Sequence[Any], chosen: Sequence[bool]) -> list[Any]:
 
 
 def clusters() -> tuple[Any, ...]:
-    """The clusters in which `jax.distributed.initialize` finds other processes by itself.
+    """The clusters in which `jax.distributed.initialize` finds other processes automatically.
 
-    JAX has no public way to query them without initialising. Kubernetes is left out, where JAX
-    would ask for permissions.
+    JAX has no public way to query them without initialising. Kubernetes is excluded, because JAX
+    would need permissions there.
 
     Returns:
       Classes with `name`, `is_env_present()`, `get_process_count()` and `get_process_id()`.
@@ -206,7 +209,7 @@ def clusters() -> tuple[Any, ...]:
 
 
 def shuffled(dataset: grain.IterDataset, window: int, seed: int) -> grain.IterDataset:
-    """A dataset mixed within windows; of streams Grain has it in `grain.experimental` only.
+    """Shuffles a dataset within windows, by `grain.experimental.WindowShuffleIterDataset`.
 
     Example:
       >>> import grain
@@ -220,7 +223,7 @@ def shuffled(dataset: grain.IterDataset, window: int, seed: int) -> grain.IterDa
 
 
 def prefetched(dataset: grain.IterDataset, count: int) -> grain.IterDataset:
-    """A dataset whose next elements a thread prepares: `grain.experimental.ThreadPrefetch…`.
+    """Prefetches elements in a thread, by `grain.experimental.ThreadPrefetchIterDataset`.
 
     Example:
       >>> import grain
@@ -233,7 +236,7 @@ def prefetched(dataset: grain.IterDataset, count: int) -> grain.IterDataset:
 
 
 def limited(dataset: grain.IterDataset, count: int) -> grain.IterDataset:
-    """The first elements of a dataset: `grain.experimental.LimitIterDataset`.
+    """Limits a dataset to its first elements, by `grain.experimental.LimitIterDataset`.
 
     Example:
       >>> import grain
@@ -246,11 +249,13 @@ def limited(dataset: grain.IterDataset, count: int) -> grain.IterDataset:
 
 
 def packed(dataset: grain.IterDataset, lengths: dict[str, int]) -> grain.IterDataset:
-    """Rows of given lengths, elements cut where a row ends: `grain.experimental.ConcatThenSplit…`.
+    """Packs elements into rows of given lengths and splits them at the end of a row.
+
+    It uses `grain.experimental.ConcatThenSplitIterDataset`.
 
     Args:
-      dataset: of dicts of vectors.
-      lengths: of each entry of a row.
+      dataset: a dataset of dicts of vectors.
+      lengths: the length of each entry of a row.
 
     Example:
       >>> import grain, numpy as np

@@ -1,4 +1,4 @@
-"""The axes of a parameter that are its rows, its columns and its stack."""
+"""Selects which axes of a parameter are its rows, its columns and its stack."""
 
 import contextlib
 import contextvars
@@ -16,12 +16,12 @@ from memopt.parameters import read_parameter, read_parameters
 from memopt.trees import is_boxed, named_leaves, open_box, refill
 
 Selection = Callable[[str, Any], Matrix | None]
-"""Says of a leaf, from its name and its `Parameter`, which matrix it is, or None."""
+"""Maps a leaf's name and `Parameter` to its `Matrix`, or to None if it is not selected."""
 
 Matrices = Any
-"""A `Selection`, or a pytree (a prefix will do) of `Matrix` and None; None is the default.
+"""A `Selection`, or a pytree (or prefix) of `Matrix` and None; None means the default.
 
-``optax.contrib.MuonDimensionNumbers`` do in place of a `Matrix`: reduction axes are rows.
+``optax.contrib.MuonDimensionNumbers`` are accepted as a `Matrix`: reduction axes are rows.
 """
 
 
@@ -33,13 +33,13 @@ _SEEN: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
 class Layout(NamedTuple):
     """The axes of one array, all counted from the front.
 
-    An array that is no matrix is a stack of vectors along its last axis: `rows` is empty.
+    An array that is not a matrix is a stack of vectors along its last axis: `rows` is empty.
 
     Attributes:
-      name: the keys of its path joined by ``/``, ``"blocks/mlp/up/kernel"``.
-      stack: axes that only count matrices.
-      rows: axes that index rows.
-      cols: axes that index columns.
+      name: the keys of its path joined by ``/``, such as ``"blocks/mlp/up/kernel"``.
+      stack: the stack axes.
+      rows: the axes that index rows.
+      cols: the axes that index columns.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Layout(NamedTuple):
 
     @property
     def axes(self) -> tuple[tuple[int, ...], ...]:
-        """Those of rows, of columns and of the stack."""
+        """The axes of rows, of columns and of the stack."""
         return self.rows, self.cols, self.stack
 
     @property
@@ -68,7 +68,7 @@ class Layout(NamedTuple):
         return (*stack, math.prod(m), math.prod(n))
 
     def to_matrices(self, array: Array) -> Array:
-        """`array` as ``(*stack, m, n)``; untouched where it already is."""
+        """Transposes and reshapes `array` to ``(*stack, m, n)``, if it is not so already."""
         shape = self.shape(array)
         order = self.stack + self.core
         if order != tuple(range(array.ndim)):
@@ -76,7 +76,7 @@ class Layout(NamedTuple):
         return array if array.shape == shape else array.reshape(shape)
 
     def from_matrices(self, matrices: Array, like: Any) -> Array:
-        """The inverse of `to_matrices`: an array of the shape of `like`."""
+        """Inverts `to_matrices`: returns an array of the shape of `like`."""
         order = self.stack + self.core
         shape = tuple(like.shape[a] for a in order)
         if matrices.shape != shape:
@@ -87,15 +87,15 @@ class Layout(NamedTuple):
 
 
 def every_matrix(name: str, leaf: Any) -> Matrix | None:
-    """Selects each matrix, embeddings, heads and routers too, however stacked.
+    """Selects every matrix, including embeddings, heads and routers, stacked or not.
 
     Args:
       name: the leaf's name, its keys joined by ``/``.
       leaf: a `Parameter`; an array is read by its name and shape, without the tree around it.
 
     Returns:
-      The rows and columns of `Parameter.matrix`; None for what is a vector: fewer than two axes,
-      a side of length one, a norm, a bias or a scale by its name.
+      The rows and columns, `Parameter.matrix`; None for a vector, which has fewer than two axes, a
+      side of length one, or the name of a norm, a bias or a scale.
     """
     parameter = read_parameter(name, leaf)
     parameter.warn_of_doubt("every_matrix")
@@ -103,9 +103,9 @@ def every_matrix(name: str, leaf: Any) -> Matrix | None:
 
 
 def hidden_matrices(name: str, leaf: Any) -> Matrix | None:
-    """Selects the hidden matrices: `every_matrix` less embeddings, positions, routers and heads.
+    """Selects hidden matrices: `every_matrix` except embeddings, positions, routers and heads.
 
-    `memopt.names` recognises these by the names that many libraries give them;
+    `memopt.names` recognises these by the names that they have in many libraries;
     `memopt.describe` shows the result for each parameter.
 
     Args:
@@ -133,9 +133,9 @@ def hidden_matrices(name: str, leaf: Any) -> Matrix | None:
 def out_in(name: str, leaf: Any) -> Matrix | None:
     """Selects the hidden matrices of a model that stores kernels as (outputs, inputs).
 
-    Equinox and Levanter do; Flax, Haiku and Keras store (inputs, outputs), the default. The
-    orientation matters to Muon's scale, and to subspaces of square matrices, whose inputs are
-    projected.
+    Use it for Equinox and Levanter; Flax, Haiku and Keras store (inputs, outputs), the default.
+    The orientation matters for Muon's scale, and for subspaces of square matrices, whose inputs
+    are projected.
 
     Args:
       name: the leaf's name, its keys joined by ``/``.
@@ -158,24 +158,25 @@ def map_matrices(
     default: Selection = hidden_matrices,
     outputs: int = 1,
 ) -> Any:
-    """Maps ``f(layout, leaf, *rest)`` over a tree, telling it the axes of every leaf.
+    """Maps ``f(layout, leaf, *rest)`` over a tree, with the axes of every leaf.
 
     Args:
       f: takes the leaf's `Layout`, the leaf, and the corresponding node of each of `rest`.
-      tree: any pytree of arrays; empty nodes (None, ``MaskedNode``) stay as they are. A result of
-        an array's shape returns to the box of another library that the array is in, see
-        `memopt.trees`; any other stands bare.
+      tree: any pytree of arrays; empty nodes (None, ``MaskedNode``) are unchanged. If an array is
+        in a box of another library, see `memopt.trees`, a result of its shape is put in the same
+        kind of box; any other result has none.
       *rest: pytrees of which `tree` is a prefix.
-      matrices: which leaves are matrices, and of which axes: a callable `Selection`, a pytree
-        of `Matrix` and None (a prefix of `tree` will do), or None for `default`.
-      default: the selection that stands for None.
-      outputs: the number of values `f` returns; more than one gives a tuple of trees.
+      matrices: which leaves are matrices, and which axes are their rows and columns: a callable
+        `Selection`, a pytree of `Matrix` and None (or a prefix of `tree`), or None for `default`.
+      default: the selection used for None.
+      outputs: the number of values that `f` returns; more than one gives a tuple of trees.
 
     Returns:
       A tree like `tree`, or a tuple of `outputs` of them.
 
     Raises:
-      ValueError: if a `Matrix` names axes the leaf does not have, or `matrices` lacks a leaf.
+      ValueError: if a `Matrix` names axes that the leaf does not have, or `matrices` has no entry
+        for a leaf.
     """
     select = default if matrices is None else _selection(matrices)
     nodes, structure = named_leaves(tree)
@@ -198,7 +199,7 @@ def map_matrices(
 
 
 def _selection(matrices: Matrices) -> Selection:
-    """`matrices` as a callable; a pytree is looked up by the longest matching prefix."""
+    """Returns `matrices` as a callable; a pytree is looked up by the longest matching prefix."""
     if callable(matrices):
         try:
             inspect.signature(matrices).bind("", None)
@@ -219,7 +220,7 @@ def _selection(matrices: Matrices) -> Selection:
             if not prefix:
                 raise ValueError(
                     f"matrices has no entry for {name!r}; it has {sorted(entries)}. "
-                    "Give every leaf, or a part of the tree above it, a Matrix or None."
+                    "Give every leaf, or a branch that contains it, a Matrix or None."
                 )
             prefix = prefix.rpartition("/")[0]
         return entries[prefix]
@@ -229,7 +230,10 @@ def _selection(matrices: Matrices) -> Selection:
 
 @contextlib.contextmanager
 def layouts_seen() -> Iterator[dict[str, Layout]]:
-    """Collects by name the layout that `map_matrices` uses for each parameter, a matrix first."""
+    """Collects the layout that `map_matrices` uses for each parameter, by name.
+
+    If a parameter is used both as a matrix and as a vector, the matrix is kept.
+    """
     seen: dict[str, Layout] = {}
     token = _SEEN.set(seen)
     try:
@@ -239,7 +243,7 @@ def layouts_seen() -> Iterator[dict[str, Layout]]:
 
 
 def layout_of(name: str, leaf: Any, matrix: Any) -> Layout:
-    """The layout of an array with this `Matrix`, or of a vector if it is None.
+    """Returns the layout of an array for a `Matrix`, or of a vector for None.
 
     Raises:
       ValueError: if the matrix names axes that the array does not have.
@@ -261,7 +265,7 @@ def layout_of(name: str, leaf: Any, matrix: Any) -> Layout:
 
 
 def _is_dimension_numbers(x: Any) -> bool:
-    """Whether it is a `MuonDimensionNumbers`; ``optax.contrib`` takes long to import."""
+    """Whether `x` is a `MuonDimensionNumbers`, without the slow import of ``optax.contrib``."""
     return hasattr(x, "reduction_axis") and hasattr(x, "output_axis")
 
 

@@ -1,4 +1,4 @@
-"""Kinds of parameters by their names, in the libraries that models come from."""
+"""Recognises the kinds of parameters by their names in model libraries."""
 
 import functools
 import re
@@ -11,11 +11,11 @@ ROUTER, HEAD, VECTOR = "router", "head", "vector"
 
 
 class Entry(NamedTuple):
-    """A parameter as it is read.
+    """The name, shape and axis names of a parameter.
 
     Attributes:
-      name: its keys joined by ``/``.
-      shape: of the array.
+      name: the parameter's keys joined by ``/``.
+      shape: the shape of the array.
       axes: the names of its axes, if known.
     """
 
@@ -77,12 +77,12 @@ LIBRARIES: dict[str, dict[str, str]] = {
         "output": "out_proj to_out",
     },
 }
-"""Patterns of names by library and kind, for parts of a path after `words`.
+"""Patterns of names by library and kind, for parts of a path converted by `words`.
 
-"vector" is matched with the last part of a path, "norm", "router" and "embedding" with the last
-two, "position", "head" and "patches" with the last three, "outer head" and "outer embedding" with
-the first. "patches" are embeddings, too.
-"query", "key and value" and "output" are the parts of an attention module.
+"vector" is matched with the last part of a path; "norm", "router" and "embedding" with the last
+two; "position", "head" and "patches" with the last three; "outer head" and "outer embedding" with
+the first. "patches" are embeddings too. "query", "key and value" and "output" are the parts of an
+attention module.
 """
 
 _AROUND_ALL = {"params", "model", "module", "net", "network", "decoder", "transformer"}
@@ -96,7 +96,7 @@ def _pattern(kind: str) -> re.Pattern[str]:
 
 @functools.cache
 def words(part: str) -> str:
-    """A part of a path in snake case, without the number at its end.
+    """Converts a part of a path to snake case, without the number at its end.
 
     Example:
       >>> words("LayerNorm_0"), words("wi_1"), words("_key_norm"), words("norm1")
@@ -106,7 +106,7 @@ def words(part: str) -> str:
 
 
 def snake_case(name: str) -> str:
-    """A name in camel case as words joined by underscores.
+    """Converts a name from camel case to snake case.
 
     Example:
       >>> snake_case("ScaleByAdam"), snake_case("ScaleBySM3")
@@ -116,15 +116,15 @@ def snake_case(name: str) -> str:
 
 
 def split_layer(name: str) -> tuple[str, int | None]:
-    """A parameter's name without the index of its layer, and the index.
+    """Splits a parameter's name into the name without its layer's index, and the index.
 
-    The index is a part that is a number, or the number at the end of a part, after "layer",
-    "block" or their like; else the first part that is a number. Other numbers tell matrices of
-    one layer apart, and stay.
+    The index is a number after "layer", "block" or a similar word, as a part of its own or at the
+    end of a part; otherwise the first part that is a number. Other numbers distinguish matrices of
+    one layer and are kept.
 
     Returns:
-      The name that the parameter has where layers are stacked, and the layer; None if the name
-      has none.
+      The name that the parameter has if layers are stacked, and the index of the layer, None if
+      the name has none.
 
     Example:
       >>> split_layer("llama3/layers/12/up/kernel"), split_layer("Block_3/Dense_1/kernel")
@@ -161,10 +161,10 @@ def is_called(kind: str, part: str) -> bool:
 
 @functools.cache
 def kind_of(name: str) -> tuple[str, str] | None:
-    """The kind that a parameter's name implies, and the part of the name that implies it.
+    """Returns the kind that a parameter's name implies, and the part of the name that implies it.
 
     Args:
-      name: its keys joined by ``/``.
+      name: the parameter's keys joined by ``/``.
 
     Returns:
       "vector" (norms, biases, scales), "embedding", "position", "router" or "head", and the part
@@ -202,7 +202,7 @@ def kind_of(name: str) -> tuple[str, str] | None:
 
 
 def attention_part(name: str) -> tuple[str, str, str] | None:
-    """The part of an attention module that a parameter belongs to.
+    """Returns the part of an attention module that a parameter belongs to.
 
     Returns:
       The name with a ``*`` in place of the part; "query", "key and value" or "output"; and the
@@ -221,14 +221,14 @@ def attention_part(name: str) -> tuple[str, str, str] | None:
 
 
 def kinds_of(entries: Sequence[Entry]) -> dict[str, tuple[str, str]]:
-    """Kinds of parameters by their names and by the tree around them, each with its reason."""
+    """Finds the kinds of parameters from their names and the other names, each with its reason."""
     found = {}
     names = {e.name for e in entries}
     for e in entries:
-        said = kind_of(e.name)
+        named = kind_of(e.name)
         module, _, last = e.name.rpartition("/")
-        if said:
-            found[e.name] = (said[0], f"{said[1]!r} in its name")
+        if named:
+            found[e.name] = (named[0], f"{named[1]!r} in its name")
         elif last == "b" and module and f"{module}/a" not in names:
             found[e.name] = (VECTOR, "'b' in a module is a bias")
         elif (around := re.match("(.*/|)gate(/|$)", e.name)) and _routes(around[1], names):
@@ -237,7 +237,7 @@ def kinds_of(entries: Sequence[Entry]) -> dict[str, tuple[str, str]]:
             kind = EMBEDDING if e.axes[0] == "vocab" else HEAD
             found[e.name] = (kind, "'vocab' in the axes of its box")
     if HEAD not in {kind for kind, _ in found.values()}:
-        # A head without a telling name is the only other matrix between width and vocabulary.
+        # If no name identifies the head, it is the only other matrix between width and vocabulary.
         for embedding in [e for e in entries if found.get(e.name, ("",))[0] == EMBEDDING]:
             sides = embedding.shape
             fits = lambda e, s=sides: e.shape == (s if e.name.endswith("weight") else s[::-1])
@@ -249,7 +249,7 @@ def kinds_of(entries: Sequence[Entry]) -> dict[str, tuple[str, str]]:
 
 
 def _routes(prefix: str, names: set[str]) -> bool:
-    """Whether the gate of a module is a router: beside experts, and not one of an MLP's kernels."""
+    """Whether the gate of a module is a router next to experts, rather than an MLP's kernel."""
     beside = {name.removeprefix(prefix).split("/")[0] for name in names if name.startswith(prefix)}
     if beside & {"up", "down", "up_proj", "down_proj", "router"}:
         return False

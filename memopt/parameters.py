@@ -1,4 +1,4 @@
-"""Kinds of the parameters in a tree, and their rows and columns."""
+"""Reads the kinds of the parameters in a tree, and their rows and columns."""
 
 import contextlib
 import functools
@@ -19,18 +19,18 @@ from memopt.trees import axis_names, named_leaves, open_box
 
 
 class Parameter(NamedTuple):
-    """A parameter as it was read; selections of matrices take it in place of the array.
+    """The description of a parameter that is passed to selections of matrices.
 
     Attributes:
-      name: its keys joined by ``/``.
-      shape: of the array.
-      dtype: of the array; None if it was read by itself.
+      name: the parameter's keys joined by ``/``.
+      shape: the shape of the array.
+      dtype: the dtype of the array; None if it was read without a tree.
       kind: "matrix", "embedding", "position", "router", "head" or "vector".
       matrix: its rows and columns; None for a vector.
       why: the reason for `kind` and `matrix`.
-      doubt: the reason against `matrix`, "" if there is none.
+      doubt: a reason why `matrix` may be wrong, or "".
       otherwise: the rows and columns if the doubt is justified.
-      alike: names of the parameters in the same doubt.
+      alike: names of the parameters with the same doubt.
     """
 
     name: str
@@ -54,10 +54,10 @@ class Parameter(NamedTuple):
         return math.prod(self.shape)
 
     def warn_of_doubt(self, selection: str) -> None:
-        """Warns once if `matrix` is in doubt, with the `matrices` that settles it.
+        """Warns once if `matrix` is in doubt, and suggests the `matrices` that resolves it.
 
         Args:
-          selection: name of the selection in `memopt` that is for the other parameters.
+          selection: the name of the selection in `memopt` to use for the other parameters.
         """
         subject = re.sub(r"\d+", "", self.doubt)
         if self.doubt and subject not in _WARNED:
@@ -66,7 +66,7 @@ class Parameter(NamedTuple):
             ends = tuple(map(tail, self.alike or (self.name,)))
             warnings.warn(
                 f"{self.name!r} of shape {self.shape} is taken for memopt.{self.matrix} "
-                f"({self.why}), but {self.doubt}; it may be memopt.{self.otherwise}. Settle it by "
+                f"({self.why}), but {self.doubt}; it may be memopt.{self.otherwise}. Choose one by "
                 f"matrices=lambda name, p: memopt.{self.otherwise} if name.endswith({ends}) "
                 f"else memopt.{selection}(name, p), or with the former; see memopt.describe.",
                 stacklevel=2,
@@ -77,10 +77,10 @@ _WARNED: set[str] = set()
 _KNOWN: ContextVar[Mapping[str, Parameter]] = ContextVar("known", default=MappingProxyType({}))
 
 _AXES_AT_INIT: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[Any, ...]] = {}
-"""Axis names by the names and shapes of all leaves of a tree that came in boxes.
+"""Axis names of trees with boxes, by the names and shapes of all leaves.
 
-`nnx.Optimizer` and MaxText open the boxes between ``tx.init`` and ``tx.update``. A bare tree with
-the same leaves is taken for the one that was boxed.
+`nnx.Optimizer` and MaxText open the boxes between ``tx.init`` and ``tx.update``. A tree without
+boxes and with the same leaves is assumed to have the same axis names.
 """
 
 
@@ -88,7 +88,7 @@ def read_parameters(tree: Any) -> list[Parameter]:
     """Reads the kind, rows and columns of each parameter of a tree, in the order of its leaves.
 
     Args:
-      tree: any pytree of arrays or ``jax.ShapeDtypeStruct``, in boxes or bare.
+      tree: any pytree of arrays or ``jax.ShapeDtypeStruct``, with or without boxes.
 
     Example:
       >>> params = {"q": (64, 4, 16), "o": (4, 16, 64), "lm_head": (64, 512)}
@@ -128,8 +128,8 @@ def read_parameter(name: str, leaf: Any) -> Parameter:
     """Reads a parameter from its own name and shape, without the tree around it.
 
     Args:
-      name: its keys joined by ``/``.
-      leaf: anything with a `shape`; a `Parameter` is returned unchanged.
+      name: the parameter's keys joined by ``/``.
+      leaf: any object with a `shape`; a `Parameter` is returned unchanged.
     """
     if isinstance(leaf, Parameter):
         return leaf
@@ -138,9 +138,9 @@ def read_parameter(name: str, leaf: Any) -> Parameter:
 
 @contextlib.contextmanager
 def known(parameters: Sequence[Parameter]) -> Iterator[None]:
-    """Fixes the kind and the axes of parameters by name, whatever tree is then read.
+    """A context that fixes the kind and the axes of parameters by name, in every tree.
 
-    JAX's caches of traces do not see it: within it call functions directly, or `init_shapes`.
+    JAX's trace caches ignore this context; inside it, call functions directly or by `init_shapes`.
 
     Example:
       >>> w = jax.ShapeDtypeStruct((8, 4), "float32")
@@ -156,7 +156,7 @@ def known(parameters: Sequence[Parameter]) -> Iterator[None]:
 
 
 def init_shapes(init: Any, params: Any) -> Any:
-    """Shapes of ``init(params)``, traced anew: `jax.eval_shape` of `init` itself may be cached."""
+    """Evaluates the shapes of ``init(params)`` without JAX's trace cache."""
     return jax.eval_shape(lambda params: init(params), params)
 
 
@@ -183,7 +183,7 @@ def _parameter(entry: Entry, axes: Axes, kind: tuple[str, str] | None) -> Parame
 
 
 def reading_whole_trees(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Makes the parts of a partition read parameters as parts of the whole tree."""
+    """Makes the parts of a partition read parameters from the whole tree, not from their part."""
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> Any:

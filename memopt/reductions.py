@@ -1,9 +1,8 @@
-"""Sums over the axes of a matrix, as each backend compiles them best.
+"""Sums over the axes of a matrix, in the form that each backend compiles best.
 
-XLA for CPUs stores an expression before it reduces it, and walks a wide matrix column by column,
-at a fortieth of the memory's speed. To add the halves of an axis to each other first, up to four
-times, is one fused loop that leaves a sixteenth to reduce. Other backends do best with the plain
-reduction.
+XLA for CPUs stores an expression before reducing it, and reads a wide matrix column by column, at
+1/40 of the memory's bandwidth. Adding the two halves of an axis first, up to four times, is one
+fused loop that leaves 1/16 to reduce. On other backends the plain reduction is best.
 """
 
 import jax
@@ -11,12 +10,12 @@ from jax import Array
 
 
 def total(x: Array, axes: tuple[int, ...], *, keepdims: bool = False) -> Array:
-    """``x.sum(axes)`` of an expression that is cheap to compute, such as a square.
+    """Computes ``x.sum(axes)`` for an expression that is cheap to compute, such as a square.
 
     Args:
       x: any array.
       axes: the axes to sum over, counted from the front.
-      keepdims: keep them with length one.
+      keepdims: whether to keep these axes with length one.
 
     Example:
       >>> import jax.numpy as jnp
@@ -29,9 +28,9 @@ def total(x: Array, axes: tuple[int, ...], *, keepdims: bool = False) -> Array:
 
 
 def _folded(x: Array, axis: int) -> Array:
-    """`x` with the halves of an axis added to each other, up to four times.
+    """Adds the two halves of an axis, up to four times.
 
-    Not on several devices, which may split the axis.
+    On a mesh of several devices, which may split the axis, `x` is returned unchanged.
     """
     if jax.typeof(x).sharding.mesh.size > 1:
         return x

@@ -1,4 +1,4 @@
-"""Names that have changed, and still work for one release."""
+"""Deprecated names that still work for one release."""
 
 import functools
 import warnings
@@ -10,12 +10,12 @@ R = TypeVar("R")
 
 
 def finder(module: str, namespace: Mapping[str, Any], names: Mapping[str, str]) -> Callable:
-    """Makes a module's `__getattr__`, which finds old names with a `DeprecationWarning`.
+    """Makes a module's `__getattr__` that finds old names with a `DeprecationWarning`.
 
     Args:
-      module: the name under which users know it.
-      namespace: its `globals()`.
-      names: new names by old ones.
+      module: the module's public name.
+      namespace: the module's `globals()`.
+      names: a mapping from old names to new ones.
 
     Example:
       >>> getattr_ = finder("library", {"new": 1}, {"old": "new"})
@@ -36,10 +36,10 @@ def finder(module: str, namespace: Mapping[str, Any], names: Mapping[str, str]) 
 
 
 def keywords(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Lets a function be called by old names of its arguments, with a `DeprecationWarning`.
+    """Makes a function accept old names of its arguments, with a `DeprecationWarning`.
 
     Args:
-      **names: new names by old ones.
+      **names: a mapping from old names to new ones.
 
     Example:
       >>> square = keywords(number="x")(lambda x: x * x)
@@ -61,7 +61,7 @@ def keywords(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def current(function: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments under the names that a function of `keywords` has for them now."""
+    """Replaces old names of keyword arguments of a function decorated by `keywords`."""
     names = getattr(function, "__renamed__", {})
     for old in names.keys() & options.keys():
         name = function.__name__

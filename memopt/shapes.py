@@ -1,4 +1,4 @@
-"""Shapes of arrays in signatures, as jaxtyping writes them; to Python each is a `jax.Array`."""
+"""Array types for signatures: jaxtyping shapes for type checkers, `jax.Array` at run time."""
 
 from typing import TYPE_CHECKING
 
@@ -8,19 +8,19 @@ if TYPE_CHECKING:
     from jaxtyping import Float, UInt32
 
     Stack = Float[Array, "*stack m n"]
-    """Matrices: a gradient or an update of full size."""
+    """Matrices: a full-size gradient or update."""
 
     Basis = Float[Array, "*stack side r"]
-    """A basis of r columns for one side, m or n, of each matrix; without a stack one for all."""
+    """A basis of r columns for one side, m or n, of each matrix; without stack axes, for all."""
 
     Projected = Float[Array, "*stack p q"]
-    """What is in the subspace: r×n if rows are projected, m×r if columns are."""
+    """An array in the subspace: r×n if rows are projected, m×r if columns are."""
 
     Square = Float[Array, "*stack side side"]
     """Symmetric matrices."""
 
     Numbers = Float[Array, "*rows n"]
-    """What a codec stores, row by row."""
+    """Numbers that a codec stores row by row."""
 
     Bits = UInt32[Array, "*rows n"]
     """Random bits that decide the rounding of each number."""

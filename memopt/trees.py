@@ -1,10 +1,10 @@
-"""Trees of arrays, bare or in the boxes of other libraries.
+"""Trees of arrays, with or without the boxes of other libraries.
 
 A box is a pytree node that holds one array and metadata of its axes: Flax's `nnx.Variable`, linen's
 `Partitioned` and `LogicallyPartitioned`, Haliax's `NamedArray`. They are recognised by their
-attributes, so that none of these libraries is imported. Functions here see the array in a box. A
-result with the array's shape goes back into such a box; any other stays bare, because the metadata,
-its sharding above all, would be wrong for it.
+attributes, so that none of these libraries is imported. Functions mapped over a tree receive the
+array in a box. A result with the array's shape is put back into such a box; any other has no box,
+because the metadata, in particular its sharding, would be wrong for it.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ import jax
 import optax
 
 NOTHING = optax.MaskedNode()
-"""Marks a parameter for which no array is kept, as in states of ``optax.masked``."""
+"""Marks a parameter for which no array is kept, as in the states of ``optax.masked``."""
 
 
 def is_box(x: Any) -> bool:
-    """Whether a node of a tree is another library's box with an array."""
+    """Whether a node of a tree is another library's box that holds an array."""
     return is_boxed(x) and hasattr(_inside(x), "shape")
 
 
@@ -28,12 +28,12 @@ def is_boxed(x: Any) -> bool:
 
 
 def open_box(x: Any) -> Any:
-    """Returns what is in a box, and anything else unchanged."""
+    """Returns the content of a box; any other object is returned unchanged."""
     return _inside(x) if is_boxed(x) else x
 
 
 def refill(box: Any, value: Any) -> Any:
-    """Puts a value in a box like this one if it has the shape of the box's array."""
+    """Puts a value in a box like `box` if it has the shape of the box's array."""
     if not is_box(box) or getattr(value, "shape", None) != _inside(box).shape:
         return value
     structure: Any = jax.tree.structure(box, is_leaf=lambda x: x is not box)
@@ -41,11 +41,11 @@ def refill(box: Any, value: Any) -> Any:
 
 
 def axis_names(x: Any) -> tuple[str | None, ...] | None:
-    """Names of the axes of the array in a box, None for an unnamed axis; None if all are."""
+    """The axis names of the array in a box, with None for an unnamed axis; None without names."""
     if not is_box(x):
         return None
     names = _metadata(x)
-    names = getattr(names, "spec", names)  # of a NamedSharding
+    names = getattr(names, "spec", names)  # for a NamedSharding
     found = [name if isinstance(name, str) else None for name in names]
     return (*found, *(None,) * (len(_inside(x).shape) - len(found))) if any(found) else None
 
@@ -58,11 +58,11 @@ def leaf_name(path: tuple[Any, ...]) -> str:
 def named_leaves(
     tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[tuple[str, Any]], Any]:
-    """Flattens a tree into named leaves, where a box is a leaf, and the structure above them.
+    """Flattens a tree into named leaves, with boxes as leaves, and its structure.
 
     Args:
       tree: any pytree; empty nodes (None, ``MaskedNode``) are part of the structure.
-      is_leaf: tells which other nodes are leaves.
+      is_leaf: returns whether another node is a leaf.
 
     Example:
       >>> named_leaves({"up": {"kernel": 1}, "norm": None})[0]
@@ -85,7 +85,7 @@ def map_named(
       f: takes an array's name, the array, and the corresponding node of each of `rest`.
       tree: any pytree.
       *rest: pytrees of which `tree` is a prefix.
-      is_leaf: tells which other nodes are leaves.
+      is_leaf: returns whether another node is a leaf.
 
     Example:
       >>> map_named(lambda name, x, y: (name, x + y), {"a": 1, "b": 2}, {"a": 3, "b": 4})
@@ -101,18 +101,18 @@ def map_named(
 
 
 def transpose_tuples(kept: Any, tree: Any, count: int) -> tuple[Any, ...]:
-    """Transposes a tree of tuples into a tuple of trees, with `NOTHING` where a tuple is short.
+    """Transposes a tree of tuples to a tuple of trees; missing entries become `NOTHING`.
 
-    Each leaf is then an array or nothing, as ``nnx.Optimizer`` needs it, and the number of trees
-    does not depend on `tree`, as ``optax.tree_map_params`` needs it.
+    Each leaf is then an array or `NOTHING`, as ``nnx.Optimizer`` requires, and the number of trees
+    does not depend on `tree`, as ``optax.tree_map_params`` requires.
 
     Args:
-      kept: like `tree`, with a tuple of arrays in place of each leaf.
+      kept: a tree like `tree`, with a tuple of arrays in place of each leaf.
       tree: any pytree.
       count: the number of trees.
 
     Raises:
-      ValueError: if a tuple is longer.
+      ValueError: if a tuple has more than `count` arrays.
 
     Example:
       >>> transpose_tuples({"a": (1, 2), "b": (3,)}, {"a": 0, "b": 0}, 2)
@@ -122,14 +122,16 @@ def transpose_tuples(kept: Any, tree: Any, count: int) -> tuple[Any, ...]:
     rows = structure.flatten_up_to(kept)
     most = max(map(len, rows), default=0)
     if most > count:
-        raise ValueError(f"count must be at least {most}, the arrays of a leaf, got {count}.")
+        raise ValueError(
+            f"count must be at least {most}, the number of arrays of a leaf, got {count}."
+        )
     return tuple(
         structure.unflatten([k[i] if i < len(k) else NOTHING for k in rows]) for i in range(count)
     )
 
 
 def untranspose_tuples(arrays: tuple[Any, ...], tree: Any) -> Any:
-    """The inverse of `transpose_tuples`.
+    """Inverts `transpose_tuples`.
 
     Example:
       >>> untranspose_tuples(({"a": 1, "b": 3}, {"a": 2, "b": NOTHING}), {"a": 0, "b": 0})
@@ -144,7 +146,7 @@ def untranspose_tuples(arrays: tuple[Any, ...], tree: Any) -> Any:
 
 
 def _metadata(x: Any) -> Any:
-    """The names that a box has for its axes, () if it has none; None if it is no box."""
+    """The axis names of a box, () if it has none; None if `x` is not a box."""
     kind = type(x)
     if hasattr(kind, "get_metadata") and hasattr(kind, "get_value"):  # nnx.Variable
         return x.get_metadata().get("out_sharding") or ()
@@ -157,6 +159,6 @@ def _metadata(x: Any) -> Any:
 
 
 def _inside(x: Any) -> Any:
-    """The only child of a node, None if it has none or several."""
+    """The only child of a node; None if it has none or several."""
     children = jax.tree.leaves(x, is_leaf=lambda child: child is not x)
     return children[0] if len(children) == 1 else None

@@ -1,7 +1,7 @@
-"""Executes every notebook of this folder, and writes its outputs back if asked.
+"""Executes every notebook of this folder, and optionally saves its outputs.
 
-python notebooks/run.py            # do they still run?
-python notebooks/run.py --write    # and keep what they print and plot
+python notebooks/run.py            # checks that they run
+python notebooks/run.py --write    # also saves their outputs
 """
 
 import argparse
@@ -16,8 +16,8 @@ def execute(path: Path, write: bool = False) -> None:
     """Runs one notebook from its own folder; an error in a cell is raised.
 
     Args:
-      path: of the notebook.
-      write: replace the notebook by the executed one.
+      path: the notebook.
+      write: whether to replace the notebook by the executed one.
     """
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(

@@ -1,14 +1,14 @@
-"""Measures memopt on a GPU: what memory it takes, how fast it is, whether its tests pass there.
+"""Measures memopt on a GPU: memory, speed, and whether its tests pass there.
 
     python -m benchmarks.device [--piece NAME ...] [--minutes 15] [--small]
     python -m benchmarks.device report
 
-Pieces run in the order of their worth, four minutes at most each, in processes of their own. Every
-row is written as soon as it is known. Rows that the file has of the same device are not measured
-again, unless they failed: stop at any time, and go on with the same command.
+Pieces run in order of importance, at most four minutes each, in separate processes. Every row is
+written as soon as it is measured. Rows of the same device that are already in the file are not
+measured again, unless they failed: you may stop at any time and continue with the same command.
 
 It needs a checkout of memopt, flax, optax, orbax-checkpoint, tokenizers and rich. Torch's AdamW is
-measured, too, if torch is installed; the tests need pytest, and the report's plot matplotlib.
+also measured if torch is installed; the tests need pytest, and the report's plot matplotlib.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> None:
     def leave(*_: Any) -> None:
         sys.exit("error: terminated.")
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # so that the job that runs is killed, too
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that the running job is killed too
         signal.signal(number, leave)
     options = parse(arguments)
     path: Path = options.output

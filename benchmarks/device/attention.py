@@ -1,4 +1,4 @@
-"""Attention alone, cuDNN's and in chunks, and the kernels of a whole training step."""
+"""Times attention alone, cuDNN's and in chunks, and the kernels of a whole training step."""
 
 import collections
 import functools
@@ -16,9 +16,9 @@ from benchmarks.report import milliseconds, spread
 from memopt.models.attention import causal_attention
 
 HEADS, HEAD_DIM = 32, 128
-#: Passes in one program, so that launching it takes no part of the time.
+#: Passes in one program, so that the time of a launch is negligible.
 REPEATS = 20
-#: Flops a query, key and channel: 4, half of them masked; the backward pass has 2.5 times as many.
+#: Flops per query, key and channel: 4, half of them masked; backward has 2.5 times as many.
 FLOPS = {"forward": 2.0, "forward and backward": 7.0}
 PATHS = {
     "as trained": causal_attention,
@@ -29,7 +29,7 @@ PROFILE = "profile of a training step"
 
 
 def measure_attention(names: Sequence[str], small: bool) -> Iterator[Record]:
-    """Both paths in turn, at one length."""
+    """Times both implementations in turn, at one length."""
     for length, sizes in LENGTHS.items():
         wanted = {f"{length}, {path}": run for path, run in PATHS.items()}
         wanted = {name: run for name, run in wanted.items() if name in names}
@@ -43,7 +43,7 @@ def _turns(paths: dict[str, Any], length: int, small: bool) -> Iterator[Record]:
     *qkv, cotangent = (jax.random.normal(key, (1, length, heads, HEAD_DIM), dtype) for key in keys)
 
     def passes(attention: Any) -> dict[str, Any]:
-        """Functions that run the passes several times, each on what the one before returned."""
+        """Functions that run the passes several times, each on the result of the previous one."""
 
         def forward(qkv: Any, _: None) -> Any:
             query, key, value = qkv
@@ -77,7 +77,7 @@ def _turns(paths: dict[str, Any], length: int, small: bool) -> Iterator[Record]:
 
 
 def measure_profile(names: Sequence[str], small: bool) -> Iterator[Record]:
-    """The kernels of an ordinary step of LLaMA-1b."""
+    """Records the kernels of an ordinary step of LLaMA-1b."""
     (name,) = names
     run = Run(shrunk(ORDINARY_1B, small))
     record = run.take(3 if small else 6)

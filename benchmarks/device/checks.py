@@ -1,4 +1,4 @@
-"""The tests marked `device`."""
+"""Runs the tests marked `device`."""
 
 import os
 import re
@@ -14,12 +14,12 @@ COMMAND = [
     *(sys.executable, "-m", "pytest", "-m", "device", "tests/device", "-v"),
     *("-W", "default", "-p", "no:cacheprovider", "--color=no"),
 ]
-#: Of products as small as the tests', choosing the fastest kernel would take most of the time.
+#: For matrix products as small as the tests', autotuning would take most of the time.
 UNTUNED = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 
 
 def run_tests(names: Sequence[str], small: bool) -> Iterator[Record]:
-    """Runs the tests in a process of their own; after each of them the record says more."""
+    """Runs the tests in a separate process, and updates the record after each of them."""
     (name,) = names
     failed: list[str] = []
     record: Record = {"name": name, "passed": 0, "failed": failed}

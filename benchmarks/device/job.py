@@ -1,6 +1,6 @@
-"""Runs one job and prints its records: `python -m benchmarks.device.job [--small] PIECE NAME ...`.
+"""Runs one job: `python -m benchmarks.device.job [--small] PIECE NAME ...`.
 
-Each record is a line of JSON.
+Each of its records is printed as a line of JSON.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 def main(arguments: Sequence[str]) -> None:
     """Measures some rows of one job; if it fails, prints an error for each that is missing."""
     records = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # anything else that is printed, by an import too, goes to the terminal
+    os.dup2(2, 1)  # any other output, also of imports, goes to the terminal
     from benchmarks.device.jobs import describe, pieces
 
     small = "--small" in arguments

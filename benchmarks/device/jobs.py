@@ -1,4 +1,4 @@
-"""Pieces to measure, in the order of their worth; each is one process or several."""
+"""The pieces to measure, in order of importance; each is one or more processes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,10 +10,10 @@ class Job(NamedTuple):
     """Rows that are measured together, in one process.
 
     Attributes:
-      names: names of the rows.
-      measure: maps the names that are wanted, and whether shapes are to be tiny, to records. A
-        record of the same name replaces the one before.
-      memory: bytes of the GPU that the process may take; None: JAX's default.
+      names: the names of the rows.
+      measure: maps the requested names, and whether to use tiny shapes, to records. A record
+        replaces an earlier one of the same name.
+      memory: the bytes of the GPU that the process may use; None for JAX's default.
     """
 
     names: tuple[str, ...]
@@ -22,7 +22,7 @@ class Job(NamedTuple):
 
 
 def pieces() -> dict[str, tuple[Job, ...]]:
-    """The jobs of every piece; no device is touched."""
+    """The jobs of every piece; uses no device."""
     from benchmarks.device import attention, checks, training, updates
 
     return {

@@ -1,4 +1,4 @@
-"""The kernels that a program spends its time in."""
+"""Finds the kernels in which a program spends its time."""
 
 import collections
 import tempfile
@@ -10,18 +10,18 @@ import jax
 
 
 def longest_kernels(run: Callable[[], Any], count: int = 5) -> list[dict[str, Any]]:
-    """The kernels that take the most time.
+    """Returns the kernels that take the most time.
 
     Args:
-      run: runs the program once and waits for it; it has run before.
-      count: how many kernels.
+      run: runs the program once and waits for it; it must have run before.
+      count: the number of kernels.
 
     Returns:
       Records: the kernel's name, its instruction of HLO, how often it ran, and its milliseconds
       and share of all kernels' time.
 
     Raises:
-      RuntimeError: the profiler saw no kernel.
+      RuntimeError: if the profiler recorded no kernel.
     """
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):

@@ -1,4 +1,4 @@
-"""Rows as tables, and as a plot."""
+"""Formats rows as tables and as a plot."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,9 +15,9 @@ class Column(NamedTuple):
     """A figure of a row.
 
     Attributes:
-      title: its name and unit.
-      read: takes it from a row; raises KeyError or TypeError if the row has none.
-      form: its format, see `format`.
+      title: the figure's name and unit.
+      read: reads it from a row; raises KeyError or TypeError if the row has none.
+      form: its format specification, see `format`.
     """
 
     title: str
@@ -79,7 +79,7 @@ def _cells(row: Record) -> list[str]:
 
 
 def line(row: Record) -> str:
-    """A row in one line, for the terminal."""
+    """Formats a row as one line for the terminal."""
     pairs = zip(COLUMNS[row["piece"]], _cells(row), strict=True)
     figures = [f"{column.title} {cell}" for column, cell in pairs if cell]
     what = row.get("error") or ", ".join(figures)
@@ -87,7 +87,7 @@ def line(row: Record) -> str:
 
 
 def tables(rows: Sequence[Record]) -> list[Table]:
-    """A table of each piece, and one of the kernels of what is slow; in Markdown."""
+    """Formats a Markdown table for each piece, and one for the kernels of slow rows."""
     found = []
     for piece, columns in COLUMNS.items():
         mine = [row for row in rows if row["piece"] == piece]
@@ -120,7 +120,7 @@ def tables(rows: Sequence[Record]) -> list[Table]:
 
 
 def plot(rows: Sequence[Record], path: Path) -> None:
-    """Bars of the memory that training took, and of the bandwidth that optimizer steps reached."""
+    """Draws the memory of training, and the bandwidth that optimizer steps reached, as bars."""
     from matplotlib.figure import Figure
 
     trained = [row for row in rows if row.get("compiler_bytes") and row["piece"] != "attention"]

@@ -1,4 +1,4 @@
-"""Runs jobs in processes of their own and keeps their records in a file."""
+"""Runs jobs in separate processes and saves their records in a file."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ PACKAGES = (
 #: Seconds of a piece on a GPU.
 PIECE_SECONDS = 240.0
 NOT_STARTED = "not started: the time was used up."
-#: Variables that would change what a job may take of the GPU.
+#: Variables that would change how much of the GPU's memory a job may use.
 ALLOCATOR = (
     *("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"),
     *("XLA_PYTHON_CLIENT_ALLOCATOR", "XLA_PYTHON_CLIENT_PREALLOCATE"),
@@ -37,14 +37,14 @@ ALLOCATOR = (
 def run(
     chosen: Sequence[str], gpu: Gpu | None, path: Path, command: str, seconds: float
 ) -> list[Record]:
-    """Measures what a file lacks.
+    """Measures the rows that are missing in a file.
 
     Args:
-      chosen: names of pieces.
-      gpu: the GPU; None: tiny shapes on the CPU, without a limit of time.
+      chosen: the names of pieces.
+      gpu: the GPU; None for tiny shapes on the CPU, without a time limit.
       path: the file.
-      command: what the user typed.
-      seconds: after which nothing is started.
+      command: the user's command line.
+      seconds: the time after which no job is started.
 
     Returns:
       All rows of this device.
@@ -58,7 +58,7 @@ def run(
     }
     key = lambda row: (row["device"], row["piece"], row["name"])
     finish = time.monotonic() + seconds
-    save({"results": rows}, path)  # fails at once where nothing can be written
+    save({"results": rows}, path)  # fails at once if the file cannot be written
     for piece in chosen:
         end = min(finish, time.monotonic() + PIECE_SECONDS) if gpu else math.inf
         for job in pieces()[piece]:
@@ -67,7 +67,7 @@ def run(
             for record in run_job(piece, job, names, gpu, end) if names else ():
                 row = {"piece": piece, **record, **about}
                 if row.get("error") == NOT_STARTED and key(row) in map(key, rows):
-                    continue  # what failed before says more
+                    continue  # the earlier error is more informative
                 rows = [other for other in rows if key(other) != key(row)] + [row]
                 save({"results": rows}, path)
                 console.print(report.line(row), highlight=False)
@@ -77,14 +77,14 @@ def run(
 def run_job(
     piece: str, job: Job, names: Sequence[str], gpu: Gpu | None, end: float
 ) -> Iterator[Record]:
-    """The records of a job, each with the seconds since the job began.
+    """Yields the records of a job, each with the seconds since the job started.
 
     Args:
       piece: the job's piece.
       job: the job.
-      names: rows that are wanted.
+      names: the requested rows.
       gpu: the GPU that it runs on; None for the CPU.
-      end: when the job is stopped, by the clock of `time.monotonic`.
+      end: the time at which the job is stopped, by `time.monotonic`.
     """
     start = time.monotonic()
     if end <= start:
@@ -98,7 +98,7 @@ def run_job(
 
 
 def environment_of(job: Job, gpu: Gpu | None) -> dict[str, str]:
-    """The environment of a job; without a usable GPU, JAX refuses to start in it."""
+    """The environment of a job, in which JAX fails to start if the GPU is not usable."""
     if gpu is None:
         return os.environ | {"JAX_PLATFORMS": "cpu"}
     environment = {k: v for k, v in os.environ.items() if k not in ALLOCATOR}
@@ -114,13 +114,13 @@ def collect(
     environment: dict[str, str],
     seconds: float,
 ) -> Iterator[Record]:
-    """The records that a process prints, and one with an error for each name that is missing.
+    """Yields the records that a process prints, and one with an error for each missing name.
 
     Args:
-      command: the process.
-      names: names of the records that it should print.
+      command: the command of the process.
+      names: the names of the records that it should print.
       environment: its environment variables.
-      seconds: after which it, and what it started, is killed.
+      seconds: the time after which it and its child processes are killed.
     """
     missing = dict.fromkeys(names)
     late = threading.Event()
@@ -141,7 +141,7 @@ def collect(
         timer.start()
         try:
             for line in process.stdout:
-                with contextlib.suppress(json.JSONDecodeError):  # cut short by a kill
+                with contextlib.suppress(json.JSONDecodeError):  # truncated by a kill
                     record = json.loads(line)
                     missing.pop(record["name"], None)
                     yield record
@@ -155,10 +155,10 @@ def collect(
 
 
 def read(path: Path) -> list[Record]:
-    """The rows of a file; none if it is not there.
+    """Reads the rows of a file; none if it does not exist.
 
     Raises:
-      ValueError: it is not such a file.
+      ValueError: if it is not such a file.
     """
     if not path.exists():
         return []

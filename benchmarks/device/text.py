@@ -13,14 +13,14 @@ from memopt.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 #: The vocabulary of the LLaMA; smaller models read bytes.
 VOCABULARY = 32_000
-#: Pieces of text that the tokenizer learns from.
+#: The number of pieces of text that the tokenizer is trained on.
 LEARNED_FROM = 100
 
 
 def batches(
     vocab_size: int, *, batch_size: int, seq_len: int, seed: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches, each a dict of `inputs` and `targets`, int32 (batch_size, seq_len)."""
+    """Yields batches endlessly: dicts of `inputs` and `targets`, int32 (batch_size, seq_len)."""
     documents, tokenizer = _documents(), _tokenizer(vocab_size)
     order = np.random.default_rng(seed).permutation(len(documents)).tolist()
     tokens = np.zeros(0, np.int32)

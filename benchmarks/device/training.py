@@ -1,4 +1,4 @@
-"""Training a LLaMA on the device: the memory it takes, and tokens a second."""
+"""Trains a LLaMA on the device, and measures memory and tokens per second."""
 
 import functools
 import statistics
@@ -12,11 +12,11 @@ from benchmarks.device.jobs import Job, Record
 from benchmarks.training_step import Options, TrainingStep
 from memopt.planning.step_memory import step_memory
 
-#: Without autotuning a program compiles in a fraction of the time, and takes much the same memory.
+#: Without autotuning a program compiles in a fraction of the time and uses about the same memory.
 UNTUNED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-#: The part of the memory that the largest batch may take by the compiler's count.
+#: The fraction of the memory that the largest batch may use, as counted by the compiler.
 FILLED = 0.97
-#: Parts of the estimated batch that are tried, one after another.
+#: Fractions of the estimated batch that are tried, one after another.
 ATTEMPTS = (1, 0.95, 0.85)
 
 
@@ -26,7 +26,7 @@ def shrunk(options: Options, small: bool) -> Options:
 
 
 class Run:
-    """A training step that is compiled before anything is on the device."""
+    """A training step that is compiled before any array is on the device."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -40,21 +40,21 @@ class Run:
         )
 
     def take(self, steps: int) -> Record:
-        """Makes the state, takes some steps, and measures them; the first warms up."""
+        """Initializes the state, takes some steps, and measures them after a warm-up step."""
         self.start()
         for _ in range(steps):
             self.one()
         return self.record()
 
     def start(self) -> None:
-        """Makes the state."""
+        """Initializes the state."""
         self.state = jax.block_until_ready(self.init())
         self.start_bytes = _peak()
         self.losses: list[float] = []
         self.seconds: list[float] = []
 
     def one(self) -> None:
-        """Takes a step, and waits for it."""
+        """Takes a step and waits for it."""
         batch = self.step.place(next(self.text))
         start = time.perf_counter()
         self.state, metrics = jax.block_until_ready(self.step(self.state, batch))
@@ -62,7 +62,7 @@ class Run:
         self.losses.append(float(metrics["loss"]))
 
     def record(self) -> Record:
-        """The options, and the measurements."""
+        """The options and the measurements."""
         like = self.step.like
         counted = step_memory(self.compiled, like.params, like.opt_state)
         tokens = self.options.batch_size * self.options.seq_len
@@ -86,18 +86,18 @@ def _memory() -> dict[str, int]:
 
 
 def _peak() -> int | None:
-    """The most bytes of the device that this process has had in use; None on a CPU."""
+    """The peak of the device memory that this process has used; None on a CPU."""
     return _memory().get("peak_bytes_in_use")
 
 
 def train(names: Sequence[str], small: bool, *, options: Options, steps: int) -> Iterator[Record]:
-    """One run of some steps."""
+    """Measures one run of some steps."""
     (name,) = names
     yield {"name": name, **Run(shrunk(options, small)).take(3 if small else steps)}
 
 
 def side_by_side(names: Sequence[str], small: bool, *, of: dict[str, Options]) -> Iterator[Record]:
-    """Several runs that take turns; the peak of each alone is not known."""
+    """Measures several runs in turn; the peak of each run alone is unknown."""
     runs = {name: Run(shrunk(of[name], small)) for name in names}
     for run in runs.values():
         run.start()
@@ -119,14 +119,14 @@ def largest_batch(
         step = TrainingStep(options._replace(batch_size=rows), jax.devices())
         try:
             compiled = step.compile(UNTUNED if jax.default_backend() == "gpu" else None)
-        except jax.errors.JaxRuntimeError:  # some products have no kernel that is not chosen
+        except jax.errors.JaxRuntimeError:  # some products have no kernel without autotuning
             compiled = step.compile()
         counted = step_memory(compiled, step.like.params, step.like.opt_state)
         assert counted.peak is not None
         return counted.peak
 
     def attempt(rows: int) -> Record | None:
-        """The run with so many rows; None if it does not fit."""
+        """Runs with this number of rows; None if they do not fit."""
         try:
             return Run(options._replace(batch_size=rows)).take(3 if small else 5)
         except jax.errors.JaxRuntimeError as error:
@@ -146,7 +146,7 @@ def largest_batch(
         if (tried := int(part * rows)) < 1:
             break
         if record := attempt(tried):
-            # After a failure the process's peak is that of the batch that did not fit.
+            # After a failure, the process's peak belongs to the batch that did not fit.
             known = {} if part == 1 else {"start_bytes": None, "peak_bytes": None}
             yield {"name": name, **record, **known}
             return

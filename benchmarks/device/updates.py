@@ -1,4 +1,4 @@
-"""Times optimizer steps on a billion parameters, beside the memory's bandwidth."""
+"""Times optimizer steps on a billion parameters, relative to the memory's bandwidth."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +23,9 @@ from benchmarks.updates import (
     torch_contenders,
 )
 
-#: Methods that are slower than this part of the copy bandwidth are profiled.
+#: Methods below this fraction of the copy's bandwidth are profiled.
 FAST = 0.85
-#: Bytes that are copied to measure the bandwidth.
+#: The number of bytes that are copied to measure the bandwidth.
 COPIED = 2**32
 
 
@@ -33,11 +33,10 @@ class Case(NamedTuple):
     """An optimizer, and how parameters are stored.
 
     Attributes:
-      library: where it comes from; memopt's are applied by
-        `memopt.apply_rounded_updates`.
-      build: makes the optimizer.
-      dtype: dtype of parameters and gradients.
-      weights: how the parameters are stored, see `memopt.quantize_params`; None: as they are.
+      library: its library; updates of memopt's are applied by `memopt.apply_rounded_updates`.
+      build: builds the optimizer.
+      dtype: the dtype of parameters and gradients.
+      weights: how the parameters are stored, see `memopt.quantize_params`; None for not quantised.
     """
 
     library: str
@@ -70,7 +69,7 @@ FROM_TORCH = (TORCH,) if TORCH in torch_optimizers.installed() else ()
 
 
 class _Contenders:
-    """Contenders of a model's shapes; those alike share their parameters."""
+    """Contenders on a model's shapes; those with equal storage share their parameters."""
 
     def __init__(self, model: str) -> None:
         self.model = model
@@ -95,7 +94,7 @@ class _Contenders:
 
 
 def copy(size: int) -> Contender:
-    """A copy of some bytes; it negates them, since XLA leaves out what changes nothing."""
+    """A copy of some bytes; it negates them, because XLA would remove a plain copy."""
     negated = jax.jit(lambda x: -x)
     x = jnp.ones((size // 4,), jnp.float32)
     step = lambda: jax.block_until_ready(negated(x))
@@ -103,7 +102,7 @@ def copy(size: int) -> Contender:
 
 
 def measure_updates(names: Sequence[str], small: bool) -> Iterator[Record]:
-    """Steps in turn, in one process, beside the baseline and a copy; then profiles of slow ones."""
+    """Times steps, the baseline and a copy in turn in one process; then profiles slow steps."""
     model, repeats = ("tiny", 3) if small else ("1b", 20)
     contenders = _Contenders(model)
     copied = copy(2**20 if small else COPIED)
@@ -112,7 +111,7 @@ def measure_updates(names: Sequence[str], small: bool) -> Iterator[Record]:
     for name in dict.fromkeys(built):
         try:
             found.append(contenders.build(name))
-        except Exception as error:  # the others are measured all the same
+        except Exception as error:  # the others are still measured
             rows_of_one = {name, REFRESH} if name == GALORE else {name}
             yield from ({"name": row, "error": describe(error)} for row in rows_of_one & {*names})
     first = {one.name: milliseconds(one.step) for one in found}
@@ -136,7 +135,7 @@ def measure_updates(names: Sequence[str], small: bool) -> Iterator[Record]:
     }
     yield from rows.values()
     for one in found:
-        if one.name == GALORE and REFRESH in names:  # its first step refreshes every subspace
+        if one.name == GALORE and REFRESH in names:  # the first step refreshes every subspace
             record = {"name": REFRESH, "library": one.library, "state_bytes": one.state_bytes}
             record["milliseconds"] = spread([first[GALORE]])
             yield record | row(one, first[GALORE])

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Trains on machines that are reached by SSH, one process on each; when one fails, all end. Run it
-# on any of them, in a directory that they share, with memopt's .venv in it; Ctrl-C saves first:
+# Trains on machines that are reached by SSH, with one process on each; when one fails, all end. Run
+# it on any of them, in a directory that they share and that contains memopt's .venv:
 #   docs/recipes/ssh.sh node1 node2 -- .venv/bin/memopt pretrain \
 #       --model 1b --mesh data=2,fsdp=8 --batch-size 64 --output runs/1b
-# and after a failure the same with --resume. Process 0 is on the first machine, at port $PORT.
+# Ctrl-C saves before all end. After a failure, run the same command with --resume. Process 0 is on
+# the first machine, at port $PORT.
 set -euo pipefail
 
 hosts=()
@@ -18,7 +19,7 @@ fi
 shift
 command=("$@" --coordinator "${hosts[0]#*@}:${PORT:-12321}" --processes "${#hosts[@]}")
 
-# On each machine: the command, which is told to end when standard input does.
+# Runs on each machine: the command, which is terminated when standard input closes.
 remote='
 exec 3<&0
 cd "$1" && shift
@@ -31,7 +32,7 @@ wait "$process" || status=$?
 kill "$watch" 2>/dev/null
 exit "$status"'
 
-# Standard input of all of them is a pipe that only this script holds open, while it lives.
+# All processes read standard input from a pipe that only this script holds open, while it runs.
 directory=$(mktemp -d)
 trap 'rm -r "$directory"' EXIT
 mkfifo "$directory/alive"
@@ -47,7 +48,7 @@ left=${#hosts[@]}
 while ((left)); do
     code=0
     wait -n -p ended || code=$?
-    if [[ -z ${ended:-} ]]; then continue; fi # a signal: now all save, and end
+    if [[ -z ${ended:-} ]]; then continue; fi # a signal: all processes save and end
     left=$((left - 1))
     if ((code)); then
         exec 9>&-

@@ -1,4 +1,4 @@
-"""One file a published method; each enters `memopt.optimizers.registry` where it is defined."""
+"""Published methods, one per file, each registered in `memopt.optimizers.registry`."""
 
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from memopt.optimizers.online_subspace_descent import (
 from memopt.optimizers.registry import available as available
 from memopt.optimizers.registry import optimizer as optimizer
 
-if not TYPE_CHECKING:  # which reads the imports above
+if not TYPE_CHECKING:  # type checkers read the imports above
     __all__ = sorted(
         ("Common", "matrices_and_rest", "available", "optimizer", *available("memopt"))
     )

@@ -34,23 +34,24 @@ def adafactor(
     as_released: bool = False,
     **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
-    """Adafactor: a second moment of m + n numbers for an m×n matrix.
+    """Adafactor: a factored second moment of m + n numbers for an m×n matrix.
 
-    Every parameter is treated alike; vectors keep a full second moment. A stacked array is as
-    many factorisations, each with a root mean square of its own. State: m + n float32 numbers
-    a matrix, mn more with `b1`.
+    All parameters are treated alike; vectors keep a full second moment. Each matrix of a stacked
+    array has its own factorisation and root mean square. State: m + n float32 numbers per matrix,
+    mn more with `b1`.
 
     Args:
       learning_rate: a number or a schedule, multiplied by RMS(W) if `scale_by_parameter`; by
         default the paper's min(1e-2, 1/√t).
-      b1: decay of a first moment of the updates; None keeps none.
+      b1: decay of a first moment of the updates; None for no first moment.
       decay_rate: the second moment's decay is 1 − t^−decay_rate.
       clip_threshold: the largest root mean square of an update, d; None does not clip.
       scale_by_parameter: multiply the step by max(min_scale, RMS(W)).
       eps: ε₁, added to the squared gradient.
-      min_scale: ε₂, the least parameter scale.
-      as_released: as in transformers' Adafactor, the first moment averages what the learning
-        rate already multiplies, and the decay is multiplied by max(min_scale, RMS(W)) too.
+      min_scale: ε₂, the smallest parameter scale.
+      as_released: follow the Adafactor of `transformers`: the first moment averages updates that
+        are already multiplied by the learning rate, and the decay is multiplied by
+        max(min_scale, RMS(W)) too.
       **common: see `memopt.Common`.
 
     References:

@@ -26,21 +26,21 @@ def adalomo(
     as_released: bool = False,
     **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
-    """AdaLomo: LOMO with a factored second moment and updates normalised matrix by matrix.
+    """AdaLomo: LOMO with a factored second moment and updates normalised per matrix.
 
-    Every step of it looks at one matrix only, so that it can run while the backward pass does.
-    Every parameter is treated alike, embeddings too; vectors keep a full second moment. State:
-    m + n float32 numbers a matrix.
+    Each update depends on one matrix only, so that it can run during the backward pass. All
+    parameters are treated alike, including embeddings; vectors keep a full second moment. State:
+    m + n float32 numbers per matrix.
 
     Args:
       learning_rate: a number or a schedule, multiplied by max(min_scale, RMS(W)).
       decay_rate: the second moment's decay is 1 − t^−decay_rate.
       clip_threshold: the largest root mean square of an update.
       eps: ε₁, added to the squared gradient.
-      min_scale: ε₂, the least parameter scale.
+      min_scale: ε₂, the smallest parameter scale.
       clip_value: the largest magnitude of a gradient's entry; None does not clip.
-      as_released: as in the authors' code, the decay is multiplied by max(min_scale, RMS(W)),
-        as the step is.
+      as_released: follow the authors' code: the decay, like the step, is multiplied by
+        max(min_scale, RMS(W)).
       **common: see `memopt.Common`.
 
     Raises:

@@ -34,13 +34,13 @@ def apollo(
     as_released: bool = False,
     **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
-    """APOLLO: SGD with a learning rate for each channel, learnt from a random projection.
+    """APOLLO: SGD with a learning rate for each channel, estimated from a random projection.
 
-    Adam runs on the projection R of a matrix's gradient G; how much it scales each channel of R
-    is how much each channel of G is scaled. With t = count + 1::
+    Adam runs on the projection R of a matrix's gradient G; each channel of G is scaled by the
+    factor by which Adam scales that channel of R. With t = count + 1::
 
-        P ~ N(0, 1/r)                      drawn from the seed, never kept
-        R = PᵀG                            r×n (or G P, m×r, where m > n)
+        P ~ N(0, 1/r)                      drawn from the seed, never stored
+        R = PᵀG                            r×n (or G P, m×r, if m > n)
         N = Adam(R), uncorrected
         S = G · ‖N‖ / ‖R‖                  per index of the longer side
         U = √scale · limit_norm_growth(S)
@@ -51,28 +51,28 @@ def apollo(
     Args:
       learning_rate: a number or a schedule.
       rank: r, or a fraction of each matrix's shorter side.
-      scale: the update's scale; its square root multiplies, as in the released code.
-      per: "channel" or "matrix": how many scaling factors a matrix has.
+      scale: the update is multiplied by the square root of this, as in the released code.
+      per: "channel" for one scaling factor per channel, "matrix" for one per matrix.
       refresh_every: steps between two projections; the moments are kept.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the uncorrected second moment.
-      growth_limit: how much a matrix's update may grow from step to step; None does not limit.
-        A gradient of zeros does not freeze its matrix, as it does in the released code.
+      growth_limit: the largest growth of a matrix's update norm per step; None does not limit it.
+        Unlike in the released code, a gradient of zeros does not freeze its matrix.
       scale_front: multiply by √scale before the limiter instead of after it.
-      projector: "gaussian" or "rademacher", or a projector of `memopt.projectors`, which then
-        says rank and seed itself.
-      seed: what the projections are drawn from.
+      projector: "gaussian" or "rademacher", any other name in `memopt.projectors`, or a projector,
+        which has its own rank and seed.
+      seed: the seed of the projections.
       as_released: follow the authors' code: the limiter freezes a matrix after a gradient of
-        zeros, decay applies to the weights after the step, the projection is kept (r numbers
-        for each index of the shorter side), and the rest gets that code's Adam (ε before the
-        bias correction).
+        zeros, decay applies to the weights after the step, the projection is stored (r numbers
+        for each index of the shorter side), and all other parameters are updated by that code's
+        Adam (ε before the bias correction).
       **common: see `memopt.Common`.
 
     Raises:
-      ValueError: if `rank`, `refresh_every` or `scale` is out of range, the rank larger than a
-        matrix's side, or an option given that has no effect: rank or seed beside a
-        projector that has its own, or seed beside one that draws nothing.
+      ValueError: if `rank`, `refresh_every` or `scale` is out of range, the rank is larger than a
+        matrix's side, or an option has no effect: rank or seed with a projector that has its own,
+        or seed with one that draws nothing.
 
     References:
       Zhu et al., APOLLO: SGD-like Memory, AdamW-level Performance, 2024,
@@ -126,10 +126,10 @@ def apollo_mini(
     projector: projectors.Projector | str = "gaussian",
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """APOLLO-Mini: APOLLO of rank 1 with one scaling factor a matrix; SGD's memory.
+    """APOLLO-Mini: APOLLO with rank 1 and one scaling factor per matrix, at SGD's memory cost.
 
     State: 2q + 1 numbers for a matrix of longer side q, and the step counts. The arguments are
-    those of `apollo`, with the defaults rank 1, scale 128 and ``per="matrix"``.
+    those of `apollo`, with defaults rank 1, scale 128 and ``per="matrix"``.
 
     References:
       Zhu et al., APOLLO: SGD-like Memory, AdamW-level Performance, 2024,

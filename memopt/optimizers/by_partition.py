@@ -1,4 +1,4 @@
-"""One method for the matrices, another for the rest; and how both end."""
+"""Combines a method for hidden matrices with one for all other parameters."""
 
 from collections.abc import Callable
 from typing import Any, TypedDict
@@ -20,8 +20,8 @@ def matrices_and_rest(
     """Partitions a tree: `method` for its hidden matrices, `rest` for everything else.
 
     Args:
-      method: what updates the matrices.
-      rest: what updates embeddings, output head, norms and biases; None is `method` too.
+      method: updates the matrices.
+      rest: updates embeddings, output head, norms and biases; None means `method`.
       matrices: which leaves are matrices; see `memopt.hidden_matrices`.
 
     Example:
@@ -46,12 +46,12 @@ class Common(TypedDict, total=False):
 
     Attributes:
       matrices: which leaves are matrices, and which axes are their rows and columns; by default
-        the hidden matrices, see `memopt.hidden_matrices`, or every matrix where a method treats
-        all parameters alike. Rows are inputs: for kernels stored as (out, in), as in Equinox, pass
+        the hidden matrices, see `memopt.hidden_matrices`, or every matrix if a method treats all
+        parameters alike. Rows are inputs: for kernels stored as (out, in), as in Equinox, pass
         ``matrices=memopt.out_in``.
-      rest: updates the leaves that are no hidden matrices, instead of the method's default, which
-        is the method itself or else AdamW at the same learning rate and decay.
-      weight_decay: decoupled decay, times the learning rate.
+      rest: updates the leaves that are not hidden matrices, instead of the method's default, which
+        is the method itself or AdamW with the same learning rate and decay.
+      weight_decay: decoupled decay, multiplied by the learning rate.
       weight_decay_mask: which leaves decay, as in ``optax.adamw``.
     """
 
@@ -72,17 +72,17 @@ def finish(
     weight_decay: float = 0.0,
     weight_decay_mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Ends a method: decay and learning rate after its steps, and `rest` for other parameters.
+    """Appends decay and learning rate to a method's steps, and adds `rest` for other parameters.
 
     Args:
       learning_rate: a number or a schedule.
-      *steps: make a matrix's gradient the update that is to be subtracted.
-      others: does so for leaves that are no hidden matrices, with float32 statistics, unless
-        `rest` replaces it and its decay; None: the steps do.
-      decayed: decays after the learning rate, as in released code, see `decay_as_released`; None:
-        the weights decay before it.
-      is_flat: whether decay and learning rate are in one chain with the steps, which saved states
-        depend on, or in a chain of their own.
+      *steps: map a matrix's gradient to the update to subtract.
+      others: does so for leaves that are not hidden matrices, with float32 statistics, unless
+        `rest` replaces it and its decay; None means `steps`.
+      decayed: the term that decays after the learning rate, as in released code, see
+        `decay_as_released`; None means that the weights decay before the learning rate.
+      is_flat: whether decay and learning rate are in one chain with the steps or in a chain of
+        their own. The structure of saved states depends on it.
       matrices: see `Common`.
       rest: see `Common`.
       weight_decay: see `Common`.
@@ -109,15 +109,15 @@ def finish(
 def inner_or_adam(
     inner: optax.GradientTransformation | None, of: Callable[..., Any], **options: Any
 ) -> optax.GradientTransformation:
-    """Returns what runs in a subspace: `inner`, or else Adam.
+    """Returns the optimizer to run in a subspace: `inner`, or Adam if it is None.
 
     Args:
       inner: any Optax transformation, or None.
       of: the method.
-      **options: of the method that Adam takes.
+      **options: the method's options for Adam.
 
     Raises:
-      ValueError: if an option of Adam's is given beside `inner`.
+      ValueError: if an option for Adam is given together with `inner`.
     """
     if inner is None:
         return optax.scale_by_adam(**options)

@@ -39,12 +39,12 @@ def fira(
     as_released: bool = False,
     **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
-    """Fira: GaLore, and what is outside its subspace scaled as Adam scales what is inside.
+    """Fira: GaLore plus the residual outside its subspace, scaled as Adam scales the projection.
 
     ::
 
         P ← leading r singular vectors of G        every `refresh_every` steps
-        R = PᵀG                                    r×n (or G P, m×r, where m > n)
+        R = PᵀG                                    r×n (or G P, m×r, if m > n)
         N = Adam(R)
         S = limit_norm_growth((G − P R) · ‖N‖ / ‖R‖)      per index of the longer side
         W ← W − lr · (scale · (P N + S) + weight_decay · W)
@@ -54,27 +54,27 @@ def fira(
     Args:
       learning_rate: a number or a schedule.
       rank: r, or a fraction of each matrix's shorter side.
-      scale: of the update, α.
-      refresh_every: steps between two subspaces; the moments are kept.
-      refresh_phase: staggers them over the matrices; see `memopt.in_subspace`.
+      scale: the scale of the update, α.
+      refresh_every: steps between two refreshes of the subspace; the moments are kept.
+      refresh_phase: staggers refreshes over the matrices; see `memopt.in_subspace`.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the uncorrected second moment.
-      growth_limit: how much the norm of S may grow from step to step; None does not limit. A
-        gradient of zeros does not freeze its matrix, as it does in the released code.
+      growth_limit: the largest growth of the norm of S per step; None does not limit it. Unlike in
+        the released code, a gradient of zeros does not freeze its matrix.
       projector: "randomized_svd", "svd", any other name in `memopt.projectors`, or a projector,
-        which then says its rank itself.
-      seed: what random projectors draw from.
-      as_released: follow the authors' code: N is corrected for the moments' start only after
-        the limiter, scale multiplies P N alone, S is formed of G − scale · P R, the limiter
-        freezes a matrix after a gradient of zeros, decay applies to the weights after the step,
-        and the rest gets that code's Adam.
+        which has its own rank.
+      seed: the seed of random projectors.
+      as_released: follow the authors' code: the bias correction comes after the limiter, scale
+        multiplies only P N, S is formed from G − scale · P R, the limiter freezes a matrix after a
+        gradient of zeros, decay applies to the weights after the step, and all other parameters
+        are updated by that code's Adam.
       **common: see `memopt.Common`.
 
     Raises:
-      ValueError: if `rank`, `refresh_every` or `scale` is out of range, the rank larger than a
-        matrix's side, or an option given that has no effect: rank or seed beside a
-        projector that has its own, or seed beside one that draws nothing.
+      ValueError: if `rank`, `refresh_every` or `scale` is out of range, the rank is larger than a
+        matrix's side, or an option has no effect: rank or seed with a projector that has its own,
+        or seed with one that draws nothing.
 
     References:
       Chen et al., Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?,

@@ -36,15 +36,15 @@ def flora(
 ) -> optax.GradientTransformationExtraArgs:
     """Flora: Adafactor with a momentum that is kept in a random subspace.
 
-    With Â the gradient over the root of Adafactor's factored second moment::
+    With Â the gradient divided by the root of Adafactor's factored second moment::
 
-        P ~ N(0, 1/r)                              drawn from the seed, never kept
+        P ~ N(0, 1/r)                              drawn from the seed, never stored
         M ← P_newᵀ P_old M                         when a new P is drawn
-        M ← β₁ M + (1 − β₁) PᵀÂ                    r×n (or m×r, where m > n)
+        M ← β₁ M + (1 − β₁) PᵀÂ                    r×n (or m×r, if m > n)
         W ← W − lr · (P M + weight_decay · W)
 
-    State: rq + m + n numbers for a matrix of longer side q. What is no hidden matrix, the
-    embedding too, has Adafactor with a momentum of full size unless `rest` says otherwise.
+    State: rq + m + n numbers for a matrix of longer side q. All other parameters, including the
+    embedding, are updated by Adafactor with full-size momentum, unless `rest` replaces it.
 
     Args:
       learning_rate: a number or a schedule.
@@ -52,25 +52,25 @@ def flora(
       b1: decay of the momentum.
       refresh_every: steps between two projections, κ.
       decay_rate: the second moment's decay is 1 − t^−decay_rate.
-      clip_threshold: the largest root mean square of Â; by default, as the paper's rule has it,
-        Â is not clipped.
-      scale_by_parameter: multiply Â by max(min_scale, RMS(W)); by default not.
+      clip_threshold: the largest root mean square of Â; by default, as in the paper, Â is not
+        clipped.
+      scale_by_parameter: multiply Â by max(min_scale, RMS(W)); off by default.
       eps: ε₁, added to the squared gradient.
-      min_scale: ε₂, the least parameter scale.
-      projector: "gaussian", any other name in `memopt.projectors`, or a projector, which then
-        says rank and seed itself.
-      seed: what the projections are drawn from.
-      as_released: follow the authors' PyTorch code: the newest update enters uncompressed,
-        clipping, by default at 1, and parameter scale, by default on, come after the momentum,
-        and a new subspace comes one step earlier and is lifted from one step later. That code
-        keeps the whole momentum of matrices with one side four times the other or below the
-        rank; `matrices` can say so.
+      min_scale: ε₂, the smallest parameter scale.
+      projector: "gaussian", any other name in `memopt.projectors`, or a projector, which has its
+        own rank and seed.
+      seed: the seed of the projections.
+      as_released: follow the authors' PyTorch code: the newest update is added uncompressed;
+        clipping (by default at 1) and parameter scale (by default on) come after the momentum; and
+        a new subspace is drawn one step earlier and lifted from one step later. That code keeps
+        full-size momentum for matrices with one side four times the other or below the rank; use
+        `matrices` to do the same.
       **common: see `memopt.Common`.
 
     Raises:
-      ValueError: if `rank` or `refresh_every` is out of range, the rank larger than a matrix's
-        side, or an option given that has no effect: rank or seed beside a projector that has its
-        own, or seed beside one that draws nothing.
+      ValueError: if `rank` or `refresh_every` is out of range, the rank is larger than a matrix's
+        side, or an option has no effect: rank or seed with a projector that has its own, or seed
+        with one that draws nothing.
 
     References:
       Hao et al., Flora: Low-Rank Adapters Are Secretly Gradient Compressors, 2024,

@@ -34,44 +34,45 @@ def frugal(
     as_released: bool = False,
     **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
-    """FRUGAL: Adam for a part of each gradient, sign descent for the rest.
+    """FRUGAL: Adam for a part of each gradient, sign descent for the residual.
 
     ::
 
-        R = down(G)                                the chosen part, density ρ
-        N = Adam(R)                                anew when another part is chosen
+        R = down(G)                                the selected part, density ρ
+        N = Adam(R)                                reset when another part is selected
         U = up(N) + scale · sign(G − up(R))
         W ← W − lr · (U + weight_decay · W)
 
-    State: 2ρmn numbers a matrix and the step counts; with "svd" or "orthogonal", of rank ρp,
+    State: 2ρmn numbers per matrix and the step counts; with "svd" or "orthogonal", of rank ρp,
     also ρp² for the basis.
 
     Args:
       learning_rate: a number or a schedule.
-      density: ρ, the part that Adam sees: 1 over a whole number for "columns", "coordinates"
-        and "blocks"; else the rank as a fraction of each matrix's shorter side.
-      inactive: what updates the rest, "sign" or "sgd".
-      scale: the learning rate of the rest, relative to Adam's.
-      refresh_every: steps between two choices.
-      refresh_phase: staggers them over the matrices; see `memopt.in_subspace`.
-      on_refresh: "reset" begins anew, bias correction too; "carry" re-projects the moments, as
-        the paper's appendix does for SVD; see `memopt.in_subspace`.
+      density: ρ, the fraction that Adam updates: one over a whole number for "columns",
+        "coordinates" and "blocks"; otherwise the rank as a fraction of each matrix's shorter side.
+      inactive: the update of the residual, "sign" or "sgd".
+      scale: the learning rate of the residual, relative to Adam's.
+      refresh_every: steps between two selections.
+      refresh_phase: staggers refreshes over the matrices; see `memopt.in_subspace`.
+      on_refresh: "reset" initializes Adam again, including its bias correction; "carry" projects
+        the moments to the new subspace, as in the paper's appendix for SVD; see
+        `memopt.in_subspace`.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
-      inner: runs in the subspace in Adam's place: any Optax transformation.
+      inner: any Optax transformation, used in the subspace instead of Adam.
       projector: "columns", "coordinates", "blocks" (whole layers of a stack), "svd",
-        "orthogonal", any other name in `memopt.projectors`, or a projector, which then says
-        density or rank itself.
-      seed: what the choices depend on.
-      as_released: changes nothing, since the authors' code does what the paper says; only how a
-        choice is drawn differs: there any lines, here one of every 1/ρ.
+        "orthogonal", any other name in `memopt.projectors`, or a projector, which has its own
+        density or rank.
+      seed: the seed of the selections.
+      as_released: has no effect, since the authors' code follows the paper, except in how a
+        selection is drawn: that code draws any lines, memopt one of every 1/ρ.
       **common: see `memopt.Common`.
 
     Raises:
-      ValueError: if `density` or `refresh_every` is out of range, `inactive` unknown, or an option
-        given that has no effect: `b1`, `b2` or `eps` beside `inner`, density or seed beside a
-        projector that has its own, or seed beside one that draws nothing.
+      ValueError: if `density` or `refresh_every` is out of range, `inactive` is unknown, or an
+        option has no effect: `b1`, `b2` or `eps` with `inner`, density or seed with a projector
+        that has its own, or seed with one that draws nothing.
 
     References:
       Zmushko et al., FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for

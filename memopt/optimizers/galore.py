@@ -39,8 +39,8 @@ def galore(
     ::
 
         P ← leading r singular vectors of G        every `refresh_every` steps
-        R = PᵀG                                    r×n (or G P, m×r, where m > n)
-        N = Adam(R)                                its moments are kept when P changes
+        R = PᵀG                                    r×n (or G P, m×r, if m > n)
+        N = Adam(R)                                moments are kept when P changes
         W ← W − lr · (scale · P N + weight_decay · W)
 
     State: 2rq + rp numbers for a matrix of sides p ≤ q, and the step counts.
@@ -48,25 +48,24 @@ def galore(
     Args:
       learning_rate: a number or a schedule.
       rank: r, or a fraction of each matrix's shorter side.
-      scale: of the lifted update, α.
-      refresh_every: steps between two subspaces.
-      refresh_phase: staggers them over the matrices; see `memopt.in_subspace`.
+      scale: the scale of the lifted update, α.
+      refresh_every: steps between two refreshes of the subspace.
+      refresh_phase: staggers refreshes over the matrices; see `memopt.in_subspace`.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
-      inner: runs in the subspace in Adam's place: any Optax transformation.
+      inner: any Optax transformation, used in the subspace instead of Adam.
       projector: "randomized_svd", "svd", any other name in `memopt.projectors`, or a projector,
-        which then says its rank itself.
-      seed: what random projectors draw from.
-      as_released: follow the authors' code: ε is added before Adam's bias correction, for the
-        rest too, and decay applies to the weights after the step.
+        which has its own rank.
+      seed: the seed of random projectors.
+      as_released: follow the authors' code: ε is added before Adam's bias correction, also for all
+        other parameters, and decay applies to the weights after the step.
       **common: see `memopt.Common`.
 
     Raises:
-      ValueError: if `rank`, `refresh_every` or `scale` is out of range, the rank larger than a
-        matrix's side, or an option given that has no effect: `b1`, `b2` or `eps` beside
-        `inner`, rank or seed beside a
-        projector that has its own, or seed beside one that draws nothing.
+      ValueError: if `rank`, `refresh_every` or `scale` is out of range, the rank is larger than a
+        matrix's side, or an option has no effect: `b1`, `b2` or `eps` with `inner`, rank or seed
+        with a projector that has its own, or seed with one that draws nothing.
 
     References:
       Zhao et al., GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, 2024,

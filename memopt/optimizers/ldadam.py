@@ -29,42 +29,42 @@ def ldadam(
     as_released: bool = False,
     **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
-    """LDAdam: Adam in a subspace that moves at each step, and that forgets nothing.
+    """LDAdam: Adam in a subspace that changes at each step, with error feedback.
 
-    With T = PᵀP_before, the turn from the old subspace to the new::
+    With T = PᵀP_before, the change of basis from the old subspace to the new one::
 
-        A = G + E                                  what earlier steps left out
+        A = G + E                                  E is the residual of earlier steps
         B = ρ · P_before M̂ + (1 − ρ) · A
         P ← qr(B BᵀP_before)                       one power iteration
         R = PᵀA
-        M, V ← T M, |T² (V̂ − M̂²) + (T M̂)²|         T² entry by entry
+        M, V ← T M, |T² (V̂ − M̂²) + (T M̂)²|         T² elementwise
         N = Adam(R; M, V)
         E ← A − P R + β₁/(1−β₁) · (P_before M_before − P T M_before)
         W ← W − lr · (P N + weight_decay · W)
 
-    State: 2rq + rp + mn numbers for a matrix of sides p ≤ q; mn of them are E, which the authors
-    keep in the buffer of the gradients, and which only error feedback has.
+    State: 2rq + rp + mn numbers for a matrix of sides p ≤ q; mn of them are E, which only error
+    feedback has and which the authors keep in the gradients' buffer.
 
     Args:
       learning_rate: a number or a schedule.
       rank: r, or a fraction of each matrix's shorter side.
-      rho: ρ, how much the momentum weighs in the subspace.
-      error_feedback: keep E; without it what a projection leaves out is lost.
-      refresh_every: steps between two subspaces.
+      rho: ρ, the weight of the momentum in the subspace.
+      error_feedback: keep E; without it the part of A outside the subspace is dropped.
+      refresh_every: steps between two refreshes of the subspace.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
-      projector: "power_iteration", any other name in `memopt.projectors`, or a projector, which
-        then says its rank itself.
-      seed: what random projectors draw from.
-      as_released: follow the authors' code, which squares T² once more, and gives the rest
-        the same b1 and b2.
+      projector: "power_iteration", any other name in `memopt.projectors`, or a projector, which has
+        its own rank.
+      seed: the seed of random projectors.
+      as_released: follow the authors' code, which squares T² once more, and updates all other
+        parameters with the same b1 and b2.
       **common: see `memopt.Common`.
 
     Raises:
-      ValueError: if `rank` or `refresh_every` is out of range, the rank larger than a matrix's
-        side, or an option given that has no effect: rank, rho or seed beside a projector that has
-        its own, rho beside one that has none, or seed beside one that draws nothing.
+      ValueError: if `rank` or `refresh_every` is out of range, the rank is larger than a matrix's
+        side, or an option has no effect: rank, rho or seed with a projector that has its own, rho
+        with one that has none, or seed with one that draws nothing.
       IncompatiblePairingError: for error feedback with a projector whose bases are not orthonormal.
 
     References:

@@ -22,16 +22,17 @@ def lion(
 ) -> optax.GradientTransformationExtraArgs:
     """Lion: the sign of an interpolated momentum.
 
-    It wants a learning rate 3 to 10 times lower, and a weight decay as much higher, than AdamW.
-    Every parameter is treated alike, embeddings and norms too. State: mn numbers a matrix.
+    Use a learning rate 3 to 10 times lower than AdamW's, and a weight decay higher by the same
+    factor. All parameters are treated alike, including embeddings and norms. State: mn numbers per
+    matrix.
 
     Args:
       learning_rate: a number or a schedule.
       b1: the weight of the momentum in the update.
       b2: the decay of the momentum.
       mu_dtype: the momentum's dtype; by default the parameter's.
-      as_released: changes nothing, since the authors' code does what the paper says; every
-        method has this switch.
+      as_released: has no effect, since the authors' code follows the paper; every method has this
+        switch.
       **common: see `memopt.Common`.
 
     References:

@@ -17,17 +17,17 @@ def lomo(
     as_released: bool = False,
     **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
-    """LOMO: stochastic gradient descent, to be run while the backward pass is.
+    """LOMO: stochastic gradient descent that can run during the backward pass.
 
-    As a chain it is plain SGD; that each gradient is used and forgotten as soon as it exists is
-    the training loop's affair. It clips element by element since the norm of all gradients is
-    not known before the last one exists. Every parameter is treated alike. State: none.
+    The chain is plain SGD; the training loop decides whether each gradient is used and freed as
+    soon as it exists. It clips elementwise, since the global norm is not known before the last
+    gradient. All parameters are treated alike. State: none.
 
     Args:
       learning_rate: a number or a schedule; a schedule keeps its step count.
       clip_value: the largest magnitude of a gradient's entry; None does not clip.
-      as_released: changes nothing, since the authors' code does what the paper says; every
-        method has this switch.
+      as_released: has no effect, since the authors' code follows the paper; every method has this
+        switch.
       **common: see `memopt.Common`.
 
     Raises:
@@ -48,6 +48,6 @@ def lomo(
 
 
 def clip_entries(clip_value: float | None) -> optax.GradientTransformation:
-    """Clips gradients entry by entry; None does not."""
+    """Clips gradients elementwise; None does not clip."""
     check_at_least("clip_value", clip_value, 0)
     return optax.identity() if clip_value is None else optax.clip(clip_value)

@@ -31,35 +31,36 @@ def muon(
     as_released: bool = False,
     **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon: momentum, made orthogonal by Newton–Schulz.
+    """Muon: momentum, orthogonalised by Newton–Schulz iterations.
 
-    ::
+    For a matrix with m inputs and n outputs and gradient G::
 
         M ← β M + G
         O = NewtonSchulz(G + β M)                  ≈ U Vᵀ of the singular value decomposition
-        W ← W − lr · (√max(1, n/m) · O + weight_decay · W)           of m inputs and n outputs
+        W ← W − lr · (√max(1, n/m) · O + weight_decay · W)
 
-    State: mn numbers a matrix.
+    State: mn numbers per matrix.
 
-    On a mesh each device orthogonalises whole matrices, its share of them all, at the price of
-    moving momentum there and updates back; see `memopt.orthogonalize`.
+    On a mesh each device orthogonalises its share of the matrices, each of them whole; momentum is
+    moved there and updates are moved back, see `memopt.orthogonalize`.
 
     Args:
       learning_rate: a number or a schedule.
       beta: the decay of the momentum.
-      nesterov: look one step ahead, as above; otherwise O is that of M.
-      ns_steps: iterations of Newton–Schulz.
-      ns_coeffs: a, b and c of its polynomial, or those of each iteration.
-      eps: added to the norm that the iteration starts from.
+      nesterov: use Nesterov momentum, as above; otherwise O = NewtonSchulz(M).
+      ns_steps: the number of Newton–Schulz iterations.
+      ns_coeffs: a, b and c of its polynomial, or three numbers for each iteration.
+      eps: added to the norm before the iterations.
       consistent_rms: scale updates by consistent_rms · √max(m, n) instead, to this root mean
-        square; 0.2 is about AdamW's, whose learning rate and decay then serve both.
-      replica_axis: the mesh axis over which parameters are copied, if there is one; numbers do not
-        depend on it.
+        square; 0.2 is about AdamW's, so that AdamW's learning rate and decay can be used.
+      replica_axis: the mesh axis over which parameters are replicated, if there is one; results do
+        not depend on it.
       as_released: iterate in bfloat16, as the authors' code does.
       **common: see `memopt.Common`.
 
     Raises:
-      ValueError: if `ns_steps` is below 1, `consistent_rms` negative, or `ns_coeffs` no threes.
+      ValueError: if `ns_steps` is below 1, `consistent_rms` is negative, or `ns_coeffs` are not
+        three numbers per iteration.
 
     References:
       Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024,

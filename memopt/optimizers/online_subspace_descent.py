@@ -28,41 +28,42 @@ def online_subspace_descent(
     as_released: bool = False,
     **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
-    """Online Subspace Descent: GaLore whose subspace takes a step of its own at each step.
+    """Online Subspace Descent: GaLore with a subspace that is updated by its own optimizer.
 
     With Ĝ = G / ‖G‖::
 
-        R = PᵀG                                    r×n (or G P, m×r, where m > n)
+        R = PᵀG                                    r×n (or G P, m×r, if m > n)
         N = Adam(R)
         W ← W − lr · (scale · P N + weight_decay · W)
         P ← P − step(∇ (‖P PᵀĜ − Ĝ‖² + penalty · ‖PᵀP − I‖²))
 
-    It starts from singular vectors of the first gradient, and never decomposes another one. The
-    first step leaves P as it is, and so does a gradient of zeros; the released code divides by
-    its norm and turns to NaN.
-    State: 2rq + 3rp + 1 numbers for a matrix of sides p ≤ q, and the step counts; 2rp of them
-    and the one are of P's own Adam.
+    P starts from singular vectors of the first gradient; later gradients are not decomposed. The
+    first step, and a gradient of zeros, leave P unchanged; the released code divides by the
+    gradient's norm, which gives NaN.
+
+    State: 2rq + 3rp + 1 numbers for a matrix of sides p ≤ q, and the step counts; 2rp + 1 of them
+    belong to P's own Adam.
 
     Args:
       learning_rate: a number or a schedule.
       rank: r, or a fraction of each matrix's shorter side.
-      scale: of the lifted update; 0.25 in the authors' scripts.
-      projector_learning_rate: of P's own optimizer, a number or a schedule.
-      projector_optimizer: takes P's steps instead, with a learning rate of its own.
-      penalty: λ, holds P near orthonormal.
+      scale: the scale of the lifted update; 0.25 in the authors' scripts.
+      projector_learning_rate: the learning rate of P's own Adam, a number or a schedule.
+      projector_optimizer: updates P instead, with its own learning rate.
+      penalty: λ, which keeps P nearly orthonormal.
       start: the projector that gives the first P; by default a randomised SVD.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
-      inner: runs in the subspace in Adam's place: any Optax transformation.
-      as_released: follow the authors' code: no penalty, AdamW with decay 0.01 for P, and for
-        everything else as `galore` does.
+      inner: any Optax transformation, used in the subspace instead of Adam.
+      as_released: follow the authors' code: no penalty, AdamW with decay 0.01 for P, and otherwise
+        as in `galore`.
       **common: see `memopt.Common`.
 
     Raises:
-      ValueError: if `rank` or `scale` is out of range, the rank larger than a matrix's side, or
-        an option given that has no effect: `b1`, `b2` or `eps` beside `inner`,
-        `projector_learning_rate` beside `projector_optimizer`, `penalty` as released.
+      ValueError: if `rank` or `scale` is out of range, the rank is larger than a matrix's side, or
+        an option has no effect: `b1`, `b2` or `eps` with `inner`, `projector_learning_rate` with
+        `projector_optimizer`, `penalty` with `as_released`.
 
     References:
       Liang et al., Memory-Efficient LLM Training with Online Subspace Descent, 2024,

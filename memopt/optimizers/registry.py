@@ -1,7 +1,7 @@
-"""Every optimizer by its name: memopt's, which enter where they are defined, and Optax's.
+"""The registry of optimizers: memopt's methods, registered where they are defined, and Optax's.
 
-Whatever lists methods (`memopt.available`, the command line, README's table, benchmarks, the tests'
-tables) reads it here.
+All lists of methods (`memopt.available`, the command line, README's table, benchmarks, the tests'
+tables) are read from here.
 """
 
 import functools
@@ -23,13 +23,13 @@ R = TypeVar("R")
 
 
 class Method(NamedTuple):
-    """An optimizer that has a name.
+    """A registered optimizer.
 
     Attributes:
       make: the function that builds it.
       library: "memopt", or "optax" for a baseline.
-      sums_projections: whether it moves less over a mesh where shorter sides are unsharded, see
-        `memopt.unshard_short_side`: it sums projections of a gradient over devices.
+      sums_projections: whether it sums projections of gradients over devices, and so communicates
+        less if the shorter sides of matrices are not sharded; see `memopt.unshard_short_side`.
     """
 
     make: Make
@@ -38,13 +38,13 @@ class Method(NamedTuple):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Its options, and what they are by default."""
+        """The options and their default values."""
         parameters = inspect.signature(self.make).parameters
         return {name: p.default for name, p in parameters.items() if name != "learning_rate"}
 
     @property
     def has_free_rank(self) -> bool:
-        """Whether its rank is a fraction of each matrix by default, and the user's to choose."""
+        """Whether the default rank is a fraction of each matrix, so that users may choose it."""
         return isinstance(self.defaults.get("rank"), float)
 
 
@@ -64,13 +64,13 @@ METHODS: dict[str, Method] = {
     "sm3": Method(optax.sm3, "optax"),
     "sophia": Method(optax.contrib.sophia, "optax"),
 }
-"""All there are, by name: Optax's are rows here, a method of memopt says `@method()`."""
+"""All optimizers by name: Optax's are listed here, memopt's are added by `@method()`."""
 
 
 def method(*, sums_projections: bool = False) -> Callable[[F], F]:
-    """Enters a function of memopt into `METHODS` under its own name.
+    """Registers a function in `METHODS` under its own name.
 
-    Its signature and docstring then say the options of `Common` in the place of ``**common``.
+    In its signature and docstring, the options of `Common` replace ``**common``.
 
     Args:
       sums_projections: see `Method`.
@@ -86,7 +86,7 @@ def method(*, sums_projections: bool = False) -> Callable[[F], F]:
         @functools.wraps(make)
         def checked(*args: Any, **options: Any) -> Any:
             options = renamed.current(make, options)
-            signature.bind(*args, **options)  # refuses an unknown option, as Python would
+            signature.bind(*args, **options)  # raises TypeError for an unknown option
             return make(*args, **options)
 
         _set_signature(checked, signature)
@@ -104,9 +104,9 @@ def _set_signature(function: Callable, signature: inspect.Signature) -> None:
 
 
 def options_of(base: Callable[P, R]) -> Callable[[Callable[..., R]], Callable[P, R]]:
-    """Gives a function that passes ``**options`` on to `base` the signature of `base`.
+    """Gives a function that passes ``**options`` to `base` the signature of `base`.
 
-    Defaults that the function has itself take their place in it.
+    Defaults of the function itself override those of `base`.
 
     Example:
       >>> def power(x, *, exponent=2, scale=1.0):
@@ -128,10 +128,10 @@ def options_of(base: Callable[P, R]) -> Callable[[Callable[..., R]], Callable[P,
 
 
 def available(library: str | None = None) -> tuple[str, ...]:
-    """The names that `optimizer` knows, memopt's own first.
+    """Returns the names that `optimizer` accepts, memopt's own first.
 
     Args:
-      library: "memopt" or "optax" for the names of one of them alone.
+      library: "memopt" or "optax", to list the names of one library only.
 
     Example:
       >>> available()[:4]
@@ -157,7 +157,7 @@ def optimizer(
       The transformation that ``memopt.<name>`` or Optax's function of that name returns.
 
     Raises:
-      ValueError: if the name, or an option, is unknown; the nearest is suggested.
+      ValueError: if the name or an option is unknown; the closest name is suggested.
 
     Example:
       >>> tx = optimizer("apollo_mini", learning_rate=1e-2, weight_decay=0.1)

@@ -1,1 +1,1 @@
-"""Storage, placement and size of optimizer state."""
+"""Storage, sharding and size of optimizer state."""

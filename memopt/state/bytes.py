@@ -1,4 +1,4 @@
-"""The bytes of an optimizer's state, by parameter."""
+"""Counts the bytes of an optimizer's state for each parameter."""
 
 import collections
 import dataclasses
@@ -22,11 +22,11 @@ class StateBytes:
     Attributes:
       parameters: {leaf name: bytes of the parameter}.
       states: {leaf name: bytes of the state kept for it}.
-      shared: bytes of state that belong to no one parameter: step counts, hyperparameters.
+      shared: bytes of state that belongs to no single parameter: step counts, hyperparameters.
       kept_by: {leaf name: the transformations that keep state for it}, by their states' names.
-      formulas: {leaf name: the arrays kept for it}, by their shapes: ``"2·(8×64×4) + 8"`` is two
-        arrays of that shape and eight numbers more, float32 where no other dtype is named.
-      shared_formula: the same of the shared state.
+      formulas: {leaf name: the shapes of the arrays kept for it}. ``"2·(8×64×4) + 8"`` means two
+        arrays of that shape and eight more numbers, in float32 unless another dtype is named.
+      shared_formula: the same for the shared state.
     """
 
     parameters: Mapping[str, int]
@@ -55,15 +55,15 @@ class StateBytes:
 
 
 def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
-    """Counts the bytes of ``tx.init(params)``, exactly and without allocating any of it.
+    """Counts the bytes of ``tx.init(params)``, exactly and without allocating memory.
 
     Args:
       tx: any Optax transformation.
-      params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
+      params: arrays or ``jax.ShapeDtypeStruct``.
 
     Returns:
-      Bytes leaf by leaf, and the shapes they come from. State that stands at a parameter's place
-      in a tree shaped like `params` counts for that parameter, whatever its own shape.
+      The bytes for each leaf, and the shapes they come from. In a part of the state with the
+      structure of `params`, a node counts for the corresponding parameter, whatever its shape.
 
     Example:
       >>> params = {"w": jax.ShapeDtypeStruct((8, 4), "bfloat16")}
@@ -78,7 +78,7 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
     kept: dict[str, list[Any]] = {name: [] for name in names}
     kept_by: dict[str, dict[str, None]] = {name: {} for name in names}
     shared: list[Any] = []
-    # Without their shardings, which would need the mesh in scope.
+    # Shardings are dropped, because they would need their mesh to be set.
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     for part in parts(init_shapes(tx.init, like), like):
         if not part.has_parameters:
@@ -103,7 +103,7 @@ def _bytes(arrays: Any) -> int:
 
 
 def _formula(arrays: list[Any]) -> str:
-    """The shapes of arrays, equal ones counted."""
+    """The shapes of arrays, with a count of equal ones."""
 
     def term(count: int, shape: tuple[int, ...], dtype: str) -> str:
         size = "×".join(map(str, shape))

@@ -1,4 +1,4 @@
-"""A table of parameters: how an optimizer treats each, and the state that it keeps."""
+"""Describes how an optimizer treats each parameter, and the state that it keeps."""
 
 import collections
 import contextlib
@@ -19,15 +19,15 @@ class Described(NamedTuple):
     """One row of a `Description`.
 
     Attributes:
-      name: its keys joined by ``/``.
-      shape: of the array.
+      name: the parameter's keys joined by ``/``.
+      shape: the shape of the array.
       kind: "matrix", "embedding", "position", "router", "head" or "vector"; "rest" for a matrix
-        that `matrices` leaves out.
-      axes: the axes of rows, of columns and of the stack, as text; "" if the optimizer treats it
-        entry by entry.
+        that `matrices` excludes.
+      axes: the axes of rows, columns and stack, as text; "" if the optimizer treats the parameter
+        elementwise.
       why: the reason for `kind` and `axes`.
       kept_by: the transformations that keep state for it.
-      state: bytes of that state; None if the optimizer refuses the parameters.
+      state: the bytes of that state; None if the optimizer refuses the parameters.
     """
 
     name: str
@@ -80,8 +80,7 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
 
     Args:
       tx: any Optax transformation.
-      params: arrays, or ``jax.ShapeDtypeStruct`` in their place, bare or in boxes of Flax or
-        Haliax.
+      params: arrays or ``jax.ShapeDtypeStruct``, possibly in boxes of Flax or Haliax.
 
     Returns:
       A row for each parameter: its kind (matrix, embedding, position, router, head or vector), its
@@ -107,7 +106,7 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
             table = state_bytes(tx, params)
         except ValueError as error:
             refused = str(error)
-        else:  # what keeps no state shows its matrices in the update alone
+        else:  # transformations without state read their matrices only in the update
             with contextlib.suppress(TypeError, ValueError):
                 like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
                 init_shapes(lambda p: tx.update(p, tx.init(p), p), like)
@@ -119,11 +118,11 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
     return Description(tuple(rows), refused)
 
 
-_SAID = "set by matrices=, or read without the parameters beside it"
+_SAID = "set by matrices=, or read without the rest of the tree"
 
 
 def _taken_for(p: Parameter, layout: Layout | None) -> tuple[str, str, str]:
-    """Kind, axes and reason of a parameter, given the layout that the optimizer used."""
+    """The kind, axes and reason of a parameter, given the layout that the optimizer used."""
     why = f"{p.why}, but {p.doubt}" if p.doubt else p.why
     if layout is None:
         return p.kind, "", why
@@ -149,7 +148,7 @@ def _bytes(state: int | None) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> Iterator[str]:
-    """Pads cells into columns, those of numbers to the right."""
+    """Pads cells to columns; columns of numbers are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [

@@ -1,4 +1,4 @@
-"""The axes of an optimizer's state that follow axes of its parameters."""
+"""Finds the axes of an optimizer's state that follow axes of its parameters."""
 
 import itertools
 import math
@@ -13,18 +13,18 @@ from memopt.state.owners import is_state_array, owners
 from memopt.trees import named_leaves, open_box
 
 Path = tuple[Any, ...]
-"""Where a state array stands in its tree."""
+"""The path of a state array in its tree."""
 
 Sizes = Mapping[int, tuple[int, ...]]
-"""Other shapes for some of the parameters, by their place in ``jax.tree.leaves``."""
+"""Changed shapes of some parameters, by their index in ``jax.tree.leaves``."""
 
 Shapes = Mapping[Path, jax.ShapeDtypeStruct]
 Moves = Mapping[Path, tuple[int, ...] | None]
-"""Of some state arrays the axes that moved in proportion; None where the array else changed."""
+"""The axes of state arrays that changed in proportion; None if an array changed otherwise."""
 
 
 class Axis(NamedTuple):
-    """An axis of a parameter, and into how many equal parts it is split."""
+    """An axis of a parameter, and the number of equal parts into which it is split."""
 
     number: int
     parts: int
@@ -34,12 +34,12 @@ class Follower(NamedTuple):
     """The parameter and the axes that a state array follows.
 
     Attributes:
-      owner: the one parameter that it belongs to; None if it belongs to none, or changes with
+      owner: the parameter that the array belongs to; None if it belongs to none, or changes with
         several.
-      changes: whether it belongs to, or changes with, any.
-      axes: pairs of an axis of it and an axis of the owner that it follows.
-      unclear: axes of the owner of which the tries that count say different things.
-      uneven: axes of the owner with which it changes only in tries that do not count.
+      changes: whether it belongs to, or changes with, any parameter.
+      axes: pairs of an axis of the array and the axis of the owner that it follows.
+      unclear: axes of the owner for which valid tries give different results.
+      uneven: axes of the owner with which the array changes only in invalid tries.
     """
 
     owner: int | None
@@ -49,7 +49,7 @@ class Follower(NamedTuple):
     uneven: tuple[int, ...] = ()
 
     def seen(self, axis: int, tries: Sequence[Moves], path: Path) -> "Follower":
-        """With what the tries with an axis of the owner say of the array that stands there."""
+        """Adds the result of the tries with an axis of the owner for the array at `path`."""
         moves = {moves[path] for moves in _sound(tries) or tries}
         moved = moves.pop() if len(moves) == 1 else None
         if moved is None:
@@ -62,20 +62,20 @@ class Follower(NamedTuple):
 def followers(
     tx: optax.GradientTransformation, params: Any, axes: Sequence[Sequence[Axis]]
 ) -> list[Follower]:
-    """Finds out which state axes follow some axes of the parameters, from `tx.init` alone.
+    """Finds the state axes that follow given axes of the parameters, from `tx.init` alone.
 
-    It is evaluated on shapes of which an axis is longer, or shorter, by one of its parts. What
-    grows and shrinks with it in proportion follows it. A change that turns a decision of the
-    optimizer (which side is shorter, whether a matrix is large enough to be factored) shows in
-    arrays that change otherwise, and what was seen then does not count.
+    It is evaluated on shapes in which an axis is longer, or shorter, by one of its parts. State
+    axes that change in proportion follow that axis. If a change alters a decision of the optimizer
+    (which side is shorter, whether a matrix is large enough to be factored), other arrays change
+    out of proportion, and that try is invalid and ignored.
 
     Args:
       tx: any Optax transformation.
       params: a tree of ``jax.ShapeDtypeStruct``.
-      axes: for each parameter the axes that matter.
+      axes: for each parameter the axes of interest.
 
     Returns:
-      For each array of ``tx.init(params)`` what it follows, in the order of ``jax.tree.leaves``.
+      A `Follower` for each array of ``tx.init(params)``, in the order of ``jax.tree.leaves``.
 
     Example:
       >>> w = jax.ShapeDtypeStruct((64, 32), "float32")
@@ -90,7 +90,7 @@ def followers(
         path: Follower(array.parameter, array.parameter is not None)
         for path, array in zip(base, arrays, strict=True)
     }
-    # What stands in no tree like the parameters, a flat vector say, is known by its growth alone.
+    # Arrays outside of trees like the parameters, such as a flat vector, are matched by growth.
     if unowned := [p for p, follower in found.items() if base[p].ndim and follower.owner is None]:
         grown = _tries_by_parameter(init, {path: base[path] for path in unowned})
         for path, moved in grown.moved.items():
@@ -106,9 +106,9 @@ def followers(
 
 
 class _Init:
-    """``tx.init`` as a function of the shapes of some parameters; the others keep theirs.
+    """``tx.init`` as a function of the shapes of some parameters; the others are unchanged.
 
-    Parameters keep their kinds and axes, and are given without boxes.
+    Parameters keep their kinds and axes, and are passed without boxes.
     """
 
     def __init__(self, tx: optax.GradientTransformation, params: Any) -> None:
@@ -117,17 +117,17 @@ class _Init:
         self.leaves = [open_box(node) for _, node in nodes]
 
     def state(self, sizes: Sizes) -> Any:
-        """The state, of shapes."""
+        """The shapes of the state."""
         leaves = [p.update(shape=sizes.get(i, p.shape)) for i, p in enumerate(self.leaves)]
         with known(self.parameters):
             return init_shapes(self.tx.init, self.structure.unflatten(leaves))
 
     def __call__(self, sizes: Sizes) -> Shapes:
-        """Its arrays by their paths."""
+        """The shapes of the state's arrays by their paths."""
         return dict(jax.tree_util.tree_leaves_with_path(self.state(sizes)))
 
     def parts(self, sizes: Sizes) -> Iterator[tuple[Sizes, Shapes]]:
-        """The same, without those parameters whose shape `tx.init` refuses."""
+        """Yields the same for groups of parameters, without those that `tx.init` refuses."""
         try:
             yield sizes, self(sizes)
         except Exception:
@@ -138,23 +138,26 @@ class _Init:
 
 
 class _Tries(NamedTuple):
-    """Tries in which some parameters grow, each in a combination of its own.
+    """Tries in which parameters grow, each parameter in its own combination of tries.
 
     Attributes:
-      combinations: of each parameter, in which tries it grows.
-      moved: of each state array, in which it changes.
+      combinations: for each parameter, the tries in which it grows.
+      moved: for each state array, the tries in which it changes.
     """
 
     combinations: Sequence[tuple[int, ...]]
     moved: Mapping[Path, tuple[int, ...]]
 
     def owner(self, moved: tuple[int, ...]) -> int | None:
-        """Combinations are as large as each other: no two together are a third."""
+        """The parameter with this combination.
+
+        All combinations have the same size, so that the union of two is never a third.
+        """
         return self.combinations.index(moved) if moved in self.combinations else None
 
 
 def _tries_by_parameter(init: _Init, base: Shapes) -> _Tries:
-    """Doubles all axes of parameters; 11 tries tell 300 parameters apart."""
+    """Doubles all axes of parameters; 11 tries distinguish 300 parameters."""
     count = len(init.leaves)
     size = lambda tries: (tries + 1) // 2
     tries = next(t for t in itertools.count(1) if math.comb(t, size(t)) >= count)
@@ -173,9 +176,9 @@ def _tries_by_parameter(init: _Init, base: Shapes) -> _Tries:
 def _tries_by_axis(
     init: _Init, base: Shapes, owner_of: Mapping[Path, int | None], chosen: Mapping[int, Axis]
 ) -> dict[int, list[Moves]]:
-    """Changes one axis of each of some parameters, all at the same time, and sees what moves.
+    """Changes one axis of each given parameter, all in the same try, and records what changes.
 
-    The axes change by one of their parts; where no such try counts, by one number too.
+    The axes change by one of their parts; if no such try is valid, also by one.
     """
     owned = {i: [path for path, owner in owner_of.items() if owner == i] for i in chosen}
     tries: dict[int, list[Moves]] = {i: [] for i in chosen}
@@ -197,13 +200,13 @@ def _tries_by_axis(
 
 
 def _sound(tries: Sequence[Moves]) -> list[Moves]:
-    """The tries in which no array changes in a way that it does not in every try."""
+    """The valid tries: arrays change in proportion, except those that never do in any try."""
     odd = {path for path in tries[0] if all(t[path] is None for t in tries)} if tries else set()
     return [t for t in tries if all(moved is not None or p in odd for p, moved in t.items())]
 
 
 def _moved(old: Any, new: Any, size: int, other: int) -> tuple[int, ...] | None:
-    """The axes that changed, if all did as `size` to `other`; None if the array else changed."""
+    """The axes that changed, if all changed as `size` to `other`; otherwise None."""
     if new is None or len(new.shape) != len(old.shape):
         return None
     pairs = enumerate(zip(old.shape, new.shape, strict=True))

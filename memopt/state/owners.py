@@ -1,4 +1,4 @@
-"""The parameter that each array of an optimizer's state belongs to, and the array's kind."""
+"""Finds the parameter that each array of an optimizer's state belongs to, and its kind."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,29 +15,29 @@ FIRST, SECOND, COUNT, OTHER = "first moment", "second moment", "count", "other"
 SECOND_MOMENTS = frozenset(
     {
         *("nu", "nu_max", "sum_of_squares", "e_g", "e_x", "v_row", "v_col"),
-        *("exp_avg_sq", "grad_sum_sq"),  # of optax.contrib
-        *("rows", "cols"),  # of memopt
+        *("exp_avg_sq", "grad_sum_sq"),  # optax.contrib
+        *("rows", "cols"),  # memopt
     }
 )
-"""The fields in which Optax, and memopt, keep second moments."""
+"""Names of state fields in which Optax and memopt keep second moments."""
 
 _OTHER_NAMES: dict[str, frozenset[str]] = {
-    "ScaleBySM3State": frozenset({"mu"}),  # nu is the momentum
+    "ScaleBySM3State": frozenset({"mu"}),  # its nu is the momentum
     "ScaleByAdanState": frozenset({"n"}),
     "FactoredState": frozenset({"v_row", "v_col", "v"}),
 }
-"""Second moments of states that name their fields otherwise."""
+"""Second-moment fields of states with other field names."""
 
 
 class StateArray(NamedTuple):
-    """An array of a state.
+    """The owner and kind of a state array.
 
     Attributes:
-      name: its keys in the state joined by ``/``.
-      parameter: the parameter's place among the leaves of its tree; None if it belongs to none.
+      name: the array's keys in the state, joined by ``/``.
+      parameter: the parameter's index among the leaves of its tree; None if it belongs to none.
       kind: "first moment", "second moment", "count" or "other". A first moment has the shape of
-        its parameter; a second moment is known by the field of the state that it is in.
-      kept_by: the transformation whose state it is in.
+        its parameter; a second moment is recognised by the name of its field.
+      kept_by: the transformation whose state contains the array.
     """
 
     name: str
@@ -47,13 +47,13 @@ class StateArray(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A part of a state: a tree with a node for each parameter, or an array.
+    """A part of a state: a tree with a node for each parameter, or a single array.
 
     Attributes:
-      path: its keys in the state.
+      path: the part's keys in the state.
       tree: the part.
-      has_parameters: whether it is such a tree.
-      state: the name of the innermost state that it is in, "" outside of any.
+      has_parameters: whether it is a tree with a node for each parameter.
+      state: the class name of the innermost state that contains it, "" if there is none.
       field: the field of that state.
     """
 
@@ -65,24 +65,24 @@ class Part(NamedTuple):
 
     @property
     def is_second_moment(self) -> bool:
-        """Whether the field is one for second moments."""
+        """Whether the field keeps second moments."""
         return self.field in _OTHER_NAMES.get(self.state, SECOND_MOMENTS)
 
     @property
     def kept_by(self) -> str:
-        """The transformation whose state it is in."""
+        """The transformation whose state contains it."""
         return snake_case(self.state.removesuffix("State"))
 
 
 def parts(state: Any, params: Any) -> Iterator[Part]:
-    """Splits a state into trees with a node for each parameter, and other arrays, in their order.
+    """Splits a state, in order, into trees with a node for each parameter and other arrays.
 
-    A tree is one for the parameters if it has their structure, with anything but the state of a
-    transformation in the place of a parameter: in a chain of two the states of a tree of two are
-    no parameters.
+    A tree counts as one for the parameters if it has their structure and no node is the state of a
+    transformation. Without the second condition, the tuple of states of a chain of two would match
+    parameters that are a tuple of two.
 
     Args:
-      state: of any Optax transformation.
+      state: the state of any Optax transformation.
       params: the parameters, or a tree like them.
 
     Example:
@@ -112,7 +112,7 @@ def _parts(part: Part, structure: Any) -> Iterator[Part]:
 
 
 def _has_parameters(tree: Any, structure: Any) -> bool:
-    """Whether it has this structure, and no state of a transformation in a leaf's place."""
+    """Whether the tree has this structure, with no state of a transformation as a node."""
     try:
         nodes = structure.flatten_up_to(tree)
     except ValueError:
@@ -127,14 +127,14 @@ def is_state_array(x: Any) -> bool:
 
 
 def owners(state: Any, params: Any) -> Any:
-    """Finds the parameter and the kind of each array of a state, from their structures.
+    """Finds the parameter and the kind of each array of a state from the two trees' structures.
 
     Args:
-      state: of any Optax transformation, or its shapes.
+      state: the state of any Optax transformation, or its shapes.
       params: the parameters, or their shapes.
 
     Returns:
-      A tree like `state` of `StateArray`, a box being one array.
+      A tree like `state` of `StateArray`; a box counts as one array.
 
     Example:
       >>> params = {"w": jnp.ones((4, 2)), "b": jnp.ones(2)}

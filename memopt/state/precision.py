@@ -1,4 +1,4 @@
-"""In which precision state is kept and statistics are computed."""
+"""The precision in which state is kept and statistics are computed."""
 
 from typing import Any
 
@@ -9,21 +9,21 @@ from jax import Array
 
 
 def statistics_dtype(x: Any) -> Any:
-    """The dtype statistics of `x` are computed and kept in: float32, or wider if `x` is."""
+    """The dtype in which statistics of `x` are computed and kept: float32, or wider if `x` is."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def to_float32(x: Array) -> Array:
-    """`x` in float32, or as it is if it is wider."""
+    """Casts `x` to float32, unless it is wider."""
     return x.astype(statistics_dtype(x))
 
 
 def zeros_of(f: Any, *args: Any) -> Any:
-    """Zeros with the shapes, dtypes and shardings of ``f(*args)``, which is never run.
+    """Zeros with the shapes, dtypes and shardings of ``f(*args)``, evaluated abstractly.
 
     Args:
       f: any traceable function.
-      *args: arrays, or ``jax.ShapeDtypeStruct`` in their place.
+      *args: arrays or ``jax.ShapeDtypeStruct``.
 
     Example:
       >>> zeros_of(lambda x: x.sum(0), jax.ShapeDtypeStruct((2, 3), "float32")).shape
@@ -42,9 +42,9 @@ def average(decay: Any, old: Array, new: Array) -> Array:
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` in at least float32, whatever the dtype of parameters and gradients.
 
-    Optax keeps Adam's second moment in the parameter's dtype; in bfloat16 it stops moving once
-    a step's share of it falls below the rounding. Here `inner` sees float32 parameters and
-    gradients, so its state is float32, and its updates return in the gradients' dtype.
+    Optax keeps Adam's second moment in the parameter's dtype; in bfloat16 it stops changing once
+    the change per step falls below the rounding step. Here `inner` receives float32 parameters and
+    gradients, so that its state is float32; its updates are cast to the gradients' dtype.
 
     Args:
       inner: any transformation.

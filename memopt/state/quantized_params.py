@@ -1,4 +1,4 @@
-"""Parameters in fewer bits, and updates that are rounded into them stochastically."""
+"""Stores parameters in fewer bits, and adds updates to them with stochastic rounding."""
 
 import dataclasses
 from typing import Any
@@ -17,13 +17,13 @@ from memopt.trees import map_named
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A parameter stored by a codec; stands in a tree where the array did.
+    """A parameter stored by a codec, in place of its array in a tree.
 
     Attributes:
-      codes: of the parameter's shape.
-      scales: what the codec keeps beside them.
-      codec: how they are read and written.
-      dtype: that of the parameter when it is read.
+      codes: an array of the parameter's shape.
+      scales: the codec's other arrays, such as scales.
+      codec: encodes and decodes the parameter.
+      dtype: the dtype of the dequantised parameter.
     """
 
     codes: Array
@@ -37,7 +37,7 @@ class Quantized:
         return self.codes.shape
 
     def dequantize(self) -> Array:
-        """The parameter."""
+        """Decodes the parameter."""
         return self.codec.decode(Coded(self.codes, self.scales)).astype(self.dtype)
 
 
@@ -47,15 +47,15 @@ def is_quantized(x: Any) -> bool:
 
 
 def quantize_params(params: Any, codec: str | Codec = "int8", *, matrices: Matrices = None) -> Any:
-    """Stores a tree's matrices in 8 bits, in 4, or in bfloat16 with a remainder.
+    """Stores a tree's matrices in 8 bits, 4 bits, or bfloat16 with a remainder.
 
     Args:
-      params: arrays, or ``jax.ShapeDtypeStruct`` in their place.
-      codec: "int8" or "int4" (asymmetric, 128 numbers of the last axis to a scale), "float8",
-        "bfloat16+8" (bfloat16 and the next eight bits of a float32), or a codec of
+      params: arrays or ``jax.ShapeDtypeStruct``.
+      codec: "int8" or "int4" (asymmetric, with a scale for each 128 numbers of the last axis),
+        "float8", "bfloat16+8" (bfloat16 and the next eight bits of a float32), or a codec of
         `memopt.codecs`.
-      matrices: which leaves are stored so; by default every matrix, embeddings too, see
-        `memopt.every_matrix`. The others stay as they are.
+      matrices: which leaves to quantise; by default every matrix, embeddings included, see
+        `memopt.every_matrix`. Other leaves are unchanged.
 
     Returns:
       A tree with a `Quantized` in place of each matrix, rounded to the nearest code.
@@ -89,10 +89,10 @@ def quantize_params(params: Any, codec: str | Codec = "int8", *, matrices: Matri
 
 
 def dequantize_params(params: Any) -> Any:
-    """The tree with every `Quantized` read; other leaves stay as they are.
+    """Decodes every `Quantized` in a tree; other leaves are unchanged.
 
     Args:
-      params: as from `quantize_params`, or any part of it.
+      params: a tree from `quantize_params`, or any part of it.
     """
     read = lambda x: x.dequantize() if is_quantized(x) else x
     return jax.tree.map(read, params, is_leaf=is_quantized)
@@ -101,17 +101,17 @@ def dequantize_params(params: Any) -> Any:
 def apply_rounded_updates(
     params: Any, updates: Any, step: Array | int, *, seed: int | Array = 0
 ) -> Any:
-    """Adds updates to parameters, and rounds what cannot hold the sum stochastically.
+    """Adds updates to parameters, with stochastic rounding in bfloat16 and quantised ones.
 
-    In bfloat16 a weight of 1 does not move by updates below 0.002, however many, when each sum
-    is rounded to the nearest; here it moves as far as they add up to. So do parameters from
-    `quantize_params`. Those in float32 are as from ``optax.apply_updates``.
+    If sums are rounded to nearest, a bfloat16 weight of 1 never changes by updates below 0.002,
+    however many; here it changes by their sum in expectation, and so do parameters from
+    `quantize_params`. Parameters in float32 are updated as by ``optax.apply_updates``.
 
     Args:
-      params: arrays, and `Quantized` ones.
-      updates: a tree like it, of arrays; None leaves a parameter as it is.
-      step: steps taken, any integer that differs from step to step.
-      seed: other roundings.
+      params: a tree of arrays and `Quantized` parameters.
+      updates: a tree like it, of arrays; None leaves a parameter unchanged.
+      step: the number of previous steps, or any integer that differs from step to step.
+      seed: the seed of the rounding bits.
 
     Returns:
       The new parameters, stored as before.
@@ -142,7 +142,7 @@ def apply_rounded_updates(
 
 
 def _placed(part: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    """A parameter's codes or scales sharded as it is; a last axis that does not divide, not."""
+    """Codes or scales with their parameter's sharding, without the last axis if not divisible."""
     spec = (*sharding.spec, *(None,) * (len(part.shape) - len(sharding.spec)))
     placed = NamedSharding(sharding.mesh, jax.P(*spec))
     try:

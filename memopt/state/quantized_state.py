@@ -1,4 +1,4 @@
-"""Any optimizer's state in fewer bits."""
+"""Stores the state of any optimizer in fewer bits."""
 
 import functools
 import math
@@ -28,8 +28,8 @@ class QuantizedState(NamedTuple):
     Attributes:
       count: steps taken, int32.
       codes: the inner state, with codes in place of the arrays that are quantised.
-      scales: for each array that codecs keep beside the codes, the inner state with those in
-        their places, and () in all others.
+      scales: the codecs' other arrays, such as scales: for each kind one tree like the inner
+        state, with ``MaskedNode`` where a codec has none.
     """
 
     count: Array  # type: ignore[assignment]
@@ -44,24 +44,24 @@ def quantize_state(
     min_size: int = 4096,
     seed: int | Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps an optimizer's state in 8 bits, in 4, or in bfloat16; it computes in float32.
+    """Stores an optimizer's state in 8 bits, 4 bits or bfloat16; updates are computed in float32.
 
-    Between steps every large array of floats in the state of `inner` is kept as codes of the same
-    shape, so that a sharding of the array is one of its codes. They are rounded stochastically,
-    by bits that depend on seed, array and step only: nothing freezes, and nothing depends on how
-    the array is sharded or stacked. `inner` is computed once more at a step whose scales are not
-    known from the one before: at the first, while a matrix is all zeros, and after numbers outgrew
-    theirs.
+    Between steps, every large array of floats in the state of `inner` is stored as codes of the
+    same shape, so that its sharding also fits its codes. Codes are rounded stochastically, by
+    bits that depend only on seed, array and step: moments do not freeze, and results do not depend
+    on how an array is sharded or stacked. `inner` is computed twice at a step whose scales are not
+    known from the previous step: at the first step, while a matrix is all zeros, and after numbers
+    exceeded the range of their scale.
 
     Args:
       inner: any Optax transformation.
-      codec: "int8", "int4" (first moments; second ones stay at 8 bits), "float8", "bfloat16", or
-        a codec of `memopt.codecs`; or {pattern: codec}, where the first pattern found in an
-        array's name, such as ``"nu/blocks/up/kernel"``, counts (`re.search`), and arrays whose
-        name has none stay as they are. Second moments, known by the field of Optax's
-        state that they are in, get the unsigned map of a codec's name.
-      min_size: matrices (and vectors) of fewer numbers stay as they are.
-      seed: other roundings.
+      codec: "int8", "int4" (first moments; second moments stay at 8 bits), "float8", "bfloat16",
+        or a codec of `memopt.codecs`; or {pattern: codec}, where the first pattern found
+        (`re.search`) in an array's name, such as ``"nu/blocks/up/kernel"``, selects the codec, and
+        arrays that match no pattern are not quantised. Second moments, recognised by their field
+        in Optax's states, use the unsigned codec of a name.
+      min_size: matrices and vectors with fewer numbers are not quantised.
+      seed: the seed of the rounding bits.
 
     Returns:
       A transformation whose state is a `QuantizedState`.
@@ -71,7 +71,8 @@ def quantize_state(
 
     References:
       Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021,
-      https://arxiv.org/abs/2110.02861, for the idea; the maps are ours, see `memopt.codecs`.
+      https://arxiv.org/abs/2110.02861, for the idea; the codecs are different, see
+      `memopt.codecs`.
 
     Example:
       >>> adamw8bit = optax.chain(
@@ -88,7 +89,7 @@ def quantize_state(
     choices = [(re.compile(pattern), named(codec)) for pattern, codec in rules.items()]
     inner = in_float32(inner)
 
-    # For `optax.tree_map_params` their number must not depend on the parameters.
+    # `optax.tree_map_params` needs a number of scales that does not depend on the parameters.
     pair = lambda codec: (codec.signed, codec.unsigned)
     scales_kept = max(_scale_count(c) for _, choice in choices for c in pair(choice))
 
@@ -143,12 +144,12 @@ def quantize_state(
 
 
 class Place(NamedTuple):
-    """The place of an array of a state among the parameters.
+    """The parameter that a state array belongs to.
 
     Attributes:
-      owner: the parameter's name, or the array's own if it belongs to none.
-      stack: how many of the array's first axes only count matrices, as the parameter's do.
-      is_second_moment: whether it is one.
+      owner: the parameter's name, or the array's own name if it belongs to none.
+      stack: the number of leading axes that are stack axes, as in the parameter.
+      is_second_moment: whether the array is a second moment.
     """
 
     owner: str
@@ -157,7 +158,7 @@ class Place(NamedTuple):
 
 
 def _places(state: Any, params: Any) -> Any:
-    """The place of each array; what belongs to no parameter is one matrix, or a stack of them."""
+    """The `Place` of each array; arrays of no parameter have no stack axes."""
     found: list[tuple[str, tuple[int, ...]]] = []
 
     def note(layout: Layout, p: Any) -> None:
@@ -176,10 +177,10 @@ def _places(state: Any, params: Any) -> Any:
 
 
 def _fitted(codecs: Any, places: Any, scales: Any, new: Callable[[], Any]) -> Any:
-    """The scales to go by: those of the step before, or fitted to `new` where they do not serve.
+    """Returns the scales of the previous step, fitted to `new` where they are unfit.
 
-    Then it is computed twice, so that otherwise no array of floats is kept to be looked at first;
-    and only what belongs to a parameter together, as released steps update them.
+    If any are unfit, `new` is computed once more, which avoids holding its float arrays at every
+    step. It is computed per parameter, as released steps update them.
     """
     structure: Any = jax.tree.structure(codecs)
     columns = (structure.flatten_up_to(tree) for tree in (codecs, places, scales))
@@ -205,17 +206,18 @@ def _fitted(codecs: Any, places: Any, scales: Any, new: Callable[[], Any]) -> An
 
 
 def _cast(codec: Codec, x: Array, dtype: Any) -> Array:
-    """Casts what is quantised; keys and counts stay as they are."""
+    """Casts arrays that are quantised; others, such as keys and counts, are unchanged."""
     return x if isinstance(codec, AsIs) else x.astype(dtype)
 
 
 def _first(codec: Codec, x: Any) -> Coded:
-    """The codes of an initial state, whose zeros stay zeros."""
+    """Encodes an initial array; zeros stay zeros."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return codec.init(x)
     x = _cast(codec, x, jnp.float32)
     if not isinstance(codec, AsIs):
-        x += jax.lax.optimization_barrier(jnp.float32(0))  # else XLA encodes zeros as it compiles
+        # Without the barrier, XLA encodes constant zeros at compile time.
+        x += jax.lax.optimization_barrier(jnp.float32(0))
     return codec.encode(x, jnp.asarray(NEAREST))
 
 
@@ -228,5 +230,5 @@ def _columns(coded: Any, state: Any, scales_kept: int) -> tuple[Any, tuple[Any, 
 
 
 def _scale_count(codec: Codec) -> int:
-    """The number of arrays that a codec keeps beside the codes."""
+    """The number of arrays that a codec keeps in addition to the codes."""
     return len(jax.eval_shape(codec.init, jax.ShapeDtypeStruct((1, 1), jnp.float32)).side_data)

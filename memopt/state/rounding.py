@@ -1,4 +1,4 @@
-"""Random bits that decide how numbers are rounded."""
+"""Random bits for stochastic rounding."""
 
 import re
 import zlib
@@ -14,27 +14,29 @@ from memopt.shapes import Bits
 _GOLDEN = np.uint32(0x9E3779B9)  # 2³² divided by the golden ratio
 
 NEAREST = np.uint32(2**31)
-"""The bits that round to the nearest."""
+"""The bits with which numbers are rounded to nearest."""
 
 
 def rounding_bits(
     shape: tuple[int, ...], name: str, step: Array | int, seed: int | Array = 0
 ) -> Bits:
-    """32 random bits for each number of an array, by which it is rounded up or down.
+    """Returns 32 random bits for each number of an array, which decide its rounding.
 
-    They are a product of hashes, of (seed, name), row and column, plus `step` times 2³²/φ: uniform
-    at every step, and over the steps of one number a golden-ratio sequence. So rounding errors do
-    not add up as a random walk would, which a second moment of decay 0.999 multiplies by 22, but
-    stay within about a code. Every matrix of a stack has the same bits, however it is sharded.
+    They are a product of hashes of (seed, name), row and column, plus `step` times 2³²/φ. At each
+    step they are uniform; over the steps, those of one number are a golden-ratio sequence.
+    Rounding errors therefore stay within about one code instead of adding up as a random walk,
+    which a second moment of decay 0.999 would multiply by 22. All matrices of a stack have the
+    same bits, however it is sharded.
 
     Args:
-      shape: of the array; its last two axes are the place in the matrix.
-      name: of the array; its numbers do not count: layers have the same bits, stacked or not.
-      step: steps taken.
-      seed: another seed, other bits.
+      shape: the shape of the array; its last two axes are row and column.
+      name: the name of the array. Numbers in it are ignored, so that all layers have the same bits,
+        stacked or not.
+      step: the number of previous steps.
+      seed: the seed of the hash.
 
     Returns:
-      uint32 of that shape.
+      An array of uint32 of the given shape.
 
     References:
       Low-discrepancy rounding: Weyl's sequence, in Kuipers & Niederreiter, Uniform distribution
@@ -52,8 +54,8 @@ def rounding_bits(
     )
     bits = jnp.broadcast_to(_hashed(stream) | 1, shape)
     for axis in range(len(shape))[-2:]:
-        # Constants: one multiplication a number, where a hash of the place takes three.
-        start = len(shape) - axis << 16  # rows and columns have other hashes
+        # Constant hashes need one multiplication per number; hashing each position takes three.
+        start = len(shape) - axis << 16  # rows and columns have different hashes
         places = np.arange(start, start + shape[axis], dtype=np.uint32)
         bits = bits * jax.lax.broadcast_in_dim(_hashed(places) | 1, shape, (axis,))
     return bits + jnp.asarray(step).astype(jnp.uint32) * _GOLDEN

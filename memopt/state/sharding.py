@@ -1,4 +1,4 @@
-"""The sharding of an optimizer's state, inferred from its `init`."""
+"""Infers the sharding of an optimizer's state from its `init`."""
 
 import math
 from typing import Any, NamedTuple
@@ -21,29 +21,31 @@ def state_sharding(
     spread_over: str | None = None,
     explain: bool = False,
 ) -> Any:
-    """Places the state of any optimizer on the mesh that its parameters are on.
+    """Returns a sharding for each state array of any optimizer, from those of its parameters.
 
-    ``tx.init`` is evaluated on shapes, again and again, with axes of the parameters made longer
-    or shorter. An axis of the state that moves in proportion to a parameter's follows it, and is
-    split over the same mesh axes, where it divides as evenly: that of moments, factors, low-rank
-    moments, projections, codes and their scales, whoever wrote the transformation. What follows
-    no split axis, or not clearly, is whole on every device. No array is made.
+    ``tx.init`` is evaluated on shapes several times, with axes of the parameters made longer or
+    shorter. A state axis whose length changes in proportion to a parameter axis follows that axis
+    and is split over the same mesh axes, if it divides as evenly. This covers moments, factors,
+    low-rank moments, projections, codes and their scales of any transformation. Arrays that follow
+    no split axis, or not clearly, are replicated. No array is allocated.
 
     Args:
       tx: any Optax transformation.
-      params: arrays, or ``jax.ShapeDtypeStruct`` in their place, each with a `NamedSharding`, over
-        Auto or Explicit axes; those from `memopt.quantize_params` lie as their codes do.
+      params: arrays or ``jax.ShapeDtypeStruct``, each with a `NamedSharding` over Auto or Explicit
+        axes; parameters from `memopt.quantize_params` have the sharding of their codes.
       spread_over: a mesh axis, such as "data", over which each state array is split further
-        (ZeRO-1): along its longest whole axis that divides, or else along one that is split.
-        An Explicit one must split no parameter: types would have it split two axes of an update.
-      explain: whether to return, too, {name of a state array: a sentence that says why}.
+        (ZeRO-1): along its longest unsplit axis that is divisible, or else along a split one. An
+        Explicit mesh axis must not split any parameter, because an update's type would then be
+        split over it twice.
+      explain: whether to also return {name of a state array: a sentence with the reason}.
 
     Returns:
-      A tree like ``tx.init(params)`` of `NamedSharding`; with `explain`, it and the sentences.
+      A tree like ``tx.init(params)`` of `NamedSharding`; with `explain`, a pair of that tree and
+      the sentences.
 
     Raises:
-      ValueError: if a parameter has no `NamedSharding`, they are on several meshes, or
-        `spread_over` is no axis of theirs.
+      ValueError: if a parameter has no `NamedSharding`, parameters are on several meshes, or
+        `spread_over` is not an axis of their mesh.
 
     Example:
       >>> mesh = jax.make_mesh((1,), ("fsdp",))
@@ -83,9 +85,9 @@ def state_sharding(
 def init_sharded(
     tx: optax.GradientTransformation, params: Any, *, spread_over: str | None = None
 ) -> Any:
-    """``tx.init(params)``, every array of it made in the place that `state_sharding` gives it.
+    """Computes ``tx.init(params)`` with the shardings of `state_sharding`.
 
-    No array is whole on one device on the way there, whatever `tx` does.
+    No array is ever whole on one device, whatever `tx` does.
 
     Args:
       tx: any Optax transformation.
@@ -96,7 +98,7 @@ def init_sharded(
       The state.
 
     Raises:
-      ValueError: as `state_sharding`.
+      ValueError: as in `state_sharding`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,18 +114,18 @@ def init_sharded(
         return tx.init(dequantize_params(params))
 
     with jax.set_mesh(mesh):
-        # Types of explicit axes would have a say in where the arrays are, or refuse.
+        # Under Explicit axes, types would determine the shardings, or raise an error.
         auto = jax.sharding.auto_axes(init, out_sharding=shardings)
         return jax.jit(auto, out_shardings=shardings)(params)
 
 
 class Placed(NamedTuple):
-    """A parameter as it would be dense.
+    """The name, shape and sharding of a parameter, dequantised if it is quantised.
 
     Attributes:
-      name: in its tree.
-      like: its shape and dtype.
-      sharding: where it is.
+      name: the name in its tree.
+      like: the shape and dtype.
+      sharding: the sharding.
     """
 
     name: str
@@ -144,13 +146,13 @@ class Placed(NamedTuple):
 
 
 def dense_like(params: Any) -> Any:
-    """The shapes and dtypes of the parameters, of quantised ones as they would be dense."""
+    """The shapes and dtypes of the parameters, for quantised ones those after dequantising."""
     shape = lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype)
     return jax.tree.map(shape, params, is_leaf=is_quantized)
 
 
 def placed_params(params: Any) -> list[Placed]:
-    """The parameters, leaf by leaf.
+    """Returns the parameters in the order of their leaves.
 
     Raises:
       ValueError: if there is none, one has no `NamedSharding`, or they are on several meshes.
@@ -172,7 +174,7 @@ def placed_params(params: Any) -> list[Placed]:
                 f"{name!r} on {sharding.mesh}."
             )
     if not placed:
-        raise ValueError("params has no array, and so no mesh to place state on.")
+        raise ValueError("params has no array, and therefore no mesh for the state.")
     return placed
 
 
@@ -193,7 +195,7 @@ def _followed(
             reason += f", but {_text(entry)} splits an axis already"
         elif entries[mine]:
             reason += f", but {_text(entries[mine])} splits it already"
-        else:  # what follows in parts divides into as many
+        else:  # an axis that follows the parts is divisible by their number
             entries[mine] = entry
             reason += f" over {_text(entry)}"
         reasons.append(reason)
@@ -206,7 +208,7 @@ def _followed(
 
 
 def _spread(shape: tuple[int, ...], entries: list[Any], over: str, mesh: Any) -> str:
-    """Splits one more axis over a mesh axis; returns what is to be said of it."""
+    """Splits one more axis over a mesh axis, and returns the reason."""
     if over in _names(*entries) or not shape:
         return ""
     parts = mesh.shape[over]
@@ -231,7 +233,7 @@ def _names(*entries: Any) -> set[str]:
 
 
 def part_count(mesh: Any, entry: Any) -> int:
-    """Into how many parts an entry splits an axis."""
+    """The number of parts into which an entry splits an axis."""
     return math.prod(mesh.shape[name] for name in axis_names(entry))
 
 

@@ -1,4 +1,4 @@
-"""The pieces chains are made of."""
+"""The transformations that the optimizers' chains are made of."""
 
 from memopt.transforms import projectors as projectors
 from memopt.transforms import recombine as recombine

@@ -1,4 +1,4 @@
-"""Gradients added up over micro-steps, in full or in a subspace."""
+"""Gradient accumulation over micro-steps, at full size or in a subspace."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ class AccumulateState(NamedTuple):
 
     Attributes:
       micro_step: micro-steps taken, int32.
-      sum: of the cycle's gradients, or of their projections.
+      sum: the sum of the cycle's gradients, or of their projections.
       inner: the inner optimizer's state.
     """
 
@@ -55,20 +55,21 @@ class AccumulateByScheduleState(NamedTuple):
 def accumulate(
     inner: optax.GradientTransformation, every_k_schedule: EveryK
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs an optimizer once in k micro-steps, on the mean of their gradients.
+    """Runs an optimizer once every k micro-steps, on the mean of their gradients.
 
-    It takes the place of ``optax.MultiSteps``, which computes the inner update at every micro-step
-    and throws it away; here that stands in one branch of a ``lax.cond`` whose other branch does
-    nothing. Between its updates, zeros are returned.
+    It replaces ``optax.MultiSteps``, which computes the inner update at every micro-step and
+    discards it; here the inner update is one branch of a ``lax.cond`` whose other branch does
+    nothing. Between updates of `inner`, zeros are returned.
 
-    The mean, rounded once to the gradients' dtype, is what `inner` would see of one large batch.
-    A micro-gradient that is not finite spoils its cycle; ``optax.apply_if_finite`` around this
-    leaves it out, uncounted. State: one float32 number a parameter, and what `inner` keeps.
+    `inner` receives the mean, rounded once to the gradients' dtype, as from one large batch. A
+    micro-gradient that is not finite makes the mean of its cycle not finite; wrap this in
+    ``optax.apply_if_finite`` to skip such micro-steps without counting them. State: one float32
+    number per parameter, and the state of `inner`.
 
     Args:
       inner: any Optax transformation.
-      every_k_schedule: k, the micro-steps in a cycle; or a function that gives k, at least one,
-        from the cycles finished.
+      every_k_schedule: k, the micro-steps in a cycle; or a function that maps the number of
+        finished cycles to k, which must be at least one.
 
     Returns:
       A transformation whose state is an `AccumulateState` or `AccumulateByScheduleState`.
@@ -110,19 +111,19 @@ def accumulate_in_subspace(
         C ← C + PᵀG  or  C + G P        r·q numbers, q the longer side, in place of m·n
         G ≈ P C / k  or  C Pᵀ / k
 
-    and `inner` runs on that, an unbiased estimate of the mean: E[P Pᵀ] = identity. P is drawn
-    from (seed, parameter, cycle) whenever it is needed; nothing of it is kept. Leaves that are
-    no hidden matrices have the exact sum of `accumulate`, which says the rest. State: r·q
-    float32 numbers a matrix, and what `inner` keeps.
+    and `inner` runs on that unbiased estimate of the mean: E[P Pᵀ] = identity. P is drawn from
+    (seed, parameter, cycle) when it is needed and never stored. Leaves that are not hidden
+    matrices are summed exactly; everything else is as in `accumulate`. State: r·q float32 numbers
+    per matrix, and the state of `inner`.
 
     Args:
-      inner: any Optax transformation; it sees gradients of full size.
+      inner: any Optax transformation; it receives full-size gradients.
       every_k_schedule: k, as in `accumulate`.
       rank: r, or a fraction of each matrix's shorter side.
-      projector: "gaussian", "rademacher" or "sparse", or a random projector, which then says
-        rank and seed itself (an orthogonal one is biased, unless its rank is the whole side), or
-        a replay, whose steps are cycles.
-      seed: what the projections are drawn from.
+      projector: "gaussian", "rademacher" or "sparse"; or a random projector, which has its own
+        rank and seed (an orthogonal one is biased, unless its rank is the whole side); or a
+        replay, whose steps are cycles.
+      seed: the seed of the projections.
       matrices: which leaves are projected, and which axes are their rows and columns; by
         default the hidden matrices, see `memopt.hidden_matrices`.
 
@@ -130,8 +131,8 @@ def accumulate_in_subspace(
       A transformation whose state is an `AccumulateState` or `AccumulateByScheduleState`.
 
     Raises:
-      ValueError: if k or `rank` is below one, a rank does not fit its matrix, the projector is
-        another, or rank or seed is given beside one that has its own.
+      ValueError: if k or `rank` is below one, a rank does not fit its matrix, the projector is of
+        another kind, or rank or seed is given together with a projector that has its own.
 
     References:
       Hao et al., Flora, 2024, https://arxiv.org/abs/2402.03293, Algorithm 1.
@@ -147,7 +148,7 @@ def accumulate_in_subspace(
     space = by_name(projector, accumulate_in_subspace, rank=rank, seed=seed)
     if not isinstance(space, RandomProjector | Replay):
         raise ValueError(f"projector must be a random one or a replay, got {space}.")
-    unseen: Any = None  # no gradient of the cycle may shape its basis
+    unseen: Any = None  # bases must not depend on the gradients of the cycle
 
     def start(layout: Layout, p: Any) -> Array:
         return projected_zeros(space, p, matrix_spec(layout, p))
@@ -176,7 +177,7 @@ def _accumulate(
     up: Callable[[Layout, Array, Array, RefreshClock], Array],
     matrices: Matrices = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds ``down(g)`` to ``start(p)`` over a cycle; at its end `inner` sees ``up`` of the mean."""
+    """Adds ``down(g)`` to ``start(p)`` over a cycle, then runs `inner` on ``up`` of the mean."""
     check_at_least("every_k_schedule", every_k_schedule, 1)
     inner = optax.with_extra_args_support(inner)
 
@@ -207,7 +208,7 @@ def _accumulate(
             mean = map_matrices(lift, updates, total, matrices=matrices)
             return inner.update(mean, state.inner, params, **extra)
 
-        # Zeros as `inner` would return them: it decides the dtype of its updates.
+        # Zeros with the dtypes that `inner` returns, which may differ from the gradients'.
         wait = lambda: (zeros_of(lambda: end()[0]), state.inner)
         updates, inner_state = jax.lax.cond(ends, end, wait)
         if callable(every_k_schedule):

@@ -26,11 +26,12 @@ class ScaleByUncorrectedAdamState(NamedTuple):
 def scale_by_uncorrected_adam(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam's M / (√V + ε), its moments as they are.
+    """Adam's M / (√V + ε), without bias correction.
 
-    The Adam of GaLore and its descendants: ε is added to the root of the raw second moment, and
-    the bias correction multiplies the learning rate (`adam_bias_correction`). At ε = 1e-6 this
-    is not Optax's Adam: early on, its ε is up to 1/√(1−β₂) ≈ 32 times larger.
+    GaLore and its descendants use this Adam: ε is added to the root of the uncorrected second
+    moment, and the bias correction multiplies the learning rate (`adam_bias_correction`). At
+    ε = 1e-6 this differs from Optax's Adam: in early steps, its ε is in effect up to
+    1/√(1−β₂) ≈ 32 times larger.
 
     Args:
       b1: decay of the first moment.
@@ -69,9 +70,9 @@ def scale_by_uncorrected_adam(
 def scale_by_released_adam(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6
 ) -> optax.GradientTransformationExtraArgs:
-    """The Adam of GaLore's released code and its descendants': ε before the bias correction.
+    """Adam as in the released code of GaLore and its descendants: ε before the bias correction.
 
-    `scale_by_uncorrected_adam`, then `adam_bias_correction`.
+    Chains `scale_by_uncorrected_adam` and `adam_bias_correction`.
 
     Args:
       b1: decay of the first moment.
@@ -91,7 +92,7 @@ def scale_by_released_adam(
 
 
 def adam_bias_correction(b1: float = 0.9, b2: float = 0.999) -> Callable[[Array], Array]:
-    """The schedule √(1 − β₂ᵗ) / (1 − β₁ᵗ), t = count + 1, that corrects Adam's moments.
+    """Returns the schedule √(1 − β₂ᵗ) / (1 − β₁ᵗ), t = count + 1, that corrects Adam's bias.
 
     Args:
       b1: decay of the first moment.

@@ -1,6 +1,6 @@
-"""Weight decay as released codes apply it, for following them number by number.
+"""Weight decay as in the authors' released code, to reproduce their runs.
 
-`optax.add_decayed_weights` before the learning rate is the decay of the papers.
+For the decay of the papers, use `optax.add_decayed_weights` before the learning rate.
 """
 
 import functools
@@ -16,7 +16,7 @@ from memopt.transforms.matrix_rms import rms
 from memopt.transforms.per_matrix import per_matrix
 
 Decayed = Callable[[Layout, Array, Array], Array]
-"""A function of the layout, the weights and their update that gives what decays."""
+"""A function of the layout, the weights and their update that returns the term to decay."""
 
 
 def weights(layout: Layout, w: Array, u: Array) -> Array:
@@ -25,12 +25,12 @@ def weights(layout: Layout, w: Array, u: Array) -> Array:
 
 
 def updated_weights(layout: Layout, w: Array, u: Array) -> Array:
-    """The weights after the step: the decay of APOLLO's, GaLore's and their kin's code."""
+    """The weights after the step, as in the released code of APOLLO, GaLore and related methods."""
     return w + u
 
 
 def rms_scaled_weights(min_scale: float = 1e-3) -> Decayed:
-    """The weights times max(min_scale, RMS(W)): the decay of transformers' Adafactor."""
+    """The weights times max(min_scale, RMS(W)), as in the Adafactor of `transformers`."""
     return lambda layout, w, u: w * jnp.maximum(min_scale, rms(layout, w))
 
 
@@ -42,16 +42,17 @@ def decay_as_released(
     *,
     matrices: Matrices = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Subtracts learning_rate · weight_decay · decayed(W, U) from a finished update U.
+    """Subtracts learning_rate · weight_decay · decayed(W, U) from an update U.
 
-    It stands last in a chain, after the learning rate. State: the step count.
+    Place it last in a chain, after the learning rate. State: the step count.
 
     Args:
-      decayed: `weights`, `updated_weights`, or what `rms_scaled_weights` returns.
+      decayed: `weights`, `updated_weights`, or a function returned by `rms_scaled_weights`.
       learning_rate: a number or a schedule.
       weight_decay: the strength of the decay.
       mask: which leaves decay, as in ``optax.add_decayed_weights``.
-      matrices: which leaves are matrices, and of which axes; see `memopt.matrices`.
+      matrices: which leaves are matrices, and which axes are their rows and columns; see
+        `memopt.matrices`.
 
     Example:
       >>> tx = decay_as_released(updated_weights, learning_rate=0.1, weight_decay=0.5)

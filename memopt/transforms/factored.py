@@ -21,10 +21,10 @@ class ScaleByFactoredMatrixRmsState(NamedTuple):
 
     Attributes:
       count: steps taken, int32.
-      rows: of each matrix, the mean square over its columns: the array's axes less those;
+      rows: for each matrix, the mean square over its columns, with the array's other axes;
         ``MaskedNode`` for a vector.
-      cols: of each matrix, the mean square over its rows: the array's axes less those; of each
-        vector, the second moment itself.
+      cols: for each matrix, the mean square over its rows, with the array's other axes; for a
+        vector, its full second moment.
     """
 
     count: Array  # type: ignore[assignment]
@@ -39,7 +39,7 @@ def scale_by_factored_matrix_rms(
     *,
     matrices: Matrices = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Divides gradients by the root of a factored second moment.
+    """Divides gradients by the square root of a factored second moment.
 
     For each m×n matrix G of the stack, with β₂ₜ = 1 − t^−decay_rate::
 
@@ -47,14 +47,15 @@ def scale_by_factored_matrix_rms(
         C ← β₂ₜ C + (1 − β₂ₜ) mean_rows(G² + ε)
         U = G / √(R C / mean(R))
 
-    Vectors (and what `matrices` says is no matrix) keep a full second moment. State: m + n
-    numbers a matrix, float32 or wider whatever the parameter's dtype.
+    Vectors, and leaves that `matrices` excludes, keep a full second moment. State: m + n numbers
+    per matrix, in float32 or wider, whatever the parameter's dtype.
 
     Args:
       decay_rate: the exponent of the decay's schedule.
       eps: ε, added to the squared gradient.
-      matrices: which leaves are matrices, and of which axes; see `memopt.matrices`. By default
-        every array of two or more axes that is no norm or bias, embeddings included.
+      matrices: which leaves are matrices, and which axes are their rows and columns; see
+        `memopt.matrices`. By default every array of two or more axes except norms and biases,
+        embeddings included.
 
     Returns:
       A transformation whose state is a `ScaleByFactoredMatrixRmsState`.
@@ -86,10 +87,10 @@ def second_moment_decay(count: Array, exponent: float) -> Array:
 def divide_by_factored_rms(
     layout: Layout, g: Array, rows: Any, cols: Array, *, decay: Array, eps: float
 ) -> tuple[Array, Any, Array]:
-    """The update of `scale_by_factored_matrix_rms`, and the new moments.
+    """Returns the update of `scale_by_factored_matrix_rms`, and the new moments.
 
     Args:
-      layout: of the gradient.
+      layout: the axes of the gradient.
       g: the gradient.
       rows: the mean squares over columns; `NOTHING` for a vector.
       cols: the mean squares over rows; the second moment of a vector.
@@ -104,17 +105,17 @@ def divide_by_factored_rms(
 
 
 def mean_squares(layout: Layout, g: Array, weight: Any) -> tuple[Any, Array]:
-    """The mean square over columns and over rows, times `weight`; a vector has no rows."""
+    """The mean squares over columns and over rows, times `weight`; a vector has no rows."""
     g = g.astype(statistics_dtype(g))
     if not layout.is_matrix:
         return NOTHING, weight * jnp.square(g)
-    # The weight stands inside one of the two sums: XLA for CPUs would store a square they share.
+    # The weight is inside one of the two sums, because XLA for CPUs would store a shared square.
     rows = weight * jnp.square(g).mean(layout.cols)
     return rows, total(weight * g * g, layout.rows) / layout.shape(g)[-2]
 
 
 def _over_root(layout: Layout, g: Array, rows: Any, cols: Array) -> Array:
-    """G / √(R C / mean(R)), from the inverse roots of the two short factors."""
+    """Computes G / √(R C / mean(R)) from the inverse roots of the two small factors."""
     u = g * jax.lax.rsqrt(jnp.expand_dims(cols, layout.rows))
     if layout.is_matrix:
         rows = jnp.expand_dims(rows, layout.cols)

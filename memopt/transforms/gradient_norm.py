@@ -1,4 +1,4 @@
-"""Clipping by the norm of the whole gradient."""
+"""Clipping by the global norm of the gradients."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ class ClipByGradientNormState(NamedTuple):
     """State of `clip_by_gradient_norm` with `previous`.
 
     Attributes:
-      norm: of the gradient of the step before, float32; zero before there is one.
+      norm: the gradient norm of the previous step, float32; zero before the first step.
     """
 
     norm: Array
@@ -21,16 +21,16 @@ class ClipByGradientNormState(NamedTuple):
 def clip_by_gradient_norm(
     max_norm: float, *, previous: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    """Scales gradients down to a norm of at most `max_norm`, all of them together.
+    """Scales all gradients down to a global norm of at most `max_norm`.
 
-    G ← G · min(1, max_norm / ‖all G‖), as ``optax.clip_by_global_norm``. The norm is that of the
-    extra argument `gradient_norm` where the training step gives it, as those of memopt do, so that
-    one that never holds all gradients can use this too; else that of the updates that arrive.
+    G ← G · min(1, max_norm / ‖all G‖), as ``optax.clip_by_global_norm``. The norm is the extra
+    argument `gradient_norm` if the training step passes it, as memopt's steps do, so that a step
+    that never holds all gradients can use this too; otherwise it is the norm of the given updates.
 
     Args:
-      max_norm: the largest norm that passes.
-      previous: divide by the norm of the step before, which is known before this step's gradients
-        are; the first step passes as it is. State: one number. By default no state.
+      max_norm: the largest norm that is not scaled down.
+      previous: use the norm of the previous step, which is known before this step's gradients;
+        the first step is not clipped. State: one number. By default there is no state.
 
     References:
       Pascanu et al., On the difficulty of training recurrent neural networks, 2013,

@@ -1,4 +1,4 @@
-"""Products and factorisations of stacks of matrices."""
+"""Products and factorisations for stacks of matrices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +12,12 @@ from memopt.shapes import Basis, Square
 
 
 def product(subscripts: str, a: Array, b: Array) -> Array:
-    """``jnp.einsum`` of two stacks in full precision.
+    """Computes ``jnp.einsum`` of two stacks in full precision.
 
     Args:
-      subscripts: as for ``jnp.einsum``, with ``...`` for the stack's axes.
+      subscripts: as for ``jnp.einsum``, with ``...`` for the stack axes.
       a: the first stack.
-      b: the second; without stack axes it serves all of `a`.
+      b: the second stack, or one matrix for all matrices of `a`.
 
     Example:
       >>> product("...mn,...nr->...mr", jnp.ones((5, 2, 3)), jnp.ones((3, 4))).shape
@@ -27,10 +27,10 @@ def product(subscripts: str, a: Array, b: Array) -> Array:
 
 
 def replicate_axis(x: Array, axis: int) -> Array:
-    """`x` with an axis, of r dimensions, whole on every device, where mesh axes are automatic.
+    """Replicates `x` along an axis of length r, if all mesh axes are Auto.
 
-    What uses it may be split along r, and the gradient along the projected side; XLA would then
-    gather gradients, or sum up updates of full size, rather than what is in the subspace.
+    Otherwise XLA may split products along r and the gradient along the projected side; it would
+    then gather gradients, or sum full-size updates, instead of the small arrays of the subspace.
     """
     mesh = jax.typeof(x).sharding.mesh
     if set(mesh.axis_types) != {AxisType.Auto}:
@@ -41,14 +41,14 @@ def replicate_axis(x: Array, axis: int) -> Array:
 
 
 def for_stack(basis: Basis, like: Array) -> Basis:
-    """The basis once for each matrix: a batched product that copies no transposed gradient."""
+    """Broadcasts a basis to the stack, so that products do not copy a transposed gradient."""
     return jnp.broadcast_to(basis, (*like.shape[:-2], *basis.shape[-2:]))
 
 
 def orthonormal(matrices: Basis) -> Basis:
     """Orthonormal columns that span the columns of a stack of side×r matrices, r ≤ side.
 
-    What is rank-deficient, zero too, is filled up with any directions.
+    Rank-deficient matrices, zero included, are completed with arbitrary directions.
 
     Example:
       >>> q = orthonormal(jnp.array([[3.0, 1.0], [0.0, 2.0], [0.0, 0.0]]))
@@ -61,8 +61,7 @@ def orthonormal(matrices: Basis) -> Basis:
 def leading_eigenvectors(symmetric: Square, r: int) -> Basis:
     """The eigenvectors of the r largest eigenvalues, largest first: ``(*stack, side, r)``.
 
-    The largest entry of each is positive, so that a vector does not turn round with the
-    rounding of its matrix.
+    The entry of largest magnitude is made positive, so that rounding does not flip the sign.
 
     Example:
       >>> leading_eigenvectors(jnp.diag(jnp.array([1.0, 3.0, 2.0])), 1)[:, 0].tolist()
@@ -78,10 +77,10 @@ def leading_eigenvectors(symmetric: Square, r: int) -> Basis:
 
 
 def _per_matrix(f: Callable[[Array], Array], matrices: Array) -> Array:
-    """``f`` of a stack of matrices.
+    """Applies ``f`` to a stack of matrices.
 
-    On CPUs one matrix after another: LAPACK's calls of a batch hold a thread of the pool they wait
-    for, and those of several devices that share it, as on a laptop, would wait for ever.
+    On CPUs it maps over one matrix at a time: a batched LAPACK call holds a thread of the pool
+    that it waits for, so that calls of several devices that share the pool would deadlock.
     """
 
     def one_by_one(x: Array) -> Array:

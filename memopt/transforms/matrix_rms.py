@@ -1,4 +1,4 @@
-"""Clipping and scaling of each matrix's update by root mean squares."""
+"""Clips and scales each matrix's update by root mean squares."""
 
 import functools
 import math
@@ -20,12 +20,13 @@ def clip_by_matrix_rms(
 ) -> optax.GradientTransformationExtraArgs:
     """Scales each matrix of the stack down to a root mean square of at most `clip_threshold`.
 
-    U ← U / max(1, RMS(U) / clip_threshold). Where `optax.clip_by_block_rms` pools a stacked array
-    into one root mean square, layers here do not touch each other. No state.
+    U ← U / max(1, RMS(U) / clip_threshold). Unlike `optax.clip_by_block_rms`, which computes one
+    root mean square for a whole stacked array, this treats layers separately. No state.
 
     Args:
-      clip_threshold: the largest root mean square that passes, d in the paper.
-      matrices: which leaves are matrices, and of which axes; see `memopt.matrices`.
+      clip_threshold: the largest root mean square that is not scaled down, d in the paper.
+      matrices: which leaves are matrices, and which axes are their rows and columns; see
+        `memopt.matrices`.
 
     References:
       Shazeer & Stern, Adafactor, 2018, https://arxiv.org/abs/1804.04235, section 6.
@@ -47,8 +48,9 @@ def scale_by_parameter_rms(
     U ← max(min_scale, RMS(W)) · U, per matrix of the stack. No state.
 
     Args:
-      min_scale: the least scale, so that parameters can leave zero.
-      matrices: which leaves are matrices, and of which axes; see `memopt.matrices`.
+      min_scale: the smallest scale, so that parameters can move away from zero.
+      matrices: which leaves are matrices, and which axes are their rows and columns; see
+        `memopt.matrices`.
 
     Raises:
       ValueError: if `update` is called without `params`.
@@ -73,14 +75,15 @@ def scale_by_parameter_rms(
 def normalize_by_group(
     clip_threshold: float = 1.0, min_scale: float = 1e-3, *, matrices: Matrices = None
 ) -> optax.GradientTransformationExtraArgs:
-    """AdaLomo's grouped update normalisation, each matrix of the stack a group.
+    """AdaLomo's grouped update normalisation, with each matrix of the stack as a group.
 
     U ← max(min_scale, RMS(W)) · U / max(1, RMS(U) / clip_threshold). No state.
 
     Args:
-      clip_threshold: the largest root mean square that passes.
-      min_scale: the least scale taken from the parameter.
-      matrices: which leaves are matrices, and of which axes; see `memopt.matrices`.
+      clip_threshold: the largest root mean square that is not scaled down.
+      min_scale: the smallest scale taken from the parameter.
+      matrices: which leaves are matrices, and which axes are their rows and columns; see
+        `memopt.matrices`.
 
     References:
       Lv et al., AdaLomo, 2023, https://arxiv.org/abs/2310.10195, section 3.2.
@@ -98,17 +101,17 @@ def normalize_by_group(
 
 
 def clip_rms(layout: Layout, u: Array, *, clip_threshold: float) -> Array:
-    """U / max(1, RMS(U) / clip_threshold), for each matrix."""
+    """Computes U / max(1, RMS(U) / clip_threshold) for each matrix."""
     return (u / jnp.maximum(1.0, rms(layout, u) / clip_threshold)).astype(u.dtype)
 
 
 def scale_by_rms_of(layout: Layout, u: Array, w: Array, *, min_scale: float) -> Array:
-    """max(min_scale, RMS(W)) · U, for each matrix."""
+    """Computes max(min_scale, RMS(W)) · U for each matrix."""
     return (u * jnp.maximum(min_scale, rms(layout, w))).astype(u.dtype)
 
 
 def rms(layout: Layout, x: Array) -> Array:
-    """Root mean square of each matrix of the stack of `x`, its axes kept with length one."""
+    """Root mean square of each matrix of `x`; reduced axes are kept with length one."""
     square = jnp.square(x.astype(statistics_dtype(x)))
     mean = total(square, layout.core, keepdims=True) / math.prod(x.shape[a] for a in layout.core)
     return jnp.sqrt(mean)

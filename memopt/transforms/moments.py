@@ -1,4 +1,4 @@
-"""An optimizer's moments, found in its state."""
+"""Finds the moments in an optimizer's state and carries them to a new subspace."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -13,21 +13,22 @@ from memopt.state.owners import parts
 
 @dataclasses.dataclass(frozen=True)
 class CarryOver:
-    """Moves the moments of an Adam-like optimizer into a new subspace.
+    """Transforms the moments of an Adam-like optimizer to a new subspace.
 
-    With T the r×r change of basis that takes coordinates of the old subspace to those of the new::
+    With T the r×r change of basis from coordinates of the old subspace to those of the new one::
 
         M ← T M
-        V ← |T² (V − M²) + (T M)²|           entries squared, moments corrected for their start
+        V ← |T² (V − M²) + (T M)²|           elementwise squares, bias-corrected moments
 
-    A moment is what is shaped like the projected gradients; it is a second one by the name of its
-    field (`memopt.state.owners`). Beside no first moment, or several, V ← |T² V|. Anything
-    else, a factored second moment too, is kept as it is.
+    A moment is a tree of arrays shaped like the projected gradients; the name of its field tells
+    whether it is a second moment (`memopt.state.owners`). Without a first moment, or with several,
+    V ← |T² V|. All other state, including factored second moments, is unchanged.
 
     Attributes:
-      b1: decay of the first moment, for its correction; 0 corrects nothing.
+      b1: decay of the first moment, for its bias correction; 0 means no correction.
       b2: decay of the second moment, likewise.
-      power: to which T is raised for second moments: 2. LDAdam's released code has 4.
+      power: the power to which entries of T are raised for second moments: 2. LDAdam's released
+        code uses 4.
 
     References:
       Hao et al., Flora, 2024, https://arxiv.org/abs/2402.03293, section 3.3 (first moments);
@@ -45,13 +46,13 @@ class CarryOver:
         carry: Callable[[Any, int], Any],
         steps: Array,
     ) -> Any:
-        """The state with every moment shaped like `like` carried over; the rest as it is.
+        """Carries over every moment shaped like `like`; other state is unchanged.
 
         Args:
-          state: the inner optimizer's.
+          state: the inner optimizer's state.
           like: the projected gradients.
-          carry: takes a tree of moments to the new subspace, by T to the given power.
-          steps: how many the moments have seen.
+          carry: transforms a tree of moments to the new subspace, by T to the given power.
+          steps: the number of steps that the moments have averaged over.
         """
         t = jnp.maximum(steps, 1)
         c1, c2 = 1 - self.b1**t, 1 - self.b2**t
@@ -80,17 +81,17 @@ class CarryOver:
 
 
 def first_moment(state: Any, like: Any) -> Any:
-    """The first tree in a state that is shaped like `like` and no second moment, or None."""
+    """The first tree in a state that is shaped like `like` and is not a second moment, or None."""
     return next((m.tree for m in _moments(state, like) if m.order == 1), None)
 
 
 class _Moment(NamedTuple):
-    """A part of a state.
+    """A field of a state.
 
     Attributes:
-      place: the path of the state that has it as a field.
-      order: 1 for a first moment, 2 for a second one, None for anything else.
-      tree: the part.
+      place: the path of the state that has this field.
+      order: 1 for a first moment, 2 for a second moment, None for anything else.
+      tree: the field's value.
     """
 
     place: tuple[Any, ...]
@@ -99,7 +100,7 @@ class _Moment(NamedTuple):
 
 
 def _moments(state: Any, like: Any) -> Iterator[_Moment]:
-    """The parts of a state in their order; moments are trees of floats shaped like `like`."""
+    """The fields of a state in order; moments are trees of floats shaped like `like`."""
     structure: Any = jax.tree.structure(like)
     shapes = [x.shape for x in jax.tree.leaves(like)]
     for part in parts(state, like):

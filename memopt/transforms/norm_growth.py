@@ -18,29 +18,29 @@ _VANISHED = 1e-3
 
 
 class GrowthLimiter(NamedTuple):
-    """The rule of `limit_norm_growth`, for whoever knows a norm without the array.
+    """The rule of `limit_norm_growth`, for callers that know the norm without the array.
 
     Attributes:
-      growth_limit: the largest ratio of a norm to the one before, γ.
-      as_released: store every norm, zero too, as the authors' code does.
+      growth_limit: the largest ratio of a norm to the previous one, γ.
+      as_released: store every norm, including zero, as the authors' code does.
     """
 
     growth_limit: float = 1.01
     as_released: bool = False
 
     def __call__(self, norm: Array, previous: Array) -> tuple[Array, Array]:
-        """The factor that limits an update of this norm, and the norm to remember.
+        """Returns the factor that limits an update of this norm, and the norm to store.
 
         Args:
-          norm: of the update.
-          previous: what the call before remembered; 0 stands for none.
+          norm: the norm of the update.
+          previous: the norm stored by the previous call; 0 for none.
         """
         excess = jnp.maximum(norm / (previous + 1e-8), self.growth_limit) / self.growth_limit
         factor = jnp.where(previous > 0, 1.0 / excess, 1.0)
         limited = norm * factor
         if self.as_released:
             return factor, jnp.maximum(limited, _TINY)
-        # An update that all but vanishes says nothing of the next one's size.
+        # A nearly vanishing update does not predict the size of the next one.
         return factor, jnp.where(limited > _VANISHED * previous, limited, previous)
 
 
@@ -48,7 +48,7 @@ class LimitNormGrowthState(NamedTuple):
     """State of `limit_norm_growth`.
 
     Attributes:
-      norm: the norm of each matrix's last update, with the axes of its stack.
+      norm: the norm of each matrix's last update, in the shape of the stack.
     """
 
     norm: Any
@@ -60,18 +60,19 @@ def limit_norm_growth(
 ) -> optax.GradientTransformationExtraArgs:
     """Lets the norm of each matrix's update grow by at most a factor of `growth_limit` a step.
 
-    With γ = growth_limit and ‖U‖ the norm that was let through the step before::
+    With γ = growth_limit and ‖U‖_before the limited norm of the previous step::
 
         U ← U / (max(‖U‖ / (‖U‖_before + 1e-8), γ) / γ)
 
-    The first step passes as it is. An update smaller than a thousandth of the one before, an
-    expert without tokens, say, is let through but not remembered: the published rule would
-    hold the matrix at that size for ever. State: one number a matrix.
+    The first step is not limited. An update smaller than a thousandth of the previous one, for
+    example of an expert without tokens, is not limited and its norm is not stored: the published
+    rule would keep the matrix at that size permanently. State: one number per matrix.
 
     Args:
       growth_limit: the largest ratio of two successive norms, γ.
-      matrices: which leaves are matrices, and of which axes; see `memopt.matrices`.
-      as_released: remember every norm, as the authors' code does; for replaying its runs.
+      matrices: which leaves are matrices, and which axes are their rows and columns; see
+        `memopt.matrices`.
+      as_released: store every norm, as the authors' code does, to reproduce its runs.
 
     References:
       Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270, section 4.2; Chen et al., Fira,
@@ -99,18 +100,18 @@ def limit_norm_growth(
 def limit_growth(
     layout: Layout, u: Array, previous: Array, *, limiter: GrowthLimiter
 ) -> tuple[Array, Array]:
-    """Scales each matrix down to the largest norm it may have, and returns the norms to remember.
+    """Scales each matrix down to its largest allowed norm, and returns the norms to store.
 
     Args:
-      layout: of the update.
+      layout: the axes of the update.
       u: the update.
-      previous: the norms remembered the step before, with the axes of the stack.
-      limiter: what limits.
+      previous: the norms stored by the previous step, in the shape of the stack.
+      limiter: the rule.
     """
     factor, norm = limiter(matrix_norm(layout, u), previous)
     return (u * jnp.expand_dims(factor, layout.core)).astype(u.dtype), norm
 
 
 def matrix_norm(layout: Layout, x: Array) -> Array:
-    """The Frobenius norm of each matrix, with the axes of the stack."""
+    """The Frobenius norm of each matrix, in the shape of the stack."""
     return jnp.sqrt(total(jnp.square(x.astype(statistics_dtype(x))), layout.core))

@@ -1,4 +1,4 @@
-"""The nearest orthogonal matrices by Newton–Schulz, and how large they should be (Muon)."""
+"""Orthogonalises updates by Newton–Schulz iterations and scales them by their shape (Muon)."""
 
 import functools
 import itertools
@@ -23,7 +23,7 @@ from memopt.state.precision import statistics_dtype
 from memopt.transforms.per_matrix import per_matrix
 
 NEWTON_SCHULZ_COEFFS = (3.4445, -4.7750, 2.0315)
-"""Muon's polynomial, the steepest at zero that keeps singular values around one."""
+"""Muon's polynomial: the steepest at zero that keeps singular values near one."""
 
 
 @keywords(steps="ns_steps", coefficients="ns_coeffs")
@@ -36,34 +36,35 @@ def orthogonalize(
     replica_axis: str = "data",
     matrices: Matrices = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Replaces each matrix U S Vᵀ by about U Vᵀ, with nothing but products of matrices.
+    """Replaces each matrix U S Vᵀ by an approximation of U Vᵀ, using only matrix products.
 
-    ::
+    For an m×n matrix G, m ≤ n (otherwise for its transpose)::
 
-        X = G / (‖G‖ + ε)                            of an m×n matrix, m ≤ n; else of its transpose
+        X = G / (‖G‖ + ε)
         X ← a X + (b A + c A²) X,    A = X Xᵀ        `ns_steps` times
 
     With the default coefficients singular values end between 0.7 and 1.2. No state.
 
-    Matrices of equal sides are one batch, whatever parameters they belong to. On a mesh they are
-    dealt out to its devices, so that each is whole on one of them while it is iterated on, and
-    nothing moves but on the way there and back. A vector is a matrix of one row.
+    Matrices of equal sides form one batch, whatever parameters they belong to. On a mesh they are
+    distributed over the devices: each matrix is on one device during the iterations, and data
+    moves only before and after them. A vector is a matrix of one row.
 
     Args:
-      ns_steps: how often.
-      ns_coeffs: a, b and c, or those of each step, whose number is then that of the steps.
+      ns_steps: the number of iterations.
+      ns_coeffs: a, b and c; or three numbers for each step, which then sets the number of steps.
       eps: added to the norm.
-      dtype: in which the iteration runs; by default float32, or wider if the updates are.
-      replica_axis: the mesh axis over which parameters are copied, if there is one; what moves
-        depends on it, the numbers do not.
-      matrices: which leaves are matrices, and of which axes; see `memopt.matrices`.
+      dtype: the dtype of the iterations; by default float32, or wider if the updates are.
+      replica_axis: the mesh axis over which parameters are replicated, if there is one. It affects
+        what is communicated, not the results.
+      matrices: which leaves are matrices, and which axes are their rows and columns; see
+        `memopt.matrices`.
 
     Returns:
-      A transformation whose update knows the extra argument `leaf_by_leaf`, by which a training
-      step that never holds all gradients keeps parameters from being batched.
+      A transformation whose update takes the extra argument `leaf_by_leaf`. A training step that
+      never holds all gradients sets it, so that parameters are not batched.
 
     Raises:
-      ValueError: if `ns_steps` is below 1, or `ns_coeffs` do not come in threes.
+      ValueError: if `ns_steps` is below 1, or `ns_coeffs` are not three numbers per step.
 
     References:
       Jordan et al., Muon, 2024, https://kellerjordan.github.io/posts/muon/.
@@ -107,7 +108,7 @@ def newton_schulz(
     *,
     dtype: DTypeLike | None = None,
 ) -> Stack:
-    """The iteration of `orthogonalize` on an array of matrices.
+    """Runs the iterations of `orthogonalize` on an array of matrices.
 
     Args:
       x: ``(*stack, m, n)``.
@@ -120,7 +121,7 @@ def newton_schulz(
       An array of the shape and dtype of `x`.
 
     Raises:
-      ValueError: as `orthogonalize`.
+      ValueError: as in `orthogonalize`.
 
     Example:
       >>> newton_schulz(jnp.array([[3.0, 0.0], [0.0, 1.0]]), 20, (1.5, -0.5, 0.0)).round(3).tolist()
@@ -154,15 +155,15 @@ def _polynomials(ns_steps: int, ns_coeffs: Any) -> np.ndarray:
 def scale_by_matrix_shape(
     consistent_rms: float | None = None, *, matrices: Matrices = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Scales the update of an m×n matrix, of m inputs and n outputs, by its shape.
+    """Scales the update of an m×n matrix, with m inputs and n outputs, by its shape.
 
-    By √max(1, n/m), or so that an orthogonal one has the root mean square `consistent_rms`: by
-    consistent_rms · √max(m, n). No state.
+    The factor is √max(1, n/m), or, with `consistent_rms`, consistent_rms · √max(m, n), which gives
+    orthogonal updates that root mean square. No state.
 
     Args:
-      consistent_rms: that of every update; 0.2 is about AdamW's.
-      matrices: which leaves are matrices, and of which axes; see `memopt.matrices`. Rows are
-        inputs, see `memopt.out_in`; a vector is a matrix of one row.
+      consistent_rms: the root mean square of every update; 0.2 is about AdamW's.
+      matrices: which leaves are matrices, and which axes are their rows and columns; see
+        `memopt.matrices`. Rows are inputs, see `memopt.out_in`; a vector is a matrix of one row.
 
     References:
       Jordan et al., Muon, 2024, https://kellerjordan.github.io/posts/muon/; Liu et al., Muon is
@@ -179,7 +180,7 @@ def scale_by_matrix_shape(
 
 
 def multiply_by_shape(layout: Layout, u: Array, *, consistent_rms: float | None) -> Array:
-    """The update of each m×n matrix times √max(1, n/m), or consistent_rms · √max(m, n)."""
+    """Multiplies the update of each m×n matrix by √max(1, n/m) or consistent_rms · √max(m, n)."""
     m, n = layout.shape(u)[-2:]
     if consistent_rms is None:
         return u * math.sqrt(max(1, n / m))
@@ -187,7 +188,7 @@ def multiply_by_shape(layout: Layout, u: Array, *, consistent_rms: float | None)
 
 
 def _to_wide(layout: Layout, u: Array) -> Array:
-    """An update as a stack of matrices with no more rows than columns."""
+    """Reshapes an update to a stack of matrices with no more rows than columns."""
     x = layout.to_matrices(u)
     x = x.reshape(-1, *x.shape[-2:])
     return x.mT if x.shape[-2] > x.shape[-1] else x
@@ -202,25 +203,26 @@ def _from_wide(layout: Layout, u: Array, x: Array) -> Array:
 def _in_batches(
     f: Callable[[Array], Array], stacks: Sequence[Array], replica_axis: str
 ) -> list[Array]:
-    """``f`` of every stack of matrices; those of matrices of one shape in one call."""
+    """Applies ``f`` to every stack, in one call for all matrices of the same shape."""
     kinds: dict[Any, list[int]] = {}
     for i, x in enumerate(stacks):
         kinds.setdefault((x.shape[1:], x.dtype), []).append(i)
     done: dict[int, Array] = {}
     for kind in kinds.values():
-        batch = _dealt_out(f, [stacks[i] for i in kind], replica_axis)
+        batch = _across_devices(f, [stacks[i] for i in kind], replica_axis)
         done.update(zip(kind, batch, strict=True))
     return [done[i] for i in range(len(stacks))]
 
 
-def _dealt_out(
+def _across_devices(
     f: Callable[[Array], Array], stacks: Sequence[Array], replica_axis: str
 ) -> list[Array]:
-    """``f`` of stacks of equal matrices, each device of the mesh with as many of them.
+    """Applies ``f`` to stacks of matrices of one shape, with the same number on each device.
 
-    By way of a layout in which all of them can be joined, rows over the whole mesh. XLA finds a
-    way there from anything, but that what lies over two axes, and is copied over a third, must not
-    change all three at once: it would gather it whole on every device.
+    The stacks are first resharded to a common layout, rows over the whole mesh, in which they can
+    be concatenated. XLA reshards from any layout to it, except that an array that is split over
+    two axes and replicated over a third must not change all three at once: XLA would gather it on
+    every device. The intermediate layouts avoid that.
     """
     mesh = jax.typeof(stacks[0]).sharding.mesh
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)

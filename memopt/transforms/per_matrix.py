@@ -1,4 +1,4 @@
-"""Transformations that treat each matrix by itself, from the rule for one parameter."""
+"""Makes transformations that treat each matrix separately from a rule for one parameter."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -20,19 +20,21 @@ def per_matrix(
     reads_params: bool = False,
     matrices: Matrices = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes a transformation of a rule that updates one parameter.
+    """Makes a transformation from a rule that updates one parameter.
 
     Args:
-      rule: maps ``(layout, update, *arrays)`` to the new update, or to it and the new arrays if
-        the state keeps some; it treats the matrices of a stack alike and apart.
+      rule: maps ``(layout, update, *arrays)`` to the new update, or, if the state keeps arrays, to
+        a tuple of the new update and the new arrays. It must treat each matrix of a stack
+        separately and in the same way.
       state_type: the NamedTuple class of the state. A first field ``count`` counts steps, int32;
         each other field is a tree with an array for each parameter. By default no state.
-      like: maps ``(layout, parameter)`` to arrays, one for each such field: the state starts with
-        zeros of their shapes and dtypes. It is never run. ``memopt.trees.NOTHING`` keeps no array.
-      schedules: keyword arguments of the rule that are functions of the steps taken before.
-      reads_params: the rule takes the parameter too, after the arrays.
-      matrices: which leaves are matrices, and of which axes; see `memopt.matrices`. By default
-        `memopt.matrices.every_matrix`.
+      like: maps ``(layout, parameter)`` to arrays, one for each such field. It is evaluated
+        abstractly: the state starts with zeros of these shapes and dtypes.
+        ``memopt.trees.NOTHING`` keeps no array.
+      schedules: keyword arguments of the rule, as functions of the number of previous steps.
+      reads_params: whether the rule also takes the parameter, after the arrays.
+      matrices: which leaves are matrices, and which axes are their rows and columns; see
+        `memopt.matrices`. By default `memopt.matrices.every_matrix`.
 
     Returns:
       A transformation whose state is a `state_type`.

@@ -1,4 +1,4 @@
-"""Updates that are computed under another sharding than their parameters'."""
+"""Computes updates under another sharding than that of the parameters."""
 
 import functools
 from typing import Any
@@ -18,27 +18,27 @@ from memopt.trees import map_named
 def unshard_short_side(
     params: Any, *, one_layer_at_a_time: bool = False, matrices: Matrices = None
 ) -> Any:
-    """Parameters placed anew, so that the shorter side of each matrix is whole on its device.
+    """Returns shardings in which no matrix is split along its shorter side.
 
-    A subspace of rank r projects a matrix's shorter side, p. Where a mesh splits that one, devices
-    sum up projections, r·q numbers a matrix, and gather what each lifts. The mesh axes that split
-    p split the stack here, if they divide it: each device then has matrices of its own, with their
-    bases. If not, they split the longer side, q: projections need no sum, but the basis, r·p
-    numbers, is gathered, unless it is drawn from a seed.
+    A subspace of rank r projects a matrix's shorter side, p. If a mesh splits that side, devices
+    sum the projections, r·q numbers per matrix, and gather the lifted updates. Here the mesh axes
+    that split p are moved to the stack, if they divide it: each device then has whole matrices,
+    with their bases. Otherwise they are moved to the longer side, q: projections need no sum, but
+    the basis, r·p numbers, is gathered, unless it is drawn from a seed.
 
-    For `reshard_update`, and for `memopt.state_sharding`, so that state is where it is used.
+    Pass the result to `reshard_update`, and to `memopt.state_sharding` to shard the state alike.
 
     Args:
-      params: arrays, or ``jax.ShapeDtypeStruct`` in their place, each with a `NamedSharding`.
-      one_layer_at_a_time: whether updates are made a layer at a time, as by a released step;
-        stacks then stay as they are.
-      matrices: which leaves are matrices, and of which axes; see
+      params: arrays or ``jax.ShapeDtypeStruct``, each with a `NamedSharding`.
+      one_layer_at_a_time: whether updates are computed one layer at a time, as by a released step;
+        stacks are then not split further.
+      matrices: which leaves are matrices, and which axes are their rows and columns; see
         `memopt.hidden_matrices`.
 
     Returns:
-      ``jax.ShapeDtypeStruct`` like `params`. What is no matrix stays where it is; so does one
-      with neither a stack nor a longer side that divides, and everything on Explicit axes, whose
-      types say where arrays are.
+      ``jax.ShapeDtypeStruct`` like `params`. Shardings are unchanged for leaves that are not
+      matrices, for matrices whose stack and longer side are not divisible, and under Explicit
+      axes, where types fix the shardings.
 
     Raises:
       ValueError: if a parameter has no `NamedSharding`, or they are on several meshes.
@@ -63,7 +63,7 @@ def unshard_short_side(
 
 
 def _unshard_short_side(layout: Layout, param: Placed, one_layer_at_a_time: bool) -> NamedSharding:
-    """A sharding in which a matrix's shorter side is whole; its own if there is none."""
+    """A sharding that does not split the shorter side; the given one if there is none."""
     mesh: Any = param.sharding.mesh
     if not layout.is_matrix or AxisType.Explicit in mesh.axis_types:
         return param.sharding
@@ -87,25 +87,26 @@ def _unshard_short_side(layout: Layout, param: Placed, one_layer_at_a_time: bool
 def reshard_update(
     tx: optax.GradientTransformation, params: Any, shardings: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs an optimizer where its parameters are not: gradients move there, updates back.
+    """Runs an optimizer under other shardings: reshards gradients, then updates back.
 
-    Devices exchange (all-to-all) a gradient and an update, each no more than its own part of them.
-    The numbers are the same but for the order of sums. With `unshard_short_side` it pays for
-    optimizers that work in a subspace of more than a few dimensions, see `memopt.in_subspace`,
-    but for FRUGAL, which selects, and LDAdam, whose error feedback is a full-size array that
-    changes places too. Others, with little to sum up, need nothing of the kind.
+    Gradients and updates are exchanged by all-to-all; no device holds more than its own part of
+    them. The results are the same except for the order of sums. With `unshard_short_side` this
+    pays off for optimizers in a subspace of more than a few dimensions, see `memopt.in_subspace`,
+    except FRUGAL, which selects entries, and LDAdam, whose full-size error feedback is resharded
+    too. Other optimizers have little to sum and do not need it.
 
     Args:
-      tx: any Optax transformation; its state is as it was, and best placed by
+      tx: any Optax transformation. Its state is unchanged; shard it by
         ``memopt.state_sharding(tx, shardings)``.
-      params: arrays, or ``jax.ShapeDtypeStruct`` in their place, each with a `NamedSharding`, over
-        Auto axes. Updates of the same names, of all layers or of one, are taken to lie as they do.
+      params: arrays or ``jax.ShapeDtypeStruct``, each with a `NamedSharding` over Auto axes.
+        Updates with the same names, of all layers or of one, are assumed to be sharded alike.
       shardings: a tree like `params`, of arrays or shapes with the shardings under which the
         update is computed.
 
     Raises:
-      ValueError: if a parameter has no `NamedSharding`, they are on several meshes, or `shardings`
-        has others; in an update, if it has a leaf that `params` has not.
+      ValueError: if a parameter has no `NamedSharding`, parameters are on several meshes, or the
+        leaves of `shardings` are not those of `params`; at an update, if it has a leaf that
+        `params` does not have.
 
     Example:
       >>> import memopt, jax.numpy as jnp
@@ -124,13 +125,13 @@ def reshard_update(
     tx = optax.with_extra_args_support(tx)
 
     def move(name: str, x: Array, *, back: bool) -> Array:
-        """One array to its place and then the other, or the other way round."""
+        """Reshards one array from its own sharding to the other one, or back."""
         if name not in here:
             raise ValueError(f"params has no {name!r}, only {sorted(here)}.")
         pair = here[name], there[name]
         if pair[0].entries == pair[1].entries:
             return x
-        # Both are said: of the second alone XLA would make the gradient there to begin with.
+        # Both shardings are set: with the second alone, XLA would compute the gradient under it.
         for place in reversed(pair) if back else pair:
             spec = jax.P(*place.entries[len(place.entries) - x.ndim :])
             x = jax.lax.with_sharding_constraint(x, NamedSharding(place.sharding.mesh, spec))

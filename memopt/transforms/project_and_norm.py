@@ -1,7 +1,7 @@
-"""A gradient's projection and its sums of squares in one pass over it, by a kernel for TPUs.
+"""A TPU kernel that computes a gradient's projection and its sums of squares in one pass.
 
-XLA reads a gradient for the product and once more for the sums; the kernel reads it once. What
-is compiled for anything but a TPU keeps the two plain expressions.
+XLA reads a gradient for the product and once more for the sums; the kernel reads it once. On other
+platforms the two plain expressions are compiled.
 """
 
 import functools
@@ -19,19 +19,19 @@ from memopt.state.precision import statistics_dtype
 from memopt.transforms.linalg import for_stack, product, replicate_axis
 
 _BLOCK = 512  # rows and columns of a gradient that are in fast memory at a time
-_LANES, _SUBLANES = 128, 8  # arrays are stored in tiles of so many columns and rows
-_MOST_RESIDENT = 7e6  # bytes of P and two blocks of R in fast memory, which is 16 MiB at least
+_LANES, _SUBLANES = 128, 8  # columns and rows of the tiles in which arrays are stored
+_MAX_RESIDENT = 7e6  # bytes of P and two blocks of R in fast memory, which is at least 16 MiB
 
 Pair = tuple[Projected, Array]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def project_and_norm(basis: Basis, gradient: Stack, left: bool, split: jax.P | None = None) -> Pair:
-    """The gradient in a subspace, and the sum of squares of each of its channels.
+    """Projects a gradient and computes the sum of squares of each of its channels.
 
-    On a TPU the gradient is read once, as it comes: give it in its own dtype. Where it is known
-    how a mesh splits it, each device reads its own part, and no part of a gradient moves; on a
-    mesh of several devices else XLA does both in its own way, in two passes.
+    On a TPU the gradient is read once, so pass it in its own dtype. If `split` is given, each
+    device reads its own part of the gradient and none of it moves. Otherwise, on a mesh of several
+    devices, XLA takes two passes.
 
     Args:
       basis: P, one for the whole stack: ``(m, r)`` if `left`, else ``(n, r)``.
@@ -41,12 +41,12 @@ def project_and_norm(basis: Basis, gradient: Stack, left: bool, split: jax.P | N
 
     Returns:
       PᵀG, ``(*stack, r, n)``, and each column's sum of squares, ``(*stack, 1, n)``; or G P,
-      ``(*stack, m, r)``, and each row's, ``(*stack, m, 1)``. Float32, or as wide as G; products
-      are in full precision.
+      ``(*stack, m, r)``, and each row's, ``(*stack, m, 1)``. The dtype is float32, or as wide as
+      G's; products are in full precision.
 
     References:
-      Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270, Algorithm 1: what a step needs
-      to know of G before it scales it.
+      Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270, Algorithm 1: the two results are
+      what a step needs to scale G.
 
     Example:
       >>> low, squares = project_and_norm(jnp.eye(2, 1), jnp.array([[3.0, 1.0], [4.0, 0.0]]), True)
@@ -77,17 +77,17 @@ def _plain(basis: Basis, gradient: Stack, *, left: bool) -> Pair:
 def _one_pass(
     basis: Basis, gradient: Stack, left: bool, split: jax.P | None
 ) -> Callable[..., Pair] | None:
-    """The kernel for a gradient that is split so; None if XLA does as well, or must do it."""
+    """The kernel for this gradient; None if XLA is as fast or the kernel does not apply."""
     side, r = basis.shape
-    if not 1 < r < side / 2:  # XLA does rank 1 in one pass, and need not store R
+    if not 1 < r < side / 2:  # for rank 1, XLA takes one pass and need not store R
         return None
-    if 4 * r * (side + 2 * _BLOCK) > _MOST_RESIDENT or statistics_dtype(gradient) != jnp.float32:
+    if 4 * r * (side + 2 * _BLOCK) > _MAX_RESIDENT or statistics_dtype(gradient) != jnp.float32:
         return None
     mesh = jax.typeof(gradient).sharding.mesh
     if split is not None and set(mesh.axis_types) == {AxisType.Auto}:
         return functools.partial(_on_shards, left=left, split=split)
-    # The compiler cannot split a kernel, and jax's custom_partitioning does not reach a TPU's
-    # (jax-ml/jax#38196), so that the kernel is else for a single device.
+    # Without `split` the kernel is for a single device only: the compiler cannot partition it, and
+    # JAX's custom_partitioning does not reach TPU kernels (jax-ml/jax#38196).
     alone = jax.device_count() == 1 if mesh.empty else mesh.size == 1
     if alone and AxisType.Manual not in mesh.axis_types:
         return functools.partial(_kernel, left=left)
@@ -95,7 +95,7 @@ def _one_pass(
 
 
 def _on_shards(basis: Basis, gradient: Stack, *, left: bool, split: jax.P) -> Pair:
-    """The kernel on each device's part."""
+    """Runs the kernel on each device's part of the gradient."""
     side = -2 if left else -1
     projected, kept = split[side], list(split)
     kept[side] = None
@@ -109,21 +109,22 @@ def _on_shards(basis: Basis, gradient: Stack, *, left: bool, split: jax.P) -> Pa
         part,
         in_specs=(basis_spec, split),
         out_specs=(result_spec, result_spec),
-        check_vma=False,  # a kernel's results do not say over which axes they vary
+        check_vma=False,  # the results of a kernel do not declare the axes they vary over
     )
     return one_pass(basis, gradient)
 
 
 def _kernel(basis: Basis, gradient: Stack, *, left: bool) -> Pair:
-    """The kernel on axes in the order in which XLA stores them, so that it copies nothing.
+    """Runs the kernel on axes in the order in which XLA stores them, so that nothing is copied.
 
-    That is the one that wastes least of the tiles: columns whose number is no multiple of 128
-    change places with rows whose number is, and rows that do not come in eights with the stack.
+    XLA stores the order that wastes least of the tiles: if the number of columns is not a multiple
+    of 128 and that of rows is, the two are swapped; if the number of rows is then not a multiple
+    of 8, they are swapped with the stack.
     """
     m, n = gradient.shape[-2:]
-    turned = n % _LANES != 0 and m % _LANES == 0
-    g = gradient.mT if turned else gradient
-    rows = left != turned  # are projected, of g
+    is_transposed = n % _LANES != 0 and m % _LANES == 0
+    g = gradient.mT if is_transposed else gradient
+    rows = left != is_transposed  # whether the rows of g are projected
     if g.ndim > 2 and g.shape[-2] % _SUBLANES != 0:
         if rows:
             return _plain(basis, gradient, left=left)
@@ -134,12 +135,12 @@ def _kernel(basis: Basis, gradient: Stack, *, left: bool) -> Pair:
         flat = g.reshape(-1, *g.shape[-2:]) if g.ndim > 3 else g
         back = lambda x: x.reshape(*g.shape[:-2], *x.shape[-2:])
     low, squares = map(back, _call(basis, flat, rows))
-    return (low.mT, squares.mT) if turned else (low, squares)
+    return (low.mT, squares.mT) if is_transposed else (low, squares)
 
 
 def _call(basis: Array, g: Array, left: bool) -> Pair:
-    """The kernel over a grid of blocks of g, ``(stack, m, n)`` or ``(m, n)``."""
-    # Late: these take as long to import as half of JAX, and most runs have no kernel.
+    """Runs the kernel over a grid of blocks of g, ``(stack, m, n)`` or ``(m, n)``."""
+    # Imported here because Pallas takes half as long to import as JAX, and few runs need it.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
@@ -185,13 +186,13 @@ def _call(basis: Array, g: Array, left: bool) -> Pair:
 def _block(
     p_ref: Any, g_ref: Any, low_ref: Any, squares_ref: Any, *, left: bool, side: int
 ) -> None:
-    """Adds what one block of g gives; the grid's last steps go along the projected side."""
+    """Adds the contribution of one block of g; the last grid axis is the projected side."""
     from jax.experimental import pallas as pl
 
     step, axis = pl.program_id(2), 0 if left else 1
     g = g_ref[...].astype(jnp.float32)
     depth = g.shape[axis]
-    if side % depth:  # what the last block has beyond g is not defined
+    if side % depth:  # entries of the last block beyond g are undefined
         at = step * depth + jax.lax.broadcasted_iota(jnp.int32, g.shape, axis)
         g = jnp.where(at < side, g, 0.0)
     dot = functools.partial(
@@ -200,7 +201,7 @@ def _block(
     p = p_ref[step]
     low = dot(p, g, (((0,), (0,)), ((), ()))) if left else dot(g, p, (((1,), (0,)), ((), ())))
     squares = jnp.square(g).sum(axis, keepdims=True)
-    if not left:  # a column, to be stored as a row
+    if not left:  # the column of sums is stored as a row
         squares = jnp.broadcast_to(squares, (g.shape[0], _LANES)).T[:1]
 
     @pl.when(step == 0)

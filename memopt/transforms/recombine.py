@@ -1,4 +1,4 @@
-"""Recombinations: from what an inner optimizer did in a subspace to a full-size update."""
+"""Recombinations: form a full-size update from an inner optimizer's update in a subspace."""
 
 import dataclasses
 import functools
@@ -19,21 +19,21 @@ from memopt.trees import NOTHING
 
 @dataclasses.dataclass(frozen=True)
 class Subspace:
-    """One stack of matrices at one step, its subspace, and what an inner optimizer made there.
+    """The subspace of one stack of matrices at one step, with the inner optimizer's results.
 
     Attributes:
       projector: the rule that gave the basis.
-      spec: names and shapes the matrices.
+      spec: the name and shape of the matrices.
       gradient: G, ``(*stack, m, n)``.
       basis: P.
       low_gradient: R, the gradient in the subspace: ``(*stack, r, n)`` or ``(*stack, m, r)``.
-      squares: the sum of squares of each of G's channels, its other axis of length one; None
+      squares: the sum of squares of each of G's channels, with the other axis of length one; None
         unless the recombination needs them.
-      previous_basis: gives the basis that a refresh at this step replaces.
-      low_update: N, what the inner optimizer made of R.
+      previous_basis: a function that returns the basis that a refresh at this step replaces.
+      low_update: N, the inner optimizer's update for R.
       old_momentum: the inner optimizer's first moment before this step, or None.
-      momentum: the same, carried over where a refresh at this step did so.
-      is_carried: whether it did.
+      momentum: the same moment, carried over if a refresh at this step did so.
+      is_carried: whether a refresh at this step carried moments over.
     """
 
     projector: Projector
@@ -50,11 +50,11 @@ class Subspace:
 
     @property
     def low_axis(self) -> int:
-        """The axis of R that counts its r dimensions, -2 or -1."""
+        """The axis of R of length r, -2 or -1."""
         return -2 if self.projector.is_left(self.spec) else -1
 
     def up(self, low: Projected) -> Stack:
-        """Takes what is in the subspace to full size."""
+        """Lifts an array in the subspace to full size."""
         return self.projector.up(self.spec, self.basis, low)
 
     def residual(self) -> Stack:
@@ -62,13 +62,13 @@ class Subspace:
         return self.projector.residual(self.spec, self.basis, self.gradient, self.low_gradient)
 
     def carry(self, moment: Projected, power: int) -> Projected:
-        """Takes a moment from the previous subspace to this one."""
+        """Transforms a moment from the previous subspace to this one."""
         return self.projector.carry(
             self.spec, self.previous_basis(), self.basis, moment, power=power
         )
 
     def dropped_momentum(self) -> Stack:
-        """The first moment that a refresh left behind in the previous subspace, in full size."""
+        """The full-size part of the first moment that a refresh at this step dropped."""
         nothing = lambda: jnp.zeros_like(self.gradient)
         old, new = self.old_momentum, self.momentum
         if old is None or new is None:
@@ -77,12 +77,12 @@ class Subspace:
         return jax.lax.cond(self.is_carried, lambda: before() - self.up(new), nothing)
 
     def ratio(self, axes: int | tuple[int, int]) -> Array:
-        """‖N‖ / ‖R‖ over some axes, which are kept with length one."""
+        """Computes ‖N‖ / ‖R‖ over the given axes, which are kept with length one."""
         return norm(self.low_update, axes) / (norm(self.low_gradient, axes) + 1e-8)
 
 
 def norm(x: Array, axes: int | tuple[int, int]) -> Array:
-    """The root of the sum of squares, its axes kept with length one."""
+    """The Euclidean norm over the given axes, which are kept with length one."""
     return jnp.sqrt(jnp.square(x).sum(axes, keepdims=True))
 
 
@@ -92,11 +92,11 @@ class Recombine:
 
     Attributes:
       update: maps a `Subspace` and the array kept between steps to the full-size update and the
-        array to keep, `NOTHING` for none.
-      init: maps a `MatrixSpec` to that array as zeros.
-      correct: maps the gradient that came, and that array, to the gradient that is projected.
-      check: raises `IncompatiblePairingError` for a projector with which the rule makes no sense.
-      needs_squares: whether it needs the norms of the gradient's channels.
+        new array to keep, `NOTHING` for none.
+      init: maps a `MatrixSpec` to the initial array, zeros.
+      correct: maps the gradient and the kept array to the gradient to project.
+      check: raises `IncompatiblePairingError` for a projector that the rule cannot work with.
+      needs_squares: whether the rule needs the norms of the gradient's channels.
     """
 
     update: Callable[[Subspace, Any], tuple[Array, Any]]
@@ -107,7 +107,7 @@ class Recombine:
 
 
 def lift() -> Recombine:
-    """The inner update, lifted to full size: U = up(N). Nothing outside the subspace moves.
+    """Lifts the inner update to full size: U = up(N). Nothing outside the subspace changes.
 
     References:
       Zhao et al., GaLore, 2024, https://arxiv.org/abs/2403.03507, Algorithm 2.
@@ -116,7 +116,7 @@ def lift() -> Recombine:
 
 
 def lift_and_sign(scale: float | Array = 1.0) -> Recombine:
-    """The inner update, lifted, and sign descent outside: U = up(N) + scale·sign(G − up(R)).
+    """Lifts the inner update, with sign descent outside: U = up(N) + scale·sign(G − up(R)).
 
     Args:
       scale: the learning rate outside the subspace, relative to that inside.
@@ -132,14 +132,14 @@ def lift_and_sign(scale: float | Array = 1.0) -> Recombine:
 
 
 def lift_and_residual(scale: float | Array = 1.0, *, recover: float | Array = 0.0) -> Recombine:
-    """The inner update, lifted, and gradient descent outside: U = up(N) + scale·(G − up(R)).
+    """Lifts the inner update, with gradient descent outside: U = up(N) + scale·(G − up(R)).
 
     Args:
       scale: the learning rate outside the subspace, relative to that inside.
-      recover: at a refresh, add this much of what the momentum loses with the old subspace.
-        With a momentum that decays by β₁ as the inner optimizer, ``lift_and_residual(1 - b1,
-        recover=b1)`` is Flora's released code: only what is older than this step is
-        compressed, and not by a subspace that is younger.
+      recover: at a refresh, the factor with which the dropped part of the momentum is added. If
+        the inner optimizer is a momentum with decay β₁, ``lift_and_residual(1 - b1, recover=b1)``
+        is Flora's released code: gradients are compressed only after their own step, and never by
+        a subspace drawn after them.
 
     References:
       Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, Algorithm 1; Hao et al.,
@@ -161,7 +161,7 @@ def lift_and_scaled_residual(
     *,
     as_released: bool = False,
 ) -> Recombine:
-    """The inner update, lifted, and the residual scaled as the inner update was.
+    """Lifts the inner update and adds the residual, scaled by the inner optimizer's ratio.
 
     ::
 
@@ -170,10 +170,10 @@ def lift_and_scaled_residual(
     with one ratio for each index of the side that is not projected.
 
     Args:
-      scale: of the lifted update, α.
-      limiter: bounds the growth of the second term's norm. State: one number a matrix.
-      as_released: the residual is G − scale·up(R), as in the authors' code, where projecting back
-        always multiplies by α.
+      scale: the scale of the lifted update, α.
+      limiter: bounds the growth of the second term's norm. State: one number per matrix.
+      as_released: the residual is G − scale·up(R), as in the authors' code, where lifting always
+        multiplies by α.
 
     References:
       Chen et al., Fira, 2024, https://arxiv.org/abs/2410.01623, Algorithm 1.
@@ -195,16 +195,16 @@ def lift_and_scaled_residual(
 
 
 def lift_with_error_feedback(b1: float | Array = 0.0) -> Recombine:
-    """The inner update, lifted; what a projection leaves out is added to the next gradient.
+    """Lifts the inner update, and adds the residual to the next gradient.
 
     ::
 
-        A = G + E                                       is projected in G's place
+        A = G + E                                       is projected in place of G
         U = up(N)
         E ← A − up(R) + β₁/(1−β₁) · dropped
 
-    where what is dropped is what a first moment leaves behind when it is carried to a new
-    subspace. State: a full-size array, the place a gradient would be accumulated in.
+    where `dropped` is the part of the first moment that is lost when it is carried to a new
+    subspace. State: a full-size array, which can replace an accumulated gradient.
 
     Args:
       b1: the decay of the inner optimizer's first moment.
@@ -218,7 +218,7 @@ def lift_with_error_feedback(b1: float | Array = 0.0) -> Recombine:
         if not projector.orthonormal:
             raise IncompatiblePairingError(
                 "lift_with_error_feedback needs a projector with orthonormal bases: the errors of "
-                f"a {type(projector).__name__} projector would grow without bound. Take "
+                f"a {type(projector).__name__} projector would grow without bound. Use "
                 "orthogonal, svd, randomized_svd, power_iteration, columns, coordinates or blocks."
             )
 
@@ -231,13 +231,13 @@ def lift_with_error_feedback(b1: float | Array = 0.0) -> Recombine:
 
 
 def scale_gradient(per: str = "channel", limiter: GrowthLimiter | None = None) -> Recombine:
-    """The gradient, scaled as the inner optimizer scaled its projection: U = G · ‖N‖ / ‖R‖.
+    """Scales the gradient as the inner optimizer scales its projection: U = G · ‖N‖ / ‖R‖.
 
     Args:
       per: "channel", one factor for each index of the side that is not projected, or "matrix",
         one for each matrix.
-      limiter: bounds the growth of the update's norm as `limit_norm_growth` after this would,
-        without another pass over the gradient. State: one number a matrix.
+      limiter: bounds the growth of the update's norm, as a following `limit_norm_growth` would,
+        but without another pass over the gradient. State: one number per matrix.
 
     Raises:
       ValueError: if `per` is neither.
@@ -250,7 +250,7 @@ def scale_gradient(per: str = "channel", limiter: GrowthLimiter | None = None) -
     def update(space: Subspace, state: Any) -> tuple[Stack, Any]:
         scale = space.ratio((-2, -1) if per == "matrix" else space.low_axis)
         if limiter is not None:
-            # ‖G∘s‖ from the norms of G, so that G∘s is formed once, where it is used.
+            # ‖G∘s‖ is computed from the norms of G, so that G∘s is formed only once, in the update.
             length = jnp.sqrt((jnp.square(scale) * space.squares).sum((-2, -1)))
             factor, state = limiter(length, state)
             scale = scale * factor[..., None, None]
@@ -267,11 +267,11 @@ def _norms(limiter: GrowthLimiter | None) -> Callable[[MatrixSpec], Any]:
 
 
 def _check_channels(name: str, projector: Projector) -> None:
-    """Raises unless R has a channel for each of G's."""
+    """Raises unless R has a channel for each channel of G."""
     if not projector.per_matrix:
         raise IncompatiblePairingError(
             f"{name} needs ‖N‖/‖R‖ for each matrix; a {type(projector).__name__} projector has it "
-            "only for the matrices that are chosen. Take lift, lift_and_sign or lift_and_residual."
+            "only for the selected matrices. Use lift, lift_and_sign or lift_and_residual."
         )
 
 

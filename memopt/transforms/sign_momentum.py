@@ -30,7 +30,7 @@ def scale_by_sign_momentum(
         U = sign(β₁ M + (1 − β₁) G)
         M ← β₂ M + (1 − β₂) G
 
-    State: one number a parameter.
+    State: one number per parameter.
 
     Args:
       b1: the weight of the momentum in the update.
@@ -57,8 +57,8 @@ def scale_by_sign_momentum(
 
     def update(updates: Any, state: ScaleBySignMomentumState, params: Any = None, **_: Any) -> Any:
         mu = jax.tree.map(lambda g, m: average(b2, m, g), updates, state.mu)
-        # β₁ M + (1 − β₁) G written with the new momentum: a step that reads the old one for
-        # both of its results keeps XLA from updating it in place.
+        # β₁ M + (1 − β₁) G is written in terms of the new momentum: XLA could not update the
+        # momentum in place if both results read the old one.
         sign = lambda g, m: jnp.sign(average(b1 / b2, m, g)).astype(g.dtype)
         signs = jax.tree.map(sign, updates, mu)
         mu = jax.tree.map(lambda new, m: new.astype(m.dtype), mu, state.mu)

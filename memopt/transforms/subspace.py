@@ -1,4 +1,4 @@
-"""Optimizers that keep their state in a subspace of each matrix."""
+"""Runs optimizers on projections of the gradients to a subspace of each matrix."""
 
 import contextlib
 import dataclasses
@@ -30,10 +30,10 @@ class InSubspaceState(NamedTuple):
 
     Attributes:
       count: steps taken, int32.
-      projector: for each array that the projector keeps of a matrix, the tree of them: none for
-        one drawn from a seed.
-      inner: the inner optimizer's state, on the projected gradients.
-      recombine: for each leaf what the recombination keeps.
+      projector: one tree for each array that the projector keeps per matrix; empty for bases drawn
+        from a seed.
+      inner: the inner optimizer's state for the projected gradients.
+      recombine: the array that the recombination keeps for each leaf.
     """
 
     count: Array  # type: ignore[assignment]
@@ -56,25 +56,25 @@ def in_subspace(
 
     For each matrix G of the stack, at each step::
 
-        P ← projector                      anew every `refresh_every` steps
+        P ← projector                      refreshed every `refresh_every` steps
         R = PᵀG or G P                     the gradient in the subspace
         N = inner(R)                       any optimizer
-        U = recombine(G, R, N)             an update of full size
+        U = recombine(G, R, N)             a full-size update
 
-    A leaf that is no matrix goes through `inner` as it is.
+    A leaf that is not a matrix is passed to `inner` without projection.
 
     Args:
-      inner: any Optax transformation; it sees float32 arrays of r×n or m×r numbers.
-      projector: how a matrix's subspace is found; see `memopt.projectors`.
-      recombine: how the result is used; see `memopt.recombine`.
+      inner: any Optax transformation; it receives float32 arrays of r×n or m×r numbers.
+      projector: the rule that gives each matrix a subspace; see `memopt.projectors`.
+      recombine: the rule that forms a full-size update; see `memopt.recombine`.
       refresh_every: steps between two refreshes of the subspace; the first step has one.
-      on_refresh: what happens to the inner state then. "keep" leaves it as it is; "reset" begins
-        anew; "reset_moments" does so but for the step count, so that Adam's bias correction
-        goes on; "carry" takes moments to the new subspace, as a `CarryOver` with its arguments
-        does.
-      refresh_phase: by how many steps refreshes after the first come early. Of several numbers
-        the matrices take turns, by name, so that no step refreshes all of them; the state is
-        then an ``optax.partition`` of such transformations.
+      on_refresh: what happens to the inner state at a refresh. "keep" leaves it unchanged;
+        "reset" initializes it again; "reset_moments" does so except for the step count, so that
+        Adam's bias correction continues; "carry" transforms the moments to the new subspace, as
+        does a `CarryOver`, which has options.
+      refresh_phase: the number of steps by which refreshes after the first come early. With
+        several numbers, matrices are assigned to them in turn, by name, so that no step refreshes
+        all of them; the state is then that of an ``optax.partition``.
       matrices: which leaves are projected, and which axes are their rows and columns; by
         default the hidden matrices, see `memopt.hidden_matrices`.
 
@@ -83,7 +83,7 @@ def in_subspace(
 
     Raises:
       ValueError: if `refresh_every` is below one, or a rank does not fit its matrix.
-      IncompatiblePairingError: if projector, recombination and `on_refresh` make no sense together.
+      IncompatiblePairingError: if projector, recombination and `on_refresh` cannot be combined.
 
     References:
       Zhao et al., GaLore, 2024, https://arxiv.org/abs/2403.03507; Zhu et al., APOLLO, 2024,
@@ -97,7 +97,7 @@ def in_subspace(
       (3, 16, 2)
     """
     if isinstance(refresh_phase, Sequence):
-        return _in_turns(
+        return _partition_by_phase(
             refresh_phase,
             matrices,
             lambda phase: in_subspace(
@@ -157,7 +157,7 @@ def in_subspace(
 
 
 def matrix_spec(layout: Layout, array: Any) -> MatrixSpec | None:
-    """The matrices of a parameter or of its gradient; None if it is no matrix."""
+    """The spec of a parameter's or gradient's matrices; None if it is not a matrix."""
     if not layout.is_matrix:
         return None
     shape = layout.shape(array)
@@ -167,7 +167,7 @@ def matrix_spec(layout: Layout, array: Any) -> MatrixSpec | None:
 
 
 def _split(layout: Layout, array: Any) -> jax.P | None:
-    """The mesh axes that split the matrices, if all axes of the mesh are Explicit."""
+    """The mesh axes that split the matrices; None unless all axes of the mesh are Explicit."""
     mesh = jax.typeof(array).sharding.mesh
     if mesh.empty or set(mesh.axis_types) != {AxisType.Explicit}:
         return None
@@ -177,7 +177,7 @@ def _split(layout: Layout, array: Any) -> jax.P | None:
 def _start(
     projector: Projector, recombine: Recombine, layout: Layout, p: Any, spec: MatrixSpec | None
 ) -> tuple[Any, Any, tuple[Array, ...]]:
-    """Zeros in the shape of the projected gradient; what recombination and projector keep."""
+    """Initial arrays: a projected gradient of zeros, and those the two rules keep."""
     low = projected_zeros(projector, p, spec)
     if spec is None:
         return low, NOTHING, ()
@@ -185,7 +185,7 @@ def _start(
 
 
 def projected_zeros(projector: Projector, p: Any, spec: MatrixSpec | None) -> Array:
-    """Zeros in the shape of the projected gradient; of the parameter if it is no matrix."""
+    """Zeros in the shape of the projected gradient, or of the parameter if it is not a matrix."""
     if spec is None:
         return jnp.zeros_like(p, dtype=statistics_dtype(p))
     return jnp.zeros(projector.projected_shape(spec), spec.dtype)
@@ -213,17 +213,17 @@ def enter_subspace(
 
     Args:
       projector: gives the basis.
-      recombine: may correct the gradient first, and says whether it needs its squares.
-      clock: of this step.
+      recombine: may correct the gradient first, and may need its squares.
+      clock: the clock of this step.
       layout: the axes of the gradient.
-      gradient: of the parameter's shape.
-      spec: its matrices; None if it has none, and is not projected.
+      gradient: an array of the parameter's shape.
+      spec: the spec of its matrices; None if it is not a matrix and not projected.
       kept: the projector's arrays.
       rule: the recombination's array.
-      momentum: the inner optimizer's first moment, in the subspace of the step before, or None.
+      momentum: the inner optimizer's first moment in the previous step's subspace, or None.
 
     Returns:
-      The subspace, the gradient in it in float32, and the projector's new arrays.
+      The subspace, the projected gradient in float32, and the projector's new arrays.
     """
     if spec is None:
         return None, to_float32(gradient), ()
@@ -255,11 +255,11 @@ def leave_subspace(
       recombine: the rule.
       carried: whether moments were carried to a new subspace at this step.
       layout: the axes of the gradient.
-      gradient: of the parameter's shape.
-      space: its subspace; None if it is not projected.
+      gradient: an array of the parameter's shape.
+      space: the gradient's subspace; None if it is not projected.
       low_update: the inner optimizer's update.
-      old_momentum: its first moment before this step, or None.
-      momentum: the same after a refresh.
+      old_momentum: the inner optimizer's first moment before this step, or None.
+      momentum: the first moment after the refresh, if there was one.
       rule: the recombination's array.
 
     Returns:
@@ -286,7 +286,11 @@ def _refresh(
     low: Any,
     spaces: Any,
 ) -> tuple[Any, Array]:
-    """The inner state after what a refresh at this step does to it, and whether it was carried."""
+    """Applies `on_refresh` to the inner state if this step refreshes.
+
+    Returns:
+      The new inner state, and whether its moments were carried over.
+    """
     never = jnp.zeros((), bool)
     if isinstance(on_refresh, CarryOver):
 
@@ -299,12 +303,12 @@ def _refresh(
         return jax.lax.cond(now, over, lambda: state), now
     if on_refresh == "keep":
         return state, never
-    begin = lambda: _anew(inner.init(low), state, counts_too=on_refresh == "reset")
+    begin = lambda: _reset(inner.init(low), state, counts_too=on_refresh == "reset")
     return jax.lax.cond(clock.refresh_now, begin, lambda: state), never
 
 
 def _as_projections(projector: Projector, specs: Any) -> contextlib.AbstractContextManager[None]:
-    """Fixes that projections are stacks of matrices, whatever axes their parameters have."""
+    """A context in which projected gradients are read as stacks of matrices."""
 
     def parameter(spec: MatrixSpec) -> Parameter:
         shape = projector.projected_shape(spec)
@@ -316,13 +320,13 @@ def _as_projections(projector: Projector, specs: Any) -> contextlib.AbstractCont
 
 
 def _momentum(inner_state: Any, like: Any) -> Any:
-    """The inner optimizer's first moment; without one, None for each leaf."""
+    """The inner optimizer's first moment, or a tree of None."""
     moment = first_moment(inner_state, like)
     return jax.tree.map(lambda _: None, like) if moment is None else moment
 
 
-def _anew(fresh: Any, state: Any, *, counts_too: bool) -> Any:
-    """A fresh state, with the step counts of another unless they begin anew too."""
+def _reset(fresh: Any, state: Any, *, counts_too: bool) -> Any:
+    """Returns the fresh state, with the step counts of `state` unless they are reset too."""
     if counts_too:
         return fresh
     is_count = lambda x: x.shape == () and jnp.issubdtype(x.dtype, jnp.integer)
@@ -335,12 +339,12 @@ def _check_pairing(projector: Projector, recombine: Recombine, on_refresh: str |
     if not projector.per_matrix and on_refresh == "keep":
         raise IncompatiblePairingError(
             f"on_refresh='keep' would hand the moments of one layer to the next that a {name} "
-            "projector chooses. Take 'reset', 'reset_moments' or 'carry'."
+            "projector selects. Use 'reset', 'reset_moments' or 'carry'."
         )
     if projector.moves and on_refresh != "keep":
         raise IncompatiblePairingError(
-            f"a {name} projector moves its basis at every step and has no refreshes after the "
-            f"first; on_refresh must be 'keep', got {on_refresh!r}."
+            f"on_refresh must be 'keep', got {on_refresh!r}: a {name} projector updates its basis "
+            "at every step and has no refreshes after the first."
         )
 
 
@@ -348,26 +352,26 @@ def _check_can_be_carried(inner_state: Any) -> None:
     is_quantized = lambda x: isinstance(x, QuantizedState)
     if any(map(is_quantized, jax.tree.leaves(inner_state, is_leaf=is_quantized))):
         raise IncompatiblePairingError(
-            "on_refresh='carry' cannot carry moments that the inner optimizer keeps quantised. "
-            "Take memopt.quantize_state(in_subspace(...)), or 'keep', 'reset' or 'reset_moments'."
+            "on_refresh='carry' cannot carry moments that the inner optimizer stores quantised. "
+            "Use memopt.quantize_state(in_subspace(...)), or 'keep', 'reset' or 'reset_moments'."
         )
 
 
-def _in_turns(
+def _partition_by_phase(
     phases: Sequence[int],
     matrices: Matrices,
     make: Callable[[int], optax.GradientTransformation],
 ) -> optax.GradientTransformationExtraArgs:
-    """A partition of the tree; matrices of one name, whatever its numbers, stay together."""
+    """Partitions the tree by phase; the same matrix of all layers has the same phase."""
     if not phases:
-        raise ValueError("refresh_phase must be a number or several, got none.")
+        raise ValueError("refresh_phase must be a number or a sequence of at least one, got none.")
 
     def labels(tree: Any) -> Any:
-        turns: dict[str, int] = {}
+        groups: dict[str, int] = {}
 
         def label(layout: Layout, array: Any) -> int:
             spec = matrix_spec(layout, array)
-            return 0 if spec is None else turns.setdefault(spec.group, len(turns)) % len(phases)
+            return 0 if spec is None else groups.setdefault(spec.group, len(groups)) % len(phases)
 
         return map_matrices(label, tree, matrices=matrices)
 

@@ -1,4 +1,4 @@
-"""Codecs: numbers stored in 16, 8 or 4 bits, and rounded so that none of them freezes."""
+"""Codecs that store numbers in 16, 8 or 4 bits, with stochastic rounding."""
 
 from memopt.state.codecs.base import AsIs as AsIs
 from memopt.state.codecs.base import Codec as Codec

@@ -12,12 +12,12 @@ from memopt.state.precision import zeros_of
 
 
 class Coded(NamedTuple):
-    """Numbers as a codec stores them.
+    """Numbers as stored by a codec.
 
     Attributes:
-      codes: of the array's shape.
-      side_data: what the codec keeps beside them, such as scales: arrays of that shape
-        but for a shorter last axis.
+      codes: an array of the numbers' shape.
+      side_data: the codec's other arrays, such as scales, of the same shape except for a shorter
+        last axis.
     """
 
     codes: Array
@@ -28,45 +28,45 @@ class Coded(NamedTuple):
 class Codec(abc.ABC):
     """A way to store float32 numbers in few bits.
 
-    Rounding is stochastic: a number between two that have codes becomes either, so that the
-    expected one is the number itself. A change too small for the next code is not lost, it is
-    made now and then. Where numbers share a scale, one that is not finite makes all NaN.
+    Rounding is stochastic: a number between two codes is rounded to either one, and its expected
+    value is the number itself, so that changes smaller than the distance of codes are not lost. If
+    numbers share a scale, one that is not finite makes all of them NaN.
     """
 
     @abc.abstractmethod
     def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:
-        """The codes of some numbers.
+        """Encodes numbers.
 
         Args:
           x: float32, ``(..., n)``.
-          bits: uint32, broadcastable to it, that decide the rounding; see `memopt.state.rounding`.
-          like: the codes that these take the place of, whose scales stay where they still fit;
-            None to fit new ones.
+          bits: uint32, broadcastable to `x`, which decide the rounding; see
+            `memopt.state.rounding`.
+          like: the previous codes, whose scales are kept if they still fit; None to fit new ones.
         """
 
     @abc.abstractmethod
     def decode(self, coded: Coded) -> Numbers:
-        """The numbers, float32."""
+        """Decodes numbers to float32."""
 
     def is_unfit(self, side_data: tuple[Array, ...]) -> Array | bool:
-        """Whether numbers outgrew their scales, which `fit` must see to before the next `encode`.
+        """Whether some scales are unusable, so that `fit` must run before the next `encode`.
 
-        Only of a codec that goes by the scales of the step before; others look at the numbers.
+        This can be true only for a codec that uses the scales of the previous step.
         """
         return False
 
     def fit(self, side_data: tuple[Array, ...], x: Array) -> tuple[Array, ...]:
-        """The scales by which `encode` is to go for numbers like `x`."""
+        """Returns side data with which `encode` can encode numbers like `x`."""
         return side_data
 
     def init(self, x: Any) -> Coded:
-        """The codes of zeros with the shape, dtype and sharding of `x`."""
+        """Encodes zeros with the shape, dtype and sharding of `x`."""
         return zeros_of(lambda x: self.encode(x, jnp.zeros(x.shape, jnp.uint32)), x)
 
 
 @dataclasses.dataclass(frozen=True)
 class AsIs(Codec):
-    """Numbers as they are."""
+    """Stores numbers unchanged."""
 
     def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:
         """Returns the numbers unchanged."""
@@ -78,7 +78,7 @@ class AsIs(Codec):
 
 
 def bits_of(dtype: Any) -> int:
-    """The bits of a number of a dtype; numpy counts those of 4 bits as 8.
+    """The number of bits of a dtype; NumPy counts 4-bit dtypes as 8 bits.
 
     Example:
       >>> bits_of(jnp.int4), bits_of(jnp.bfloat16)
@@ -89,5 +89,5 @@ def bits_of(dtype: Any) -> int:
 
 
 def reciprocal(scale: Array) -> Array:
-    """1 / scale, or 0 where that would not be a normal number."""
+    """Computes 1 / scale, or 0 if that would not be a normal number."""
     return jnp.where(scale > 2.0**-120, 1 / scale, 0)

@@ -1,4 +1,4 @@
-"""Numbers in 16 or 24 bits, with no scale beside them."""
+"""Codecs of 16 and 24 bits, without scales."""
 
 import dataclasses
 
@@ -11,10 +11,10 @@ from memopt.state.codecs.base import Codec, Coded
 
 @dataclasses.dataclass(frozen=True)
 class BFloat16(Codec):
-    """bfloat16, rounded stochastically. Nothing but the codes is kept."""
+    """bfloat16 with stochastic rounding and no side data."""
 
     def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:
-        """The upper half of a float32 to which a random lower half is added."""
+        """Adds a random lower half to a float32 and keeps its upper half."""
         words = jax.lax.bitcast_convert_type(x, jnp.uint32)
         rounded = jax.lax.bitcast_convert_type((words + (bits >> 16)) >> 16 << 16, jnp.float32)
         return Coded(jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16))
@@ -26,13 +26,13 @@ class BFloat16(Codec):
 
 @dataclasses.dataclass(frozen=True)
 class BFloat16AndRemainder(Codec):
-    """bfloat16 and the next eight bits of the mantissa beside it: float32 but for its last eight.
+    """bfloat16 and eight further bits of the mantissa: a float32 without its last eight bits.
 
-    The bfloat16 half is the nearest to the number, so that a model may compute with it alone.
+    The bfloat16 part is rounded to nearest, so that a model may compute with it alone.
     """
 
     def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:
-        """The nearest bfloat16, and the difference in 256ths of its last place."""
+        """Returns the nearest bfloat16, and the difference in 256ths of its last place."""
         words = jax.lax.bitcast_convert_type(x, jnp.uint32) + (bits >> 24) >> 8
         upper = (words + 0x80) >> 8
         remainder = (words - (upper << 8)).astype(jnp.int32).astype(jnp.int8)
@@ -40,7 +40,7 @@ class BFloat16AndRemainder(Codec):
         return Coded(codes, (remainder,))
 
     def decode(self, coded: Coded) -> Numbers:
-        """Both halves put together."""
+        """Adds the two parts."""
         upper = jax.lax.bitcast_convert_type(coded.codes, jnp.uint16).astype(jnp.int32)
         words = (upper << 8) + coded.side_data[0].astype(jnp.int32)
         return jax.lax.bitcast_convert_type(words << 8, jnp.float32)

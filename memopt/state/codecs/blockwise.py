@@ -1,4 +1,4 @@
-"""Integers and the hardware's float8, relative to a scale for each block of an array."""
+"""Codecs of integers and hardware float8, with a scale for each block of an array."""
 
 import dataclasses
 import functools
@@ -17,32 +17,32 @@ from memopt.shapes import Bits, Numbers
 from memopt.state.codecs.base import Codec, Coded, reciprocal
 
 BLOCK = 128
-SUBLANES, LANES = 8, 128  # of the tiles in which a TPU keeps arrays of 32 bits
+SUBLANES, LANES = 8, 128  # the tiles in which a TPU stores arrays of 32 bits
 
 
 @dataclasses.dataclass(frozen=True)
 class Blockwise(Codec):
     """Integers or small floats relative to a scale for each block along the last axis.
 
-    Scales are exact, from the numbers that are stored. But a scale that still fits stays: the
-    codes of numbers that did not change then do not either. One that changes at each step
-    would round every number anew each time.
+    Scales are computed from the numbers being stored, but a scale that still fits is kept: numbers
+    that did not change then keep their codes. A scale that changes at each step would round every
+    number again.
 
     Attributes:
-      block: numbers that share a scale, or None for the whole last axis.
+      block: the number of values that share a scale, or None for the whole last axis.
     """
 
     block: int | None = BLOCK
 
     slack: ClassVar[float] = 1.125
-    """A new scale leaves this much room above the block's largest number."""
+    """The ratio of a new scale to the smallest one that fits the block."""
 
     def __post_init__(self) -> None:
         if self.block is not None:
             check_at_least("block", self.block, 1)
 
     def _per_block(self, f: Callable[..., Array], x: Array) -> Array:
-        """``f`` over each block of the last axis, the last one filled up with zeros."""
+        """Applies ``f`` to each block of the last axis; the last block is padded with zeros."""
 
         def plain(x: Array) -> Array:
             return f(self._cut(x), -1)
@@ -60,7 +60,7 @@ class Blockwise(Codec):
         )
 
     def _scaled(self, f: Callable[..., Array], x: Array, *scales: Array) -> Array:
-        """``f`` of numbers, each beside the scales of its block."""
+        """Applies ``f`` elementwise to the numbers and the scales of their blocks."""
         shape = x.shape
         scales = tuple(s.astype(jnp.float32) for s in scales)
         if all(s.shape[-1] == 1 for s in scales):
@@ -80,11 +80,11 @@ class Blockwise(Codec):
         return on_auto_axes(on_tiles, (x, *scales), like=spec_of(x))
 
     def _size(self, x: Array) -> int:
-        """The numbers in a block."""
+        """The length of a block."""
         return min(self.block or x.shape[-1], x.shape[-1])
 
     def _cut(self, x: Array) -> Array:
-        """The blocks as an axis of their own: ``(..., n)`` to ``(..., blocks, block)``."""
+        """Splits the last axis into blocks: ``(..., n)`` to ``(..., blocks, block)``."""
         n, block = x.shape[-1], self._size(x)
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % block)])
         return x.reshape(*x.shape[:-1], -(-n // block), block)
@@ -92,7 +92,7 @@ class Blockwise(Codec):
     def _on_tiles(
         self, tiled: Callable[..., Array], plain: Callable[..., Array], *xs: Any
     ) -> Array:
-        """On a TPU ``tiled``, if the blocks are the rows of its tiles: it need not copy then."""
+        """Runs ``tiled`` on a TPU if blocks are rows of its tiles, which avoids a copy."""
         shape = xs[0].shape
         sides = len(shape) > 1 and shape[-2] % SUBLANES == shape[-1] % LANES == 0
         if not sides or self.block != LANES:
@@ -100,10 +100,10 @@ class Blockwise(Codec):
         return jax.lax.platform_dependent(*xs, tpu=tiled, default=plain)
 
     def _kept(self, old: Array, least: Array) -> Array:
-        """The old scale where `least` is at most that, and more than half of it."""
+        """The old scale if `least` is at most that and more than half of it, else a new one."""
         old = old.astype(jnp.float32)
         fresh = _up_to_bfloat16(least * self.slack)
-        near = 1 + 1e-5  # what it was fitted to is that only up to rounding
+        near = 1 + 1e-5  # tolerates rounding of the numbers that the scale was fitted to
         return jnp.where((least <= near * old) & (2 * least > old), old, fresh)
 
 
@@ -111,12 +111,12 @@ class Blockwise(Codec):
 class Integers(Blockwise):
     """Integer codes, evenly spaced or companded; see `Blockwise`.
 
-    A code c of magnitudes up to C is worth (c/C)^power of the scale: with a power of 2 or 4
-    numbers far below the largest of their block keep a relative precision.
+    A code c with magnitudes up to C stands for (c/C)^power times the scale. With a power of 2 or 4,
+    numbers far below the largest of their block keep some relative precision.
 
     Attributes:
       bits: 8 or 4.
-      power: 1 spaces codes evenly.
+      power: 1, 2 or 4; with 1 codes are evenly spaced.
       signed: whether numbers may be negative.
     """
 
@@ -138,7 +138,7 @@ class Integers(Blockwise):
         return jnp.dtype(f"{'' if self.signed else 'u'}int{self.bits}")
 
     def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:
-        """The code below, or the one above, as often as the number is nearer to it."""
+        """Rounds to the code below or above, with probabilities that preserve the mean."""
         largest = self._per_block(jnp.max, jnp.abs(x))
         old = jnp.zeros_like(largest) if like is None else like.side_data[0]
         scale = self._kept(old, largest)
@@ -154,7 +154,7 @@ class Integers(Blockwise):
         return Coded(codes.astype(self._dtype), (scale.astype(jnp.bfloat16),))
 
     def decode(self, coded: Coded) -> Numbers:
-        """The power of a code, times its block's scale."""
+        """Multiplies the power of a code by its block's scale."""
 
         def value(code: Array, scale: Array) -> Array:
             y = code / self._top
@@ -165,9 +165,9 @@ class Integers(Blockwise):
 
 @dataclasses.dataclass(frozen=True)
 class Asymmetric(Blockwise):
-    """Integers evenly spaced from the least number of a block to its largest; see `Blockwise`.
+    """Integers evenly spaced from a block's smallest number to its largest; see `Blockwise`.
 
-    The scale and the code of zero are kept for each block, in three bytes.
+    Each block has a scale and the code of zero, in three bytes.
 
     Attributes:
       bits: 8 or 4.
@@ -183,7 +183,7 @@ class Asymmetric(Blockwise):
         check_choice("bits", self.bits, (4, 8))
 
     def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:
-        """The code below, or the one above, as often as the number is nearer to it."""
+        """Rounds to the code below or above, with probabilities that preserve the mean."""
         first, last = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         low = jnp.minimum(self._per_block(jnp.min, x), 0)
         high = jnp.maximum(self._per_block(jnp.max, x), 0)
@@ -193,10 +193,10 @@ class Asymmetric(Blockwise):
         else:
             step = self._kept(like.side_data[0], least)
         inverse = reciprocal(step)
-        # The numbers in the middle of the codes, unless zero's old place will still do.
+        # Centers the numbers among the codes, unless the old code of zero still fits.
         zero = jnp.round((first + last - (high + low) * inverse) / 2)
         if like is not None:
-            old, near = like.side_data[1].astype(jnp.float32), 1e-3  # near: up to rounding
+            old, near = like.side_data[1].astype(jnp.float32), 1e-3  # near: tolerance for rounding
             fits = (low * inverse + old >= first - near) & (high * inverse + old <= last + near)
             zero = jnp.where(fits & (step == like.side_data[0].astype(jnp.float32)), old, zero)
         y = self._scaled(lambda x, inverse, zero: x * inverse + zero, x, inverse, zero)
@@ -204,14 +204,14 @@ class Asymmetric(Blockwise):
         return Coded(codes, (step.astype(jnp.bfloat16), zero.astype(jnp.int8)))
 
     def decode(self, coded: Coded) -> Numbers:
-        """The step times a code's distance from that of zero."""
+        """Multiplies a code's distance from the code of zero by the step."""
         value = lambda code, step, zero: (code - zero) * step
         return self._scaled(value, coded.codes, *coded.side_data)
 
 
 @dataclasses.dataclass(frozen=True)
 class Float8(Blockwise):
-    """The hardware's float8 relative to a block's largest number; see `Blockwise`.
+    """Hardware float8 relative to a block's largest number; see `Blockwise`.
 
     Attributes:
       dtype: "float8_e4m3fn" or "float8_e5m2".
@@ -224,35 +224,35 @@ class Float8(Blockwise):
         check_choice("dtype", self.dtype, ("float8_e4m3fn", "float8_e5m2"))
 
     def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:
-        """A float32 to whose mantissa a random rest is added, cut to the float8's."""
+        """Adds random low bits to the mantissa of a float32 and truncates it to float8."""
         info = jnp.finfo(self.dtype)
         top = float(info.max)
         largest = self._per_block(jnp.max, jnp.abs(x)) / top
         old = jnp.zeros_like(largest) if like is None else like.side_data[0]
         scale = self._kept(old, largest)
         y = self._scaled(jnp.multiply, x, reciprocal(scale))
-        # Adding c, a power of two, to a number leaves it as many bits as the float8 has.
+        # `step` is the distance of float8 numbers at the magnitude of y.
         exponent = jnp.maximum(jnp.frexp(y)[1] - 1, int(info.minexp))
         step = jnp.ldexp(jnp.float32(1), exponent - int(info.nmant))
         codes = jnp.clip(jnp.floor(y / step + _uniform(bits)) * step, -top, top)
         return Coded(codes.astype(self.dtype), (scale.astype(jnp.bfloat16),))
 
     def decode(self, coded: Coded) -> Numbers:
-        """The codes in float32, times their block's scale."""
+        """Multiplies codes, in float32, by their block's scale."""
         return self._scaled(jnp.multiply, coded.codes, *coded.side_data)
 
 
 def _tiles(x: Array) -> Array:
-    """Each tile of 8×128 as two axes: ``(..., m, n)`` to ``(..., m/8, n/128, 8, 128)``."""
+    """Splits an array into tiles: ``(..., m, n)`` to ``(..., m/8, n/128, 8, 128)``."""
     if x.dtype.itemsize == 1:
-        x = x.astype(jnp.bfloat16)  # exact, and of the tiles of which a TPU makes float32 ones
+        x = x.astype(jnp.bfloat16)  # exact, and its TPU tiles convert to those of float32
     m, n = x.shape[-2:]
     x = x.reshape(*x.shape[:-2], m // SUBLANES, SUBLANES, n // LANES, LANES)
     return x.swapaxes(-3, -2)
 
 
 def _uniform(bits: Array) -> Array:
-    """Numbers in [0, 1) from 32 bits."""
+    """Converts 32 random bits to a number in [0, 1)."""
     return (bits >> 8).astype(jnp.float32) * np.float32(2**-24)
 
 
@@ -263,6 +263,6 @@ def _root(x: Array, power: int) -> Array:
 
 
 def _up_to_bfloat16(x: Array) -> Array:
-    """The nearest bfloat16 that is not less, as float32."""
+    """Rounds up to bfloat16; returns float32."""
     words = jax.lax.bitcast_convert_type(x, jnp.uint32) + 0xFFFF
     return jax.lax.bitcast_convert_type(words & np.uint32(0xFFFF0000), jnp.float32)

@@ -1,4 +1,4 @@
-"""The codecs that a name stands for."""
+"""Codecs by name."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,12 @@ from memopt.state.codecs.dynamic import Dynamic
 
 
 class Named(NamedTuple):
-    """The codecs that a name stands for.
+    """The codecs of one name.
 
     Attributes:
-      weights: for parameters.
-      signed: for first moments and whatever may be negative.
-      unsigned: for second moments.
+      weights: the codec for parameters.
+      signed: the codec for first moments and other arrays that may be negative.
+      unsigned: the codec for second moments.
     """
 
     weights: Codec
@@ -33,10 +33,10 @@ _NAMED = {
 
 
 def named(codec: "str | Codec") -> Named:
-    """The codecs that a name stands for; one that is given stands for itself.
+    """Returns the codecs of a name; a given codec is used for all three purposes.
 
     Raises:
-      ValueError: if the name is unknown; the nearest is suggested.
+      ValueError: if the name is unknown; the closest name is suggested.
     """
     if isinstance(codec, Codec):
         return Named(codec, codec, codec)

@@ -1,6 +1,6 @@
-"""Projectors: the subspaces that `in_subspace` works in.
+"""Projectors: rules that give each matrix the subspace in which `in_subspace` works.
 
-A matrix G (m×n) is projected on one side, by a basis P of rank r:
+A matrix G (m×n) is projected on one side by a basis P of rank r:
 
 ======== ============ ================ =================
 side     P            down: R =        up: G ≈
@@ -9,9 +9,10 @@ side     P            down: R =        up: G ≈
 "right"  n×r          G P   (m×r)      R Pᵀ
 ======== ============ ================ =================
 
-``side="short"`` projects the shorter side (of a square the left one), so that R keeps the
-longer; ``side="long"`` the other. All of them may carry leading stack axes; a P without them
-serves the whole stack. `columns`, `coordinates` and `blocks` select entries of G instead.
+``side="short"`` projects the shorter side (the left side of a square matrix), so that R keeps the
+longer one; ``side="long"`` projects the longer side. G, P and R may have leading stack axes; a P
+without them is shared by the whole stack. `columns`, `coordinates` and `blocks` select entries of
+G instead.
 """
 
 from memopt import renamed

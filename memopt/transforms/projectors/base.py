@@ -19,14 +19,14 @@ SIDES = ("short", "long", "left", "right")
 
 
 class MatrixSpec(NamedTuple):
-    """A stack of matrices as a projector sees it.
+    """The name, shape and dtype of a stack of matrices.
 
     Attributes:
       name: the parameter's name in the tree.
       shape: ``(*stack, m, n)``.
-      dtype: of the gradient's statistics.
-      gradient_dtype: of the gradient itself; None if it is `dtype`.
-      split: the mesh axes that split the gradient where its type tells, over Explicit axes.
+      dtype: the dtype of the gradient's statistics.
+      gradient_dtype: the dtype of the gradient itself; None if it is `dtype`.
+      split: the mesh axes that split the gradient, if its type has them (under Explicit axes).
     """
 
     name: str
@@ -42,16 +42,16 @@ class MatrixSpec(NamedTuple):
 
     @property
     def group(self) -> str:
-        """The name without the layer's index: one for all layers, stacked or not."""
+        """The name without the layer's index: the same for all layers, stacked or not."""
         return split_layer(self.name)[0]
 
     @property
     def layer(self) -> int:
-        """The layer's index in the name, 0 without one."""
+        """The layer's index in the name, or 0 if there is none."""
         return split_layer(self.name)[1] or 0
 
     def key(self, seed: int | Array, refresh: Array) -> Array:
-        """A random key of (seed, parameter, refresh)."""
+        """The random key for (seed, parameter, refresh)."""
         seed = seed if isinstance(seed, int) else jnp.asarray(seed, jnp.int32)
         key = jax.random.key(seed, impl="threefry2x32")
         key = jax.random.fold_in(key, np.uint32(zlib.crc32(self.group.encode())))
@@ -59,11 +59,11 @@ class MatrixSpec(NamedTuple):
 
 
 class RefreshClock(NamedTuple):
-    """The step that training is at, counted in refreshes.
+    """The current step and refresh.
 
     Attributes:
-      step: steps taken before this one, int32.
-      refresh: the number of refreshes before the basis in force, int32.
+      step: the number of previous steps, int32.
+      refresh: the index of the refresh that gave the current basis, from 0, int32.
       refresh_now: whether this step begins with a refresh, bool.
     """
 
@@ -73,7 +73,7 @@ class RefreshClock(NamedTuple):
 
     @classmethod
     def at(cls, step: Array, refresh_every: Any, phase: int = 0) -> "RefreshClock":
-        """The clock of a run that refreshes every so many steps, `phase` of them early."""
+        """The clock of a run that refreshes every `refresh_every` steps, `phase` steps early."""
         every = jnp.asarray(refresh_every).astype(jnp.int32)
         now = (step == 0) | ((step + phase) % every == 0)
         return cls(step, (step + phase) // every, now)
@@ -85,22 +85,22 @@ class RefreshClock(NamedTuple):
 
     @property
     def before(self) -> "RefreshClock":
-        """The step before one that refreshes."""
+        """The clock of the previous step, if this step refreshes."""
         return RefreshClock(self.step - 1, self.refresh - 1, jnp.zeros((), bool))
 
 
 @dataclasses.dataclass(frozen=True)
 class Projector(abc.ABC):
-    """A rule that gives every matrix a subspace; subclasses say how its basis is made.
+    """A rule that gives every matrix a subspace; subclasses define its basis.
 
     Attributes:
       rank: r, or a fraction of each matrix's shorter side.
       side: which side is projected: "short", "long", "left" or "right".
-      stored: whether the basis is kept between refreshes, in an array of side×r numbers, or
-        made anew at every step.
+      stored: whether the basis is stored between refreshes, in an array of side×r numbers, or
+        computed at every step.
       orthonormal: whether up∘down is an orthogonal projection.
-      per_matrix: whether R has a matrix for each of G's.
-      moves: whether the basis moves between refreshes too.
+      per_matrix: whether R has a matrix for each matrix of G.
+      moves: whether the basis also changes between refreshes.
     """
 
     rank: int | float
@@ -121,11 +121,15 @@ class Projector(abc.ABC):
 
     @abc.abstractmethod
     def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
-        """A fresh basis for a gradient ``(*stack, m, n)``: ``(*stack, side, r)`` or one for all."""
+        """Computes a basis for a gradient ``(*stack, m, n)``.
+
+        Returns:
+          ``(*stack, side, r)``, or ``(side, r)`` if all matrices share one basis.
+        """
 
     @property
     def keeps(self) -> int:
-        """The number of arrays that `init` returns, one and the same for all parameters."""
+        """The number of arrays that `init` returns, the same for all parameters."""
         return int(self.stored)
 
     def init(self, spec: MatrixSpec) -> tuple[Array, ...]:
@@ -142,15 +146,15 @@ class Projector(abc.ABC):
         clock: RefreshClock,
         momentum: Any,
     ) -> tuple[Array, tuple[Array, ...]]:
-        """The basis in force at this step, and the arrays to keep.
+        """Returns the basis of this step, and the arrays to keep.
 
         Args:
-          spec: the parameter.
-          kept: what the step before kept.
+          spec: the parameter's matrices.
+          kept: the arrays kept by the previous step.
           gradient: G, ``(*stack, m, n)``.
-          clock: the place of the step in training.
-          momentum: the inner optimizer's first moment, in the subspace of the step before; None
-            if it has none.
+          clock: the current step and refresh.
+          momentum: the inner optimizer's first moment in the previous step's subspace; None if it
+            has none.
         """
         if not self.stored:
             return self.basis(spec, gradient, clock), ()
@@ -161,7 +165,7 @@ class Projector(abc.ABC):
     def previous_basis(
         self, spec: MatrixSpec, kept: tuple[Array, ...], gradient: Stack, clock: RefreshClock
     ) -> Basis:
-        """The basis that a refresh due now replaces."""
+        """The basis that a refresh at this step replaces."""
         return kept[0] if self.stored else self.basis(spec, gradient, clock.before)
 
     def basis_shape(self, spec: MatrixSpec) -> tuple[int, ...]:
@@ -174,7 +178,7 @@ class Projector(abc.ABC):
         return (*spec.stack, *((r, n) if self.is_left(spec) else (m, r)))
 
     def is_left(self, spec: MatrixSpec) -> bool:
-        """Whether the rows, not the columns, are projected."""
+        """Whether the rows are projected, rather than the columns."""
         if self.side in ("left", "right"):
             return self.side == "left"
         m, n = spec.shape[-2:]
@@ -194,7 +198,7 @@ class Projector(abc.ABC):
         return side, r
 
     def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> Projected:
-        """The gradient in the subspace: PᵀG or G P."""
+        """Projects the gradient to the subspace: PᵀG or G P."""
         basis = replicate_axis(basis, -1)
         if self.is_left(spec):
             low = product("...mr,...mn->...rn", for_stack(basis, gradient), gradient)
@@ -204,12 +208,12 @@ class Projector(abc.ABC):
     def down_and_squares(
         self, spec: MatrixSpec, basis: Basis, gradient: Stack
     ) -> tuple[Projected, Array]:
-        """The gradient in the subspace, and each of its channels' sum of squares."""
+        """Projects the gradient, and returns the sum of squares of each of its channels too."""
         axis = -2 if self.is_left(spec) else -1
         return self.down(spec, basis, gradient), jnp.square(gradient).sum(axis, keepdims=True)
 
     def up(self, spec: MatrixSpec, basis: Basis, low: Projected) -> Stack:
-        """Lifts what is in the subspace to full size: P R or R Pᵀ."""
+        """Lifts an array in the subspace to full size: P R or R Pᵀ."""
         basis, low = (
             replicate_axis(basis, -1),
             replicate_axis(low, -2 if self.is_left(spec) else -1),
@@ -229,20 +233,21 @@ class Projector(abc.ABC):
         )
 
     def gram(self, spec: MatrixSpec, a: Projected, b: Projected) -> Square:
-        """The inner products of the r dimensions of two low arrays: A Bᵀ or AᵀB, r×r."""
+        """The r×r inner products of two projected arrays: A Bᵀ or AᵀB."""
         return product("...rn,...sn->...rs" if self.is_left(spec) else "...mr,...ms->...rs", a, b)
 
     def carry(
         self, spec: MatrixSpec, old: Basis, new: Basis, low: Projected, *, power: int
     ) -> Projected:
-        """Takes coordinates of an old subspace to a new one: down_new(up_old(R)).
+        """Transforms coordinates of an old subspace to a new one: down_new(up_old(R)).
 
         Args:
-          spec: the parameter.
-          old: the basis that was in force.
-          new: the basis that is.
+          spec: the parameter's matrices.
+          old: the previous basis.
+          new: the new basis.
           low: R, or the second moment of its entries.
-          power: to which the entries of the r×r change of basis are raised, 2 for a second moment.
+          power: the power to which entries of the r×r change of basis are raised, 2 for a second
+            moment.
         """
         change_of_basis = product("...ms,...mr->...sr", new, old) ** power
         if self.is_left(spec):

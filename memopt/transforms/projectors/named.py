@@ -1,4 +1,4 @@
-"""Projectors by their names."""
+"""Builds projectors by name."""
 
 import inspect
 import numbers
@@ -30,14 +30,14 @@ def by_name(
     known: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
 ) -> Projector:
-    """Returns a projector as it is, or makes the one of this name.
+    """Returns a given projector unchanged, or builds one by name.
 
     Args:
       projector: a `Projector`, or the name of a function of `memopt.projectors`.
       of: the function whose arguments `options` are.
-      known: further arguments, left out where the projector's function does not have them.
+      known: further arguments, ignored if the projector's function does not have them.
       **options: `rank` or `density`, and other arguments of the projector's function. Those that
-        it does not have, and all beside a `Projector`, must be at the defaults of `of`.
+        it does not have, and all if a `Projector` is given, must be at the defaults of `of`.
 
     Raises:
       ValueError: if the name is unknown, or an option has no effect.

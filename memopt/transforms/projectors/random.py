@@ -1,4 +1,4 @@
-"""Random subspaces, drawn from a seed: nothing of them is kept."""
+"""Random subspaces, drawn from a seed and by default not stored."""
 
 import abc
 import dataclasses
@@ -17,15 +17,15 @@ from memopt.transforms.projectors.base import MatrixSpec, Projector, RefreshCloc
 
 @dataclasses.dataclass(frozen=True)
 class RandomProjector(Projector):
-    """A basis drawn from (seed, parameter, refresh): the same numbers however it is sharded.
+    """A basis drawn from (seed, parameter, refresh), independent of how arrays are sharded.
 
-    A stack shares one basis, and so do layers that are kept apart: a parameter is known by its
-    name without the numbers in it, so that ``layers/3/up`` has the basis of a stacked
-    ``layers/up``. What random projections promise, they promise for each matrix by itself; and
-    one basis is drawn, and held while it is used, instead of one for each layer.
+    All layers share one basis, stacked or not: the key depends on the parameter's name without the
+    index of its layer, so that ``layers/3/up`` has the basis of a stacked ``layers/up``. The
+    guarantees of random projections hold for each matrix separately, so that one basis, drawn and
+    held in memory while it is used, suffices for all layers.
 
     Attributes:
-      seed: what the draws depend on, besides parameter and refresh.
+      seed: the seed of the draws, which also depend on parameter and refresh.
     """
 
     seed: int | Array = 0
@@ -49,7 +49,7 @@ class RandomProjector(Projector):
     def down_and_squares(
         self, spec: MatrixSpec, basis: Basis, gradient: Stack
     ) -> tuple[Projected, Array]:
-        """Both in one pass over the gradient as it came, where there is a kernel for it."""
+        """Computes both in one pass over the gradient if there is a kernel for it."""
         given = gradient.astype(spec.gradient_dtype or spec.dtype)
         return project_and_norm(basis, given, self.is_left(spec), spec.split)
 
@@ -66,7 +66,7 @@ class Rademacher(RandomProjector):
     """Random signs; see `rademacher`."""
 
     def entries(self, key: Array, shape: tuple[int, int]) -> Basis:
-        """±1, one random bit each."""
+        """Random signs, ±1, from one random bit each."""
         count = shape[0] * shape[1]
         words = jax.random.bits(key, (-(-count // 32), 1), jnp.uint32)
         bits = (words >> jnp.arange(32, dtype=jnp.uint32)) & 1
@@ -77,18 +77,18 @@ class Sparse(RandomProjector):
     """Mostly zeros; see `sparse`."""
 
     def entries(self, key: Array, shape: tuple[int, int]) -> Basis:
-        """√3 times -1, 0 or 1, of which two in three are 0."""
+        """√3 times -1, 0 or 1; two in three entries are 0."""
         third = jax.random.randint(key, shape, 0, 6)
         return np.sqrt(3.0) * jnp.where(third < 2, 2.0 * third - 1.0, 0.0).astype(jnp.float32)
 
 
 class Orthogonal(Gaussian):
-    """A random rotation's columns; see `orthogonal`."""
+    """Columns of a random rotation; see `orthogonal`."""
 
     orthonormal: ClassVar[bool] = True
 
     def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
-        """Orthonormal columns that span what normal entries span."""
+        """Orthonormal columns with the span of a Gaussian basis."""
         return orthonormal(super().basis(spec, gradient, clock))
 
 
@@ -104,9 +104,9 @@ def gaussian(
     Args:
       rank: r, or a fraction of each matrix's shorter side.
       side: "short", "long", "left" or "right".
-      seed: what the draws depend on, besides parameter and refresh.
-      stored: keep the basis between refreshes (side×r numbers a parameter) and draw only
-        then, for when drawing costs more than reading. By default nothing is kept.
+      seed: the seed of the draws, which also depend on parameter and refresh.
+      stored: store the basis (side×r numbers per parameter) and draw only at refreshes; useful if
+        drawing costs more than reading. By default nothing is stored.
 
     Raises:
       ValueError: if `rank` is below one, or larger than the side it projects.
@@ -128,13 +128,13 @@ def rademacher(
     seed: int | Array = 0,
     stored: bool = False,
 ) -> Projector:
-    """Random bases with entries ±1/√r: one random bit an entry, the cheapest to draw.
+    """Random bases with entries ±1/√r: the cheapest to draw, with one random bit per entry.
 
     Args:
       rank: r, or a fraction of each matrix's shorter side.
       side: "short", "long", "left" or "right".
-      seed: what the draws depend on, besides parameter and refresh.
-      stored: keep the basis between refreshes; see `gaussian`.
+      seed: the seed of the draws, which also depend on parameter and refresh.
+      stored: store the basis between refreshes; see `gaussian`.
 
     Raises:
       ValueError: if `rank` is below one, or larger than the side it projects.
@@ -156,13 +156,13 @@ def sparse(
     seed: int | Array = 0,
     stored: bool = False,
 ) -> Projector:
-    """Random bases with entries √(3/r)·{-1, 0, 1}, of which two in three are 0.
+    """Random bases with entries √(3/r)·{-1, 0, 1}; two in three entries are 0.
 
     Args:
       rank: r, or a fraction of each matrix's shorter side.
       side: "short", "long", "left" or "right".
-      seed: what the draws depend on, besides parameter and refresh.
-      stored: keep the basis between refreshes; see `gaussian`.
+      seed: the seed of the draws, which also depend on parameter and refresh.
+      stored: store the basis between refreshes; see `gaussian`.
 
     Raises:
       ValueError: if `rank` is below one, or larger than the side it projects.
@@ -191,8 +191,8 @@ def orthogonal(
     Args:
       rank: r, or a fraction of each matrix's shorter side.
       side: "short", "long", "left" or "right".
-      seed: what the draws depend on, besides parameter and refresh.
-      stored: keep the basis between refreshes, side×r numbers a parameter; False draws and
+      seed: the seed of the draws, which also depend on parameter and refresh.
+      stored: store the basis between refreshes, side×r numbers per parameter; False draws and
         orthogonalises it at every step.
 
     Raises:

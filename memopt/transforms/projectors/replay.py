@@ -1,4 +1,4 @@
-"""Given bases, so that another framework's run can be followed number by number."""
+"""Replays recorded bases, to reproduce another framework's run."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ class Replay(Projector):
     matrices: Recorded = dataclasses.field(default_factory=dict)
 
     def is_left(self, spec: MatrixSpec) -> bool:
-        """Read off the matrices' shape, unless `side` says."""
+        """Whether the rows are projected: given by `side`, or by the matrices' shape."""
         if self.side in ("left", "right"):
             return self.side == "left"
         m, n = spec.shape[-2:]
@@ -45,27 +45,27 @@ class Replay(Projector):
         return max(given), min(given)
 
     def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
-        """The matrix last begun at this step, in this package's orientation."""
+        """The recorded matrix in use at this step, as side×r."""
         tall = lambda b: b if b.shape[-2] >= b.shape[-1] else b.swapaxes(-1, -2)
-        return _in_force(self.matrices, spec, clock, tall).astype(spec.dtype)
+        return _at_step(self.matrices, spec, clock, tall).astype(spec.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class ReplaySelected(Selected):
-    """Given choices of lines, entries or whole matrices; see `replay`.
+    """Given selections of lines, entries or whole matrices; see `replay`.
 
     Attributes:
-      matrices: {leaf name: {step first used: choice}}.
+      matrices: {leaf name: {step first used: selection}}.
     """
 
     matrices: Recorded = dataclasses.field(default_factory=dict)
 
     def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
-        """The choice last begun at this step."""
-        return _in_force(self.matrices, spec, clock, lambda chosen: chosen)
+        """The recorded selection in use at this step."""
+        return _at_step(self.matrices, spec, clock, lambda chosen: chosen)
 
     def projected_shape(self, spec: MatrixSpec) -> tuple[int, ...]:
-        """The shape of what is chosen: of entries a vector, of a whole matrix the matrix."""
+        """The shape of the selection: a vector for entries, the full shape for whole matrices."""
         *stack, m, n = spec.shape
         chosen = _first(self.matrices, spec)
         if chosen.ndim == 0:
@@ -75,7 +75,7 @@ class ReplaySelected(Selected):
         return (*stack, len(chosen), n) if self.is_left(spec) else (*stack, m, len(chosen))
 
     def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> Projected:
-        """The chosen lines or entries; of a matrix switched off zeros."""
+        """The selected lines or entries; zeros for a matrix that is not selected."""
         if basis.ndim == 0:
             return jnp.where(basis, gradient, 0)
         if self._are_entries(spec, basis):
@@ -83,7 +83,7 @@ class ReplaySelected(Selected):
         return jnp.take(gradient, basis, -2 if self.is_left(spec) else -1)
 
     def up(self, spec: MatrixSpec, basis: Basis, low: Projected) -> Stack:
-        """The chosen entries in their places, zeros elsewhere."""
+        """Puts the selected entries back in their places, with zeros elsewhere."""
         if basis.ndim == 0:
             return jnp.where(basis, low, 0)
         *stack, m, n = spec.shape
@@ -98,16 +98,17 @@ class ReplaySelected(Selected):
 
 
 def replay(matrices: Recorded, *, side: str = "short") -> Projector:
-    """Given bases, so that a run of another framework can be followed number by number.
+    """Uses recorded bases, to reproduce a run of another framework.
 
     Args:
-      matrices: {leaf name: {step first used, from 1: matrix}}. A matrix may be side×r or
-        r×side. Which side it projects follows from its longer side; of a square one r×side
-        projects the columns and side×r the rows, as the authors' codes of GaLore's family
-        store them. A choice in its place selects entries, as FRUGAL's code records it: integers,
-        the indices of lines (of columns, or of rows with ``side="left"``) or, more of them than
-        there are lines, of entries in row-major order; or a bool, the whole matrix or nothing.
-      side: "left" or "right" to say it instead.
+      matrices: {leaf name: {step first used, from 1: matrix}}. A matrix may be side×r or r×side;
+        its longer side determines which side it projects. For square parameters, r×side projects
+        the columns and side×r the rows, as stored by the released code of GaLore and related
+        methods. A selection in place of a matrix selects entries, as recorded from FRUGAL's code:
+        integers are indices of lines (columns, or rows with ``side="left"``) or, if there are more
+        integers than lines, of entries in row-major order; a bool selects the whole matrix or
+        nothing.
+      side: "left" or "right", to set the projected side explicitly.
 
     Raises:
       ValueError: if a leaf has no matrices, none from step 1, or of a wrong shape.
@@ -131,17 +132,17 @@ def _steps(matrices: Recorded, spec: MatrixSpec) -> Mapping[int, ArrayLike]:
 
 
 def _first(matrices: Recorded, spec: MatrixSpec) -> np.ndarray:
-    """The matrix, or choice, of the first step."""
+    """The matrix or selection of the first step."""
     return np.asarray(_steps(matrices, spec)[1])
 
 
-def _in_force(
+def _at_step(
     matrices: Recorded,
     spec: MatrixSpec,
     clock: RefreshClock,
     oriented: Callable[[np.ndarray], np.ndarray],
 ) -> Array:
-    """The matrix or choice that was last begun at this step."""
+    """The recorded matrix or selection in use at this step."""
     steps = _steps(matrices, spec)
     begins = jnp.asarray(sorted(steps), jnp.int32)
     every = jnp.asarray(np.stack([oriented(np.asarray(steps[t])) for t in sorted(steps)]))

@@ -1,4 +1,4 @@
-"""Subspaces of chosen entries: the rest of the matrix is outside of them."""
+"""Projectors that select entries; all other entries are outside the subspace."""
 
 import abc
 import dataclasses
@@ -15,33 +15,33 @@ from memopt.transforms.projectors.base import MatrixSpec, Projector, RefreshCloc
 
 @dataclasses.dataclass(frozen=True)
 class Selected(Projector):
-    """Entries of G as they are; `up` puts them back in their places among zeros."""
+    """Selects entries of G unchanged; `up` puts them back in their places among zeros."""
 
     @abc.abstractmethod
     def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> Projected:
-        """The chosen entries."""
+        """The selected entries."""
 
     @abc.abstractmethod
     def up(self, spec: MatrixSpec, basis: Basis, low: Projected) -> Stack:
-        """The chosen entries in their places, zeros elsewhere."""
+        """Puts the selected entries in their places, with zeros elsewhere."""
 
     def carry(
         self, spec: MatrixSpec, old: Array, new: Array, low: Projected, *, power: int
     ) -> Projected:
-        """Keeps the entries that are chosen again; the new ones begin at zero."""
+        """Keeps the entries that are selected again; newly selected ones start at zero."""
         return self.down(spec, new, self.up(spec, old, low))
 
 
 @dataclasses.dataclass(frozen=True)
 class Strata(Selected):
-    """One of every c lines, entries or layers, drawn from (seed, parameter, refresh).
+    """Selects one of every c lines, entries or layers, drawn from (seed, parameter, refresh).
 
-    The members of a stratum stand some way apart: an axis splits into (b, c, width), one of
-    c is chosen, and (b, width) is left. Both directions are elementwise.
+    An axis is split into (b, c, width), b strata of c members; one of the c is selected, which
+    leaves (b, width). Both directions are elementwise.
 
     Attributes:
       every: c; `rank` is 1/c.
-      seed: what the draws depend on, besides parameter and refresh.
+      seed: the seed of the draws, which also depend on parameter and refresh.
     """
 
     every: int = 4
@@ -49,7 +49,7 @@ class Strata(Selected):
 
     @abc.abstractmethod
     def axis(self, spec: MatrixSpec) -> int:
-        """The axis of G along which one of every c is chosen, counted from the end."""
+        """The axis of G along which one of every c is selected, counted from the end."""
 
     def parts(self, spec: MatrixSpec) -> tuple[int, int]:
         """The number b of strata along the axis, and their width; b·c·width may exceed it."""
@@ -61,30 +61,30 @@ class Strata(Selected):
         return (*spec.shape[:at], math.prod(self.parts(spec)), *spec.shape[at + 1 :])
 
     def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> Projected:
-        """The chosen entries: the axis is c times shorter."""
+        """The selected entries; the axis is c times shorter."""
         strata = self._split(spec, gradient, self.every)
         chosen = jnp.where(self._is_chosen(spec, basis), strata, 0)
         return self._join(spec, chosen.sum(self.axis(spec) - 1, keepdims=True))
 
     def up(self, spec: MatrixSpec, basis: Basis, low: Projected) -> Stack:
-        """The chosen entries in their places, zeros elsewhere."""
+        """Puts the selected entries in their places, with zeros elsewhere."""
         strata = jnp.where(self._is_chosen(spec, basis), self._split(spec, low, 1), 0)
         return self._full(spec, strata)
 
     def residual(self, spec: MatrixSpec, basis: Basis, gradient: Stack, low: Projected) -> Stack:
-        """The entries that are not chosen, read off the gradient alone."""
+        """The entries that are not selected, computed from the gradient alone."""
         strata = self._split(spec, gradient, self.every)
         return self._full(spec, jnp.where(self._is_chosen(spec, basis), 0, strata))
 
     def _is_chosen(self, spec: MatrixSpec, basis: Basis) -> Array:
-        """Marks the chosen entries of an axis that is split into (b, c, width)."""
+        """Marks the selected entries of an axis that is split into (b, c, width)."""
         at = basis.ndim + self.axis(spec)
         b, _ = self.parts(spec)
         choice = basis.reshape(*basis.shape[:at], b, 1, -1, *basis.shape[at + 1 :])
         return choice == jnp.arange(self.every).reshape(-1, *(1,) * -self.axis(spec))
 
     def _split(self, spec: MatrixSpec, x: Array, c: int) -> Array:
-        """An axis as (b, c, width), filled up with zeros."""
+        """Splits an axis into (b, c, width), padded with zeros."""
         at = x.ndim + self.axis(spec)
         b, width = self.parts(spec)
         if missing := b * c * width - x.shape[at]:
@@ -92,25 +92,25 @@ class Strata(Selected):
         return x.reshape(*x.shape[:at], b, c, width, *x.shape[at + 1 :])
 
     def _full(self, spec: MatrixSpec, strata: Array) -> Array:
-        """The inverse of `_split`, of full size."""
+        """Inverts `_split` and removes the padding."""
         axis = len(spec.shape) + self.axis(spec)
         return jax.lax.slice_in_dim(self._join(spec, strata), 0, spec.shape[axis], axis=axis)
 
     def _join(self, spec: MatrixSpec, x: Array) -> Array:
-        """The three axes of `_split` as one."""
+        """Joins the three axes of `_split`."""
         at = x.ndim + self.axis(spec) - 2
         return x.reshape(*x.shape[:at], math.prod(x.shape[at : at + 3]), *x.shape[at + 3 :])
 
 
 class Coordinates(Strata):
-    """Entries, chosen in each line by themselves; see `coordinates`."""
+    """Selects entries in each line independently; see `coordinates`."""
 
     def axis(self, spec: MatrixSpec) -> int:
-        """Down each column, or along each row."""
+        """The rows' axis if the left side is projected, else the columns'."""
         return -2 if self.is_left(spec) else -1
 
     def parts(self, spec: MatrixSpec) -> tuple[int, int]:
-        """Whole tiles of a TPU's memory wide, where they fit: splitting rows moves nothing."""
+        """Strata as wide as a TPU's memory tiles if they fit, so that splitting moves no data."""
         length = spec.shape[self.axis(spec)]
         for width in (16, 8):
             if length % (self.every * width) == 0:
@@ -132,14 +132,14 @@ class Coordinates(Strata):
 
 
 class Lines(Coordinates):
-    """Rows, or columns, as many together as a tile is wide; see `columns`."""
+    """Selects whole rows or columns, one tile's width at a time; see `columns`."""
 
     def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
         """Draws one tile of each stratum."""
         return self._drawn(spec, clock, (1, 1), self.parts(spec)[0])
 
     def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> Projected:
-        """The chosen lines; whole tiles of rows are read by themselves."""
+        """The selected lines; if they are whole tiles of rows, only these are read."""
         b, width = self.parts(spec)
         if not self.is_left(spec) or width == 1:
             return super().down(spec, basis, gradient)
@@ -150,12 +150,13 @@ class Lines(Coordinates):
         for _ in stack:
             take = jax.vmap(take)
         low = take(tiles, index).reshape(*stack, b * width, n)
-        # XLA for TPUs would compute what follows before this reshape, and store it twice.
+        # Without the barrier, XLA for TPUs moves later computations before this reshape and stores
+        # their results twice.
         return jax.lax.optimization_barrier(low)
 
 
 class Blocks(Strata):
-    """Whole matrices of a stack; see `blocks`."""
+    """Selects whole matrices of a stack; see `blocks`."""
 
     per_matrix: ClassVar[bool] = False
 
@@ -164,7 +165,7 @@ class Blocks(Strata):
         return -len(spec.shape)
 
     def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
-        """Draws one layer of each stratum; for a matrix by itself, says whether it is drawn."""
+        """Draws one layer of each stratum; for a single matrix, whether it is selected."""
         key = spec.key(self.seed, clock.refresh)
         draw = lambda i: jax.random.randint(jax.random.fold_in(key, i), (), 0, self.every)
         if len(spec.shape) == 2:
@@ -173,39 +174,39 @@ class Blocks(Strata):
         return chosen.reshape(-1, *(1,) * (len(spec.shape) - 1))
 
     def projected_shape(self, spec: MatrixSpec) -> tuple[int, ...]:
-        """The shape of the chosen layers; of a matrix by itself, its own."""
+        """The shape of the selected layers, or the full shape of a single matrix."""
         return spec.shape if len(spec.shape) == 2 else super().projected_shape(spec)
 
     def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> Projected:
-        """The chosen layers: the stack is c times shorter. A matrix by itself: it, or zeros."""
+        """The selected layers, a stack c times shorter; a single matrix unchanged or zeros."""
         if len(spec.shape) == 2:
             return jnp.where(basis, gradient, 0)
         return super().down(spec, basis, gradient)
 
     def up(self, spec: MatrixSpec, basis: Basis, low: Projected) -> Stack:
-        """The chosen layers in their places, zeros elsewhere."""
+        """Puts the selected layers in their places, with zeros elsewhere."""
         if len(spec.shape) == 2:
             return jnp.where(basis, low, 0)
         return super().up(spec, basis, low)
 
     def residual(self, spec: MatrixSpec, basis: Basis, gradient: Stack, low: Projected) -> Stack:
-        """The other layers."""
+        """The layers that are not selected."""
         if len(spec.shape) == 2:
             return jnp.where(basis, 0, gradient)
         return super().residual(spec, basis, gradient, low)
 
 
 def columns(density: float = 0.25, *, side: str = "left", seed: int | Array = 0) -> Projector:
-    """Random input features: whole lines of each matrix, density·mn entries of it.
+    """Selects random input features: whole lines of each matrix, density·mn entries.
 
-    Of every 1/density lines one is drawn at each refresh; nothing of the choice is kept. Where
-    they divide the side, 16 or 8 adjacent lines, whole tiles of a TPU's memory, are drawn
-    together. They are what the authors' code calls columns: of a kernel (in, out) its rows.
+    At each refresh, one of every 1/density lines is drawn; the selection is not stored. If the
+    side is divisible, 16 or 8 adjacent lines, whole tiles of a TPU's memory, are drawn together.
+    The authors' code calls these lines columns; in a kernel (in, out) they are rows.
 
     Args:
       density: ρ, one over a whole number.
-      side: "left" chooses rows, "right" columns; "short" and "long" go by a matrix's shape.
-      seed: what the draws depend on, besides parameter and refresh.
+      side: "left" selects rows, "right" columns; "short" and "long" depend on a matrix's shape.
+      seed: the seed of the draws, which also depend on parameter and refresh.
 
     Raises:
       ValueError: if `density` is not one over a whole number.
@@ -224,15 +225,15 @@ def columns(density: float = 0.25, *, side: str = "left", seed: int | Array = 0)
 
 
 def coordinates(density: float = 0.25, *, side: str = "left", seed: int | Array = 0) -> Projector:
-    """Random entries: density·mn of each matrix.
+    """Selects random entries, density·mn of each matrix.
 
-    Of every 1/density entries of a column (of a row with ``side="right"``) one is
-    drawn at each refresh; nothing of the choice is kept.
+    At each refresh, one of every 1/density entries of a column (of a row with ``side="right"``)
+    is drawn; the selection is not stored.
 
     Args:
       density: ρ, one over a whole number.
-      side: along which side entries are drawn.
-      seed: what the draws depend on, besides parameter and refresh.
+      side: the side along which entries are drawn.
+      seed: the seed of the draws, which also depend on parameter and refresh.
 
     Raises:
       ValueError: if `density` is not one over a whole number.
@@ -250,16 +251,16 @@ def coordinates(density: float = 0.25, *, side: str = "left", seed: int | Array 
 
 
 def blocks(density: float = 0.25, *, seed: int | Array = 0) -> Projector:
-    """Whole matrices of a stack, density of them at a time.
+    """Selects whole matrices of a stack, a fraction `density` at a time.
 
-    Of every 1/density successive layers one is drawn at each refresh. A stack of L layers
-    keeps what the inner optimizer keeps for ⌈density·L⌉ of them. Layers that are no stack are
-    told by the first number in their names and give the same numbers; but each has an array of
-    its own that is idle while another is at work, so that nothing is saved.
+    At each refresh, one of every 1/density successive layers is drawn. For a stack of L layers,
+    the inner optimizer keeps state for ⌈density·L⌉. Layers that are not stacked are recognised by
+    the layer index in their names and give the same numbers; but each keeps state of its own even
+    while it is not selected, so that no memory is saved.
 
     Args:
       density: ρ, one over a whole number.
-      seed: what the draws depend on, besides parameter and refresh.
+      seed: the seed of the draws, which also depend on parameter and refresh.
 
     Raises:
       ValueError: if `density` is not one over a whole number.
@@ -277,7 +278,7 @@ def blocks(density: float = 0.25, *, seed: int | Array = 0) -> Projector:
 
 
 def _one_in(density: float) -> int:
-    """C of a density 1/c."""
+    """Returns c for a density of 1/c."""
     every = round(1 / density) if 0 < density <= 1 else 0
     if not every or abs(every * density - 1) > 1e-6:
         raise ValueError(f"density must be one over a whole number, such as 0.25, got {density}.")

@@ -1,4 +1,4 @@
-"""The subspace of a gradient's leading singular vectors."""
+"""Projectors to the leading singular vectors of the gradient."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from memopt.shapes import Basis, Stack
 from memopt.transforms.linalg import leading_eigenvectors, orthonormal, product
 from memopt.transforms.projectors.base import MatrixSpec, Projector, RefreshClock
 
-LEAST = 64  # columns that each group of lines is mixed to; fewer could miss what one group holds
+MIN_COLUMNS = 64  # sketch columns for each group of lines; with fewer, a group may be missed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Svd(Projector):
     stored: bool = True
 
     def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
-        """Eigenvectors of G Gᵀ or GᵀG, whichever is smaller, taken to the projected side."""
+        """Eigenvectors of G Gᵀ or GᵀG, whichever is smaller, mapped to the projected side."""
         r = self.size(spec)[1]
         m, n = spec.shape[-2:]
         is_wide = m <= n
@@ -33,7 +33,7 @@ class Svd(Projector):
         return orthonormal(product(across, gradient, vectors))
 
     def size(self, spec: MatrixSpec) -> tuple[int, int]:
-        """The length of the projected side, and r, which a matrix has singular vectors for."""
+        """The length of the projected side, and r, at most the number of singular vectors."""
         side, r = super().size(spec)
         if r > min(spec.shape[-2:]):
             m, n = spec.shape[-2:]
@@ -46,7 +46,7 @@ class Svd(Projector):
 
 @dataclasses.dataclass(frozen=True)
 class RandomizedSvd(Svd):
-    """Nearly the leading singular vectors; see `randomized_svd`."""
+    """Approximate leading singular vectors; see `randomized_svd`."""
 
     iterations: int = 0
     oversample: int | None = None
@@ -59,27 +59,27 @@ class RandomizedSvd(Svd):
             check_at_least("oversample", self.oversample, 0)
 
     def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
-        """The singular vectors of a sketch of the gradient, or of G GᵀQ with its basis Q."""
+        """The singular vectors of a sketch of G, or of G GᵀQ with Q an orthonormal basis of it."""
         r = self.size(spec)[1]
         sketch = self.sketch(spec, gradient, spec.key(self.seed, clock.refresh))
         squares = product("...mk,...ml->...kl", sketch, sketch)
-        spans_all = sketch.shape[-1] == min(spec.shape[-2:])  # one iteration is exact then
+        spans_all = sketch.shape[-1] == min(spec.shape[-2:])  # then one iteration is exact
         for _ in range(max(self.iterations, spans_all)):
             low = self.down(spec, orthonormal(sketch), gradient)
             sketch, squares = self.correlation(spec, gradient, low), self.gram(spec, low, low)
-        # Columns that are near orthogonal, the longest first, keep their directions in a QR.
+        # Nearly orthogonal columns, the longest first, keep their directions in a QR.
         rotation = leading_eigenvectors(squares, r)
         return orthonormal(product("...mk,...kr->...mr", sketch, rotation))
 
     def sketch(self, spec: MatrixSpec, gradient: Stack, key: Array) -> Basis:
-        """G Ω or GᵀΩ, side×k, with Ω = W ⊗ I: every so many lines are mixed by the same W."""
+        """Computes G Ω or GᵀΩ, side×k, with Ω = W ⊗ I: all groups of lines share the weights W."""
         axis = -1 if self.is_left(spec) else -2
         r, more = self.size(spec)[1], self.oversample
-        # A small sketch costs little beside the pass over G: up to 512 columns it is generous.
+        # Up to 512 columns, the sketch costs little compared to the pass over G.
         k = max(r + 64, min(4 * r, 512)) if more is None else r + more
         k = min(k, *spec.shape[-2:])
         across = spec.shape[axis]
-        groups = 1 << max(k // LEAST, 1).bit_length() - 1
+        groups = 1 << max(k // MIN_COLUMNS, 1).bit_length() - 1
         rows, columns = -(-across // groups), -(-k // groups)
         weights = jax.random.normal(key, (rows, columns), spec.dtype)
         padding = [(0, 0)] * gradient.ndim
@@ -97,10 +97,10 @@ class RandomizedSvd(Svd):
 def svd(rank: int | float, *, side: str = "short") -> Projector:
     """The leading r singular vectors of the gradient at each refresh.
 
-    They are the eigenvectors of the p×p Gram matrix of the shorter side, p. Where that side is
-    sharded, forming it moves each device's part of the gradient to others; under Auto axes XLA
-    gathers the whole gradient for it. `randomized_svd` never does, and costs far less. The
-    basis is kept: side×r numbers a matrix.
+    They are the eigenvectors of the p×p Gram matrix of the shorter side, p. If that side is
+    sharded, forming the Gram matrix moves each device's part of the gradient to other devices;
+    under Auto axes XLA gathers the whole gradient. `randomized_svd` does neither, and costs far
+    less. The basis is stored: side×r numbers per matrix.
 
     Args:
       rank: r, or a fraction of each matrix's shorter side.
@@ -130,25 +130,26 @@ def randomized_svd(
     oversample: int | None = None,
     seed: int | Array = 0,
 ) -> Projector:
-    """Nearly the leading r singular vectors, by one cheap pass over the gradient.
+    """Approximates the leading r singular vectors by one cheap pass over the gradient.
 
-    G is mixed at random to r + oversample columns, and the singular vectors of these are taken.
-    That is enough where the singular values fall, as a gradient's do. Where they hardly fall,
-    power iterations by G Gᵀ bring the basis nearer; each costs several times the sketch. If
-    r + oversample is the shorter side or more there is one at least, and the vectors are exact.
+    G is mixed at random to a sketch of r + oversample columns, whose singular vectors are used.
+    That is accurate if the singular values decay, as those of gradients do. If they hardly decay,
+    power iterations by G Gᵀ improve the basis; each costs several times the sketch. If
+    r + oversample is at least the shorter side, at least one iteration is made, and the vectors
+    are exact.
 
-    The sketch is structured: normal weights mix every g-th line, the same ones for each of the g
-    groups, which get 64 columns or more. That is g times cheaper than a dense one; below 128
-    columns g is 1. Nothing larger than side×(r + oversample) is factorised. The basis is kept:
-    side×r numbers a matrix.
+    The sketch is structured: the lines are divided into g groups of every g-th line, each group is
+    mixed by the same normal weights, and each gets 64 or more columns. That is g times cheaper
+    than a dense sketch; below 128 columns g is 1. Nothing larger than side×(r + oversample) is
+    factorised. The basis is stored: side×r numbers per matrix.
 
     Args:
       rank: r, or a fraction of each matrix's shorter side.
       side: "short", "long", "left" or "right".
       iterations: power iterations, two passes over the gradient and one QR each.
-      oversample: columns of the sketch beyond r; by default 64, or more while the sketch has no
-        more than 4r columns, nor 512.
-      seed: what the sketches depend on, besides parameter and refresh.
+      oversample: columns of the sketch beyond r; by default the sketch has r + 64 columns, or
+        min(4r, 512) if that is more.
+      seed: the seed of the sketches, which also depend on parameter and refresh.
 
     Raises:
       ValueError: if `rank` is below one, or larger than the matrix's shorter side.

@@ -1,4 +1,4 @@
-"""Subspaces that follow the gradients step by step."""
+"""Projectors whose subspace follows the gradients."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -18,10 +18,10 @@ from memopt.transforms.projectors.singular import randomized_svd
 
 @dataclasses.dataclass(frozen=True)
 class Tracked(Projector):
-    """A basis that is moved on, from a first one that another projector gives.
+    """A basis that is updated, starting from one that another projector gives.
 
     Attributes:
-      start: what gives the first basis.
+      start: the projector of the first basis; by default `randomized_svd`.
     """
 
     stored: bool = True
@@ -74,12 +74,12 @@ class OnlinePca(Tracked):
         clock: RefreshClock,
         momentum: Any,
     ) -> tuple[Array, tuple[Array, ...]]:
-        """The basis as it was left; the next one is a step of its optimizer further."""
+        """Returns the stored basis, and takes an optimizer step to the next one."""
         first = clock.step == 0
         start = lambda: self.basis(spec, gradient, clock)
         basis = jax.lax.cond(first, start, lambda: kept[0])
         moved = self._moved(spec, (basis, *kept[1:]), gradient)
-        # The first basis is the best there is; and zeros say nothing of a better one.
+        # The first basis is already optimal, and a gradient of zeros has no information.
         stay = first | (gradient == 0).all((-2, -1), keepdims=True)
         keep = lambda old, new: jnp.where(stay if old.ndim else first, old, new)
         return basis, tuple(map(keep, (basis, *kept[1:]), moved))
@@ -87,7 +87,7 @@ class OnlinePca(Tracked):
     def _moved(
         self, spec: MatrixSpec, kept: tuple[Array, ...], gradient: Stack
     ) -> tuple[Array, ...]:
-        """Basis and optimizer's state after a step down ‖PPᵀĜ − Ĝ‖² + λ‖PᵀP − I‖²."""
+        """The basis and its optimizer's state after a step on ‖PPᵀĜ − Ĝ‖² + λ‖PᵀP − I‖²."""
         basis, *leaves = kept
         structure: Any = jax.tree.structure(jax.eval_shape(self.optimizer.init, basis))
         low = self.down(spec, basis, gradient)
@@ -119,17 +119,17 @@ class PowerIteration(Tracked):
         clock: RefreshClock,
         momentum: Any,
     ) -> tuple[Array, tuple[Array, ...]]:
-        """One power iteration further at each refresh."""
+        """Updates the stored basis by one power iteration at each refresh."""
         start = lambda: self.basis(spec, gradient, clock)
-        further = lambda: self._further(spec, kept[0], gradient, clock, momentum)
-        fresh = lambda: jax.lax.cond(clock.step == 0, start, further)
+        iterate = lambda: self._iterate(spec, kept[0], gradient, clock, momentum)
+        fresh = lambda: jax.lax.cond(clock.step == 0, start, iterate)
         basis = jax.lax.cond(clock.refresh_now, fresh, lambda: kept[0])
         return basis, (basis,)
 
-    def _further(
+    def _iterate(
         self, spec: MatrixSpec, basis: Basis, gradient: Stack, clock: RefreshClock, momentum: Any
     ) -> Basis:
-        """An orthonormal basis of B BᵀP, with B = ρ·up(M̂) + (1−ρ)·G, which is never formed."""
+        """An orthonormal basis of B BᵀP, with B = ρ·up(M̂) + (1−ρ)·G; B is never formed."""
         weight = 1.0 if momentum is None else 1 - self.rho
         low = weight * self.down(spec, basis, gradient)
         if momentum is None:
@@ -148,22 +148,22 @@ def online_pca(
     penalty: float = 0.1,
     start: Projector | None = None,
 ) -> Projector:
-    """A basis that takes one optimizer step at each step towards the principal components.
+    """A basis that moves towards the principal components by one optimizer step per step.
 
     It starts from the first gradient's singular vectors; then, with Ĝ = G / ‖G‖::
 
         P ← P − step(∇ (‖P PᵀĜ − Ĝ‖² + λ ‖PᵀP − I‖²))
 
-    A step is projected with the basis before it, and the first step leaves it as it is. So
-    does, for its matrix, a gradient of zeros (the released code divides by its norm). Kept: the
-    basis, side×r numbers a matrix, and its optimizer's state.
+    Each step is projected with the basis before this update. The first step, and a gradient of
+    zeros, leave the basis unchanged (the released code divides by the gradient's norm). State: the
+    basis, side×r numbers per matrix, and its optimizer's state.
 
     Args:
       rank: r, or a fraction of each matrix's shorter side.
       side: "short", "long", "left" or "right".
-      optimizer: takes the steps; by default ``optax.adam(5e-3)``. The released code has
-        ``optax.adamw(1 / refresh_every, weight_decay=0.01)``.
-      penalty: λ, which holds the basis near orthonormal; 0 in the released code.
+      optimizer: the optimizer of the basis; by default ``optax.adam(5e-3)``. The released code
+        uses ``optax.adamw(1 / refresh_every, weight_decay=0.01)``.
+      penalty: λ, which keeps the basis nearly orthonormal; 0 in the released code.
       start: the projector that gives the first basis; by default `randomized_svd`.
 
     Raises:
@@ -189,22 +189,22 @@ def power_iteration(
     b1: float = 0.0,
     start: Projector | None = None,
 ) -> Projector:
-    """A basis moved by one power iteration at each refresh, from where it stands.
+    """A basis that is updated by one power iteration at each refresh.
 
     It starts from the first gradient's singular vectors; then, with M̂ the inner optimizer's
-    first moment, corrected for its start::
+    bias-corrected first moment::
 
         B = ρ · up(M̂) + (1 − ρ) · G
         P ← qr(B BᵀP)
 
-    With ``refresh_every=1`` it follows the gradients step by step. An inner optimizer without
-    a first moment leaves B = G. Kept: the basis, side×r numbers a matrix.
+    With ``refresh_every=1`` it follows the gradients step by step. If the inner optimizer has no
+    first moment, B = G. State: the basis, side×r numbers per matrix.
 
     Args:
       rank: r, or a fraction of each matrix's shorter side.
       side: "short", "long", "left" or "right".
-      rho: ρ, how much the momentum weighs.
-      b1: decay of that momentum, for its correction; 0 corrects nothing.
+      rho: ρ, the weight of the momentum.
+      b1: decay of that momentum, for its bias correction; 0 means no correction.
       start: the projector that gives the first basis; by default `randomized_svd`.
 
     Raises:
