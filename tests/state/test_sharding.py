@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 
 import memopt
 from memopt.optimizers.registry import METHODS
+from tests.optimizers.kinds import KINDS, slow_unless
 
 AXIS_TYPES = pytest.mark.parametrize(
     "axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
@@ -425,8 +426,8 @@ NOT_EXPLICIT = {
     "optax_galore": "Input 0 to svd must be unsharded",
 }
 """Updates of Optax that explicit axes stop, and how; they look at matrices without a stack."""
-SLOW = ("fira", "flora", "online_subspace_descent")
-"""Under explicit axes; they are GaLore's code."""
+QUICK = {*KINDS, *NOT_EXPLICIT, "int8", "adamw", "optax_adafactor"}
+"""Under explicit axes; the others with ``-m slow``."""
 
 
 def leaves_of(name):
@@ -514,7 +515,7 @@ def test_trains_as_on_one_device(name):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in TRANSFORMATIONS],
+    [pytest.param(n, marks=slow_unless(n in QUICK)) for n in TRANSFORMATIONS],
 )
 def test_trains_under_explicit_axes(name):
     placed, fails = places(name, AxisType.Explicit), name in NOT_EXPLICIT
