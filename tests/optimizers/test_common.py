@@ -258,7 +258,7 @@ SPECS = {
     "blocks": {
         "up": {"kernel": jax.P(None, "a", "b")},
         "down": {"kernel": jax.P("a", None, "b")},
-        "square": {"kernel": jax.P("b", "a", None)},
+        "square": {"kernel": jax.P("a", "b", None)},
         "norm": {"scale": jax.P(None, "b")},
     },
     "final_norm": {"scale": jax.P("a")},
@@ -534,7 +534,7 @@ def on_a_mesh() -> Any:
         yield pytest.param(name, AxisType.Explicit, id=f"{name}-explicit", marks=slow_unless(quick))
 
 
-@pytest.mark.parametrize(("name", "axis_type"), on_a_mesh())
+@pytest.mark.parametrize(("name", "axis_type"), [*on_a_mesh()])
 def test_sharded_is_unsharded(name, tree, axis_type):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(axis_type, axis_type))
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), part(SPECS, name))
