@@ -5,14 +5,18 @@ JAX_PLATFORMS=cuda,cpu runs the tests marked `device` on a GPU.
 
 import os
 
+import pytest
+
+from tests.xla_flags import with_devices
+
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
-    os.environ["XLA_FLAGS"] = " ".join(
-        (
-            os.environ.get("XLA_FLAGS", ""),
-            "--xla_force_host_platform_device_count=8",
-            # Most of the suite's time goes into LLVM; what it compiles runs for milliseconds.
-            "--xla_backend_optimization_level=0",
-            "--xla_cpu_parallel_codegen_split_count=1",
-        )
-    ).strip()
+    os.environ["XLA_FLAGS"] = with_devices(8, os.environ.get("XLA_FLAGS", "")).strip()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Gives each worker tests that stand together: they share what they trace and compile."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getvalue("dist") == "load" else None

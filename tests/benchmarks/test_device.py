@@ -7,59 +7,98 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from benchmarks.device import __main__ as device
-from benchmarks.device import report, runner
+from benchmarks.device import report, runner, training, updates
 from benchmarks.device.jobs import pieces
-from benchmarks.machine import Gpu
+from benchmarks.machine import Gpu, cpu_model
+from benchmarks.training_step import TrainingStep
+from memopt import codecs
+from memopt.models.config import preset
 
 NOT_INSTALLED = (
     *("grain", "tyro", "tensorboardX", "matplotlib", "safetensors", "datasets", "chex", "torch"),
     "apollo_torch",
 )
-PARTS = (("memory", "update", "release"), ("attention", "models", "tests"))
 PIECES_THAT_TRAIN = ("memory", "release", "attention", "models")
 ROOT = Path(__file__).parents[2]
+# Rows that run what no other row runs. The others differ from them by an optimizer or a codec.
+DISTINCT = {
+    "memory": ("apollo_mini, released, int8 weights and state",),
+    "update": (
+        *("copy", "optax.adamw", "adamw, bfloat16+8 weights, int8 state"),
+        *("galore", "galore, a refresh"),
+    ),
+    "release": (
+        *("apollo_mini, ordinary", "apollo_mini, released", "adamw, ordinary, largest batch"),
+    ),
+    "attention": (
+        *("2048 tokens, as trained", "2048 tokens, in chunks", "profile of a training step"),
+    ),
+    "models": (),
+    "tests": ("pytest -m device",),
+}
 
 
-def start(directory, output, chosen):
+def all_rows():
+    return {(name, row) for name, jobs in pieces().items() for job in jobs for row in job.names}
+
+
+def start(directory, output, every_row):
     """A small run, in processes that find no package but those that it may need."""
     hide = f"import sys\nsys.modules.update(dict.fromkeys({NOT_INSTALLED}))\n"
     (directory / "sitecustomize.py").write_text(hide)
     environment = os.environ | {"PYTHONPATH": f"{directory}:{ROOT}"}
+    # Jobs compile the same programs of tiny shapes.
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(directory / "compiled")
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    if not every_row:  # of the tests for a device, one case of each
+        kinds = ("adafactor", "apollo", "galore", "muon", "bfloat16", "float8", "int4")
+        environment["PYTEST_ADDOPTS"] = f"-k '{' and '.join(f'not {kind}' for kind in kinds)}'"
     command = [sys.executable, "-m", "benchmarks.device", "--small", "--output", str(output)]
-    command += ["--piece", *chosen]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done
 
 
-@pytest.mark.parametrize("chosen", PARTS, ids=" ".join)
-def test_every_row_is_measured_once_and_reported(tmp_path, capsys, chosen):
-    """One test, since the run takes minutes."""
+@pytest.mark.parametrize(
+    "every_row", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["distinct", "every"]
+)
+def test_rows_that_a_file_lacks_are_measured_once_and_reported(tmp_path, capsys, every_row):
+    """One test, since the run takes a minute; every row, with ``-m slow``, takes five."""
     output = tmp_path / "device.json"
-    printed = start(tmp_path, output, chosen).stdout
+    expected = all_rows() - {("update", "torch_adamw")}
+    distinct = {(piece, row) for piece, names in DISTINCT.items() for row in names}
+    assert distinct <= expected
+    known = set() if every_row else expected - distinct
+    about = {"device": cpu_model(), "seconds": 0.0}
+    before = [{"piece": piece, "name": name, **about} for piece, name in sorted(known)]
+    output.write_text(json.dumps({"results": before}))
+    printed = start(tmp_path, output, every_row).stdout
     rows = runner.read(output)
-    expected = {(name, row) for name in chosen for job in pieces()[name] for row in job.names}
-    assert {(row["piece"], row["name"]) for row in rows} == expected - {("update", "torch_adamw")}
-    for row in rows:
+    assert {(row["piece"], row["name"]) for row in rows} == expected
+    assert rows[: len(before)] == before
+    for row in rows[len(before) :]:
         assert "error" not in row
         assert row["device"]
         assert row["seconds"] >= 0
         assert row["versions"]["jax"]
         assert row["command"].startswith("python -m benchmarks.device --small")
-    assert all(report.TITLES[name] in printed for name in chosen)
+    assert all(title in printed for title in report.TITLES.values())
 
     trained = [row for row in rows if "losses" in row]
-    assert {row["piece"] for row in trained} == {*chosen} & {*PIECES_THAT_TRAIN}
+    with_rows = {piece for piece in PIECES_THAT_TRAIN if every_row or DISTINCT[piece]}
+    assert {row["piece"] for row in trained} == with_rows
     for row in trained:
         assert all(0 < loss < 10 for loss in row["losses"])
         assert row["compiler_bytes"] > row["parameter_bytes"] > 0
         assert row["tokens_per_second"] > 0
 
     before = output.read_text()
-    assert start(tmp_path, output, chosen).stderr == ""
+    assert start(tmp_path, output, every_row).stderr == ""
     assert output.read_text() == before
 
     device.main(["report", "--output", str(output)])
@@ -67,6 +106,20 @@ def test_every_row_is_measured_once_and_reported(tmp_path, capsys, chosen):
     assert all(f"| {row['name']} " in printed for row in rows)
     (plot,) = tmp_path.glob("device_*.png")
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_row_measures_can_be_set_up():
+    """Rows that are not run above have a model, an optimizer and codecs that there are."""
+    jobs = (job.measure.keywords for job in (*training.MEMORY, *training.RELEASE, *training.MODELS))
+    for options in (
+        *(job["options"] for job in jobs if "options" in job),
+        *training.TURNS.values(),
+    ):
+        TrainingStep(training.shrunk(options, small=True), jax.devices())
+        preset(options.model)
+    for case in updates.CASES.values():
+        jax.eval_shape(case.build().init, {"w": jnp.ones((8, 16))})
+        assert case.weights is None or codecs.named(case.weights)
 
 
 def collected(code, names, seconds=60.0):

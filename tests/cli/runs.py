@@ -11,6 +11,8 @@ from pathlib import Path
 
 from orbax.checkpoint import v1 as ocp
 
+from tests.xla_flags import with_devices
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = (
     "from tests.training import nano; nano.install(); from memopt.cli.main import main; main()"
@@ -20,8 +22,7 @@ PROGRAM = (
 def start(home, *arguments, devices=1):
     """Starts `memopt pretrain`; all runs of a home share what XLA compiled."""
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1",
+        "XLA_FLAGS": with_devices(devices),
         "JAX_COMPILATION_CACHE_DIR": str(home / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),

@@ -77,17 +77,13 @@ def check_killed(home, whole, name, kills, seed):
     assert metrics(directory) == metrics(whole[0])
 
 
-def test_killed_runs_end_like_the_one_that_was_not(home, whole):
-    check_killed(home, whole, "killed", kills=2, seed=0)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 5))
-def test_killed_many_times(home, whole, seed):
+def test_a_run_that_is_killed_many_times_ends_like_the_one_that_was_not(home, whole, seed):
     check_killed(home, whole, f"killed-{seed}", kills=12, seed=seed)
 
 
-def test_interrupted_runs_save_first_and_end_the_same(home, whole):
+def test_a_run_that_is_interrupted_saves_first_and_killed_too_it_ends_the_same(home, whole):
     directory = home / "interrupted"
     process = start(home, "interrupted")
     for step, number in ((3, signal.SIGTERM), (9, signal.SIGINT)):
@@ -100,7 +96,9 @@ def test_interrupted_runs_save_first_and_end_the_same(home, whole):
         newest = max(int(path.name) for path in (directory / "checkpoints").iterdir())
         assert newest == metrics(directory)[-1]["step"]
         process = start(home, "interrupted", "--resume")
-    finish(process)
+    wait_for_step(process, directory, 16)
+    kill(process)
+    finish(start(home, "interrupted", "--resume"))
     chex.assert_trees_all_equal(last_state(directory), last_state(whole[0]))
     assert metrics(directory) == metrics(whole[0])
 

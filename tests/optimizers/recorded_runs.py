@@ -1,5 +1,7 @@
 """The recorded runs: how memopt is set up to follow each, how far it is, how far it may be."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -243,4 +245,7 @@ def tolerances(run):
 
 def problem(run):
     """The parameters and gradients of a run."""
-    return yardstick.make_problem(zero=yardstick.load(run)[2]["zero_gradient_at_step_7"])
+    return made_once(yardstick.load(run)[2]["zero_gradient_at_step_7"])
+
+
+made_once = functools.cache(yardstick.make_problem)

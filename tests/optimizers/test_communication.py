@@ -9,6 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 import memopt
 from benchmarks import compilers, hlo
 from memopt.optimizers.registry import METHODS
+from tests.optimizers.kinds import KINDS, slow_unless
 
 PARAMS = {
     "blocks": {
@@ -65,7 +66,13 @@ def check(name, devices):
         assert largest is None or largest.largest <= most_numbers(name), largest
 
 
-@pytest.mark.parametrize("name", memopt.available())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=slow_unless(name in {*KINDS, *GATHERS, "adamw", "apollo"}))
+        for name in memopt.available()
+    ],
+)
 def test_nothing_whole_moves_between_devices(name):
     check(name, jax.devices())
 
@@ -80,7 +87,7 @@ def test_nothing_whole_moves_between_chips(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name != "galore" else [])
+        pytest.param(name, marks=slow_unless(name == "galore"))
         for name, method in METHODS.items()
         if method.sums_projections
     ],

@@ -41,7 +41,7 @@ def test_a_tree_that_is_one_array_and_none_leaves():
     assert memopt.state_bytes(optax.adam(1e-3), PARAMS)["b"] == 12
 
 
-def test_prints_a_table():
+def test_a_table_prints_a_line_for_each_parameter():
     text = str(memopt.state_bytes(optax.adamw(1e-3), {"w": jnp.ones((1000, 4))}))
     assert [line.split() for line in text.splitlines()[1:]] == [
         ["w", "16,000", "32,000", "2·(1000×4)"],
@@ -50,7 +50,7 @@ def test_prints_a_table():
     ]
 
 
-def test_formulas():
+def test_a_table_has_a_formula_for_each_parameter():
     params = {"w": jnp.ones((8, 16, 4), jnp.bfloat16), "b": jnp.ones(5)}
     tx = optax.chain(
         memopt.in_subspace(

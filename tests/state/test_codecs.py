@@ -151,7 +151,7 @@ def test_bits_are_uniform_and_independent():
 
 
 @every_codec
-def test_what_does_not_change_keeps_its_codes(name):
+def test_numbers_that_do_not_change_keep_their_codes(name):
     x = numbers(name)
     coded, back = coded_and_decoded(name, x, rounding_bits(x.shape, "w", 0))
     for step in range(1, 4):
@@ -202,7 +202,7 @@ def test_a_spike_is_cut_off_for_one_step_at_most(name):
 
 @every_codec
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e20, 1e30])
-def test_sizes_do_not_matter(name, size):
+def test_errors_are_relative_to_the_size_of_the_numbers(name, size):
     x = numbers(name) * np.float32(size)
     _, back = coded_and_decoded(name, x)
     assert (np.abs(back - x) <= allowed(name, x)).all()
@@ -210,7 +210,7 @@ def test_sizes_do_not_matter(name, size):
 
 @every_codec
 @pytest.mark.parametrize("size", [1e-38, 1e-42])
-def test_what_is_hardly_a_number_is_hardly_one_after(name, size):
+def test_subnormal_numbers_stay_tiny(name, size):
     x = numbers(name) * np.float32(size)
     _, back = coded_and_decoded(name, x)
     assert (np.abs(back) <= 2 * np.abs(x).max() + 1e-37).all()
@@ -218,7 +218,7 @@ def test_what_is_hardly_a_number_is_hardly_one_after(name, size):
 
 @every_codec
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_stays_so_and_in_its_row(name, bad):
+def test_nan_and_infinity_stay_and_touch_no_other_row(name, bad):
     good = numbers(name, (8, 256))
     x = good.at[2, 100].set(bad)
     coded, _ = coded_and_decoded(name, good)

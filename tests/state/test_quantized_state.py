@@ -87,7 +87,7 @@ ALIKE = {
     "name",
     [pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n in TRANSFORMATIONS],
 )
-def test_any_transformation(name):
+def test_updates_from_quantised_state_stay_near_the_exact_ones(name):
     inner, part = TRANSFORMATIONS[name]
     tx = quantize_state(inner, min_size=100)
     params = tree()
@@ -214,7 +214,7 @@ def test_small_arrays_stay_as_they_are():
     assert dtypes(quantize_state(optax.scale_by_adam(), min_size=0).init(tree()).codes) <= CODES
 
 
-def test_bfloat16_parameters():
+def test_bfloat16_parameters_have_the_state_of_float32_ones():
     tx = quantize_state(optax.scale_by_adam(), min_size=500)
     narrow = tree(0, jnp.bfloat16)
     got, state = run(tx, narrow, gradient=lambda t: tree(100 + t, jnp.bfloat16))
@@ -225,7 +225,7 @@ def test_bfloat16_parameters():
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4", "bfloat16"])
-def test_nnx_optimizer(codec):
+def test_quantised_state_trains_in_an_nnx_optimizer(codec):
     model = nnx.Linear(16, 64, rngs=nnx.Rngs(0))
     tx = optax.chain(quantize_state(optax.scale_by_adam(), codec, min_size=500), optax.scale(-1e-2))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -345,7 +345,7 @@ def test_a_noisy_quadratic_is_followed(codec, smallest):
     assert abs(along) < scale / 4
 
 
-def test_the_same_seed_the_same_state_and_another_another():
+def test_state_depends_on_the_seed():
     tx = lambda seed: quantize_state(optax.scale_by_adam(), min_size=1, seed=seed)
     first, again, other = (run(tx(seed), tree())[1] for seed in (0, 0, 1))
     chex.assert_trees_all_equal(first, again)

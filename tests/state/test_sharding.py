@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 
 import memopt
 from memopt.optimizers.registry import METHODS
+from tests.optimizers.kinds import KINDS, slow_unless
 
 AXIS_TYPES = pytest.mark.parametrize(
     "axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
@@ -208,7 +209,7 @@ EXPECTED = {  # scalars, which are whole everywhere, apart
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_leaf_by_leaf(name):
+def test_state_of_each_optimizer_is_placed_leaf_by_leaf(name):
     tx, expected = EXPECTED[name]
     found, _ = specs(tx, abstract(**MODEL))
     assert {name: spec for name, spec in found.items() if spec} == expected
@@ -227,7 +228,7 @@ def test_an_array_shaped_like_its_parameter_is_sharded_like_it(name):
 
 
 @pytest.mark.parametrize("name", ["adafactor", "optax_adafactor", "galore", "int8"])
-def test_types_of_axes_do_not_matter(name):
+def test_auto_and_explicit_axes_place_state_alike(name):
     tx, params = EXPECTED[name][0], abstract(AxisType.Explicit, **MODEL)
     with jax.set_mesh(mesh_of(AxisType.Explicit)):
         assert specs(tx, params) == specs(tx, abstract(**MODEL))
@@ -293,7 +294,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_made_up_state(name):
+def test_axes_of_a_made_up_state_follow_their_parameter(name):
     f, params, expected = ODD[name]
     found, _ = specs(untranspose_tuples(f), abstract(**params))
     assert list(found.values()) == expected
@@ -319,7 +320,7 @@ def test_many_parameters_are_told_apart():
     assert list(found.values()) == [("a", "b") if int(n[1:]) % 3 else ("b", None) for n in names]
 
 
-def test_one_whose_init_refuses_other_shapes_does_not_spoil_the_rest():
+def test_an_init_that_refuses_other_shapes_places_the_others():
     def init(params):
         assert params["x"].shape == (32, 64)
         return jax.tree.map(jnp.zeros_like, params)
@@ -329,14 +330,14 @@ def test_one_whose_init_refuses_other_shapes_does_not_spoil_the_rest():
     }
 
 
-def test_keys_numbers_and_nothing():
+def test_keys_and_numbers_follow_no_parameter():
     def init(params):
         return {"key": jax.random.key(0), "number": 3, "none": None, "w": optax.MaskedNode()}
 
     assert specs(of_all(init), abstract(**W))[0] == {"key": (), "number": ()}
 
 
-def test_wrappers_of_optax():
+def test_state_in_wrappers_of_optax_is_placed():
     adam = optax.inject_hyperparams(optax.adam)(1e-3)
     masked = optax.masked(adam, {"x": True, "y": False, "z": True})
     found, _ = specs(optax.MultiSteps(masked, 2).gradient_transformation(), abstract(**PAIR))
@@ -346,7 +347,7 @@ def test_wrappers_of_optax():
     assert len(split) == 4
 
 
-def test_explanations():
+def test_notes_say_which_axis_follows_which():
     params = abstract(**W, v=((8,), jax.P()), s=((64, 64), jax.P("a", "b")))
     flat = lambda p: jnp.zeros(sum(x.size for x in jax.tree.leaves(p)))
     state = lambda p: {
@@ -373,7 +374,7 @@ def test_explanations():
     }
 
 
-def test_spread_over_a_further_axis():
+def test_state_is_spread_over_a_further_axis():
     params = abstract(
         m=((4, 16, 32), jax.P(None, "a")),
         tall=((16, 3), jax.P("a")),
@@ -405,7 +406,7 @@ def test_spread_over_a_further_axis():
         ),
     ],
 )
-def test_errors(params, options, message):
+def test_parameters_that_are_not_on_one_mesh_are_refused(params, options, message):
     with pytest.raises(ValueError, match=message):
         memopt.state_sharding(optax.adam(1e-3), params, **options)
 
@@ -425,8 +426,8 @@ NOT_EXPLICIT = {
     "optax_galore": "Input 0 to svd must be unsharded",
 }
 """Updates of Optax that explicit axes stop, and how; they look at matrices without a stack."""
-SLOW = ("fira", "flora", "online_subspace_descent")
-"""Under explicit axes; they are GaLore's code."""
+QUICK = {*KINDS, *NOT_EXPLICIT, "int8", "adamw", "optax_adafactor"}
+"""Under explicit axes; the others with ``-m slow``."""
 
 
 def leaves_of(name):
@@ -514,7 +515,7 @@ def test_trains_as_on_one_device(name):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in TRANSFORMATIONS],
+    [pytest.param(n, marks=slow_unless(n in QUICK)) for n in TRANSFORMATIONS],
 )
 def test_trains_under_explicit_axes(name):
     placed, fails = places(name, AxisType.Explicit), name in NOT_EXPLICIT
@@ -535,7 +536,7 @@ def test_spread_state_trains_as_on_one_device(name, axis_type):
 
 
 @AXIS_TYPES
-def test_quantised_parameters(axis_type):
+def test_state_of_quantised_parameters_is_placed_as_of_dense_ones(axis_type):
     name = "schedule_free"  # whose state begins as the parameters
     placed = places(name, axis_type)
     params = jax.device_put(tree(name, 0), placed)

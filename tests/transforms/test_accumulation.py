@@ -202,7 +202,7 @@ def test_sums_are_float32(wrapper):
 
 
 @every_wrapper
-def test_none_leaves_and_empty_trees(wrapper):
+def test_none_leaves_and_empty_trees_change_no_number(wrapper):
     with_none = lambda seed: tree(seed) | {"frozen": None, "nothing": {}}
     params, _ = run(wrap(wrapper), with_none(0), with_none, MICRO_STEPS)
     close(params, plain(wrapper)[0] | {"frozen": None, "nothing": {}})
@@ -210,14 +210,14 @@ def test_none_leaves_and_empty_trees(wrapper):
 
 
 @every_wrapper
-def test_abstract_init(wrapper):
+def test_init_of_shapes_is_init_of_arrays(wrapper):
     shapes = jax.eval_shape(lambda: tree(0))
     for state in wrap(wrapper).init(shapes), jax.eval_shape(wrap(wrapper).init, shapes):
         chex.assert_trees_all_equal_shapes_and_dtypes(state, plain(wrapper)[1])
 
 
 @every_wrapper
-def test_scan_carry(wrapper):
+def test_the_state_is_carried_through_scan(wrapper):
     tx = wrap(wrapper)
 
     def step(carry, g):
@@ -275,7 +275,7 @@ def test_extra_arguments_reach_the_inner_optimizer(wrapper):
 
 
 @every_wrapper
-def test_optax_leaves_out_what_is_not_finite(wrapper):
+def test_apply_if_finite_leaves_out_bad_micro_steps(wrapper):
     spoil = lambda g: jax.tree.map(lambda x: x * jnp.nan, g)
     order = [0, None, 1, 2, 3, None, 4, 5, 6, 7]  # None is a bad micro-step
 
@@ -311,6 +311,6 @@ def test_optax_leaves_out_what_is_not_finite(wrapper):
         ),
     ],
 )
-def test_errors(make, sentence):
+def test_bad_options_are_refused(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()

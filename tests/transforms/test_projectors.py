@@ -94,7 +94,7 @@ def test_stored_and_redrawn_are_the_same_numbers(make, stored):
         ("right", (16, 24), (16, 4)),
     ],
 )
-def test_sides(side, shape, low):
+def test_the_side_decides_the_shape_of_a_projection(side, shape, low):
     projector = projectors.gaussian(4, side=side)
     spec = MatrixSpec("w", shape, jnp.float32)
     p = basis(projector, spec)
@@ -136,7 +136,7 @@ def test_replay_uses_each_matrix_from_its_step_on():
         ({"w": {1: np.ones((5, 2))}}, r"longer side should be 4 \(rows\) or 6 \(columns\)"),
     ],
 )
-def test_replay_errors(matrices, sentence):
+def test_bad_replays_are_refused(matrices, sentence):
     tx = memopt.in_subspace(optax.identity(), projectors.replay(matrices), recombine.lift())
     with pytest.raises(ValueError, match=sentence):
         tx.init({"w": jnp.ones((4, 6))})
@@ -248,7 +248,7 @@ def test_a_sketch_alone_captures_what_falls(shape, rank, side):
 
 @pytest.mark.parametrize("iterations", [0, 1, 2])
 @pytest.mark.parametrize("shape", [(1024, 1536), (1536, 1024)])
-def test_passes_of_a_randomized_svd(shape, iterations):
+def test_a_randomized_svd_multiplies_no_more_than_its_passes(shape, iterations):
     """The sketch multiplies an eighth of what a dense one would, an iteration twice as much."""
     spec = MatrixSpec("w", shape, jnp.float32)
     projector = projectors.randomized_svd(448, iterations=iterations)
@@ -370,7 +370,7 @@ def test_columns_are_whole_lines_of_either_side():
         (lambda: projectors.power_iteration(4, rho=-0.1), "rho must be at least 0"),
     ],
 )
-def test_errors(make, sentence):
+def test_bad_options_are_refused(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
 

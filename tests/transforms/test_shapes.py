@@ -41,7 +41,7 @@ MAKE = {
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", MAKE)
-def test_are_those_of_what_is_computed(name, shape):
+def test_projected_shapes_are_those_that_are_computed(name, shape):
     projector, spec = MAKE[name](), MatrixSpec("layers/up", shape, jnp.float32)
 
     def compute(g):

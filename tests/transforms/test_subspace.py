@@ -24,7 +24,7 @@ def updates_of(tx, gradients):
     ("on_refresh", "expected"),
     [("keep", [1.0, 1.5, 1.75, 1.875]), ("reset", [1.0, 1.5, 1.0, 1.5])],
 )
-def test_on_refresh(on_refresh, expected):
+def test_moments_are_kept_or_reset_at_a_refresh(on_refresh, expected):
     """In the whole space the inner momentum is seen as it is; a refresh comes every 2 steps."""
     momentum = optax.trace(0.5)
     tx = memopt.in_subspace(momentum, IDENTITY, recombine.lift(), 2, on_refresh)
@@ -41,7 +41,7 @@ def test_in_the_whole_space_lifting_changes_nothing():
     np.testing.assert_allclose(updates_of(tx, gradients), updates_of(adam, gradients), rtol=1e-5)
 
 
-def test_what_is_no_matrix_goes_through_the_inner_optimizer():
+def test_other_parameters_go_through_the_inner_optimizer():
     g = {"w": jnp.ones((4, 6)), "norm": jnp.arange(4.0), "embed": jnp.ones((8, 4))}
     tx = memopt.in_subspace(optax.scale(3.0), projectors.gaussian(2), recombine.lift())
     updates, _ = tx.update(g, tx.init(g))
@@ -67,12 +67,12 @@ def test_extra_arguments_reach_the_inner_optimizer():
         ({"on_refresh": "rest"}, "did you mean 'reset'"),
     ],
 )
-def test_errors(options, sentence):
+def test_bad_options_are_refused(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         memopt.in_subspace(optax.identity(), IDENTITY, recombine.lift(), **options)
 
 
-def test_moments_alone_begin_anew():
+def test_reset_moments_keeps_the_step_count():
     """Adam's own bias correction goes on: its first moment counts for less than all of it."""
     adam = optax.scale_by_adam(b1=0.5, b2=0.5, eps=0.0)
     seen = {}
@@ -129,7 +129,7 @@ def test_carried_moments_in_a_turned_basis():
     np.testing.assert_allclose(state.inner.nu["w"], 0.99 * v + 0.01 * low**2, atol=1e-7)
 
 
-def test_refreshes_in_turns():
+def test_refresh_phases_take_turns_by_name():
     """Matrices of different names refresh at different steps, layers of one name together."""
     g = {name: jnp.ones((4, 6)) for name in ("a", "b", "layers_0", "layers_1")}
     tx = memopt.in_subspace(
@@ -157,7 +157,7 @@ def test_a_refresh_is_a_branch_of_its_own():
     assert sorted(with_eigh) == [False, True]
 
 
-def test_what_a_subspace_loses_comes_back_with_the_next_gradient():
+def test_error_feedback_adds_the_residual_to_the_next_gradient():
     """Error feedback: over all steps everything is applied but what still waits."""
     bases = projectors.replay({"w": {1: np.eye(4)[:, :2], 2: np.eye(4)[:, 2:]}}, side="left")
     rule = recombine.lift_with_error_feedback()
