@@ -12,7 +12,7 @@ Tpu = Literal["v5e", "v5p", "v6e"]
 Gpu = Literal["h200", "a100-80", "rtx4090"]
 Chip = Literal[Tpu, Gpu, "cpu"]
 
-TPUS: dict[str, list[int]] = {"v5e": [2, 2], "v5p": [2, 2, 1], "v6e": [2, 2]}  # chips of a host
+TPUS: dict[str, list[int]] = {"v5e": [2, 2], "v5p": [2, 2, 1], "v6e": [2, 2]}  # chips per host
 
 
 class _Card(NamedTuple):

@@ -30,7 +30,7 @@ def text(compiled: jax.stages.Compiled) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation.
+    """One instruction of a computation.
 
     Attributes:
       name: the name without ``%``.
@@ -214,7 +214,7 @@ class _Program:
         return int(found[1]) if found and one.opcode == "get-tuple-element" else None
 
     def _behind(self, name: str) -> Instruction:
-        """The instruction that this one copies."""
+        """The instruction whose result this one copies."""
         one = self.by_name[name]
         is_copy = one.opcode in ("bitcast", "convert", "copy", "copy-done", "copy-start")
         return self._behind(one.operands[0]) if is_copy else one

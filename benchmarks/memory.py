@@ -62,7 +62,7 @@ LIST: list[tuple[str, dict[str, Any]]] = [
 
 
 class Options(NamedTuple):
-    """What to measure.
+    """The options of this benchmark.
 
     Attributes:
       model: a preset.
@@ -182,7 +182,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
 
 
 def describe(record: dict[str, Any]) -> str:
-    """A configuration in a few words."""
+    """A short description of a configuration."""
     parts = [record["model"], record["optimizer"], record["weights"] or record["dtype"]]
     parts += ["released"] * record["release"] + [record["mesh"]] * bool(record["mesh"])
     return ", ".join(parts + [f"state {record['state']}"] * bool(record["state"]))

@@ -37,7 +37,7 @@ LEARNING_RATE = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to measure.
+    """The options of this benchmark.
 
     Attributes:
       model: the preset whose hidden matrices are used.

@@ -28,7 +28,7 @@ from tests.yardstick import yardstick
 
 
 class Options(NamedTuple):
-    """What to compare.
+    """The options of this benchmark.
 
     Attributes:
       runs: names of recordings; by default all of them.

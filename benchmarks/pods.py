@@ -53,7 +53,7 @@ KEY = ("model", "chip", "mesh", "optimizer", "state", "release")
 
 
 class Options(NamedTuple):
-    """What to measure.
+    """The options of this benchmark.
 
     Attributes:
       only: words that a row must have, such as "v5e fsdp=16 released"; by default all rows.
@@ -160,7 +160,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures what is missing, prints all and writes the files."""
+    """Measures the missing rows, prints all rows and writes the files."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
     wanted = set(options.only.split())
     results: list[dict[str, Any]] = []

@@ -60,7 +60,7 @@ CASES = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to measure.
+    """The options of this benchmark.
 
     Attributes:
       cases: the cases to train.

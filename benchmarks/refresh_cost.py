@@ -46,7 +46,7 @@ LAPACK = "jnp.linalg.svd"
 
 
 class Options(NamedTuple):
-    """What to measure.
+    """The options of this benchmark.
 
     Attributes:
       ranks: the ranks of the subspaces.

@@ -40,7 +40,7 @@ KINDS: tuple[Kind, ...] = ("ordinary", "released")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to measure.
+    """The options of this benchmark.
 
     Attributes:
       model: a preset.

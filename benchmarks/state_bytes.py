@@ -24,7 +24,7 @@ LEARNING_RATE = 1e-3
 
 
 class Options(NamedTuple):
-    """What to count.
+    """The options of this benchmark.
 
     Attributes:
       optimizers: names known to `memopt.optimizer`; by default AdamW and memopt's own.

@@ -53,7 +53,7 @@ COLORS = {"memopt": "C0", "optax": "C7", "torch": "C1"}
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to measure.
+    """The options of this benchmark.
 
     Attributes:
       optimizers: names known to `memopt.optimizer`, with the suffix _8bit for int8 state, and

@@ -50,7 +50,7 @@ EXPLAINED = 40
 
 
 class Options(NamedTuple):
-    """What to measure.
+    """The options of this benchmark.
 
     Attributes:
       optimizer: a name known to `memopt.optimizer`; by default a list of them, one by one.

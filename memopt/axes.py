@@ -267,7 +267,7 @@ def _convolutions(entries: Sequence[Entry]) -> dict[str, Axes]:
         if ndim < 3 or not (named or unnamed) or re.search("expert|moe", e.name.lower()):
             continue
         if named and named[2] == "_" and not window:
-            continue  # conv_proj may be anything
+            continue  # a name such as conv_proj is not always a convolution
         outputs_first = last == "weight"
         if e.shape[1 if outputs_first else -2] == 1:
             found[e.name] = Axes(None, "it is a convolution with one input for each output")

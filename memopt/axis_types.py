@@ -24,7 +24,7 @@ def on_auto_axes(f: Callable[..., Any], args: Sequence[Any], like: Any) -> Any:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> mesh = jax.make_mesh((1,), ("fsdp",))  # of Explicit axes
+      >>> mesh = jax.make_mesh((1,), ("fsdp",))  # Explicit axes
       >>> x = jax.device_put(jnp.ones((4, 2)), NamedSharding(mesh, jax.P("fsdp")))
       >>> flat = on_auto_axes(lambda x: x.reshape(2, 4), (x,), jax.P(None, "fsdp"))
       >>> jax.typeof(flat)

@@ -232,7 +232,7 @@ def kinds_of(entries: Sequence[Entry]) -> dict[str, tuple[str, str]]:
         elif last == "b" and module and f"{module}/a" not in names:
             found[e.name] = (VECTOR, "'b' in a module is a bias")
         elif (around := re.match("(.*/|)gate(/|$)", e.name)) and _routes(around[1], names):
-            found[e.name] = (ROUTER, "'gate' beside experts")
+            found[e.name] = (ROUTER, "'gate' next to experts")
         elif e.axes and "vocab" in e.axes:
             kind = EMBEDDING if e.axes[0] == "vocab" else HEAD
             found[e.name] = (kind, "'vocab' in the axes of its box")

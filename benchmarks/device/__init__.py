@@ -1,1 +1,1 @@
-"""Memory, speed and tests of memopt, measured on a GPU."""
+"""Measures memory, speed and tests of memopt on a GPU."""

@@ -99,7 +99,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{len(rows)} rows are in {path}.")
     failed = sum("error" in row for row in rows)
     if failed and options.action == "run":
-        sys.exit(f"error: {failed} rows say what failed; the same command tries them again.")
+        sys.exit(f"error: {failed} rows failed and have their errors; run the command again.")
 
 
 if __name__ == "__main__":

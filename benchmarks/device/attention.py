@@ -24,7 +24,7 @@ PATHS = {
     "as trained": causal_attention,
     "in chunks": functools.partial(causal_attention, chunked=True),
 }
-LENGTHS = {"2048 tokens": (2048, 64), "8192 tokens": (8192, 128)}  # and in small
+LENGTHS = {"2048 tokens": (2048, 64), "8192 tokens": (8192, 128)}  # full length, tiny length
 PROFILE = "profile of a training step"
 
 

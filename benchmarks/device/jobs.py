@@ -36,6 +36,6 @@ def pieces() -> dict[str, tuple[Job, ...]]:
 
 
 def describe(error: Exception) -> str:
-    """An error in one line."""
+    """Formats an error as one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:500]

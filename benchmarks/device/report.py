@@ -12,7 +12,7 @@ from benchmarks.report import GIB
 
 
 class Column(NamedTuple):
-    """A figure of a row.
+    """A column of a table.
 
     Attributes:
       title: the figure's name and unit.

@@ -24,7 +24,7 @@ PACKAGES = (
     *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu13"),
     *("flax", "optax", "orbax-checkpoint", "torch"),
 )
-#: Seconds of a piece on a GPU.
+#: Maximum seconds per piece on a GPU.
 PIECE_SECONDS = 240.0
 NOT_STARTED = "not started: the time was used up."
 #: Variables that would change how much of the GPU's memory a job may use.

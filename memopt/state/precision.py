@@ -40,7 +40,7 @@ def average(decay: Any, old: Array, new: Array) -> Array:
 
 
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Runs `inner` in at least float32, whatever the dtype of parameters and gradients.
+    """Runs `inner` in float32 or wider, whatever the dtype of parameters and gradients.
 
     Optax keeps Adam's second moment in the parameter's dtype; in bfloat16 it stops changing once
     the change per step falls below the rounding step. Here `inner` receives float32 parameters and

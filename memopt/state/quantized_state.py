@@ -103,7 +103,7 @@ def quantize_state(
         return choice.unsigned if place.is_second_moment else choice.signed
 
     def plan(params: Any) -> tuple[Any, Any, Any]:
-        """The codec of each array of the inner state, its shape and dtype, and its place."""
+        """The codec, the shape and dtype, and the `Place` of each array of the inner state."""
         like = init_shapes(inner.init, params)
         places = _places(like, params)
         return map_named(codec_of, like, places), like, places
@@ -127,7 +127,7 @@ def quantize_state(
             return new_updates, map_named(wide, new, codecs)
 
         def encode(name: str, x: Array, codec: Codec, place: Place, *like: Any) -> Coded:
-            is_vectors = x.ndim == place.stack + 1  # each of which is a matrix of one row
+            is_vectors = x.ndim == place.stack + 1  # a vector is encoded as a matrix of one row
             apart = lambda a: jnp.expand_dims(a, -2) if is_vectors else a
             together = lambda a: jnp.squeeze(a, -2) if is_vectors else a
             x, before = jax.tree.map(apart, (x, Coded(*like)))
@@ -222,7 +222,7 @@ def _first(codec: Codec, x: Any) -> Coded:
 
 
 def _columns(coded: Any, state: Any, scales_kept: int) -> tuple[Any, tuple[Any, ...]]:
-    """Splits a tree of `Coded` into codes, in the boxes of `state`, and a tuple of scale trees."""
+    """Splits a tree of `Coded` into codes, boxed as in `state`, and a tuple of scale trees."""
     codes = map_named(lambda _, x, coded: coded.codes, state, coded)
     return codes, transpose_tuples(
         map_named(lambda _, x, coded: coded.side_data, state, coded), state, scales_kept

@@ -1,4 +1,4 @@
-"""Adam's moments without its bias correction, and the correction as a schedule."""
+"""Adam without bias correction, and the correction as a schedule."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -76,5 +76,5 @@ def decay_as_released(
 
 
 def subtract_decay(layout: Layout, u: Array, w: Array, *, decayed: Decayed, strength: Any) -> Array:
-    """U − strength · decayed(W, U)."""
+    """Computes U − strength · decayed(W, U)."""
     return (u - strength * decayed(layout, w, u)).astype(u.dtype)

@@ -80,7 +80,7 @@ def scale_by_factored_matrix_rms(
 
 
 def second_moment_decay(count: Array, exponent: float) -> Array:
-    """1 − t^−exponent at step t = count + 1."""
+    """Computes 1 − t^−exponent at step t = count + 1."""
     return 1.0 - optax.safe_increment(count).astype(float) ** -exponent
 
 

@@ -67,7 +67,7 @@ class CarryOver:
         moments = list(_moments(state, like))
 
         def first_beside(place: Any) -> Any:
-            """The first moment in the same state, if there is one and no other."""
+            """The first moment in the same state, if there is exactly one."""
             found = [m.tree for m in moments if m.place == place and m.order == 1]
             return found[0] if len(found) == 1 else None
 

@@ -1,4 +1,4 @@
-"""Limits on the growth of each matrix's update."""
+"""Limits the growth of each matrix's update norm."""
 
 import functools
 from typing import Any, NamedTuple
@@ -58,7 +58,7 @@ class LimitNormGrowthState(NamedTuple):
 def limit_norm_growth(
     growth_limit: float = 1.01, *, matrices: Matrices = None, as_released: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-    """Lets the norm of each matrix's update grow by at most a factor of `growth_limit` a step.
+    """Limits the growth of each matrix's update norm to a factor of `growth_limit` per step.
 
     With γ = growth_limit and ‖U‖_before the limited norm of the previous step::
 

@@ -195,7 +195,7 @@ def _to_wide(layout: Layout, u: Array) -> Array:
 
 
 def _from_wide(layout: Layout, u: Array, x: Array) -> Array:
-    """The inverse of `_to_wide`."""
+    """Inverts `_to_wide`."""
     *_, m, n = shape = layout.shape(u)
     return layout.from_matrices((x.mT if m > n else x).reshape(shape), u)
 

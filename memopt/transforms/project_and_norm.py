@@ -18,7 +18,7 @@ from memopt.shapes import Basis, Projected, Stack
 from memopt.state.precision import statistics_dtype
 from memopt.transforms.linalg import for_stack, product, replicate_axis
 
-_BLOCK = 512  # rows and columns of a gradient that are in fast memory at a time
+_BLOCK = 512  # rows and columns of the gradient's block in fast memory
 _LANES, _SUBLANES = 128, 8  # columns and rows of the tiles in which arrays are stored
 _MAX_RESIDENT = 7e6  # bytes of P and two blocks of R in fast memory, which is at least 16 MiB
 

@@ -111,7 +111,7 @@ class Blockwise(Codec):
 class Integers(Blockwise):
     """Integer codes, evenly spaced or companded; see `Blockwise`.
 
-    A code c with magnitudes up to C stands for (c/C)^power times the scale. With a power of 2 or 4,
+    A code c with magnitudes up to C represents (c/C)^power times the scale. With a power of 2 or 4,
     numbers far below the largest of their block keep some relative precision.
 
     Attributes:

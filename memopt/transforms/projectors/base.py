@@ -80,7 +80,7 @@ class RefreshClock(NamedTuple):
 
     @classmethod
     def first(cls) -> "RefreshClock":
-        """The first step."""
+        """The clock of the first step."""
         return cls.at(jnp.zeros((), jnp.int32), 1)
 
     @property

@@ -37,13 +37,13 @@ class RandomProjector(Projector):
         """Independent entries of mean 0 and variance 1, float32."""
 
     def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
-        """Entries of variance 1/r, ``(side, r)``."""
+        """A basis ``(side, r)`` with entries of variance 1/r."""
         side, r = self.size(spec)
         key = spec.key(self.seed, clock.refresh)
         return (self.entries(key, (side, r)) / np.sqrt(r)).astype(spec.dtype)
 
     def basis_shape(self, spec: MatrixSpec) -> tuple[int, ...]:
-        """``(side, r)``: a stack shares one basis."""
+        """Returns ``(side, r)``, since a stack shares one basis."""
         return self.size(spec)
 
     def down_and_squares(

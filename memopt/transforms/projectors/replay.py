@@ -40,7 +40,7 @@ class Replay(Projector):
         return given[0] >= given[1] if m == n else max(given) == m
 
     def size(self, spec: MatrixSpec) -> tuple[int, int]:
-        """The sides of the matrices."""
+        """The longer and the shorter side of the recorded matrices."""
         given = _first(self.matrices, spec).shape[-2:]
         return max(given), min(given)
 
