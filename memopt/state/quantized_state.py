@@ -218,6 +218,11 @@ def _first(codec: Codec, x: Any) -> Coded:
     if not isinstance(codec, AsIs):
         # Without the barrier, XLA encodes constant zeros at compile time.
         x += jax.lax.optimization_barrier(jnp.float32(0))
+    return _encode_nearest(codec, x)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # traced once for all arrays of a shape
+def _encode_nearest(codec: Codec, x: Array) -> Coded:
     return codec.encode(x, jnp.asarray(NEAREST))
 
 
