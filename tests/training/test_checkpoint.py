@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from memopt.training.checkpoint import Checkpoints
+from memopt.training.checkpoint import Checkpoints, _checksum
 from memopt.training.step import init_state
 
 TX = optax.chain(optax.adam(1e-3), optax.add_noise(0.1, 0.9, jax.random.key(7)))
@@ -192,3 +192,20 @@ def test_another_tree_is_refused_by_name_and_not_called_damage(whole, other, nam
     with pytest.raises(ValueError, match=named):
         read(whole / "checkpoints", abstract(other))
     assert kept(whole / "checkpoints") == [1, 2, 3]
+
+
+def test_the_checksum_depends_on_the_order_of_numbers_and_on_where_they_are():
+    state = make_state(1)
+    w = jnp.arange(12.0).reshape(3, 4)
+    sums = [
+        _checksum(state._replace(params=params), record(1))
+        for params in (
+            {"a": w, "b": -w},
+            {"a": -w, "b": w},
+            {"a": w[::-1], "b": -w},
+            {"a": w[:, ::-1], "b": -w},
+            {"a": w.at[0, 0].set(1e-30), "b": -w},
+        )
+    ]
+    sums.append(_checksum(state._replace(params={"a": w, "b": -w}), record(2)))
+    assert len(set(sums)) == len(sums)
