@@ -74,10 +74,7 @@ def named_leaves(
 
 
 def map_named(
-    f: Callable[..., Any],
-    tree: Any,
-    *rest: Any,
-    is_leaf: Callable[[Any], bool] | None = None,
+    f: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> Any:
     """Maps ``f(name, array, *rest)`` over a tree, opening and refilling boxes.
 

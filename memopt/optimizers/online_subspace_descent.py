@@ -86,10 +86,7 @@ def online_subspace_descent(
     if as_released:
         check_unused(online_subspace_descent, "the authors' code has none", penalty=penalty)
     projector = projectors.online_pca(
-        rank,
-        optimizer=projector_optimizer,
-        penalty=0.0 if as_released else penalty,
-        start=start,
+        rank, optimizer=projector_optimizer, penalty=0.0 if as_released else penalty, start=start
     )
     return galore(
         learning_rate,

@@ -2,9 +2,7 @@
 
 from memopt.transforms import projectors as projectors
 from memopt.transforms import recombine as recombine
-from memopt.transforms.accumulation import (
-    AccumulateByScheduleState as AccumulateByScheduleState,
-)
+from memopt.transforms.accumulation import AccumulateByScheduleState as AccumulateByScheduleState
 from memopt.transforms.accumulation import AccumulateState as AccumulateState
 from memopt.transforms.accumulation import accumulate as accumulate
 from memopt.transforms.accumulation import accumulate_in_subspace as accumulate_in_subspace
@@ -15,9 +13,7 @@ from memopt.transforms.adam import scale_by_uncorrected_adam as scale_by_uncorre
 from memopt.transforms.factored import (
     ScaleByFactoredMatrixRmsState as ScaleByFactoredMatrixRmsState,
 )
-from memopt.transforms.factored import (
-    scale_by_factored_matrix_rms as scale_by_factored_matrix_rms,
-)
+from memopt.transforms.factored import scale_by_factored_matrix_rms as scale_by_factored_matrix_rms
 from memopt.transforms.gradient_norm import ClipByGradientNormState as ClipByGradientNormState
 from memopt.transforms.gradient_norm import clip_by_gradient_norm as clip_by_gradient_norm
 from memopt.transforms.matrix_rms import clip_by_matrix_rms as clip_by_matrix_rms
@@ -33,9 +29,7 @@ from memopt.transforms.orthogonalization import scale_by_matrix_shape as scale_b
 from memopt.transforms.per_matrix import per_matrix as per_matrix
 from memopt.transforms.placed_update import reshard_update as reshard_update
 from memopt.transforms.placed_update import unshard_short_side as unshard_short_side
-from memopt.transforms.sign_momentum import (
-    ScaleBySignMomentumState as ScaleBySignMomentumState,
-)
+from memopt.transforms.sign_momentum import ScaleBySignMomentumState as ScaleBySignMomentumState
 from memopt.transforms.sign_momentum import scale_by_sign_momentum as scale_by_sign_momentum
 from memopt.transforms.subspace import InSubspaceState as InSubspaceState
 from memopt.transforms.subspace import in_subspace as in_subspace

@@ -34,10 +34,7 @@ class ScaleByFactoredMatrixRmsState(NamedTuple):
 
 @keywords(epsilon="eps")
 def scale_by_factored_matrix_rms(
-    decay_rate: float = 0.8,
-    eps: float = 1e-30,
-    *,
-    matrices: Matrices = None,
+    decay_rate: float = 0.8, eps: float = 1e-30, *, matrices: Matrices = None
 ) -> optax.GradientTransformationExtraArgs:
     """Divides gradients by the square root of a factored second moment.
 

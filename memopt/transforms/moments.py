@@ -40,11 +40,7 @@ class CarryOver:
     power: int = 2
 
     def __call__(
-        self,
-        state: Any,
-        like: Any,
-        carry: Callable[[Any, int], Any],
-        steps: Array,
+        self, state: Any, like: Any, carry: Callable[[Any, int], Any], steps: Array
     ) -> Any:
         """Carries over every moment shaped like `like`; other state is unchanged.
 

@@ -156,10 +156,7 @@ def lift_and_residual(scale: float | Array = 1.0, *, recover: float | Array = 0.
 
 
 def lift_and_scaled_residual(
-    scale: float | Array = 1.0,
-    limiter: GrowthLimiter | None = None,
-    *,
-    as_released: bool = False,
+    scale: float | Array = 1.0, limiter: GrowthLimiter | None = None, *, as_released: bool = False
 ) -> Recombine:
     """Lifts the inner update and adds the residual, scaled by the inner optimizer's ratio.
 

@@ -358,9 +358,7 @@ def _check_can_be_carried(inner_state: Any) -> None:
 
 
 def _partition_by_phase(
-    phases: Sequence[int],
-    matrices: Matrices,
-    make: Callable[[int], optax.GradientTransformation],
+    phases: Sequence[int], matrices: Matrices, make: Callable[[int], optax.GradientTransformation]
 ) -> optax.GradientTransformationExtraArgs:
     """Partitions the tree by phase; the same matrix of all layers has the same phase."""
     if not phases:

@@ -93,11 +93,7 @@ class Orthogonal(Gaussian):
 
 
 def gaussian(
-    rank: int | float,
-    *,
-    side: str = "short",
-    seed: int | Array = 0,
-    stored: bool = False,
+    rank: int | float, *, side: str = "short", seed: int | Array = 0, stored: bool = False
 ) -> Projector:
     """Random bases with entries N(0, 1/r), not orthogonalised; E[P Pᵀ] = identity.
 
@@ -122,11 +118,7 @@ def gaussian(
 
 
 def rademacher(
-    rank: int | float,
-    *,
-    side: str = "short",
-    seed: int | Array = 0,
-    stored: bool = False,
+    rank: int | float, *, side: str = "short", seed: int | Array = 0, stored: bool = False
 ) -> Projector:
     """Random bases with entries ±1/√r: the cheapest to draw, with one random bit per entry.
 
@@ -150,11 +142,7 @@ def rademacher(
 
 
 def sparse(
-    rank: int | float,
-    *,
-    side: str = "short",
-    seed: int | Array = 0,
-    stored: bool = False,
+    rank: int | float, *, side: str = "short", seed: int | Array = 0, stored: bool = False
 ) -> Projector:
     """Random bases with entries √(3/r)·{-1, 0, 1}; two in three entries are 0.
 
@@ -180,11 +168,7 @@ def sparse(
 
 
 def orthogonal(
-    rank: int | float,
-    *,
-    side: str = "short",
-    seed: int | Array = 0,
-    stored: bool = True,
+    rank: int | float, *, side: str = "short", seed: int | Array = 0, stored: bool = True
 ) -> Projector:
     """Random orthonormal bases: PᵀP = identity.
 
