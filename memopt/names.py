@@ -120,7 +120,7 @@ def split_layer(name: str) -> tuple[str, int | None]:
 
     The index is a number after "layer", "block" or a similar word, as a part of its own or at the
     end of a part; otherwise the first part that is a number. Other numbers distinguish matrices of
-    one layer and are kept.
+    one layer and are kept. Below "layers", "blocks" or "h" without a number, layers are stacked.
 
     Returns:
       The name that the parameter has if layers are stacked, and the index of the layer, None if
@@ -131,20 +131,22 @@ def split_layer(name: str) -> tuple[str, int | None]:
       (('llama3/layers/up/kernel', 12), ('Block/Dense_1/kernel', 3))
       >>> split_layer("h/0/w1"), split_layer("stages/2/blocks/5/mlp/layers/1/weight")
       (('h/w1', 0), ('stages/2/blocks/mlp/layers/1/weight', 5))
-      >>> split_layer("Dense_1/kernel")
-      ('Dense_1/kernel', None)
+      >>> split_layer("Dense_1/kernel"), split_layer("blocks/mlp/layers/1/weight")
+      (('Dense_1/kernel', None), ('blocks/mlp/layers/1/weight', None))
     """
     parts = name.split("/")
     numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
+    first = numbers[0] if numbers else len(parts)
     for i, part in enumerate(parts):
         numbered = _NUMBERED.fullmatch(part)
-        if numbered and _counts_layers(numbered[1]):
+        if numbered and _counts_layers(numbered[1]) and i < first:
             return "/".join([*parts[:i], numbered[1], *parts[i + 1 :]]), int(numbered[2])
         if i in numbers and i and _counts_layers(parts[i - 1]):
             return "/".join([*parts[:i], *parts[i + 1 :]]), int(part)
-    for i in numbers[:1]:
-        return "/".join([*parts[:i], *parts[i + 1 :]]), int(parts[i])
-    return name, None
+        if part in ("layers", "blocks", "h") and i + 1 < min(first, len(parts) - 1):
+            return name, None
+    rest = "/".join([*parts[:first], *parts[first + 1 :]])
+    return (rest, int(parts[first])) if numbers and rest else (name, None)
 
 
 _NUMBERED = re.compile(r"(.*[^\d_])_?(\d+)")

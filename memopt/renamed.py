@@ -65,6 +65,8 @@ def current(function: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
     names = getattr(function, "__renamed__", {})
     for old in names.keys() & options.keys():
         name = function.__name__
+        if names[old] in options:
+            raise TypeError(f"{name} got both {names[old]!r} and its old name {old!r}.")
         message = f"{name}({old}=…) is now {name}({names[old]}=…)."
         warnings.warn(message, DeprecationWarning, stacklevel=3)
     return {names.get(key, key): value for key, value in options.items()}

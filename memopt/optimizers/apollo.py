@@ -99,7 +99,11 @@ def apollo(
         in_subspace(
             inner=adam,
             projector=projectors.by_name(
-                projector, apollo, known={"stored": as_released}, rank=rank, seed=seed
+                projector,
+                apollo,
+                known={"stored": True} if as_released else {},
+                rank=rank,
+                seed=seed,
             ),
             recombine=scale_gradient(per, limiter),
             refresh_every=refresh_every,

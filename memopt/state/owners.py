@@ -21,9 +21,20 @@ SECOND_MOMENTS = frozenset(
 )
 """Names of state fields in which Optax and memopt keep second moments."""
 
+FIRST_MOMENTS = frozenset({"mu", "m", "m1", "m2", "trace", "ema", "exp_avg", "momentum"})
+"""Fields for first moments: averages of gradients, in which each gradient enters linearly."""
+
+_OTHER_FIRST: dict[str, frozenset[str]] = {
+    "ScaleBySM3State": frozenset({"nu"}),
+    "ScaleByAdanState": frozenset({"m", "v", "g"}),
+}
+"""First moments of states that name their fields otherwise."""
+
 _OTHER_NAMES: dict[str, frozenset[str]] = {
     "ScaleBySM3State": frozenset({"mu"}),  # its nu is the momentum
     "ScaleByAdanState": frozenset({"n"}),
+    "ScaleBySimplifiedAdEMAMixState": frozenset({"n"}),
+    "SophiaState": frozenset(),  # nu is an estimate of the Hessian, which may be negative
     "FactoredState": frozenset({"v_row", "v_col", "v"}),
 }
 """Second-moment fields of states with other field names."""
@@ -67,6 +78,11 @@ class Part(NamedTuple):
     def is_second_moment(self) -> bool:
         """Whether the field keeps second moments."""
         return self.field in _OTHER_NAMES.get(self.state, SECOND_MOMENTS)
+
+    @property
+    def is_first_moment(self) -> bool:
+        """Whether the field is one for first moments."""
+        return self.field in _OTHER_FIRST.get(self.state, FIRST_MOMENTS)
 
     @property
     def kept_by(self) -> str:
@@ -118,7 +134,7 @@ def _has_parameters(tree: Any, structure: Any) -> bool:
     except ValueError:
         return False
     is_state = lambda x: hasattr(x, "_fields") and not isinstance(x, optax.MaskedNode)
-    return not any(map(is_state, nodes))
+    return not any(map(is_state, jax.tree.leaves(nodes, is_leaf=is_state)))
 
 
 def is_state_array(x: Any) -> bool:

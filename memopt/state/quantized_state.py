@@ -191,7 +191,7 @@ def _fitted(codecs: Any, places: Any, scales: Any, new: Callable[[], Any]) -> An
         if unfit[i] is not False:
             groups.setdefault(place.owner, []).append(i)
     fitted = [kept for _, _, kept in leaves]
-    program = trace(new)
+    program: Any = trace(new) if groups else None
     for group in groups.values():
         part = program.needed(group)
         mine = [(leaves[i][0], leaves[i][2]) for i in group]

@@ -12,6 +12,7 @@ import optax
 from jax import Array
 
 from memopt.matrices import Layout, Matrices
+from memopt.parameters import reading_whole_trees
 from memopt.transforms.matrix_rms import rms
 from memopt.transforms.per_matrix import per_matrix
 
@@ -72,7 +73,7 @@ def decay_as_released(
         reads_params=True,
         matrices=matrices,
     )
-    return tx if mask is None else optax.masked(tx, mask)
+    return tx if mask is None else reading_whole_trees(optax.masked(tx, mask))
 
 
 def subtract_decay(layout: Layout, u: Array, w: Array, *, decayed: Decayed, strength: Any) -> Array:

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from memopt.state.owners import parts
+from memopt.errors import IncompatiblePairingError
+from memopt.state.owners import Part, parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +101,29 @@ def _moments(state: Any, like: Any) -> Iterator[_Moment]:
     structure: Any = jax.tree.structure(like)
     shapes = [x.shape for x in jax.tree.leaves(like)]
     for part in parts(state, like):
-        leaves = jax.tree.leaves(part.tree)
-        alike = part.has_parameters and jax.tree.structure(part.tree) == structure
-        alike = alike and [x.shape for x in leaves] == shapes
-        if alike and all(jnp.issubdtype(x.dtype, jnp.floating) for x in leaves):
-            yield _Moment(part.path[:-1], 2 if part.is_second_moment else 1, part.tree)
-        else:
-            yield _Moment(part.path[:-1], None, part.tree)
+        order = 2 if part.is_second_moment else 1
+        is_moment = _is_like(part, structure, shapes)
+        yield _Moment(part.path[:-1], order if is_moment else None, part.tree)
+
+
+def _is_like(part: Part, structure: Any, shapes: list[tuple[int, ...]]) -> bool:
+    """Whether it is a tree of floats with this structure and these shapes."""
+    leaves = jax.tree.leaves(part.tree)
+    if not part.has_parameters or jax.tree.structure(part.tree) != structure:
+        return False
+    are_floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in leaves)
+    return are_floats and [x.shape for x in leaves] == shapes
+
+
+def check_moments_are_known(state: Any, like: Any) -> None:
+    """Raises `IncompatiblePairingError` if a field may be a first or a second moment."""
+    structure, shapes = jax.tree.structure(like), [x.shape for x in jax.tree.leaves(like)]
+    for part in parts(state, like):
+        if not _is_like(part, structure, shapes) or not shapes:
+            continue
+        if not part.is_first_moment and not part.is_second_moment:
+            raise IncompatiblePairingError(
+                f"on_refresh='carry' does not know whether the field {part.field!r} of "
+                f"{part.state or 'a state'} is a first or a second moment; call it 'mu' or 'nu', "
+                "or use 'keep', 'reset' or 'reset_moments'."
+            )

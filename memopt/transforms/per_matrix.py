@@ -50,7 +50,12 @@ def per_matrix(
       >>> tx.update(layers, tx.init(layers))[0].tolist()
       [[[-1.0, 1.0]], [[-2.0, 2.0]]]
     """
-    counted = "count" in state_type._fields
+    counted = state_type._fields[:1] == ("count",)
+    if not counted and ("count" in state_type._fields or schedules):
+        raise ValueError(
+            f"state_type must have count as its first field, got {state_type.__name__} with "
+            f"{state_type._fields}."
+        )
     kept = len(state_type._fields) - counted
 
     def map_rule(f: Callable[..., Any], *trees: Any, outputs: int) -> tuple[Any, ...]:

@@ -12,14 +12,14 @@ import optax
 from jax import Array
 from jax.sharding import AxisType
 
-from memopt.axis_types import on_auto_axes
+from memopt.axis_types import on_auto_axes, spec_of
 from memopt.errors import IncompatiblePairingError, check_at_least, check_choice
 from memopt.matrices import Layout, Matrices, Matrix, map_matrices
 from memopt.names import MATRIX, VECTOR
 from memopt.parameters import Parameter, known, reading_whole_trees
 from memopt.state.precision import statistics_dtype, to_float32
 from memopt.state.quantized_state import QuantizedState
-from memopt.transforms.moments import CarryOver, first_moment
+from memopt.transforms.moments import CarryOver, check_moments_are_known, first_moment
 from memopt.transforms.projectors import MatrixSpec, Projector, RefreshClock
 from memopt.transforms.recombine import Recombine, Subspace
 from memopt.trees import NOTHING, map_named, transpose_tuples, untranspose_tuples
@@ -122,7 +122,7 @@ def in_subspace(
         with _as_projections(projector, specs):
             inner_state = inner.init(low)
         if isinstance(carry, CarryOver):
-            _check_can_be_carried(inner_state)
+            _check_can_be_carried(inner_state, low)
         kept = transpose_tuples(kept, params, projector.keeps)
         return InSubspaceState(jnp.zeros((), jnp.int32), kept, inner_state, rule)
 
@@ -171,7 +171,10 @@ def _split(layout: Layout, array: Any) -> jax.P | None:
     mesh = jax.typeof(array).sharding.mesh
     if mesh.empty or set(mesh.axis_types) != {AxisType.Explicit}:
         return None
-    return jax.eval_shape(layout.to_matrices, array).sharding.spec
+    spec = (*spec_of(array), *(None,) * array.ndim)[: array.ndim]
+    if any(spec[axis] for side in (layout.rows, layout.cols) for axis in side[1:]):
+        return None  # rows or columns of several axes, split in the middle
+    return jax.P(*(spec[axis] for axis in (*layout.stack, layout.rows[0], layout.cols[0])))
 
 
 def _start(
@@ -348,13 +351,14 @@ def _check_pairing(projector: Projector, recombine: Recombine, on_refresh: str |
         )
 
 
-def _check_can_be_carried(inner_state: Any) -> None:
+def _check_can_be_carried(inner_state: Any, low: Any) -> None:
     is_quantized = lambda x: isinstance(x, QuantizedState)
     if any(map(is_quantized, jax.tree.leaves(inner_state, is_leaf=is_quantized))):
         raise IncompatiblePairingError(
             "on_refresh='carry' cannot carry moments that the inner optimizer stores quantised. "
             "Use memopt.quantize_state(in_subspace(...)), or 'keep', 'reset' or 'reset_moments'."
         )
+    check_moments_are_known(inner_state, low)
 
 
 def _partition_by_phase(
