@@ -7,11 +7,13 @@ from memopt import renamed
 from memopt import schedules as schedules
 from memopt import transforms as transforms
 from memopt.errors import IncompatiblePairingError as IncompatiblePairingError
+from memopt.matrices import Layout as Layout
 from memopt.matrices import Matrix as Matrix
 from memopt.matrices import every_matrix as every_matrix
 from memopt.matrices import hidden_matrices as hidden_matrices
 from memopt.matrices import out_in as out_in
 from memopt.optimizers import *  # noqa: F403 (methods by their names)
+from memopt.parameters import Parameter as Parameter
 from memopt.state import codecs as codecs
 from memopt.state.bytes import StateBytes as StateBytes
 from memopt.state.bytes import state_bytes as state_bytes
@@ -45,6 +47,7 @@ from memopt.transforms import limit_norm_growth as limit_norm_growth
 from memopt.transforms import newton_schulz as newton_schulz
 from memopt.transforms import normalize_by_group as normalize_by_group
 from memopt.transforms import orthogonalize as orthogonalize
+from memopt.transforms import per_matrix as per_matrix
 from memopt.transforms import projectors as projectors
 from memopt.transforms import recombine as recombine
 from memopt.transforms import reshard_update as reshard_update

@@ -14,7 +14,7 @@ from flax import nnx
 import memopt
 from memopt import Matrix
 from memopt.matrices import map_matrices
-from memopt.names import LIBRARIES, words
+from memopt.names import LIBRARIES, split_layer, words
 from memopt.parameters import init_shapes, known, read_parameters
 from memopt.state.describe import _SAID
 from memopt.training.release.per_parameter_update import PerParameterUpdate
@@ -346,3 +346,19 @@ def test_a_description_needs_no_mesh_in_scope():
     assert memopt.describe(memopt.galore(1e-2, rank=4), params)["up"].state == 4 * (
         2 * 4 * 64 + 4 * 32
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("blocks/mlp/layers/0/weight", ("blocks/mlp/layers/0/weight", None)),
+        ("blocks/5/mlp/layers/0/weight", ("blocks/mlp/layers/0/weight", 5)),
+        ("blocks/qkv/2", ("blocks/qkv/2", None)),
+        ("transformer/0/block1/w", ("transformer/block1/w", 0)),
+        ("encoder/block/0/layer/1/w", ("encoder/block/layer/1/w", 0)),
+        ("layers_3/w", ("layers/w", 3)),
+        ("3", ("3", None)),
+    ],
+)
+def test_only_the_index_of_a_layer_is_left_out_of_a_name(name, split):
+    assert split_layer(name) == split

@@ -65,3 +65,24 @@ def test_the_old_word_for_micro_steps_means_the_new_one_and_warns():
         tx = memopt.accumulate(optax.sgd(1.0), every=2)
     state = tx.init(jnp.zeros(1))
     assert not tx.update(jnp.ones(1), state)[0].any()
+
+
+def test_an_argument_under_both_names_is_refused():
+    with (
+        pytest.raises(TypeError, match="both 'clip_threshold' and its old name 'threshold'"),
+    ):
+        memopt.clip_by_matrix_rms(threshold=1.0, clip_threshold=5.0)
+
+
+def test_old_names_of_transforms_and_of_the_limiter_still_work():
+    with pytest.warns(DeprecationWarning):
+        assert memopt.transforms.scale_by_shape is memopt.scale_by_matrix_shape
+    with pytest.warns(DeprecationWarning):
+        assert memopt.GrowthLimiter(limit=2.0) == memopt.GrowthLimiter(2.0)
+    limiter = memopt.GrowthLimiter(2.0)
+    assert limiter._replace(growth_limit=3.0).growth_limit == 3.0
+
+
+def test_a_projector_that_overrides_an_old_method_is_refused():
+    with pytest.raises(TypeError, match="Mine.rest is now residual"):
+        type("Mine", (projectors.Projector,), {"rest": None})

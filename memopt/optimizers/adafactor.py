@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from memopt.errors import check_unused
 from memopt.optimizers.by_partition import Common, finish, matrices_and_rest
 from memopt.optimizers.registry import method
 from memopt.renamed import keywords
@@ -65,6 +66,8 @@ def adafactor(
       100
     """
     matrices = common.get("matrices")
+    if not scale_by_parameter:
+        check_unused(adafactor, "scale_by_parameter is off", min_scale=min_scale)
     steps = [scale_by_factored_matrix_rms(decay_rate, eps, matrices=matrices)]
     if clip_threshold is not None:
         steps.append(clip_by_matrix_rms(clip_threshold, matrices=matrices))

@@ -5,7 +5,7 @@ from typing import Any, Unpack
 import optax
 from jax import Array
 
-from memopt.errors import check_at_least
+from memopt.errors import check_at_least, check_unused
 from memopt.optimizers.by_partition import Common, finish
 from memopt.optimizers.registry import method, options_of
 from memopt.transforms import projectors
@@ -91,6 +91,8 @@ def apollo(
     check_at_least("scale", scale, 0)
     adam = scale_by_uncorrected_adam(b1, b2, eps)
     limiter, limit = None, []
+    if growth_limit is None:
+        check_unused(apollo, "growth_limit is None", scale_front=scale_front)
     if growth_limit is not None and not scale_front:
         limiter = GrowthLimiter(growth_limit, as_released)
     elif growth_limit is not None:

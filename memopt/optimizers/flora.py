@@ -6,6 +6,7 @@ from typing import Unpack
 import optax
 from jax import Array
 
+from memopt.errors import check_unused
 from memopt.optimizers.by_partition import Common, finish
 from memopt.optimizers.registry import method
 from memopt.renamed import keywords
@@ -88,6 +89,8 @@ def flora(
         clip_threshold = 1.0 if clip_threshold is None else clip_threshold
         scale_by_parameter = scale_by_parameter is not False
     matrices = common.get("matrices")
+    if not scale_by_parameter:
+        check_unused(flora, "scale_by_parameter is off", min_scale=min_scale)
     clip = resize = optax.identity()
     normalize = scale_by_factored_matrix_rms(decay_rate, eps, matrices=matrices)
     if clip_threshold is not None:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Unpack
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from memopt.errors import check_at_least
+from memopt.errors import check_at_least, check_unused
 from memopt.optimizers.by_partition import Common, finish
 from memopt.optimizers.registry import method
 from memopt.state.precision import in_float32
@@ -75,6 +76,8 @@ def muon(
     """
     matrices = common.get("matrices")
     check_at_least("consistent_rms", consistent_rms, 0)
+    if np.ndim(ns_coeffs) == 2:
+        check_unused(muon, "ns_coeffs has one polynomial per step", ns_steps=ns_steps)
     dtype = jnp.bfloat16 if as_released else None
     return finish(
         learning_rate,

@@ -83,6 +83,8 @@ def online_subspace_descent(
     else:
         decay = 0.01 if as_released else 0.0
         projector_optimizer = optax.adamw(projector_learning_rate, weight_decay=decay)
+    if start is not None and rank != start.rank:
+        check_unused(online_subspace_descent, "start has its own", rank=rank)
     if as_released:
         check_unused(online_subspace_descent, "the authors' code has none", penalty=penalty)
     projector = projectors.online_pca(

@@ -1,5 +1,6 @@
 """The transformations that the optimizers' chains are made of."""
 
+from memopt import renamed
 from memopt.transforms import projectors as projectors
 from memopt.transforms import recombine as recombine
 from memopt.transforms.accumulation import AccumulateByScheduleState as AccumulateByScheduleState
@@ -33,3 +34,14 @@ from memopt.transforms.sign_momentum import ScaleBySignMomentumState as ScaleByS
 from memopt.transforms.sign_momentum import scale_by_sign_momentum as scale_by_sign_momentum
 from memopt.transforms.subspace import InSubspaceState as InSubspaceState
 from memopt.transforms.subspace import in_subspace as in_subspace
+
+__getattr__ = renamed.finder(
+    "memopt.transforms",
+    globals(),
+    {
+        "scale_by_factored_rms": "scale_by_factored_matrix_rms",
+        "scale_by_shape": "scale_by_matrix_shape",
+        "update_at": "reshard_update",
+        "whole_shorter_sides": "unshard_short_side",
+    },
+)

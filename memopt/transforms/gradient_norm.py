@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from memopt.axis_types import on_auto_axes
+
 
 class ClipByGradientNormState(NamedTuple):
     """State of `clip_by_gradient_norm` with `previous`.
@@ -50,14 +52,17 @@ def clip_by_gradient_norm(
     def init(params: Any) -> Any:
         return ClipByGradientNormState(jnp.zeros(())) if previous else optax.EmptyState()
 
-    def update(
-        updates: Any, state: Any, params: Any = None, *, gradient_norm: Any = None, **_: Any
-    ) -> Any:
+    def clip(updates: Any, state: Any, gradient_norm: Any) -> Any:
         if gradient_norm is None:
             gradient_norm = optax.tree.norm(optax.tree.cast(updates, jnp.float32))
         norm = state.norm if previous else gradient_norm
         factor = jnp.where(norm > max_norm, max_norm / norm, 1.0)
         updates = jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates)
         return updates, ClipByGradientNormState(gradient_norm) if previous else state
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, gradient_norm: Any = None, **_: Any
+    ) -> Any:
+        return on_auto_axes(clip, (updates, state, gradient_norm), like=(updates, state))
 
     return optax.GradientTransformationExtraArgs(init, update)

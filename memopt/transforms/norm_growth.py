@@ -44,6 +44,9 @@ class GrowthLimiter(NamedTuple):
         return factor, jnp.where(limited > _VANISHED * previous, limited, previous)
 
 
+setattr(GrowthLimiter, "__new__", keywords(limit="growth_limit")(GrowthLimiter.__new__))  # noqa: B010
+
+
 class LimitNormGrowthState(NamedTuple):
     """State of `limit_norm_growth`.
 

@@ -128,17 +128,21 @@ def newton_schulz(
       [[1.0, 0.0], [0.0, 1.0]]
     """
     polynomials = _polynomials(ns_steps, ns_coeffs)
+    x = jnp.asarray(x)
     is_tall = x.shape[-2] > x.shape[-1]
-    y = (x.mT if is_tall else x).astype(dtype or statistics_dtype(x))
 
     def step(y: Array, polynomial: Array) -> tuple[Array, None]:
         a, b, c = polynomial
         gram = jnp.einsum("...mn,...pn->...mp", y, y)
         return a * y + (b * gram + c * (gram @ gram)) @ y, None
 
-    norm = jnp.sqrt(jnp.square(y).sum((-2, -1), keepdims=True))
-    y = jax.lax.scan(step, y / (norm + eps), jnp.asarray(polynomials, y.dtype))[0]
-    return (y.mT if is_tall else y).astype(x.dtype)
+    def iterate(x: Array) -> Array:
+        y = (x.mT if is_tall else x).astype(dtype or statistics_dtype(x))
+        norm = jnp.sqrt(jnp.square(y).sum((-2, -1), keepdims=True))
+        y = jax.lax.scan(step, y / (norm + eps), jnp.asarray(polynomials, y.dtype))[0]
+        return (y.mT if is_tall else y).astype(x.dtype)
+
+    return on_auto_axes(iterate, (x,), like=x)
 
 
 def _polynomials(ns_steps: int, ns_coeffs: Any) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
+from memopt.axis_types import on_auto_axes
 from memopt.matrices import Matrices, every_matrix, map_matrices
 from memopt.state.precision import zeros_of
 
@@ -68,14 +69,17 @@ def per_matrix(
         count = (jnp.zeros((), jnp.int32),) if counted else ()
         return state_type(*count, *arrays)
 
-    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
-        if reads_params and params is None:
-            raise ValueError("params must be given to update(updates, state, params), got None.")
+    def step(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
         count, arrays = state[:counted], state[counted:]
         scalars = {name: schedule(*count) for name, schedule in (schedules or {}).items()}
         trees = (*arrays, params) if reads_params else arrays
-        step = functools.partial(rule, **scalars)
-        updates, *arrays = map_rule(step, updates, *trees, outputs=1 + kept)
+        rule_now = functools.partial(rule, **scalars)
+        updates, *arrays = map_rule(rule_now, updates, *trees, outputs=1 + kept)
         return updates, state_type(*map(optax.safe_increment, count), *arrays)
+
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
+        if reads_params and params is None:
+            raise ValueError("params must be given to update(updates, state, params), got None.")
+        return on_auto_axes(step, (updates, state, params), like=(updates, state))
 
     return optax.GradientTransformationExtraArgs(init, update)

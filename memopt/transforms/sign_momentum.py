@@ -1,5 +1,6 @@
 """Sign momentum (Lion)."""
 
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,9 @@ def scale_by_sign_momentum(
     Returns:
       A transformation whose state is a `ScaleBySignMomentumState`.
 
+    Raises:
+      ValueError: if `b2` is not above 0.
+
     References:
       Chen et al., Symbolic Discovery of Optimization Algorithms, 2023,
       https://arxiv.org/abs/2302.06675, Algorithm 2.
@@ -51,6 +55,8 @@ def scale_by_sign_momentum(
       >>> updates.tolist()
       [1.0, -1.0, 0.0]
     """
+    if isinstance(b2, numbers.Real) and not b2 > 0:
+        raise ValueError(f"b2 must be above 0, got {b2}.")
 
     def init(params: Any) -> ScaleBySignMomentumState:
         return ScaleBySignMomentumState(optax.tree.zeros_like(params, dtype=mu_dtype))

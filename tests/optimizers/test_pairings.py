@@ -134,3 +134,21 @@ def test_explicit_axes_need_no_mesh_set(name):
     sharded = step(placed)
     assert jax.typeof(sharded).sharding.spec == rows.spec
     np.testing.assert_allclose(sharded, step(alone), rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["apollo", "galore", "adafactor"])
+def test_heads_may_be_split_over_explicit_axes(name):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    draw = np.random.default_rng(0)
+    plain = {n: draw.normal(size=s).astype("f4") for n, s in SHAPES_OF_HEADS.items()}
+    specs = {"q": jax.P(None, "x"), "o": jax.P(None, "y")}
+    params = {n: jax.device_put(w, NamedSharding(mesh, specs[n])) for n, w in plain.items()}
+    tx = memopt.optimizer(name, 1e-2)
+    updates, _ = jax.jit(tx.update)(params, memopt.init_sharded(tx, params), params)
+    expected, _ = tx.update(plain, tx.init(plain), plain)
+    for n in plain:
+        assert jax.typeof(updates[n]).sharding == jax.typeof(params[n]).sharding
+        np.testing.assert_allclose(updates[n], expected[n], atol=1e-6)
+
+
+SHAPES_OF_HEADS = {"q": (8, 4, 16), "o": (4, 16, 8)}

@@ -121,6 +121,11 @@ UNUSED = [
     ("galore", {"projector": draws, "seed": 1}, "seed must be left out, since the projector"),
     ("galore", {"projector": draws, "rank": 8}, "rank must be left out.*got 8"),
     ("galore", {"inner": optax.identity(), "b2": 0.9}, "b2 must be left out, since inner"),
+    ("adafactor", {"scale_by_parameter": False, "min_scale": 5.0}, "min_scale must be left out"),
+    ("flora", {"min_scale": 5.0}, "min_scale must be left out, since scale_by_parameter is off"),
+    ("apollo", {"growth_limit": None, "scale_front": True}, "scale_front must be left out"),
+    ("muon", {"ns_coeffs": [(1.5, -0.5, 0.0)] * 2, "ns_steps": 50}, "ns_steps must be left out"),
+    ("online_subspace_descent", {"start": draws, "rank": 8}, "rank must be left out, since start"),
     ("flora", {"projector": "svd", "seed": jnp.array(1)}, "seed must be left out"),
     ("fira", {"projector": "svd", "seed": 1}, "seed must be left out"),
     ("apollo", {"projector": draws, "rank": 0.5}, "rank must be left out.*got 0.5"),
@@ -172,3 +177,13 @@ def test_matrices_and_rest_are_replaceable():
     assert (table["embed"], table["scale"]) == (4 * (2 * 16 + 1), 0)
     table = memopt.state_bytes(memopt.lion(1e-2, rest=optax.sgd(1e-2)), tree())
     assert (table["up/kernel"], table["norm/scale"]) == (4 * 128, 0)
+
+
+def test_an_injected_rank_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match="static_args='rank' to optax.inject_hyperparams"):
+        optax.inject_hyperparams(memopt.galore)(1e-2, rank=4).init(tree())
+
+
+def test_lion_refuses_a_momentum_that_forgets_everything():
+    with pytest.raises(ValueError, match=r"b2 must be above 0, got 0\.0"):
+        memopt.lion(1e-3, b1=0.0, b2=0.0)

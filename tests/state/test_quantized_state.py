@@ -378,3 +378,20 @@ def test_fields_of_the_parameters_are_no_second_moments():
     assert {x.dtype for x in state.codes.nu} == {jnp.dtype(jnp.uint8)}
     for u, x in zip(updates, g, strict=True):
         np.testing.assert_allclose(u, jnp.sign(x), atol=0.02)
+
+
+@pytest.mark.parametrize("tree", [lambda w: w, lambda w: (w, w)], ids=["array", "tuple"])
+def test_the_second_moment_of_parameters_without_names_is_unsigned(tree):
+    """A chain is not taken for a parameter, or for a tuple of parameters."""
+    tx = optax.chain(optax.chain(optax.scale_by_adam()), optax.chain(optax.trace(0.9)))
+    params = tree(jnp.zeros((64, 256)))
+    codes = memopt.quantize_state(tx).init(params).codes[0][0]
+    assert {x.dtype for x in jax.tree.leaves(codes.nu)} == {jnp.dtype(jnp.uint8)}
+    assert {x.dtype for x in jax.tree.leaves(codes.mu)} == {jnp.dtype(jnp.int8)}
+    assert memopt.state_bytes(tx, params).shared == 4
+
+
+def test_an_estimate_of_the_hessian_keeps_its_sign():
+    state = memopt.quantize_state(optax.contrib.sophia(1e-3)).init({"w": jnp.zeros((64, 256))})
+    dtypes = {str(x.dtype) for x in jax.tree.leaves(state.codes) if x.shape == (64, 256)}
+    assert dtypes == {"int8"}

@@ -1,5 +1,6 @@
 """Transformations made of a rule for one parameter, and the rules by themselves."""
 
+import collections
 from typing import Any, NamedTuple
 
 import chex
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import memopt
 from memopt.matrices import layout_of
@@ -76,3 +78,9 @@ def test_a_factored_second_moment_is_the_product_of_its_means():
     vector = layout_of("b", G[0, 0], None)
     update, *new = divide_by_factored_rms(vector, G[0, 0], NOTHING, jnp.zeros(6), **first)
     chex.assert_trees_all_close((update, *new), (np.sign(G[0, 0]), NOTHING, squares[0, 0]))
+
+
+def test_a_count_that_is_not_the_first_field_is_refused():
+    state = collections.namedtuple("State", ("mu", "count"))
+    with pytest.raises(ValueError, match="count as its first field"):
+        per_matrix(lambda layout, u, mu: (u, mu), state, lambda layout, p: p)

@@ -1,5 +1,7 @@
 """What `in_subspace` does around projector, inner optimizer and recombination."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -236,3 +238,34 @@ def test_quantised_moments_begin_anew():
         for inner in (exact, adam)
     )
     assert found == pytest.approx(expected, rel=0.02)
+
+
+class UnknownState(NamedTuple):
+    m: Any
+    v: Any
+
+
+def test_a_moment_of_unknown_order_is_not_carried():
+    zeros = lambda params: jax.tree.map(jnp.zeros_like, params)
+    inner = optax.GradientTransformation(
+        lambda params: UnknownState(zeros(params), zeros(params)), lambda u, s, p=None: (u, s)
+    )
+    tx = memopt.in_subspace(inner, projectors.gaussian(2), recombine.lift(), on_refresh="carry")
+    with pytest.raises(memopt.IncompatiblePairingError, match="the field 'v' of UnknownState"):
+        tx.init({"w": jnp.ones((8, 16))})
+
+
+def test_a_basis_may_be_moved_by_an_optimizer_with_a_factored_state():
+    tx = memopt.online_subspace_descent(
+        1e-2, rank=2, projector_optimizer=memopt.adafactor(1e-3), rest=optax.sgd(1.0)
+    )
+    params = {"w": jax.random.normal(jax.random.key(0), (3, 8, 16))}
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(params, state, params)
+    assert jnp.isfinite(updates["w"]).all()
+    layer = jax.tree.map(lambda x: x[1], params)
+    alone = tx.init(layer)
+    for _ in range(2):
+        one, alone = tx.update(layer, alone, layer)
+    assert jnp.abs(one["w"] - updates["w"][1]).max() < 1e-5

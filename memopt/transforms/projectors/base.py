@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import numbers
 import zlib
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,6 +16,8 @@ from memopt.names import split_layer
 from memopt.shapes import Basis, Projected, Square, Stack
 from memopt.transforms.linalg import for_stack, product, replicate_axis
 
+_RENAMED = {"space": "basis_at", "before": "previous_basis", "low": "projected_shape"}
+_RENAMED |= {"rest": "residual"}
 SIDES = ("short", "long", "left", "right")
 
 
@@ -113,11 +116,22 @@ class Projector(abc.ABC):
 
     def __post_init__(self) -> None:
         check_choice("side", self.side, SIDES)
+        if not isinstance(self.rank, numbers.Real):
+            raise ValueError(
+                f"rank must be a number, since shapes depend on it, got {self.rank}; pass "
+                "static_args='rank' to optax.inject_hyperparams."
+            )
         if isinstance(self.rank, float):
             if not 0 < self.rank <= 1:
                 raise ValueError(f"a fractional rank must be in (0, 1], got {self.rank}.")
         else:
             check_at_least("rank", self.rank, 1)
+
+    def __init_subclass__(cls) -> None:
+        """Refuses methods by their names in memopt 0.1, which nothing would call."""
+        for old, new in _RENAMED.items():
+            if old in vars(cls):
+                raise TypeError(f"{cls.__name__}.{old} is now {new}; see memopt's CHANGELOG.")
 
     @abc.abstractmethod
     def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:

@@ -59,7 +59,7 @@ class OnlinePca(Tracked):
     @property
     def keeps(self) -> int:
         """The basis and the arrays of its optimizer."""
-        return 1 + len(jax.tree.leaves(jax.eval_shape(self.optimizer.init, jnp.zeros((1, 1)))))
+        return 1 + len(jax.tree.leaves(jax.eval_shape(self.optimizer.init, jnp.zeros((2, 2)))))
 
     def init(self, spec: MatrixSpec) -> tuple[Array, ...]:
         """The basis and the state of its optimizer."""
@@ -80,8 +80,13 @@ class OnlinePca(Tracked):
         basis = jax.lax.cond(first, start, lambda: kept[0])
         moved = self._moved(spec, (basis, *kept[1:]), gradient)
         # The first basis is already optimal, and a gradient of zeros has no information.
-        stay = first | (gradient == 0).all((-2, -1), keepdims=True)
-        keep = lambda old, new: jnp.where(stay if old.ndim else first, old, new)
+        stay = first | (gradient == 0).all((-2, -1))
+
+        def keep(old: Array, new: Array) -> Array:
+            is_stack = old.ndim > 0 and old.shape[: stay.ndim] == stay.shape
+            axes = tuple(range(stay.ndim, old.ndim))
+            return jnp.where(jnp.expand_dims(stay, axes) if is_stack else first, old, new)
+
         return basis, tuple(map(keep, (basis, *kept[1:]), moved))
 
     def _moved(
