@@ -133,6 +133,8 @@ def _has_parameters(tree: Any, structure: Any) -> bool:
         nodes = structure.flatten_up_to(tree)
     except ValueError:
         return False
+    if _is_count(tree):
+        return False  # the parameters are one array
     is_state = lambda x: hasattr(x, "_fields") and not isinstance(x, optax.MaskedNode)
     return not any(map(is_state, jax.tree.leaves(nodes, is_leaf=is_state)))
 
@@ -184,6 +186,10 @@ def owners(state: Any, params: Any) -> Any:
 def _kind(part: Part, x: Any, shape: tuple[int, ...] | None) -> str:
     if part.is_second_moment:
         return SECOND
-    if jnp.issubdtype(x.dtype, jnp.integer) and x.shape == ():
+    if _is_count(x):
         return COUNT
     return FIRST if jnp.issubdtype(x.dtype, jnp.floating) and x.shape == shape else OTHER
+
+
+def _is_count(x: Any) -> bool:
+    return getattr(x, "shape", None) == () and jnp.issubdtype(x.dtype, jnp.integer)
