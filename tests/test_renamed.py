@@ -75,14 +75,14 @@ def test_an_argument_under_both_names_is_refused():
 
 
 def test_old_names_of_transforms_and_of_the_limiter_still_work():
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="scale_by_matrix_shape"):
         assert memopt.transforms.scale_by_shape is memopt.scale_by_matrix_shape
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="growth_limit"):
         assert memopt.GrowthLimiter(limit=2.0) == memopt.GrowthLimiter(2.0)
     limiter = memopt.GrowthLimiter(2.0)
     assert limiter._replace(growth_limit=3.0).growth_limit == 3.0
 
 
 def test_a_projector_that_overrides_an_old_method_is_refused():
-    with pytest.raises(TypeError, match="Mine.rest is now residual"):
+    with pytest.raises(TypeError, match=r"Mine\.rest is now residual"):
         type("Mine", (projectors.Projector,), {"rest": None})

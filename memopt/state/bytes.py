@@ -62,8 +62,9 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
       params: arrays or ``jax.ShapeDtypeStruct``.
 
     Returns:
-      The bytes for each leaf, and the shapes they come from. In a part of the state with the
-      structure of `params`, a node counts for the corresponding parameter, whatever its shape.
+      The bytes for each leaf, and the shapes they come from. Where a subtree of the
+      state has the structure of `params`, each of its nodes is charged to the parameter at the same
+      position, whatever its shape.
 
     Example:
       >>> params = {"w": jax.ShapeDtypeStruct((8, 4), "bfloat16")}

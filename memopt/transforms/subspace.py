@@ -72,8 +72,8 @@ def in_subspace(
         "reset" initializes it again; "reset_moments" does so except for the step count, so that
         Adam's bias correction continues; "carry" transforms the moments to the new subspace, as
         does a `CarryOver`, which has options.
-      refresh_phase: the number of steps by which refreshes after the first come early. With
-        several numbers, matrices are assigned to them in turn, by name, so that no step refreshes
+      refresh_phase: shifts refreshes: they happen at step 0 and at steps where
+        ``(step + refresh_phase) % refresh_every == 0``. With several numbers, matrices are assigned to them in turn, by name, so that no step refreshes
         all of them; the state is then that of an ``optax.partition``.
       matrices: which leaves are projected, and which axes are their rows and columns; by
         default the hidden matrices, see `memopt.hidden_matrices`.
@@ -143,10 +143,8 @@ def in_subspace(
         leave = functools.partial(leave_subspace, recombine, carried)
         ends = (updates, spaces, low_updates, old, momentum, state.recombine)
         updates, rule = on(leave, *ends, outputs=2)
-        kept, count = (
-            transpose_tuples(kept, updates, projector.keeps),
-            optax.safe_increment(state.count),
-        )
+        kept = transpose_tuples(kept, updates, projector.keeps)
+        count = optax.safe_increment(state.count)
         return updates, InSubspaceState(count, kept, inner_state, rule)
 
     def update(updates: Any, state: InSubspaceState, params: Any = None, **extra: Any) -> Any:

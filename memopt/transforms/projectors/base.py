@@ -228,10 +228,8 @@ class Projector(abc.ABC):
 
     def up(self, spec: MatrixSpec, basis: Basis, low: Projected) -> Stack:
         """Lifts an array in the subspace to full size: P R or R Pᵀ."""
-        basis, low = (
-            replicate_axis(basis, -1),
-            replicate_axis(low, -2 if self.is_left(spec) else -1),
-        )
+        basis = replicate_axis(basis, -1)
+        low = replicate_axis(low, -2 if self.is_left(spec) else -1)
         if self.is_left(spec):
             return product("...mr,...rn->...mn", for_stack(basis, low), low)
         return product("...mr,...nr->...mn", low, basis)
