@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     Basis = Float[Array, "*stack side r"]
     """A basis of r columns for one side, m or n, of each matrix; without stack axes, for all."""
 
-    Projected = Float[Array, "*stack p q"]
+    Projected = Float[Array, "*stack a b"]
     """An array in the subspace: r×n if rows are projected, m×r if columns are."""
 
     Square = Float[Array, "*stack side side"]
