@@ -74,7 +74,7 @@ def in_subspace(
         does a `CarryOver`, which has options.
       refresh_phase: shifts refreshes: they happen at step 0 and at steps where
         ``(step + refresh_phase) % refresh_every == 0``. With several numbers, matrices are assigned
-        to them in turn, by name, so that no step refreshes all of them; the state is then that of an
+        to them in turn, by name, so that no step refreshes all of them; the state is then an
         ``optax.partition``.
       matrices: which leaves are projected, and which axes are their rows and columns; by
         default the hidden matrices, see `memopt.hidden_matrices`.
