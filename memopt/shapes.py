@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     Basis = Float[Array, "*stack side r"]
     """A basis of r columns for one side, m or n, of each matrix; without stack axes, for all."""
 
-    Projected = Float[Array, "*stack a b"]
+    LowRank = Float[Array, "*stack a b"]
     """An array in the subspace: r×n if rows are projected, m×r if columns are."""
 
     Square = Float[Array, "*stack side side"]
@@ -25,4 +25,4 @@ if TYPE_CHECKING:
     Bits = UInt32[Array, "*rows n"]
     """Random bits that decide the rounding of each number."""
 else:
-    Stack = Basis = Projected = Square = Numbers = Bits = Array
+    Stack = Basis = LowRank = Square = Numbers = Bits = Array

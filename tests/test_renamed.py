@@ -22,6 +22,7 @@ OLD_ARGUMENTS = {
     "clip": (memopt.clip_by_matrix_rms, {"threshold": 0.5}, {"clip_threshold": 0.5}),
     "group": (memopt.normalize_by_group, {"threshold": 0.5}, {"clip_threshold": 0.5}),
     "orthogonalize": (memopt.orthogonalize, {"steps": 2}, {"ns_steps": 2}),
+    "muon": (lambda **o: memopt.muon(1e-3, **o), {"copied_over": "x"}, {"replica_axis": "x"}),
     "by name": (
         lambda **o: memopt.optimizer("adafactor", 1e-2, **o),
         {"eps_scale": 0.5},
@@ -47,6 +48,8 @@ def test_an_old_name_of_projectors_is_the_new_one_and_warns(old, new):
 def test_an_old_name_of_recombine_is_the_new_one_and_warns():
     with pytest.warns(DeprecationWarning, match="lift_and_residual"):
         assert recombine.lift_and_rest is recombine.lift_and_residual
+    with pytest.warns(DeprecationWarning, match="Subspace"):
+        assert recombine.Projected is recombine.Subspace
 
 
 @pytest.mark.parametrize("case", OLD_ARGUMENTS)

@@ -147,6 +147,6 @@ def apollo_mini(
       >>> memopt.state_bytes(memopt.apollo_mini(1e-2), params)["up/kernel"]   # (2·64 + 1) floats
       516
     """
-    if isinstance(projector, projectors.Projector) and rank == 1:
+    if isinstance(projector, projectors.Projector) and isinstance(rank, int) and rank == 1:
         rank = projector.rank
     return apollo(learning_rate, rank=rank, scale=scale, per=per, projector=projector, **options)

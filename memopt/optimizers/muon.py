@@ -10,6 +10,7 @@ import optax
 from memopt.errors import check_at_least, check_unused
 from memopt.optimizers.by_partition import Common, finish
 from memopt.optimizers.registry import method
+from memopt.renamed import keywords
 from memopt.state.precision import in_float32
 from memopt.transforms.orthogonalization import (
     NEWTON_SCHULZ_COEFFS,
@@ -19,6 +20,7 @@ from memopt.transforms.orthogonalization import (
 
 
 @method()
+@keywords(copied_over="replica_axis")
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     *,

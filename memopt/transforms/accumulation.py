@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -178,6 +179,13 @@ def _accumulate(
     matrices: Matrices = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds ``down(g)`` to ``start(p)`` over a cycle, then runs `inner` on ``up`` of the mean."""
+    is_whole = jnp.issubdtype(
+        getattr(every_k_schedule, "dtype", type(every_k_schedule)), np.integer
+    )
+    if not callable(every_k_schedule) and not is_whole:
+        raise ValueError(
+            f"every_k_schedule must be a whole number or a function, got {every_k_schedule!r}."
+        )
     check_at_least("every_k_schedule", every_k_schedule, 1)
     inner = optax.with_extra_args_support(inner)
 
@@ -191,7 +199,7 @@ def _accumulate(
         k: Any = every_k_schedule
         if callable(every_k_schedule):
             cycle, step = state.cycle, state.micro_step
-            k = every_k_schedule(cycle)
+            k = jnp.asarray(every_k_schedule(cycle)).astype(jnp.int32)
         else:
             cycle, step = jnp.divmod(state.micro_step, jnp.int32(k))
         begins, ends = step == 0, step + 1 >= k

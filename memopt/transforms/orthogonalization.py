@@ -26,7 +26,7 @@ NEWTON_SCHULZ_COEFFS = (3.4445, -4.7750, 2.0315)
 """Muon's polynomial: the steepest at zero that keeps singular values near one."""
 
 
-@keywords(steps="ns_steps", coefficients="ns_coeffs")
+@keywords(steps="ns_steps", coefficients="ns_coeffs", copied_over="replica_axis")
 def orthogonalize(
     ns_steps: int = 5,
     ns_coeffs: Sequence[float] | Sequence[Sequence[float]] = NEWTON_SCHULZ_COEFFS,

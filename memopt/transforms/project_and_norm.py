@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType
 
-from memopt.shapes import Basis, Projected, Stack
+from memopt.shapes import Basis, LowRank, Stack
 from memopt.state.precision import statistics_dtype
 from memopt.transforms.linalg import for_stack, product, replicate_axis
 
@@ -22,7 +22,7 @@ _BLOCK = 512  # rows and columns of the gradient's block in fast memory
 _LANES, _SUBLANES = 128, 8  # columns and rows of the tiles in which arrays are stored
 _MAX_RESIDENT = 7e6  # bytes of P and two blocks of R in fast memory, which is at least 16 MiB
 
-Pair = tuple[Projected, Array]
+Pair = tuple[LowRank, Array]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))

@@ -11,7 +11,7 @@ from jax import Array
 
 from memopt import renamed
 from memopt.errors import IncompatiblePairingError, check_at_least, check_choice
-from memopt.shapes import Basis, Projected, Stack
+from memopt.shapes import Basis, LowRank, Stack
 from memopt.transforms.norm_growth import GrowthLimiter
 from memopt.transforms.projectors import MatrixSpec, Projector
 from memopt.trees import NOTHING
@@ -40,12 +40,12 @@ class Subspace:
     spec: MatrixSpec
     gradient: Stack
     basis: Basis
-    low_gradient: Projected
+    low_gradient: LowRank
     squares: Any
     previous_basis: Callable[[], Array]
     low_update: Any = None
-    old_momentum: Projected | None = None
-    momentum: Projected | None = None
+    old_momentum: LowRank | None = None
+    momentum: LowRank | None = None
     is_carried: Any = False
 
     @property
@@ -53,7 +53,7 @@ class Subspace:
         """The axis of R of length r, -2 or -1."""
         return -2 if self.projector.is_left(self.spec) else -1
 
-    def up(self, low: Projected) -> Stack:
+    def up(self, low: LowRank) -> Stack:
         """Lifts an array in the subspace to full size."""
         return self.projector.up(self.spec, self.basis, low)
 
@@ -61,7 +61,7 @@ class Subspace:
         """The part of the gradient outside the subspace: G − up(R)."""
         return self.projector.residual(self.spec, self.basis, self.gradient, self.low_gradient)
 
-    def carry(self, moment: Projected, power: int) -> Projected:
+    def carry(self, moment: LowRank, power: int) -> LowRank:
         """Transforms a moment from the previous subspace to this one."""
         return self.projector.carry(
             self.spec, self.previous_basis(), self.basis, moment, power=power

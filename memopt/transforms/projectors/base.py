@@ -13,7 +13,7 @@ from jax import Array
 
 from memopt.errors import check_at_least, check_choice
 from memopt.names import split_layer
-from memopt.shapes import Basis, Projected, Square, Stack
+from memopt.shapes import Basis, LowRank, Square, Stack
 from memopt.transforms.linalg import for_stack, product, replicate_axis
 
 _RENAMED = {"space": "basis_at", "before": "previous_basis", "low": "projected_shape"}
@@ -121,7 +121,7 @@ class Projector(abc.ABC):
                 f"rank must be a number, since shapes depend on it, got {self.rank}; pass "
                 "static_args='rank' to optax.inject_hyperparams."
             )
-        if isinstance(self.rank, float):
+        if not isinstance(self.rank, numbers.Integral):
             if not 0 < self.rank <= 1:
                 raise ValueError(f"a fractional rank must be in (0, 1], got {self.rank}.")
         else:
@@ -202,7 +202,11 @@ class Projector(abc.ABC):
         """The length of the projected side, and r."""
         m, n = spec.shape[-2:]
         side = m if self.is_left(spec) else n
-        r = max(1, round(self.rank * min(m, n))) if isinstance(self.rank, float) else self.rank
+        r = (
+            max(1, round(self.rank * min(m, n)))
+            if not isinstance(self.rank, numbers.Integral)
+            else int(self.rank)
+        )
         if r > side:
             raise ValueError(
                 f"rank must be between 1 and {side} for {spec.name!r}, whose matrices are {m}×{n} "
@@ -211,7 +215,7 @@ class Projector(abc.ABC):
             )
         return side, r
 
-    def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> Projected:
+    def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> LowRank:
         """Projects the gradient to the subspace: PᵀG or G P."""
         basis = replicate_axis(basis, -1)
         if self.is_left(spec):
@@ -221,12 +225,12 @@ class Projector(abc.ABC):
 
     def down_and_squares(
         self, spec: MatrixSpec, basis: Basis, gradient: Stack
-    ) -> tuple[Projected, Array]:
+    ) -> tuple[LowRank, Array]:
         """Projects the gradient, and returns the sum of squares of each of its channels too."""
         axis = -2 if self.is_left(spec) else -1
         return self.down(spec, basis, gradient), jnp.square(gradient).sum(axis, keepdims=True)
 
-    def up(self, spec: MatrixSpec, basis: Basis, low: Projected) -> Stack:
+    def up(self, spec: MatrixSpec, basis: Basis, low: LowRank) -> Stack:
         """Lifts an array in the subspace to full size: P R or R Pᵀ."""
         basis = replicate_axis(basis, -1)
         low = replicate_axis(low, -2 if self.is_left(spec) else -1)
@@ -234,23 +238,23 @@ class Projector(abc.ABC):
             return product("...mr,...rn->...mn", for_stack(basis, low), low)
         return product("...mr,...nr->...mn", low, basis)
 
-    def residual(self, spec: MatrixSpec, basis: Basis, gradient: Stack, low: Projected) -> Stack:
+    def residual(self, spec: MatrixSpec, basis: Basis, gradient: Stack, low: LowRank) -> Stack:
         """The part of the gradient outside the subspace: G − up(R)."""
         return gradient - self.up(spec, basis, low)
 
-    def correlation(self, spec: MatrixSpec, gradient: Stack, low: Projected) -> Basis:
+    def correlation(self, spec: MatrixSpec, gradient: Stack, low: LowRank) -> Basis:
         """The product of the gradient and its projection: G Rᵀ or GᵀR, side×r."""
         return product(
             "...mn,...rn->...mr" if self.is_left(spec) else "...mn,...mr->...nr", gradient, low
         )
 
-    def gram(self, spec: MatrixSpec, a: Projected, b: Projected) -> Square:
+    def gram(self, spec: MatrixSpec, a: LowRank, b: LowRank) -> Square:
         """The r×r inner products of two projected arrays: A Bᵀ or AᵀB."""
         return product("...rn,...sn->...rs" if self.is_left(spec) else "...mr,...ms->...rs", a, b)
 
     def carry(
-        self, spec: MatrixSpec, old: Basis, new: Basis, low: Projected, *, power: int
-    ) -> Projected:
+        self, spec: MatrixSpec, old: Basis, new: Basis, low: LowRank, *, power: int
+    ) -> LowRank:
         """Transforms coordinates of an old subspace to a new one: down_new(up_old(R)).
 
         Args:

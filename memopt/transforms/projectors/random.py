@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from memopt.shapes import Basis, Projected, Stack
+from memopt.shapes import Basis, LowRank, Stack
 from memopt.transforms.linalg import orthonormal
 from memopt.transforms.project_and_norm import project_and_norm
 from memopt.transforms.projectors.base import MatrixSpec, Projector, RefreshClock
@@ -48,7 +48,7 @@ class RandomProjector(Projector):
 
     def down_and_squares(
         self, spec: MatrixSpec, basis: Basis, gradient: Stack
-    ) -> tuple[Projected, Array]:
+    ) -> tuple[LowRank, Array]:
         """Computes both in one pass over the gradient if there is a kernel for it."""
         given = gradient.astype(spec.gradient_dtype or spec.dtype)
         return project_and_norm(basis, given, self.is_left(spec), spec.split)

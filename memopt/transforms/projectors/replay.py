@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from memopt.errors import check_choice
-from memopt.shapes import Basis, Projected, Stack
+from memopt.shapes import Basis, LowRank, Stack
 from memopt.transforms.projectors.base import MatrixSpec, Projector, RefreshClock
 from memopt.transforms.projectors.selected import Selected
 
@@ -74,7 +74,7 @@ class ReplaySelected(Selected):
             return (*stack, len(chosen))
         return (*stack, len(chosen), n) if self.is_left(spec) else (*stack, m, len(chosen))
 
-    def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> Projected:
+    def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> LowRank:
         """The selected lines or entries; zeros for a matrix that is not selected."""
         if basis.ndim == 0:
             return jnp.where(basis, gradient, 0)
@@ -82,7 +82,7 @@ class ReplaySelected(Selected):
             return gradient.reshape(*gradient.shape[:-2], -1)[..., basis]
         return jnp.take(gradient, basis, -2 if self.is_left(spec) else -1)
 
-    def up(self, spec: MatrixSpec, basis: Basis, low: Projected) -> Stack:
+    def up(self, spec: MatrixSpec, basis: Basis, low: LowRank) -> Stack:
         """Puts the selected entries back in their places, with zeros elsewhere."""
         if basis.ndim == 0:
             return jnp.where(basis, low, 0)

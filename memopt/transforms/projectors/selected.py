@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from memopt.shapes import Basis, Projected, Stack
+from memopt.shapes import Basis, LowRank, Stack
 from memopt.transforms.projectors.base import MatrixSpec, Projector, RefreshClock
 
 
@@ -18,16 +18,16 @@ class Selected(Projector):
     """Selects entries of G unchanged; `up` puts them back in their places among zeros."""
 
     @abc.abstractmethod
-    def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> Projected:
+    def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> LowRank:
         """The selected entries."""
 
     @abc.abstractmethod
-    def up(self, spec: MatrixSpec, basis: Basis, low: Projected) -> Stack:
+    def up(self, spec: MatrixSpec, basis: Basis, low: LowRank) -> Stack:
         """Puts the selected entries in their places, with zeros elsewhere."""
 
     def carry(
-        self, spec: MatrixSpec, old: Array, new: Array, low: Projected, *, power: int
-    ) -> Projected:
+        self, spec: MatrixSpec, old: Array, new: Array, low: LowRank, *, power: int
+    ) -> LowRank:
         """Keeps the entries that are selected again; newly selected ones start at zero."""
         return self.down(spec, new, self.up(spec, old, low))
 
@@ -60,18 +60,18 @@ class Strata(Selected):
         at = len(spec.shape) + self.axis(spec)
         return (*spec.shape[:at], math.prod(self.parts(spec)), *spec.shape[at + 1 :])
 
-    def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> Projected:
+    def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> LowRank:
         """The selected entries; the axis is c times shorter."""
         strata = self._split(spec, gradient, self.every)
         chosen = jnp.where(self._is_chosen(spec, basis), strata, 0)
         return self._join(spec, chosen.sum(self.axis(spec) - 1, keepdims=True))
 
-    def up(self, spec: MatrixSpec, basis: Basis, low: Projected) -> Stack:
+    def up(self, spec: MatrixSpec, basis: Basis, low: LowRank) -> Stack:
         """Puts the selected entries in their places, with zeros elsewhere."""
         strata = jnp.where(self._is_chosen(spec, basis), self._split(spec, low, 1), 0)
         return self._full(spec, strata)
 
-    def residual(self, spec: MatrixSpec, basis: Basis, gradient: Stack, low: Projected) -> Stack:
+    def residual(self, spec: MatrixSpec, basis: Basis, gradient: Stack, low: LowRank) -> Stack:
         """The entries that are not selected, computed from the gradient alone."""
         strata = self._split(spec, gradient, self.every)
         return self._full(spec, jnp.where(self._is_chosen(spec, basis), 0, strata))
@@ -138,7 +138,7 @@ class Lines(Coordinates):
         """Draws one tile of each stratum."""
         return self._drawn(spec, clock, (1, 1), self.parts(spec)[0])
 
-    def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> Projected:
+    def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> LowRank:
         """The selected lines; if they are whole tiles of rows, only these are read."""
         b, width = self.parts(spec)
         if not self.is_left(spec) or width == 1:
@@ -177,19 +177,19 @@ class Blocks(Strata):
         """The shape of the selected layers, or the full shape of a single matrix."""
         return spec.shape if len(spec.shape) == 2 else super().projected_shape(spec)
 
-    def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> Projected:
+    def down(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> LowRank:
         """The selected layers, a stack c times shorter; a single matrix unchanged or zeros."""
         if len(spec.shape) == 2:
             return jnp.where(basis, gradient, 0)
         return super().down(spec, basis, gradient)
 
-    def up(self, spec: MatrixSpec, basis: Basis, low: Projected) -> Stack:
+    def up(self, spec: MatrixSpec, basis: Basis, low: LowRank) -> Stack:
         """Puts the selected layers in their places, with zeros elsewhere."""
         if len(spec.shape) == 2:
             return jnp.where(basis, low, 0)
         return super().up(spec, basis, low)
 
-    def residual(self, spec: MatrixSpec, basis: Basis, gradient: Stack, low: Projected) -> Stack:
+    def residual(self, spec: MatrixSpec, basis: Basis, gradient: Stack, low: LowRank) -> Stack:
         """The layers that are not selected."""
         if len(spec.shape) == 2:
             return jnp.where(basis, 0, gradient)
