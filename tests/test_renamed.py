@@ -1,5 +1,7 @@
 """Old names work for one release."""
 
+import functools
+
 import jax.numpy as jnp
 import optax
 import pytest
@@ -22,7 +24,6 @@ OLD_ARGUMENTS = {
     "clip": (memopt.clip_by_matrix_rms, {"threshold": 0.5}, {"clip_threshold": 0.5}),
     "group": (memopt.normalize_by_group, {"threshold": 0.5}, {"clip_threshold": 0.5}),
     "orthogonalize": (memopt.orthogonalize, {"steps": 2}, {"ns_steps": 2}),
-    "muon": (lambda **o: memopt.muon(1e-3, **o), {"copied_over": "x"}, {"replica_axis": "x"}),
     "by name": (
         lambda **o: memopt.optimizer("adafactor", 1e-2, **o),
         {"eps_scale": 0.5},
@@ -68,6 +69,12 @@ def test_the_old_word_for_micro_steps_means_the_new_one_and_warns():
         tx = memopt.accumulate(optax.sgd(1.0), every=2)
     state = tx.init(jnp.zeros(1))
     assert not tx.update(jnp.ones(1), state)[0].any()
+
+
+@pytest.mark.parametrize("make", [memopt.orthogonalize, functools.partial(memopt.muon, 1e-3)])
+def test_the_old_name_of_the_replica_axis_works_and_warns(make):
+    with pytest.warns(DeprecationWarning, match="replica_axis"):
+        make(copied_over="x")
 
 
 def test_an_argument_under_both_names_is_refused():

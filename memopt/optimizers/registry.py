@@ -86,7 +86,10 @@ def method(*, sums_projections: bool = False) -> Callable[[F], F]:
         @functools.wraps(make)
         def checked(*args: Any, **options: Any) -> Any:
             options = renamed.current(make, options)
-            signature.bind(*args, **options)  # raises TypeError for an unknown option
+            try:
+                signature.bind(*args, **options)
+            except TypeError as error:  # an unknown option
+                raise TypeError(f"memopt.{make.__name__} {error}.") from None
             return make(*args, **options)
 
         _set_signature(checked, signature)

@@ -202,11 +202,8 @@ class Projector(abc.ABC):
         """The length of the projected side, and r."""
         m, n = spec.shape[-2:]
         side = m if self.is_left(spec) else n
-        r = (
-            max(1, round(self.rank * min(m, n)))
-            if not isinstance(self.rank, numbers.Integral)
-            else int(self.rank)
-        )
+        is_fraction = not isinstance(self.rank, numbers.Integral)
+        r = max(1, round(float(self.rank) * min(m, n))) if is_fraction else int(self.rank)
         if r > side:
             raise ValueError(
                 f"rank must be between 1 and {side} for {spec.name!r}, whose matrices are {m}×{n} "
