@@ -56,7 +56,7 @@ def start(directory, output, every_row):
     environment["JAX_COMPILATION_CACHE_DIR"] = str(directory / "compiled")
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     if not every_row:  # of the tests for a device, one case of each
-        kinds = ("adafactor", "apollo", "galore", "muon", "bfloat16", "float8", "int4")
+        kinds = ("adafactor", "apollo", "galore", "muon", "bfloat16", "float8", "quantized")
         environment["PYTEST_ADDOPTS"] = f"-k '{' and '.join(f'not {kind}' for kind in kinds)}'"
     command = [sys.executable, "-m", "benchmarks.device", "--small", "--output", str(output)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -525,13 +525,14 @@ def test_the_state_is_carried_through_scan_and_cond(name, small_tree):
 
 
 def on_a_mesh() -> Any:
-    """Every case under Auto axes; under Explicit axes one of each kind, the others with -m slow."""
-    kinds = {*KINDS, "adamw_8bit"}
+    """One method of each kind, the others with -m slow.
+
+    Every method is trained on a mesh of Auto axes by tests/state/test_sharding.py, too.
+    """
     for name in CASES:
-        quick = name not in VARIANTS | set(CELLS)
-        yield pytest.param(name, AxisType.Auto, id=f"{name}-auto", marks=slow_unless(quick))
-        quick = quick and name in kinds
-        yield pytest.param(name, AxisType.Explicit, id=f"{name}-explicit", marks=slow_unless(quick))
+        for axis_type in (AxisType.Auto, AxisType.Explicit):
+            marks = slow_unless(name in {*KINDS, "adamw_8bit"})
+            yield pytest.param(name, axis_type, id=f"{name}-{axis_type.name.lower()}", marks=marks)
 
 
 @pytest.mark.parametrize(("name", "axis_type"), [*on_a_mesh()])

@@ -18,6 +18,7 @@ from memopt.models.stacked import StackedModel
 from memopt.optimizers.registry import METHODS
 from memopt.training.release import release_step
 from memopt.training.step import init_state, train_step
+from tests.optimizers.kinds import KINDS, slow_unless
 from tests.training.nano import NANO
 
 VOCAB, DIM, WIDE, LAYERS, ROWS, LENGTH = 11, 8, 12, 3, 8, 5
@@ -99,7 +100,16 @@ def assert_same(ordinary, released, atol=1e-6):
     chex.assert_trees_all_close(ordinary[1], released[1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adamw", *memopt.available("memopt")])
+SHARED = ("adamw", "online_subspace_descent")  # which keep counts that all layers share
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=slow_unless(name in {*KINDS, *SHARED}))
+        for name in ("adamw", *memopt.available("memopt"))
+    ],
+)
 def test_twenty_steps_are_the_ordinary_ones(name):
     method = METHODS[name]
     options = {"rank": 2} if method.has_free_rank else {}

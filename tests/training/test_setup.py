@@ -33,7 +33,8 @@ def placed(tree):
 def test_a_run_is_described_and_compiled_without_a_file(tmp_path, monkeypatch, release):
     """Neither its text nor its directory exists."""
     monkeypatch.chdir(tmp_path)
-    setup = describe_run(config(release=release, weights="int8", state="int8"))
+    codes = {"weights": "int8", "state": "int8"} if release else {}
+    setup = describe_run(config(release=release, **codes))
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(setup.state))
     assert setup.step.func is (release_step if release else train_step)
     compiled = setup.compile()
@@ -44,7 +45,8 @@ def test_a_run_is_described_and_compiled_without_a_file(tmp_path, monkeypatch, r
 
 @pytest.mark.parametrize("release", [False, True])
 def test_the_first_state_and_its_successor_are_as_described(release):
-    setup = describe_run(config(release=release, weights="int8", optimizer="galore"))
+    codes = {"weights": "int8"} if release else {}
+    setup = describe_run(config(release=release, optimizer="galore", **codes))
     rows = {name: np.ones(x.shape, x.dtype) for name, x in setup.batch.items()}
     with jax.set_mesh(setup.mesh):
         state = setup.jit_init(0)()
