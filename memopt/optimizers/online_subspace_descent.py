@@ -9,6 +9,7 @@ from memopt.optimizers.by_partition import Common
 from memopt.optimizers.galore import galore
 from memopt.optimizers.registry import method
 from memopt.transforms import projectors
+from memopt.transforms.projectors.replay import Replay
 
 
 @method(sums_projections=True)
@@ -83,7 +84,8 @@ def online_subspace_descent(
     else:
         decay = 0.01 if as_released else 0.0
         projector_optimizer = optax.adamw(projector_learning_rate, weight_decay=decay)
-    if start is not None and rank != start.rank:
+    # The rank of a replay is that of its matrices.
+    if start is not None and not isinstance(start, Replay) and rank != start.rank:
         check_unused(online_subspace_descent, "start has its own", rank=rank)
     if as_released:
         check_unused(online_subspace_descent, "the authors' code has none", penalty=penalty)

@@ -180,7 +180,7 @@ def test_matrices_and_rest_are_replaceable():
 
 
 def test_an_injected_rank_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r"static_args='rank' to optax\.inject"):
+    with pytest.raises(TypeError, match=r"static_args='rank' to optax\.inject"):
         optax.inject_hyperparams(memopt.galore)(1e-2, rank=4).init(tree())
 
 

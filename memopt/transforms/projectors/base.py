@@ -117,7 +117,7 @@ class Projector(abc.ABC):
     def __post_init__(self) -> None:
         check_choice("side", self.side, SIDES)
         if not isinstance(self.rank, numbers.Real):
-            raise ValueError(
+            raise TypeError(
                 f"rank must be a number, since shapes depend on it, got {self.rank}; pass "
                 "static_args='rank' to optax.inject_hyperparams."
             )
