@@ -62,7 +62,7 @@ def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
         tables: What `rotary_tables` returns.
 
     Returns:
-        Shape and dtype of `x`; the turn itself is in float32.
+        Shape and dtype of `x`; the rotation itself is in float32.
 
     Example:
         >>> from memopt.models.config import preset
@@ -74,5 +74,5 @@ def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
     """
     cos, sin = (table[:, :, None, :] for table in tables)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

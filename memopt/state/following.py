@@ -96,8 +96,8 @@ def followers(
         for path, moved in grown.moved.items():
             found[path] = Follower(grown.owner(moved), bool(moved))
     owner_of = {path: follower.owner for path, follower in found.items()}
-    for turn in range(max(map(len, axes), default=0)):
-        chosen = {i: own[turn] for i, own in enumerate(axes) if len(own) > turn}
+    for position in range(max(map(len, axes), default=0)):
+        chosen = {i: own[position] for i, own in enumerate(axes) if len(own) > position}
         tries = _tries_by_axis(init, base, owner_of, chosen)
         for path, owner in owner_of.items():
             if owner in chosen:

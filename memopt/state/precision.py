@@ -67,8 +67,8 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
         return inner.init(jax.tree.map(widen, params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        wide = jax.tree.map(widen, (updates, params))
-        new, state = inner.update(wide[0], state, wide[1], **extra)
+        gradients, params = jax.tree.map(widen, (updates, params))
+        new, state = inner.update(gradients, state, params, **extra)
         return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)

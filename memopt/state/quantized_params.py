@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.state.codecs import BFloat16, Codec, Coded, named
+from memopt.state.precision import to_float32
 from memopt.state.rounding import NEAREST, rounding_bits
 from memopt.trees import map_named
 
@@ -127,14 +128,13 @@ def apply_rounded_updates(
     def add(name: str, p: Any, u: Any) -> Any:
         if p is None or u is None:
             return p
-        wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
         bits = lambda: rounding_bits(p.shape, name, step, seed)
         if is_quantized(p):
-            new = p.codec.decode(Coded(p.codes, p.scales)) + wide(u)
+            new = p.codec.decode(Coded(p.codes, p.scales)) + to_float32(u)
             coded = p.codec.encode(new, bits(), Coded(p.codes, p.scales))
             return dataclasses.replace(p, codes=coded.codes, scales=coded.side_data)
         if p.dtype == jnp.bfloat16:
-            return BFloat16().encode(wide(p) + wide(u), bits()).codes
+            return BFloat16().encode(to_float32(p) + to_float32(u), bits()).codes
         return (p + u).astype(p.dtype)
 
     is_leaf = lambda x: x is None or is_quantized(x)

@@ -123,8 +123,8 @@ def quantize_state(
 
             old = map_named(decode, state.codes, scales, codecs, shapes)
             new_updates, new = inner.update(updates, old, params, **extra)
-            wide = lambda _, x, codec: _cast(codec, x, jnp.float32)
-            return new_updates, map_named(wide, new, codecs)
+            cast = lambda _, x, codec: _cast(codec, x, jnp.float32)
+            return new_updates, map_named(cast, new, codecs)
 
         def encode(name: str, x: Array, codec: Codec, place: Place, *like: Any) -> Coded:
             is_vectors = x.ndim == place.stack + 1  # a vector is encoded as a matrix of one row

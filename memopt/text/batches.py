@@ -186,7 +186,7 @@ def _packed(
 
 
 def _pair(piece: Piece, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """Each token and the one after it. End of document also stands before a document."""
+    """Each token and the one after it. Each document begins with an end-of-document token too."""
     eos = np.array([tokenizer.eos_id], np.int32)
     tokens = np.concatenate([eos[: piece.begins], tokenizer.encode(piece.text), eos[: piece.ends]])
     return {"inputs": tokens[:-1], "targets": tokens[1:]}

@@ -30,7 +30,7 @@ def find_documents(specs: Sequence[str] = ("python",)) -> Documents:
     `pages.jsonl#content`, `hf:NAME#content`. Bytes that are not UTF-8 are read as U+FFFD.
 
     Args:
-        specs: What to read. Files named twice are read once. `hf:` stands alone.
+        specs: What to read. Files named twice are read once. `hf:` must be the only one.
 
     Returns:
         The documents, in an order that depends on the names only.

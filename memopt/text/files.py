@@ -154,7 +154,7 @@ class Files:
         return Files(self.files, np.concatenate(heads)), Files(self.files, np.concatenate(tails))
 
     def epochs(self, seed: int) -> grain.MapDataset:
-        """Returns the pieces for ever, shuffled anew in each epoch."""
+        """Repeats the pieces without end, shuffled anew in each epoch."""
         import grain
 
         return grain.MapDataset.source(self).shuffle(seed=seed).repeat()

@@ -62,7 +62,7 @@ class Stream:
         return self.held_out is None or self.held_out == held_out
 
     def epochs(self, seed: int) -> grain.IterDataset:
-        """Returns the documents for ever, mixed within windows of 1,024."""
+        """Repeats the documents without end, mixed within windows of 1,024."""
         return internals.shuffled(_StreamDataset(self, endless=True), STREAM_WINDOW, seed)
 
     def once(self) -> grain.IterDataset:
@@ -75,7 +75,7 @@ class Stream:
 
 
 class _StreamDataset(grain.IterDataset[Piece]):
-    """The pieces of a `Stream`, once or for ever."""
+    """The pieces of a `Stream`, once or without end."""
 
     def __init__(self, stream: Stream, endless: bool):
         super().__init__()

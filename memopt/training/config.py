@@ -181,7 +181,7 @@ def _value(text: str) -> Any:
 
 
 def read_flags(path: Path) -> list[str]:
-    """Reads a `config.json` as the command-line flags it stands for.
+    """Reads a `config.json` as the equivalent command-line flags.
 
     Args:
         path: A JSON object of option names and values; any of them may be missing.

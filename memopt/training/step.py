@@ -107,8 +107,8 @@ def where_applied(applied: jax.Array, new: jax.Array, old: jax.Array) -> jax.Arr
     their own.
     """
     if new.dtype in (jnp.int4, jnp.int8, jnp.uint8):
-        wide = jnp.where(applied, new.astype(jnp.float32), old.astype(jnp.float32))
-        return wide.astype(new.dtype)
+        selected = jnp.where(applied, new.astype(jnp.float32), old.astype(jnp.float32))
+        return selected.astype(new.dtype)
     return jnp.where(applied, new, old)
 
 

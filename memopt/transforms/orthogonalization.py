@@ -85,15 +85,14 @@ def orthogonalize(
         updates: Any, state: Any, params: Any = None, *, leaf_by_leaf: bool = False, **_: Any
     ) -> tuple[Any, Any]:
         def orthogonal(updates: Any) -> Any:
-            wide = map_matrices(_to_wide, updates, matrices=matrices, default=every_matrix)
+            on = functools.partial(map_matrices, matrices=matrices, default=every_matrix)
             structure: Any
-            leaves, structure = jax.tree.flatten(wide)
+            leaves, structure = jax.tree.flatten(on(_to_landscape, updates))
             if leaf_by_leaf:
                 done = list(map(iterate, leaves))
             else:
                 done = _in_batches(iterate, leaves, replica_axis)
-            wide = structure.unflatten(done)
-            return map_matrices(_from_wide, updates, wide, matrices=matrices, default=every_matrix)
+            return on(_from_landscape, updates, structure.unflatten(done))
 
         return on_auto_axes(jax.jit(orthogonal), (updates,), like=updates), state
 
@@ -191,15 +190,15 @@ def multiply_by_shape(layout: Layout, u: Array, *, consistent_rms: float | None)
     return (u * (consistent_rms * math.sqrt(max(m, n)))).astype(u.dtype)
 
 
-def _to_wide(layout: Layout, u: Array) -> Array:
+def _to_landscape(layout: Layout, u: Array) -> Array:
     """Reshapes an update to a stack of matrices with no more rows than columns."""
     x = layout.to_matrices(u)
     x = x.reshape(-1, *x.shape[-2:])
     return x.mT if x.shape[-2] > x.shape[-1] else x
 
 
-def _from_wide(layout: Layout, u: Array, x: Array) -> Array:
-    """Inverts `_to_wide`."""
+def _from_landscape(layout: Layout, u: Array, x: Array) -> Array:
+    """Inverts `_to_landscape`."""
     *_, m, n = shape = layout.shape(u)
     return layout.from_matrices((x.mT if m > n else x).reshape(shape), u)
 

@@ -1,4 +1,4 @@
-"""What cannot work ends at once: one sentence on stderr, exit code 2, no traceback."""
+"""Bad input ends the command at once: one sentence on stderr, exit code 2, no traceback."""
 
 import json
 import sys

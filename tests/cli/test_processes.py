@@ -48,7 +48,7 @@ def alone(home):
 
 
 def last_state(directory):
-    """What was saved last, as this one process resumes it."""
+    """The state saved last, as this one process resumes it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory.parent)
         run = open_run(parse(["--resume", f"--output={directory.name}"]))

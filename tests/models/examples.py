@@ -1,4 +1,4 @@
-"""What the tests of this room share and is no fixture."""
+"""Models and batches shared by the tests of models."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What an optimizer moves between devices: of no parameter, gradient or state the whole."""
+"""Optimizers gather no whole parameter, gradient or state."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def collectives(tx, params, places=None, spread_over=None):
 
 
 def most_numbers(name):
-    """Of an array that moves between refreshes, in parts of a whole parameter."""
+    """The largest array moved between refreshes, as a fraction of a whole parameter."""
     if name == "muon":
         return WHOLE // 8  # each device's share of two of them, in whole matrices
     method = METHODS[name]
@@ -80,7 +80,7 @@ def test_nothing_whole_moves_between_devices(name):
 @pytest.mark.tpu
 @pytest.mark.parametrize("name", memopt.available())
 def test_nothing_whole_moves_between_chips(name):
-    """Of a v5e 4×4, by its own compiler."""
+    """Compiled for 4×4 chips of v5e."""
     check(name, compilers.devices("v5e", 16))
 
 

@@ -20,7 +20,7 @@ SPECS = {"up": {"kernel": jax.P(None, "a", "b")}, "norm": {"scale": jax.P(None, 
 
 
 def gradients() -> dict:
-    """Of every step; the singular values of each matrix are well apart."""
+    """Gradients of every step, whose matrices have distinct singular values."""
     draw = np.random.default_rng(0)
     tree = jax.tree.map(
         lambda s: draw.normal(size=(STEPS, *s)), SHAPES, is_leaf=lambda x: isinstance(x, tuple)

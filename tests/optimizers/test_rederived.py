@@ -176,7 +176,7 @@ def given(name, side, r):
 
 
 def drawn(projector, name, g, t, use=lambda spec, basis: basis):
-    """What a random projector draws for step t, which no box can know."""
+    """The basis that a random projector draws for step t."""
     spec = projectors.MatrixSpec(name, g.shape, jnp.float64)
     with jax.enable_x64(True):
         clock = projectors.RefreshClock.at(jnp.int32(t - 1), EVERY)
@@ -265,7 +265,7 @@ def galore(w, gradients, name):
 
 @wide
 def fira(w, gradients, name):
-    """As Algorithm 1 (appendix A.1, third version) has it."""
+    """Algorithm 1 (appendix A.1, third version)."""
     before = None
     for g, p, r, n, correction in uncorrected_adam(gradients, singular):
         n = correction * n

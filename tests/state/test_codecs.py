@@ -37,7 +37,7 @@ jitted = functools.cache(jax.jit)
 
 
 def numbers(name, shape=(6, 5, 200), seed=0):
-    """Of very different sizes."""
+    """Numbers of very different sizes."""
     draw = np.random.default_rng(seed)
     x = draw.normal(size=shape) * np.exp(draw.normal(size=shape))
     return jnp.asarray(x**2 if name in UNSIGNED else x, jnp.float32)

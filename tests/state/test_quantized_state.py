@@ -255,7 +255,7 @@ def test_bad_arguments_are_refused(make, sentence):
 
 
 def second_moment(tx, dtype, steps):
-    """Where the second moment of equal gradients goes."""
+    """The second moment after equal gradients."""
     params = {"w": jnp.zeros((32, 64), dtype)}
     g = {"w": jnp.full((32, 64), 0.01, dtype)}
 

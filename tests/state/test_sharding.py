@@ -1,4 +1,4 @@
-"""Where state lies: leaf by leaf, for optimizers nobody here wrote, and for odd ones."""
+"""Shardings of state: array by array, for Optax's optimizers and for unusual ones."""
 
 import functools
 import math

@@ -133,7 +133,7 @@ def damage(file, how):
 )
 @pytest.mark.filterwarnings("ignore:checkpoint . is damaged:UserWarning")
 def test_any_file_of_the_newest_may_be_damaged(tmp_path, whole, how):
-    """What is read is what was written, from it or from the one before; and saving goes on."""
+    """The state read is the one written, to it or to the one before; and saving goes on."""
     read_steps = []
     for number, file in enumerate(sorted((whole / "checkpoints" / "3").rglob("*"))):
         if not file.is_file():

@@ -35,7 +35,7 @@ def plain(wrapper):
 
 
 def lifted(gradients, **options):
-    """What the inner optimizer sees of one cycle, and the state after."""
+    """Runs one cycle: the gradient that the inner optimizer gets, and the state after."""
     tx = accumulate_in_subspace(optax.identity(), len(gradients), **options)
     state = tx.init(gradients[0])
     for g in gradients:
@@ -53,7 +53,7 @@ def test_equals_multi_steps(inner, every):
 
 @every_wrapper
 def test_a_schedule_gives_the_micro_steps_of_each_cycle(wrapper):
-    """As MultiSteps takes one; a number is a constant schedule."""
+    """A number is a constant schedule."""
     grows = lambda cycle: 1 + cycle
     tx = WRAPPERS[wrapper](optax.sgd(1.0), grows)
     state, moved = tx.init(tree(0)), []

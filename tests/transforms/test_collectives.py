@@ -1,4 +1,4 @@
-"""What moves between devices: never a gradient."""
+"""Gradients never move between devices."""
 
 import math
 

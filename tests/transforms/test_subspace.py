@@ -1,4 +1,4 @@
-"""What `in_subspace` does around projector, inner optimizer and recombination."""
+"""Refreshes, state and errors of `in_subspace`."""
 
 from typing import Any, NamedTuple
 
@@ -149,7 +149,7 @@ def test_refresh_phases_take_turns_by_name():
 
 
 def test_a_refresh_is_a_branch_of_its_own():
-    """What decomposes a gradient stands in one branch of a conditional, and nowhere else."""
+    """A gradient is decomposed in one branch of a conditional only."""
     tx = memopt.in_subspace(optax.scale_by_adam(), projectors.svd(2), recombine.lift())
     g = {"w": jnp.ones((4, 6))}
     jaxpr = jax.make_jaxpr(tx.update)(g, tx.init(g)).jaxpr
