@@ -77,7 +77,7 @@ def make_batch(seed):
 
 
 def run(step, tx, params, batches, **options):
-    state = init_state(jax.tree.map(jnp.copy, params), tx)
+    state = jax.jit(functools.partial(init_state, tx=tx))(params)
     step = functools.partial(step, tx=tx, learning_rate=RATE, **options)
     step = jax.jit(step, donate_argnums=0)
     for batch in batches:
@@ -346,7 +346,7 @@ def test_layouts_are_said_of_parts_only(weights):
 def test_quantised_weights_and_state():
     """The codes of the ordinary step, but for the few at the edge of rounding either way."""
     model, params = toy()
-    stored = memopt.quantize_params(params, "int8")
+    stored = jax.jit(lambda params: memopt.quantize_params(params, "int8"))(params)
     tx = optax.chain(
         memopt.quantize_state(optax.scale_by_adam(), min_size=16),
         optax.scale_by_learning_rate(RATE),
@@ -358,7 +358,7 @@ def test_quantised_weights_and_state():
     for a, b in zip(*map(jax.tree.leaves, (ordinary, released)), strict=True):
         if a.dtype in (jnp.int8, jnp.uint8):
             assert (a != b).mean() < 0.02
-    dense = [memopt.dequantize_params(x.params) for x in (ordinary, released)]
+    dense = [jax.jit(memopt.dequantize_params)(x.params) for x in (ordinary, released)]
     chex.assert_trees_all_close(*dense, atol=0.02)
     moved = jax.tree.map(lambda a, p: jnp.abs(a - p).max(), dense[1], params)
     assert min(jax.tree.leaves(moved)) > 1e-3

@@ -30,10 +30,12 @@ def placed(tree):
 
 
 @pytest.mark.parametrize("release", [False, True])
-def test_a_run_is_described_and_compiled_without_a_file(tmp_path, monkeypatch, release):
+def test_a_run_is_described_and_compiled_without_a_file_and_steps_as_described(
+    tmp_path, monkeypatch, release
+):
     """Neither its text nor its directory exists."""
     monkeypatch.chdir(tmp_path)
-    codes = {"weights": "int8", "state": "int8"} if release else {}
+    codes = {"weights": "int8", "state": "int8"} if release else {"optimizer": "galore"}
     setup = describe_run(config(release=release, **codes))
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(setup.state))
     assert setup.step.func is (release_step if release else train_step)
@@ -42,16 +44,11 @@ def test_a_run_is_described_and_compiled_without_a_file(tmp_path, monkeypatch, r
     assert compiled.output_shardings[0] == jax.tree.map(lambda x: x.sharding, setup.state)
     assert list(tmp_path.iterdir()) == []
 
-
-@pytest.mark.parametrize("release", [False, True])
-def test_the_first_state_and_its_successor_are_as_described(release):
-    codes = {"weights": "int8"} if release else {}
-    setup = describe_run(config(release=release, optimizer="galore", **codes))
     rows = {name: np.ones(x.shape, x.dtype) for name, x in setup.batch.items()}
     with jax.set_mesh(setup.mesh):
         state = setup.jit_init(0)()
         assert placed(state) == placed(setup.state)
-        state, metrics = setup.jitted(state, setup.place(rows))
+        state, metrics = setup.jitted(state, setup.place(rows))  # compiled above
     assert placed(state) == placed(setup.state)
     assert state.step == 1
     assert metrics["tokens"] == 8 * 32
