@@ -12,32 +12,24 @@ from memopt.trees import named_leaves, open_box
 
 FIRST, SECOND, COUNT, OTHER = "first moment", "second moment", "count", "other"
 
-SECOND_MOMENTS = frozenset(
-    {
-        *("nu", "nu_max", "sum_of_squares", "e_g", "e_x", "v_row", "v_col"),
-        *("exp_avg_sq", "grad_sum_sq"),  # optax.contrib
-        *("rows", "cols"),  # memopt
-    }
+_FIRST = ("mu", "m", "m1", "m2", "trace", "ema", "exp_avg", "momentum")
+_SECOND = (
+    *("nu", "nu_max", "sum_of_squares", "e_g", "e_x", "v_row", "v_col"),
+    *("exp_avg_sq", "grad_sum_sq"),  # optax.contrib
+    *("rows", "cols"),  # memopt
 )
-"""Names of state fields in which Optax and memopt keep second moments."""
 
-FIRST_MOMENTS = frozenset({"mu", "m", "m1", "m2", "trace", "ema", "exp_avg", "momentum"})
-"""Fields for first moments: averages of gradients, in which each gradient enters linearly."""
+_FIELDS = dict.fromkeys(_FIRST, FIRST) | dict.fromkeys(_SECOND, SECOND)
+"""Fields in which Optax and memopt keep moments. A gradient enters a first moment linearly."""
 
-_OTHER_FIRST: dict[str, frozenset[str]] = {
-    "ScaleBySM3State": frozenset({"nu"}),
-    "ScaleByAdanState": frozenset({"m", "v", "g"}),
+_FIELDS_OF_STATE: dict[str, dict[str, str]] = {
+    "ScaleBySM3State": {"nu": FIRST, "mu": SECOND},  # nu is the momentum
+    "ScaleByAdanState": dict.fromkeys("mvg", FIRST) | {"n": SECOND},
+    "ScaleBySimplifiedAdEMAMixState": {"m": FIRST, "n": SECOND},
+    "SophiaState": {"mu": FIRST},  # nu is an estimate of the Hessian, which may be negative
+    "FactoredState": dict.fromkeys(("v_row", "v_col", "v"), SECOND),
 }
-"""First moments of states that name their fields otherwise."""
-
-_OTHER_NAMES: dict[str, frozenset[str]] = {
-    "ScaleBySM3State": frozenset({"mu"}),  # its nu is the momentum
-    "ScaleByAdanState": frozenset({"n"}),
-    "ScaleBySimplifiedAdEMAMixState": frozenset({"n"}),
-    "SophiaState": frozenset(),  # nu is an estimate of the Hessian, which may be negative
-    "FactoredState": frozenset({"v_row", "v_col", "v"}),
-}
-"""Second-moment fields of states with other field names."""
+"""The fields of states that use other names, or these names for something else."""
 
 
 class StateArray(NamedTuple):
@@ -75,14 +67,9 @@ class Part(NamedTuple):
     field: str = ""
 
     @property
-    def is_second_moment(self) -> bool:
-        """Whether the field keeps second moments."""
-        return self.field in _OTHER_NAMES.get(self.state, SECOND_MOMENTS)
-
-    @property
-    def is_first_moment(self) -> bool:
-        """Whether the field is one for first moments."""
-        return self.field in _OTHER_FIRST.get(self.state, FIRST_MOMENTS)
+    def moment(self) -> str | None:
+        """The kind of moment that the field keeps by its name; None if it is no known name."""
+        return _FIELDS_OF_STATE.get(self.state, _FIELDS).get(self.field)
 
     @property
     def kept_by(self) -> str:
@@ -184,7 +171,7 @@ def owners(state: Any, params: Any) -> Any:
 
 
 def _kind(part: Part, x: Any, shape: tuple[int, ...] | None) -> str:
-    if part.is_second_moment:
+    if part.moment == SECOND:
         return SECOND
     if _is_count(x):
         return COUNT

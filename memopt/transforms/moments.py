@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from memopt.errors import IncompatiblePairingError
-from memopt.state.owners import Part, parts
+from memopt.state.owners import SECOND, Part, parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,67 +61,50 @@ class CarryOver:
             rule = lambda s, m: c2 * jnp.abs(s + jnp.square(m / c1))
             return jax.tree.map(rule, carry(spread, self.power), carry(m, 1))
 
-        moments = list(_moments(state, like))
+        fields = list(_fields(state, like))
 
-        def first_beside(place: Any) -> Any:
+        def first_beside(second: Part) -> Any:
             """The first moment in the same state, if there is exactly one."""
-            found = [m.tree for m in moments if m.place == place and m.order == 1]
+            found = [
+                part.tree
+                for part, is_moment in fields
+                if is_moment and part.moment != SECOND and part.path[:-1] == second.path[:-1]
+            ]
             return found[0] if len(found) == 1 else None
 
-        def carried(m: _Moment) -> Any:
-            if m.order is None:
-                return m.tree
-            return carry(m.tree, 1) if m.order == 1 else second(m.tree, first_beside(m.place))
+        def carried(part: Part, is_moment: bool) -> Any:
+            if not is_moment:
+                return part.tree
+            if part.moment == SECOND:
+                return second(part.tree, first_beside(part))
+            return carry(part.tree, 1)
 
         structure: Any = jax.tree.structure(state)
-        return structure.unflatten(jax.tree.leaves([carried(m) for m in moments]))
+        return structure.unflatten(jax.tree.leaves([carried(*field) for field in fields]))
 
 
 def first_moment(state: Any, like: Any) -> Any:
     """The first tree in a state that is shaped like `like` and is not a second moment, or None."""
-    return next((m.tree for m in _moments(state, like) if m.order == 1), None)
+    fields = _fields(state, like)
+    return next((p.tree for p, is_moment in fields if is_moment and p.moment != SECOND), None)
 
 
-class _Moment(NamedTuple):
-    """A field of a state.
-
-    Attributes:
-      place: the path of the state that has this field.
-      order: 1 for a first moment, 2 for a second moment, None for anything else.
-      tree: the field's value.
-    """
-
-    place: tuple[Any, ...]
-    order: int | None
-    tree: Any
-
-
-def _moments(state: Any, like: Any) -> Iterator[_Moment]:
-    """The fields of a state in order; moments are trees of floats shaped like `like`."""
+def _fields(state: Any, like: Any) -> Iterator[tuple[Part, bool]]:
+    """The fields of a state in order; the moments are trees of floats shaped like `like`."""
     structure: Any = jax.tree.structure(like)
     shapes = [x.shape for x in jax.tree.leaves(like)]
     for part in parts(state, like):
-        order = 2 if part.is_second_moment else 1
-        is_moment = _is_like(part, structure, shapes)
-        yield _Moment(part.path[:-1], order if is_moment else None, part.tree)
-
-
-def _is_like(part: Part, structure: Any, shapes: list[tuple[int, ...]]) -> bool:
-    """Whether it is a tree of floats with this structure and these shapes."""
-    leaves = jax.tree.leaves(part.tree)
-    if not part.has_parameters or jax.tree.structure(part.tree) != structure:
-        return False
-    are_floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in leaves)
-    return are_floats and [x.shape for x in leaves] == shapes
+        leaves = jax.tree.leaves(part.tree)
+        has_shapes = part.has_parameters and [x.shape for x in leaves] == shapes
+        are_floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in leaves)
+        is_like = has_shapes and are_floats and jax.tree.structure(part.tree) == structure
+        yield part, is_like
 
 
 def check_moments_are_known(state: Any, like: Any) -> None:
-    """Raises `IncompatiblePairingError` if a field may be a first or a second moment."""
-    structure, shapes = jax.tree.structure(like), [x.shape for x in jax.tree.leaves(like)]
-    for part in parts(state, like):
-        if not _is_like(part, structure, shapes) or not shapes:
-            continue
-        if not part.is_first_moment and not part.is_second_moment:
+    """Raises `IncompatiblePairingError` if a field may be either moment."""
+    for part, is_moment in _fields(state, like):
+        if is_moment and part.moment is None and jax.tree.leaves(like):
             raise IncompatiblePairingError(
                 f"on_refresh='carry' does not know whether the field {part.field!r} of "
                 f"{part.state or 'a state'} is a first or a second moment; call it 'mu' or 'nu', "
