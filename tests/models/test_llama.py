@@ -222,8 +222,7 @@ def test_a_sequence_longer_than_the_model_is_refused():
         model(jnp.zeros((1, 9), jnp.int32))
 
 
-@pytest.mark.parametrize("weights", [None, "int8"])
-@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
+@pytest.mark.parametrize(("tied", "weights"), [(False, "int8"), (True, None)])
 def test_parameters_made_by_layer_are_those_of_the_model(tied, weights):
     config = dataclasses.replace(preset("tiny"), tied=tied, param_dtype="bfloat16", num_layers=3)
     store = (lambda x: memopt.quantize_params(x, weights)) if weights else lambda x: x

@@ -52,7 +52,7 @@ def gradients(name, t, shardings):
     return nnx.state(Parameters(placed), nnx.Param)
 
 
-SOME = ("adafactor", "apollo_mini", "int8")
+SOME = ("adafactor", "int8")
 
 
 @sharded.AXIS_TYPES

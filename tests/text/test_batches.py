@@ -172,6 +172,11 @@ def test_any_state_continues_exactly(spec):
             assert_same(take(again, 5), expected[position : position + 5])
 
 
+@pytest.mark.parametrize(
+    "spec",
+    ["parquet", *(pytest.param(n, marks=pytest.mark.slow) for n in ("files", "lines", "arrow"))],
+    indirect=True,
+)
 def test_a_state_continues_in_another_process(spec):
     code = (
         "import json, sys; from memopt.text import batches as text, documents, streams\n"

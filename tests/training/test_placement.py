@@ -9,6 +9,7 @@ import memopt
 from memopt.models import llama
 from memopt.planning.step_memory import bytes_here
 from memopt.training.placement import abstract_state, make_mesh, place_update
+from tests.optimizers.kinds import KINDS, slow_unless
 
 
 @pytest.mark.parametrize("weights", [None, "int8"])
@@ -34,13 +35,10 @@ def test_state_of_no_matrix_is_whole(tx, weights):
     assert all(is_split for name, is_split in split.items() if "kernel" in name)
 
 
-SLOW = ("adamw-int8", "online_subspace_descent", "ldadam", "fira", "flora")
-
-
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+        pytest.param(name, marks=slow_unless(name in {*KINDS, "adamw"} - {"ldadam"}))
         for name in (*memopt.available(), "adamw-int8")
     ],
 )
