@@ -245,11 +245,13 @@ def layouts_seen() -> Iterator[dict[str, Layout]]:
 def layout_of(name: str, leaf: Any, matrix: Any) -> Layout:
     """Returns the layout of an array for a `Matrix`, or of a vector for None.
 
+    An array of no elements is a vector too: norms, means and ranks need sides of at least one.
+
     Raises:
       ValueError: if the matrix names axes that the array does not have.
     """
     ndim = len(leaf.shape)
-    if matrix is None:
+    if matrix is None or 0 in leaf.shape:
         return Layout(name, tuple(range(ndim - 1)), (), tuple(range(ndim))[-1:])
     if _is_dimension_numbers(matrix):
         matrix = Matrix(matrix.reduction_axis, matrix.output_axis)

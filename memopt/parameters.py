@@ -170,6 +170,8 @@ def _parameter(entry: Entry, axes: Axes, kind: tuple[str, str] | None) -> Parame
     vector = lambda why: Parameter(entry.name, entry.shape, None, VECTOR, None, why)
     if len(entry.shape) < 2:
         return vector("it has fewer than two axes")
+    if 0 in entry.shape:
+        return vector("it has no elements")
     if kind and kind[0] == VECTOR:
         return vector(kind[1])
     if axes.matrix is None:

@@ -14,7 +14,7 @@ def total(x: Array, axes: tuple[int, ...], *, keepdims: bool = False) -> Array:
 
     Args:
       x: any array.
-      axes: the axes to sum over, counted from the front.
+      axes: the axes to sum over, counted from the front; none for a scalar.
       keepdims: whether to keep these axes with length one.
 
     Example:
@@ -22,6 +22,8 @@ def total(x: Array, axes: tuple[int, ...], *, keepdims: bool = False) -> Array:
       >>> total(jnp.ones((2, 128, 3)), (1,)).tolist()
       [[128.0, 128.0, 128.0], [128.0, 128.0, 128.0]]
     """
+    if not axes:
+        return x
     plain = lambda x: x.sum(axes, keepdims=keepdims)
     folded = lambda x: plain(_folded(x, axes[0]))
     return jax.lax.platform_dependent(x, cpu=folded, default=plain)

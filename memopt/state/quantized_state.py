@@ -60,7 +60,7 @@ def quantize_state(
         (`re.search`) in an array's name, such as ``"nu/blocks/up/kernel"``, selects the codec, and
         arrays that match no pattern are not quantised. Second moments, recognised by their field
         in Optax's states, use the unsigned codec of a name.
-      min_size: matrices and vectors with fewer numbers are not quantised.
+      min_size: matrices and vectors with fewer numbers are not quantised, nor is a single number.
       seed: the seed of the rounding bits.
 
     Returns:
@@ -95,7 +95,9 @@ def quantize_state(
 
     def codec_of(name: str, leaf: Any, place: Place) -> Codec:
         size = math.prod(leaf.shape[place.stack :])
-        if size < min_size or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        # One number per matrix would not be smaller as a code and a scale.
+        is_small = size < max(min_size, 2) or 0 in leaf.shape
+        if is_small or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return AsIs()
         choice = next((c for pattern, c in choices if pattern.search(name)), None)
         if choice is None:

@@ -193,7 +193,7 @@ def multiply_by_shape(layout: Layout, u: Array, *, consistent_rms: float | None)
 def _to_landscape(layout: Layout, u: Array) -> Array:
     """Reshapes an update to a stack of matrices with no more rows than columns."""
     x = layout.to_matrices(u)
-    x = x.reshape(-1, *x.shape[-2:])
+    x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
     return x.mT if x.shape[-2] > x.shape[-1] else x
 
 

@@ -69,7 +69,7 @@ class Rademacher(RandomProjector):
         """Random signs, ±1, from one random bit each."""
         count = shape[0] * shape[1]
         words = jax.random.bits(key, (-(-count // 32), 1), jnp.uint32)
-        bits = (words >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        bits = (words >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
         return (2.0 * bits.astype(jnp.float32) - 1.0).reshape(-1)[:count].reshape(shape)
 
 

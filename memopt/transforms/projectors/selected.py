@@ -81,7 +81,8 @@ class Strata(Selected):
         at = basis.ndim + self.axis(spec)
         b, _ = self.parts(spec)
         choice = basis.reshape(*basis.shape[:at], b, 1, -1, *basis.shape[at + 1 :])
-        return choice == jnp.arange(self.every).reshape(-1, *(1,) * -self.axis(spec))
+        members = jnp.arange(self.every).reshape(-1, *(1,) * -self.axis(spec))
+        return choice == jnp.expand_dims(members, range(choice.ndim - members.ndim))
 
     def _split(self, spec: MatrixSpec, x: Array, c: int) -> Array:
         """Splits an axis into (b, c, width), padded with zeros."""
