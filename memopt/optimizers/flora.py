@@ -26,7 +26,7 @@ def flora(
     b1: float = 0.9,
     refresh_every: int = 1000,
     decay_rate: float = 0.8,
-    clip_threshold: float | None = None,
+    clip_threshold: float | None = 1.0,
     scale_by_parameter: bool | None = None,
     eps: float = 1e-30,
     min_scale: float = 1e-3,
@@ -37,7 +37,7 @@ def flora(
 ) -> optax.GradientTransformationExtraArgs:
     """Flora: Adafactor with a momentum that is kept in a random subspace.
 
-    With Â the gradient divided by the root of Adafactor's factored second moment::
+    With Â the gradient divided by the root of Adafactor's factored second moment and clipped::
 
         P ~ N(0, 1/r)                              drawn from the seed, never stored
         M ← P_newᵀ P_old M                         when a new P is drawn
@@ -53,8 +53,9 @@ def flora(
       b1: decay of the momentum.
       refresh_every: steps between two projections, κ.
       decay_rate: the second moment's decay is 1 − t^−decay_rate.
-      clip_threshold: the largest root mean square of Â; by default, as in the paper, Â is not
-        clipped.
+      clip_threshold: the largest root mean square of Â, as in Adafactor; None, as in Flora's paper,
+        does not limit it. One entry far larger than its row and column then makes all others large
+        for many steps.
       scale_by_parameter: multiply Â by max(min_scale, RMS(W)); off by default.
       eps: ε₁, added to the squared gradient.
       min_scale: ε₂, the smallest parameter scale.
@@ -62,7 +63,7 @@ def flora(
         own rank and seed.
       seed: the seed of the projections.
       as_released: follow the authors' PyTorch code: the newest update is added uncompressed;
-        clipping (by default at 1) and parameter scale (by default on) come after the momentum; and
+        clipping and parameter scale (by default on) come after the momentum; and
         a new subspace is drawn one step earlier and lifted from one step later. That code keeps
         full-size momentum for matrices with one side four times the other or below the rank; use
         `matrices` to do the same.
@@ -86,7 +87,6 @@ def flora(
       1344
     """
     if as_released:
-        clip_threshold = 1.0 if clip_threshold is None else clip_threshold
         scale_by_parameter = scale_by_parameter is not False
     matrices = common.get("matrices")
     if not scale_by_parameter:

@@ -104,6 +104,8 @@ class Projector(abc.ABC):
       orthonormal: whether up∘down is an orthogonal projection.
       per_matrix: whether R has a matrix for each matrix of G.
       moves: whether the basis also changes between refreshes.
+      from_gradients: whether a stored basis is computed from the gradient; a matrix whose gradient
+        is zero then waits for its basis, see `basis_at`.
     """
 
     rank: int | float
@@ -113,6 +115,7 @@ class Projector(abc.ABC):
     orthonormal: ClassVar[bool] = True
     per_matrix: ClassVar[bool] = True
     moves: ClassVar[bool] = False
+    from_gradients: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_choice("side", self.side, SIDES)
@@ -162,6 +165,10 @@ class Projector(abc.ABC):
     ) -> tuple[Array, tuple[Array, ...]]:
         """Returns the basis of this step, and the arrays to keep.
 
+        A gradient of zeros has no directions. If bases are computed from gradients, a matrix whose
+        gradient is zero at a refresh gets a basis of zeros, so that it rests, and is refreshed at
+        its first gradient that is not zero; each matrix of a stack by itself.
+
         Args:
           spec: the parameter's matrices.
           kept: the arrays kept by the previous step.
@@ -172,9 +179,36 @@ class Projector(abc.ABC):
         """
         if not self.stored:
             return self.basis(spec, gradient, clock), ()
-        fresh = lambda: self.basis(spec, gradient, clock)
-        basis = jax.lax.cond(clock.refresh_now, fresh, lambda: kept[0])
+        if self.from_gradients:
+            basis = self.chosen(spec, kept[0], gradient, clock, clock.refresh_now)
+        else:
+            fresh = lambda: self.basis(spec, gradient, clock)
+            basis = jax.lax.cond(clock.refresh_now, fresh, lambda: kept[0])
         return basis, (basis,)
+
+    def chosen(
+        self, spec: MatrixSpec, old: Basis, gradient: Stack, clock: RefreshClock, now: Any
+    ) -> Basis:
+        """Computes new bases from a stack of gradients for the matrices that need one.
+
+        Args:
+          spec: the parameter's matrices.
+          old: the stored bases, zeros for a matrix that waits for its first gradient.
+          gradient: G, ``(*stack, m, n)``.
+          clock: the current step and refresh.
+          now: whether all matrices need a new basis, or only those that wait.
+        """
+        wanted = now | is_unchosen(old)
+
+        def look() -> Basis:
+            factor, exists = scale_to_one(gradient)
+            due = wanted & exists
+            pick = lambda which, a, b: jnp.where(which[..., None, None], a, b)
+            others = pick(wanted, 0, old)
+            fresh = lambda: pick(due, self.basis(spec, gradient * factor, clock), others)
+            return jax.lax.cond(due.any(), fresh, lambda: others)
+
+        return jax.lax.cond(wanted.any(), look, lambda: old)
 
     def previous_basis(
         self, spec: MatrixSpec, kept: tuple[Array, ...], gradient: Stack, clock: RefreshClock
@@ -266,3 +300,34 @@ class Projector(abc.ABC):
         if self.is_left(spec):
             return product("...sr,...rn->...sn", for_stack(change_of_basis, low), low)
         return product("...mr,...sr->...ms", low, change_of_basis)
+
+
+def is_unchosen(basis: Basis) -> Array:
+    """Whether each basis of a stack is zeros; only first columns are read, as none is zero alone.
+
+    Example:
+      >>> is_unchosen(jnp.stack([jnp.eye(3, 2), jnp.zeros((3, 2))])).tolist()
+      [False, True]
+    """
+    return (basis[..., 0] == 0).all(-1)
+
+
+def scale_to_one(matrices: Stack) -> tuple[Array, Array]:
+    """The power of two that brings each matrix's largest entry near one.
+
+    Squares of the scaled entries neither overflow nor vanish, and no digit changes.
+
+    Returns:
+      The factors, ``(*stack, 1, 1)``, and whether each matrix is finite and not zero, ``stack``;
+      the factor of another matrix is one.
+
+    Example:
+      >>> factor, exists = scale_to_one(jnp.stack([jnp.full((1, 2), 3.0), jnp.zeros((1, 2))]))
+      >>> factor.ravel().tolist(), exists.tolist()
+      ([0.25, 1.0], [True, False])
+    """
+    largest = jnp.abs(matrices).max((-2, -1))
+    exists = (largest > 0) & jnp.isfinite(largest)
+    exponent = jnp.where(exists, jnp.frexp(largest)[1], 0)
+    factor = jnp.ldexp(jnp.ones_like(largest), jnp.clip(-exponent, -126, 126))
+    return factor[..., None, None], exists

@@ -1,6 +1,7 @@
 """Projectors to the leading singular vectors of the gradient."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ class Svd(Projector):
     """The leading singular vectors; see `svd`."""
 
     stored: bool = True
+
+    from_gradients: ClassVar[bool] = True
 
     def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
         """Eigenvectors of G Gᵀ or GᵀG, whichever is smaller, mapped to the projected side."""

@@ -12,7 +12,13 @@ from memopt.errors import check_at_least
 from memopt.shapes import Basis, Stack
 from memopt.state.precision import zeros_of
 from memopt.transforms.linalg import for_stack, orthonormal, product
-from memopt.transforms.projectors.base import MatrixSpec, Projector, RefreshClock
+from memopt.transforms.projectors.base import (
+    MatrixSpec,
+    Projector,
+    RefreshClock,
+    is_unchosen,
+    scale_to_one,
+)
 from memopt.transforms.projectors.singular import randomized_svd
 
 
@@ -26,6 +32,8 @@ class Tracked(Projector):
 
     stored: bool = True
     start: Projector | None = None
+
+    from_gradients: ClassVar[bool] = True
 
     @property
     def first(self) -> Projector:
@@ -75,29 +83,29 @@ class OnlinePca(Tracked):
         momentum: Any,
     ) -> tuple[Array, tuple[Array, ...]]:
         """Returns the stored basis, and takes an optimizer step to the next one."""
-        first = clock.step == 0
-        start = lambda: self.basis(spec, gradient, clock)
-        basis = jax.lax.cond(first, start, lambda: kept[0])
-        moved = self._moved(spec, (basis, *kept[1:]), gradient)
+        first = is_unchosen(kept[0])
+        basis = self.chosen(spec, kept[0], gradient, clock, first)
+        factor, exists = scale_to_one(gradient)
+        moved = self._moved(spec, (basis, *kept[1:]), gradient, factor)
         # The first basis is already optimal, and a gradient of zeros has no information.
-        stay = first | (gradient == 0).all((-2, -1))
+        stay = first | ~exists
 
         def keep(old: Array, new: Array) -> Array:
             is_stack = old.ndim > 0 and old.shape[: stay.ndim] == stay.shape
             axes = tuple(range(stay.ndim, old.ndim))
-            return jnp.where(jnp.expand_dims(stay, axes) if is_stack else first, old, new)
+            return jnp.where(jnp.expand_dims(stay, axes) if is_stack else first.all(), old, new)
 
         return basis, tuple(map(keep, (basis, *kept[1:]), moved))
 
     def _moved(
-        self, spec: MatrixSpec, kept: tuple[Array, ...], gradient: Stack
+        self, spec: MatrixSpec, kept: tuple[Array, ...], gradient: Stack, factor: Array
     ) -> tuple[Array, ...]:
         """The basis and its optimizer's state after a step on ‖PPᵀĜ − Ĝ‖² + λ‖PᵀP − I‖²."""
         basis, *leaves = kept
         structure: Any = jax.tree.structure(jax.eval_shape(self.optimizer.init, basis))
-        low = self.down(spec, basis, gradient)
-        squares = jnp.square(gradient).sum((-2, -1), keepdims=True)
-        scale = jnp.where(squares > 0, 1 / squares, 0)
+        low = factor * self.down(spec, basis, gradient)
+        squares = jnp.square(factor * gradient).sum((-2, -1), keepdims=True)
+        scale = jnp.where(squares > 0, factor / squares, 0)
         cp = scale * self.correlation(spec, gradient, low)  # Ĝ Ĝᵀ P
         gram = "...mr,...ms->...rs"
         pcp, pp = product(gram, basis, cp), product(gram, basis, basis)
@@ -125,24 +133,35 @@ class PowerIteration(Tracked):
         momentum: Any,
     ) -> tuple[Array, tuple[Array, ...]]:
         """Updates the stored basis by one power iteration at each refresh."""
-        start = lambda: self.basis(spec, gradient, clock)
-        iterate = lambda: self._iterate(spec, kept[0], gradient, clock, momentum)
-        fresh = lambda: jax.lax.cond(clock.step == 0, start, iterate)
-        basis = jax.lax.cond(clock.refresh_now, fresh, lambda: kept[0])
+        first = is_unchosen(kept[0])
+        started = self.chosen(spec, kept[0], gradient, clock, first)
+
+        def iterate() -> Basis:
+            moved = self._iterate(spec, kept[0], gradient, clock, momentum)
+            return jnp.where(first[..., None, None], started, moved)
+
+        basis = jax.lax.cond(clock.refresh_now & ~first.all(), iterate, lambda: started)
         return basis, (basis,)
 
     def _iterate(
         self, spec: MatrixSpec, basis: Basis, gradient: Stack, clock: RefreshClock, momentum: Any
     ) -> Basis:
-        """An orthonormal basis of B BᵀP, with B = ρ·up(M̂) + (1−ρ)·G; B is never formed."""
+        """An orthonormal basis of B BᵀP, with B = ρ·up(M̂) + (1−ρ)·G; B is never formed.
+
+        If BᵀP is zero, the basis is unchanged.
+        """
         weight = 1.0 if momentum is None else 1 - self.rho
         low = weight * self.down(spec, basis, gradient)
-        if momentum is None:
-            return orthonormal(self.correlation(spec, gradient, low))
-        corrected = self.rho * momentum / (1 - self.b1 ** jnp.maximum(clock.step, 1))
-        low += corrected
-        remembered = product("...mr,...rs->...ms", basis, self.gram(spec, corrected, low))
-        return orthonormal(remembered + weight * self.correlation(spec, gradient, low))
+        if momentum is not None:
+            steps = jnp.maximum(clock.step, 1).astype(momentum.dtype)
+            corrected = self.rho * momentum / (1 - self.b1**steps)
+            low += corrected
+        factor, exists = scale_to_one(low)
+        low = factor * low
+        moved = weight * self.correlation(spec, gradient, low)
+        if momentum is not None:
+            moved += product("...mr,...rs->...ms", basis, self.gram(spec, corrected, low))
+        return jnp.where(exists[..., None, None], orthonormal(moved), basis)
 
 
 def online_pca(
