@@ -39,6 +39,23 @@ def average(decay: Any, old: Array, new: Array) -> Array:
     return decay * old.astype(dtype) + (1 - decay) * new.astype(dtype)
 
 
+def where_applied(applied: Array, new: Array, old: Array) -> Array:
+    """Returns `new` if `applied`, else `old`.
+
+    Codes are chosen as floats: of integers of 8 bits XLA for TPUs makes copies first, and a pass of
+    their own.
+
+    Args:
+      applied: a bool, or bools that broadcast to `new`.
+      new: any array.
+      old: an array like it.
+    """
+    if new.dtype in (jnp.int4, jnp.int8, jnp.uint8):
+        selected = jnp.where(applied, new.astype(jnp.float32), old.astype(jnp.float32))
+        return selected.astype(new.dtype)
+    return jnp.where(applied, new, old)
+
+
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` in float32 or wider, whatever the dtype of parameters and gradients.
 

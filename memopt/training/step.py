@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from memopt.state.precision import where_applied
 from memopt.state.quantized_params import apply_rounded_updates, dequantize_params
+from memopt.transforms.skip_nonfinite import all_finite, skips_matrices
 
 Batch = Mapping[str, Any]
 Loss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
@@ -53,7 +55,8 @@ def train_step(
 
     The gradient is that of the loss summed over every token of the batch and divided by their
     number, however the batch is cut into micro-batches. When the loss or any gradient is not
-    finite, parameters and optimizer state stay as they were and the step is counted as skipped.
+    finite, parameters and optimizer state stay as they were and the step is counted as skipped; if
+    `tx` is a `memopt.skip_nonfinite` with ``per="matrix"``, a gradient stops its own matrix only.
     Parameters in bfloat16 or from `memopt.quantize_params` are rounded stochastically.
 
     Args:
@@ -84,32 +87,20 @@ def train_step(
     dense = dequantize_params(state.params)
     mean_loss, gradients, tokens = _mean_gradient(loss, dense, batch, accumulation)
     norm = optax.tree.norm(optax.tree.cast(gradients, jnp.float32))
-    finite = jnp.isfinite(mean_loss)
-    for gradient in jax.tree.leaves(gradients):
-        finite &= jnp.isfinite(gradient).all()
+    applied = jnp.isfinite(mean_loss)
+    if not skips_matrices(state.opt_state):
+        applied &= all_finite(gradients)
 
     objective = lambda params: loss(params, batch)[0] / tokens
     extra = {"value": mean_loss, "obj_fn": objective, "gradient_norm": norm}
     update = optax.with_extra_args_support(tx).update
     updates, opt_state = update(gradients, state.opt_state, dense, **extra)
     new = apply_rounded_updates(state.params, updates, state.step - state.skipped), opt_state
-    choose = functools.partial(where_applied, finite)
+    choose = functools.partial(where_applied, applied)
     params, opt_state = jax.tree.map(choose, new, (state.params, state.opt_state))
     state = state._replace(params=params, opt_state=opt_state)
     metrics = {"loss": mean_loss, "gradient_norm": norm, "tokens": tokens}
-    return finish_step(state, finite, learning_rate, metrics)
-
-
-def where_applied(applied: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    """Returns `new` if `applied`, else `old`.
-
-    Codes are chosen as floats: of integers of 8 bits XLA for TPUs makes copies first, and a pass of
-    their own.
-    """
-    if new.dtype in (jnp.int4, jnp.int8, jnp.uint8):
-        selected = jnp.where(applied, new.astype(jnp.float32), old.astype(jnp.float32))
-        return selected.astype(new.dtype)
-    return jnp.where(applied, new, old)
+    return finish_step(state, applied, learning_rate, metrics)
 
 
 def finish_step(

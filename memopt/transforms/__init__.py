@@ -32,6 +32,11 @@ from memopt.transforms.placed_update import reshard_update as reshard_update
 from memopt.transforms.placed_update import unshard_short_side as unshard_short_side
 from memopt.transforms.sign_momentum import ScaleBySignMomentumState as ScaleBySignMomentumState
 from memopt.transforms.sign_momentum import scale_by_sign_momentum as scale_by_sign_momentum
+from memopt.transforms.skip_nonfinite import (
+    SkipNonfiniteMatricesState as SkipNonfiniteMatricesState,
+)
+from memopt.transforms.skip_nonfinite import SkipNonfiniteState as SkipNonfiniteState
+from memopt.transforms.skip_nonfinite import skip_nonfinite as skip_nonfinite
 from memopt.transforms.subspace import InSubspaceState as InSubspaceState
 from memopt.transforms.subspace import in_subspace as in_subspace
 

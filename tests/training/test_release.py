@@ -238,12 +238,42 @@ def test_a_gradient_that_is_not_finite_stops_the_updates_behind_it():
     assert state.opt_state[0].count == 0  # as the learning rate's: the step is not counted
 
 
-def test_with_this_steps_norm_a_gradient_that_is_not_finite_changes_nothing():
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.chain(memopt.clip_by_gradient_norm(1.0), optax.adam(RATE)),
+        memopt.skip_nonfinite(optax.adam(RATE), per="tree"),
+    ],
+    ids=["clip_by_gradient_norm", "skip_nonfinite"],
+)
+def test_with_this_steps_norm_a_gradient_that_is_not_finite_changes_nothing(tx):
     model, params = steep()
-    tx = optax.chain(memopt.clip_by_gradient_norm(1.0), optax.adam(RATE))
     state, _ = run(release_step, tx, params, [make_batch(0)], model=model)
     chex.assert_trees_all_equal(state[:2], init_state(params, tx)[:2])
     assert state.skipped == 1
+
+
+def test_skipping_matrices_takes_the_place_of_skipping_steps():
+    """With clipping by the norm of what is finite, in the ordinary step, too."""
+    plain, params = toy()
+    params["blocks"]["bias"] = jnp.ones((LAYERS, DIM)).at[1, 0].set(0.0)
+
+    def block(layer, x, batch):
+        return plain.block(layer, x, batch) + jnp.sqrt(layer["bias"])
+
+    model = plain._replace(block=block)
+    batches = [make_batch(seed) for seed in range(3)]
+    adam = memopt.quantize_state(optax.adam(RATE), min_size=16)
+    tx = memopt.skip_nonfinite(optax.chain(memopt.clip_by_gradient_norm(1e-1), adam))
+    ordinary = run(train_step, tx, params, batches, loss=loss_of(model))
+    released = run(release_step, tx, params, batches, model=model)
+    chex.assert_trees_all_close(ordinary[0], released[0], rtol=1e-4, atol=1e-5)
+    state, _ = released
+    chex.assert_tree_all_finite((state.params, state.opt_state))
+    assert (state.skipped, state.opt_state.skipped["blocks"]["bias"].tolist()) == (0, [0, 3, 0])
+    bias = state.params["blocks"]["bias"]
+    assert jnp.any(bias != params["blocks"]["bias"], 1).tolist() == [True, False, True]
+    assert jnp.any(state.params["embed"]["embedding"] != params["embed"]["embedding"])
 
 
 def llama_run(step, tx, batches, mesh=None, accumulation=1):

@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 
 from memopt.internals import trace
 from memopt.models.stacked import StackedModel
+from memopt.state.precision import where_applied
 from memopt.state.quantized_params import apply_rounded_updates, dequantize_params, is_quantized
 from memopt.training.release import layouts
 from memopt.training.release.layouts import read_layer, write_layer
@@ -22,8 +23,8 @@ from memopt.training.step import (
     finish_step,
     split_microbatches,
     sum_microbatches,
-    where_applied,
 )
+from memopt.transforms.skip_nonfinite import skips_matrices
 
 BLOCKS = "blocks"
 
@@ -111,7 +112,7 @@ class _Carry(NamedTuple):
     Attributes:
         params: The stored parameters, leaf by leaf.
         state: The arrays of the optimizer's state.
-        finite: Whether the loss and all gradients so far are finite, bool.
+        finite: Whether the loss and all gradients so far that may stop others are finite, bool.
         squares: The sum of the gradients' squares so far, float32.
     """
 
@@ -120,14 +121,21 @@ class _Carry(NamedTuple):
     finite: Array
     squares: Array
 
-    def add(self, gradients: Leaves) -> "tuple[_Carry, Leaves]":
-        """Adds gradients; also returns for each whether it and all those before are finite."""
-        finite = {i: self.finite & jnp.isfinite(g).all() for i, g in gradients.items()}
-        squares = self.squares
-        for g in gradients.values():
-            squares += jnp.square(g.astype(jnp.float32)).sum()
-        whole = jnp.stack(list(finite.values())).all()
-        return self._replace(finite=whole, squares=squares), finite
+    def add(self, gradients: Leaves, *, by_matrix: bool) -> "tuple[_Carry, Leaves]":
+        """Adds gradients; also returns for each whether it may be applied.
+
+        Args:
+            gradients: The gradients of some leaves.
+            by_matrix: Whether the optimizer skips those that are not finite. Otherwise they stop
+                all that come after them.
+        """
+        applied, squares = {}, self.squares
+        for i, g in gradients.items():
+            own, square = jnp.isfinite(g).all(), jnp.square(g.astype(jnp.float32)).sum()
+            squares += jnp.where(own, square, 0) if by_matrix else square
+            applied[i] = self.finite if by_matrix else self.finite & own
+        finite = jnp.stack(list(applied.values())).all()
+        return self._replace(finite=finite, squares=squares), applied
 
 
 class _ReleaseStep:
@@ -151,6 +159,7 @@ class _ReleaseStep:
         self.specs = structure.flatten_up_to(specs) if specs else [None] * len(paths)
         stacked = [path[0] == jax.tree_util.DictKey(BLOCKS) for path, _ in paths]
         self.optimizer = PerParameterUpdate(tx, dense, stacked)
+        self.by_matrix = skips_matrices(start.opt_state)
         self.blocks = [i for i in self.like if stacked[i]]
         self.layers = self.like[self.blocks[0]].shape[0]
 
@@ -184,7 +193,8 @@ class _ReleaseStep:
         self.norm = jnp.float32(jnp.nan)  # read by nothing
         carry = _Carry(params, state, jnp.isfinite(self.loss), jnp.zeros((), jnp.float32))
         if optimizer.needs_norm:
-            sums = self._backward(carry, *back, lambda carry, gradients, _: carry.add(gradients)[0])
+            add = lambda carry, gradients, _: carry.add(gradients, by_matrix=self.by_matrix)[0]
+            sums = self._backward(carry, *back, add)
             self.norm = jnp.sqrt(sums.squares)
             carry = carry._replace(finite=sums.finite)
         carry = self._backward(carry, *back, self._update)
@@ -239,7 +249,7 @@ class _ReleaseStep:
     def _update(self, carry: _Carry, gradients: Leaves, layer: Array | None) -> _Carry:
         """Updates some parameters and their state in place."""
         optimizer, before, layered = self.optimizer, carry.finite, layer is not None
-        carry, finite = carry.add(gradients)
+        carry, finite = carry.add(gradients, by_matrix=self.by_matrix)
         stored, state = list(carry.params), list(carry.state)
         axes = optimizer.axes if layered else [None] * len(state)
         old = [read_layer(s, layer, axis) for s, axis in zip(state, axes, strict=True)]
