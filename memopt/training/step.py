@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from memopt.state.quantized_params import apply_rounded_updates, dequantize_params
+from memopt.transforms.gradient_norm import global_norm
 
 Batch = Mapping[str, Any]
 Loss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
@@ -83,7 +84,7 @@ def train_step(
     """
     dense = dequantize_params(state.params)
     mean_loss, gradients, tokens = _mean_gradient(loss, dense, batch, accumulation)
-    norm = optax.tree.norm(optax.tree.cast(gradients, jnp.float32))
+    norm = global_norm(gradients)
     finite = jnp.isfinite(mean_loss)
     for gradient in jax.tree.leaves(gradients):
         finite &= jnp.isfinite(gradient).all()

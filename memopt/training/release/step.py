@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 
 from memopt.internals import trace
 from memopt.models.stacked import StackedModel
+from memopt.state.precision import bounded
 from memopt.state.quantized_params import apply_rounded_updates, dequantize_params, is_quantized
 from memopt.training.release import layouts
 from memopt.training.release.layouts import read_layer, write_layer
@@ -125,7 +126,7 @@ class _Carry(NamedTuple):
         finite = {i: self.finite & jnp.isfinite(g).all() for i, g in gradients.items()}
         squares = self.squares
         for g in gradients.values():
-            squares += jnp.square(g.astype(jnp.float32)).sum()
+            squares += jnp.square(bounded(g.astype(jnp.float32))).sum()
         whole = jnp.stack(list(finite.values())).all()
         return self._replace(finite=whole, squares=squares), finite
 
