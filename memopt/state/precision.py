@@ -18,6 +18,42 @@ def to_float32(x: Array) -> Array:
     return x.astype(statistics_dtype(x))
 
 
+def largest_squared(dtype: Any) -> float:
+    """The largest magnitude that is squared: 2⁵⁰ ≈ 1.1e15 in float32.
+
+    The sum of 2²⁸ such squares, a matrix of 16,384×16,384, is finite.
+    """
+    return 2.0 ** (jnp.finfo(dtype).maxexp // 2 - 14)
+
+
+def bounded(x: Array) -> Array:
+    """Casts `x` to float32 or wider; numbers too large to be squared become `largest_squared`.
+
+    It is elementwise and so costs no pass over memory, unlike a scale by the largest entry. NaN
+    stays NaN, and complex numbers are unchanged.
+
+    Example:
+      >>> bounded(jnp.array([2.0, -1e20])).tolist()
+      [2.0, -1125899906842624.0]
+    """
+    x = to_float32(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return x
+    most = largest_squared(x.dtype)
+    return jnp.clip(x, -most, most)
+
+
+def bounded_squares(squares: Array, count: int = 1) -> Array:
+    """Bounds the sum of `count` squares, which may have overflowed, by that of bounded numbers.
+
+    Example:
+      >>> float(bounded_squares(jnp.square(jnp.float32(1e20))))
+      1.2676506002282294e+30
+    """
+    most = largest_squared(squares.dtype) ** 2 * count
+    return jnp.minimum(squares, min(most, float(jnp.finfo(squares.dtype).max)))
+
+
 def zeros_of(f: Any, *args: Any) -> Any:
     """Zeros with the shapes, dtypes and shardings of ``f(*args)``, evaluated abstractly.
 
@@ -61,7 +97,8 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
     Optax keeps Adam's second moment in the parameter's dtype; in bfloat16 it stops changing once
     the change per step falls below the rounding step. Here `inner` receives float32 parameters and
-    gradients, so that its state is float32; its updates are cast to the gradients' dtype.
+    gradients, so that its state is float32; its updates are cast to the gradients' dtype. Gradients
+    are `bounded`: an entry of 1e20 would make its second moment infinite, and stop the parameter.
 
     Args:
       inner: any transformation.
@@ -84,7 +121,7 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
         return inner.init(jax.tree.map(widen, params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        gradients, params = jax.tree.map(widen, (updates, params))
+        gradients, params = jax.tree.map(bounded, updates), jax.tree.map(widen, params)
         new, state = inner.update(gradients, state, params, **extra)
         return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state
 

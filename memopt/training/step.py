@@ -10,6 +10,7 @@ import optax
 
 from memopt.state.precision import where_applied
 from memopt.state.quantized_params import apply_rounded_updates, dequantize_params
+from memopt.transforms.gradient_norm import global_norm
 from memopt.transforms.skip_nonfinite import all_finite, skips_matrices
 
 Batch = Mapping[str, Any]
@@ -86,7 +87,7 @@ def train_step(
     """
     dense = dequantize_params(state.params)
     mean_loss, gradients, tokens = _mean_gradient(loss, dense, batch, accumulation)
-    norm = optax.tree.norm(optax.tree.cast(gradients, jnp.float32))
+    norm = global_norm(gradients)
     applied = jnp.isfinite(mean_loss)
     if not skips_matrices(state.opt_state):
         applied &= all_finite(gradients)

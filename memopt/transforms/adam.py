@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.state.precision import average, statistics_dtype
+from memopt.state.precision import average, bounded, statistics_dtype
 
 
 class ScaleByUncorrectedAdamState(NamedTuple):
@@ -58,9 +58,8 @@ def scale_by_uncorrected_adam(
     def update(
         updates: Any, state: ScaleByUncorrectedAdamState, params: Any = None, **_: Any
     ) -> Any:
-        square = lambda g: jnp.square(g.astype(statistics_dtype(g)))
-        mu = jax.tree.map(lambda g, m: average(b1, m, g), updates, state.mu)
-        nu = jax.tree.map(lambda g, v: average(b2, v, square(g)), updates, state.nu)
+        mu = jax.tree.map(lambda g, m: average(b1, m, bounded(g)), updates, state.mu)
+        nu = jax.tree.map(lambda g, v: average(b2, v, jnp.square(bounded(g))), updates, state.nu)
         ratio = lambda g, m, v: (m / (jnp.sqrt(v) + eps)).astype(g.dtype)
         return jax.tree.map(ratio, updates, mu, nu), ScaleByUncorrectedAdamState(mu, nu)
 

@@ -11,7 +11,7 @@ from jax import Array
 from memopt.matrices import Layout, Matrices
 from memopt.reductions import total
 from memopt.renamed import keywords
-from memopt.state.precision import statistics_dtype
+from memopt.state.precision import bounded, bounded_squares, statistics_dtype
 from memopt.transforms.per_matrix import per_matrix
 from memopt.trees import NOTHING
 
@@ -44,7 +44,8 @@ def scale_by_factored_matrix_rms(
         C ← β₂ₜ C + (1 − β₂ₜ) mean_rows(G² + ε)
         U = G / √(R C / mean(R))
 
-    Vectors, and leaves that `matrices` excludes, keep a full second moment. State: m + n numbers
+    Entries beyond 2⁵⁰ ≈ 1e15 count as that, so that R and C are finite in float32. Vectors, and
+    leaves that `matrices` excludes, keep a full second moment. State: m + n numbers
     per matrix, in float32 or wider, whatever the parameter's dtype.
 
     Args:
@@ -96,7 +97,7 @@ def divide_by_factored_rms(
     """
     beta = decay.astype(statistics_dtype(g))
     new = mean_squares(layout, g, 1 - beta)
-    average = lambda old, new: beta * old + new + (1 - beta) * eps
+    average = lambda old, new: bounded_squares(beta * old + new + (1 - beta) * eps)
     rows, cols = jax.tree.map(average, (rows, cols), new)
     return _over_root(layout, g, rows, cols), rows, cols
 
@@ -113,8 +114,10 @@ def mean_squares(layout: Layout, g: Array, weight: Any) -> tuple[Any, Array]:
 
 def _over_root(layout: Layout, g: Array, rows: Any, cols: Array) -> Array:
     """Computes G / √(R C / mean(R)) from the inverse roots of the two small factors."""
-    u = g * jax.lax.rsqrt(jnp.expand_dims(cols, layout.rows))
+    u = bounded(g) * jax.lax.rsqrt(jnp.expand_dims(cols, layout.rows))
     if layout.is_matrix:
         rows = jnp.expand_dims(rows, layout.cols)
-        u = u * jax.lax.rsqrt(rows / rows.mean(layout.rows, keepdims=True))
+        share = rows / rows.mean(layout.rows, keepdims=True)
+        # Beside a row of 1e30, the share of another may be below the smallest number.
+        u = u * jax.lax.rsqrt(jnp.maximum(share, jnp.finfo(share.dtype).tiny))
     return u.astype(g.dtype)

@@ -8,6 +8,7 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes
+from memopt.state.precision import bounded
 
 
 class ClipByGradientNormState(NamedTuple):
@@ -50,15 +51,19 @@ def clip_by_gradient_norm(
     """
 
     def init(params: Any) -> Any:
-        return ClipByGradientNormState(jnp.zeros(())) if previous else optax.EmptyState()
+        if not previous:
+            return optax.EmptyState()
+        return ClipByGradientNormState(jnp.zeros((), jnp.float32))
 
     def clip(updates: Any, state: Any, gradient_norm: Any) -> Any:
         if gradient_norm is None:
-            gradient_norm = optax.tree.norm(optax.tree.cast(updates, jnp.float32))
+            gradient_norm = global_norm(updates)
         norm = state.norm if previous else gradient_norm
         factor = jnp.where(norm > max_norm, max_norm / norm, 1.0)
-        updates = jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates)
-        return updates, ClipByGradientNormState(gradient_norm) if previous else state
+        updates = jax.tree.map(lambda u: (bounded(u) * factor).astype(u.dtype), updates)
+        if previous:
+            state = ClipByGradientNormState(jnp.asarray(gradient_norm, jnp.float32))
+        return updates, state
 
     def update(
         updates: Any, state: Any, params: Any = None, *, gradient_norm: Any = None, **_: Any
@@ -66,3 +71,8 @@ def clip_by_gradient_norm(
         return on_auto_axes(clip, (updates, state, gradient_norm), like=(updates, state))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def global_norm(gradients: Any) -> Array:
+    """The norm of all gradients, float32 or wider; entries beyond 2⁵⁰ ≈ 1e15 count as that."""
+    return optax.tree.norm(jax.tree.map(bounded, gradients))

@@ -10,7 +10,7 @@ from jax import Array
 from memopt.matrices import Layout, Matrices
 from memopt.reductions import total
 from memopt.renamed import keywords
-from memopt.state.precision import statistics_dtype
+from memopt.state.precision import bounded, bounded_squares, statistics_dtype
 from memopt.transforms.per_matrix import per_matrix
 
 
@@ -21,7 +21,8 @@ def clip_by_matrix_rms(
     """Scales each matrix of the stack down to a root mean square of at most `clip_threshold`.
 
     U ← U / max(1, RMS(U) / clip_threshold). Unlike `optax.clip_by_block_rms`, which computes one
-    root mean square for a whole stacked array, this treats layers separately. No state.
+    root mean square for a whole stacked array, this treats layers separately. Entries beyond
+    2⁵⁰ ≈ 1e15 count as that. No state.
 
     Args:
       clip_threshold: the largest root mean square that is not scaled down, d in the paper.
@@ -102,7 +103,7 @@ def normalize_by_group(
 
 def clip_rms(layout: Layout, u: Array, *, clip_threshold: float) -> Array:
     """Computes U / max(1, RMS(U) / clip_threshold) for each matrix."""
-    return (u / jnp.maximum(1.0, rms(layout, u) / clip_threshold)).astype(u.dtype)
+    return (bounded(u) / jnp.maximum(1.0, rms(layout, u) / clip_threshold)).astype(u.dtype)
 
 
 def scale_by_rms_of(layout: Layout, u: Array, w: Array, *, min_scale: float) -> Array:
@@ -114,4 +115,4 @@ def rms(layout: Layout, x: Array) -> Array:
     """Root mean square of each matrix of `x`; reduced axes are kept with length one."""
     square = jnp.square(x.astype(statistics_dtype(x)))
     size = math.prod(x.shape[a] for a in layout.core) or 1
-    return jnp.sqrt(total(square, layout.core, keepdims=True) / size)
+    return jnp.sqrt(bounded_squares(total(square, layout.core, keepdims=True) / size))

@@ -1,6 +1,7 @@
 """Limits the growth of each matrix's update norm."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax import Array
 from memopt.matrices import Layout, Matrices
 from memopt.reductions import total
 from memopt.renamed import keywords
-from memopt.state.precision import statistics_dtype
+from memopt.state.precision import bounded, bounded_squares, statistics_dtype
 from memopt.transforms.per_matrix import per_matrix
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -69,7 +70,8 @@ def limit_norm_growth(
 
     The first step is not limited. An update smaller than a thousandth of the previous one, for
     example of an expert without tokens, is not limited and its norm is not stored: the published
-    rule would keep the matrix at that size permanently. State: one number per matrix.
+    rule would keep the matrix at that size permanently. Entries beyond 2⁵⁰ ≈ 1e15 count as that.
+    State: one number per matrix.
 
     Args:
       growth_limit: the largest ratio of two successive norms, γ.
@@ -112,9 +114,10 @@ def limit_growth(
       limiter: the rule.
     """
     factor, norm = limiter(matrix_norm(layout, u), previous)
-    return (u * jnp.expand_dims(factor, layout.core)).astype(u.dtype), norm
+    return (bounded(u) * jnp.expand_dims(factor, layout.core)).astype(u.dtype), norm
 
 
 def matrix_norm(layout: Layout, x: Array) -> Array:
     """The Frobenius norm of each matrix, in the shape of the stack."""
-    return jnp.sqrt(total(jnp.square(x.astype(statistics_dtype(x))), layout.core))
+    squares = total(jnp.square(x.astype(statistics_dtype(x))), layout.core)
+    return jnp.sqrt(bounded_squares(squares, math.prod(x.shape[a] for a in layout.core)))

@@ -19,7 +19,7 @@ from memopt.errors import check_at_least
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.renamed import keywords
 from memopt.shapes import Stack
-from memopt.state.precision import statistics_dtype
+from memopt.state.precision import bounded
 from memopt.transforms.per_matrix import per_matrix
 
 NEWTON_SCHULZ_COEFFS = (3.4445, -4.7750, 2.0315)
@@ -136,7 +136,8 @@ def newton_schulz(
         return a * y + (b * gram + c * (gram @ gram)) @ y, None
 
     def iterate(x: Array) -> Array:
-        y = (x.mT if is_tall else x).astype(dtype or statistics_dtype(x))
+        y = bounded(x.mT if is_tall else x)
+        y = y.astype(dtype or y.dtype)
         norm = jnp.sqrt(jnp.square(y).sum((-2, -1), keepdims=True))
         y = jax.lax.scan(step, y / (norm + eps), jnp.asarray(polynomials, y.dtype))[0]
         return (y.mT if is_tall else y).astype(x.dtype)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax import Array
 from memopt import renamed
 from memopt.errors import IncompatiblePairingError, check_at_least, check_choice
 from memopt.shapes import Basis, LowRank, Stack
+from memopt.state.precision import bounded, bounded_squares
 from memopt.transforms.norm_growth import GrowthLimiter
 from memopt.transforms.projectors import MatrixSpec, Projector
 from memopt.trees import NOTHING
@@ -183,6 +185,7 @@ def lift_and_scaled_residual(
             residual = space.residual()
         residual = residual * space.ratio(space.low_axis)
         if limiter is not None:
+            residual = bounded(residual)
             factor, state = limiter(norm(residual, (-2, -1))[..., 0, 0], state)
             residual = residual * factor[..., None, None]
         return scale * space.up(space.low_update) + residual, state
@@ -224,7 +227,7 @@ def lift_with_error_feedback(b1: float | Array = 0.0) -> Recombine:
         return space.up(space.low_update), error
 
     zeros = lambda spec: jnp.zeros(spec.shape, spec.dtype)
-    return Recombine(update, zeros, lambda gradient, state: gradient + state, check)
+    return Recombine(update, zeros, lambda gradient, state: bounded(gradient + state), check)
 
 
 def scale_gradient(per: str = "channel", limiter: GrowthLimiter | None = None) -> Recombine:
@@ -248,8 +251,9 @@ def scale_gradient(per: str = "channel", limiter: GrowthLimiter | None = None) -
         scale = space.ratio((-2, -1) if per == "matrix" else space.low_axis)
         if limiter is not None:
             # ‖G∘s‖ is computed from the norms of G, so that G∘s is formed only once, in the update.
-            length = jnp.sqrt((jnp.square(scale) * space.squares).sum((-2, -1)))
-            factor, state = limiter(length, state)
+            squares = (jnp.square(scale) * space.squares).sum((-2, -1))
+            count = math.prod(space.gradient.shape[-2:])
+            factor, state = limiter(jnp.sqrt(bounded_squares(squares, count)), state)
             scale = scale * factor[..., None, None]
         return space.gradient * scale, state
 

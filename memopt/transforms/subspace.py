@@ -17,7 +17,7 @@ from memopt.errors import IncompatiblePairingError, check_at_least, check_choice
 from memopt.matrices import Layout, Matrices, Matrix, map_matrices
 from memopt.names import MATRIX, VECTOR
 from memopt.parameters import Parameter, known, reading_whole_trees
-from memopt.state.precision import statistics_dtype, to_float32
+from memopt.state.precision import bounded, bounded_squares, statistics_dtype, to_float32
 from memopt.state.quantized_state import QuantizedState
 from memopt.transforms.moments import CarryOver, check_moments_are_known, first_moment
 from memopt.transforms.projectors import MatrixSpec, Projector, RefreshClock
@@ -225,19 +225,22 @@ def enter_subspace(
       momentum: the inner optimizer's first moment in the previous step's subspace, or None.
 
     Returns:
-      The subspace, the projected gradient in float32, and the projector's new arrays.
+      The subspace, the projected gradient in float32, and the projector's new arrays. Entries that
+      are too large to be squared are bounded, see `memopt.state.precision.bounded`.
     """
     if spec is None:
-        return None, to_float32(gradient), ()
+        return None, bounded(gradient), ()
     g = recombine.correct(layout.to_matrices(to_float32(gradient)), rule)
     basis, new = projector.basis_at(spec, kept, g, clock, momentum)
     squares = None
     if recombine.needs_squares:
         low, squares = projector.down_and_squares(spec, basis, g)
+        squares = bounded_squares(squares, spec.shape[-2 if projector.is_left(spec) else -1])
     else:
         low = projector.down(spec, basis, g)
+    low = bounded(low)
     previous = lambda: projector.previous_basis(spec, kept, g, clock)
-    return Subspace(projector, spec, g, basis, low, squares, previous), low, new
+    return Subspace(projector, spec, bounded(g), basis, low, squares, previous), low, new
 
 
 def leave_subspace(

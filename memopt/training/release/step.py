@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 
 from memopt.internals import trace
 from memopt.models.stacked import StackedModel
-from memopt.state.precision import where_applied
+from memopt.state.precision import bounded, where_applied
 from memopt.state.quantized_params import apply_rounded_updates, dequantize_params, is_quantized
 from memopt.training.release import layouts
 from memopt.training.release.layouts import read_layer, write_layer
@@ -131,7 +131,7 @@ class _Carry(NamedTuple):
         """
         applied, squares = {}, self.squares
         for i, g in gradients.items():
-            own, square = jnp.isfinite(g).all(), jnp.square(g.astype(jnp.float32)).sum()
+            own, square = jnp.isfinite(g).all(), jnp.square(bounded(g.astype(jnp.float32))).sum()
             squares += jnp.where(own, square, 0) if by_matrix else square
             applied[i] = self.finite if by_matrix else self.finite & own
         finite = jnp.stack(list(applied.values())).all()
