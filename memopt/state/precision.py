@@ -92,6 +92,16 @@ def where_applied(applied: Array, new: Array, old: Array) -> Array:
     return jnp.where(applied, new, old)
 
 
+def bias_correction(decay: Any, steps: Array, dtype: Any) -> Array:
+    """1 − decay^steps, the sum of a moving average's weights, in the moment's dtype.
+
+    Example:
+      >>> bias_correction(0.5, jnp.int32(2), jnp.float32)
+      Array(0.75, dtype=float32)
+    """
+    return 1 - jnp.asarray(decay, dtype) ** steps.astype(dtype)
+
+
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` in float32 or wider, whatever the dtype of parameters and gradients.
 

@@ -74,5 +74,9 @@ def clip_by_gradient_norm(
 
 
 def global_norm(gradients: Any) -> Array:
-    """The norm of all gradients, float32 or wider; entries beyond 2⁵⁰ ≈ 1e15 count as that."""
-    return optax.tree.norm(jax.tree.map(bounded, gradients))
+    """The norm of all gradients, float32 or wider.
+
+    Finite entries beyond 2⁵⁰ ≈ 1e15 count as that; with an infinite one the norm is infinite.
+    """
+    visible = lambda x: jnp.where(jnp.isinf(x), x, bounded(x))
+    return optax.tree.norm(jax.tree.map(visible, gradients))

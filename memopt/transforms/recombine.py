@@ -14,6 +14,7 @@ from memopt import renamed
 from memopt.errors import IncompatiblePairingError, check_at_least, check_choice
 from memopt.shapes import Basis, LowRank, Stack
 from memopt.state.precision import bounded, bounded_squares
+from memopt.transforms.linalg import product
 from memopt.transforms.norm_growth import GrowthLimiter
 from memopt.transforms.projectors import MatrixSpec, Projector
 from memopt.trees import NOTHING
@@ -63,11 +64,36 @@ class Subspace:
         """The part of the gradient outside the subspace: G − up(R)."""
         return self.projector.residual(self.spec, self.basis, self.gradient, self.low_gradient)
 
-    def carry(self, moment: LowRank, power: int) -> LowRank:
+    def carry(self, moment: LowRank) -> LowRank:
         """Transforms a moment from the previous subspace to this one."""
-        return self.projector.carry(
-            self.spec, self.previous_basis(), self.basis, moment, power=power
-        )
+        return self.projector.carry(self.spec, self.previous_basis(), self.basis, moment, power=1)
+
+    def carry_by_cosines(self, moment: LowRank, power: int = 1) -> LowRank:
+        """Does so with unit basis vectors, and the entries of their change of basis to a power."""
+        old, new = self.previous_basis(), self.basis
+        if not self.projector.orthonormal:
+            old, new = old / lengths_of(old), new / lengths_of(new)
+        return self.projector.carry(self.spec, old, new, moment, power=power)
+
+    def previous_mean(self, moment: LowRank) -> LowRank:
+        """The mean of a moment over the previous subspace, see `Projector.mean`."""
+        return self.projector.mean(self.spec, self.previous_basis(), moment)
+
+    def lengths(self) -> tuple[Any, Any]:
+        """The lengths of the previous and of this basis's vectors, along R's axis of length r."""
+        if self.projector.orthonormal:
+            return 1.0, 1.0
+        old, new = map(lengths_of, (self.previous_basis(), self.basis))
+        return (old, new) if self.low_axis == -1 else (old.mT, new.mT)
+
+    def overlap(self) -> Any:
+        """The number r over ‖PᵀP‖² of the previous r unit vectors; 1 if they are orthogonal."""
+        if self.projector.orthonormal:
+            return 1.0
+        unit = self.previous_basis()
+        unit = unit / lengths_of(unit)
+        gram = product("...mr,...ms->...rs", unit, unit)
+        return unit.shape[-1] / jnp.square(gram).sum((-2, -1), keepdims=True)
 
     def dropped_momentum(self) -> Stack:
         """The full-size part of the first moment that a refresh at this step dropped."""
@@ -86,6 +112,12 @@ class Subspace:
 def norm(x: Array, axes: int | tuple[int, int]) -> Array:
     """The Euclidean norm over the given axes, which are kept with length one."""
     return jnp.sqrt(jnp.square(x).sum(axes, keepdims=True))
+
+
+def lengths_of(basis: Basis) -> Array:
+    """The length of each basis vector, ``(*stack, 1, r)``; 1 for one of zeros."""
+    lengths = norm(basis, -2)
+    return jnp.where(lengths > 0, lengths, 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from memopt.state.quantized_state import QuantizedState
 from memopt.transforms.moments import CarryOver, check_moments_are_known, first_moment
 from memopt.transforms.projectors import MatrixSpec, Projector, RefreshClock
 from memopt.transforms.recombine import Recombine, Subspace
-from memopt.trees import NOTHING, map_named, transpose_tuples, untranspose_tuples
+from memopt.trees import NOTHING, transpose_tuples, untranspose_tuples
 
 
 class InSubspaceState(NamedTuple):
@@ -123,7 +123,7 @@ def in_subspace(
         with _as_projections(projector, specs):
             inner_state = inner.init(low)
         if isinstance(carry, CarryOver):
-            _check_can_be_carried(inner_state, low)
+            _check_can_be_carried(inner_state, low, projector)
         kept = transpose_tuples(kept, params, projector.keeps)
         return InSubspaceState(jnp.zeros((), jnp.int32), kept, inner_state, rule)
 
@@ -298,13 +298,8 @@ def _refresh(
     """
     never = jnp.zeros((), bool)
     if isinstance(on_refresh, CarryOver):
-
-        def carry(moment: Any, power: int) -> Any:
-            one = lambda _, x, space, m: m if space is None else space.carry(m, power)
-            return map_named(one, low, spaces, moment)
-
         now = clock.refresh_now & (clock.step > 0)
-        over = lambda: on_refresh(state, low, carry, clock.step)
+        over = lambda: on_refresh(state, low, spaces, clock.step)
         return jax.lax.cond(now, over, lambda: state), now
     if on_refresh == "keep":
         return state, never
@@ -353,14 +348,14 @@ def _check_pairing(projector: Projector, recombine: Recombine, on_refresh: str |
         )
 
 
-def _check_can_be_carried(inner_state: Any, low: Any) -> None:
+def _check_can_be_carried(inner_state: Any, low: Any, projector: Projector) -> None:
     is_quantized = lambda x: isinstance(x, QuantizedState)
     if any(map(is_quantized, jax.tree.leaves(inner_state, is_leaf=is_quantized))):
         raise IncompatiblePairingError(
             "on_refresh='carry' cannot carry moments that the inner optimizer stores quantised. "
             "Use memopt.quantize_state(in_subspace(...)), or 'keep', 'reset' or 'reset_moments'."
         )
-    check_moments_are_known(inner_state, low)
+    check_moments_are_known(inner_state, low, per_matrix=projector.per_matrix)
 
 
 def _partition_by_phase(

@@ -327,13 +327,18 @@ def flora(w, gradients, name, bound=lambda u, w: u):
 @or_rest
 @stacked
 def frugal(w, gradients, name, on_refresh="reset"):
-    """Moments of full size, which are zeros outside of the chosen rows."""
-    adam = Adam()
+    """Moments of full size, which are zeros outside of the chosen rows.
+
+    Carried, the second moment of a row that is chosen anew begins with the mean of the old ones.
+    """
+    adam, chosen = Adam(), 0
     for t, g in enumerate(gradients, 1):
         if is_due(t):
-            chosen = drawn_rows(name, g, t)
-            adam = Adam() if on_refresh == "reset" else adam
-            adam.m, adam.v = chosen * adam.m, chosen * adam.v
+            old, chosen = chosen, drawn_rows(name, g, t)
+            adam = Adam() if on_refresh == "reset" or t == 1 else adam
+            if np.any(adam.v):
+                mean = adam.v.sum(0) / old.sum(0)
+                adam.m, adam.v = chosen * adam.m, chosen * np.where(old, adam.v, mean)
         w = descend(w, np.where(chosen, adam(chosen * g), np.sign(g)))
         yield w
 

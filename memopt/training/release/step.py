@@ -132,7 +132,7 @@ class _Carry(NamedTuple):
         applied, squares = {}, self.squares
         for i, g in gradients.items():
             own, square = jnp.isfinite(g).all(), jnp.square(bounded(g.astype(jnp.float32))).sum()
-            squares += jnp.where(own, square, 0) if by_matrix else square
+            squares += jnp.where(own, square, 0 if by_matrix else jnp.nan)
             applied[i] = self.finite if by_matrix else self.finite & own
         finite = jnp.stack(list(applied.values())).all()
         return self._replace(finite=finite, squares=squares), applied

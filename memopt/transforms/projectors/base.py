@@ -283,6 +283,10 @@ class Projector(abc.ABC):
         """The r×r inner products of two projected arrays: A Bᵀ or AᵀB."""
         return product("...rn,...sn->...rs" if self.is_left(spec) else "...mr,...ms->...rs", a, b)
 
+    def mean(self, spec: MatrixSpec, basis: Basis, low: LowRank) -> LowRank:
+        """The mean over the r numbers of each channel of a projected array, as an axis of one."""
+        return low.mean(-2 if self.is_left(spec) else -1, keepdims=True)
+
     def carry(
         self, spec: MatrixSpec, old: Basis, new: Basis, low: LowRank, *, power: int
     ) -> LowRank:

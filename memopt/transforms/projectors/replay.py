@@ -93,6 +93,11 @@ class ReplaySelected(Selected):
         index = (..., basis, slice(None)) if self.is_left(spec) else (..., basis)
         return jnp.zeros(spec.shape, low.dtype).at[index].set(low)
 
+    def mean(self, spec: MatrixSpec, basis: Basis, low: LowRank) -> LowRank:
+        """The mean over the selected entries, or over the selected lines in each channel."""
+        is_flat = low.ndim < len(spec.shape)
+        return low.mean(-1, keepdims=True) if is_flat else super().mean(spec, basis, low)
+
     def _are_entries(self, spec: MatrixSpec, basis: Basis | np.ndarray) -> bool:
         return basis.shape[0] > spec.shape[-2 if self.is_left(spec) else -1]
 

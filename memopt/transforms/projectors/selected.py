@@ -76,6 +76,12 @@ class Strata(Selected):
         strata = self._split(spec, gradient, self.every)
         return self._full(spec, jnp.where(self._is_chosen(spec, basis), 0, strata))
 
+    def mean(self, spec: MatrixSpec, basis: Basis, low: LowRank) -> LowRank:
+        """The mean over the axis, without a selection beyond its end."""
+        exists = self.down(spec, basis, jnp.ones(spec.shape, low.dtype))
+        count = jnp.maximum(exists.sum(self.axis(spec), keepdims=True), 1)
+        return (exists * low).sum(self.axis(spec), keepdims=True) / count
+
     def _is_chosen(self, spec: MatrixSpec, basis: Basis) -> Array:
         """Marks the selected entries of an axis that is split into (b, c, width)."""
         at = basis.ndim + self.axis(spec)

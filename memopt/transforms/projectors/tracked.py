@@ -10,7 +10,7 @@ from jax import Array
 
 from memopt.errors import check_at_least
 from memopt.shapes import Basis, Stack
-from memopt.state.precision import zeros_of
+from memopt.state.precision import bias_correction, zeros_of
 from memopt.transforms.linalg import for_stack, orthonormal, product
 from memopt.transforms.projectors.base import (
     MatrixSpec,
@@ -153,8 +153,8 @@ class PowerIteration(Tracked):
         weight = 1.0 if momentum is None else 1 - self.rho
         low = weight * self.down(spec, basis, gradient)
         if momentum is not None:
-            steps = jnp.maximum(clock.step, 1).astype(momentum.dtype)
-            corrected = self.rho * momentum / (1 - self.b1**steps)
+            steps = jnp.maximum(clock.step, 1)
+            corrected = self.rho * momentum / bias_correction(self.b1, steps, momentum.dtype)
             low += corrected
         factor, exists = scale_to_one(low)
         low = factor * low
