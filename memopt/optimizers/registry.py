@@ -9,12 +9,15 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
+import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 
 from memopt import renamed
-from memopt.errors import check_choice
+from memopt.errors import check_choice, check_precision
 from memopt.optimizers.by_partition import Common, finish
+from memopt.state.precision import with_gradient_dtypes
 
 Make = Callable[..., optax.GradientTransformation]
 F = TypeVar("F", bound=Make)
@@ -67,10 +70,45 @@ METHODS: dict[str, Method] = {
 """All optimizers by name: Optax's are listed here, memopt's are added by `@method()`."""
 
 
+STATIC = {
+    *("rank", "density", "ns_steps", "ns_coeffs", "mu_dtype"),
+    *("on_refresh", "matrices", "weight_decay_mask"),
+}
+"""Arguments of methods that decide shapes or programs, and functions that are no schedules."""
+
+
+class _Static(NamedTuple):
+    """Hides a number or a function from `optax.inject_hyperparams`, which passes on all else."""
+
+    value: Any
+
+
+class _Signature(inspect.Signature):
+    """The signature of a method, by which `optax.inject_hyperparams` reads its arguments.
+
+    It makes an array of every number and calls every function at each step. Here it binds static
+    arguments inside a `_Static`, and other floats as float32 arrays, which it leaves as they are;
+    it would round a decay of 0.999 to 1 for parameters in bfloat16.
+    """
+
+    def bind(self, *args: Any, **options: Any) -> inspect.BoundArguments:
+        bound = super().bind(*args, **options)
+        given = bound.arguments
+        for name, parameter in self.parameters.items():
+            value = given.get(name, parameter.default)
+            if name in STATIC:
+                given[name] = _Static(value)
+            elif isinstance(value, float) and not jax.config.read("jax_enable_x64"):
+                with jax.ensure_compile_time_eval():
+                    given[name] = jnp.asarray(value, jnp.float32)
+        return bound
+
+
 def method(*, sums_projections: bool = False) -> Callable[[F], F]:
     """Registers a function in `METHODS` under its own name.
 
-    In its signature and docstring, the options of `Common` replace ``**common``.
+    In its signature and docstring, the options of `Common` replace ``**common``. Of its arguments,
+    `optax.inject_hyperparams` leaves those in `STATIC` alone.
 
     Args:
       sums_projections: see `Method`.
@@ -82,17 +120,22 @@ def method(*, sums_projections: bool = False) -> Callable[[F], F]:
         if parameters.pop("common", None):
             parameters |= {name: ending[name] for name in Common.__annotations__}
         signature = signature.replace(parameters=list(parameters.values()))
+        read = _Signature(list(parameters.values()), return_annotation=signature.return_annotation)
 
         @functools.wraps(make)
         def checked(*args: Any, **options: Any) -> Any:
             options = renamed.current(make, options)
+            options = {k: x.value if isinstance(x, _Static) else x for k, x in options.items()}
             try:
-                signature.bind(*args, **options)
+                given = signature.bind(*args, **options).arguments
             except TypeError as error:  # an unknown option
                 raise TypeError(f"memopt.{make.__name__} {error}.") from None
-            return make(*args, **options)
+            check_precision(**given)
+            tx = make(*args, **options)
+            injected = any(isinstance(x, jax.Array) for x in given.values())
+            return with_gradient_dtypes(tx) if injected else tx
 
-        _set_signature(checked, signature)
+        _set_signature(checked, read)
         options = (Common.__doc__ or "").partition("Attributes:\n")[2].rstrip()
         line = "      **common: see `memopt.Common`."
         checked.__doc__ = (make.__doc__ or "").replace(line, options)
