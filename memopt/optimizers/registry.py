@@ -33,11 +33,14 @@ class Method(NamedTuple):
       library: "memopt", or "optax" for a baseline.
       sums_projections: whether it sums projections of gradients over devices, and so communicates
         less if the shorter sides of matrices are not sharded; see `memopt.unshard_short_side`.
+      eval_params: maps its state and the parameters to those to evaluate with, see
+        `memopt.eval_params`; None if they are the same.
     """
 
     make: Make
     library: str = "memopt"
     sums_projections: bool = False
+    eval_params: Callable[[Any, Any], Any] | None = None
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -62,7 +65,11 @@ METHODS: dict[str, Method] = {
     "optax_adafactor": Method(optax.adafactor, "optax"),
     "optax_lion": Method(optax.lion, "optax"),
     "optax_muon": Method(optax.contrib.muon, "optax"),
-    "schedule_free": Method(optax.contrib.schedule_free_adamw, "optax"),
+    "schedule_free": Method(
+        optax.contrib.schedule_free_adamw,
+        "optax",
+        eval_params=optax.contrib.schedule_free_eval_params,
+    ),
     "sgd": Method(optax.sgd, "optax"),
     "sm3": Method(optax.sm3, "optax"),
     "sophia": Method(optax.contrib.sophia, "optax"),
@@ -217,3 +224,33 @@ def optimizer(
     for option in options:
         check_choice(f"option of {name}:", option, chosen.defaults)
     return optax.with_extra_args_support(chosen.make(learning_rate, **options))
+
+
+def eval_params(name: str, state: Any, params: Any) -> Any:
+    """Returns the parameters to evaluate, sample and export: for most optimizers, those trained.
+
+    Schedule-free optimizers take gradients at one point and average another.
+
+    Args:
+      name: one of `available()`.
+      state: the state of the optimizer of that name, without wrappers.
+      params: the parameters that it updates.
+
+    Raises:
+      ValueError: if the name is unknown.
+
+    References:
+      Defazio et al., The Road Less Scheduled, 2024, https://arxiv.org/abs/2405.15682.
+
+    Example:
+      >>> params = jnp.ones(2)
+      >>> tx = optimizer("schedule_free", learning_rate=0.1)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> eval_params("schedule_free", state, params + updates).round(3).tolist()
+      [0.9, 0.9]
+      >>> eval_params("lion", None, params) is params
+      True
+    """
+    check_choice("optimizer", name, available())
+    find = METHODS[name].eval_params
+    return params if find is None else find(state, params)
