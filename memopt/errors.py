@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -38,6 +39,44 @@ def check_at_least(argument: str, given: Any, least: float) -> None:
     """
     if isinstance(given, numbers.Real) and not float(given) >= least:
         raise ValueError(f"{argument} must be at least {least}, got {given}.")
+
+
+def check_static(argument: str, given: Any) -> None:
+    """Raises unless an argument that decides shapes or the program is a number.
+
+    Raises:
+      TypeError: names the argument, and how `optax.inject_hyperparams` leaves it alone.
+    """
+    if not isinstance(given, numbers.Real):
+        raise TypeError(
+            f"{argument} must be a number, since shapes or the program depend on it, got {given}; "
+            f"pass static_args={argument!r} to optax.inject_hyperparams."
+        )
+
+
+def check_precision(**given: Any) -> None:
+    """Raises if a hyperparameter is an array of floats narrower than float32.
+
+    Args:
+      **given: the given values, of any kind.
+
+    Raises:
+      ValueError: names the argument and its dtype.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> check_precision(b2=jnp.bfloat16(0.999))
+      Traceback (most recent call last):
+      ValueError: b2 must be float32 or wider, got bfloat16, which rounds decays; for ...
+    """
+    for name, value in given.items():
+        dtype = getattr(value, "dtype", None)
+        if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+            raise ValueError(
+                f"{name} must be float32 or wider, got {dtype}, which rounds decays; for "
+                "parameters in that dtype, pass hyperparam_dtype=jnp.float32 to "
+                "optax.inject_hyperparams."
+            )
 
 
 def check_unused(function: Callable[..., Any], why: str, **given: Any) -> None:

@@ -130,7 +130,7 @@ def _introduce(run: Training, console: Console) -> None:
 
 
 def _conclude(run: Training, state: TrainState, step: Compiled, console: Console) -> None:
-    prompt, continuation = sample_text(run, state.params)
+    prompt, continuation = sample_text(run, run.setup.eval_params(state))
     console.rule("sample")
     console.print(prompt, style="dim", markup=False, highlight=False, end="")
     console.print(continuation, markup=False, highlight=False)

@@ -20,9 +20,13 @@ from memopt.optimizers.online_subspace_descent import (
     online_subspace_descent as online_subspace_descent,
 )
 from memopt.optimizers.registry import available as available
+from memopt.optimizers.registry import eval_params as eval_params
 from memopt.optimizers.registry import optimizer as optimizer
 
 if not TYPE_CHECKING:  # type checkers read the imports above
     __all__ = sorted(
-        ("Common", "matrices_and_rest", "available", "optimizer", *available("memopt"))
+        (
+            *("Common", "matrices_and_rest", "available", "eval_params", "optimizer"),
+            *available("memopt"),
+        )
     )

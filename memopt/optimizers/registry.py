@@ -9,12 +9,15 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
+import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 
 from memopt import renamed
-from memopt.errors import check_choice
+from memopt.errors import check_choice, check_precision
 from memopt.optimizers.by_partition import Common, finish
+from memopt.state.precision import with_gradient_dtypes
 
 Make = Callable[..., optax.GradientTransformation]
 F = TypeVar("F", bound=Make)
@@ -30,11 +33,14 @@ class Method(NamedTuple):
       library: "memopt", or "optax" for a baseline.
       sums_projections: whether it sums projections of gradients over devices, and so communicates
         less if the shorter sides of matrices are not sharded; see `memopt.unshard_short_side`.
+      eval_params: maps its state and the parameters to those to evaluate with, see
+        `memopt.eval_params`; None if they are the same.
     """
 
     make: Make
     library: str = "memopt"
     sums_projections: bool = False
+    eval_params: Callable[[Any, Any], Any] | None = None
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -59,7 +65,11 @@ METHODS: dict[str, Method] = {
     "optax_adafactor": Method(optax.adafactor, "optax"),
     "optax_lion": Method(optax.lion, "optax"),
     "optax_muon": Method(optax.contrib.muon, "optax"),
-    "schedule_free": Method(optax.contrib.schedule_free_adamw, "optax"),
+    "schedule_free": Method(
+        optax.contrib.schedule_free_adamw,
+        "optax",
+        eval_params=optax.contrib.schedule_free_eval_params,
+    ),
     "sgd": Method(optax.sgd, "optax"),
     "sm3": Method(optax.sm3, "optax"),
     "sophia": Method(optax.contrib.sophia, "optax"),
@@ -67,10 +77,45 @@ METHODS: dict[str, Method] = {
 """All optimizers by name: Optax's are listed here, memopt's are added by `@method()`."""
 
 
+STATIC = {
+    *("rank", "density", "ns_steps", "ns_coeffs", "mu_dtype"),
+    *("on_refresh", "matrices", "weight_decay_mask"),
+}
+"""Arguments of methods that decide shapes or programs, and functions that are no schedules."""
+
+
+class _Static(NamedTuple):
+    """Hides a number or a function from `optax.inject_hyperparams`, which passes on all else."""
+
+    value: Any
+
+
+class _Signature(inspect.Signature):
+    """The signature of a method, by which `optax.inject_hyperparams` reads its arguments.
+
+    It makes an array of every number and calls every function at each step. Here it binds static
+    arguments inside a `_Static`, and other floats as float32 arrays, which it leaves as they are;
+    it would round a decay of 0.999 to 1 for parameters in bfloat16.
+    """
+
+    def bind(self, *args: Any, **options: Any) -> inspect.BoundArguments:
+        bound = super().bind(*args, **options)
+        given = bound.arguments
+        for name, parameter in self.parameters.items():
+            value = given.get(name, parameter.default)
+            if name in STATIC:
+                given[name] = _Static(value)
+            elif isinstance(value, float) and not jax.config.read("jax_enable_x64"):
+                with jax.ensure_compile_time_eval():
+                    given[name] = jnp.asarray(value, jnp.float32)
+        return bound
+
+
 def method(*, sums_projections: bool = False) -> Callable[[F], F]:
     """Registers a function in `METHODS` under its own name.
 
-    In its signature and docstring, the options of `Common` replace ``**common``.
+    In its signature and docstring, the options of `Common` replace ``**common``. Of its arguments,
+    `optax.inject_hyperparams` leaves those in `STATIC` alone.
 
     Args:
       sums_projections: see `Method`.
@@ -82,17 +127,22 @@ def method(*, sums_projections: bool = False) -> Callable[[F], F]:
         if parameters.pop("common", None):
             parameters |= {name: ending[name] for name in Common.__annotations__}
         signature = signature.replace(parameters=list(parameters.values()))
+        read = _Signature(list(parameters.values()), return_annotation=signature.return_annotation)
 
         @functools.wraps(make)
         def checked(*args: Any, **options: Any) -> Any:
             options = renamed.current(make, options)
+            options = {k: x.value if isinstance(x, _Static) else x for k, x in options.items()}
             try:
-                signature.bind(*args, **options)
+                given = signature.bind(*args, **options).arguments
             except TypeError as error:  # an unknown option
                 raise TypeError(f"memopt.{make.__name__} {error}.") from None
-            return make(*args, **options)
+            check_precision(**given)
+            tx = make(*args, **options)
+            injected = any(isinstance(x, jax.Array) for x in given.values())
+            return with_gradient_dtypes(tx) if injected else tx
 
-        _set_signature(checked, signature)
+        _set_signature(checked, read)
         options = (Common.__doc__ or "").partition("Attributes:\n")[2].rstrip()
         line = "      **common: see `memopt.Common`."
         checked.__doc__ = (make.__doc__ or "").replace(line, options)
@@ -174,3 +224,33 @@ def optimizer(
     for option in options:
         check_choice(f"option of {name}:", option, chosen.defaults)
     return optax.with_extra_args_support(chosen.make(learning_rate, **options))
+
+
+def eval_params(name: str, state: Any, params: Any) -> Any:
+    """Returns the parameters to evaluate, sample and export: for most optimizers, those trained.
+
+    Schedule-free optimizers take gradients at one point and average another.
+
+    Args:
+      name: one of `available()`.
+      state: the state of the optimizer of that name, without wrappers.
+      params: the parameters that it updates.
+
+    Raises:
+      ValueError: if the name is unknown.
+
+    References:
+      Defazio et al., The Road Less Scheduled, 2024, https://arxiv.org/abs/2405.15682.
+
+    Example:
+      >>> params = jnp.ones(2)
+      >>> tx = optimizer("schedule_free", learning_rate=0.1)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> eval_params("schedule_free", state, params + updates).round(3).tolist()
+      [0.9, 0.9]
+      >>> eval_params("lion", None, params) is params
+      True
+    """
+    check_choice("optimizer", name, available())
+    find = METHODS[name].eval_params
+    return params if find is None else find(state, params)

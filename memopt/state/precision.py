@@ -136,3 +136,19 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
         return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def with_gradient_dtypes(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Casts the updates of `inner` to the gradients' dtypes.
+
+    Hyperparameters that are float32 arrays, unlike numbers, make a bfloat16 update float32.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        new, state = inner.update(updates, state, params, **extra)
+        return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from tyro import conf
 
-DType = Literal["float32", "bfloat16", "float16"]
+DType = Annotated[str, conf.arg(metavar="{float32,bfloat16}")]
 
 #: Options that `config.json` does not hold.
 NOT_SAVED = (

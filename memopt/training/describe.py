@@ -5,8 +5,9 @@ import dataclasses
 import optax
 
 from memopt import optimizers, schedules
-from memopt.errors import check_at_least
+from memopt.errors import check_at_least, check_choice
 from memopt.models import llama
+from memopt.optimizers.registry import METHODS
 from memopt.state.quantized_state import quantize_state
 from memopt.text.batches import FIELDS
 from memopt.training.config import Config, Optimization
@@ -48,6 +49,12 @@ def describe_run(config: Config) -> Setup:
             f"accumulation={options.accumulation} does not divide "
             f"batch_size={config.text.batch_size}: change one."
         )
+    check_choice("optimizer", options.optimizer, optimizers.available())
+    if options.state and METHODS[options.optimizer].eval_params:
+        raise ValueError(
+            f"state={options.state} must be left out with optimizer {options.optimizer!r}, whose "
+            "state holds weights."
+        )
     mesh = make_mesh(config.run.mesh, config.text.batch_size // options.accumulation)
     try:
         tx = optimizers.optimizer(
@@ -75,6 +82,13 @@ def describe_run(config: Config) -> Setup:
 
 def _model_config(config: Config) -> llama.LlamaConfig:
     options = config.architecture
+    for name in ("param_dtype", "compute_dtype"):
+        if (dtype := getattr(options, name)) == "float16":
+            raise ValueError(
+                f"{name} must be float32 or bfloat16, got float16, in which small gradients are "
+                "zero, since the loss is not scaled."
+            )
+        check_choice(name, dtype, ("float32", "bfloat16"))
     model = llama.preset(options.model)
     model = dataclasses.replace(
         model,

@@ -66,7 +66,7 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
                 metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - began)
                 if number % options.eval_every == 0 or number == steps:
                     batches = map(setup.place, run.validation)
-                    metrics["val_loss"] = evaluate(state.params, batches, loss)
+                    metrics["val_loss"] = evaluate(setup.eval_params(state), batches, loss)
                 if log:
                     log.write(number, metrics)
                 display.show(number, metrics)

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from memopt.models import llama
+from memopt.optimizers.registry import METHODS, eval_params
 from memopt.state.quantized_params import dequantize_params, quantize_params
 from memopt.training.placement import abstract_state, batch_sharding, place_update
 from memopt.training.release import release_step
@@ -36,6 +37,7 @@ class Setup:
         state: The shapes, dtypes and shardings of the state.
         batch: The shapes, dtypes and shardings of a batch.
         step: `train_step` or `release_step` with this model and optimizer, a pure function.
+        optimizer: The optimizer's name in `memopt.available()`.
     """
 
     model_config: llama.LlamaConfig
@@ -46,6 +48,7 @@ class Setup:
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
     step: Step
+    optimizer: str
 
     def model(self, params: Any) -> llama.Llama:
         """Returns the model with these parameters, stored as in the state."""
@@ -54,6 +57,22 @@ class Setup:
     def loss(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Returns the summed loss of a batch and its number of tokens."""
         return llama.loss(self.model(params), batch)
+
+    def eval_params(self, state: TrainState) -> Any:
+        """Returns the parameters to evaluate, sample and export, see `memopt.eval_params`.
+
+        They are those of the state, stored as there, or other ones, which are not quantised.
+        """
+        if METHODS[self.optimizer].eval_params is None:
+            return state.params
+        return self._eval_params(state.opt_state, state.params)
+
+    @functools.cached_property
+    def _eval_params(self) -> Any:
+        find = lambda opt_state, params: eval_params(
+            self.optimizer, opt_state, dequantize_params(params)
+        )
+        return jax.jit(find)
 
     @functools.cached_property
     def jitted(self) -> Any:
@@ -151,7 +170,7 @@ def set_up(
         loss = lambda params, batch: llama.loss(build_model(model_config, params), batch)
         step = functools.partial(train_step, loss=loss, **options)
     state = abstract_state(params, tx, mesh, places)
-    return Setup(model_config, mesh, tx, learning_rate, weights, state, batch, step)
+    return Setup(model_config, mesh, tx, learning_rate, weights, state, batch, step, optimizer)
 
 
 def build_model(model_config: llama.LlamaConfig, params: Any) -> llama.Llama:

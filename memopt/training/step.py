@@ -12,6 +12,7 @@ from memopt.state.precision import where_applied
 from memopt.state.quantized_params import apply_rounded_updates, dequantize_params
 from memopt.transforms.gradient_norm import global_norm
 from memopt.transforms.skip_nonfinite import all_finite, skips_matrices
+from memopt.trees import named_leaves, open_box
 
 Batch = Mapping[str, Any]
 Loss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
@@ -37,9 +38,20 @@ class TrainState(NamedTuple):
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first step; the parameters may be quantised."""
+    """Returns the state before the first step; the parameters may be quantised.
+
+    Raises:
+        ValueError: A parameter is in float16, whose gradients would need their loss scaled.
+    """
+    dense = dequantize_params(params)
+    for name, x in named_leaves(dense)[0]:
+        if open_box(x).dtype == jnp.float16:
+            raise ValueError(
+                f"{name!r} must be in float32 or bfloat16, got float16, in which small gradients "
+                "are zero, since the loss is not scaled."
+            )
     step, skipped, skipped_in_row = jnp.zeros((3,), jnp.int32)
-    opt_state = tx.init(dequantize_params(params))
+    opt_state = tx.init(dense)
     return TrainState(params, opt_state, step, skipped, skipped_in_row)
 
 

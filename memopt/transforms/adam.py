@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from memopt.errors import check_precision
 from memopt.state.precision import average, bounded, statistics_dtype
 
 
@@ -50,6 +51,7 @@ def scale_by_uncorrected_adam(
       >>> round(float(u[0]), 3)                                  # 0.1·2 / √(0.01·4)
       1.0
     """
+    check_precision(b1=b1, b2=b2, eps=eps)
 
     def init(params: Any) -> ScaleByUncorrectedAdamState:
         zeros = lambda p: jnp.zeros_like(p, dtype=statistics_dtype(p))
@@ -102,6 +104,7 @@ def adam_bias_correction(b1: float = 0.9, b2: float = 0.999) -> Callable[[Array]
       ...     scale_by_uncorrected_adam(), optax.scale_by_schedule(adam_bias_correction())
       ... )
     """
+    check_precision(b1=b1, b2=b2)
 
     def correction(count: Array) -> Array:
         t = jnp.asarray(count, float) + 1

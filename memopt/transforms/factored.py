@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from memopt.errors import check_precision
 from memopt.matrices import Layout, Matrices
 from memopt.reductions import total
 from memopt.renamed import keywords
@@ -68,6 +69,7 @@ def scale_by_factored_matrix_rms(
       >>> state.rows["w"].shape, state.cols["w"].shape, state.rows["b"], state.cols["b"].shape
       ((3, 6), (3, 4), MaskedNode(), (4,))
     """
+    check_precision(decay_rate=decay_rate, eps=eps)
     return per_matrix(
         functools.partial(divide_by_factored_rms, eps=eps),
         ScaleByFactoredMatrixRmsState,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from memopt.errors import check_precision
 from memopt.matrices import Layout, Matrices
 from memopt.reductions import total
 from memopt.renamed import keywords
@@ -94,6 +95,7 @@ def limit_norm_growth(
       0.0
       4.0
     """
+    check_precision(growth_limit=growth_limit)
     return per_matrix(
         functools.partial(limit_growth, limiter=GrowthLimiter(growth_limit, as_released)),
         LimitNormGrowthState,

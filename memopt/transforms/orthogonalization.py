@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.typing import DTypeLike
 
 from memopt.axis_types import on_auto_axes
-from memopt.errors import check_at_least
+from memopt.errors import check_at_least, check_static
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.renamed import keywords
 from memopt.shapes import Stack
@@ -147,6 +147,7 @@ def newton_schulz(
 
 def _polynomials(ns_steps: int, ns_coeffs: Any) -> np.ndarray:
     """The coefficients of each step."""
+    check_static("ns_steps", ns_steps)
     check_at_least("ns_steps", ns_steps, 1)
     polynomials = np.asarray(ns_coeffs, float)
     if polynomials.ndim not in (1, 2) or polynomials.shape[-1] != 3:

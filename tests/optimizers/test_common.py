@@ -34,7 +34,7 @@ class Case(NamedTuple):
       matrix: for a stack of k hidden matrices, from (k, m, n).
       rest: for a matrix that is not hidden, an embedding or head, from (m, n).
       vector: for a vector of n.
-      static: arguments that `inject_hyperparams` must leave alone.
+      static: arguments that `inject_hyperparams` must leave alone; methods of memopt say it.
     """
 
     make: Callable[..., optax.GradientTransformation]
@@ -113,88 +113,78 @@ CASES = {
         once,
     ),
     "apollo": Case(
-        variant(memopt.apollo, **ranks, **decays), moments, twice, twice, ("rank",)
+        variant(memopt.apollo, **ranks, **decays), moments, twice, twice
     ),
     "apollo_as_released": Case(
         variant(memopt.apollo, as_released=True, **ranks, **decays),
         lambda k, m, n: moments(k, m, n) + RANK * min(m, n),
         twice,
         twice,
-        ("rank",),
     ),
     "apollo_mini": Case(
-        variant(memopt.apollo_mini, refresh_every=3), mini_moments, twice, twice, ("rank",)
+        variant(memopt.apollo_mini, refresh_every=3), mini_moments, twice, twice
     ),
     "apollo_mini_scale_front": Case(
-        variant(memopt.apollo_mini, scale_front=True), mini_moments, twice, twice, ("rank",)
+        variant(memopt.apollo_mini, scale_front=True), mini_moments, twice, twice
     ),
     "ademamix": Case(variant(METHODS["ademamix"].make, **decays), thrice, thrice, thrice),
     "lion": Case(variant(memopt.lion, **decays), once, once, once),
     "lomo": Case(variant(memopt.lomo, clip_value=0.5, **decays), none, none, none),
-    "muon": Case(variant(memopt.muon, **decays), once, twice, twice, ("ns_steps",)),
-    "galore": Case(variant(memopt.galore, **ranks, **decays), low_moments, twice, twice, ("rank",)),
+    "muon": Case(variant(memopt.muon, **decays), once, twice, twice),
+    "galore": Case(variant(memopt.galore, **ranks, **decays), low_moments, twice, twice),
     "galore_in_turns": Case(
         variant(memopt.galore, projector="svd", refresh_phase=(0, 1), as_released=True, **ranks),
         low_moments,
         twice,
         twice,
-        ("rank",),
     ),
     "online_subspace_descent": Case(
         variant(memopt.online_subspace_descent, rank=RANK, **decays),
         lambda k, m, n: low_moments(k, m, n) + k * 2 * RANK * min(m, n) + 1,
         twice,
         twice,
-        ("rank",),
     ),
     "fira": Case(
         variant(memopt.fira, **ranks, **decays),
         lambda k, m, n: low_moments(k, m, n) + k,
         twice,
         twice,
-        ("rank",),
     ),
     "flora": Case(
         variant(memopt.flora, **ranks, **decays),
         lambda k, m, n: k * (RANK * max(m, n) + m + n),
         lambda m, n: m + n + m * n,
         twice,
-        ("rank",),
     ),
     "flora_as_released": Case(
         variant(memopt.flora, as_released=True, **ranks),
         lambda k, m, n: k * (RANK * max(m, n) + m + n),
         lambda m, n: m + n + m * n,
         twice,
-        ("rank",),
     ),
     "frugal": Case(
         variant(memopt.frugal, refresh_every=3, **decays),
         lambda k, m, n: 2 * k * math.ceil(m / 4) * n,
         twice,
         twice,
-        ("density",),
     ),
     "frugal_orthogonal": Case(
         variant(memopt.frugal, projector="orthogonal", refresh_every=3, on_refresh="carry"),
         lambda k, m, n: k * 2 * RANK * max(m, n) + RANK * min(m, n),
         twice,
         twice,
-        ("density",),
     ),
     "frugal_blocks": Case(
         variant(memopt.frugal, projector="blocks", refresh_every=3, density=0.5),
         lambda k, m, n: 2 * math.ceil(k / 2) * m * n,
         twice,
         twice,
-        ("density",),
     ),
     "ldadam": Case(
         variant(memopt.ldadam, rank=RANK, **decays),
         lambda k, m, n: low_moments(k, m, n) + k * m * n,
         twice,
         twice,
-        ("rank",),
     ),
     "galore_at_random": Case(
         galore_at_random,

@@ -1,17 +1,21 @@
 """Optimizers by name."""
 
 import ast
+import functools
 import inspect
 import re
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import memopt
 from memopt.optimizers.registry import METHODS
+from tests.optimizers.kinds import slow_unless
 
 
 def tree():
@@ -50,7 +54,7 @@ def test_type_checkers_read_the_imports_of_every_method():
     tree = ast.parse(Path(memopt.optimizers.__file__).read_text())
     names = [node.names[0] for node in tree.body if isinstance(node, ast.ImportFrom)]
     explicit = {alias.name for alias in names if alias.asname == alias.name}
-    others = {"Common", "available", "matrices_and_rest", "optimizer"}
+    others = {"Common", "available", "eval_params", "matrices_and_rest", "optimizer"}
     assert explicit == {*memopt.available("memopt"), *others} == set(memopt.optimizers.__all__)
 
 
@@ -158,7 +162,7 @@ def test_a_projector_may_be_given_with_its_own_rank():
 
 
 def test_injected_defaults_are_not_refused():
-    make = optax.inject_hyperparams(memopt.galore, static_args="rank")
+    make = optax.inject_hyperparams(memopt.galore)
     tx = make(1e-2, projector="svd", inner=optax.scale_by_rms(), rank=2)
     state = jax.jit(tx.init)(tree())
     jax.eval_shape(jax.jit(tx.update), tree(), state, tree())
@@ -179,9 +183,60 @@ def test_matrices_and_rest_are_replaceable():
     assert (table["up/kernel"], table["norm/scale"]) == (4 * 128, 0)
 
 
-def test_an_injected_rank_is_refused_with_the_remedy():
+def normal(seed):
+    """A tree of bfloat16."""
+    draw = np.random.default_rng(seed).normal
+    return jax.tree.map(lambda x: jnp.asarray(draw(size=x.shape), jnp.bfloat16), tree())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=slow_unless(name in ("lion", "galore")))
+        for name in memopt.available("memopt")
+    ],
+)
+def test_injected_hyperparameters_are_float32_whatever_the_parameters_are(name):
+    gradients = [normal(seed) for seed in range(1, 4)]
+
+    def train(tx):
+        @jax.jit
+        def step(carry, g):
+            params, state = carry
+            updates, state = tx.update(g, state, params)
+            chex.assert_trees_all_equal_dtypes(updates, params)
+            return optax.apply_updates(params, updates), state
+
+        params = normal(0)
+        return functools.reduce(step, gradients, (params, tx.init(params)))
+
+    make, is_matrix = getattr(memopt, name), lambda x: x.ndim > 1
+    options = {"weight_decay": 0.1, "weight_decay_mask": lambda p: jax.tree.map(is_matrix, p)}
+    given, state = train(optax.inject_hyperparams(make)(learning_rate=1e-2, **options))
+    expected, _ = train(make(1e-2, **options))
+    precision = float(jnp.finfo(jnp.bfloat16).eps)
+    chex.assert_trees_all_close(given, expected, rtol=4 * precision, atol=precision)
+    found = state.hyperparams
+    assert found["learning_rate"].dtype == jnp.float32
+    assert not {"rank", "density", "ns_steps"} & found.keys()
+    if "b2" in found:
+        assert found["b2"] == np.float32(METHODS[name].defaults["b2"])
+
+
+def test_what_is_injected_otherwise_is_refused_with_the_remedy():
+    wide = lambda learning_rate, rank: memopt.galore(learning_rate, rank=rank)
     with pytest.raises(TypeError, match=r"static_args='rank' to optax\.inject"):
-        optax.inject_hyperparams(memopt.galore)(1e-2, rank=4).init(tree())
+        optax.inject_hyperparams(wide)(1e-2, rank=4).init(tree())
+    with pytest.raises(TypeError, match=r"static_args='ns_steps' to optax\.inject"):
+        optax.inject_hyperparams(memopt.orthogonalize)(ns_steps=4).init(tree())
+    narrow = normal(0)
+    for make in (memopt.scale_by_uncorrected_adam, memopt.scale_by_sign_momentum):
+        with pytest.raises(ValueError, match=r"b1 must be float32.*hyperparam_dtype=jnp\.float32"):
+            optax.inject_hyperparams(make)(b1=0.9).init(narrow)
+        optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)(b1=0.9).init(narrow)
+    constant = optax.inject_hyperparams(memopt.lion)(optax.constant_schedule(1e-2))
+    with pytest.raises(ValueError, match=r"learning_rate must be float32.*got bfloat16"):
+        constant.init(narrow)
 
 
 def test_lion_refuses_a_momentum_that_forgets_everything():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import memopt
 from memopt.models import llama
 from memopt.optimizers.registry import METHODS, available
 from memopt.training.config import Architecture, Config, Optimization, Run, Text
@@ -19,6 +20,7 @@ from memopt.training.loop import Stopped, train
 from memopt.training.metrics import read_metrics
 from memopt.training.open import open_run
 from memopt.training.report import plot_loss, sample_text
+from memopt.training.step import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,24 @@ def test_a_run_learns_and_its_directory_holds_everything(finished):
     assert state.step == 12
     plot_loss(directory / "metrics.jsonl", directory / "loss.png")
     assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_parameters_to_evaluate_may_be_others_than_those_trained(config):
+    """A schedule-free optimizer averages another point than the one it takes gradients at."""
+    changed = change(config, optimizer="schedule_free", release=True, steps=4)
+    opened = open_run(changed)
+    batches, setup = [*opened.validation], opened.setup
+    state, _ = train(opened, Console(quiet=True))
+    averaged = memopt.eval_params("schedule_free", state.opt_state, state.params)
+    with jax.set_mesh(setup.mesh):
+        losses = [
+            evaluate(params, map(setup.place, batches), jax.jit(setup.loss))
+            for params in (averaged, state.params)
+        ]
+    [found] = [line["val_loss"] for line in metrics(changed) if "val_loss" in line]
+    assert found == pytest.approx(losses[0], rel=1e-6)
+    assert found != pytest.approx(losses[1], rel=1e-4)
 
 
 def test_a_finished_run_is_resumed_to_its_end_with_nothing_to_do(finished):

@@ -1,6 +1,10 @@
 """The step is described without files, by one module, and compiled for devices that cannot run."""
 
+import dataclasses
+
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
@@ -84,6 +88,20 @@ def test_a_run_s_step_is_that_of_its_parts():
         with jax.set_mesh(setup.mesh):
             texts.append(setup.jitted.lower(setup.state, setup.batch).as_text())
     assert texts[0] == texts[1]
+
+
+def test_an_optimizer_says_which_parameters_to_evaluate():
+    """The parameters trained, as they are stored, unless it averages others."""
+    setup = describe_run(config(optimizer="schedule_free", weights="int8"))
+    state = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), setup.state)
+    state = state._replace(opt_state=state.opt_state._replace(b1=jnp.float32(0.9)))
+    found = setup.eval_params(state)
+    x = lambda y: (y - 0.1) / 0.9
+    expected = jax.tree.map(x, memopt.dequantize_params(state.params))
+    chex.assert_trees_all_close(found, expected, rtol=1e-5)
+    assert jax.eval_shape(setup.loss, found, setup.batch)[0].shape == ()
+    plain = dataclasses.replace(setup, optimizer="sgd")
+    assert plain.eval_params(state) is state.params
 
 
 def test_an_option_that_an_optimizer_cannot_take_is_named():

@@ -196,3 +196,9 @@ def test_evaluation_reads_a_loss_before_it_asks_for_the_next_batch():
 
     assert evaluate(None, batches(), lambda params, batch: (Number(), Number())) == 1.0
     assert events == ["batch", "read", "read"] * 3
+
+
+def test_float16_is_refused_because_no_loss_is_scaled():
+    narrow = jax.tree.map(lambda p: p.astype(jnp.float16), make_params())
+    with pytest.raises(ValueError, match=r"'head' must be in float32 or bfloat16, got float16"):
+        init_state(narrow, optax.adam(1e-3))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from memopt.errors import check_at_least, check_choice
+from memopt.errors import check_at_least, check_choice, check_static
 from memopt.names import split_layer
 from memopt.shapes import Basis, LowRank, Square, Stack
 from memopt.transforms.linalg import for_stack, product, replicate_axis
@@ -119,11 +119,7 @@ class Projector(abc.ABC):
 
     def __post_init__(self) -> None:
         check_choice("side", self.side, SIDES)
-        if not isinstance(self.rank, numbers.Real):
-            raise TypeError(
-                f"rank must be a number, since shapes depend on it, got {self.rank}; pass "
-                "static_args='rank' to optax.inject_hyperparams."
-            )
+        check_static("rank", self.rank)
         if not isinstance(self.rank, numbers.Integral):
             if not 0 < self.rank <= 1:
                 raise ValueError(f"a fractional rank must be in (0, 1], got {self.rank}.")
