@@ -53,8 +53,6 @@ def make(name, learning_rate):
         options["rank"] = 2
     if name == "online_subspace_descent":
         options["projector_learning_rate"] = 0.05  # for a thousand steps
-    if name == "sm3":  # takes no schedule
-        learning_rate = learning_rate(0)
     return memopt.optimizer(name, learning_rate, **options)
 
 
@@ -76,9 +74,7 @@ def test_a_minimum_is_found(name, loss):
     @jax.jit
     def descend(params):
         (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), length=STEPS)
-        if name == "schedule_free":
-            params = optax.contrib.schedule_free_eval_params(state, params)
-        return params
+        return memopt.eval_params(name, state, params)
 
     start = draw(0)
     assert loss(descend(start)) < 0.05 * loss(start)
