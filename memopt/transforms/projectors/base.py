@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from memopt.axis_types import varying_as
 from memopt.errors import check_at_least, check_choice
 from memopt.names import split_layer
 from memopt.shapes import Basis, LowRank, Square, Stack
@@ -182,7 +183,7 @@ class Projector(abc.ABC):
         if self.from_gradients:
             basis = self.chosen(spec, kept[0], gradient, clock, clock.refresh_now)
         else:
-            fresh = lambda: self.basis(spec, gradient, clock)
+            fresh = lambda: varying_as(kept[0], self.basis(spec, gradient, clock))
             basis = jax.lax.cond(clock.refresh_now, fresh, lambda: kept[0])
         return basis, (basis,)
 
