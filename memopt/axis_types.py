@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 
 
@@ -23,7 +24,6 @@ def on_auto_axes(f: Callable[..., Any], args: Sequence[Any], like: Any) -> Any:
       like: a tree with the structure of the result, of arrays, shapes or ``jax.P``.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> mesh = jax.make_mesh((1,), ("fsdp",))  # Explicit axes
       >>> x = jax.device_put(jnp.ones((4, 2)), NamedSharding(mesh, jax.P("fsdp")))
       >>> flat = on_auto_axes(lambda x: x.reshape(2, 4), (x,), jax.P(None, "fsdp"))
@@ -63,3 +63,19 @@ def explicit_mesh(arrays: Sequence[jax.Array]) -> Any:
 def spec_of(x: Any) -> jax.P:
     """The Explicit mesh axes that split each axis of an array, from its type."""
     return jax.typeof(x).sharding.spec
+
+
+def varying_as(like: Any, x: jax.Array) -> jax.Array:
+    """Makes an array vary over the same manual axes as `like` does, inside ``jax.shard_map``.
+
+    Arrays made anew vary over no axis, and could not stand in the place of those that do.
+
+    Args:
+      like: an array, or its shape with the type of one.
+      x: numbers of any shape and dtype.
+
+    Example:
+      >>> varying_as(jnp.ones(3), jnp.zeros(2))
+      Array([0., 0.], dtype=float32)
+    """
+    return x + jnp.zeros_like(like, shape=(), dtype=x.dtype)

@@ -140,9 +140,15 @@ class While(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Runs a program once on all inputs, as in `jax.jit`, `jax.checkpoint` or `jax.custom_vjp`."""
+    """Runs a program once on all inputs, as in `jax.jit`, `jax.checkpoint` or `jax.custom_vjp`.
+
+    Attributes:
+      body: the program.
+      function: the name of a jitted function, otherwise "".
+    """
 
     body: Program
+    function: str
 
 
 def _inner(eqn: Any) -> Cond | Scan | While | Call | None:
@@ -165,7 +171,9 @@ def _inner(eqn: Any) -> Cond | Scan | While | Call | None:
     body = _program(called)
     # The programs of kernels and reductions have other inputs than their operation.
     shapes = lambda inputs: [getattr(v.aval, "shape", None) for v in inputs]
-    return Call(body) if shapes(eqn.invars) == shapes(body.inputs) else None
+    if shapes(eqn.invars) != shapes(body.inputs):
+        return None
+    return Call(body, params.get("name", ""))
 
 
 def _program(traced: Any) -> Program:

@@ -43,3 +43,20 @@ def _folded(x: Array, axis: int) -> Array:
         half = lambda i: jax.lax.slice_in_dim(x, i, i + size // 2, axis=axis)  # noqa: B023
         x = half(0) + half(size // 2)
     return x
+
+
+@jax.jit
+def for_any(wanted: Array) -> Array:
+    """Whether any matrix of a stack wants what `jax.lax.cond` computes for the whole stack.
+
+    Only for a choice that saves work: for a matrix that does not want it, both branches must return
+    the same. The stack may then be cut into layers; a released step knows the function by its name.
+
+    Args:
+      wanted: a bool for each matrix.
+
+    Example:
+      >>> bool(for_any(jnp.array([False, True])))
+      True
+    """
+    return wanted.any()

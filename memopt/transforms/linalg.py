@@ -45,6 +45,17 @@ def for_stack(basis: Basis, like: Array) -> Basis:
     return jnp.broadcast_to(basis, (*like.shape[:-2], *basis.shape[-2:]))
 
 
+def lengths_of(basis: Basis) -> Array:
+    """The length of each basis vector, ``(*stack, 1, r)``; 1 for one of zeros.
+
+    Example:
+      >>> lengths_of(jnp.array([[3.0, 0.0], [4.0, 0.0]])).tolist()
+      [[5.0, 1.0]]
+    """
+    lengths = jnp.sqrt(jnp.square(basis).sum(-2, keepdims=True))
+    return jnp.where(lengths > 0, lengths, 1)
+
+
 def orthonormal(matrices: Basis) -> Basis:
     """Orthonormal columns that span the columns of a stack of side×r matrices, r ≤ side.
 

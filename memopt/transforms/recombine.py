@@ -14,7 +14,7 @@ from memopt import renamed
 from memopt.errors import IncompatiblePairingError, check_at_least, check_choice
 from memopt.shapes import Basis, LowRank, Stack
 from memopt.state.precision import bounded, bounded_squares
-from memopt.transforms.linalg import product
+from memopt.transforms.linalg import lengths_of, product
 from memopt.transforms.norm_growth import GrowthLimiter
 from memopt.transforms.projectors import MatrixSpec, Projector
 from memopt.trees import NOTHING
@@ -112,12 +112,6 @@ class Subspace:
 def norm(x: Array, axes: int | tuple[int, int]) -> Array:
     """The Euclidean norm over the given axes, which are kept with length one."""
     return jnp.sqrt(jnp.square(x).sum(axes, keepdims=True))
-
-
-def lengths_of(basis: Basis) -> Array:
-    """The length of each basis vector, ``(*stack, 1, r)``; 1 for one of zeros."""
-    lengths = norm(basis, -2)
-    return jnp.where(lengths > 0, lengths, 1)
 
 
 @dataclasses.dataclass(frozen=True)

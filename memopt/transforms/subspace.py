@@ -12,7 +12,7 @@ import optax
 from jax import Array
 from jax.sharding import AxisType
 
-from memopt.axis_types import on_auto_axes, spec_of
+from memopt.axis_types import on_auto_axes, spec_of, varying_as
 from memopt.errors import IncompatiblePairingError, check_at_least, check_choice
 from memopt.matrices import Layout, Matrices, Matrix, map_matrices
 from memopt.names import MATRIX, VECTOR
@@ -183,14 +183,15 @@ def _start(
     low = projected_zeros(projector, p, spec)
     if spec is None:
         return low, NOTHING, ()
-    return low, recombine.init(spec), projector.init(spec)
+    rule, kept = recombine.init(spec), projector.init(spec)
+    return low, *jax.tree.map(functools.partial(varying_as, p), (rule, kept))
 
 
 def projected_zeros(projector: Projector, p: Any, spec: MatrixSpec | None) -> Array:
     """Zeros in the shape of the projected gradient, or of the parameter if it is not a matrix."""
     if spec is None:
         return jnp.zeros_like(p, dtype=statistics_dtype(p))
-    return jnp.zeros(projector.projected_shape(spec), spec.dtype)
+    return varying_as(p, jnp.zeros(projector.projected_shape(spec), spec.dtype))
 
 
 def _low_shape(
@@ -303,8 +304,9 @@ def _refresh(
         return jax.lax.cond(now, over, lambda: state), now
     if on_refresh == "keep":
         return state, never
-    begin = lambda: _reset(inner.init(low), state, counts_too=on_refresh == "reset")
-    return jax.lax.cond(clock.refresh_now, begin, lambda: state), never
+    fresh = _reset(inner.init(low), state, counts_too=on_refresh == "reset")
+    choose = functools.partial(jnp.where, clock.refresh_now)
+    return jax.tree.map(choose, fresh, state), never
 
 
 def _as_projections(projector: Projector, specs: Any) -> contextlib.AbstractContextManager[None]:

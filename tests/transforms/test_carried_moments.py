@@ -11,8 +11,9 @@ import pytest
 
 import memopt
 from memopt import projectors, recombine
+from memopt.transforms.linalg import lengths_of
 from memopt.transforms.moments import carry_first_moment, carry_second_moment
-from memopt.transforms.recombine import Subspace, lengths_of
+from memopt.transforms.recombine import Subspace
 from tests.optimizers.kinds import slow_unless
 
 RANK = 8

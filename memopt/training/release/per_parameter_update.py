@@ -12,6 +12,7 @@ from jax import Array
 
 from memopt.internals import Call, Cond, Program, Scan, While, trace
 from memopt.parameters import init_shapes, known, read_parameters
+from memopt.reductions import for_any
 
 Scalars = tuple[Any, Any]
 """The loss, and the norm of the whole gradient."""
@@ -254,6 +255,9 @@ def _mixed(program: Program, tags: Sequence[int], prime: int) -> list[int]:
                 outs = list(map(max, carry, outs))
                 if inner(test, given[:of_test] + outs)[0]:
                     outs = [_MIXED] * len(outs)
+            case Call(_, function) if function == for_any.__name__:
+                seen |= dict.fromkeys(eqn.outputs, _CLEAN)
+                continue
             case Call(body):
                 outs = inner(body, given)
             case None:

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from memopt.axis_types import varying_as
 from memopt.errors import check_at_least, check_choice, check_static
 from memopt.names import split_layer
+from memopt.reductions import for_any
 from memopt.shapes import Basis, LowRank, Square, Stack
 from memopt.transforms.linalg import for_stack, product, replicate_axis
 
@@ -178,7 +180,7 @@ class Projector(abc.ABC):
         if self.from_gradients:
             basis = self.chosen(spec, kept[0], gradient, clock, clock.refresh_now)
         else:
-            fresh = lambda: self.basis(spec, gradient, clock)
+            fresh = lambda: varying_as(kept[0], self.basis(spec, gradient, clock))
             basis = jax.lax.cond(clock.refresh_now, fresh, lambda: kept[0])
         return basis, (basis,)
 
@@ -202,9 +204,9 @@ class Projector(abc.ABC):
             pick = lambda which, a, b: jnp.where(which[..., None, None], a, b)
             others = pick(wanted, 0, old)
             fresh = lambda: pick(due, self.basis(spec, gradient * factor, clock), others)
-            return jax.lax.cond(due.any(), fresh, lambda: others)
+            return jax.lax.cond(for_any(due), fresh, lambda: others)
 
-        return jax.lax.cond(wanted.any(), look, lambda: old)
+        return jax.lax.cond(for_any(wanted), look, lambda: old)
 
     def previous_basis(
         self, spec: MatrixSpec, kept: tuple[Array, ...], gradient: Stack, clock: RefreshClock

@@ -9,6 +9,7 @@ import optax
 from jax import Array
 
 from memopt.errors import check_at_least
+from memopt.reductions import for_any
 from memopt.shapes import Basis, Stack
 from memopt.state.precision import bias_correction, zeros_of
 from memopt.transforms.linalg import for_stack, orthonormal, product
@@ -93,7 +94,7 @@ class OnlinePca(Tracked):
         def keep(old: Array, new: Array) -> Array:
             is_stack = old.ndim > 0 and old.shape[: stay.ndim] == stay.shape
             axes = tuple(range(stay.ndim, old.ndim))
-            return jnp.where(jnp.expand_dims(stay, axes) if is_stack else first.all(), old, new)
+            return jnp.where(jnp.expand_dims(stay, axes) if is_stack else clock.step == 0, old, new)
 
         return basis, tuple(map(keep, (basis, *kept[1:]), moved))
 
@@ -140,7 +141,7 @@ class PowerIteration(Tracked):
             moved = self._iterate(spec, kept[0], gradient, clock, momentum)
             return jnp.where(first[..., None, None], started, moved)
 
-        basis = jax.lax.cond(clock.refresh_now & ~first.all(), iterate, lambda: started)
+        basis = jax.lax.cond(clock.refresh_now & for_any(~first), iterate, lambda: started)
         return basis, (basis,)
 
     def _iterate(
