@@ -30,11 +30,13 @@ class Method(NamedTuple):
       library: "memopt", or "optax" for a baseline.
       sums_projections: whether it sums projections of gradients over devices, and so communicates
         less if the shorter sides of matrices are not sharded; see `memopt.unshard_short_side`.
+      needs: the extra argument without which it cannot update, with what it is, or "".
     """
 
     make: Make
     library: str = "memopt"
     sums_projections: bool = False
+    needs: str = ""
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -62,7 +64,9 @@ METHODS: dict[str, Method] = {
     "schedule_free": Method(optax.contrib.schedule_free_adamw, "optax"),
     "sgd": Method(optax.sgd, "optax"),
     "sm3": Method(optax.sm3, "optax"),
-    "sophia": Method(optax.contrib.sophia, "optax"),
+    "sophia": Method(
+        optax.contrib.sophia, "optax", needs="obj_fn, the loss as a function of the parameters"
+    ),
 }
 """All optimizers by name: Optax's are listed here, memopt's are added by `@method()`."""
 
@@ -160,7 +164,8 @@ def optimizer(
       The transformation that ``memopt.<name>`` or Optax's function of that name returns.
 
     Raises:
-      ValueError: if the name or an option is unknown; the closest name is suggested.
+      ValueError: if the name or an option is unknown; the closest name is suggested. The update of
+        "sophia" raises it if `obj_fn`, the loss as a function of the parameters, is not given.
 
     Example:
       >>> tx = optimizer("apollo_mini", learning_rate=1e-2, weight_decay=0.1)
@@ -173,4 +178,15 @@ def optimizer(
     options = renamed.current(chosen.make, options)
     for option in options:
         check_choice(f"option of {name}:", option, chosen.defaults)
-    return optax.with_extra_args_support(chosen.make(learning_rate, **options))
+    tx = optax.with_extra_args_support(chosen.make(learning_rate, **options))
+    argument = chosen.needs.partition(",")[0]
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        if extra.get(argument) is None:
+            raise ValueError(
+                f"optimizer {name!r} needs {chosen.needs}: call update(updates, state, params, "
+                f"{argument}=…)."
+            )
+        return tx.update(updates, state, params, **extra)
+
+    return tx._replace(update=update) if argument else tx

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.state.precision import average, bounded, statistics_dtype
+from memopt.state.precision import average, bounded, check_real, statistics_dtype
 
 
 class ScaleByUncorrectedAdamState(NamedTuple):
@@ -52,6 +52,7 @@ def scale_by_uncorrected_adam(
     """
 
     def init(params: Any) -> ScaleByUncorrectedAdamState:
+        check_real(params)
         zeros = lambda p: jnp.zeros_like(p, dtype=statistics_dtype(p))
         return ScaleByUncorrectedAdamState(jax.tree.map(zeros, params), jax.tree.map(zeros, params))
 
