@@ -35,12 +35,14 @@ class Method(NamedTuple):
         less if the shorter sides of matrices are not sharded; see `memopt.unshard_short_side`.
       eval_params: maps its state and the parameters to those to evaluate with, see
         `memopt.eval_params`; None if they are the same.
+      needs: the extra argument without which it cannot update, with what it is, or "".
     """
 
     make: Make
     library: str = "memopt"
     sums_projections: bool = False
     eval_params: Callable[[Any, Any], Any] | None = None
+    needs: str = ""
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -72,7 +74,9 @@ METHODS: dict[str, Method] = {
     ),
     "sgd": Method(optax.sgd, "optax"),
     "sm3": Method(optax.sm3, "optax"),
-    "sophia": Method(optax.contrib.sophia, "optax"),
+    "sophia": Method(
+        optax.contrib.sophia, "optax", needs="obj_fn, the loss as a function of the parameters"
+    ),
 }
 """All optimizers by name: Optax's are listed here, memopt's are added by `@method()`."""
 
@@ -210,7 +214,8 @@ def optimizer(
       The transformation that ``memopt.<name>`` or Optax's function of that name returns.
 
     Raises:
-      ValueError: if the name or an option is unknown; the closest name is suggested.
+      ValueError: if the name or an option is unknown; the closest name is suggested. The update of
+        "sophia" raises it if `obj_fn`, the loss as a function of the parameters, is not given.
 
     Example:
       >>> tx = optimizer("apollo_mini", learning_rate=1e-2, weight_decay=0.1)
@@ -223,7 +228,18 @@ def optimizer(
     options = renamed.current(chosen.make, options)
     for option in options:
         check_choice(f"option of {name}:", option, chosen.defaults)
-    return optax.with_extra_args_support(chosen.make(learning_rate, **options))
+    tx = optax.with_extra_args_support(chosen.make(learning_rate, **options))
+    argument = chosen.needs.partition(",")[0]
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        if extra.get(argument) is None:
+            raise ValueError(
+                f"optimizer {name!r} needs {chosen.needs}: call update(updates, state, params, "
+                f"{argument}=…)."
+            )
+        return tx.update(updates, state, params, **extra)
+
+    return tx._replace(update=update) if argument else tx
 
 
 def eval_params(name: str, state: Any, params: Any) -> Any:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from memopt.trees import named_leaves, open_box
+
 
 def statistics_dtype(x: Any) -> Any:
     """The dtype in which statistics of `x` are computed and kept: float32, or wider if `x` is."""
@@ -16,6 +18,26 @@ def statistics_dtype(x: Any) -> Any:
 def to_float32(x: Array) -> Array:
     """Casts `x` to float32, unless it is wider."""
     return x.astype(statistics_dtype(x))
+
+
+def check_real(params: Any) -> None:
+    """Raises if a parameter is complex; squares, signs and transposes of matrices would be wrong.
+
+    Raises:
+      ValueError: names the parameter and its dtype.
+
+    Example:
+      >>> check_real({"w": jnp.zeros((2, 2), complex)})  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      ValueError: params must be real, got 'w' of dtype complex64; wrap the optimizer in ...
+    """
+    for name, leaf in named_leaves(params)[0]:
+        dtype = getattr(open_box(leaf), "dtype", None)
+        if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
+            raise ValueError(
+                f"params must be real, got {name!r} of dtype {dtype}; wrap the optimizer in "
+                "optax.contrib.split_real_and_imaginary."
+            )
 
 
 def largest_squared(dtype: Any) -> float:

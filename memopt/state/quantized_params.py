@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.state.codecs import BFloat16, Codec, Coded, named
-from memopt.state.precision import to_float32
+from memopt.state.precision import check_real, to_float32
 from memopt.state.rounding import NEAREST, rounding_bits
 from memopt.trees import map_named
 
@@ -62,7 +62,7 @@ def quantize_params(params: Any, codec: str | Codec = "int8", *, matrices: Matri
       A tree with a `Quantized` in place of each matrix, rounded to the nearest code.
 
     Raises:
-      ValueError: if the codec's name is unknown.
+      ValueError: if the codec's name is unknown, or a parameter complex.
 
     References:
       Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270 (Q-APOLLO).
@@ -76,6 +76,7 @@ def quantize_params(params: Any, codec: str | Codec = "int8", *, matrices: Matri
       True
     """
     stored = named(codec).weights
+    check_real(params)
 
     def store(layout: Layout, x: Any) -> Any:
         if not layout.is_matrix:

@@ -9,7 +9,7 @@ import optax
 from jax import Array
 
 from memopt.errors import check_precision
-from memopt.state.precision import average, bounded, statistics_dtype
+from memopt.state.precision import average, bounded, check_real, statistics_dtype
 
 
 class ScaleByUncorrectedAdamState(NamedTuple):
@@ -54,6 +54,7 @@ def scale_by_uncorrected_adam(
     check_precision(b1=b1, b2=b2, eps=eps)
 
     def init(params: Any) -> ScaleByUncorrectedAdamState:
+        check_real(params)
         zeros = lambda p: jnp.zeros_like(p, dtype=statistics_dtype(p))
         return ScaleByUncorrectedAdamState(jax.tree.map(zeros, params), jax.tree.map(zeros, params))
 

@@ -19,7 +19,7 @@ from memopt.errors import check_at_least, check_static
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.renamed import keywords
 from memopt.shapes import Stack
-from memopt.state.precision import bounded
+from memopt.state.precision import bounded, check_real
 from memopt.transforms.per_matrix import per_matrix
 
 NEWTON_SCHULZ_COEFFS = (3.4445, -4.7750, 2.0315)
@@ -96,7 +96,11 @@ def orthogonalize(
 
         return on_auto_axes(jax.jit(orthogonal), (updates,), like=updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    def init(params: Any) -> optax.EmptyState:
+        check_real(params)
+        return optax.EmptyState()
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def newton_schulz(

@@ -9,7 +9,7 @@ import optax
 
 from memopt.axis_types import on_auto_axes
 from memopt.matrices import Matrices, every_matrix, map_matrices
-from memopt.state.precision import zeros_of
+from memopt.state.precision import check_real, zeros_of
 
 
 def per_matrix(
@@ -41,7 +41,8 @@ def per_matrix(
       A transformation whose state is a `state_type`.
 
     Raises:
-      ValueError: if the rule reads parameters and `update` is called without them.
+      ValueError: if a parameter is complex, or the rule reads parameters and `update` is called
+        without them.
 
     Example:
       >>> def subtract_mean(layout, u):
@@ -64,6 +65,7 @@ def per_matrix(
         return new if outputs > 1 else (new,)
 
     def init(params: Any) -> Any:
+        check_real(params)
         zeros = lambda layout, p: zeros_of(lambda p: like(layout, p), p)
         arrays = map_rule(zeros, params, outputs=kept) if kept else ()
         count = (jnp.zeros((), jnp.int32),) if counted else ()

@@ -17,7 +17,13 @@ from memopt.errors import IncompatiblePairingError, check_at_least, check_choice
 from memopt.matrices import Layout, Matrices, Matrix, map_matrices
 from memopt.names import MATRIX, VECTOR
 from memopt.parameters import Parameter, known, reading_whole_trees
-from memopt.state.precision import bounded, bounded_squares, statistics_dtype, to_float32
+from memopt.state.precision import (
+    bounded,
+    bounded_squares,
+    check_real,
+    statistics_dtype,
+    to_float32,
+)
 from memopt.state.quantized_state import QuantizedState
 from memopt.transforms.moments import CarryOver, check_moments_are_known, first_moment
 from memopt.transforms.projectors import MatrixSpec, Projector, RefreshClock
@@ -117,6 +123,7 @@ def in_subspace(
     find_specs = functools.partial(map_matrices, matrix_spec, matrices=matrices)
 
     def init(params: Any) -> InSubspaceState:
+        check_real(params)
         specs = find_specs(params)
         start = functools.partial(_start, projector, recombine)
         low, rule, kept = map_matrices(start, params, specs, matrices=matrices, outputs=3)

@@ -78,7 +78,7 @@ class Sparse(RandomProjector):
 
     def entries(self, key: Array, shape: tuple[int, int]) -> Basis:
         """√3 times -1, 0 or 1; two in three entries are 0."""
-        third = jax.random.randint(key, shape, 0, 6)
+        third = jax.random.randint(key, shape, 0, 6, jnp.int32)
         return np.sqrt(3.0) * jnp.where(third < 2, 2.0 * third - 1.0, 0.0).astype(jnp.float32)
 
 

@@ -174,7 +174,9 @@ class Blocks(Strata):
     def basis(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Basis:
         """Draws one layer of each stratum; for a single matrix, whether it is selected."""
         key = spec.key(self.seed, clock.refresh)
-        draw = lambda i: jax.random.randint(jax.random.fold_in(key, i), (), 0, self.every)
+        draw = lambda i: jax.random.randint(
+            jax.random.fold_in(key, i), (), 0, self.every, jnp.int32
+        )
         if len(spec.shape) == 2:
             return draw(spec.layer // self.every) == spec.layer % self.every
         chosen = jax.vmap(draw)(jnp.arange(self.parts(spec)[0]))
