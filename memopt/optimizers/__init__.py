@@ -25,6 +25,8 @@ from memopt.optimizers.registry import optimizer as optimizer
 
 if not TYPE_CHECKING:  # type checkers read the imports above
     __all__ = sorted(
-        ("Common", "matrices_and_rest", "available", "eval_params", "optimizer")
-        + available("memopt")
+        (
+            *("Common", "matrices_and_rest", "available", "eval_params", "optimizer"),
+            *available("memopt"),
+        )
     )

@@ -54,6 +54,12 @@ class Method(NamedTuple):
         return isinstance(self.defaults.get("rank"), float)
 
 
+@functools.wraps(optax.sm3)
+def _sm3(learning_rate: optax.ScalarOrSchedule, momentum: float = 0.9) -> Any:
+    """The same, with a schedule too, as all others have."""
+    return optax.chain(optax.scale_by_sm3(momentum), optax.scale_by_learning_rate(learning_rate))
+
+
 METHODS: dict[str, Method] = {
     "adam": Method(optax.adam, "optax"),
     "adamw": Method(optax.adamw, "optax"),
@@ -71,7 +77,7 @@ METHODS: dict[str, Method] = {
         eval_params=optax.contrib.schedule_free_eval_params,
     ),
     "sgd": Method(optax.sgd, "optax"),
-    "sm3": Method(optax.sm3, "optax"),
+    "sm3": Method(_sm3, "optax"),
     "sophia": Method(optax.contrib.sophia, "optax"),
 }
 """All optimizers by name: Optax's are listed here, memopt's are added by `@method()`."""
