@@ -1,7 +1,9 @@
 """A run's training step from its options, before anything is opened or written."""
 
 import dataclasses
+from typing import Any
 
+import jax
 import optax
 
 from memopt import optimizers, schedules
@@ -60,7 +62,7 @@ def describe_run(config: Config) -> Setup:
         tx = optimizers.optimizer(
             options.optimizer, learning_rate=learning_rate, **config.optimizer_options
         )
-        return set_up(
+        setup = set_up(
             model_config,
             mesh,
             quantize_state(tx, options.state) if options.state else tx,
@@ -71,6 +73,8 @@ def describe_run(config: Config) -> Setup:
             release=options.release,
             accumulation=options.accumulation,
         )
+        _check_step(setup)
+        return setup
     except TypeError as error:  # of an option of another type
         if not options.option:
             raise
@@ -80,10 +84,20 @@ def describe_run(config: Config) -> Setup:
         ) from error
 
 
+def _check_step(setup: Setup) -> None:
+    """Traces the step, which compiling it then needs not do, to refuse what cannot be released."""
+    try:
+        with jax.set_mesh(setup.mesh):
+            setup.jitted.eval_shape(setup.state, setup.batch)
+    except ValueError as error:
+        raise ValueError(f"optimizer {setup.optimizer!r} cannot work like this: {error}") from error
+
+
 def _model_config(config: Config) -> llama.LlamaConfig:
     options = config.architecture
-    for name in ("param_dtype", "compute_dtype"):
-        if (dtype := getattr(options, name)) == "float16":
+    dtypes: Any = {"param_dtype": options.param_dtype, "compute_dtype": options.compute_dtype}
+    for name, dtype in dtypes.items():
+        if dtype == "float16":
             raise ValueError(
                 f"{name} must be float32 or bfloat16, got float16, in which small gradients are "
                 "zero, since the loss is not scaled."
@@ -93,8 +107,8 @@ def _model_config(config: Config) -> llama.LlamaConfig:
     model = dataclasses.replace(
         model,
         vocab_size=options.vocab_size or model.vocab_size,
-        param_dtype=options.param_dtype,
-        dtype=options.compute_dtype,
+        param_dtype=dtypes["param_dtype"],
+        dtype=dtypes["compute_dtype"],
         remat=options.remat,
     )
     if config.text.seq_len > model.max_seq_len:

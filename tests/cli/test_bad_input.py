@@ -59,6 +59,10 @@ def pretrain(complain, tmp_path):
         (["--param-dtype=float16"], "param_dtype must be float32 or bfloat16, got float16"),
         (["--compute-dtype=float16"], "since the loss is not scaled"),
         (["--compute-dtype=float"], "did you mean 'float32'?"),
+        (
+            ["--release", "--weights=int8", "--optimizer=lars"],
+            "optimizer 'lars' cannot work like this: the update of",
+        ),
         (["--optimizer=schedule_free", "--state=int8"], "state=int8 must be left out"),
         (["--data=nowhere/*.txt"], "matches no text file"),
         (["--data=empty.txt"], "empty"),

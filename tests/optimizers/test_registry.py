@@ -43,6 +43,14 @@ def test_every_name_builds_and_moves(name):
     assert float(loss(params)) < float(loss(tree()))
 
 
+@pytest.mark.parametrize("name", memopt.available())
+def test_every_name_takes_a_schedule(name):
+    params = jax.eval_shape(tree)
+    tx = memopt.optimizer(name, optax.linear_schedule(1e-2, 0.0, 10))
+    update = lambda g: tx.update(g, tx.init(g), g, obj_fn=lambda p: p["norm"]["scale"].sum())[0]
+    assert jax.eval_shape(update, params) == params
+
+
 @pytest.mark.parametrize("module", [memopt, memopt.optimizers])
 def test_the_package_has_each_method_under_its_name(module):
     ours = memopt.available("memopt")
