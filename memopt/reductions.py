@@ -56,6 +56,7 @@ def for_any(wanted: Array) -> Array:
       wanted: a bool for each matrix.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> bool(for_any(jnp.array([False, True])))
       True
     """
