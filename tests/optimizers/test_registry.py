@@ -250,3 +250,11 @@ def test_what_is_injected_otherwise_is_refused_with_the_remedy():
 def test_lion_refuses_a_momentum_that_forgets_everything():
     with pytest.raises(ValueError, match=r"b2 must be above 0, got 0\.0"):
         memopt.lion(1e-3, b1=0.0, b2=0.0)
+
+
+def test_sophia_says_what_its_update_needs():
+    tx, params = memopt.optimizer("sophia", 1e-2), tree()
+    state = tx.init(params)
+    with pytest.raises(ValueError, match="'sophia' needs obj_fn, the loss as a function"):
+        tx.update(params, state, params)
+    tx.update(params, state, params, obj_fn=lambda p: jnp.square(p["norm"]["scale"]).sum())
