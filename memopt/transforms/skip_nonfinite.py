@@ -109,7 +109,9 @@ def _skip_steps(
     inner: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
     def init(params: Any) -> SkipNonfiniteState:
-        return SkipNonfiniteState(jnp.zeros((), jnp.int32), inner.init(params))
+        # Inside shard_map the count varies as the parameters do.
+        zero = zeros_of(lambda params: all_finite(params).astype(jnp.int32), params)
+        return SkipNonfiniteState(zero, inner.init(params))
 
     def step(updates: Any, state: SkipNonfiniteState, params: Any, extra: Any) -> Any:
         # A released step never holds all gradients, but knows their norm.

@@ -66,7 +66,7 @@ ALSO = ("adamw", "adamw_8bit")
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=slow_unless(name in ("adafactor", "galore", "adamw_8bit")))
+        pytest.param(name, marks=slow_unless(name in ("adafactor", "galore")))
         for name in (*ALSO, *memopt.available("memopt"))
     ],
 )
@@ -125,19 +125,42 @@ def test_a_norm_of_all_gradients_leaves_out_what_is_hit():
         np.testing.assert_allclose(state.inner[0].norm, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("per", ["matrix", "tree"])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_on_a_mesh_the_same_is_skipped(axis_type):
+def test_on_a_mesh_the_same_is_skipped(axis_type, per):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(axis_type, axis_type))
     specs = {"up": jax.P(None, "a", "b"), "embedding": jax.P("b"), "norm": jax.P(None, "a")}
     shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
-    tx = memopt.skip_nonfinite(make("adafactor"))
+    tx = memopt.skip_nonfinite(make("adafactor"), per)
     gradients = [draw(1), hit(draw(2), jnp.inf)]
     expected = steps(tx, draw(0), gradients)[-1]
     with jax.set_mesh(mesh):
         place = functools.partial(jax.device_put, device=shardings)
         found = steps(tx, place(draw(0)), [*map(place, gradients)])[-1]
     chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), rtol=1e-5)
-    assert found[1].skipped["up"].tolist() == [0, 1, 0]
+    if per == "matrix":
+        assert found[1].skipped["up"].tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("per", ["matrix", "tree"])
+def test_models_of_their_own_on_each_device_count_for_themselves(per):
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,))
+    tx = memopt.skip_nonfinite(optax.sgd(1.0, momentum=0.9), per)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=jax.P("model"), out_specs=jax.P("model"))
+    def train(gradients):
+        def step(carry, g):
+            updates, state = tx.update(g, carry[1])
+            return (optax.apply_updates(carry[0], updates), state), None
+
+        params = 0 * gradients[0, 0]
+        (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), gradients[0])
+        return params[None], state.skipped[None]
+
+    gradients = jnp.ones((4, 2, 3, 5)).at[2, 1, 0, 0].set(jnp.nan)
+    params, skipped = jax.jit(train)(gradients)
+    assert skipped.tolist() == [0, 0, 1, 0]
+    np.testing.assert_allclose(params[:, 0, 0], [-2.9, -2.9, -1.0, -2.9], rtol=1e-6)
 
 
 def test_layers_may_count_on_any_axis():
