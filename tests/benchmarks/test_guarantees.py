@@ -1,0 +1,35 @@
+"""docs/guarantees.md holds what `benchmarks.guarantees` finds, and only known exceptions."""
+
+import pytest
+
+from benchmarks import guarantees
+from tests.optimizers.kinds import slow_unless
+
+# What holds nowhere without a wrapper, or is refused.
+EXCEPTIONS = {
+    "NaN": {"entry lost", "matrix lost"},
+    "complex": {"refused"},
+    "bfloat16": {"bfloat16 state"},  # Lion's momentum, and Optax's statistics
+}
+OF_OPTAX = {"inf": {"entry lost"}, "1e20": {"stands still"}}
+
+
+def test_the_table_is_that_of_the_results():
+    results = guarantees.read()
+    assert set(results) == set(guarantees.rows())
+    assert guarantees.table(results) in guarantees.DOCS.read_text()
+    for name, words in results.items():
+        assert set(words) == set(guarantees.CONDITIONS), name
+        for condition, word in words.items():
+            allowed = EXCEPTIONS.get(condition, set())
+            if name.startswith("adamw"):
+                allowed = allowed | OF_OPTAX.get(condition, set())
+            assert word == guarantees.HOLDS or word in allowed, (name, condition, word)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=slow_unless(n == "lion")) for n in guarantees.rows()]
+)
+def test_every_cell_is_found_again(name):
+    found = {condition: guarantees.found(name, condition) for condition in guarantees.CONDITIONS}
+    assert found == guarantees.read()[name]
