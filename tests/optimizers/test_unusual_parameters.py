@@ -103,12 +103,12 @@ def test_an_empty_array_is_a_vector_whatever_matrices_says():
 
 
 @pytest.mark.parametrize("name", ["columns", "blocks", "sparse", "rademacher", "gaussian"])
-def test_draws_do_not_depend_on_64_bits(name):
+def test_draws_promote_no_ranks_and_do_not_depend_on_64_bits(name):
     projector = getattr(memopt.projectors, name)(0.25)
     spec = memopt.projectors.MatrixSpec("w", (8, 8, 8), jnp.float32)
     draw = lambda: projector.basis(spec, None, memopt.projectors.RefreshClock.first())
     narrow = draw()
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
         np.testing.assert_allclose(narrow, draw(), rtol=1e-6)
 
 
