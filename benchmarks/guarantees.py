@@ -272,22 +272,22 @@ CONDITIONS: dict[str, Callable[[Transformation], str]] = {
 }
 
 
-def int8_adamw(learning_rate: float) -> optax.GradientTransformation:
-    """AdamW with its state in 8 bits."""
+def int8_adam(learning_rate: float) -> optax.GradientTransformation:
+    """Adam with its state in 8 bits."""
     adam = memopt.quantize_state(optax.scale_by_adam(), "int8", min_size=64)
-    return optax.chain(adam, optax.add_decayed_weights(0.1), optax.scale(-learning_rate))
+    return optax.chain(adam, optax.scale_by_learning_rate(learning_rate))
 
 
 def build(name: str) -> Transformation:
     """The optimizer of a row."""
-    if name == "adamw, int8 state":
-        return optax.with_extra_args_support(int8_adamw(RATE))
+    if name == "adam, int8 state":
+        return optax.with_extra_args_support(int8_adam(RATE))
     return memopt.optimizer(name, RATE)
 
 
 def rows() -> tuple[str, ...]:
     """The optimizers of the table."""
-    return (*available("memopt"), "adamw, int8 state", "adamw")
+    return (*available("memopt"), "adam, int8 state", "adam")
 
 
 def found(name: str, condition: str) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -70,7 +71,9 @@ def in_subspace(
     A leaf that is not a matrix is passed to `inner` without projection.
 
     Args:
-      inner: any Optax transformation; it receives float32 arrays of r×n or m×r numbers.
+      inner: any Optax transformation; it receives float32 arrays of r×n or m×r numbers, and as
+        parameters their projections, PᵀW or W P. It must not keep parameters in its state, as
+        ``optax.contrib.schedule_free`` does.
       projector: the rule that gives each matrix a subspace; see `memopt.projectors`.
       recombine: the rule that forms a full-size update; see `memopt.recombine`.
       refresh_every: steps between two refreshes of the subspace; the first step has one.
@@ -90,7 +93,8 @@ def in_subspace(
 
     Raises:
       ValueError: if `refresh_every` is below one, or a rank does not fit its matrix.
-      IncompatiblePairingError: if projector, recombination and `on_refresh` cannot be combined.
+      IncompatiblePairingError: if projector, recombination and `on_refresh` cannot be combined; by
+        `init`, if the inner optimizer keeps parameters, or moments that cannot be carried.
 
     References:
       Zhao et al., GaLore, 2024, https://arxiv.org/abs/2403.03507; Zhu et al., APOLLO, 2024,
@@ -129,12 +133,13 @@ def in_subspace(
         low, rule, kept = map_matrices(start, params, specs, matrices=matrices, outputs=3)
         with _as_projections(projector, specs):
             inner_state = inner.init(low)
+            check_keeps_no_values(inner.init, low)
         if isinstance(carry, CarryOver):
             _check_can_be_carried(inner_state, low, projector)
         kept = transpose_tuples(kept, params, projector.keeps)
         return InSubspaceState(jnp.zeros((), jnp.int32), kept, inner_state, rule)
 
-    def step(specs: Any, updates: Any, state: InSubspaceState, extra: Any) -> Any:
+    def step(specs: Any, updates: Any, state: InSubspaceState, params: Any, extra: Any) -> Any:
         clock = RefreshClock.at(state.count, refresh_every, refresh_phase)
         on = functools.partial(map_matrices, matrices=matrices)
 
@@ -143,10 +148,13 @@ def in_subspace(
         old = _momentum(state.inner, on(functools.partial(_low_shape, projector), updates, specs))
         spaces, low, kept = on(enter, updates, specs, kept, state.recombine, old, outputs=3)
 
+        if params is not None:
+            params = on(_projected, updates, specs, spaces, params)
+
         with _as_projections(projector, specs):
             inner_state, carried = _refresh(inner, carry, clock, state.inner, low, spaces)
             momentum = _momentum(inner_state, low)
-            low_updates, inner_state = inner.update(low, inner_state, None, **extra)
+            low_updates, inner_state = inner.update(low, inner_state, params, **extra)
 
         leave = functools.partial(leave_subspace, recombine, carried)
         ends = (updates, spaces, low_updates, old, momentum, state.recombine)
@@ -157,7 +165,7 @@ def in_subspace(
 
     def update(updates: Any, state: InSubspaceState, params: Any = None, **extra: Any) -> Any:
         on_specs = functools.partial(step, find_specs(updates))
-        return on_auto_axes(on_specs, (updates, state, extra), like=(updates, state))
+        return on_auto_axes(on_specs, (updates, state, params, extra), like=(updates, state))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -206,6 +214,15 @@ def _low_shape(
 ) -> jax.ShapeDtypeStruct:
     shape = g.shape if spec is None else projector.projected_shape(spec)
     return jax.ShapeDtypeStruct(shape, statistics_dtype(g))
+
+
+def _projected(
+    layout: Layout, g: Array, spec: MatrixSpec | None, space: Subspace | None, p: Array
+) -> Array:
+    """A parameter in its gradient's subspace."""
+    if spec is None or space is None:
+        return to_float32(p)
+    return space.projector.down(spec, space.basis, layout.to_matrices(to_float32(p)))
 
 
 def enter_subspace(
@@ -365,6 +382,35 @@ def _check_can_be_carried(inner_state: Any, low: Any, projector: Projector) -> N
             "Use memopt.quantize_state(in_subspace(...)), or 'keep', 'reset' or 'reset_moments'."
         )
     check_moments_are_known(inner_state, low, per_matrix=projector.per_matrix)
+
+
+def check_keeps_no_values(init: Callable[[Any], Any], params: Any) -> None:
+    """Raises `IncompatiblePairingError` if a state depends on the values of parameters.
+
+    Their projections are not known before the first gradient, and differ after a refresh.
+
+    Args:
+      init: the inner optimizer's.
+      params: projected parameters.
+    """
+    program = jax.make_jaxpr(init)(params)
+    if any(_depends(program.jaxpr, [True] * len(program.in_avals))):
+        raise IncompatiblePairingError(
+            "inner must not keep values of its parameters in its state, since a refresh changes "
+            f"them, got {getattr(init, '__qualname__', str(init)).partition('.')[0]}."
+        )
+
+
+def _depends(program: Any, given: Sequence[bool]) -> list[bool]:
+    """Which results of a jaxpr depend on the given arguments."""
+    known = set(itertools.compress(program.invars, given))
+    is_known = lambda v: not hasattr(v, "val") and v in known  # a constant has a value
+    for eqn in program.eqns:
+        used = list(map(is_known, eqn.invars))
+        called = eqn.params.get("jaxpr") if eqn.primitive.name in ("jit", "pjit") else None
+        depend = _depends(called.jaxpr, used) if called else [any(used)] * len(eqn.outvars)
+        known |= set(itertools.compress(eqn.outvars, depend))
+    return list(map(is_known, program.outvars))
 
 
 def _partition_by_phase(

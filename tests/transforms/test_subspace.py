@@ -269,3 +269,31 @@ def test_a_basis_may_be_moved_by_an_optimizer_with_a_factored_state():
     for _ in range(2):
         one, alone = tx.update(layer, alone, layer)
     assert jnp.abs(one["w"] - updates["w"][1]).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        optax.novograd(1e-2, weight_decay=0.1),
+        optax.chain(optax.scale_by_factored_rms(), optax.add_decayed_weights(0.1)),
+        optax.lamb(1e-2),
+    ],
+    ids=["novograd", "factored_rms", "lamb"],
+)
+def test_an_inner_optimizer_is_given_projected_parameters(inner):
+    """In the whole space they are the parameters; in a part they have the gradient's shape."""
+    draw = np.random.default_rng(0)
+    g, params = ({"w": jnp.asarray(draw.normal(size=(4, 6)), jnp.float32)} for _ in range(2))
+    tx = memopt.in_subspace(inner, IDENTITY, recombine.lift())
+    expected, _ = inner.update(g, inner.init(params), params)
+    found, _ = jax.jit(tx.update)(g, tx.init(params), params)
+    np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-4)
+    part = memopt.in_subspace(inner, projectors.svd(2), recombine.lift())
+    assert jnp.isfinite(part.update(g, part.init(params), params)[0]["w"]).all()
+
+
+def test_an_inner_optimizer_that_keeps_parameters_is_refused():
+    inner = optax.contrib.schedule_free_adamw(1e-2)
+    tx = memopt.in_subspace(inner, projectors.svd(2), recombine.lift())
+    with pytest.raises(memopt.IncompatiblePairingError, match="inner must not keep values of its"):
+        tx.init({"w": jnp.zeros((4, 6))})
