@@ -31,6 +31,17 @@ _FIELDS_OF_STATE: dict[str, dict[str, str]] = {
 }
 """The fields of states that use other names, or these names for something else."""
 
+_SUMS: dict[str, tuple[str, ...]] = {
+    "COCOBState": ("init_particles", "cumulative_gradients", "scale", "subgradients", "reward"),
+    "DoGState": ("init_params",),
+    "DoWGState": ("init_params",),
+    "MadgradState": ("s", "x0"),
+    "MechanicState": ("x0",),
+    "ProdigyState": ("params0",),
+    "ScheduleFreeState": ("z",),
+}
+"""Fields of copies of the parameters, and of sums without decay, in which errors stay."""
+
 
 class StateArray(NamedTuple):
     """The owner and kind of a state array.
@@ -41,12 +52,14 @@ class StateArray(NamedTuple):
       kind: "first moment", "second moment", "count" or "other". A first moment has the shape of
         its parameter; a second moment is recognised by the name of its field.
       kept_by: the transformation whose state contains the array.
+      is_sum: whether it is a copy of the parameter or a sum without decay, so that errors stay.
     """
 
     name: str
     parameter: int | None
     kind: str
     kept_by: str
+    is_sum: bool = False
 
 
 class Part(NamedTuple):
@@ -70,6 +83,11 @@ class Part(NamedTuple):
     def moment(self) -> str | None:
         """The kind of moment that the field keeps by its name; None if it is no known name."""
         return _FIELDS_OF_STATE.get(self.state, _FIELDS).get(self.field)
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether the field keeps copies of the parameters, or sums without decay."""
+        return self.field in _SUMS.get(self.state, ())
 
     @property
     def kept_by(self) -> str:
@@ -158,13 +176,14 @@ def owners(state: Any, params: Any) -> Any:
     """
     leaves, structure = named_leaves(params)
     shapes = [getattr(open_box(x), "shape", None) for _, x in leaves]
-    found: list[tuple[int | None, str, str]] = []
+    found: list[tuple[int | None, str, str, bool]] = []
     for part in parts(state, params):
         nodes = structure.flatten_up_to(part.tree) if part.has_parameters else [part.tree]
         for i, node in enumerate(nodes):
             owner, shape = (i, shapes[i]) if part.has_parameters else (None, None)
             arrays = [open_box(x) for _, x in named_leaves(node)[0]]
-            found += [(owner, _kind(part, x, shape), part.kept_by) for x in arrays]
+            kept_by = part.kept_by, part.is_sum
+            found += [(owner, _kind(part, x, shape), *kept_by) for x in arrays]
     names, outline = named_leaves(state)
     arrays = [StateArray(name, *rest) for (name, _), rest in zip(names, found, strict=True)]
     return outline.unflatten(arrays)

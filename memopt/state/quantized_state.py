@@ -15,7 +15,7 @@ from memopt.errors import check_at_least
 from memopt.internals import trace
 from memopt.matrices import Layout, every_matrix, map_matrices
 from memopt.parameters import init_shapes
-from memopt.state.codecs import AsIs, Codec, Coded, named
+from memopt.state.codecs import AsIs, BFloat16, BFloat16AndRemainder, Codec, Coded, named
 from memopt.state.owners import SECOND, StateArray, owners
 from memopt.state.precision import in_float32
 from memopt.state.rounding import NEAREST, rounding_bits
@@ -52,6 +52,9 @@ def quantize_state(
     on how an array is sharded or stacked. `inner` is computed twice at a step whose scales are not
     known from the previous step: at the first step, while a matrix is all zeros, and after numbers
     exceeded the range of their scale.
+
+    Copies of the parameters and sums without decay, as in ``optax.contrib.cocob``, ``madgrad`` or
+    ``schedule_free``, are stored as bfloat16 rather than in 8 or 4 bits, because their errors stay.
 
     Args:
       inner: any Optax transformation.
@@ -102,7 +105,9 @@ def quantize_state(
         choice = next((c for pattern, c in choices if pattern.search(name)), None)
         if choice is None:
             return AsIs()
-        return choice.unsigned if place.is_second_moment else choice.signed
+        codec = choice.unsigned if place.is_second_moment else choice.signed
+        exact = isinstance(codec, AsIs | BFloat16 | BFloat16AndRemainder)
+        return BFloat16() if place.is_sum and not exact else codec
 
     def plan(params: Any) -> tuple[Any, Any, Any]:
         """The codec, the shape and dtype, and the `Place` of each array of the inner state."""
@@ -152,11 +157,13 @@ class Place(NamedTuple):
       owner: the parameter's name, or the array's own name if it belongs to none.
       stack: the number of leading axes that are stack axes, as in the parameter.
       is_second_moment: whether the array is a second moment.
+      is_sum: whether it is a copy of the parameter or a sum without decay.
     """
 
     owner: str
     stack: int
     is_second_moment: bool
+    is_sum: bool
 
 
 def _places(state: Any, params: Any) -> Any:
@@ -171,9 +178,10 @@ def _places(state: Any, params: Any) -> Any:
     def place(name: str, x: Any, array: StateArray) -> Place:
         is_second = array.kind == SECOND
         if array.parameter is None:
-            return Place(name, 0, is_second)
+            return Place(name, 0, is_second, array.is_sum)
         owner, stack = found[array.parameter]
-        return Place(owner, len(stack) if x.shape[: len(stack)] == stack else 0, is_second)
+        stacked = len(stack) if x.shape[: len(stack)] == stack else 0
+        return Place(owner, stacked, is_second, array.is_sum)
 
     return map_named(place, state, owners(state, params))
 

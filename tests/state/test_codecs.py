@@ -229,6 +229,28 @@ def test_nan_and_infinity_stay_and_touch_no_other_row(name, bad):
         assert (np.abs(back - x) <= allowed(name, good))[rest].all()
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "bfloat16+8"])
+def test_nan_stays_nan_and_finite_numbers_stay_finite_in_bfloat16(name):
+    codec = CODECS[name][0]
+    nans = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFFC00000], np.uint32).view(np.float32)
+    largest = np.finfo(np.float32).max
+    x = jnp.asarray([*nans, largest, -largest, np.inf, -np.inf], jnp.float32)
+    for bits in (0, NEAREST, 2**32 - 1):
+        coded = codec.encode(x, np.uint32(bits))
+        for back in (codec.decode(coded), coded.codes.astype(jnp.float32)):
+            assert jnp.isnan(back[:4]).all()
+            np.testing.assert_allclose(back[4:], x[4:], rtol=2**-7)
+
+
+@pytest.mark.parametrize("name", ["int4-signed", "int4-weights", "integers", "asymmetric-rows"])
+def test_the_largest_finite_numbers_are_not_nan(name):
+    x = jnp.full((8, 256), 3.3e38).at[:, ::2].multiply(-1 if name not in UNSIGNED else 1)
+    coded, _ = coded_and_decoded(name, x)
+    for step in range(2):
+        coded, back = coded_and_decoded(name, x, rounding_bits(x.shape, "w", step), coded)
+        assert (jnp.abs(back) > 1e37).all()
+
+
 @pytest.mark.parametrize("name", sorted(UNSIGNED & DYNAMIC))
 def test_second_moments_are_never_zero(name):
     x = numbers(name, (8, 256)).at[:, ::2].multiply(1e-20).at[3].multiply(1e-20)

@@ -345,6 +345,24 @@ def test_a_noisy_quadratic_is_followed(codec, smallest):
     assert abs(along) < scale / 4
 
 
+@pytest.mark.parametrize(
+    "tx", [optax.contrib.cocob(), optax.contrib.madgrad(1e-1)], ids=["cocob", "madgrad"]
+)
+def test_sums_without_decay_are_not_coarse(tx):
+    target = jnp.asarray(np.random.default_rng(0).normal(size=(32, 64)), jnp.float32)
+
+    def last(tx):
+        def step(carry, _):
+            updates, state = tx.update((carry[0] - target) / 32, carry[1], carry[0])
+            return (optax.apply_updates(carry[0], updates), state), None
+
+        start = jnp.zeros((32, 64))
+        (w, _), _ = jax.lax.scan(step, (start, tx.init(start)), None, length=300)
+        return jnp.square(w - target).mean()
+
+    assert jax.jit(lambda: last(quantize_state(tx, min_size=100)))() < 1e-3
+
+
 def test_state_depends_on_the_seed():
     tx = lambda seed: quantize_state(optax.scale_by_adam(), min_size=1, seed=seed)
     first, again, other = (run(tx(seed), tree())[1] for seed in (0, 0, 1))

@@ -4,6 +4,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
 
 from memopt.shapes import Bits, Numbers
 from memopt.state.codecs.base import Codec, Coded
@@ -16,7 +18,8 @@ class BFloat16(Codec):
     def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:
         """Adds a random lower half to a float32 and keeps its upper half."""
         words = jax.lax.bitcast_convert_type(x, jnp.uint32)
-        rounded = jax.lax.bitcast_convert_type((words + (bits >> 16)) >> 16 << 16, jnp.float32)
+        upper = jnp.minimum(words + (bits >> 16), _largest(words)) >> 16 << 16
+        rounded = jax.lax.bitcast_convert_type(upper, jnp.float32)
         return Coded(jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16))
 
     def decode(self, coded: Coded) -> Numbers:
@@ -33,7 +36,11 @@ class BFloat16AndRemainder(Codec):
 
     def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:
         """Returns the nearest bfloat16, and the difference in 256ths of its last place."""
-        words = jax.lax.bitcast_convert_type(x, jnp.uint32) + (bits >> 24) >> 8
+        words = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        largest = _largest(words) - 0x8000  # its upper half rounds to a finite bfloat16
+        rounded = jnp.minimum(words + (bits >> 24), largest) >> 8
+        special = jnp.where(jnp.isnan(x), np.uint32(0x7FC000), words >> 8)
+        words = jnp.where(jnp.isfinite(x), rounded, special)
         upper = (words + 0x80) >> 8
         remainder = (words - (upper << 8)).astype(jnp.int32).astype(jnp.int8)
         codes = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
@@ -44,3 +51,8 @@ class BFloat16AndRemainder(Codec):
         upper = jax.lax.bitcast_convert_type(coded.codes, jnp.uint16).astype(jnp.int32)
         words = (upper << 8) + coded.side_data[0].astype(jnp.int32)
         return jax.lax.bitcast_convert_type(words << 8, jnp.float32)
+
+
+def _largest(words: Array) -> Array:
+    """The words of the largest finite float32, with the signs of `words`."""
+    return (words & np.uint32(0x80000000)) | np.uint32(0x7F7FFFFF)

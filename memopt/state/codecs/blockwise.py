@@ -102,7 +102,7 @@ class Blockwise(Codec):
     def _kept(self, old: Array, least: Array) -> Array:
         """The old scale if `least` is at most that and more than half of it, else a new one."""
         old = old.astype(jnp.float32)
-        fresh = _up_to_bfloat16(least * self.slack)
+        fresh = _scale(least, self.slack)
         near = 1 + 1e-5  # tolerates rounding of the numbers that the scale was fitted to
         return jnp.where((least <= near * old) & (2 * least > old), old, fresh)
 
@@ -187,11 +187,9 @@ class Asymmetric(Blockwise):
         first, last = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         low = jnp.minimum(self._per_block(jnp.min, x), 0)
         high = jnp.maximum(self._per_block(jnp.max, x), 0)
-        least = (high - low) / (last - first - 1)
-        if like is None:
-            step = _up_to_bfloat16(least * self.slack)
-        else:
-            step = self._kept(like.side_data[0], least)
+        least = high / (last - first - 1) - low / (last - first - 1)
+        old = jnp.zeros_like(least) if like is None else like.side_data[0]
+        step = self._kept(old, least)
         inverse = reciprocal(step)
         # Centers the numbers among the codes, unless the old code of zero still fits.
         zero = jnp.round((first + last - (high + low) * inverse) / 2)
@@ -262,7 +260,8 @@ def _root(x: Array, power: int) -> Array:
     return x
 
 
-def _up_to_bfloat16(x: Array) -> Array:
-    """Rounds up to bfloat16; returns float32."""
-    words = jax.lax.bitcast_convert_type(x, jnp.uint32) + 0xFFFF
-    return jax.lax.bitcast_convert_type(words & np.uint32(0xFFFF0000), jnp.float32)
+def _scale(least: Array, slack: float) -> Array:
+    """Rounds ``least * slack`` up to a bfloat16 whose reciprocal is normal; returns float32."""
+    words = jax.lax.bitcast_convert_type(least * slack, jnp.uint32) + 0xFFFF
+    rounded = jax.lax.bitcast_convert_type(words & np.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where((rounded < 2.0**126) | ~jnp.isfinite(least), rounded, 2.0**126)
