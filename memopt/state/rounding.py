@@ -25,8 +25,9 @@ def rounding_bits(
     They are a product of hashes of (seed, name), row and column, plus `step` times 2³²/φ. At each
     step they are uniform; over the steps, those of one number are a golden-ratio sequence.
     Rounding errors therefore stay within about one code instead of adding up as a random walk,
-    which a second moment of decay 0.999 would multiply by 22. All matrices of a stack have the
-    same bits, however it is sharded.
+    which a second moment of decay 0.999 would multiply by 22. Every 8192 steps the sequence goes on
+    at another place, as multiples of a Fibonacci number, such as 1597, would otherwise repeat. All
+    matrices of a stack have the same bits, however it is sharded.
 
     Args:
       shape: the shape of the array; its last two axes are row and column.
@@ -58,7 +59,8 @@ def rounding_bits(
         start = len(shape) - axis << 16  # rows and columns have different hashes
         places = np.arange(start, start + shape[axis], dtype=np.uint32)
         bits = bits * jax.lax.broadcast_in_dim(_hashed(places) | 1, shape, (axis,))
-    return bits + jnp.asarray(step).astype(jnp.uint32) * _GOLDEN
+    step = jnp.asarray(step).astype(jnp.uint32)
+    return bits + step * _GOLDEN + _hashed(step >> 13)
 
 
 def _hashed(x: Any) -> Any:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from jax.sharding import AxisType
 
 from memopt.axis_types import on_auto_axes, spec_of, varying_as
 from memopt.errors import IncompatiblePairingError, check_at_least, check_choice
+from memopt.internals import trace
 from memopt.matrices import Layout, Matrices, Matrix, map_matrices
 from memopt.names import MATRIX, VECTOR
 from memopt.parameters import Parameter, known, reading_whole_trees
@@ -393,24 +393,11 @@ def check_keeps_no_values(init: Callable[[Any], Any], params: Any) -> None:
       init: the inner optimizer's.
       params: projected parameters.
     """
-    program = jax.make_jaxpr(init)(params)
-    if any(_depends(program.jaxpr, [True] * len(program.in_avals))):
+    if any(trace(init, params).needed().reads):
         raise IncompatiblePairingError(
             "inner must not keep values of its parameters in its state, since a refresh changes "
             f"them, got {getattr(init, '__qualname__', str(init)).partition('.')[0]}."
         )
-
-
-def _depends(program: Any, given: Sequence[bool]) -> list[bool]:
-    """Which results of a jaxpr depend on the given arguments."""
-    known = set(itertools.compress(program.invars, given))
-    is_known = lambda v: not hasattr(v, "val") and v in known  # a constant has a value
-    for eqn in program.eqns:
-        used = list(map(is_known, eqn.invars))
-        called = eqn.params.get("jaxpr") if eqn.primitive.name in ("jit", "pjit") else None
-        depend = _depends(called.jaxpr, used) if called else [any(used)] * len(eqn.outvars)
-        known |= set(itertools.compress(eqn.outvars, depend))
-    return list(map(is_known, program.outvars))
 
 
 def _partition_by_phase(

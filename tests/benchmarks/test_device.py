@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 DISTINCT = {
     "memory": ("apollo_mini, released, int8 weights and state",),
     "update": ("copy", "optax.adamw", "galore", "galore, a refresh"),
-    "release": ("apollo_mini, ordinary", "adamw, ordinary, largest batch"),
+    "release": ("adamw, ordinary, largest batch",),
     "attention": (
         *("2048 tokens, as trained", "2048 tokens, in chunks", "profile of a training step"),
     ),

@@ -515,13 +515,14 @@ def test_the_state_is_carried_through_scan_and_cond(name, small_tree):
 
 
 def on_a_mesh() -> Any:
-    """One method of each kind, the others with -m slow.
+    """One method of each kind under Explicit axes, the others with -m slow.
 
     Every method is trained on a mesh of Auto axes by tests/state/test_sharding.py, too.
     """
     for name in CASES:
         for axis_type in (AxisType.Auto, AxisType.Explicit):
-            marks = slow_unless(name in {*KINDS, "adamw_8bit"})
+            is_quick = name in {*KINDS, "adamw_8bit"} and axis_type == AxisType.Explicit
+            marks = slow_unless(is_quick or name == "adafactor")
             yield pytest.param(name, axis_type, id=f"{name}-{axis_type.name.lower()}", marks=marks)
 
 

@@ -51,7 +51,7 @@ def close(got, expected):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if i % 8 else [])
+        pytest.param(name, marks=[pytest.mark.slow] if i % 16 else [])
         for i, name in enumerate(sorted(pairings.covering()))
     ],
 )

@@ -54,6 +54,21 @@ def test_bfloat16_weights_move_by_updates_that_optax_loses():
     assert abs(kept.astype(jnp.float32).mean() - 1.2) < 0.03 * 2**-7
 
 
+def test_weights_move_alike_whatever_the_steps_go_up_by():
+    """Multiples of a Fibonacci number are close together in a golden-ratio sequence."""
+
+    @jax.jit
+    def spread(stride):
+        add = lambda i, w: memopt.apply_rounded_updates(w, jnp.full((32, 64), 1e-4), i * stride)
+        moved = jax.lax.fori_loop(0, 1000, add, jnp.ones((32, 64), jnp.bfloat16))
+        moved = moved.astype(jnp.float32) - 1
+        return moved.std() / moved.mean()
+
+    assert spread(1) < 0.1
+    for stride in (21, 377, 987, 1597, 4181, 10946):  # the last three: up to 5 in one sequence
+        assert spread(stride) < 1  # with independent bits 0.28
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_small_updates_add_up_to_their_sum(codec):
     params, update = {"w": normal(0, (32, 300))}, {"w": 1e-4 * normal(1, (32, 300))}

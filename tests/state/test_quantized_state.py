@@ -79,7 +79,7 @@ TRANSFORMATIONS = {
 # Those whose arrays are like Adam's, momentum's or GaLore's.
 ALIKE = {
     *("adadelta", "adagrad", "ademamix", "amsgrad", "apollo"),
-    *("belief", "nesterov", "rms", "yogi"),
+    *("adopt", "belief", "chain", "narrow-adam", "nesterov", "rms", "yogi"),
 }
 
 
@@ -99,7 +99,7 @@ def test_updates_from_quantised_state_stay_near_the_exact_ones(name):
 
     update = jax.jit(tx.update)
     plain_update = jax.jit(inner.update)
-    state, plain = tx.init(params), inner.init(params)
+    state, plain = jax.jit(tx.init)(params), jax.jit(inner.init)(params)
     for t in range(4):
         got, state = update(tree(100 + t), state, params)
         expected, plain = plain_update(tree(100 + t), plain, params)

@@ -508,7 +508,13 @@ def assert_close(found: Any, expected: Any) -> None:
         assert np.abs(x - y).max(initial=0) <= 1e-5 * np.abs(y).max(initial=1e-2)
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=slow_unless(n in {*memopt.available("memopt"), *QUICK}))
+        for n in TRANSFORMATIONS
+    ],
+)
 def test_trains_as_on_one_device(name):
     assert_close(run(name, AxisType.Auto, places(name, AxisType.Auto)), on_one_device(name))
 

@@ -155,6 +155,11 @@ def training(spec, **options):
     return train_batches(find_documents([spec]).split(0.1)[0], BYTES, **options)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    ["files", "lines", "parquet", pytest.param("arrow", marks=pytest.mark.slow)],
+    indirect=True,
+)
 def test_any_state_continues_exactly(spec):
     with contextlib.closing(training(spec)) as batches:
         states, expected = [batches.get_state()], []
