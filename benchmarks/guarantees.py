@@ -112,7 +112,7 @@ def zero_gradient(tx: Transformation) -> str:
 
 
 def after(tx: Transformation, value: float) -> str:
-    """What becomes of a matrix after one gradient with this entry."""
+    """Checks that a matrix recovers from one gradient with this entry, or names what is lost."""
     first, *others = gradients_of(8)
     bad = first["blocks"]["kernel"].at[0, 0, 0].set(value)
     hit = {"blocks": {"kernel": bad}, "bias": first["bias"]}

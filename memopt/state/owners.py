@@ -59,7 +59,7 @@ class StateArray(NamedTuple):
     parameter: int | None
     kind: str
     kept_by: str
-    is_sum: bool = False
+    is_sum: bool
 
 
 class Part(NamedTuple):
@@ -182,8 +182,7 @@ def owners(state: Any, params: Any) -> Any:
         for i, node in enumerate(nodes):
             owner, shape = (i, shapes[i]) if part.has_parameters else (None, None)
             arrays = [open_box(x) for _, x in named_leaves(node)[0]]
-            kept_by = part.kept_by, part.is_sum
-            found += [(owner, _kind(part, x, shape), *kept_by) for x in arrays]
+            found += [(owner, _kind(part, x, shape), part.kept_by, part.is_sum) for x in arrays]
     names, outline = named_leaves(state)
     arrays = [StateArray(name, *rest) for (name, _), rest in zip(names, found, strict=True)]
     return outline.unflatten(arrays)

@@ -1,4 +1,4 @@
-"""What is hit by a gradient that is not finite stays as it was; all else goes on."""
+"""A gradient that is not finite leaves its own matrix, or the step, as it was; others go on."""
 
 import functools
 

@@ -82,7 +82,7 @@ def test_a_basis_does_not_depend_on_the_size_of_gradients(name, size):
 
 
 def test_a_product_with_a_factor_of_zeros_trains_all_its_columns():
-    """As LoRA does, whose other factor has no gradient in the first step."""
+    """In LoRA the factor beside the zeros has a gradient of zeros in the first step."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (256, 32))
     y = x @ jax.random.normal(keys[1], (32, 32)) / 6
