@@ -153,9 +153,9 @@ def method(*, sums_projections: bool = False) -> Callable[[F], F]:
             return with_gradient_dtypes(tx) if injected else tx
 
         _set_signature(checked, read)
-        options = (Common.__doc__ or "").partition("Attributes:\n")[2].rstrip()
-        line = "      **common: see `memopt.Common`."
-        checked.__doc__ = (make.__doc__ or "").replace(line, options)
+        options = (inspect.getdoc(Common) or "").partition("Attributes:\n")[2].rstrip()
+        line = "  **common: see `memopt.Common`."
+        checked.__doc__ = (inspect.getdoc(make) or "").replace(line, options)
         METHODS[make.__name__] = Method(checked, sums_projections=sums_projections)
         return cast(F, checked)
 
