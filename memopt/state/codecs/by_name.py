@@ -6,7 +6,7 @@ from memopt.errors import check_choice
 from memopt.state.codecs.base import Codec
 from memopt.state.codecs.bfloat16 import BFloat16, BFloat16AndRemainder
 from memopt.state.codecs.blockwise import Asymmetric, Float8, Integers
-from memopt.state.codecs.dynamic import Dynamic
+from memopt.state.codecs.row_scaled import Dynamic, Tapered
 
 
 class Named(NamedTuple):
@@ -23,10 +23,12 @@ class Named(NamedTuple):
     unsigned: Codec
 
 
+_SECOND = Tapered(signed=False, octaves=8, headroom=4)  # squares have twice as many octaves
 _NAMED = {
-    "int8": Named(Asymmetric(), Dynamic(5, 2), Dynamic(5, 3, signed=False)),
-    "int4": Named(Asymmetric(bits=4), Integers(bits=4, power=2), Dynamic(5, 3, signed=False)),
+    "int8": Named(Asymmetric(), Tapered(), _SECOND),
+    "int4": Named(Asymmetric(bits=4), Integers(bits=4, power=2), _SECOND),
     "float8": Named(Float8(), Float8(), Dynamic(5, 3, signed=False)),
+    "e5m2": Named(Float8("float8_e5m2"), Dynamic(5, 2), Dynamic(5, 3, signed=False)),
     "bfloat16": Named(BFloat16(), BFloat16(), BFloat16()),
     "bfloat16+8": Named(*3 * (BFloat16AndRemainder(),)),
 }

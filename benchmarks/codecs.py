@@ -1,0 +1,228 @@
+"""Compares codecs for Adam's moments: errors of its updates, bytes and time.
+
+    nice python -m benchmarks.codecs [--steps 60] [--repeats 10]
+
+Each case draws normal gradients times a scale for each entry, and takes the root mean square of
+the updates' errors over that of Adam's in float32, of all entries and of the worst row. Time is
+CPU time of a whole step of AdamW, relative to ``optax.adamw``. Prints a table and writes it as
+JSON.
+"""
+
+import dataclasses
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jax import Array
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+import memopt
+from benchmarks.machine import core_count, cpu_model, versions
+from benchmarks.report import save
+from memopt.state.codecs import Codec, Coded, Dynamic, Integers, Tapered
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounded(Codec):
+    """A codec of fixed values relative to the largest number of a block, rounded to the nearest.
+
+    Attributes:
+      values: "softsign" or "square" (FlashOptim's, https://arxiv.org/abs/2602.23349), "signed" or
+        "unsigned" (the dynamic map of https://arxiv.org/abs/2110.02861).
+      block: the number of values that share a scale.
+      apart: store the largest number of a block in its scale, and others relative to the second.
+    """
+
+    values: str
+    block: int
+    apart: bool = False
+
+    @property
+    def table(self) -> np.ndarray:
+        """The values, in increasing order."""
+        c = np.arange(-127, 128) / 127
+        if self.values == "softsign":
+            return c / (2 - np.abs(c))
+        if self.values == "square":
+            return (np.arange(256) / 255) ** 2
+        signed = self.values == "signed"
+        edges = [np.linspace(0.1, 1, 2 ** (i + (not signed)) + 1) for i in range(7)]
+        parts = [10.0 ** (i - 6) * (e[1:] + e[:-1]) / 2 for i, e in enumerate(edges)]
+        found = np.concatenate([[0, 1], *parts])
+        return np.unique(np.concatenate([found, -found[2:]]) if signed else found)
+
+    def encode(self, x: Array, bits: Array, like: Coded | None = None) -> Coded:
+        """Finds the nearest value."""
+        block = min(self.block, x.shape[-1])
+        blocks = x.reshape(*x.shape[:-1], -1, block)
+        size = jnp.abs(blocks)
+        largest = size.max(-1, keepdims=True)
+        scale, side = largest, []
+        if self.apart:
+            where = size.argmax(-1, keepdims=True)
+            scale = jnp.where(jnp.arange(block) == where, 0, size).max(-1, keepdims=True)
+            side = [jnp.take_along_axis(blocks, where, -1)[..., 0], where[..., 0].astype(jnp.uint8)]
+        table = jnp.asarray(self.table, jnp.float32)
+        y = jnp.clip(blocks / jnp.maximum(scale, 1e-30), table[0], table[-1])
+        codes = jnp.searchsorted((table[1:] + table[:-1]) / 2, y).astype(jnp.uint8)
+        return Coded(codes.reshape(x.shape), (scale[..., 0].astype(jnp.float32), *side))
+
+    def decode(self, coded: Coded) -> Array:
+        """Looks the values up."""
+        values = jnp.asarray(self.table, jnp.float32)[coded.codes.astype(jnp.int32)]
+        scale = coded.side_data[0]
+        blocks = values.reshape(*scale.shape, -1) * scale[..., None]
+        if self.apart:
+            value, where = (s[..., None] for s in coded.side_data[1:])
+            blocks = jnp.where(jnp.arange(blocks.shape[-1]) == where, value, blocks)
+        return blocks.reshape(values.shape)
+
+
+CANDIDATES: dict[str, tuple[Codec, Codec]] = {
+    "int8 (Tapered)": (Tapered(), Tapered(signed=False, octaves=8, headroom=4)),
+    "e5m2 (int8 before)": (Dynamic(5, 2), Dynamic(5, 3, signed=False)),
+    "more mantissa": (Dynamic(3, 4, headroom=1), Dynamic(4, 4, signed=False)),
+    "squares, blocks of 128": (Integers(power=2), Integers(power=4, signed=False)),
+    "FlashOptim, blocks of 32": (Rounded("softsign", 32), Rounded("square", 32)),
+    "dynamic map, blocks of 256": (Rounded("signed", 256), Rounded("unsigned", 256)),
+    "dynamic map, largest apart": (Rounded("signed", 128, True), Rounded("unsigned", 128, True)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of this benchmark.
+
+    Attributes:
+      steps: steps of Adam; errors are averaged from the tenth on.
+      shape: the matrix whose errors are measured.
+      timed_shape: the matrix whose steps are timed.
+      repeats: timed steps, of which the fastest counts.
+      output: the JSON file.
+    """
+
+    steps: int = 60
+    shape: tuple[int, int] = (64, 512)
+    timed_shape: tuple[int, int] = (1024, 4096)
+    repeats: int = 10
+    output: Path = Path(__file__).parent / "results" / "codecs.json"
+
+
+def cases(shape: tuple[int, int]) -> dict[str, Any]:
+    """The scale of each entry's gradients."""
+    draw = np.random.default_rng(0)
+    place = np.arange(shape[0] * shape[1]).reshape(shape) == 3 * shape[1] + 100
+    one = lambda size: np.where(place, size, 1)
+    spread = lambda *shape: 10.0 ** draw.uniform(-6, 0, size=shape)
+    return {
+        "normal": np.ones(shape),
+        "outlier 1e4": one(1e4),
+        "outlier 1e6": one(1e6),
+        "rows": spread(shape[0], 1),
+        "columns": spread(1, shape[1]),
+        "entries": spread(*shape),
+    }
+
+
+def quantized(pair: tuple[Codec, Codec]) -> optax.GradientTransformationExtraArgs:
+    """Adam with these codecs for its first and second moments."""
+    return memopt.quantize_state(optax.scale_by_adam(), {"mu": pair[0], "nu": pair[1]})
+
+
+def errors(pair: tuple[Codec, Codec], scale: Any, options: Options) -> dict[str, float]:
+    """The error of all updates, and that of the worst row."""
+    exact, tx = optax.scale_by_adam(), quantized(pair)
+    scale = jnp.asarray(scale, jnp.float32)
+
+    def step(states: Any, key: Any) -> Any:
+        g = {"w": scale * jax.random.normal(key, options.shape)}
+        (u, state), (v, plain) = tx.update(g, states[0]), exact.update(g, states[1])
+        off, by = (jnp.square(x).mean(-1) for x in (u["w"] - v["w"], v["w"]))
+        return (state, plain), (off, by)
+
+    params = {"w": jnp.zeros(options.shape)}
+    keys = jax.random.split(jax.random.key(0), options.steps)
+    run = jax.jit(lambda: jax.lax.scan(step, (tx.init(params), exact.init(params)), keys)[1])
+    off, by = (np.asarray(x, float)[10:] for x in run())
+    return {
+        "all": float(np.sqrt(off.mean() / by.mean())),
+        "worst_row": float(np.sqrt((off.mean(0) / by.mean(0)).max())),
+    }
+
+
+def seconds(adam: optax.GradientTransformation, options: Options) -> float:
+    """CPU seconds of the fastest step of AdamW."""
+    rest = optax.add_decayed_weights(0.1), optax.scale_by_learning_rate(1e-3)
+    tx = optax.chain(adam, *rest)
+
+    def step(params: Any, state: Any, gradients: Any) -> Any:
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"w": jax.random.normal(jax.random.key(0), options.timed_shape)}
+    gradients = {"w": jax.random.normal(jax.random.key(1), options.timed_shape)}
+    state, run, found = tx.init(params), jax.jit(step, donate_argnums=(0, 1)), []
+    for _ in range(options.repeats + 2):
+        start = time.process_time()
+        params, state = jax.block_until_ready(run(params, state, gradients))
+        found.append(time.process_time() - start)
+    return min(found[2:])
+
+
+def measure(options: Options) -> list[dict[str, Any]]:
+    """The records of all candidates."""
+    adamw = seconds(optax.scale_by_adam(), options)
+    params = {"w": jax.ShapeDtypeStruct(options.timed_shape, jnp.float32)}
+    size = options.timed_shape[0] * options.timed_shape[1]
+    return [
+        {
+            "name": name,
+            "errors": {case: errors(pair, s, options) for case, s in cases(options.shape).items()},
+            "bytes": memopt.state_bytes(quantized(pair), params).total / size,
+            "time": seconds(quantized(pair), options) / adamw,
+        }
+        for name, pair in CANDIDATES.items()
+    ]
+
+
+def table(results: Sequence[dict[str, Any]]) -> Table:
+    """The records as a table for the terminal."""
+    shown = Table(title="RMS error of Adam's updates, all (worst row)", box=SIMPLE_HEAD)
+    shown.add_column("codec")
+    for column in (*results[0]["errors"], "bytes", "time"):
+        shown.add_column(column, justify="right")
+    for r in results:
+        pairs = [f"{e['all']:.3f} ({e['worst_row']:.2f})" for e in r["errors"].values()]
+        shown.add_row(r["name"], *pairs, f"{r['bytes']:.3f}", f"{r['time']:.2f}")
+    return shown
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measures, prints the table and writes the file."""
+    options = tyro.cli(Options, args=arguments, description=__doc__)
+    results = measure(options)
+    report = {
+        "command": shlex.join(["python", "-m", "benchmarks.codecs", *arguments]),
+        "steps": options.steps,
+        "device": jax.default_backend(),
+        "cpu": cpu_model(),
+        "cores": core_count(),
+        "versions": versions(("memopt", "jax", "jaxlib", "optax")),
+        "results": results,
+    }
+    Console(width=140).print(table(results))
+    save(report, options.output)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
