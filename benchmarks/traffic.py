@@ -116,15 +116,16 @@ def compile_step(
     )
     is_quantized = lambda x: isinstance(x, QuantizedState)
 
-    def with_known_octaves(state: Any) -> Any:
+    def with_known_scales(state: Any) -> Any:
         if not is_quantized(state):
             return state
-        scales, *octaves = state.scales
-        return state._replace(scales=(scales, *jax.tree.map(jnp.ones_like, octaves)))
+        *scales, last = state.scales
+        known = lambda s: jnp.concatenate([s[..., :-1], jnp.ones_like(s[..., -1:])], -1)
+        return state._replace(scales=(*scales, jax.tree.map(known, last)))
 
     def step(params: Any, state: Any, gradients: Any) -> Any:
-        # Every row's octave is set too, so that no scales need to be fitted again.
-        state = jax.tree.map(with_known_octaves, between_refreshes(state), is_leaf=is_quantized)
+        # The next scale of every row is set too, so that none needs to be fitted again.
+        state = jax.tree.map(with_known_scales, between_refreshes(state), is_leaf=is_quantized)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from memopt.names import snake_case
-from memopt.trees import named_leaves, open_box
+from memopt.trees import leaf_name, named_leaves, open_box
 
 FIRST, SECOND, COUNT, OTHER = "first moment", "second moment", "count", "other"
 
@@ -53,6 +53,7 @@ class StateArray(NamedTuple):
         its parameter; a second moment is recognised by the name of its field.
       kept_by: the transformation whose state contains the array.
       is_sum: whether it is a copy of the parameter or a sum without decay, so that errors stay.
+      state: the keys of that transformation's state, joined by ``/``.
     """
 
     name: str
@@ -60,6 +61,7 @@ class StateArray(NamedTuple):
     kind: str
     kept_by: str
     is_sum: bool
+    state: str
 
 
 class Part(NamedTuple):
@@ -71,6 +73,7 @@ class Part(NamedTuple):
       has_parameters: whether it is a tree with a node for each parameter.
       state: the class name of the innermost state that contains it, "" if there is none.
       field: the field of that state.
+      state_path: the keys of that state.
     """
 
     path: tuple[Any, ...]
@@ -78,6 +81,7 @@ class Part(NamedTuple):
     has_parameters: bool
     state: str = ""
     field: str = ""
+    state_path: tuple[Any, ...] = ()
 
     @property
     def moment(self) -> str | None:
@@ -126,7 +130,8 @@ def _parts(part: Part, structure: Any) -> Iterator[Part]:
         if not keys:
             yield part  # an array
         elif isinstance(keys[0], jax.tree_util.GetAttrKey):
-            inside = Part((*part.path, *keys), child, False, type(part.tree).__name__, keys[0].name)
+            path, state = (*part.path, *keys), type(part.tree).__name__
+            inside = Part(path, child, False, state, keys[0].name, part.path)
             yield from _parts(inside, structure)
         else:
             yield from _parts(part._replace(path=(*part.path, *keys), tree=child), structure)
@@ -176,13 +181,14 @@ def owners(state: Any, params: Any) -> Any:
     """
     leaves, structure = named_leaves(params)
     shapes = [getattr(open_box(x), "shape", None) for _, x in leaves]
-    found: list[tuple[int | None, str, str, bool]] = []
+    found: list[tuple[int | None, str, str, bool, str]] = []
     for part in parts(state, params):
         nodes = structure.flatten_up_to(part.tree) if part.has_parameters else [part.tree]
         for i, node in enumerate(nodes):
             owner, shape = (i, shapes[i]) if part.has_parameters else (None, None)
             arrays = [open_box(x) for _, x in named_leaves(node)[0]]
-            found += [(owner, _kind(part, x, shape), part.kept_by, part.is_sum) for x in arrays]
+            about = part.kept_by, part.is_sum, leaf_name(part.state_path)
+            found += [(owner, _kind(part, x, shape), *about) for x in arrays]
     names, outline = named_leaves(state)
     arrays = [StateArray(name, *rest) for (name, _), rest in zip(names, found, strict=True)]
     return outline.unflatten(arrays)

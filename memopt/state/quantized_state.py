@@ -15,11 +15,25 @@ from memopt.errors import check_at_least
 from memopt.internals import trace
 from memopt.matrices import Layout, every_matrix, map_matrices
 from memopt.parameters import init_shapes
-from memopt.state.codecs import AsIs, BFloat16, BFloat16AndRemainder, Codec, Coded, named
-from memopt.state.owners import SECOND, StateArray, owners
+from memopt.state.codecs import (
+    AsIs,
+    BFloat16,
+    BFloat16AndRemainder,
+    Codec,
+    Coded,
+    Integers,
+    named,
+)
+from memopt.state.owners import FIRST, SECOND, StateArray, is_state_array, owners
 from memopt.state.precision import in_float32
 from memopt.state.rounding import NEAREST, rounding_bits
-from memopt.trees import map_named, transpose_tuples, untranspose_tuples
+from memopt.trees import (
+    map_named,
+    named_leaves,
+    open_box,
+    transpose_tuples,
+    untranspose_tuples,
+)
 
 
 class QuantizedState(NamedTuple):
@@ -53,6 +67,8 @@ def quantize_state(
     known from the previous step: at the first step, while a matrix is all zeros, and after numbers
     exceeded the range of their scale.
 
+    First moments in 4 bits are stored divided by the root of their second moment, so that updates
+    stay as bounded as in full precision, however different the scales of a matrix's columns are.
     Copies of the parameters and sums without decay, as in ``optax.contrib.cocob``, ``madgrad`` or
     ``schedule_free``, are stored as bfloat16 rather than in 8 or 4 bits, because their errors stay.
 
@@ -129,6 +145,13 @@ def quantize_state(
                 return _cast(codec, codec.decode(Coded(codes, scales)), like.dtype)
 
             old = map_named(decode, state.codes, scales, codecs, shapes)
+            seconds = _by_name(old)
+
+            def times_root(_: str, x: Array, codec: Codec, place: Place) -> Array:
+                second = _divisor(codec, place)
+                return x if second is None else x * jnp.sqrt(seconds[second])
+
+            old = map_named(times_root, old, codecs, places)
             new_updates, new = inner.update(updates, old, params, **extra)
             cast = lambda _, x, codec: _cast(codec, x, jnp.float32)
             return new_updates, map_named(cast, new, codecs)
@@ -137,11 +160,14 @@ def quantize_state(
             is_vectors = x.ndim == place.stack + 1  # a vector is encoded as a matrix of one row
             apart = lambda a: jnp.expand_dims(a, -2) if is_vectors else a
             together = lambda a: jnp.squeeze(a, -2) if is_vectors else a
+            if (second := _divisor(codec, place)) is not None:
+                x *= jnp.where(seconds[second] > 0, jax.lax.rsqrt(seconds[second]), 0)
             x, before = jax.tree.map(apart, (x, Coded(*like)))
             coded = codec.encode(x, rounding_bits(x.shape, name, state.count, seed), before)
             return jax.tree.map(together, coded)
 
         new_updates, new = step()
+        seconds = _by_name(new)
         like = state.codes, _fitted(codecs, places, scales, lambda: step()[1])
         coded = map_named(encode, new, codecs, places, *like)
         count = optax.safe_increment(state.count)
@@ -158,12 +184,15 @@ class Place(NamedTuple):
       stack: the number of leading axes that are stack axes, as in the parameter.
       is_second_moment: whether the array is a second moment.
       is_sum: whether it is a copy of the parameter or a sum without decay.
+      second_moment: for a first moment, the name of the second moment of the same shape that the
+        same transformation keeps of the same parameter; None if there is none.
     """
 
     owner: str
     stack: int
     is_second_moment: bool
     is_sum: bool
+    second_moment: str | None = None
 
 
 def _places(state: Any, params: Any) -> Any:
@@ -175,15 +204,36 @@ def _places(state: Any, params: Any) -> Any:
 
     map_matrices(note, params, default=every_matrix)
 
+    arrays = owners(state, params)
+    shapes = {name: x.shape for name, x in _by_name(state).items()}
+    key = lambda array: (array.state, array.parameter, shapes[array.name])
+    every = jax.tree.leaves(arrays, is_leaf=is_state_array)
+    # Of several, as of AMSGrad, the first.
+    seconds = {key(a): a.name for a in reversed(every) if a.kind == SECOND}
+
     def place(name: str, x: Any, array: StateArray) -> Place:
         is_second = array.kind == SECOND
         if array.parameter is None:
             return Place(name, 0, is_second, array.is_sum)
         owner, stack = found[array.parameter]
         stacked = len(stack) if x.shape[: len(stack)] == stack else 0
-        return Place(owner, stacked, is_second, array.is_sum)
+        second = seconds.get(key(array)) if array.kind == FIRST else None
+        return Place(owner, stacked, is_second, array.is_sum, second)
 
-    return map_named(place, state, owners(state, params))
+    return map_named(place, state, arrays)
+
+
+def _by_name(state: Any) -> dict[str, Any]:
+    """The arrays of a state by name."""
+    return {name: open_box(x) for name, x in named_leaves(state)[0]}
+
+
+def _divisor(codec: Codec, place: Place) -> str | None:
+    """The second moment whose root a first moment is divided by before it is stored in 4 bits.
+
+    The 4 bits are relative to the largest number of a block, but updates are relative to the root.
+    """
+    return place.second_moment if isinstance(codec, Integers) and codec.bits == 4 else None
 
 
 def _fitted(codecs: Any, places: Any, scales: Any, new: Callable[[], Any]) -> Any:

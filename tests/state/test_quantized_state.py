@@ -15,7 +15,7 @@ import memopt
 from memopt import quantize_state
 from memopt.state.codecs import bits_of
 
-CODES = {"int4", "int8", "uint8", "float8_e4m3fn", "bfloat16"}
+CODES = {"int4", "int8", "uint8", "bfloat16"}
 
 
 def tree(seed=0, dtype=jnp.float32):
@@ -164,7 +164,7 @@ def test_inner_is_computed_again_only_where_scales_are_not_known():
         assert len(computed) == times
     codec = memopt.codecs.named("int8").signed
     back = codec.decode(memopt.codecs.Coded(state.codes["w"], tuple(s["w"] for s in state.scales)))
-    chex.assert_trees_all_close(back, spike["w"], rtol=0.25, atol=1)
+    assert jnp.abs(back - spike["w"]).mean() < 0.2 * jnp.abs(spike["w"]).mean()
 
 
 def test_partition_and_inject_hyperparams():
@@ -343,6 +343,74 @@ def test_a_noisy_quadratic_is_followed(codec, smallest):
     # Unbiased: towards the targets they are neither slower nor faster.
     along = (error[-1] * exact[-1]).sum() / jnp.square(exact[-1]).sum()
     assert abs(along) < scale / 4
+
+
+def update_errors(codec, size, shape=(64, 512), steps=40, dtype=jnp.float32, stack=()):
+    """RMS of updates' errors over RMS of Adam's, for each row; and the largest over Adam's."""
+    exact, tx = optax.scale_by_adam(), quantize_state(optax.scale_by_adam(), codec)
+    params = {"blocks": {"w": jnp.zeros((*stack, *shape))}}
+
+    def step(states, key):
+        g = (size * jax.random.normal(key, shape)).astype(dtype)
+        g = {"blocks": {"w": jnp.broadcast_to(g, (*stack, *shape))}}
+        (u, state), (v, plain) = (
+            t.update(x, s)
+            for t, s, x in zip((tx, exact), states, (g, jax.tree.map(jnp.float32, g)), strict=True)
+        )
+        return (state, plain), (u["blocks"]["w"], v["blocks"]["w"])
+
+    @jax.jit
+    def updates(key):
+        start = tx.init(params), exact.init(params)
+        return jax.lax.scan(step, start, jax.random.split(key, steps))[1]
+
+    u, v = (
+        np.asarray(x, float).reshape(steps, -1, *shape)[10:] for x in updates(jax.random.key(0))
+    )
+    assert (u == u[:, :1]).all()  # of all layers
+    u, v = u[:, 0], v[:, 0]
+    rows = np.sqrt(((u - v) ** 2).mean((0, -1)) / (v**2).mean((0, -1)))
+    return rows, np.abs(u).max() / np.abs(v).max()
+
+
+def rms(rows):
+    return np.sqrt((rows**2).mean())
+
+
+def one_entry(size):
+    return np.ones((64, 512), np.float32) + (size - 1) * np.eye(64, 512, 100)[:1]
+
+
+@pytest.mark.parametrize("stack", [(), (2,)], ids=["matrix", "stack"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_updates_from_8_bits_are_within_4_percent_of_adams(dtype, stack):
+    rows, largest = update_errors("int8", 1.0, dtype=dtype, stack=stack)
+    assert rms(rows) < 0.04
+    assert largest < 1.25
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_updates_from_8_bits_stand_outliers_as_those_of_e5m2(dtype):
+    """At most twice its error, where it is a third of it on normal gradients."""
+    one = np.eye(64, 512, 100) * (np.arange(64) == 3)[:, None]
+    rows, _ = update_errors("int8", 1 + 1e4 * one, dtype=dtype)
+    assert rms(rows) < 0.16
+    assert rows.max() < 0.32
+    spread = 10.0 ** np.random.default_rng(0).uniform(-6, 0, size=(64, 1))
+    for size in (1 + 1e6 * one, spread):
+        rows, _ = update_errors("int8", size, dtype=dtype)
+        coarse, _ = update_errors("e5m2", size, dtype=dtype)
+        assert rms(rows) < 2 * rms(coarse)
+        assert rows.max() < 2 * coarse.max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_updates_from_4_bits_are_as_bounded_as_adams(dtype):
+    """Columns of very different scale: 236 times before the moment was relative to the second."""
+    size = 10.0 ** np.random.default_rng(0).uniform(-4, 0, size=(1, 512))
+    rows, largest = update_errors("int4", size, dtype=dtype)
+    assert largest < 1.5
+    assert rows.max() < 0.5
 
 
 @pytest.mark.parametrize(

@@ -188,8 +188,7 @@ EXPECTED = {  # scalars, which are whole everywhere, apart
         memopt.quantize_state(optax.scale_by_adam()),
         each("codes/", AS_PARAMETERS)
         | {
-            f"scales/{i}/{field}/{n}": s
-            for i in (0, 1)
+            f"scales/0/{field}/{n}": s
             for field in ("mu", "nu")
             for n, s in (SCALE | {"embed": ("b", None)}).items()
         },

@@ -28,7 +28,7 @@ _NAMED = {
     "int8": Named(Asymmetric(), Tapered(), _SECOND),
     "int4": Named(Asymmetric(bits=4), Integers(bits=4, power=2), _SECOND),
     "float8": Named(Float8(), Float8(), Dynamic(5, 3, signed=False)),
-    "e5m2": Named(Float8("float8_e5m2"), Dynamic(5, 2), Dynamic(5, 3, signed=False)),
+    "e5m2": Named(Float8(dtype="float8_e5m2"), Dynamic(5, 2), Dynamic(5, 3, signed=False)),
     "bfloat16": Named(BFloat16(), BFloat16(), BFloat16()),
     "bfloat16+8": Named(*3 * (BFloat16AndRemainder(),)),
 }

@@ -184,11 +184,11 @@ class Tapered(RowScaled):
     @property
     def _zero(self) -> int:
         """The position, from 0 at the root 0 to 2^b at the root 1, that has code 0."""
-        return max(self.octaves, self.headroom + 2)  # or the last code would not fit
+        return max(self.octaves, self.headroom + 1)  # or the last code would not fit
 
     @property
     def _last(self) -> int:
-        return 2**self._bits - self._zero + self.headroom + 1
+        return 2**self._bits - self._zero + self.headroom + 1  # at most 128, stored as -128
 
     @property
     def _origin(self) -> float:
