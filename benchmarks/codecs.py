@@ -1,17 +1,15 @@
-"""Compares codecs for Adam's moments: errors of its updates, bytes and time.
+"""Compares codecs for Adam's moments: errors of its updates, and bytes.
 
-    nice python -m benchmarks.codecs [--steps 60] [--repeats 10]
+    python -m benchmarks.codecs [--steps 60]
 
 Each case draws normal gradients times a scale for each entry, and takes the root mean square of
-the updates' errors over that of Adam's in float32, of all entries and of the worst row. Time is
-CPU time of a whole step of AdamW, relative to ``optax.adamw``. Prints a table and writes it as
-JSON.
+the updates' errors over that of Adam's in float32, of all entries and of the worst row. Prints a
+table and writes it as JSON.
 """
 
 import dataclasses
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 import memopt
-from benchmarks.machine import core_count, cpu_model, versions
+from benchmarks.machine import versions
 from benchmarks.report import save
-from memopt.state.codecs import Codec, Coded, Dynamic, Integers, Tapered
+from memopt.state.codecs import Codec, Coded, Dynamic, Integers, named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +87,8 @@ class Rounded(Codec):
 
 
 CANDIDATES: dict[str, tuple[Codec, Codec]] = {
-    "int8 (Tapered)": (Tapered(), Tapered(signed=False, octaves=8, headroom=4)),
-    "e5m2 (int8 before)": (Dynamic(5, 2), Dynamic(5, 3, signed=False)),
+    "int8": named("int8")[1:],
+    "e5m2": named("e5m2")[1:],
     "more mantissa": (Dynamic(3, 4, headroom=1), Dynamic(4, 4, signed=False)),
     "squares, blocks of 128": (Integers(power=2), Integers(power=4, signed=False)),
     "FlashOptim, blocks of 32": (Rounded("softsign", 32), Rounded("square", 32)),
@@ -106,15 +104,11 @@ class Options:
     Attributes:
       steps: steps of Adam; errors are averaged from the tenth on.
       shape: the matrix whose errors are measured.
-      timed_shape: the matrix whose steps are timed.
-      repeats: timed steps, of which the fastest counts.
       output: the JSON file.
     """
 
     steps: int = 60
     shape: tuple[int, int] = (64, 512)
-    timed_shape: tuple[int, int] = (1024, 4096)
-    repeats: int = 10
     output: Path = Path(__file__).parent / "results" / "codecs.json"
 
 
@@ -160,36 +154,14 @@ def errors(pair: tuple[Codec, Codec], scale: Any, options: Options) -> dict[str,
     }
 
 
-def seconds(adam: optax.GradientTransformation, options: Options) -> float:
-    """CPU seconds of the fastest step of AdamW."""
-    rest = optax.add_decayed_weights(0.1), optax.scale_by_learning_rate(1e-3)
-    tx = optax.chain(adam, *rest)
-
-    def step(params: Any, state: Any, gradients: Any) -> Any:
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    params = {"w": jax.random.normal(jax.random.key(0), options.timed_shape)}
-    gradients = {"w": jax.random.normal(jax.random.key(1), options.timed_shape)}
-    state, run, found = tx.init(params), jax.jit(step, donate_argnums=(0, 1)), []
-    for _ in range(options.repeats + 2):
-        start = time.process_time()
-        params, state = jax.block_until_ready(run(params, state, gradients))
-        found.append(time.process_time() - start)
-    return min(found[2:])
-
-
 def measure(options: Options) -> list[dict[str, Any]]:
     """The records of all candidates."""
-    adamw = seconds(optax.scale_by_adam(), options)
-    params = {"w": jax.ShapeDtypeStruct(options.timed_shape, jnp.float32)}
-    size = options.timed_shape[0] * options.timed_shape[1]
+    params = {"w": jax.ShapeDtypeStruct((1024, 4096), jnp.float32)}
     return [
         {
             "name": name,
             "errors": {case: errors(pair, s, options) for case, s in cases(options.shape).items()},
-            "bytes": memopt.state_bytes(quantized(pair), params).total / size,
-            "time": seconds(quantized(pair), options) / adamw,
+            "bytes": memopt.state_bytes(quantized(pair), params).total / (1024 * 4096),
         }
         for name, pair in CANDIDATES.items()
     ]
@@ -199,11 +171,11 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     """The records as a table for the terminal."""
     shown = Table(title="RMS error of Adam's updates, all (worst row)", box=SIMPLE_HEAD)
     shown.add_column("codec")
-    for column in (*results[0]["errors"], "bytes", "time"):
+    for column in (*results[0]["errors"], "bytes"):
         shown.add_column(column, justify="right")
     for r in results:
         pairs = [f"{e['all']:.3f} ({e['worst_row']:.2f})" for e in r["errors"].values()]
-        shown.add_row(r["name"], *pairs, f"{r['bytes']:.3f}", f"{r['time']:.2f}")
+        shown.add_row(r["name"], *pairs, f"{r['bytes']:.3f}")
     return shown
 
 
@@ -215,8 +187,6 @@ def main(arguments: Sequence[str]) -> None:
         "command": shlex.join(["python", "-m", "benchmarks.codecs", *arguments]),
         "steps": options.steps,
         "device": jax.default_backend(),
-        "cpu": cpu_model(),
-        "cores": core_count(),
         "versions": versions(("memopt", "jax", "jaxlib", "optax")),
         "results": results,
     }

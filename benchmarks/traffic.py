@@ -70,7 +70,7 @@ class Options(NamedTuple):
     dtype: Literal["float32", "bfloat16"] = "float32"
     chip: Tpu = "v5e"
     rank: int = 256
-    state: Literal["int8", "int4", "float8", "bfloat16"] | None = None
+    state: Literal["int8", "int4", "float8", "e5m2", "bfloat16"] | None = None
     cache: bool = False
     json: bool = False
     explain: bool = False

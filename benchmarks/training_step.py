@@ -18,7 +18,7 @@ from memopt.training.setup import Step, abstract_batch, set_up
 from memopt.training.step import Metrics, TrainState
 
 Weights = Literal["int8", "int4", "bfloat16+8"]
-State = Literal["int8", "int4", "float8", "bfloat16"]
+State = Literal["int8", "int4", "float8", "e5m2", "bfloat16"]
 
 
 class Options(NamedTuple):

@@ -86,7 +86,7 @@ class Optimization:
 
     optimizer: str = "apollo_mini"
     option: Annotated[tuple[str, ...], conf.UseAppendAction, conf.arg(metavar="NAME=VALUE")] = ()
-    state: Literal["int8", "int4", "float8", "bfloat16"] | None = None
+    state: Literal["int8", "int4", "float8", "e5m2", "bfloat16"] | None = None
     release: bool = False
     learning_rate: float = 5e-3
     schedule: str = "cosine"
