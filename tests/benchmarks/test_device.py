@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 # Rows that run what no other row runs. The others differ from them by an optimizer or a codec.
 DISTINCT = {
     "memory": ("apollo_mini, released, int8 weights and state",),
-    "update": ("copy", "optax.adamw", "galore", "galore, a refresh"),
+    "update": ("copy", "optax.adamw", "galore, a refresh"),
     "release": ("adamw, ordinary, largest batch",),
     "attention": (
         *("2048 tokens, as trained", "2048 tokens, in chunks", "profile of a training step"),

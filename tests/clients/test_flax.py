@@ -78,7 +78,7 @@ def nnx_training(method: str) -> tuple[Any, Step]:
     return state, step
 
 
-@methods("adafactor", "apollo_mini")
+@methods("adafactor")
 def test_nnx_optimizer(method, tmp_path):
     with jax.set_mesh(make_mesh()), nnx.logical_axis_rules(RULES):
         check(*nnx_training(method), tmp_path)

@@ -98,7 +98,9 @@ def test_only_weighted_targets_count(model):
     np.testing.assert_allclose(total, losses[:, :10].sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("tied", "chunk"), [(False, 1), (True, 5)])
+@pytest.mark.parametrize(
+    ("tied", "chunk"), [pytest.param(False, 1, marks=pytest.mark.slow), (True, 5)]
+)
 def test_chunks_change_neither_loss_nor_gradient(tied, chunk):
     model = split(init(dataclasses.replace(SMALL, tied=tied)))
     whole = value_and_grad(*model, packed())
@@ -125,7 +127,7 @@ def test_chunked_logits_do_not_dominate_memory():
     assert temporary_bytes(2**24) < 0.15 * logits
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
 def test_remat_does_not_change_the_gradient(model, remat):
     graphdef, params = split(model)
     again = split(abstract_model(dataclasses.replace(SMALL, remat=remat)))[0]

@@ -30,8 +30,9 @@ def make_mesh(sizes, axis_type=AxisType.Auto):
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
 
 
-@pytest.mark.parametrize("axis_type", AXIS_TYPES)
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "axis_type"), list(zip(MESHES, AXIS_TYPES, strict=True)), ids=str
+)
 def test_split_loss_and_gradients_are_the_whole_ones(model, sizes, axis_type):
     graphdef, params = split(model)
     tokens = np.random.default_rng(0).integers(0, 64, (8, 13), dtype=np.int32)

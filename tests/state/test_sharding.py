@@ -509,10 +509,7 @@ def assert_close(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(n, marks=slow_unless(n in {*memopt.available("memopt"), *QUICK}))
-        for n in TRANSFORMATIONS
-    ],
+    [pytest.param(n, marks=slow_unless(n in QUICK)) for n in TRANSFORMATIONS],
 )
 def test_trains_as_on_one_device(name):
     assert_close(run(name, AxisType.Auto, places(name, AxisType.Auto)), on_one_device(name))

@@ -157,7 +157,7 @@ def training(spec, **options):
 
 @pytest.mark.parametrize(
     "spec",
-    ["files", "lines", "parquet", pytest.param("arrow", marks=pytest.mark.slow)],
+    ["files", "parquet", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lines", "arrow"))],
     indirect=True,
 )
 def test_any_state_continues_exactly(spec):

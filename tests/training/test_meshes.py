@@ -85,17 +85,12 @@ def train(state, mesh, tx, step, numbers):
     return state
 
 
-@pytest.mark.parametrize(
-    ("name", "meshes"),
-    [
-        ("factors", MESHES[:2]),
-        *(pytest.param(name, MESHES, marks=pytest.mark.slow) for name in RUNS),
-    ],
-)
-def test_a_run_goes_on_on_another_mesh(tmp_path, name, meshes):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_goes_on_on_another_mesh(tmp_path, name):
     tx, weights, step = RUNS[name]
     saved = jax.device_get(first_state(tx, weights))
-    for i, (sizes, axis_type) in enumerate(meshes):
+    for i, (sizes, axis_type) in enumerate(MESHES):
         mesh = make_mesh(sizes, axis_type)
         like = shapes_on(mesh, tx, weights)
         places = jax.tree.map(lambda x: x.sharding, like)
@@ -111,7 +106,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, name, meshes):
 
     alone = make_mesh({"data": 1}, AxisType.Auto)
     whole = jax.device_put(first_state(tx, weights), NamedSharding(alone, jax.P()))
-    expected = jax.device_get(train(whole, alone, tx, step, range(STEPS * len(meshes))))
+    expected = jax.device_get(train(whole, alone, tx, step, range(STEPS * len(MESHES))))
     check_same(saved, expected)
 
 

@@ -33,7 +33,7 @@ def placed(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
 
 
-@pytest.mark.parametrize("release", [False, True])
+@pytest.mark.parametrize("release", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_is_described_and_compiled_without_a_file_and_steps_as_described(
     tmp_path, monkeypatch, release
 ):
