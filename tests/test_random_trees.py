@@ -71,7 +71,12 @@ def nodes(children: st.SearchStrategy) -> st.SearchStrategy:
     )
 
 
-TREES = st.recursive(LEAVES, nodes, max_leaves=6).map(lambda tree: {"params": tree})
+def trees(nodes: Any) -> st.SearchStrategy:
+    """Parameters with such nodes."""
+    return st.recursive(LEAVES, nodes, max_leaves=6).map(lambda tree: {"params": tree})
+
+
+TREES = trees(nodes)
 
 
 def check(name: str, shapes: Any, seed: int) -> None:
@@ -127,3 +132,20 @@ def test_a_random_tree_is_trained(name, shapes, seed):
 @given(name=st.sampled_from(sorted(OPTIMIZERS)), shapes=TREES, seed=st.integers(0, 99))
 def test_five_hundred_random_trees_are_trained(name, shapes, seed):
     check(name, shapes, seed)
+
+
+@pytest.mark.integrations
+@examples(100)
+@given(st.data())
+def test_random_trees_with_equinox_modules_are_trained(data):
+    import equinox
+
+    class Linear(equinox.Module):
+        weight: Any
+        bias: Any
+
+    with_modules = lambda children: st.one_of(
+        nodes(children), st.builds(Linear, children, children)
+    )
+    name = data.draw(st.sampled_from(sorted(OPTIMIZERS)))
+    check(name, data.draw(trees(with_modules)), data.draw(st.integers(0, 99)))

@@ -18,10 +18,21 @@ SUBSPACES = {
     "carry": (projectors.power_iteration(2, b1=0.9), recombine.lift(), 2, ADAM),
     "recover": (projectors.gaussian(2), recombine.lift_and_residual(recover=0.9), 2, "carry"),
 }
-MAKES = dict.fromkeys(memopt.available("memopt"), memopt.optimizer) | {
-    name: lambda name, _: memopt.in_subspace(optax.scale_by_adam(), *SUBSPACES[name])
-    for name in SUBSPACES
+TRANSFORMS = {
+    "accumulate": memopt.accumulate(optax.adam(1e-2), 2),
+    "clip_by_previous_norm": memopt.clip_by_gradient_norm(1.0, previous=True),
+    "limit_norm_growth": memopt.limit_norm_growth(),
+    "quantize_state": memopt.quantize_state(optax.scale_by_adam(), min_size=0),
+    "skip_nonfinite": memopt.skip_nonfinite(optax.adam(1e-2)),
 }
+MAKES = (
+    dict.fromkeys(memopt.available("memopt"), memopt.optimizer)
+    | {
+        name: lambda name, _: memopt.in_subspace(optax.scale_by_adam(), *SUBSPACES[name])
+        for name in SUBSPACES
+    }
+    | {name: lambda name, _: TRANSFORMS[name] for name in TRANSFORMS}
+)
 SHAPES = {"up": (2, 8, 12), "norm": (2, 8)}
 
 
@@ -50,7 +61,8 @@ def test_types_stay_under_x64(name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=slow_unless(n in {*KINDS, *SUBSPACES})) for n in MAKES]
+    "name",
+    [pytest.param(n, marks=slow_unless(n in {*KINDS, *SUBSPACES, *TRANSFORMS})) for n in MAKES],
 )
 def test_one_model_per_device_with_varying_axes_checked(name):
     """The state is begun on the device, or given."""
