@@ -389,26 +389,29 @@ def test_updates_from_8_bits_are_within_4_percent_of_adams(dtype, stack):
     assert largest < 1.25
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_updates_from_8_bits_stand_outliers_as_those_of_e5m2(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "stack"),
+    [("float32", ()), pytest.param("bfloat16", (2,), marks=pytest.mark.slow)],
+)
+def test_updates_from_8_bits_stand_outliers_as_those_of_e5m2(dtype, stack):
     """At most twice its error, where it is a third of it on normal gradients."""
     one = np.eye(64, 512, 100) * (np.arange(64) == 3)[:, None]
-    rows, _ = update_errors("int8", 1 + 1e4 * one, dtype=dtype)
+    rows, _ = update_errors("int8", 1 + 1e4 * one, dtype=dtype, stack=stack)
     assert rms(rows) < 0.16
     assert rows.max() < 0.32
     spread = 10.0 ** np.random.default_rng(0).uniform(-6, 0, size=(64, 1))
     for size in (1 + 1e6 * one, spread):
-        rows, _ = update_errors("int8", size, dtype=dtype)
-        coarse, _ = update_errors("e5m2", size, dtype=dtype)
+        rows, _ = update_errors("int8", size, dtype=dtype, stack=stack)
+        coarse, _ = update_errors("e5m2", size, dtype=dtype, stack=stack)
         assert rms(rows) < 2 * rms(coarse)
         assert rows.max() < 2 * coarse.max()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_updates_from_4_bits_are_as_bounded_as_adams(dtype):
+@pytest.mark.parametrize(("dtype", "stack"), [("float32", ()), ("bfloat16", (2,))])
+def test_updates_from_4_bits_are_as_bounded_as_adams(dtype, stack):
     """Columns of very different scale: 236 times before the moment was relative to the second."""
     size = 10.0 ** np.random.default_rng(0).uniform(-4, 0, size=(1, 512))
-    rows, largest = update_errors("int4", size, dtype=dtype)
+    rows, largest = update_errors("int4", size, dtype=dtype, stack=stack)
     assert largest < 1.5
     assert rows.max() < 0.5
 
