@@ -117,7 +117,7 @@ def compile_step(
     is_quantized = lambda x: isinstance(x, QuantizedState)
 
     def with_known_scales(state: Any) -> Any:
-        if not is_quantized(state):
+        if not is_quantized(state) or not state.scales:
             return state
         *scales, last = state.scales
         known = lambda s: jnp.concatenate([s[..., :-1], jnp.ones_like(s[..., -1:])], -1)

@@ -53,7 +53,8 @@ class StateArray(NamedTuple):
         its parameter; a second moment is recognised by the name of its field.
       kept_by: the transformation whose state contains the array.
       is_sum: whether it is a copy of the parameter or a sum without decay, so that errors stay.
-      state: the keys of that transformation's state, joined by ``/``.
+      second_moment: for a first moment, known by its field, the name of the second moment of the
+        same shape that the same transformation keeps in its place; None if there is none.
     """
 
     name: str
@@ -61,7 +62,7 @@ class StateArray(NamedTuple):
     kind: str
     kept_by: str
     is_sum: bool
-    state: str
+    second_moment: str | None
 
 
 class Part(NamedTuple):
@@ -180,18 +181,33 @@ def owners(state: Any, params: Any) -> Any:
       1/trace/w 1 first moment
     """
     leaves, structure = named_leaves(params)
-    shapes = [getattr(open_box(x), "shape", None) for _, x in leaves]
-    found: list[tuple[int | None, str, str, bool, str]] = []
+    shapes = [_shape(x) for _, x in leaves]
+    found: list[tuple[int | None, str, Part]] = []
     for part in parts(state, params):
         nodes = structure.flatten_up_to(part.tree) if part.has_parameters else [part.tree]
         for i, node in enumerate(nodes):
             owner, shape = (i, shapes[i]) if part.has_parameters else (None, None)
             arrays = [open_box(x) for _, x in named_leaves(node)[0]]
-            about = part.kept_by, part.is_sum, leaf_name(part.state_path)
-            found += [(owner, _kind(part, x, shape), *about) for x in arrays]
-    names, outline = named_leaves(state)
-    arrays = [StateArray(name, *rest) for (name, _), rest in zip(names, found, strict=True)]
+            found += [(owner, _kind(part, x, shape), part) for x in arrays]
+    named, outline = named_leaves(state)
+
+    def place(name: str, x: Any, part: Part) -> tuple[Any, ...]:
+        """Its state, its keys below the field, and its shape."""
+        return part.state_path, name.removeprefix(leaf_name(part.path)), _shape(x)
+
+    seconds: dict[tuple[Any, ...], str] = {}
+    for (name, x), (_, _, part) in zip(named, found, strict=True):
+        if part.moment == SECOND:
+            seconds.setdefault(place(name, x, part), name)  # of several, as of AMSGrad, the first
+    arrays = []
+    for (name, x), (owner, kind, part) in zip(named, found, strict=True):
+        second = seconds.get(place(name, x, part)) if part.moment == FIRST else None
+        arrays.append(StateArray(name, owner, kind, part.kept_by, part.is_sum, second))
     return outline.unflatten(arrays)
+
+
+def _shape(x: Any) -> Any:
+    return getattr(open_box(x), "shape", None)
 
 
 def _kind(part: Part, x: Any, shape: tuple[int, ...] | None) -> str:

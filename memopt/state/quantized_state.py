@@ -12,7 +12,7 @@ import optax
 from jax import Array
 
 from memopt.errors import check_at_least
-from memopt.internals import trace
+from memopt.internals import Program, trace
 from memopt.matrices import Layout, every_matrix, map_matrices
 from memopt.parameters import init_shapes
 from memopt.state.codecs import (
@@ -24,7 +24,7 @@ from memopt.state.codecs import (
     Integers,
     named,
 )
-from memopt.state.owners import FIRST, SECOND, StateArray, is_state_array, owners
+from memopt.state.owners import SECOND, StateArray, owners
 from memopt.state.precision import in_float32
 from memopt.state.rounding import NEAREST, rounding_bits
 from memopt.trees import (
@@ -67,18 +67,20 @@ def quantize_state(
     known from the previous step: at the first step, while a matrix is all zeros, and after numbers
     exceeded the range of their scale.
 
-    First moments in 4 bits are stored divided by the root of their second moment, so that updates
-    stay as bounded as in full precision, however different the scales of a matrix's columns are.
+    First moments in 4 bits are stored divided by the root of the second moment of the same shape,
+    if there is one, so that updates stay bounded, however different the scales of a matrix's
+    columns are. A first moment that is computed from the second, as ADOPT's, is divided already.
     Copies of the parameters and sums without decay, as in ``optax.contrib.cocob``, ``madgrad`` or
     ``schedule_free``, are stored as bfloat16 rather than in 8 or 4 bits, because their errors stay.
 
     Args:
       inner: any Optax transformation.
-      codec: "int8", "int4" (first moments; second moments stay at 8 bits), "float8", "bfloat16",
-        or a codec of `memopt.codecs`; or {pattern: codec}, where the first pattern found
-        (`re.search`) in an array's name, such as ``"nu/blocks/up/kernel"``, selects the codec, and
-        arrays that match no pattern are not quantised. Second moments, recognised by their field
-        in Optax's states, use the unsigned codec of a name.
+      codec: "int8", "int4" (first moments; second moments stay at 8 bits), "float8", "e5m2" ("int8"
+        of earlier releases), "bfloat16", or a codec of `memopt.codecs`; or {pattern: codec}, where
+        the first pattern found (`re.search`) in an array's name, such as
+        ``"nu/blocks/up/kernel"``, selects the codec, and arrays that match no pattern are not
+        quantised. Second moments, recognised by their field in Optax's states, use the unsigned
+        codec of a name.
       min_size: matrices and vectors with fewer numbers are not quantised, nor is a single number.
       seed: the seed of the rounding bits.
 
@@ -123,6 +125,12 @@ def quantize_state(
             return AsIs()
         codec = choice.unsigned if place.is_second_moment else choice.signed
         exact = isinstance(codec, AsIs | BFloat16 | BFloat16AndRemainder)
+        if place.kept_by == "scale_by_r_std_dev" and not isinstance(codec, AsIs):
+            raise ValueError(
+                "quantize_state cannot store the moments of optax.scale_by_stddev, which"
+                " optax.rmsprop(centered=True) uses: it takes the root of nu - mu², which rounding"
+                " makes negative. Use optax.scale_by_rms."
+            )
         return BFloat16() if place.is_sum and not exact else codec
 
     def plan(params: Any) -> tuple[Any, Any, Any]:
@@ -139,20 +147,25 @@ def quantize_state(
     def update(updates: Any, state: QuantizedState, params: Any = None, **extra: Any) -> Any:
         codecs, shapes, places = plan(updates if params is None else params)
         scales = untranspose_tuples(state.scales, state.codes)
+        advance = lambda old: inner.update(updates, old, params, **extra)
 
-        def step() -> tuple[Any, Any]:
+        def decoded() -> Any:
             def decode(_: str, codes: Array, scales: Any, codec: Codec, like: Any) -> Array:
                 return _cast(codec, codec.decode(Coded(codes, scales)), like.dtype)
 
-            old = map_named(decode, state.codes, scales, codecs, shapes)
+            return map_named(decode, state.codes, scales, codecs, shapes)
+
+        program = lambda: trace(lambda old: advance(old)[1], decoded())
+        divisors = _divisors(codecs, places, program)
+
+        def step() -> tuple[Any, Any]:
+            old = decoded()
             seconds = _by_name(old)
 
-            def times_root(_: str, x: Array, codec: Codec, place: Place) -> Array:
-                second = _divisor(codec, place)
-                return x if second is None else x * jnp.sqrt(seconds[second])
+            def times_root(name: str, x: Array) -> Array:
+                return x * jnp.sqrt(seconds[divisors[name]]) if name in divisors else x
 
-            old = map_named(times_root, old, codecs, places)
-            new_updates, new = inner.update(updates, old, params, **extra)
+            new_updates, new = advance(map_named(times_root, old))
             cast = lambda _, x, codec: _cast(codec, x, jnp.float32)
             return new_updates, map_named(cast, new, codecs)
 
@@ -160,8 +173,9 @@ def quantize_state(
             is_vectors = x.ndim == place.stack + 1  # a vector is encoded as a matrix of one row
             apart = lambda a: jnp.expand_dims(a, -2) if is_vectors else a
             together = lambda a: jnp.squeeze(a, -2) if is_vectors else a
-            if (second := _divisor(codec, place)) is not None:
-                x *= jnp.where(seconds[second] > 0, jax.lax.rsqrt(seconds[second]), 0)
+            if name in divisors:
+                second = seconds[divisors[name]]
+                x *= jnp.where(second > 0, jax.lax.rsqrt(second), 0)  # where g² underflows
             x, before = jax.tree.map(apart, (x, Coded(*like)))
             coded = codec.encode(x, rounding_bits(x.shape, name, state.count, seed), before)
             return jax.tree.map(together, coded)
@@ -184,15 +198,16 @@ class Place(NamedTuple):
       stack: the number of leading axes that are stack axes, as in the parameter.
       is_second_moment: whether the array is a second moment.
       is_sum: whether it is a copy of the parameter or a sum without decay.
-      second_moment: for a first moment, the name of the second moment of the same shape that the
-        same transformation keeps of the same parameter; None if there is none.
+      kept_by: the transformation whose state contains the array.
+      second_moment: see `StateArray`.
     """
 
     owner: str
     stack: int
     is_second_moment: bool
     is_sum: bool
-    second_moment: str | None = None
+    kept_by: str
+    second_moment: str | None
 
 
 def _places(state: Any, params: Any) -> Any:
@@ -204,23 +219,15 @@ def _places(state: Any, params: Any) -> Any:
 
     map_matrices(note, params, default=every_matrix)
 
-    arrays = owners(state, params)
-    shapes = {name: x.shape for name, x in _by_name(state).items()}
-    key = lambda array: (array.state, array.parameter, shapes[array.name])
-    every = jax.tree.leaves(arrays, is_leaf=is_state_array)
-    # Of several, as of AMSGrad, the first.
-    seconds = {key(a): a.name for a in reversed(every) if a.kind == SECOND}
-
     def place(name: str, x: Any, array: StateArray) -> Place:
-        is_second = array.kind == SECOND
+        about = array.kind == SECOND, array.is_sum, array.kept_by, array.second_moment
         if array.parameter is None:
-            return Place(name, 0, is_second, array.is_sum)
+            return Place(name, 0, *about)
         owner, stack = found[array.parameter]
         stacked = len(stack) if x.shape[: len(stack)] == stack else 0
-        second = seconds.get(key(array)) if array.kind == FIRST else None
-        return Place(owner, stacked, is_second, array.is_sum, second)
+        return Place(owner, stacked, *about)
 
-    return map_named(place, state, arrays)
+    return map_named(place, state, owners(state, params))
 
 
 def _by_name(state: Any) -> dict[str, Any]:
@@ -228,12 +235,31 @@ def _by_name(state: Any) -> dict[str, Any]:
     return {name: open_box(x) for name, x in named_leaves(state)[0]}
 
 
-def _divisor(codec: Codec, place: Place) -> str | None:
-    """The second moment whose root a first moment is divided by before it is stored in 4 bits.
+def _divisors(codecs: Any, places: Any, step: Callable[[], Program]) -> dict[str, str]:
+    """The second moments whose roots first moments are divided by before they are stored in 4 bits.
 
-    The 4 bits are relative to the largest number of a block, but updates are relative to the root.
+    The 4 bits are relative to the largest number of a block, updates are relative to the root.
+
+    Args:
+      codecs: the codec of each array.
+      places: the `Place` of each array.
+      step: returns the inner update, from the old to the new arrays.
     """
-    return place.second_moment if isinstance(codec, Integers) and codec.bits == 4 else None
+    names = [name for name, _ in named_leaves(codecs)[0]]
+    pairs = {
+        name: place.second_moment
+        for name, codec, place in zip(
+            names, jax.tree.leaves(codecs), jax.tree.leaves(places, is_leaf=_is_place), strict=True
+        )
+        if isinstance(codec, Integers) and codec.bits == 4 and place.second_moment
+    }
+    program: Any = step() if pairs else None
+    is_divided = lambda name, second: program.needed([names.index(name)]).reads[names.index(second)]
+    return {name: second for name, second in pairs.items() if not is_divided(name, second)}
+
+
+def _is_place(x: Any) -> bool:
+    return isinstance(x, Place)
 
 
 def _fitted(codecs: Any, places: Any, scales: Any, new: Callable[[], Any]) -> Any:

@@ -10,6 +10,7 @@ import pytest
 
 from memopt import codecs
 from memopt.state.codecs import Coded, named
+from memopt.state.codecs.row_scaled import RowScaled
 from memopt.state.rounding import NEAREST, rounding_bits
 
 # {name: (codec, relative error, error relative to the largest number)}
@@ -31,7 +32,7 @@ CODECS = {
     "asymmetric-rows": (codecs.Asymmetric(block=None), 0, 0.01),
 }
 UNSIGNED = {name for name, (codec, *_) in CODECS.items() if not getattr(codec, "signed", True)}
-DYNAMIC = {name for name, (codec, *_) in CODECS.items() if isinstance(codec, codecs.RowScaled)}
+DYNAMIC = {name for name, (codec, *_) in CODECS.items() if isinstance(codec, RowScaled)}
 SCALED = [name for name in CODECS if "bfloat16" not in name]
 every_codec = pytest.mark.parametrize("name", CODECS)
 scaled_codec = pytest.mark.parametrize("name", SCALED)
@@ -290,6 +291,22 @@ def test_most_codes_are_where_most_numbers_are(name):
     per_octave = 2.0 ** (7 - codec.signed) / codec.octaves / 2.0 ** np.arange(4)
     assert (off <= 1 / per_octave).all()
     assert (off > 0.7 / per_octave).all()
+
+
+@pytest.mark.parametrize("octaves", [4, 8, 16])
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_of_tapered_are_in_order_and_their_own_numbers_have_them(signed, octaves):
+    for headroom in range(7):
+        codec = codecs.Tapered(signed, octaves, headroom)
+        codes = np.arange(0 if signed else 1, codec._last)
+        like = codecs.Coded(codes.astype("uint8" if codes[-1] > 127 else "int8"), (jnp.ones(2),))
+        x = codec.decode(like)
+        assert (np.diff(x) > 0).all()
+        like = codecs.Coded(like.codes, codec._join(jnp.ones(1), jnp.full(1, 2.0**-headroom)))
+        for bits in (0, NEAREST):
+            np.testing.assert_array_equal(codec.encode(x, np.uint32(bits), like).codes, codes)
+        for bad in (jnp.nan, jnp.inf):
+            assert not jnp.isfinite(codec.decode(codec.encode(x.at[3].set(bad), NEAREST, like))[3])
 
 
 @pytest.mark.parametrize("name", ["int4-weights", "int4-signed"])

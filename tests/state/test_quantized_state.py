@@ -345,16 +345,19 @@ def test_a_noisy_quadratic_is_followed(codec, smallest):
     assert abs(along) < scale / 4
 
 
-def update_errors(codec, size, shape=(64, 512), steps=40, dtype=jnp.float32, stack=()):
-    """RMS of updates' errors over RMS of Adam's, for each row; and the largest over Adam's."""
-    exact, tx = optax.scale_by_adam(), quantize_state(optax.scale_by_adam(), codec)
+ADAM = optax.scale_by_adam()
+
+
+def update_errors(codec, size, shape=(64, 512), steps=40, dtype=jnp.float32, stack=(), exact=ADAM):
+    """RMS of updates' errors over that of exact ones, for each row; the largest over theirs."""
+    tx = quantize_state(exact, codec)
     params = {"blocks": {"w": jnp.zeros((*stack, *shape))}}
 
     def step(states, key):
         g = (size * jax.random.normal(key, shape)).astype(dtype)
         g = {"blocks": {"w": jnp.broadcast_to(g, (*stack, *shape))}}
         (u, state), (v, plain) = (
-            t.update(x, s)
+            t.update(x, s, params)
             for t, s, x in zip((tx, exact), states, (g, jax.tree.map(jnp.float32, g)), strict=True)
         )
         return (state, plain), (u["blocks"]["w"], v["blocks"]["w"])
@@ -414,6 +417,29 @@ def test_updates_from_4_bits_are_as_bounded_as_adams(dtype, stack):
     rows, largest = update_errors("int4", size, dtype=dtype, stack=stack)
     assert largest < 1.5
     assert rows.max() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("exact", "bound"),
+    [
+        (optax.contrib.scale_by_adopt(), 2.0),  # its momentum is divided by the root already
+        (optax.scale_by_amsgrad(), 2.0),
+        (optax.scale_by_adan(), 2.0),
+        (memopt.galore(1.0, rank=16), 4.0),  # moments in a subspace
+        (optax.scale_by_adamax(), 8.0),  # divides by nu, not by its root
+    ],
+    ids=["adopt", "amsgrad", "adan", "galore", "adamax"],
+)
+def test_updates_from_4_bits_are_bounded_with_any_second_moment(exact, bound):
+    """Columns of very different scale: GaLore 84 times, Adamax 138, relative to a block."""
+    size = 10.0 ** np.random.default_rng(0).uniform(-4, 0, size=(1, 512))
+    _, largest = update_errors("int4", size, exact=exact)
+    assert largest < bound
+
+
+def test_a_difference_of_moments_is_refused():
+    with pytest.raises(ValueError, match=r"cannot store the moments of optax\.scale_by_stddev"):
+        quantize_state(optax.scale_by_stddev()).init({"w": jnp.zeros((64, 256))})
 
 
 @pytest.mark.parametrize(

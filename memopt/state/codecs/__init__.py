@@ -16,5 +16,4 @@ from memopt.state.codecs.blockwise import Integers as Integers
 from memopt.state.codecs.by_name import Named as Named
 from memopt.state.codecs.by_name import named as named
 from memopt.state.codecs.row_scaled import Dynamic as Dynamic
-from memopt.state.codecs.row_scaled import RowScaled as RowScaled
 from memopt.state.codecs.row_scaled import Tapered as Tapered

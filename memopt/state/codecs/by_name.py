@@ -23,10 +23,10 @@ class Named(NamedTuple):
     unsigned: Codec
 
 
-_SECOND = Tapered(signed=False, octaves=8, headroom=4)  # squares have twice as many octaves
+_SECOND_MOMENTS = Tapered(signed=False, octaves=8, headroom=4)  # squares have twice as many octaves
 _NAMED = {
-    "int8": Named(Asymmetric(), Tapered(), _SECOND),
-    "int4": Named(Asymmetric(bits=4), Integers(bits=4, power=2), _SECOND),
+    "int8": Named(Asymmetric(), Tapered(), _SECOND_MOMENTS),
+    "int4": Named(Asymmetric(bits=4), Integers(bits=4, power=2), _SECOND_MOMENTS),
     "float8": Named(Float8(), Float8(), Dynamic(5, 3, signed=False)),
     "e5m2": Named(Float8(dtype="float8_e5m2"), Dynamic(5, 2), Dynamic(5, 3, signed=False)),
     "bfloat16": Named(BFloat16(), BFloat16(), BFloat16()),

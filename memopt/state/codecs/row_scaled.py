@@ -1,4 +1,4 @@
-"""Codecs whose scales follow the largest number of a row, so that encoding is one pass."""
+"""Codecs whose scales come from the previous step, so that encoding is one pass."""
 
 import abc
 import dataclasses
@@ -12,20 +12,20 @@ from memopt.errors import check_choice
 from memopt.shapes import Bits, Numbers
 from memopt.state.codecs.base import Codec, Coded, reciprocal
 
-_ONE = 127 << 23  # the word of the float32 1
+_ONE = 127 << 23  # the bits of 1.0
 
 
 class RowScaled(Codec):
-    """A codec of 8 bits, relative to the largest number of a row *of the previous step*.
+    """Base class of codecs of 8 bits with a scale per row, from its numbers at the *previous* step.
 
-    The scale of a row (the array's last axis) is a power of two that leaves `headroom` octaves
-    above the largest number of the previous step, whose octave is stored with the scale. The
-    largest number of this step is known only after the whole row, and would cost another pass over
-    the gradient; its octave is computed from the codes, for the next step. A number that exceeds
-    even the headroom is clipped for one step, and its row is marked to be fitted again, as is a
-    matrix of zeros, whose magnitude is unknown. A row far below the other rows of its matrix uses
-    the matrix's scale, because it may grow to that magnitude in any step. The highest code marks
-    numbers that are not finite.
+    The octave of a number is the largest power of two up to it. The scale of a row (the array's
+    last axis) is the octave of its largest number at the previous step times 2^headroom. That of
+    this step is known only after the whole row, and would cost another pass over the gradient; its
+    octave is computed from the codes, and stored with the scale for the next step. A number that
+    exceeds even the headroom is clipped for one step, and its row is marked to be fitted again, as
+    is a matrix of zeros, whose magnitude is unknown. A row far below the largest of its matrix has
+    a larger scale, so that it may grow to the largest row's octave in one step. The highest code
+    marks numbers that are not finite.
 
     Subclasses map numbers from 0 to 2 to codes and back. Without a sign no number is rounded to
     zero, because updates are divided by second moments.
@@ -51,15 +51,20 @@ class RowScaled(Codec):
     @property
     @abc.abstractmethod
     def _largest(self) -> int:
-        """The word of the number with the code ``_last - 1``."""
+        """The bits, as int32, of the largest number that can be encoded."""
 
     @abc.abstractmethod
     def _rounded(self, words: Array, bits: Bits) -> Array:
-        """The codes, int32, of numbers with these words, `_origin` added, rounded by `bits`."""
+        """The codes, int32, of numbers with `_origin` added, given by their bits as int32."""
 
     @abc.abstractmethod
     def _numbers(self, magnitudes: Array) -> Array:
         """The numbers that codes, int32, stand for, with `_origin` added."""
+
+    @property
+    def _floor(self) -> float:
+        """A row's octave counts as at least this fraction of the largest in its matrix."""
+        return 2.0 ** -(self.headroom + 1)
 
     def _split(self, side_data: tuple[Array, ...]) -> tuple[Array, Array]:
         """The scale of each row, and the octave of its largest number."""
@@ -80,7 +85,7 @@ class RowScaled(Codec):
         return self._join(scale, jnp.where(jnp.isinf(octave), _octave_of_row(x), octave))
 
     def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:
-        """Rounds a piecewise linear function of a number's absolute value; adds the sign."""
+        """Scales each row, rounds absolute values to codes stochastically, and adds the signs."""
         before = _octave_of_row(x) if like is None else self._split(like.side_data)[1]
         scale = self._scale(before)
         codes, largest = jax.lax.platform_dependent(
@@ -137,8 +142,7 @@ class RowScaled(Codec):
         """The scale of each row, a power of two, relative to which its numbers are below 2."""
         if octaves.ndim > 1:
             matrix = jnp.where(jnp.isfinite(octaves), octaves, 0).max(-2, keepdims=True)
-            # A row may grow to the largest number of its matrix without being clipped.
-            octaves = jnp.maximum(octaves, matrix * 2.0 ** -(self.headroom + 1))
+            octaves = jnp.maximum(octaves, matrix * self._floor)
         return jnp.where(
             octaves > 2.0**-120, jnp.minimum(octaves, 2.0**120) * 2.0**self.headroom, 0
         )
@@ -146,7 +150,7 @@ class RowScaled(Codec):
 
 @dataclasses.dataclass(frozen=True)
 class Tapered(RowScaled):
-    """Small floating-point numbers with fewer bits of mantissa the smaller they are, for moments.
+    """Floating-point numbers with fewer bits of mantissa the smaller they are, for moments.
 
     Of 2^b codes (b is 7 with a sign, 8 without), half are evenly shared by the `octaves` octaves
     below twice the largest number's octave, a quarter by the `octaves` below, and so on, down to
@@ -154,9 +158,10 @@ class Tapered(RowScaled):
     codes in each of the upper four octaves, then 8, 4, 2 and 1. In the headroom there is one code
     per octave. See `RowScaled` for the scale.
 
-    The word of a float32 is a piecewise linear function of it, near its logarithm. A code is the
-    float32 whose word is that word divided by `octaves`, near the root of that degree, as a
-    fixed-point number: a piecewise linear function, too, which changes its slope only at codes.
+    Read as an integer, the bits of a float32 are roughly its logarithm. Dividing that integer by
+    `octaves` gives the bits of, roughly, the root of this degree, whose leading bits as a
+    fixed-point number are the code. Between neighbouring codes the map is linear, so that
+    stochastic rounding is unbiased.
 
     Attributes:
       signed: whether numbers may be negative.
@@ -183,12 +188,13 @@ class Tapered(RowScaled):
 
     @property
     def _zero(self) -> int:
-        """The position, from 0 at the root 0 to 2^b at the root 1, that has code 0."""
-        return max(self.octaves, self.headroom + 1)  # or the last code would not fit
+        """The position, which is the root times 2^b, that has code 0."""
+        return max(self.octaves, self.headroom + 1 + (not self.signed))  # else `_last` is too large
 
     @property
     def _last(self) -> int:
-        return 2**self._bits - self._zero + self.headroom + 1  # at most 128, stored as -128
+        # At most 255, or 128 with a sign, which is stored as -128.
+        return 2**self._bits - self._zero + self.headroom + 1
 
     @property
     def _origin(self) -> float:
@@ -198,11 +204,11 @@ class Tapered(RowScaled):
 
     @property
     def _largest(self) -> int:
-        return 128 << 23  # of 2
+        return 128 << 23  # of 2.0
 
     @property
     def _base(self) -> int:
-        """The word of the number at the lower end of the headroom, whose root is taken as 1."""
+        """The bits of the number at the lower end of the headroom, whose root is taken as 1."""
         return (128 - self.headroom) << 23
 
     def _rounded(self, words: Array, bits: Bits) -> Array:
@@ -223,7 +229,7 @@ class Tapered(RowScaled):
 
 @dataclasses.dataclass(frozen=True)
 class Dynamic(RowScaled):
-    """Small floating-point numbers, as precise in all octaves, for moments.
+    """Floating-point numbers that are as precise in all octaves, for moments.
 
     There are 2^mantissa_bits codes per octave over 2^exponent_bits − 1 octaves, and as many more,
     evenly spaced, below them down to zero. A code is the upper bits of the float32 word of the
@@ -277,7 +283,11 @@ class Dynamic(RowScaled):
     def _numbers(self, magnitudes: Array) -> Array:
         return _float((magnitudes + self._offset) << self._dropped)
 
-    # States of earlier releases keep scales and octaves in two arrays.
+    # As in earlier releases, whose states can be read.
+
+    @property
+    def _floor(self) -> float:
+        return 2.0**-5
 
     def _split(self, side_data: tuple[Array, ...]) -> tuple[Array, Array]:
         scale, octave = side_data
