@@ -35,7 +35,7 @@ from benchmarks import hlo
 from benchmarks.compilers import Tpu, devices
 from benchmarks.report import save
 from benchmarks.step_time import COLORS
-from benchmarks.updates import between_refreshes
+from benchmarks.updates import between_refreshes, every_basis_chosen
 from memopt.optimizers.registry import METHODS
 from memopt.state.quantized_state import QuantizedState
 
@@ -126,7 +126,8 @@ def compile_step(
     def step(params: Any, state: Any, gradients: Any) -> Any:
         # The next scale of every row is set too, so that none needs to be fitted again.
         state = jax.tree.map(with_known_scales, between_refreshes(state), is_leaf=is_quantized)
-        updates, state = tx.update(gradients, state, params)
+        with every_basis_chosen():
+            updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
     state, params = place(jax.eval_shape(tx.init, params)), place(params)

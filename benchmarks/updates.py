@@ -1,10 +1,12 @@
 """Times optimizer steps alone, on a model's parameters and fixed gradients."""
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from benchmarks import torch_optimizers
 from benchmarks.report import milliseconds, spread
 from memopt.models import llama
 from memopt.planning.step_memory import bytes_here
+from memopt.transforms.projectors import base, tracked
 from memopt.trees import leaf_name
 
 LEARNING_RATE = 1e-4
@@ -141,6 +144,20 @@ def between_refreshes(state: Any) -> Any:
     """
     is_count = lambda x: x.shape == () and x.dtype == jnp.int32
     return jax.tree.map(lambda x: jnp.ones_like(x) if is_count(x) else x, state)
+
+
+@contextlib.contextmanager
+def every_basis_chosen() -> Iterator[None]:
+    """Traces updates in which no matrix waits for its first basis.
+
+    Only the state tells, so that the compiler would count the computation of a basis.
+    """
+    never = lambda basis: jnp.zeros(basis.shape[:-2], bool)
+    with (
+        mock.patch.object(base, "is_unchosen", never),
+        mock.patch.object(tracked, "is_unchosen", never),
+    ):
+        yield
 
 
 def torch_contenders(
