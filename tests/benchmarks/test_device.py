@@ -75,11 +75,10 @@ def start(directory, output, every_row):
     return done
 
 
-@pytest.mark.parametrize(
-    "every_row", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["distinct", "every"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("every_row", [False, True], ids=["distinct", "every"])
 def test_rows_that_a_file_lacks_are_measured_once_and_reported(tmp_path, capsys, every_row):
-    """One test, since the run takes a minute; every row, with ``-m slow``, takes five."""
+    """One test, since the run takes a minute, and of every row five."""
     output = tmp_path / "device.json"
     expected = all_rows() - {("update", "torch_adamw")}
     distinct = {(piece, row) for piece, names in DISTINCT.items() for row in names}

@@ -157,7 +157,7 @@ def training(spec, **options):
 
 @pytest.mark.parametrize(
     "spec",
-    ["files", "parquet", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lines", "arrow"))],
+    ["files", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lines", "arrow", "parquet"))],
     indirect=True,
 )
 def test_any_state_continues_exactly(spec):

@@ -242,13 +242,8 @@ def test_more_steps_may_be_asked_for_when_resuming(config):
     assert json.loads((config.run.output / "config.json").read_text())["steps"] == 6
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name != "ldadam" else [])
-        for name in available("memopt")
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", available("memopt"))
 def test_every_method_trains(config, name):
     """A few steps that fit the text better, with a state that a checkpoint holds."""
     options = {"option": ("rank=4",)} if METHODS[name].has_free_rank else {}
