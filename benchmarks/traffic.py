@@ -35,7 +35,7 @@ from benchmarks import hlo
 from benchmarks.compilers import Tpu, devices
 from benchmarks.report import save
 from benchmarks.step_time import COLORS
-from benchmarks.updates import between_refreshes, every_basis_chosen
+from benchmarks.updates import between_refreshes
 from memopt.optimizers.registry import METHODS
 from memopt.state.quantized_state import QuantizedState
 
@@ -124,9 +124,9 @@ def compile_step(
         return state._replace(scales=(*scales, jax.tree.map(known, last)))
 
     def step(params: Any, state: Any, gradients: Any) -> Any:
-        # The next scale of every row is set too, so that none needs to be fitted again.
-        state = jax.tree.map(with_known_scales, between_refreshes(state), is_leaf=is_quantized)
-        with every_basis_chosen():
+        with between_refreshes(state) as state:
+            # The next scale of every row is set too, so that none needs to be fitted again.
+            state = jax.tree.map(with_known_scales, state, is_leaf=is_quantized)
             updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 

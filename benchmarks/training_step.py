@@ -11,7 +11,7 @@ import optax
 from jax.sharding import AxisType, Mesh
 
 import memopt
-from benchmarks.updates import between_refreshes, every_basis_chosen
+from benchmarks.updates import between_refreshes
 from memopt.models import llama
 from memopt.training.placement import parse_mesh
 from memopt.training.setup import Step, abstract_batch, set_up
@@ -120,7 +120,7 @@ def without_refresh(step: Step) -> Step:
     """Returns the step as it is between two refreshes of a subspace."""
 
     def between(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        with every_basis_chosen():
-            return step(state._replace(opt_state=between_refreshes(state.opt_state)), batch)
+        with between_refreshes(state.opt_state) as opt_state:
+            return step(state._replace(opt_state=opt_state), batch)
 
     return between

@@ -136,28 +136,21 @@ def optax_muon(learning_rate: float) -> optax.GradientTransformation:
     return optax.contrib.muon(learning_rate, muon_weight_dimension_numbers=choose)
 
 
-def between_refreshes(state: Any) -> Any:
-    """Replaces every count in an optimizer's state by the constant 1.
+@contextlib.contextmanager
+def between_refreshes(state: Any) -> Iterator[Any]:
+    """Traces an update between two refreshes of a subspace, from the state that it yields.
 
+    Every count in the optimizer's state is the constant 1, and no matrix waits for its first basis.
     The compiler then knows that the step does not refresh, and removes the conditionals;
     otherwise it would count a branch of each, whether taken or not.
     """
     is_count = lambda x: x.shape == () and x.dtype == jnp.int32
-    return jax.tree.map(lambda x: jnp.ones_like(x) if is_count(x) else x, state)
-
-
-@contextlib.contextmanager
-def every_basis_chosen() -> Iterator[None]:
-    """Traces updates in which no matrix waits for its first basis.
-
-    Only the state tells, so that the compiler would count the computation of a basis.
-    """
     never = lambda basis: jnp.zeros(basis.shape[:-2], bool)
     with (
         mock.patch.object(base, "is_unchosen", never),
         mock.patch.object(tracked, "is_unchosen", never),
     ):
-        yield
+        yield jax.tree.map(lambda x: jnp.ones_like(x) if is_count(x) else x, state)
 
 
 def torch_contenders(

@@ -245,21 +245,18 @@ def _divisors(codecs: Any, places: Any, step: Callable[[], Program]) -> dict[str
       places: the `Place` of each array.
       step: returns the inner update, from the old to the new arrays.
     """
-    names = [name for name, _ in named_leaves(codecs)[0]]
-    pairs = {
-        name: place.second_moment
-        for name, codec, place in zip(
-            names, jax.tree.leaves(codecs), jax.tree.leaves(places, is_leaf=_is_place), strict=True
-        )
-        if isinstance(codec, Integers) and codec.bits == 4 and place.second_moment
-    }
+    index: dict[str, int] = {}
+    pairs: dict[str, str] = {}
+
+    def note(name: str, codec: Codec, place: Place) -> None:
+        index[name] = len(index)
+        if isinstance(codec, Integers) and codec.bits == 4 and place.second_moment:
+            pairs[name] = place.second_moment
+
+    map_named(note, codecs, places)
     program: Any = step() if pairs else None
-    is_divided = lambda name, second: program.needed([names.index(name)]).reads[names.index(second)]
+    is_divided = lambda name, second: program.needed([index[name]]).reads[index[second]]
     return {name: second for name, second in pairs.items() if not is_divided(name, second)}
-
-
-def _is_place(x: Any) -> bool:
-    return isinstance(x, Place)
 
 
 def _fitted(codecs: Any, places: Any, scales: Any, new: Callable[[], Any]) -> Any:

@@ -380,10 +380,6 @@ def rms(rows):
     return np.sqrt((rows**2).mean())
 
 
-def one_entry(size):
-    return np.ones((64, 512), np.float32) + (size - 1) * np.eye(64, 512, 100)[:1]
-
-
 @pytest.mark.parametrize("stack", [(), (2,)], ids=["matrix", "stack"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_updates_from_8_bits_are_within_4_percent_of_adams(dtype, stack):
