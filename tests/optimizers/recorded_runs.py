@@ -236,6 +236,8 @@ def tolerances(run):
 
     def tolerance(leaf, step):
         allowed = max(10 * meta["ulp_sensitivity"][leaf][str(step)], 3e-4)
+        if "float32_floor" in meta:  # what it costs to store the parameters in float32
+            allowed = max(allowed, 2 * meta["float32_floor"][leaf][str(step)])
         if run == "adafactor_hf_beta1_wd":
             allowed = max(allowed, rounding(run, params, leaf, step))
         return allowed
