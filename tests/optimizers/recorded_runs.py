@@ -1,7 +1,5 @@
 """The recorded runs: how memopt is set up to follow each, how far it is, how far it may be."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -247,7 +245,4 @@ def tolerances(run):
 
 def problem(run):
     """The parameters and gradients of a run."""
-    return made_once(yardstick.load(run)[2]["zero_gradient_at_step_7"])
-
-
-made_once = functools.cache(yardstick.make_problem)
+    return yardstick.make_problem(yardstick.load(run)[2]["zero_gradient_at_step_7"])
