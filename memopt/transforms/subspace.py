@@ -164,6 +164,7 @@ def in_subspace(
         return updates, InSubspaceState(count, kept, inner_state, rule)
 
     def update(updates: Any, state: InSubspaceState, params: Any = None, **extra: Any) -> Any:
+        extra |= {"obj_fn": _no_loss} if "obj_fn" in extra else {}
         on_specs = functools.partial(step, find_specs(updates))
         return on_auto_axes(on_specs, (updates, state, params, extra), like=(updates, state))
 
@@ -343,6 +344,13 @@ def _as_projections(projector: Projector, specs: Any) -> contextlib.AbstractCont
 
     is_spec = lambda x: isinstance(x, MatrixSpec)
     return known(list(map(parameter, jax.tree.leaves(specs, is_leaf=is_spec))))
+
+
+def _no_loss(_: Any) -> Any:
+    raise IncompatiblePairingError(
+        "inner must not evaluate the loss (obj_fn), a function of the parameters and not of their "
+        "projections."
+    )
 
 
 def _momentum(inner_state: Any, like: Any) -> Any:
