@@ -70,9 +70,9 @@ def lars(
     chain = optax.chain(
         where_decayed(ratio, common.get("weight_decay", 0.0), common.get("weight_decay_mask")),
         optax.scale_by_learning_rate(learning_rate),
-        in_float32(optax.trace(momentum, nesterov)),
+        optax.trace(momentum, nesterov),
     )
-    return matrices_and_rest(chain, common.get("rest"), matrices)
+    return matrices_and_rest(in_float32(chain), common.get("rest"), matrices)
 
 
 def where_decayed(

@@ -49,6 +49,6 @@ def sm3(
       >>> memopt.state_bytes(memopt.sm3(0.1, b1=None), params)["w"]   # 3·(16 + 8) floats
       288
     """
-    moment = optax.identity() if b1 is None else in_float32(optax.ema(b1, debias=False))
+    moment = optax.identity() if b1 is None else optax.ema(b1, debias=False)
     scaled = scale_by_matrix_sm3(matrices=common.get("matrices"))
-    return finish(learning_rate, scaled, moment, **common)
+    return finish(learning_rate, in_float32(optax.chain(scaled, moment)), **common)

@@ -279,7 +279,7 @@ def rounding(method, params, leaf, step):
         start, key = start[yardstick._stride(leaf)], key + "#sub"
     end = arrays[key]
     moved = np.abs(end.astype(np.float64) - start).max()
-    return step * float(np.spacing(np.abs(end).max())) / moved
+    return step * float(np.spacing(np.abs(end).max())) / (moved or np.inf)
 
 
 def errors(run, transpose):
