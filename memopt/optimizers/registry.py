@@ -106,6 +106,9 @@ METHODS: dict[str, Method] = {
 """All optimizers by name: Optax's are listed here, memopt's are added by `@method()`."""
 
 
+FORMERLY_OPTAX = ("adopt", "amsgrad", "lamb", "lars", "sm3")
+"""Names that meant Optax's optimizer before release 0.2, which has "optax_" before it now."""
+
 STATIC = {
     *("rank", "density", "ns_steps", "ns_coeffs", "mu_dtype"),
     *("on_refresh", "matrices", "weight_decay_mask"),
