@@ -5,7 +5,7 @@
 Each run takes 50 steps on the problem of ``tests/yardstick``. An error is the largest difference
 of a parameter after 1, 2, 5, 10, 25 or 50 steps, relative to its displacement from the start. The
 tolerance is 3e-4, or ten times the effect of one relative ulp in the gradients on the authors'
-code; for the one run that rounds its parameters twice per step, it is one ulp of them per step.
+code; for two runs that round their parameters twice per step, it is one ulp of them per step.
 Kernels are (out, in), as in torch, and transposed, (in, out), as in Flax. Prints a table and writes
 it as JSON.
 """

@@ -31,10 +31,14 @@ from memopt.transforms import AccumulateByScheduleState as AccumulateByScheduleS
 from memopt.transforms import AccumulateState as AccumulateState
 from memopt.transforms import CarryOver as CarryOver
 from memopt.transforms import ClipByGradientNormState as ClipByGradientNormState
+from memopt.transforms import ClipByStepState as ClipByStepState
 from memopt.transforms import GrowthLimiter as GrowthLimiter
 from memopt.transforms import InSubspaceState as InSubspaceState
 from memopt.transforms import LimitNormGrowthState as LimitNormGrowthState
 from memopt.transforms import ScaleByFactoredMatrixRmsState as ScaleByFactoredMatrixRmsState
+from memopt.transforms import ScaleByMatrixSm3State as ScaleByMatrixSm3State
+from memopt.transforms import ScaleByPastRmsState as ScaleByPastRmsState
+from memopt.transforms import ScaleByRawAmsgradState as ScaleByRawAmsgradState
 from memopt.transforms import ScaleBySignMomentumState as ScaleBySignMomentumState
 from memopt.transforms import ScaleByUncorrectedAdamState as ScaleByUncorrectedAdamState
 from memopt.transforms import SkipNonfiniteMatricesState as SkipNonfiniteMatricesState
@@ -44,6 +48,7 @@ from memopt.transforms import accumulate_in_subspace as accumulate_in_subspace
 from memopt.transforms import adam_bias_correction as adam_bias_correction
 from memopt.transforms import clip_by_gradient_norm as clip_by_gradient_norm
 from memopt.transforms import clip_by_matrix_rms as clip_by_matrix_rms
+from memopt.transforms import clip_by_step as clip_by_step
 from memopt.transforms import in_subspace as in_subspace
 from memopt.transforms import limit_norm_growth as limit_norm_growth
 from memopt.transforms import newton_schulz as newton_schulz
@@ -55,7 +60,11 @@ from memopt.transforms import recombine as recombine
 from memopt.transforms import reshard_update as reshard_update
 from memopt.transforms import scale_by_factored_matrix_rms as scale_by_factored_matrix_rms
 from memopt.transforms import scale_by_matrix_shape as scale_by_matrix_shape
+from memopt.transforms import scale_by_matrix_sm3 as scale_by_matrix_sm3
+from memopt.transforms import scale_by_matrix_trust_ratio as scale_by_matrix_trust_ratio
 from memopt.transforms import scale_by_parameter_rms as scale_by_parameter_rms
+from memopt.transforms import scale_by_past_rms as scale_by_past_rms
+from memopt.transforms import scale_by_raw_amsgrad as scale_by_raw_amsgrad
 from memopt.transforms import scale_by_released_adam as scale_by_released_adam
 from memopt.transforms import scale_by_sign_momentum as scale_by_sign_momentum
 from memopt.transforms import scale_by_uncorrected_adam as scale_by_uncorrected_adam

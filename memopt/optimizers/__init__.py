@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 from memopt.optimizers.adafactor import adafactor as adafactor
 from memopt.optimizers.adalomo import adalomo as adalomo
+from memopt.optimizers.adopt import adopt as adopt
+from memopt.optimizers.amsgrad import amsgrad as amsgrad
 from memopt.optimizers.apollo import apollo as apollo
 from memopt.optimizers.apollo import apollo_mini as apollo_mini
 from memopt.optimizers.by_partition import Common as Common
@@ -12,6 +14,8 @@ from memopt.optimizers.fira import fira as fira
 from memopt.optimizers.flora import flora as flora
 from memopt.optimizers.frugal import frugal as frugal
 from memopt.optimizers.galore import galore as galore
+from memopt.optimizers.lamb import lamb as lamb
+from memopt.optimizers.lars import lars as lars
 from memopt.optimizers.ldadam import ldadam as ldadam
 from memopt.optimizers.lion import lion as lion
 from memopt.optimizers.lomo import lomo as lomo
@@ -22,6 +26,7 @@ from memopt.optimizers.online_subspace_descent import (
 from memopt.optimizers.registry import available as available
 from memopt.optimizers.registry import eval_params as eval_params
 from memopt.optimizers.registry import optimizer as optimizer
+from memopt.optimizers.sm3 import sm3 as sm3
 
 if not TYPE_CHECKING:  # type checkers read the imports above
     __all__ = sorted(

@@ -36,6 +36,8 @@ class Method(NamedTuple):
       eval_params: maps its state and the parameters to those to evaluate with, see
         `memopt.eval_params`; None if they are the same.
       needs: the extra argument without which it cannot update, with what it is, or "".
+      finds_step: whether it finds the size of its steps itself, so that its learning rate is a
+        factor or a bound, which should be 1 at its highest.
     """
 
     make: Make
@@ -43,6 +45,7 @@ class Method(NamedTuple):
     sums_projections: bool = False
     eval_params: Callable[[Any, Any], Any] | None = None
     needs: str = ""
+    finds_step: bool = False
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -62,30 +65,49 @@ def _sm3(learning_rate: optax.ScalarOrSchedule, momentum: float = 0.9) -> Any:
     return optax.chain(optax.scale_by_sm3(momentum), optax.scale_by_learning_rate(learning_rate))
 
 
+@functools.wraps(optax.contrib.mechanize)
+def _mechanic(learning_rate: optax.ScalarOrSchedule, **options: Any) -> Any:
+    """The same around AdamW."""
+    return optax.contrib.mechanize(optax.adamw(learning_rate), **options)
+
+
+LOSS = "value, the loss"
+LOSS_FUNCTION = "obj_fn, the loss as a function of the parameters"
+
 METHODS: dict[str, Method] = {
     "adam": Method(optax.adam, "optax"),
     "adamw": Method(optax.adamw, "optax"),
     "ademamix": Method(optax.contrib.ademamix, "optax"),
-    "adopt": Method(optax.contrib.adopt, "optax"),
-    "amsgrad": Method(optax.amsgrad, "optax"),
-    "lamb": Method(optax.lamb, "optax"),
-    "lars": Method(optax.lars, "optax"),
+    "cocob": Method(optax.contrib.cocob, "optax", finds_step=True),
+    "dadapt_adamw": Method(optax.contrib.dadapt_adamw, "optax", finds_step=True),
+    "dog": Method(optax.contrib.dog, "optax", finds_step=True),
+    "dowg": Method(optax.contrib.dowg, "optax", finds_step=True),
+    "mechanic": Method(_mechanic, "optax", finds_step=True),
+    "momo": Method(optax.contrib.momo, "optax", needs=LOSS, finds_step=True),
+    "momo_adam": Method(optax.contrib.momo_adam, "optax", needs=LOSS),
+    "nadamw": Method(optax.nadamw, "optax"),
     "optax_adafactor": Method(optax.adafactor, "optax"),
+    "optax_adopt": Method(optax.contrib.adopt, "optax"),
+    "optax_amsgrad": Method(optax.amsgrad, "optax"),
+    "optax_lamb": Method(optax.lamb, "optax"),
+    "optax_lars": Method(optax.lars, "optax"),
     "optax_lion": Method(optax.lion, "optax"),
     "optax_muon": Method(optax.contrib.muon, "optax"),
+    "optax_sm3": Method(_sm3, "optax"),
+    "prodigy": Method(optax.contrib.prodigy, "optax", finds_step=True),
     "schedule_free": Method(
         optax.contrib.schedule_free_adamw,
         "optax",
         eval_params=optax.contrib.schedule_free_eval_params,
     ),
     "sgd": Method(optax.sgd, "optax"),
-    "sm3": Method(_sm3, "optax"),
-    "sophia": Method(
-        optax.contrib.sophia, "optax", needs="obj_fn, the loss as a function of the parameters"
-    ),
+    "sophia": Method(optax.contrib.sophia, "optax", needs=LOSS_FUNCTION),
 }
 """All optimizers by name: Optax's are listed here, memopt's are added by `@method()`."""
 
+
+FORMERLY_OPTAX = ("adopt", "amsgrad", "lamb", "lars", "sm3")
+"""Names that meant Optax's optimizer before release 0.2, which has "optax_" before it now."""
 
 STATIC = {
     *("rank", "density", "ns_steps", "ns_coeffs", "mu_dtype"),
@@ -166,6 +188,16 @@ def _set_signature(function: Callable, signature: inspect.Signature) -> None:
     setattr(function, "__signature__", signature)  # noqa: B010
 
 
+def _of_learning_rate(base: Callable) -> inspect.Signature:
+    """The signature of a wrapper, with a learning rate in place of the wrapped optimizer."""
+    signature, parameter = inspect.signature(base), inspect.signature(optax.sgd).parameters
+    options = list(signature.parameters.values())[1:]
+    return signature.replace(parameters=[parameter["learning_rate"], *options])
+
+
+_set_signature(_mechanic, _of_learning_rate(optax.contrib.mechanize))
+
+
 def options_of(base: Callable[P, R]) -> Callable[[Callable[..., R]], Callable[P, R]]:
     """Gives a function that passes ``**options`` to `base` the signature of `base`.
 
@@ -197,8 +229,8 @@ def available(library: str | None = None) -> tuple[str, ...]:
       library: "memopt" or "optax", to list the names of one library only.
 
     Example:
-      >>> available()[:4]
-      ('adafactor', 'adalomo', 'apollo', 'apollo_mini')
+      >>> available()[:2]
+      ('adafactor', 'adalomo')
       >>> available("optax")[:2]
       ('adam', 'adamw')
     """
@@ -221,7 +253,8 @@ def optimizer(
 
     Raises:
       ValueError: if the name or an option is unknown; the closest name is suggested. The update of
-        "sophia" raises it if `obj_fn`, the loss as a function of the parameters, is not given.
+        "sophia" raises it if `obj_fn`, the loss as a function of the parameters, is not given, and
+        those of "momo" and "momo_adam" if `value`, the loss, is not.
 
     Example:
       >>> tx = optimizer("apollo_mini", learning_rate=1e-2, weight_decay=0.1)

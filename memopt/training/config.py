@@ -71,8 +71,8 @@ class Optimization:
         state: Store the optimizer's state in fewer bits.
         release: Update each block while the backward pass runs, so that all gradients are never
             there.
-        learning_rate: Highest learning rate. The default suits apollo_mini; adamw and lion want
-            less.
+        learning_rate: Highest learning rate. By default 5e-3, which suits apollo_mini (adamw and
+            lion want less), or 1 for an optimizer that finds the size of its steps itself.
         schedule: cosine, linear, wsd (warm-up, stable, decay) or constant.
         warmup: Share of the steps in which the learning rate rises from 0.
         decay: Share of the steps in which wsd decays. The others decay from warm-up to end.
@@ -88,7 +88,7 @@ class Optimization:
     option: Annotated[tuple[str, ...], conf.UseAppendAction, conf.arg(metavar="NAME=VALUE")] = ()
     state: Literal["int8", "int4", "float8", "e5m2", "bfloat16"] | None = None
     release: bool = False
-    learning_rate: float = 5e-3
+    learning_rate: Annotated[float | None, conf.arg(metavar="FLOAT")] = None
     schedule: str = "cosine"
     warmup: float = 0.1
     decay: float = 0.2

@@ -23,6 +23,9 @@ LEAST = {
     "learning_rate": 0,
 }
 
+#: The highest learning rate unless one is given; it suits APOLLO-Mini.
+LEARNING_RATE = 5e-3
+
 
 def describe_run(config: Config) -> Setup:
     """Returns a run's model, mesh, optimizer and training step; touches no file and makes no array.
@@ -45,13 +48,13 @@ def describe_run(config: Config) -> Setup:
     options, flat = config.optimization, config.flat()
     for name, least in LEAST.items():
         check_at_least(name, flat[name], least)
+    check_choice("optimizer", options.optimizer, optimizers.available())
     model_config, learning_rate = _model_config(config), _learning_rate(options)
     if config.text.batch_size % options.accumulation:
         raise ValueError(
             f"accumulation={options.accumulation} does not divide "
             f"batch_size={config.text.batch_size}: change one."
         )
-    check_choice("optimizer", options.optimizer, optimizers.available())
     if options.state and METHODS[options.optimizer].eval_params:
         raise ValueError(
             f"state={options.state} must be left out with optimizer {options.optimizer!r}, whose "
@@ -123,11 +126,14 @@ def _learning_rate(options: Optimization) -> optax.Schedule:
     for name in ("warmup", "decay", "final_learning_rate"):
         if not 0 <= getattr(options, name) <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {getattr(options, name)}.")
+    highest = options.learning_rate
+    if highest is None:
+        highest = 1.0 if METHODS[options.optimizer].finds_step else LEARNING_RATE
     return schedules.schedule(
         options.schedule,
-        options.learning_rate,
+        highest,
         options.steps,
         warmup_steps=round(options.warmup * options.steps),
         decay_steps=round(options.decay * options.steps) if options.schedule == "wsd" else None,
-        end_value=options.final_learning_rate * options.learning_rate,
+        end_value=options.final_learning_rate * highest,
     )

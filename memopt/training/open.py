@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from memopt.errors import check_at_least
+from memopt.optimizers.registry import FORMERLY_OPTAX
 from memopt.text.batches import Batch, Batches, fingerprint, train_batches, validation_batches
 from memopt.text.documents import find_documents
 from memopt.text.tokenizer import Tokenizer, load_tokenizer
@@ -85,7 +86,7 @@ def open_run(config: Config) -> Training:
     )
 
     checkpoints = Checkpoints(directory / "checkpoints", config.run.keep)
-    restored = checkpoints.restore(setup.state) if config.run.resume else None
+    restored = _restore(checkpoints, setup) if config.run.resume else None
     if restored:
         state, record = restored
         check_same(directory, record["identity"], identity)
@@ -97,6 +98,18 @@ def open_run(config: Config) -> Training:
     return Training(
         config, setup, directory, tokenizer, batches, validation, identity, checkpoints, state
     )
+
+
+def _restore(checkpoints: Checkpoints, setup: Setup) -> tuple[TrainState, Record] | None:
+    try:
+        return checkpoints.restore(setup.state)
+    except ValueError as error:
+        if setup.optimizer not in FORMERLY_OPTAX:
+            raise
+        raise ValueError(
+            f"{error} Before release 0.2 {setup.optimizer!r} was Optax's optimizer: to continue "
+            f"such a run, write 'optax_{setup.optimizer}' for it in its config.json."
+        ) from error
 
 
 def open_batches(

@@ -7,10 +7,14 @@ from memopt.transforms.accumulation import AccumulateByScheduleState as Accumula
 from memopt.transforms.accumulation import AccumulateState as AccumulateState
 from memopt.transforms.accumulation import accumulate as accumulate
 from memopt.transforms.accumulation import accumulate_in_subspace as accumulate_in_subspace
+from memopt.transforms.adam import ScaleByRawAmsgradState as ScaleByRawAmsgradState
 from memopt.transforms.adam import ScaleByUncorrectedAdamState as ScaleByUncorrectedAdamState
 from memopt.transforms.adam import adam_bias_correction as adam_bias_correction
+from memopt.transforms.adam import scale_by_raw_amsgrad as scale_by_raw_amsgrad
 from memopt.transforms.adam import scale_by_released_adam as scale_by_released_adam
 from memopt.transforms.adam import scale_by_uncorrected_adam as scale_by_uncorrected_adam
+from memopt.transforms.cover import ScaleByMatrixSm3State as ScaleByMatrixSm3State
+from memopt.transforms.cover import scale_by_matrix_sm3 as scale_by_matrix_sm3
 from memopt.transforms.factored import (
     ScaleByFactoredMatrixRmsState as ScaleByFactoredMatrixRmsState,
 )
@@ -27,6 +31,10 @@ from memopt.transforms.norm_growth import limit_norm_growth as limit_norm_growth
 from memopt.transforms.orthogonalization import newton_schulz as newton_schulz
 from memopt.transforms.orthogonalization import orthogonalize as orthogonalize
 from memopt.transforms.orthogonalization import scale_by_matrix_shape as scale_by_matrix_shape
+from memopt.transforms.past_rms import ClipByStepState as ClipByStepState
+from memopt.transforms.past_rms import ScaleByPastRmsState as ScaleByPastRmsState
+from memopt.transforms.past_rms import clip_by_step as clip_by_step
+from memopt.transforms.past_rms import scale_by_past_rms as scale_by_past_rms
 from memopt.transforms.per_matrix import per_matrix as per_matrix
 from memopt.transforms.placed_update import reshard_update as reshard_update
 from memopt.transforms.placed_update import unshard_short_side as unshard_short_side
@@ -39,6 +47,9 @@ from memopt.transforms.skip_nonfinite import SkipNonfiniteState as SkipNonfinite
 from memopt.transforms.skip_nonfinite import skip_nonfinite as skip_nonfinite
 from memopt.transforms.subspace import InSubspaceState as InSubspaceState
 from memopt.transforms.subspace import in_subspace as in_subspace
+from memopt.transforms.trust_ratio import (
+    scale_by_matrix_trust_ratio as scale_by_matrix_trust_ratio,
+)
 
 __getattr__ = renamed.finder(
     "memopt.transforms",

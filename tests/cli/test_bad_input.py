@@ -60,9 +60,10 @@ def pretrain(complain, tmp_path):
         (["--compute-dtype=float16"], "since the loss is not scaled"),
         (["--compute-dtype=float"], "did you mean 'float32'?"),
         (
-            ["--release", "--weights=int8", "--optimizer=lars"],
-            "optimizer 'lars' cannot work like this: the update of",
+            ["--release", "--weights=int8", "--optimizer=optax_lars"],
+            "optimizer 'optax_lars' cannot work like this: the update of",
         ),
+        (["--release", "--optimizer=prodigy"], "but the gradients are never held together here"),
         (["--optimizer=schedule_free", "--state=int8"], "state=int8 must be left out"),
         (["--data=nowhere/*.txt"], "matches no text file"),
         (["--data=empty.txt"], "empty"),

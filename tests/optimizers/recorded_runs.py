@@ -141,6 +141,59 @@ def _lion(method, transpose):
     return memopt.lion(meta["lr"], weight_decay=meta["hyperparameters"]["weight_decay"])
 
 
+def _lars(method, transpose):
+    _, _, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    others = {"rest": optax.sgd(meta["lr"], h["momentum"])} if method == "lars_po" else {}
+    return memopt.lars(
+        meta["lr"],
+        momentum=h["momentum"],
+        nesterov=h["nesterov"],
+        trust_coefficient=h.get("trust_coeff", h.get("trust_coefficient")),
+        eps=h.get("eps", 0.0),
+        weight_decay=h["weight_decay"],
+        **others,
+    )
+
+
+def _lamb(method, transpose):
+    _, _, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    tx = memopt.lamb(
+        meta["lr"],
+        **dict(zip(("b1", "b2"), h["betas"], strict=True)),
+        eps=h["eps"],
+        decoupled_decay=h["decoupled_decay"],
+        weight_decay=h["weight_decay"],
+    )
+    norm = h["max_grad_norm"]
+    return tx if norm is None else optax.chain(optax.clip_by_global_norm(norm), tx)
+
+
+def _amsgrad(method, transpose):
+    _, _, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    return memopt.amsgrad(
+        meta["lr"],
+        **dict(zip(("b1", "b2"), h["betas"], strict=True)),
+        eps=h["eps"],
+        weight_decay=h["weight_decay"],
+        as_released=meta["source"] == "torch",
+    )
+
+
+def _adopt(method, transpose):
+    _, _, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    clip = {} if h["clip_lambda"] else {"clip_exponent": None}
+    return memopt.adopt(meta["lr"], weight_decay=h["weight_decay"], **clip)
+
+
+def _sm3(method, transpose):
+    _, _, meta = yardstick.load(method)
+    return memopt.sm3(meta["lr"], b1=meta["hyperparameters"]["momentum"] or None)
+
+
 def _adamw(method, transpose):
     _, _, meta = yardstick.load(method)
     return memopt.optimizer(
@@ -155,6 +208,11 @@ METHODS = {
     ),
     "adalomo": (_adalomo, ("adalomo", "adalomo_wd", "flora_default")),
     "adamw": (_adamw, ("adamw_torch",)),
+    "adopt": (_adopt, ("adopt", "adopt_noclip", "adopt_wd")),
+    "amsgrad": (
+        _amsgrad,
+        ("adamw_amsgrad_torch", "adamw_amsgrad_torch_b95", "amsgrad_paper_formula"),
+    ),
     "apollo": (_apollo, ("apollo", "apollo_nozero", "apollo_wd", "apollo_gap10")),
     "apollo_mini": (_apollo, ("apollo_mini", "apollo_mini_front_gap10")),
     "flora": (_flora, ("flora", "flora_kappa10")),
@@ -169,11 +227,14 @@ METHODS = {
         _galore,
         ("galore", "galore_gap10", "galore_adafactor", "galore_reverse", "galore_rand_osd"),
     ),
+    "lamb": (_lamb, ("lamb_timm", "lamb_timm_plain", "lamb_timm_wd", "lamb_timm_decoupled")),
+    "lars": (_lars, ("lars_timm", "lars_timm_wd_nesterov", "lars_po")),
     "lion": (_lion, ("lion", "lion_wd")),
     "online_subspace_descent": (
         _online_subspace_descent,
         ("osd_adamw_nozero", "osd_lion_nozero", "osd_sgd_nozero"),
     ),
+    "sm3": (_sm3, ("sm3_po",)),
 }
 """For each method what sets it up to follow a run, and the runs. Flora without a momentum, as its
 code has it by default, projects nothing and is AdaLomo."""
@@ -200,11 +261,14 @@ def follow(tx, params, gradients, transpose=False):
     }
 
 
+ROUNDED_TWICE = ("adafactor_hf_beta1_wd", "adopt_wd")
+
+
 def rounding(method, params, leaf, step):
     """A unit in the last place of the largest weight each step, over the displacement.
 
-    transformers' Adafactor rounds the parameters twice a step, decay first; an Optax update
-    rounds them once. That run's steps are so small that this shows until step 5.
+    The code of `ROUNDED_TWICE` rounds the parameters twice a step, decay first; an Optax update
+    rounds them once. These runs' first steps are so small that this shows until step 5.
     """
     arrays = yardstick.load(method)[0]
     key = f"{leaf}@{step}"
@@ -213,7 +277,7 @@ def rounding(method, params, leaf, step):
         start, key = start[yardstick._stride(leaf)], key + "#sub"
     end = arrays[key]
     moved = np.abs(end.astype(np.float64) - start).max()
-    return step * float(np.spacing(np.abs(end).max())) / moved
+    return step * float(np.spacing(np.abs(end).max())) / (moved or np.inf)
 
 
 def errors(run, transpose):
@@ -236,7 +300,7 @@ def tolerances(run):
         allowed = max(10 * meta["ulp_sensitivity"][leaf][str(step)], 3e-4)
         if "float32_floor" in meta:  # what it costs to store the parameters in float32
             allowed = max(allowed, 2 * meta["float32_floor"][leaf][str(step)])
-        if run == "adafactor_hf_beta1_wd":
+        if run in ROUNDED_TWICE:
             allowed = max(allowed, rounding(run, params, leaf, step))
         return allowed
 

@@ -127,6 +127,16 @@ CASES = {
     "apollo_mini_scale_front": Case(
         variant(memopt.apollo_mini, scale_front=True), mini_moments, twice, twice
     ),
+    "adopt": Case(variant(memopt.adopt, **decays), twice, twice, twice),
+    "amsgrad": Case(variant(memopt.amsgrad, **decays), thrice, thrice, thrice),
+    "lamb": Case(variant(memopt.lamb, **decays), twice, twice, twice),
+    "lars": Case(variant(memopt.lars, **decays), once, once, once),
+    "sm3": Case(
+        variant(memopt.sm3, **decays),
+        lambda k, m, n: k * (m * n + m + n),
+        lambda m, n: m * n + m + n,
+        twice,
+    ),
     "ademamix": Case(variant(METHODS["ademamix"].make, **decays), thrice, thrice, thrice),
     "lion": Case(variant(memopt.lion, **decays), once, once, once),
     "lomo": Case(variant(memopt.lomo, clip_value=0.5, **decays), none, none, none),

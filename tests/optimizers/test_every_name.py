@@ -24,7 +24,11 @@ every_name = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=slow_unless(n in QUICK)) for n in memopt.available()]
 )
 STEPS = 1000
-RATES = {"sgd": 5e-3, "lars": 1.0, "lomo": 5e-3, "sm3": 0.3, "optax_muon": 0.3, "muon": 0.3}
+RATES = {
+    **{"sgd": 5e-3, "lars": 1.0, "lomo": 5e-3, "sm3": 0.3, "optax_muon": 0.3, "muon": 0.3},
+    **{"optax_lars": 1.0, "optax_sm3": 0.3},
+    **{name: 1.0 for name, method in METHODS.items() if method.finds_step},
+}
 """The first learning rates, of a linear decay to zero; others take 0.1."""
 
 
@@ -57,7 +61,8 @@ def make(name, learning_rate):
 
 
 def update(tx, gradients, state, params, loss=parabola):
-    return tx.update(gradients, state, params, obj_fn=loss)  # Sophia needs it, others ignore it
+    # Sophia and MoMo need them, others ignore them.
+    return tx.update(gradients, state, params, obj_fn=loss, value=loss(params))
 
 
 @every_name

@@ -244,6 +244,71 @@ def adamw(w, gradients, name, b1=0.9, b2=0.999):
         yield w
 
 
+@stacked
+def lars(w, gradients, name, ratio=lambda w, g: 1e-3 * w / (g + DECAY * w), nesterov=False):
+    """A momentum that has the learning rate in it."""
+    momentum = np.zeros_like(w)
+    for g in gradients:
+        norms = np.linalg.norm(w), np.linalg.norm(g)
+        step = LEARNING_RATE * (ratio(*norms) if all(norms) else 1) * (g + DECAY * w)
+        momentum = 0.9 * momentum + step
+        w = w - (0.9 * momentum + step if nesterov else momentum)
+        yield w
+
+
+@stacked
+def lamb(w, gradients, name, decay_inside=True):
+    adam = Adam(eps=1e-6)
+    for g in gradients:
+        inside, outside = (DECAY * w, 0) if decay_inside else (0, DECAY * w)
+        u = adam(g) + inside
+        norms = np.linalg.norm(w), np.linalg.norm(u)
+        w = w - LEARNING_RATE * ((norms[0] / norms[1] if all(norms) else 1) * u + outside)
+        yield w
+
+
+def amsgrad(w, gradients, name, corrected=False):
+    """Weighted sums over the whole past, at every step anew."""
+    past, largest = np.array(gradients), 0.0
+    weights = lambda b, t: (1 - b) * b ** np.arange(t - 1, -1, -1)
+    for t in range(1, len(past) + 1):
+        m, v = (np.tensordot(weights(b, t), past[:t] ** p, 1) for b, p in ((0.9, 1), (0.999, 2)))
+        largest = np.maximum(largest, v)
+        of = lambda b: (1 - b**t) if corrected else 1  # noqa: B023
+        w = descend(w, m / of(0.9) / (np.sqrt(largest / of(0.999)) + 1e-8))
+        yield w
+
+
+def adopt(w, gradients, name, bound=lambda t: t**0.25):
+    """The second moment as a weighted sum of the squares before; step 0 changes nothing."""
+    yield w
+    squares, m = np.square(gradients), 0.0
+    for t, g in enumerate(gradients[1:], 1):
+        weights = np.append(0.9999 ** (t - 1), 1e-4 * 0.9999 ** np.arange(t - 2, -1, -1))
+        v = np.tensordot(weights, squares[:t], 1)
+        m = 0.9 * m + 0.1 * np.clip(g / np.maximum(np.sqrt(v), 1e-6), -bound(t), bound(t))
+        w = descend(w, m)
+        yield w
+
+
+@stacked
+def sm3(w, gradients, name, b1=0.9):
+    """Algorithm SM3-II entry by entry: sets of a matrix are its rows and columns."""
+    sets = np.ndindex(*w.shape)
+    covers = {i: [(axis, k) for axis, k in enumerate(i)] for i in sets}
+    largest, m = {}, np.zeros_like(w)
+    for g in gradients:
+        new, u = {}, np.zeros_like(w)
+        for i, cover in covers.items():
+            v = min(largest.get(s, 0.0) for s in cover) + g[i] ** 2
+            u[i] = g[i] / np.sqrt(v) if v else 0
+            for s in cover:
+                new[s] = max(new.get(s, 0.0), v)
+        largest, m = new, b1 * m + (1 - b1) * u
+        w = descend(w, m)
+        yield w
+
+
 @wide
 def apollo(w, gradients, name, r=RANK, scale=1.0, axis=0):
     bases, before = given(name, len(w), r), None
@@ -384,7 +449,29 @@ METHODS = {
     "adafactor": (adafactor, memopt.adafactor, {}),
     "adalomo": (adalomo, memopt.adalomo, {"clip_value": 0.05}),
     "lomo": (lomo, memopt.lomo, {"clip_value": 0.05}),
+    "adopt": (adopt, memopt.adopt, {}),
+    "adopt_unbounded": (
+        functools.partial(adopt, bound=lambda t: np.inf),
+        memopt.adopt,
+        {"clip_exponent": None},
+    ),
+    "amsgrad": (amsgrad, memopt.amsgrad, {}),
+    "amsgrad_as_released": (
+        functools.partial(amsgrad, corrected=True),
+        memopt.amsgrad,
+        {"as_released": True},
+    ),
+    "lamb": (lamb, memopt.lamb, {}),
+    "lamb_decoupled": (
+        functools.partial(lamb, decay_inside=False),
+        memopt.lamb,
+        {"decoupled_decay": True},
+    ),
+    "lars": (lars, memopt.lars, {}),
+    "lars_nesterov": (functools.partial(lars, nesterov=True), memopt.lars, {"nesterov": True}),
     "lion": (lion, memopt.lion, {}),
+    "sm3": (sm3, memopt.sm3, {}),
+    "sm3_without_momentum": (functools.partial(sm3, b1=0.0), memopt.sm3, {"b1": None}),
     "muon": (or_rest(stacked(muon)), memopt.muon, {}),
     "muon_consistent_rms": (
         or_rest(stacked(consistent)),

@@ -24,7 +24,7 @@ def tree():
 
 @pytest.mark.parametrize("name", memopt.available())
 def test_every_name_builds_and_moves(name):
-    tx = memopt.optimizer(name, learning_rate=1e-2)
+    tx = memopt.optimizer(name, learning_rate=1.0 if METHODS[name].finds_step else 1e-2)
     params = tree()
 
     def loss(p):
@@ -32,8 +32,8 @@ def test_every_name_builds_and_moves(name):
 
     @jax.jit
     def step(params, state):
-        g = jax.grad(loss)(params)
-        updates, state = tx.update(g, state, params, obj_fn=loss)
+        value, g = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(g, state, params, obj_fn=loss, value=value)
         return optax.apply_updates(params, updates), state
 
     state = tx.init(params)
@@ -47,7 +47,8 @@ def test_every_name_builds_and_moves(name):
 def test_every_name_takes_a_schedule(name):
     params = jax.eval_shape(tree)
     tx = memopt.optimizer(name, optax.linear_schedule(1e-2, 0.0, 10))
-    update = lambda g: tx.update(g, tx.init(g), g, obj_fn=lambda p: p["norm"]["scale"].sum())[0]
+    needed = {"obj_fn": lambda p: p["norm"]["scale"].sum(), "value": 1.0}
+    update = lambda g: tx.update(g, tx.init(g), g, **needed)[0]
     assert jax.eval_shape(update, params) == params
 
 
@@ -252,9 +253,20 @@ def test_lion_refuses_a_momentum_that_forgets_everything():
         memopt.lion(1e-3, b1=0.0, b2=0.0)
 
 
-def test_sophia_says_what_its_update_needs():
-    tx, params = memopt.optimizer("sophia", 1e-2), tree()
+@pytest.mark.parametrize(
+    ("name", "argument", "given", "sentence"),
+    [
+        (
+            *("sophia", "obj_fn", lambda p: jnp.square(p["norm"]["scale"]).sum()),
+            "'sophia' needs obj_fn, the loss as a function",
+        ),
+        ("momo", "value", 1.0, "'momo' needs value, the loss: call .* value=…"),
+        ("momo_adam", "value", 1.0, "'momo_adam' needs value, the loss"),
+    ],
+)
+def test_an_optimizer_says_what_its_update_needs(name, argument, given, sentence):
+    tx, params = memopt.optimizer(name, 1e-2), tree()
     state = tx.init(params)
-    with pytest.raises(ValueError, match="'sophia' needs obj_fn, the loss as a function"):
+    with pytest.raises(ValueError, match=sentence):
         tx.update(params, state, params)
-    tx.update(params, state, params, obj_fn=lambda p: jnp.square(p["norm"]["scale"]).sum())
+    tx.update(params, state, params, **{argument: given})

@@ -420,12 +420,13 @@ TRANSFORMATIONS = {name: memopt.optimizer(name, 1e-2) for name in memopt.availab
     ),
 }
 STEPS = 5
+OF_DOT_PRODUCTS = ("dadapt_adamw", "mechanic", "momo", "momo_adam", "prodigy")
 NOT_EXPLICIT = {
-    "optax_muon": "Contracting dimensions are sharded",
+    **dict.fromkeys((*OF_DOT_PRODUCTS, "optax_muon"), "Contracting dimensions are sharded"),
     "optax_galore": "Input 0 to svd must be unsharded",
 }
-"""Updates of Optax that explicit axes stop, and how; they look at matrices without a stack."""
-QUICK = {*KINDS, *NOT_EXPLICIT, "int8", "adamw", "optax_adafactor"}
+"""Updates of Optax that explicit axes stop, and how; some look at matrices without a stack."""
+QUICK = {*KINDS, "optax_muon", "optax_galore", "int8", "adamw", "optax_adafactor"}
 """Under explicit axes; the others with ``-m slow``."""
 
 
@@ -448,7 +449,7 @@ def step_of(tx):
     loss = lambda params: sum(jnp.square(p).sum() for p in jax.tree.leaves(params))
 
     def step(params, state, g):
-        updates, state = tx.update(g, state, params, obj_fn=loss)
+        updates, state = tx.update(g, state, params, obj_fn=loss, value=loss(params))
         return optax.apply_updates(params, updates), state
 
     return step

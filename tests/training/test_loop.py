@@ -2,18 +2,20 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from rich.console import Console
 
 import memopt
 from memopt.models import llama
-from memopt.optimizers.registry import METHODS, available
+from memopt.optimizers.registry import FORMERLY_OPTAX, METHODS, available
 from memopt.training.config import Architecture, Config, Optimization, Run, Text
 from memopt.training.describe import describe_run
 from memopt.training.loop import Stopped, train
@@ -21,6 +23,7 @@ from memopt.training.metrics import read_metrics
 from memopt.training.open import open_run
 from memopt.training.report import plot_loss, sample_text
 from memopt.training.step import evaluate
+from memopt.trees import named_leaves
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +225,26 @@ def test_data_that_cannot_be_read_stops_the_run_after_saving(config):
 def test_resuming_something_else_says_what_differs(finished, options, named):
     with pytest.raises(ValueError, match=named):
         open_run(change(finished[0], resume=True, **options))
+
+
+def test_a_run_of_optax_s_optimizer_of_the_same_name_says_how_it_goes_on(finished, tmp_path):
+    """Its config.json names the optimizer as it was called then; its arrays are others."""
+    copy = change(finished[0], optimizer="lamb", output=tmp_path / "copy", resume=True)
+    shutil.copytree(finished[0].run.output, copy.run.output)
+    path = copy.run.output / "config.json"
+    path.write_text(path.read_text().replace("apollo_mini", "lamb"))
+    with pytest.raises(ValueError, match=r"no checkpoint .*write 'optax_lamb' for it in"):
+        open_run(copy)
+
+
+@pytest.mark.parametrize("name", FORMERLY_OPTAX)
+def test_states_of_optax_s_optimizer_of_the_same_name_are_told_from_ours(name):
+    params, rate = {"w": jnp.ones((4, 8))}, optax.linear_schedule(1e-2, 0.0, 10)
+    ours, theirs = (
+        named_leaves(jax.eval_shape(memopt.optimizer(n, rate).init, params))[0]
+        for n in (name, f"optax_{name}")
+    )
+    assert dict(ours).keys() != dict(theirs).keys()
 
 
 def test_resuming_on_other_data_says_what_differs(config, text, tmp_path):
