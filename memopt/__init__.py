@@ -34,6 +34,7 @@ from memopt.transforms import ClipByGradientNormState as ClipByGradientNormState
 from memopt.transforms import GrowthLimiter as GrowthLimiter
 from memopt.transforms import InSubspaceState as InSubspaceState
 from memopt.transforms import LimitNormGrowthState as LimitNormGrowthState
+from memopt.transforms import ScaleByAdamAtan2State as ScaleByAdamAtan2State
 from memopt.transforms import ScaleByFactoredMatrixRmsState as ScaleByFactoredMatrixRmsState
 from memopt.transforms import ScaleBySignMomentumState as ScaleBySignMomentumState
 from memopt.transforms import ScaleByUncorrectedAdamState as ScaleByUncorrectedAdamState
@@ -53,6 +54,7 @@ from memopt.transforms import per_matrix as per_matrix
 from memopt.transforms import projectors as projectors
 from memopt.transforms import recombine as recombine
 from memopt.transforms import reshard_update as reshard_update
+from memopt.transforms import scale_by_adam_atan2 as scale_by_adam_atan2
 from memopt.transforms import scale_by_factored_matrix_rms as scale_by_factored_matrix_rms
 from memopt.transforms import scale_by_matrix_shape as scale_by_matrix_shape
 from memopt.transforms import scale_by_parameter_rms as scale_by_parameter_rms

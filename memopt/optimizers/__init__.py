@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from memopt.optimizers.adafactor import adafactor as adafactor
 from memopt.optimizers.adalomo import adalomo as adalomo
+from memopt.optimizers.adam_atan2 import adam_atan2 as adam_atan2
 from memopt.optimizers.apollo import apollo as apollo
 from memopt.optimizers.apollo import apollo_mini as apollo_mini
 from memopt.optimizers.by_partition import Common as Common

@@ -7,8 +7,10 @@ from memopt.transforms.accumulation import AccumulateByScheduleState as Accumula
 from memopt.transforms.accumulation import AccumulateState as AccumulateState
 from memopt.transforms.accumulation import accumulate as accumulate
 from memopt.transforms.accumulation import accumulate_in_subspace as accumulate_in_subspace
+from memopt.transforms.adam import ScaleByAdamAtan2State as ScaleByAdamAtan2State
 from memopt.transforms.adam import ScaleByUncorrectedAdamState as ScaleByUncorrectedAdamState
 from memopt.transforms.adam import adam_bias_correction as adam_bias_correction
+from memopt.transforms.adam import scale_by_adam_atan2 as scale_by_adam_atan2
 from memopt.transforms.adam import scale_by_released_adam as scale_by_released_adam
 from memopt.transforms.adam import scale_by_uncorrected_adam as scale_by_uncorrected_adam
 from memopt.transforms.factored import (
