@@ -40,6 +40,7 @@ from memopt.transforms import ScaleBySignMomentumState as ScaleBySignMomentumSta
 from memopt.transforms import ScaleByUncorrectedAdamState as ScaleByUncorrectedAdamState
 from memopt.transforms import SkipNonfiniteMatricesState as SkipNonfiniteMatricesState
 from memopt.transforms import SkipNonfiniteState as SkipNonfiniteState
+from memopt.transforms import WidthRole as WidthRole
 from memopt.transforms import accumulate as accumulate
 from memopt.transforms import accumulate_in_subspace as accumulate_in_subspace
 from memopt.transforms import adam_bias_correction as adam_bias_correction
@@ -61,8 +62,12 @@ from memopt.transforms import scale_by_parameter_rms as scale_by_parameter_rms
 from memopt.transforms import scale_by_released_adam as scale_by_released_adam
 from memopt.transforms import scale_by_sign_momentum as scale_by_sign_momentum
 from memopt.transforms import scale_by_uncorrected_adam as scale_by_uncorrected_adam
+from memopt.transforms import scale_by_width as scale_by_width
+from memopt.transforms import scale_initial_by_width as scale_initial_by_width
 from memopt.transforms import skip_nonfinite as skip_nonfinite
 from memopt.transforms import unshard_short_side as unshard_short_side
+from memopt.transforms import width_exponents as width_exponents
+from memopt.transforms import width_roles as width_roles
 
 try:
     __version__ = _version("memopt")

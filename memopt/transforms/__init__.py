@@ -41,6 +41,11 @@ from memopt.transforms.skip_nonfinite import SkipNonfiniteState as SkipNonfinite
 from memopt.transforms.skip_nonfinite import skip_nonfinite as skip_nonfinite
 from memopt.transforms.subspace import InSubspaceState as InSubspaceState
 from memopt.transforms.subspace import in_subspace as in_subspace
+from memopt.transforms.width import WidthRole as WidthRole
+from memopt.transforms.width import scale_by_width as scale_by_width
+from memopt.transforms.width import scale_initial_by_width as scale_initial_by_width
+from memopt.transforms.width import width_exponents as width_exponents
+from memopt.transforms.width import width_roles as width_roles
 
 __getattr__ = renamed.finder(
     "memopt.transforms",
