@@ -158,12 +158,17 @@ Run = tuple[str, int, int, int]
 
 
 def runs(options: Options) -> list[Run]:
-    """All runs: scheme, width, learning rate as a power of two, and seed."""
+    """All runs: scheme, width, learning rate as a power of two, and seed.
+
+    They are in the order in which they tell most: the base, then learning rates from the middle of
+    the grid outwards, "standard" last.
+    """
     base, *wider = options.widths
-    wanted = []
-    for seed in options.seeds:
-        wanted += list(itertools.product(("all",), (base,), options.rates, (seed,)))
-        wanted += list(itertools.product(SCHEMES, wider, options.rates, (seed,)))
+    rates = sorted(options.rates, key=lambda rate: abs(rate - statistics.mean(options.rates)))
+    wanted = list(itertools.product(("all",), (base,), rates, options.seeds))
+    for schemes in (SCHEMES[:2], SCHEMES[2:]):
+        for seed, rate in itertools.product(options.seeds, rates):
+            wanted += list(itertools.product(schemes, wider, (rate,), (seed,)))
     return wanted
 
 
