@@ -149,7 +149,7 @@ def train(options: Options, scheme: str, width: int, rate: int, seed: int) -> fl
     base = llama.abstract_params(model_config(options, options.widths[0]))
     params = llama.init_params(model_config(options, width), seed=seed)
     start = "standard" if scheme == "global" else scheme
-    params = memopt.scale_initial_by_width(params, base, start)
+    params = memopt.scale_initial_by_width(params, base, start, multipliers=False)
     run = program(options, scheme, width)
     return float(run(params, jnp.float32(2.0**rate), *data(options, seed)))
 

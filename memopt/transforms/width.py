@@ -1,7 +1,8 @@
 """Learning rates and initial scales that transfer from a base model to wider ones (µP and others).
 
 A weight is used as n^-a W, W starts with a standard deviation of n^-b, and its learning rate is
-proportional to n^-c, n its number of inputs; a, b and c depend on its role in the model.
+proportional to n^-c, all relative to the base model; n is its number of inputs, or an embedding's
+outputs. a, b and c depend on its role in the model.
 """
 
 import math
@@ -59,7 +60,7 @@ def width_exponents(
       parameterization: "standard", "ntk", "mup" or "mean_field".
       alignment: "full" if the inputs of a matrix are aligned with its updates, which allows for the
         largest effect of a step; "none" if they are as random vectors.
-      multipliers: whether the model's forward pass multiplies weights by n^-a. If not, as in
+      multipliers: whether the forward pass multiplies weights by (n / n_base)^-a. If not, as in
         `memopt.models.llama`, the exponents are (0, a + b, a + c): for an optimizer whose updates
         do not depend on the scale of gradients, such as Adam, this is the same training.
 
@@ -109,9 +110,8 @@ def width_roles(
     that grows, is an embedding; one whose inputs alone grow is a readout. Axes of layers or experts
     do not count.
 
-    So keys and values of a fixed number of heads are readouts, which have the learning rate of
-    hidden matrices but for the constants. A readout that shares its weights with the embedding has
-    the embedding's role; see `scale_by_width`.
+    So keys and values of a fixed number of heads are readouts, too. A readout that shares its
+    weights with the embedding is an embedding; see `scale_by_width`.
 
     Args:
       params: the parameters, or their shapes.
@@ -190,10 +190,10 @@ def scale_by_width(
     `scale_by_adam_atan2` (Adam's ε would have to be scaled too, or very small), and before the
     learning rate. Decay that comes after it is the same at all widths.
 
-    Exponents suit models whose forward pass multiplies weights by n^-a, as the parameterisation
-    says, vectors included. For a model that does not, as `memopt.models.llama`, say
-    ``multipliers=False``; all parameterisations then have the same learning rates, and differ in
-    their initial values, see `scale_initial_by_width`. "standard" has no multipliers.
+    By default the exponents suit models whose forward pass multiplies weights, vectors included, by
+    (n / n_base)^-a, as the parameterisation says; in "standard" a is zero. For a model that does
+    not, such as `memopt.models.llama`, say ``multipliers=False``: all parameterisations then have
+    the same learning rates, and differ in their initial values, see `scale_initial_by_width`.
 
     µP also divides attention logits by head_dim, not its root; this matters only if head_dim
     grows, rather than the number of heads. Embeddings that are also the readout have the role of an
@@ -206,10 +206,10 @@ def scale_by_width(
       parameterization: "standard", "ntk", "mup" or "mean_field".
       base: the parameters of the same model at the base width, or their shapes, such as
         ``jax.eval_shape`` of its construction. It may have more parameters than are updated.
-      alignment: "full" or "none", see `width_exponents`. Everett et al. recommend "standard" and
-        full for Adam, and no alignment for Adafactor with parameter scaling, which makes the
-        exponents those of one global rate.
-      multipliers: whether the forward pass multiplies weights by n^-a.
+      alignment: "full" or "none", see `width_exponents`. Everett et al. recommend "standard" with
+        full alignment for Adam. Updates relative to the parameter's size, as Adafactor's are by
+        default, shrink with n^-b by themselves: without alignment they need no exponents.
+      multipliers: whether the forward pass multiplies weights by (n / n_base)^-a.
       constants: γ of embeddings, hidden matrices and readouts, tuned at the base width;
         `memopt.transforms.width.MUP_ADAM_CONSTANTS` are the paper's for Adam and µP.
       wider: the parameters or shapes at any other width, to find roles from in place of the updated
@@ -247,7 +247,8 @@ def scale_by_width(
 
     def factors(updates: Any) -> dict[str, float]:
         roles = width_roles(updates, base, wider=wider, matrices=matrices)
-        if set(constants) != {1.0} and roles and {r.role for r in roles.values()} == {FIXED}:
+        is_known = wider is not None or any(found.role != FIXED for found in roles.values())
+        if roles and not is_known and set(constants) != {1.0}:
             raise ValueError(
                 f"wider must be given with constants {tuple(constants)}, got None: at the base "
                 "width no shape tells an embedding from a readout."
@@ -268,9 +269,9 @@ def scale_by_width(
 def scale_initial_by_width(
     params: Any,
     base: Any,
-    parameterization: str = "mup",
+    parameterization: str,
     *,
-    multipliers: bool = False,
+    multipliers: bool = True,
     drawn: tuple[float, float, float] = (0.0, 0.0, 0.0),
     matrices: Matrices = None,
 ) -> Any:
@@ -282,8 +283,8 @@ def scale_initial_by_width(
       params: the initial parameters, as the model draws them.
       base: those of the same model at the base width, or their shapes.
       parameterization: "standard", "ntk", "mup" or "mean_field".
-      multipliers: whether the model's forward pass multiplies weights by n^-a. By default it does
-        not, as `memopt.models.llama`, and n^-(a + b) is used.
+      multipliers: whether the forward pass multiplies weights by (n / n_base)^-a. If not, as in
+        `memopt.models.llama`, the exponent is a + b.
       drawn: the exponents b with which the model draws embeddings, hidden matrices and readouts.
         By default it draws them with the same standard deviation at all widths, as
         `memopt.models.llama`; Flax's Dense and most others draw with n^-½, (0, 0.5, 0.5).
@@ -298,7 +299,7 @@ def scale_initial_by_width(
     Example:
       >>> import jax.numpy as jnp
       >>> params = lambda d: {"up": jnp.ones((8, d, 4 * d)), "head": jnp.ones((d, 256))}
-      >>> found = scale_initial_by_width(params(64), base=params(16))
+      >>> found = scale_initial_by_width(params(64), params(16), "mup", multipliers=False)
       >>> {name: float(x.mean()) for name, x in found.items()}          # 4^-½ and 4^-1
       {'head': 0.25, 'up': 0.5}
     """

@@ -269,7 +269,7 @@ def test_llama_starts_as_a_parameterization_says():
     base = llama.abstract_params(config(16))
     std = lambda part: float(part.std()) / 0.02
     for name, powers in {"standard": (0, 0.5, 0.5), "mup": (0, 0.5, 1)}.items():
-        found = memopt.scale_initial_by_width(params, base, name)
+        found = memopt.scale_initial_by_width(params, base, name, multipliers=False)
         up = found["blocks"]["mlp"]["up"]["kernel"]
         parts = found["embed"]["embedding"], up, found["head"]["kernel"]
         for part, power in zip(parts, powers, strict=True):
