@@ -35,6 +35,7 @@ from memopt.transforms import ClipByStepState as ClipByStepState
 from memopt.transforms import GrowthLimiter as GrowthLimiter
 from memopt.transforms import InSubspaceState as InSubspaceState
 from memopt.transforms import LimitNormGrowthState as LimitNormGrowthState
+from memopt.transforms import ScaleByAdamAtan2State as ScaleByAdamAtan2State
 from memopt.transforms import ScaleByFactoredMatrixRmsState as ScaleByFactoredMatrixRmsState
 from memopt.transforms import ScaleByMatrixSm3State as ScaleByMatrixSm3State
 from memopt.transforms import ScaleByPastRmsState as ScaleByPastRmsState
@@ -43,6 +44,7 @@ from memopt.transforms import ScaleBySignMomentumState as ScaleBySignMomentumSta
 from memopt.transforms import ScaleByUncorrectedAdamState as ScaleByUncorrectedAdamState
 from memopt.transforms import SkipNonfiniteMatricesState as SkipNonfiniteMatricesState
 from memopt.transforms import SkipNonfiniteState as SkipNonfiniteState
+from memopt.transforms import WidthRole as WidthRole
 from memopt.transforms import accumulate as accumulate
 from memopt.transforms import accumulate_in_subspace as accumulate_in_subspace
 from memopt.transforms import adam_bias_correction as adam_bias_correction
@@ -58,6 +60,7 @@ from memopt.transforms import per_matrix as per_matrix
 from memopt.transforms import projectors as projectors
 from memopt.transforms import recombine as recombine
 from memopt.transforms import reshard_update as reshard_update
+from memopt.transforms import scale_by_adam_atan2 as scale_by_adam_atan2
 from memopt.transforms import scale_by_factored_matrix_rms as scale_by_factored_matrix_rms
 from memopt.transforms import scale_by_matrix_shape as scale_by_matrix_shape
 from memopt.transforms import scale_by_matrix_sm3 as scale_by_matrix_sm3
@@ -68,8 +71,12 @@ from memopt.transforms import scale_by_raw_amsgrad as scale_by_raw_amsgrad
 from memopt.transforms import scale_by_released_adam as scale_by_released_adam
 from memopt.transforms import scale_by_sign_momentum as scale_by_sign_momentum
 from memopt.transforms import scale_by_uncorrected_adam as scale_by_uncorrected_adam
+from memopt.transforms import scale_by_width as scale_by_width
+from memopt.transforms import scale_initial_by_width as scale_initial_by_width
 from memopt.transforms import skip_nonfinite as skip_nonfinite
 from memopt.transforms import unshard_short_side as unshard_short_side
+from memopt.transforms import width_exponents as width_exponents
+from memopt.transforms import width_roles as width_roles
 
 try:
     __version__ = _version("memopt")

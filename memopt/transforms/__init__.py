@@ -7,9 +7,11 @@ from memopt.transforms.accumulation import AccumulateByScheduleState as Accumula
 from memopt.transforms.accumulation import AccumulateState as AccumulateState
 from memopt.transforms.accumulation import accumulate as accumulate
 from memopt.transforms.accumulation import accumulate_in_subspace as accumulate_in_subspace
+from memopt.transforms.adam import ScaleByAdamAtan2State as ScaleByAdamAtan2State
 from memopt.transforms.adam import ScaleByRawAmsgradState as ScaleByRawAmsgradState
 from memopt.transforms.adam import ScaleByUncorrectedAdamState as ScaleByUncorrectedAdamState
 from memopt.transforms.adam import adam_bias_correction as adam_bias_correction
+from memopt.transforms.adam import scale_by_adam_atan2 as scale_by_adam_atan2
 from memopt.transforms.adam import scale_by_raw_amsgrad as scale_by_raw_amsgrad
 from memopt.transforms.adam import scale_by_released_adam as scale_by_released_adam
 from memopt.transforms.adam import scale_by_uncorrected_adam as scale_by_uncorrected_adam
@@ -50,6 +52,11 @@ from memopt.transforms.subspace import in_subspace as in_subspace
 from memopt.transforms.trust_ratio import (
     scale_by_matrix_trust_ratio as scale_by_matrix_trust_ratio,
 )
+from memopt.transforms.width import WidthRole as WidthRole
+from memopt.transforms.width import scale_by_width as scale_by_width
+from memopt.transforms.width import scale_initial_by_width as scale_initial_by_width
+from memopt.transforms.width import width_exponents as width_exponents
+from memopt.transforms.width import width_roles as width_roles
 
 __getattr__ = renamed.finder(
     "memopt.transforms",

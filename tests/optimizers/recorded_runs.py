@@ -201,12 +201,21 @@ def _adamw(method, transpose):
     )
 
 
+def _adam_atan2(method, transpose):
+    _, _, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    b1, b2 = h["betas"]
+    options = {"b1": b1, "b2": b2, "a": h["a"], "b": h["b"]}
+    return memopt.adam_atan2(meta["lr"], weight_decay=h["weight_decay"], **options)
+
+
 METHODS = {
     "adafactor": (
         _adafactor,
         ("adafactor_hf_default", "adafactor_hf_fixed", "adafactor_hf_beta1_wd", "adafactor_torch"),
     ),
     "adalomo": (_adalomo, ("adalomo", "adalomo_wd", "flora_default")),
+    "adam_atan2": (_adam_atan2, ("adam_atan2", "adam_atan2_wd")),
     "adamw": (_adamw, ("adamw_torch",)),
     "adopt": (_adopt, ("adopt", "adopt_noclip", "adopt_wd")),
     "amsgrad": (

@@ -112,6 +112,7 @@ CASES = {
         factors,
         once,
     ),
+    "adam_atan2": Case(variant(memopt.adam_atan2, **decays), twice, twice, twice),
     "apollo": Case(
         variant(memopt.apollo, **ranks, **decays), moments, twice, twice
     ),

@@ -309,6 +309,16 @@ def sm3(w, gradients, name, b1=0.9):
         yield w
 
 
+def adam_atan2(w, gradients, name):
+    """The angle of a complex number."""
+    adam = Adam(0.9, 0.99)
+    for g in gradients:
+        adam(g)
+        m, v = adam.corrected()
+        w = descend(w, 1.27 * np.angle(np.sqrt(v) + 1j * m))
+        yield w
+
+
 @wide
 def apollo(w, gradients, name, r=RANK, scale=1.0, axis=0):
     bases, before = given(name, len(w), r), None
@@ -448,6 +458,7 @@ fourth_power = wide(
 METHODS = {
     "adafactor": (adafactor, memopt.adafactor, {}),
     "adalomo": (adalomo, memopt.adalomo, {"clip_value": 0.05}),
+    "adam_atan2": (adam_atan2, memopt.adam_atan2, {}),
     "lomo": (lomo, memopt.lomo, {"clip_value": 0.05}),
     "adopt": (adopt, memopt.adopt, {}),
     "adopt_unbounded": (
