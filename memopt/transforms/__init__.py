@@ -11,6 +11,8 @@ from memopt.transforms.adam import ScaleByUncorrectedAdamState as ScaleByUncorre
 from memopt.transforms.adam import adam_bias_correction as adam_bias_correction
 from memopt.transforms.adam import scale_by_released_adam as scale_by_released_adam
 from memopt.transforms.adam import scale_by_uncorrected_adam as scale_by_uncorrected_adam
+from memopt.transforms.eigenbasis import InEigenbasisState as InEigenbasisState
+from memopt.transforms.eigenbasis import in_eigenbasis as in_eigenbasis
 from memopt.transforms.factored import (
     ScaleByFactoredMatrixRmsState as ScaleByFactoredMatrixRmsState,
 )
