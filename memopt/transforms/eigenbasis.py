@@ -505,8 +505,8 @@ def _permuted(field: str, turn: _Turn, v: Any) -> Any:
         else:
             continue
         order = turn.orders[side].reshape(*stack, blocks[side], -1)
-        order += (length // blocks[side]) * jnp.arange(blocks[side], dtype=jnp.int32)[:, None]
-        order = order.reshape(*stack, length)
+        start = jax.lax.broadcasted_iota(jnp.int32, order.shape, order.ndim - 2)
+        order = (order + length // blocks[side] * start).reshape(*stack, length)
         if v.ndim > order.ndim:
             order = jnp.expand_dims(order, -1 if side == 0 else -2)
         v = jnp.take_along_axis(v, order, axis)
