@@ -8,7 +8,6 @@ otherwise what happens instead. Every result is saved as it is found; run it aga
 to replace their rows.
 """
 
-import dataclasses
 import functools
 import json
 import os
@@ -46,10 +45,14 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "combinations.json"
 DOCS = ROOT / "docs" / "combinations.md"
 STEPS = 8
-CONFIG = dataclasses.replace(
-    llama.preset("tiny"),
-    **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2},
-    **{"num_heads": 4, "num_kv_heads": 2, "head_dim": 8},
+CONFIG = llama.LlamaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
 )
 
 

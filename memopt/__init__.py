@@ -33,6 +33,7 @@ from memopt.transforms import CarryOver as CarryOver
 from memopt.transforms import ClipByGradientNormState as ClipByGradientNormState
 from memopt.transforms import ClipByStepState as ClipByStepState
 from memopt.transforms import GrowthLimiter as GrowthLimiter
+from memopt.transforms import InEigenbasisState as InEigenbasisState
 from memopt.transforms import InSubspaceState as InSubspaceState
 from memopt.transforms import LimitNormGrowthState as LimitNormGrowthState
 from memopt.transforms import ScaleByAdamAtan2State as ScaleByAdamAtan2State
@@ -51,6 +52,7 @@ from memopt.transforms import adam_bias_correction as adam_bias_correction
 from memopt.transforms import clip_by_gradient_norm as clip_by_gradient_norm
 from memopt.transforms import clip_by_matrix_rms as clip_by_matrix_rms
 from memopt.transforms import clip_by_step as clip_by_step
+from memopt.transforms import in_eigenbasis as in_eigenbasis
 from memopt.transforms import in_subspace as in_subspace
 from memopt.transforms import limit_norm_growth as limit_norm_growth
 from memopt.transforms import newton_schulz as newton_schulz

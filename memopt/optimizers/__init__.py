@@ -28,6 +28,7 @@ from memopt.optimizers.registry import available as available
 from memopt.optimizers.registry import eval_params as eval_params
 from memopt.optimizers.registry import optimizer as optimizer
 from memopt.optimizers.sm3 import sm3 as sm3
+from memopt.optimizers.soap import soap as soap
 
 if not TYPE_CHECKING:  # type checkers read the imports above
     __all__ = sorted(

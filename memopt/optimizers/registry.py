@@ -111,6 +111,7 @@ FORMERLY_OPTAX = ("adopt", "amsgrad", "lamb", "lars", "sm3")
 
 STATIC = {
     *("rank", "density", "ns_steps", "ns_coeffs", "mu_dtype"),
+    *("max_side", "block_size"),
     *("on_refresh", "matrices", "weight_decay_mask"),
 }
 """Arguments of methods that decide shapes or programs, and functions that are no schedules."""

@@ -17,6 +17,8 @@ from memopt.transforms.adam import scale_by_released_adam as scale_by_released_a
 from memopt.transforms.adam import scale_by_uncorrected_adam as scale_by_uncorrected_adam
 from memopt.transforms.cover import ScaleByMatrixSm3State as ScaleByMatrixSm3State
 from memopt.transforms.cover import scale_by_matrix_sm3 as scale_by_matrix_sm3
+from memopt.transforms.eigenbasis import InEigenbasisState as InEigenbasisState
+from memopt.transforms.eigenbasis import in_eigenbasis as in_eigenbasis
 from memopt.transforms.factored import (
     ScaleByFactoredMatrixRmsState as ScaleByFactoredMatrixRmsState,
 )

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -108,7 +109,7 @@ def in_subspace(
       (3, 16, 2)
     """
     if isinstance(refresh_phase, Sequence):
-        return _partition_by_phase(
+        return partition_by_phase(
             refresh_phase,
             matrices,
             lambda phase: in_subspace(
@@ -336,14 +337,25 @@ def _refresh(
 
 def _as_projections(projector: Projector, specs: Any) -> contextlib.AbstractContextManager[None]:
     """A context in which projected gradients are read as stacks of matrices."""
+    is_spec = lambda x: isinstance(x, MatrixSpec)
+    leaves = jax.tree.leaves(specs, is_leaf=is_spec)
+    return as_stacks_of_matrices([(spec, projector.projected_shape(spec)) for spec in leaves])
 
-    def parameter(spec: MatrixSpec) -> Parameter:
-        shape = projector.projected_shape(spec)
+
+def as_stacks_of_matrices(
+    projections: Sequence[tuple[MatrixSpec, tuple[int, ...]]],
+) -> contextlib.AbstractContextManager[None]:
+    """A context in which arrays are read as the matrices that they are projections of.
+
+    Args:
+      projections: the spec of the gradient of each, and its shape.
+    """
+
+    def parameter(spec: MatrixSpec, shape: tuple[int, ...]) -> Parameter:
         kind, matrix = (MATRIX, Matrix()) if len(shape) > 1 else (VECTOR, None)
         return Parameter(spec.name, shape, spec.dtype, kind, matrix, "it is a projection")
 
-    is_spec = lambda x: isinstance(x, MatrixSpec)
-    return known(list(map(parameter, jax.tree.leaves(specs, is_leaf=is_spec))))
+    return known(list(itertools.starmap(parameter, projections)))
 
 
 def _no_loss(_: Any) -> Any:
@@ -408,7 +420,7 @@ def check_keeps_no_values(init: Callable[[Any], Any], params: Any) -> None:
         )
 
 
-def _partition_by_phase(
+def partition_by_phase(
     phases: Sequence[int], matrices: Matrices, make: Callable[[int], optax.GradientTransformation]
 ) -> optax.GradientTransformationExtraArgs:
     """Partitions the tree by phase; the same matrix of all layers has the same phase."""

@@ -209,6 +209,24 @@ def _adam_atan2(method, transpose):
     return memopt.adam_atan2(meta["lr"], weight_decay=h["weight_decay"], **options)
 
 
+def _soap(method, transpose):
+    _, bases, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    other = {"1.Q0": "1.Q1", "1.Q1": "1.Q0"} if transpose else {}
+    turned = {leaf: {other.get(k, k): q for k, q in sides.items()} for leaf, sides in bases.items()}
+    return memopt.soap(
+        meta["lr"],
+        b1=h["betas"][0],
+        b2=h["betas"][1],
+        eps=h["eps"],
+        refresh_every=h["precondition_frequency"],
+        max_side=h["max_precond_dim"],
+        projector=projectors.replay(turned),
+        weight_decay=h["weight_decay"],
+        as_released=True,
+    )
+
+
 METHODS = {
     "adafactor": (
         _adafactor,
@@ -244,6 +262,7 @@ METHODS = {
         ("osd_adamw_nozero", "osd_lion_nozero", "osd_sgd_nozero"),
     ),
     "sm3": (_sm3, ("sm3_po",)),
+    "soap": (_soap, ("soap", "soap_maxdim64", "soap_maxdim64_wd_f5")),
 }
 """For each method what sets it up to follow a run, and the runs. Flora without a momentum, as its
 code has it by default, projects nothing and is AdaLomo."""
@@ -311,11 +330,22 @@ def tolerances(run):
             allowed = max(allowed, 2 * meta["float32_floor"][leaf][str(step)])
         if run in ROUNDED_TWICE:
             allowed = max(allowed, rounding(run, params, leaf, step))
+        if run == "soap_maxdim64_wd_f5" and leaf == "w_square" and step >= 25:
+            # At the refresh of step 21 the order of two eigenvalues is left to rounding: they are
+            # 1e-8 of the largest apart.
+            allowed = 0.2
         return allowed
 
-    return {leaf: {t: tolerance(leaf, t) for t in yardstick.SNAP} for leaf in yardstick.SHAPES}
+    return {leaf: {t: tolerance(leaf, t) for t in yardstick.SNAP} for leaf in recorded(run)}
+
+
+def recorded(run):
+    """The parameters of a run."""
+    return yardstick.load(run)[2]["params"]
 
 
 def problem(run):
     """The parameters and gradients of a run."""
-    return yardstick.make_problem(yardstick.load(run)[2]["zero_gradient_at_step_7"])
+    params, gradients = yardstick.make_problem(yardstick.load(run)[2]["zero_gradient_at_step_7"])
+    cut = lambda tree: {leaf: tree[leaf] for leaf in recorded(run)}
+    return cut(params), list(map(cut, gradients))

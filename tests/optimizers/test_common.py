@@ -197,6 +197,24 @@ CASES = {
         twice,
         twice,
     ),
+    "soap": Case(
+        variant(memopt.soap, refresh_every=3, **decays),
+        lambda k, m, n: 2 * k * (m * n + m * m + n * n),
+        twice,
+        twice,
+    ),
+    "soap_as_released": Case(
+        variant(memopt.soap, as_released=True, refresh_every=3, max_side=20, **decays),
+        lambda k, m, n: 2 * k * (m * n + sum(side**2 for side in (m, n) if side <= 20)),
+        twice,
+        twice,
+    ),
+    "soap_in_blocks": Case(
+        variant(memopt.soap, refresh_every=3, block_size=8, refresh_phase=(0, 1)),
+        lambda k, m, n: 2 * k * (m * n + 8 * (m + n)),
+        twice,
+        twice,
+    ),
     "galore_at_random": Case(
         galore_at_random,
         lambda k, m, n: 2 * RANK * max(m, n) * k + RANK * min(m, n),
@@ -237,6 +255,7 @@ VARIANTS = {  # of methods that stand in the table otherwise, too
     *("apollo_as_released",),
     *("apollo_mini_scale_front", "flora_as_released", "frugal_blocks", "frugal_orthogonal"),
     *("galore_8bit", "galore_at_random", "galore_in_turns"),
+    *("soap_as_released", "soap_in_blocks"),
 }
 CASES |= CELLS
 every_case = pytest.mark.parametrize(

@@ -139,15 +139,15 @@ def is_due(t):
     return t % EVERY == 1
 
 
-def uncorrected_adam(gradients, basis):
+def uncorrected_adam(gradients, basis, b1=0.9, b2=0.999, eps=1e-6):
     """For each step G, P, R, N = M / (√V + ε) and what corrects N for its start."""
     m = v = 0.0
     for t, g in enumerate(gradients, 1):
         if is_due(t):
             p = basis(g, t)
         r = p.T @ g
-        m, v = 0.9 * m + 0.1 * r, 0.999 * v + 0.001 * r**2
-        yield g, p, r, m / (np.sqrt(v) + 1e-6), np.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+        m, v = b1 * m + (1 - b1) * r, b2 * v + (1 - b2) * r**2
+        yield g, p, r, m / (np.sqrt(v) + eps), np.sqrt(1 - b2**t) / (1 - b1**t)
 
 
 def limit_growth(u, before, as_released=False):
@@ -437,6 +437,74 @@ def ldadam(w, gradients, name, power=2, b1=0.908, b2=0.99, rho=0.908):
         yield w
 
 
+class Basis:
+    """A factor of SOAP, the average of G Gᵀ, with its basis; None of a side that is too long."""
+
+    def __init__(self, g):
+        self.q = np.linalg.svd(g)[0]
+        self.factor = 0.05 * g @ g.T
+
+    def learn(self, g, refresh):
+        """Averages; at a refresh it also returns the order of the columns."""
+        self.factor = 0.95 * self.factor + 0.05 * g @ g.T
+        if not refresh:
+            return None
+        order = np.argsort([-x @ self.factor @ x for x in self.q.T])
+        self.q = np.linalg.qr(self.factor @ self.q[:, order])[0]
+        return order
+
+
+@stacked
+def soap(w, gradients, name, longest=16, blocks=lambda side: [slice(0, side)], after=False):
+    """The momentum is in the full space, and rotated at each step, as in the paper."""
+    sides = [blocks(side) if side <= longest else [] for side in w.shape]
+    m = v = 0.0
+    bases = []
+    for t, g in enumerate(gradients):
+        views = [
+            (axis, cut, np.moveaxis(g, axis, 0)[cut]) for axis in (0, 1) for cut in sides[axis]
+        ]
+        bases = bases or [Basis(view) for *_, view in views]
+        if t == 0:
+            w = w if after else descend(w, 0.0)
+            yield w
+            continue
+        turns = [np.eye(side) for side in w.shape]
+        for (axis, cut, _), basis in zip(views, bases, strict=True):
+            turns[axis][cut, cut] = basis.q
+        left, right = turns
+        m, v = 0.95 * m + 0.05 * g, 0.95 * v + 0.05 * (left.T @ g @ right) ** 2
+        rotated = left.T @ m @ right
+        correction = 1 - 0.95**t
+        if after:
+            u = rotated / (np.sqrt(v) + 1e-8) / np.sqrt(correction)
+            w = decay_after(w, left @ u @ right.T)
+        else:
+            u = rotated / correction / (np.sqrt(v / correction) + 1e-8)
+            w = descend(w, left @ u @ right.T)
+        yield w
+        for (axis, cut, view), basis in zip(views, bases, strict=True):
+            order = basis.learn(view, t % EVERY == 0)
+            if order is not None:
+                part = np.moveaxis(v, axis, 0)
+                part[cut] = part[cut][order]
+
+
+def equal_blocks(side):
+    """The fewest of at most 16."""
+    count = next(k for k in range(-(-side // 16), side + 1) if side % k == 0)
+    return [slice(i, i + side // count) for i in range(0, side, side // count)]
+
+
+def adamw_but_at_first(w, gradients, name):
+    yield w
+    for *_, n, correction in uncorrected_adam(
+        gradients[1:], lambda g, t: np.eye(len(g)), 0.95, 0.95, 1e-8
+    ):
+        w = decay_after(w, correction * n)
+        yield w
+
+
 def replayed(r):
     sides = {name: min(LEAVES[name][1][-2:]) for name in MATRICES}
     return projectors.replay({name: given(name, side, r) for name, side in sides.items()})
@@ -453,6 +521,9 @@ carried = functools.partial(frugal, on_refresh="carry")
 fourth_power = wide(
     functools.partial(ldadam, power=4), rest=functools.partial(adamw, b1=0.908, b2=0.99)
 )
+soap_rest = functools.partial(adamw, b1=0.95, b2=0.95)
+soap_in_blocks = functools.partial(soap, longest=99, blocks=equal_blocks)
+soap_as_released = functools.partial(soap, after=True)
 
 # Of each method the box, and memopt's with its options.
 METHODS = {
@@ -503,6 +574,13 @@ METHODS = {
     "flora_bounded": (bounded, memopt.flora, BOUNDED),
     "frugal": (frugal, memopt.frugal, {"refresh_every": EVERY}),
     "frugal_carry": (carried, memopt.frugal, {"refresh_every": EVERY, "on_refresh": "carry"}),
+    "soap": (or_rest(soap, soap_rest), memopt.soap, {"max_side": 16}),
+    "soap_in_blocks": (or_rest(soap_in_blocks, soap_rest), memopt.soap, {"block_size": 16}),
+    "soap_as_released": (
+        or_rest(soap_as_released, adamw_but_at_first),
+        memopt.soap,
+        {"max_side": 16, "as_released": True},
+    ),
     "ldadam": (wide(ldadam), memopt.ldadam, {"rank": RANK}),
     "ldadam_as_released": (fourth_power, memopt.ldadam, {"rank": RANK, "as_released": True}),
 }

