@@ -22,6 +22,7 @@ from memopt.state.codecs import bits_of
 from memopt.trees import leaf_name
 from tests.optimizers import pairings
 from tests.optimizers.kinds import KINDS, slow_unless
+from tests.optimizers.objective import with_objective
 
 RANK = 4
 
@@ -138,6 +139,13 @@ CASES = {
         twice,
         twice,
     ),
+    "oasis": Case(
+        variant(memopt.oasis, first_probes=3, **decays),
+        twice,
+        twice,
+        twice,
+    ),
+    "oasis_momentum": Case(variant(memopt.oasis, adaptive=False), twice, twice, twice),
     "online_subspace_descent": Case(
         variant(memopt.online_subspace_descent, rank=RANK, **decays),
         lambda k, m, n: low_moments(k, m, n) + k * 2 * RANK * min(m, n) + 1,
@@ -225,9 +233,10 @@ VARIANTS = {  # of methods that stand in the table otherwise, too
     *("adafactor_momentum", "adalomo_as_released", "adamw_4bit", "adamw_bfloat16"),
     *("apollo_as_released",),
     *("apollo_mini_scale_front", "flora_as_released", "frugal_blocks", "frugal_orthogonal"),
-    *("galore_8bit", "galore_at_random", "galore_in_turns"),
+    *("galore_8bit", "galore_at_random", "galore_in_turns", "oasis_momentum"),
 }
 CASES |= CELLS
+CASES = {name: case._replace(make=with_objective(case.make)) for name, case in CASES.items()}
 every_case = pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=slow_unless(name not in VARIANTS | set(CELLS))) for name in CASES],
@@ -392,6 +401,8 @@ def test_dtypes_of_state_and_updates_never_change(name, tree, dtype):
     statistics = {str(x.dtype) for x in jax.tree.leaves(after)} - {"int32"}
     if "bit" in name or name == "adamw_bfloat16":
         statistics -= {"int4", "int8", "uint8", "bfloat16"}
+    if name == "oasis":
+        statistics -= {jnp.dtype(dtype).name}  # a copy of the parameters
     # Statistics of Optax follow the parameter, and so does Lion's momentum; others are float32.
     follows = name in ("lion", *memopt.available("optax"))
     assert statistics <= {jnp.dtype(dtype if follows else jnp.float32).name}
