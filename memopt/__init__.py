@@ -31,6 +31,7 @@ from memopt.transforms import AccumulateByScheduleState as AccumulateByScheduleS
 from memopt.transforms import AccumulateState as AccumulateState
 from memopt.transforms import CarryOver as CarryOver
 from memopt.transforms import ClipByGradientNormState as ClipByGradientNormState
+from memopt.transforms import ClipFirstMomentState as ClipFirstMomentState
 from memopt.transforms import GrowthLimiter as GrowthLimiter
 from memopt.transforms import InSubspaceState as InSubspaceState
 from memopt.transforms import KeepUpdateState as KeepUpdateState
@@ -49,6 +50,7 @@ from memopt.transforms import adam_bias_correction as adam_bias_correction
 from memopt.transforms import clip_by_fraction as clip_by_fraction
 from memopt.transforms import clip_by_gradient_norm as clip_by_gradient_norm
 from memopt.transforms import clip_by_matrix_rms as clip_by_matrix_rms
+from memopt.transforms import clip_first_moment as clip_first_moment
 from memopt.transforms import in_subspace as in_subspace
 from memopt.transforms import keep_update as keep_update
 from memopt.transforms import limit_norm_growth as limit_norm_growth

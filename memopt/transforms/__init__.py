@@ -15,7 +15,9 @@ from memopt.transforms.factored import (
     ScaleByFactoredMatrixRmsState as ScaleByFactoredMatrixRmsState,
 )
 from memopt.transforms.factored import scale_by_factored_matrix_rms as scale_by_factored_matrix_rms
+from memopt.transforms.fraction import ClipFirstMomentState as ClipFirstMomentState
 from memopt.transforms.fraction import clip_by_fraction as clip_by_fraction
+from memopt.transforms.fraction import clip_first_moment as clip_first_moment
 from memopt.transforms.gradient_norm import ClipByGradientNormState as ClipByGradientNormState
 from memopt.transforms.gradient_norm import clip_by_gradient_norm as clip_by_gradient_norm
 from memopt.transforms.hutchinson import ScaleByHutchinsonState as ScaleByHutchinsonState

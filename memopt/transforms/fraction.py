@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,10 @@ from memopt.axis_types import on_auto_axes, varying_as
 from memopt.errors import check_choice, check_static
 from memopt.matrices import Layout, Matrices
 from memopt.reductions import total
+from memopt.state.owners import FIRST, is_state_array, owners
 from memopt.state.precision import check_real
 from memopt.transforms.per_matrix import per_matrix
+from memopt.transforms.stored_update import update_of_state
 
 _DIGIT = 3
 """Bits of a threshold found in one pass. On a v5e chip seven comparisons of a float32 take about as
@@ -88,6 +90,70 @@ def clip_by_fraction(
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
         return on_auto_axes(clip, (updates,), like=updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class ClipFirstMomentState(NamedTuple):
+    """State of `clip_first_moment`.
+
+    Attributes:
+      clip: the state of the clipping transformation.
+      inner: the state of the inner one.
+    """
+
+    clip: Any
+    inner: Any
+
+
+def clip_first_moment(
+    inner: optax.GradientTransformation, clip: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """Averages clipped gradients in the first moment, and gradients as they are in the second.
+
+    For any Adam-like transformation whose update is a function of the moments that it stores. The
+    new first moments are those of a step with clipped gradients, all other state is that of a step
+    with the gradients as they are, and the update is what this state gives. Nothing is computed
+    twice once it is compiled. State: that of both.
+
+    Args:
+      inner: any Optax transformation with a first moment, such as ``optax.scale_by_adam``.
+      clip: maps gradients to clipped ones, such as `memopt.clip_by_fraction`.
+
+    Returns:
+      A transformation whose state is a `ClipFirstMomentState`.
+
+    Raises:
+      ValueError: by the update, if `inner` keeps no first moment, or its update also depends on
+        the gradient itself, as with Nesterov momentum.
+
+    References:
+      Pan & Li, Toward Understanding Why Adam Converges Faster Than SGD for Transformers, 2023,
+      https://arxiv.org/abs/2306.00204, Algorithm 1.
+
+    Example:
+      >>> tx = clip_first_moment(optax.scale_by_adam(eps=0.0), optax.clip(1.0))
+      >>> g = jnp.array([4.0, 0.5])
+      >>> [round(float(u), 3) for u in tx.update(g, tx.init(g))[0]]
+      [0.25, 1.0]
+    """
+    inner, clip = map(optax.with_extra_args_support, (inner, clip))
+
+    def init(params: Any) -> ClipFirstMomentState:
+        return ClipFirstMomentState(clip.init(params), inner.init(params))
+
+    def update(updates: Any, state: ClipFirstMomentState, params: Any = None, **extra: Any) -> Any:
+        clipped, clip_state = clip.update(updates, state.clip, params, **extra)
+        _, as_given = inner.update(updates, state.inner, params, **extra)
+        _, of_clipped = inner.update(clipped, state.inner, params, **extra)
+        kinds = owners(as_given, updates)
+        is_first = jax.tree.map(lambda array: array.kind == FIRST, kinds, is_leaf=is_state_array)
+        if not any(jax.tree.leaves(is_first)):
+            raise ValueError(f"inner must keep a first moment, got {inner}.")
+        choose = lambda first, given, of_clipped: of_clipped if first else given
+        new = jax.tree.map(choose, is_first, as_given, of_clipped)
+        updates = update_of_state(inner, new, updates, params, **extra)
+        return updates, ClipFirstMomentState(clip_state, new)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

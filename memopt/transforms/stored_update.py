@@ -11,42 +11,46 @@ from memopt.internals import trace
 from memopt.state.precision import bounded, statistics_dtype
 
 
-def update_of_state(tx: optax.GradientTransformation, state: Any, params: Any) -> Any:
+def update_of_state(
+    tx: optax.GradientTransformation, state: Any, like: Any, params: Any = None, **extra: Any
+) -> Any:
     """Returns the update as a function of the state that ``tx.update`` returns beside it.
 
-    For Adam that is −η m̂ / (√v̂ + ε) with the moments and the count as they are stored, for
-    momentum −η m. Schedules are read at the stored count, that of the coming step.
+    For Adam that is m̂ / (√v̂ + ε) with the moments and the count as they are stored. Schedules are
+    read at the stored count, that of the coming step.
 
     Args:
       tx: a transformation.
       state: its state after some steps.
-      params: the parameters, which decay reads.
+      like: a tree with the shapes and dtypes of the gradients.
+      params: the parameters, if the update reads them.
+      **extra: its other arguments.
 
     Raises:
       ValueError: if the update also depends on the gradient, as Nesterov's and Lion's do, or on
         numbers that are rounded before they are stored.
     """
-    structure: Any = jax.tree.structure(params)
+    structure: Any = jax.tree.structure(like)
     count = structure.num_leaves
     update = optax.with_extra_args_support(tx).update
 
-    def step(gradients: Any, params: Any, state: Any) -> Any:
-        updates, new = update(gradients, state, params)
-        return structure.flatten_up_to(updates), jax.tree.leaves(new)
+    def run(like: Any, params: Any, state: Any, extra: Any) -> Any:
+        def step(gradients: Any, params: Any, state: Any) -> Any:
+            updates, new = update(gradients, state, params, **extra)
+            return structure.flatten_up_to(updates), jax.tree.leaves(new)
 
-    def run(params: Any, state: Any) -> Any:
-        leaves, stored = structure.flatten_up_to(params), jax.tree.leaves(state)
-        known = range(count, count + len(stored))
-        part = trace(step, params, params, state).from_outputs(known).needed(range(count))
+        stored, others = jax.tree.leaves(state), jax.tree.leaves((params, state))
+        outputs = range(count, count + len(stored))
+        part = trace(step, like, params, state).from_outputs(outputs).needed(range(count))
         if any(part.reads[:count]):
             raise ValueError(
                 "the update depends on the gradient beside the state that is stored, as with "
-                "Nesterov momentum, the sign of an interpolation or state in fewer bits: wrap the "
-                "transformation in memopt.keep_update, which stores its last update."
+                "Nesterov momentum, the sign of an interpolation or state in fewer bits; to "
+                "predict, wrap the transformation in memopt.keep_update."
             )
-        return structure.unflatten(part(*[None] * count, *leaves, *stored, *stored))
+        return structure.unflatten(part(*[None] * count, *others, *stored))
 
-    return on_auto_axes(run, (params, state), like=params)
+    return on_auto_axes(run, (like, params, state, extra), like=like)
 
 
 def predict_parameters(
@@ -92,7 +96,7 @@ def predict_parameters(
         moved = p.astype(statistics_dtype(p)) + steps * jnp.where(jnp.isfinite(u), u, 0)
         return moved.astype(p.dtype)
 
-    return jax.tree.map(move, params, update_of_state(tx, state, params))
+    return jax.tree.map(move, params, update_of_state(tx, state, params, params))
 
 
 class KeepUpdateState(NamedTuple):
