@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.axis_types import on_auto_axes, varying_as
+from memopt.axis_types import on_auto_axes, varying_as_any
 from memopt.errors import check_choice, check_static
 from memopt.matrices import Layout, Matrices
 from memopt.reductions import total
@@ -188,9 +188,7 @@ def largest_above(arrays: Sequence[Array], rank: int, axes: tuple[int, ...] | No
         return found + (digit << shift)
 
     shape = () if axes is None else [n for a, n in enumerate(arrays[0].shape) if a not in axes]
-    start = jnp.zeros(shape, integer)
-    for x in arrays:
-        start = varying_as(x, start)
+    start = varying_as_any(arrays, jnp.zeros(shape, integer))
     found = jax.lax.fori_loop(0, -(-(bits - 1) // _DIGIT), next_digit, start)
     return jax.lax.bitcast_convert_type(found, dtype)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.axis_types import on_auto_axes
+from memopt.axis_types import on_auto_axes, varying_as_any
 from memopt.errors import check_precision
 from memopt.reductions import total
 from memopt.state.precision import bounded, to_float32
@@ -85,7 +85,7 @@ def scale_by_oasis(
     hessian.check()
 
     def init(params: Any) -> ScaleByOasisState:
-        number = lambda x: jnp.asarray(x, jnp.float32)
+        number = lambda x: varying_as_any(params, jnp.asarray(x, jnp.float32))
         previous = jax.tree.map(jnp.zeros_like, params)
         return ScaleByOasisState(
             hessian.init(params), previous, number(first_step), number(jnp.inf)

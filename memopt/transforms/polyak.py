@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.axis_types import on_auto_axes
+from memopt.axis_types import on_auto_axes, varying_as_any
 from memopt.errors import check_at_least, check_choice, check_precision
 from memopt.reductions import total
 from memopt.state.precision import bounded
@@ -89,7 +89,8 @@ def scale_by_polyak(
     inner = optax.with_extra_args_support(preconditioner or optax.identity())
 
     def init(params: Any) -> ScaleByPolyakState:
-        start = NOTHING if slack is None else jnp.zeros((), jnp.float32)
+        none = slack is None
+        start = NOTHING if none else varying_as_any(params, jnp.zeros((), jnp.float32))
         return ScaleByPolyakState(start, inner.init(params))
 
     def rule(loss: Array, q: Array, s: Any) -> tuple[Array, Any]:

@@ -16,13 +16,13 @@ from jax.sharding import AxisType, NamedSharding
 from orbax.checkpoint import v1 as ocp
 
 import memopt
+from benchmarks.objective import with_objective
 from memopt import projectors, recombine
 from memopt.optimizers.registry import METHODS
 from memopt.state.codecs import bits_of
 from memopt.trees import leaf_name
 from tests.optimizers import pairings
 from tests.optimizers.kinds import KINDS, slow_unless
-from tests.optimizers.objective import with_objective
 
 RANK = 4
 
@@ -444,7 +444,8 @@ def test_masked_and_partition_leave_other_parameters_alone(name, small_tree):
     labels = {"embed": "sgd", "blocks": "ours", "final_norm": "sgd"}
     tx = optax.partition({"ours": tx, "sgd": optax.sgd(0.5)}, labels)
     params, _ = run(tx, tree(0), tree)
-    close(params["blocks"], small_plain(name)[0]["blocks"])
+    if name != "oasis":  # whose step size depends on all parameters
+        close(params["blocks"], small_plain(name)[0]["blocks"])
     moved = sum(0.5 * tree(100 + t)["embed"]["embedding"] for t in range(STEPS))
     close(params["embed"]["embedding"], tree(0)["embed"]["embedding"] - moved)
 
