@@ -23,8 +23,13 @@ from memopt.transforms.factored import (
     ScaleByFactoredMatrixRmsState as ScaleByFactoredMatrixRmsState,
 )
 from memopt.transforms.factored import scale_by_factored_matrix_rms as scale_by_factored_matrix_rms
+from memopt.transforms.fraction import ClipFirstMomentState as ClipFirstMomentState
+from memopt.transforms.fraction import clip_by_fraction as clip_by_fraction
+from memopt.transforms.fraction import clip_first_moment as clip_first_moment
 from memopt.transforms.gradient_norm import ClipByGradientNormState as ClipByGradientNormState
 from memopt.transforms.gradient_norm import clip_by_gradient_norm as clip_by_gradient_norm
+from memopt.transforms.hutchinson import ScaleByHutchinsonState as ScaleByHutchinsonState
+from memopt.transforms.hutchinson import scale_by_hutchinson as scale_by_hutchinson
 from memopt.transforms.matrix_rms import clip_by_matrix_rms as clip_by_matrix_rms
 from memopt.transforms.matrix_rms import normalize_by_group as normalize_by_group
 from memopt.transforms.matrix_rms import scale_by_parameter_rms as scale_by_parameter_rms
@@ -32,6 +37,8 @@ from memopt.transforms.moments import CarryOver as CarryOver
 from memopt.transforms.norm_growth import GrowthLimiter as GrowthLimiter
 from memopt.transforms.norm_growth import LimitNormGrowthState as LimitNormGrowthState
 from memopt.transforms.norm_growth import limit_norm_growth as limit_norm_growth
+from memopt.transforms.oasis import ScaleByOasisState as ScaleByOasisState
+from memopt.transforms.oasis import scale_by_oasis as scale_by_oasis
 from memopt.transforms.orthogonalization import newton_schulz as newton_schulz
 from memopt.transforms.orthogonalization import orthogonalize as orthogonalize
 from memopt.transforms.orthogonalization import scale_by_matrix_shape as scale_by_matrix_shape
@@ -42,6 +49,8 @@ from memopt.transforms.past_rms import scale_by_past_rms as scale_by_past_rms
 from memopt.transforms.per_matrix import per_matrix as per_matrix
 from memopt.transforms.placed_update import reshard_update as reshard_update
 from memopt.transforms.placed_update import unshard_short_side as unshard_short_side
+from memopt.transforms.polyak import ScaleByPolyakState as ScaleByPolyakState
+from memopt.transforms.polyak import scale_by_polyak as scale_by_polyak
 from memopt.transforms.sign_momentum import ScaleBySignMomentumState as ScaleBySignMomentumState
 from memopt.transforms.sign_momentum import scale_by_sign_momentum as scale_by_sign_momentum
 from memopt.transforms.skip_nonfinite import (
@@ -49,6 +58,9 @@ from memopt.transforms.skip_nonfinite import (
 )
 from memopt.transforms.skip_nonfinite import SkipNonfiniteState as SkipNonfiniteState
 from memopt.transforms.skip_nonfinite import skip_nonfinite as skip_nonfinite
+from memopt.transforms.stored_update import KeepUpdateState as KeepUpdateState
+from memopt.transforms.stored_update import keep_update as keep_update
+from memopt.transforms.stored_update import predict_parameters as predict_parameters
 from memopt.transforms.subspace import InSubspaceState as InSubspaceState
 from memopt.transforms.subspace import in_subspace as in_subspace
 from memopt.transforms.trust_ratio import (

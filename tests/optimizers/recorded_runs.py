@@ -227,6 +227,16 @@ def _soap(method, transpose):
     )
 
 
+def _clip_by_fraction(method, transpose):
+    _, _, meta = yardstick.load(method)
+    clip = memopt.clip_by_fraction(meta["hyperparameters"]["coordinate_clip"])
+    steps = {
+        "coord_clip_sgd": (clip, optax.trace(0.9)),
+        "coord_clip_adam": (memopt.clip_first_moment(optax.scale_by_adam(), clip),),
+    }
+    return optax.chain(*steps[method], optax.scale_by_learning_rate(meta["lr"]))
+
+
 METHODS = {
     "adafactor": (
         _adafactor,
@@ -242,6 +252,7 @@ METHODS = {
     ),
     "apollo": (_apollo, ("apollo", "apollo_nozero", "apollo_wd", "apollo_gap10")),
     "apollo_mini": (_apollo, ("apollo_mini", "apollo_mini_front_gap10")),
+    "clip_by_fraction": (_clip_by_fraction, ("coord_clip_sgd", "coord_clip_adam")),
     "flora": (_flora, ("flora", "flora_kappa10")),
     "frugal": (
         _frugal,

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import memopt
+from benchmarks.objective import with_objective
 from memopt.optimizers.registry import METHODS
 from tests.optimizers.kinds import slow_unless
 
@@ -219,7 +220,7 @@ def test_injected_hyperparameters_are_float32_whatever_the_parameters_are(name):
         params = normal(0)
         return functools.reduce(step, gradients, (params, tx.init(params)))
 
-    make, is_matrix = getattr(memopt, name), lambda x: x.ndim > 1
+    make, is_matrix = with_objective(getattr(memopt, name)), lambda x: x.ndim > 1
     options = {"weight_decay": 0.1, "weight_decay_mask": lambda p: jax.tree.map(is_matrix, p)}
     given, state = train(optax.inject_hyperparams(make)(learning_rate=1e-2, **options))
     expected, _ = train(make(1e-2, **options))

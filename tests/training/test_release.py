@@ -108,6 +108,7 @@ SHARED = ("adamw", "online_subspace_descent")  # which keep counts that all laye
     [
         pytest.param(name, marks=slow_unless(name in {*KINDS, *SHARED}))
         for name in ("adamw", *memopt.available("memopt"))
+        if not METHODS[name].needs
     ],
 )
 def test_twenty_steps_are_the_ordinary_ones(name):
@@ -269,7 +270,7 @@ def test_skipping_matrices_takes_the_place_of_skipping_steps():
     tx = memopt.skip_nonfinite(optax.chain(memopt.clip_by_gradient_norm(1e-1), adam))
     ordinary = run(train_step, tx, params, batches, loss=loss_of(model))
     released = run(release_step, tx, params, batches, model=model)
-    chex.assert_trees_all_close(ordinary[0], released[0], rtol=1e-4, atol=10 * atol)
+    chex.assert_trees_all_close(ordinary[0], released[0], rtol=1e-4, atol=1e-5)
     state, _ = released
     chex.assert_tree_all_finite((state.params, state.opt_state))
     assert (state.skipped, state.opt_state.skipped["blocks"]["bias"].tolist()) == (0, [0, 3, 0])
