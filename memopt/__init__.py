@@ -36,6 +36,7 @@ from memopt.transforms import InSubspaceState as InSubspaceState
 from memopt.transforms import LimitNormGrowthState as LimitNormGrowthState
 from memopt.transforms import ScaleByFactoredMatrixRmsState as ScaleByFactoredMatrixRmsState
 from memopt.transforms import ScaleBySignMomentumState as ScaleBySignMomentumState
+from memopt.transforms import ScaleByTaskMomentsState as ScaleByTaskMomentsState
 from memopt.transforms import ScaleByUncorrectedAdamState as ScaleByUncorrectedAdamState
 from memopt.transforms import SkipNonfiniteMatricesState as SkipNonfiniteMatricesState
 from memopt.transforms import SkipNonfiniteState as SkipNonfiniteState
@@ -58,6 +59,7 @@ from memopt.transforms import scale_by_matrix_shape as scale_by_matrix_shape
 from memopt.transforms import scale_by_parameter_rms as scale_by_parameter_rms
 from memopt.transforms import scale_by_released_adam as scale_by_released_adam
 from memopt.transforms import scale_by_sign_momentum as scale_by_sign_momentum
+from memopt.transforms import scale_by_task_moments as scale_by_task_moments
 from memopt.transforms import scale_by_uncorrected_adam as scale_by_uncorrected_adam
 from memopt.transforms import skip_nonfinite as skip_nonfinite
 from memopt.transforms import unshard_short_side as unshard_short_side

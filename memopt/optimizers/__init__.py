@@ -22,6 +22,7 @@ from memopt.optimizers.online_subspace_descent import (
 from memopt.optimizers.registry import available as available
 from memopt.optimizers.registry import eval_params as eval_params
 from memopt.optimizers.registry import optimizer as optimizer
+from memopt.optimizers.tag import tag as tag
 
 if not TYPE_CHECKING:  # type checkers read the imports above
     __all__ = sorted(

@@ -88,7 +88,7 @@ METHODS: dict[str, Method] = {
 
 
 STATIC = {
-    *("rank", "density", "ns_steps", "ns_coeffs", "mu_dtype"),
+    *("rank", "density", "ns_steps", "ns_coeffs", "mu_dtype", "tasks"),
     *("on_refresh", "matrices", "weight_decay_mask"),
 }
 """Arguments of methods that decide shapes or programs, and functions that are no schedules."""

@@ -39,6 +39,8 @@ from memopt.transforms.skip_nonfinite import SkipNonfiniteState as SkipNonfinite
 from memopt.transforms.skip_nonfinite import skip_nonfinite as skip_nonfinite
 from memopt.transforms.subspace import InSubspaceState as InSubspaceState
 from memopt.transforms.subspace import in_subspace as in_subspace
+from memopt.transforms.task_moments import ScaleByTaskMomentsState as ScaleByTaskMomentsState
+from memopt.transforms.task_moments import scale_by_task_moments as scale_by_task_moments
 
 __getattr__ = renamed.finder(
     "memopt.transforms",

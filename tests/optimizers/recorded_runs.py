@@ -9,6 +9,7 @@ import optax
 
 import memopt
 from memopt import projectors
+from tests.optimizers.tasks import on_tasks
 from tests.yardstick import yardstick
 
 
@@ -150,6 +151,19 @@ def _adamw(method, transpose):
     )
 
 
+def _tag(method, transpose):
+    _, _, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    tx = memopt.tag(
+        meta["lr"],
+        tasks=len(h["task_ends"]),
+        similarity=h["b"],
+        adam=h["optim"] == "adam",
+        b2=h["beta2"],
+    )
+    return on_tasks(tx, np.searchsorted(h["task_ends"], range(50), side="right"))
+
+
 METHODS = {
     "adafactor": (
         _adafactor,
@@ -176,6 +190,7 @@ METHODS = {
         _online_subspace_descent,
         ("osd_adamw_nozero", "osd_lion_nozero", "osd_sgd_nozero"),
     ),
+    "tag": (_tag, ("tag_adam", "tag_rms")),
 }
 """For each method what sets it up to follow a run, and the runs. Flora without a momentum, as its
 code has it by default, projects nothing and is AdaLomo."""

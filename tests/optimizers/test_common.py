@@ -22,6 +22,7 @@ from memopt.state.codecs import bits_of
 from memopt.trees import leaf_name
 from tests.optimizers import pairings
 from tests.optimizers.kinds import KINDS, slow_unless
+from tests.optimizers.tasks import on_tasks
 
 RANK = 4
 
@@ -81,6 +82,12 @@ def quantized_galore(learning_rate, rank=RANK):
     """GaLore whose Adam keeps codes."""
     inner = memopt.quantize_state(optax.scale_by_adam(), min_size=0)
     return memopt.galore(learning_rate, rank=rank, refresh_every=3, inner=inner)
+
+
+def tag_on_three_tasks(learning_rate, adam=False, factored=False, weight_decay=0.0):
+    """TAG, which returns to the first of its tasks."""
+    options = {"adam": adam, "factored": factored, "weight_decay": weight_decay}
+    return on_tasks(memopt.tag(learning_rate, tasks=3, **options), [0, 0, 1, 2, 0])
 
 
 # Two codes a number, and two scales a row for each; of four bits half a code, and half a scale.
@@ -186,6 +193,19 @@ CASES = {
         twice,
         twice,
     ),
+    "tag": Case(memopt.tag, twice, twice, twice),
+    "tag_adam": Case(
+        variant(tag_on_three_tasks, adam=True, **decays),
+        lambda *shape: 3 * twice(*shape),
+        lambda *shape: 3 * twice(*shape),
+        lambda *shape: 3 * twice(*shape),
+    ),
+    "tag_factored": Case(
+        variant(tag_on_three_tasks, factored=True),
+        lambda k, m, n: 6 * k * (m + n),
+        lambda m, n: 6 * (m + n),
+        lambda *shape: 3 * twice(*shape),
+    ),
     "galore_at_random": Case(
         galore_at_random,
         lambda k, m, n: 2 * RANK * max(m, n) * k + RANK * min(m, n),
@@ -226,6 +246,7 @@ VARIANTS = {  # of methods that stand in the table otherwise, too
     *("apollo_as_released",),
     *("apollo_mini_scale_front", "flora_as_released", "frugal_blocks", "frugal_orthogonal"),
     *("galore_8bit", "galore_at_random", "galore_in_turns"),
+    *("tag_adam", "tag_factored"),
 }
 CASES |= CELLS
 every_case = pytest.mark.parametrize(
