@@ -33,13 +33,16 @@ from memopt.transforms import CarryOver as CarryOver
 from memopt.transforms import ClipByGradientNormState as ClipByGradientNormState
 from memopt.transforms import GrowthLimiter as GrowthLimiter
 from memopt.transforms import InSubspaceState as InSubspaceState
+from memopt.transforms import LayerStatistics as LayerStatistics
 from memopt.transforms import LimitNormGrowthState as LimitNormGrowthState
 from memopt.transforms import ScaleByFactoredMatrixRmsState as ScaleByFactoredMatrixRmsState
+from memopt.transforms import ScaleByKroneckerInversesState as ScaleByKroneckerInversesState
 from memopt.transforms import ScaleBySignMomentumState as ScaleBySignMomentumState
 from memopt.transforms import ScaleByTaskMomentsState as ScaleByTaskMomentsState
 from memopt.transforms import ScaleByUncorrectedAdamState as ScaleByUncorrectedAdamState
 from memopt.transforms import SkipNonfiniteMatricesState as SkipNonfiniteMatricesState
 from memopt.transforms import SkipNonfiniteState as SkipNonfiniteState
+from memopt.transforms import WhileLossFallsState as WhileLossFallsState
 from memopt.transforms import accumulate as accumulate
 from memopt.transforms import accumulate_in_subspace as accumulate_in_subspace
 from memopt.transforms import adam_bias_correction as adam_bias_correction
@@ -49,12 +52,14 @@ from memopt.transforms import in_subspace as in_subspace
 from memopt.transforms import limit_norm_growth as limit_norm_growth
 from memopt.transforms import newton_schulz as newton_schulz
 from memopt.transforms import normalize_by_group as normalize_by_group
+from memopt.transforms import observe as observe
 from memopt.transforms import orthogonalize as orthogonalize
 from memopt.transforms import per_matrix as per_matrix
 from memopt.transforms import projectors as projectors
 from memopt.transforms import recombine as recombine
 from memopt.transforms import reshard_update as reshard_update
 from memopt.transforms import scale_by_factored_matrix_rms as scale_by_factored_matrix_rms
+from memopt.transforms import scale_by_kronecker_inverses as scale_by_kronecker_inverses
 from memopt.transforms import scale_by_matrix_shape as scale_by_matrix_shape
 from memopt.transforms import scale_by_parameter_rms as scale_by_parameter_rms
 from memopt.transforms import scale_by_released_adam as scale_by_released_adam
@@ -63,6 +68,8 @@ from memopt.transforms import scale_by_task_moments as scale_by_task_moments
 from memopt.transforms import scale_by_uncorrected_adam as scale_by_uncorrected_adam
 from memopt.transforms import skip_nonfinite as skip_nonfinite
 from memopt.transforms import unshard_short_side as unshard_short_side
+from memopt.transforms import while_loss_falls as while_loss_falls
+from memopt.transforms import zero_statistics as zero_statistics
 
 try:
     __version__ = _version("memopt")

@@ -15,6 +15,7 @@ from memopt.optimizers.galore import galore as galore
 from memopt.optimizers.ldadam import ldadam as ldadam
 from memopt.optimizers.lion import lion as lion
 from memopt.optimizers.lomo import lomo as lomo
+from memopt.optimizers.mkor import mkor as mkor
 from memopt.optimizers.muon import muon as muon
 from memopt.optimizers.online_subspace_descent import (
     online_subspace_descent as online_subspace_descent,

@@ -121,7 +121,7 @@ class _Signature(inspect.Signature):
         return bound
 
 
-def method(*, sums_projections: bool = False) -> Callable[[F], F]:
+def method(*, sums_projections: bool = False, needs: str = "") -> Callable[[F], F]:
     """Registers a function in `METHODS` under its own name.
 
     In its signature and docstring, the options of `Common` replace ``**common``. Of its arguments,
@@ -129,6 +129,7 @@ def method(*, sums_projections: bool = False) -> Callable[[F], F]:
 
     Args:
       sums_projections: see `Method`.
+      needs: see `Method`.
     """
 
     def enter(make: F) -> F:
@@ -156,7 +157,7 @@ def method(*, sums_projections: bool = False) -> Callable[[F], F]:
         options = (inspect.getdoc(Common) or "").partition("Attributes:\n")[2].rstrip()
         line = "  **common: see `memopt.Common`."
         checked.__doc__ = (inspect.getdoc(make) or "").replace(line, options)
-        METHODS[make.__name__] = Method(checked, sums_projections=sums_projections)
+        METHODS[make.__name__] = Method(checked, sums_projections=sums_projections, needs=needs)
         return cast(F, checked)
 
     return enter

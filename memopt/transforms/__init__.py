@@ -17,6 +17,13 @@ from memopt.transforms.factored import (
 from memopt.transforms.factored import scale_by_factored_matrix_rms as scale_by_factored_matrix_rms
 from memopt.transforms.gradient_norm import ClipByGradientNormState as ClipByGradientNormState
 from memopt.transforms.gradient_norm import clip_by_gradient_norm as clip_by_gradient_norm
+from memopt.transforms.kronecker import LayerStatistics as LayerStatistics
+from memopt.transforms.kronecker import (
+    ScaleByKroneckerInversesState as ScaleByKroneckerInversesState,
+)
+from memopt.transforms.kronecker import observe as observe
+from memopt.transforms.kronecker import scale_by_kronecker_inverses as scale_by_kronecker_inverses
+from memopt.transforms.kronecker import zero_statistics as zero_statistics
 from memopt.transforms.matrix_rms import clip_by_matrix_rms as clip_by_matrix_rms
 from memopt.transforms.matrix_rms import normalize_by_group as normalize_by_group
 from memopt.transforms.matrix_rms import scale_by_parameter_rms as scale_by_parameter_rms
@@ -41,6 +48,8 @@ from memopt.transforms.subspace import InSubspaceState as InSubspaceState
 from memopt.transforms.subspace import in_subspace as in_subspace
 from memopt.transforms.task_moments import ScaleByTaskMomentsState as ScaleByTaskMomentsState
 from memopt.transforms.task_moments import scale_by_task_moments as scale_by_task_moments
+from memopt.transforms.while_loss_falls import WhileLossFallsState as WhileLossFallsState
+from memopt.transforms.while_loss_falls import while_loss_falls as while_loss_falls
 
 __getattr__ = renamed.finder(
     "memopt.transforms",

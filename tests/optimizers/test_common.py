@@ -22,6 +22,7 @@ from memopt.state.codecs import bits_of
 from memopt.trees import leaf_name
 from tests.optimizers import pairings
 from tests.optimizers.kinds import KINDS, slow_unless
+from tests.optimizers.statistics import with_statistics
 from tests.optimizers.tasks import on_tasks
 
 RANK = 4
@@ -90,6 +91,12 @@ def tag_on_three_tasks(learning_rate, adam=False, factored=False, weight_decay=0
     return on_tasks(memopt.tag(learning_rate, tasks=3, **options), [0, 0, 1, 2, 0])
 
 
+def mkor(learning_rate, hybrid=False, as_released=False):
+    """MKOR, with statistics made of the gradients."""
+    options = {"hybrid": hybrid, "as_released": as_released, "weight_decay": 0.1}
+    return with_statistics(memopt.mkor(learning_rate, inv_freq=2, **options))
+
+
 # Two codes a number, and two scales a row for each; of four bits half a code, and half a scale.
 int8_moments = lambda *shape: math.prod(shape) / 2 + 4 * math.prod(shape[:-1])
 int4_moments = lambda *shape: 3 / 8 * math.prod(shape) + 5 / 2 * math.prod(shape[:-1])
@@ -138,6 +145,13 @@ CASES = {
     "lion": Case(variant(memopt.lion, **decays), once, once, once),
     "lomo": Case(variant(memopt.lomo, clip_value=0.5, **decays), none, none, none),
     "muon": Case(variant(memopt.muon, **decays), once, twice, twice),
+    "mkor": Case(mkor, lambda k, m, n: k * (m * m + n * n + m * n), once, once),
+    "mkor_hybrid": Case(
+        variant(mkor, hybrid=True), lambda k, m, n: k * (m * m + n * n + m * n), once, once
+    ),
+    "mkor_as_released": Case(
+        variant(mkor, as_released=True), lambda k, m, n: k * (m * m + n * n + m * n), once, once
+    ),
     "galore": Case(variant(memopt.galore, **ranks, **decays), low_moments, twice, twice),
     "galore_in_turns": Case(
         variant(memopt.galore, projector="svd", refresh_phase=(0, 1), as_released=True, **ranks),
@@ -246,7 +260,7 @@ VARIANTS = {  # of methods that stand in the table otherwise, too
     *("apollo_as_released",),
     *("apollo_mini_scale_front", "flora_as_released", "frugal_blocks", "frugal_orthogonal"),
     *("galore_8bit", "galore_at_random", "galore_in_turns"),
-    *("tag_adam", "tag_factored"),
+    *("mkor_as_released", "mkor_hybrid", "tag_adam", "tag_factored"),
 }
 CASES |= CELLS
 every_case = pytest.mark.parametrize(

@@ -49,7 +49,8 @@ def test_factored_cosines_are_near_the_true_ones(cosine):
     # The second moments of these matrices are flat: exp(−cos) is all that their sizes depend on.
     flat = lambda cosine: 1 / np.sqrt(np.exp(-1) + np.exp(-cosine))
     found = np.asarray(step(factored=True))
-    assert np.all(flat(cosine - 0.3) < found * 1.02) and np.all(found < 1.02 * flat(cosine + 0.3))
+    assert np.all(found > 0.98 * flat(cosine - 0.3))
+    assert np.all(found < 1.02 * flat(cosine + 0.3))
     assert abs(found.mean() / flat(cosine) - 1) < 0.05
 
 
@@ -74,7 +75,8 @@ def test_the_task_is_one_of_those_there_are():
     with pytest.raises(ValueError, match="task must be between 0 and 1, got 2"):
         tx.update(g, state, g, task=2)
     traced = jax.jit(lambda task: tx.update(g, state, g, task=task)[0]["w"])
-    assert np.isfinite(traced(1)).all() and np.isnan(traced(2)).all()
+    assert np.isfinite(traced(1)).all()
+    assert np.isnan(traced(2)).all()
     with pytest.raises(ValueError, match="tasks must be at least 1, got 0"):
         memopt.tag(1e-2, tasks=0)
     with pytest.raises(ValueError, match="factored must be False with adam=True"):
@@ -84,7 +86,7 @@ def test_the_task_is_one_of_those_there_are():
 
 
 # Three tasks one after another: the same clusters, with the coordinates in three orders.
-TASKS, CLASSES, WIDTH, STEPS = 3, 10, 24, 150
+TASKS, CLASSES, WIDTH, STEPS = 3, 10, 24, 100
 
 
 def tasks(key):
@@ -129,3 +131,21 @@ def accuracy(make, rate, seed):
     (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(TASKS * STEPS))
     guesses = jax.vmap(lambda x, y: loss(params, x, y)[1].argmax(-1))(x, y)
     return (guesses == y).mean(1)
+
+
+@pytest.mark.slow
+def test_of_three_tasks_more_is_left_than_after_adam():
+    """Mean accuracy on all tasks after the last, each optimizer at its best rate of four.
+
+    Adam 0.83, TAG 0.88, with Adam's momentum or without, and factored; two seeds.
+    """
+
+    def best(make):
+        rates = jnp.array([5e-4, 1e-3, 2e-3, 4e-3])
+        one = functools.partial(accuracy, make)
+        grid = jax.vmap(jax.vmap(one, (0, None)), (None, 0))
+        return float(jax.jit(grid)(rates, jnp.arange(2)).mean((0, 2)).max())
+
+    adam = best(optax.adam)
+    for options in ({}, {"factored": True}, {"adam": True, "b2": 0.999}):
+        assert best(functools.partial(memopt.tag, tasks=TASKS, **options)) > adam + 0.03
