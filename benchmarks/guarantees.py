@@ -32,6 +32,7 @@ from rich.console import Console
 
 import memopt
 from benchmarks.report import save
+from benchmarks.statistics import with_statistics
 from memopt.optimizers.registry import available
 
 ROOT = Path(__file__).parents[1]
@@ -282,7 +283,7 @@ def build(name: str) -> Transformation:
     """The optimizer of a row."""
     if name == "adam, int8 state":
         return optax.with_extra_args_support(int8_adam(RATE))
-    return memopt.optimizer(name, RATE)
+    return with_statistics(memopt.optimizer)(name, RATE)
 
 
 def rows() -> tuple[str, ...]:

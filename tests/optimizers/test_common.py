@@ -16,13 +16,13 @@ from jax.sharding import AxisType, NamedSharding
 from orbax.checkpoint import v1 as ocp
 
 import memopt
+from benchmarks.statistics import with_statistics
 from memopt import projectors, recombine
 from memopt.optimizers.registry import METHODS
 from memopt.state.codecs import bits_of
 from memopt.trees import leaf_name
 from tests.optimizers import pairings
 from tests.optimizers.kinds import KINDS, slow_unless
-from tests.optimizers.statistics import with_statistics
 from tests.optimizers.tasks import on_tasks
 
 RANK = 4
@@ -91,10 +91,8 @@ def tag_on_three_tasks(learning_rate, adam=False, factored=False, weight_decay=0
     return on_tasks(memopt.tag(learning_rate, tasks=3, **options), [0, 0, 1, 2, 0])
 
 
-def mkor(learning_rate, hybrid=False, as_released=False):
-    """MKOR, with statistics made of the gradients."""
-    options = {"hybrid": hybrid, "as_released": as_released, "weight_decay": 0.1}
-    return with_statistics(memopt.mkor(learning_rate, inv_freq=2, **options))
+mkor = with_statistics(functools.partial(memopt.mkor, inv_freq=2))
+factors_and_momentum = lambda k, m, n: k * (m * m + n * n + m * n)
 
 
 # Two codes a number, and two scales a row for each; of four bits half a code, and half a scale.
@@ -145,13 +143,9 @@ CASES = {
     "lion": Case(variant(memopt.lion, **decays), once, once, once),
     "lomo": Case(variant(memopt.lomo, clip_value=0.5, **decays), none, none, none),
     "muon": Case(variant(memopt.muon, **decays), once, twice, twice),
-    "mkor": Case(mkor, lambda k, m, n: k * (m * m + n * n + m * n), once, once),
-    "mkor_hybrid": Case(
-        variant(mkor, hybrid=True), lambda k, m, n: k * (m * m + n * n + m * n), once, once
-    ),
-    "mkor_as_released": Case(
-        variant(mkor, as_released=True), lambda k, m, n: k * (m * m + n * n + m * n), once, once
-    ),
+    "mkor": Case(variant(mkor, **decays), factors_and_momentum, once, once),
+    "mkor_hybrid": Case(variant(mkor, hybrid=True), factors_and_momentum, once, once),
+    "mkor_as_released": Case(variant(mkor, as_released=True), factors_and_momentum, once, once),
     "galore": Case(variant(memopt.galore, **ranks, **decays), low_moments, twice, twice),
     "galore_in_turns": Case(
         variant(memopt.galore, projector="svd", refresh_phase=(0, 1), as_released=True, **ranks),

@@ -16,6 +16,7 @@ import optax.contrib
 import pytest
 
 import memopt
+from benchmarks.statistics import with_statistics
 from memopt.optimizers.registry import METHODS
 from tests.optimizers.kinds import slow_unless
 
@@ -53,7 +54,7 @@ def make(name, learning_rate):
         options["rank"] = 2
     if name == "online_subspace_descent":
         options["projector_learning_rate"] = 0.05  # for a thousand steps
-    return memopt.optimizer(name, learning_rate, **options)
+    return with_statistics(memopt.optimizer)(name, learning_rate, **options)
 
 
 def update(tx, gradients, state, params, loss=parabola):
@@ -113,7 +114,9 @@ def test_wrappers_of_optax_change_no_number_and_steps_compile_once(name):
         "masked": train(optax.masked(make(name, schedule), True), gradients),
     }
     if name in memopt.available("memopt"):
-        injected = optax.inject_hyperparams(getattr(memopt, name))(learning_rate=schedule)
+        injected = optax.inject_hyperparams(with_statistics(getattr(memopt, name)))(
+            learning_rate=schedule
+        )
         found["inject_hyperparams"] = train(injected, gradients)
     for wrapper, params in found.items():
         chex.assert_trees_all_close(

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import memopt
+from benchmarks.statistics import with_statistics
 from memopt.optimizers.registry import METHODS
 from tests.optimizers.kinds import slow_unless
 
@@ -24,7 +25,7 @@ def tree():
 
 @pytest.mark.parametrize("name", memopt.available())
 def test_every_name_builds_and_moves(name):
-    tx = memopt.optimizer(name, learning_rate=1e-2)
+    tx = with_statistics(memopt.optimizer)(name, learning_rate=1e-2)
     params = tree()
 
     def loss(p):
@@ -46,7 +47,7 @@ def test_every_name_builds_and_moves(name):
 @pytest.mark.parametrize("name", memopt.available())
 def test_every_name_takes_a_schedule(name):
     params = jax.eval_shape(tree)
-    tx = memopt.optimizer(name, optax.linear_schedule(1e-2, 0.0, 10))
+    tx = with_statistics(memopt.optimizer)(name, optax.linear_schedule(1e-2, 0.0, 10))
     update = lambda g: tx.update(g, tx.init(g), g, obj_fn=lambda p: p["norm"]["scale"].sum())[0]
     assert jax.eval_shape(update, params) == params
 
@@ -218,7 +219,7 @@ def test_injected_hyperparameters_are_float32_whatever_the_parameters_are(name):
         params = normal(0)
         return functools.reduce(step, gradients, (params, tx.init(params)))
 
-    make, is_matrix = getattr(memopt, name), lambda x: x.ndim > 1
+    make, is_matrix = with_statistics(getattr(memopt, name)), lambda x: x.ndim > 1
     options = {"weight_decay": 0.1, "weight_decay_mask": lambda p: jax.tree.map(is_matrix, p)}
     given, state = train(optax.inject_hyperparams(make)(learning_rate=1e-2, **options))
     expected, _ = train(make(1e-2, **options))

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import memopt
+from benchmarks.statistics import with_statistics
 from memopt.state.precision import bounded, bounded_squares, in_float32, largest_squared
 
 METHODS = memopt.available("memopt")
@@ -48,6 +49,7 @@ def trace(tx, params):
 
 
 def check_types(make):
+    make = with_statistics(make)
     trace(make(), shapes("float32"))
     with jax.enable_x64(True):
         for dtype in ("float32", "bfloat16", "float64"):
@@ -200,7 +202,7 @@ def test_a_large_entry_leaves_a_usual_update_and_a_finite_state(name, large):
 
 def outlier_run(name, large, **options):
     """The largest update at the outlier of layer 0, and the final parameters and state."""
-    tx = memopt.optimizer(name, 0.02, **options)
+    tx = with_statistics(memopt.optimizer)(name, 0.02, **options)
     goal = {
         "layers": jax.random.normal(jax.random.key(0), (2, 12, 16)),
         "norm": jax.random.normal(jax.random.key(1), (8,)),

@@ -108,6 +108,7 @@ SHARED = ("adamw", "online_subspace_descent")  # which keep counts that all laye
     [
         pytest.param(name, marks=slow_unless(name in {*KINDS, *SHARED}))
         for name in ("adamw", *memopt.available("memopt"))
+        if not METHODS[name].needs
     ],
 )
 def test_twenty_steps_are_the_ordinary_ones(name):

@@ -10,8 +10,8 @@ import optax
 import pytest
 
 import memopt
+from benchmarks.statistics import statistics_of
 from memopt.transforms.kronecker import rank_one
-from tests.optimizers.statistics import statistics_of
 from tests.yardstick import yardstick
 
 TABLES = Path(yardstick.HERE, "tables")
