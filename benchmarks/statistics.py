@@ -22,7 +22,7 @@ def statistics_of(gradients: Any) -> Any:
         if not layout.is_matrix:
             return None
         g = to_float32(layout.to_matrices(g))
-        return LayerStatistics(g.sum(-1), g.sum(-2), jnp.ones_like(g[..., 0, 0]))
+        return LayerStatistics(g.sum(-1), g.sum(-2), jnp.ones(g.shape[:-2], g.dtype))
 
     return map_matrices(one, gradients)
 

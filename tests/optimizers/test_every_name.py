@@ -25,7 +25,15 @@ every_name = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=slow_unless(n in QUICK)) for n in memopt.available()]
 )
 STEPS = 1000
-RATES = {"sgd": 5e-3, "lars": 1.0, "lomo": 5e-3, "sm3": 0.3, "optax_muon": 0.3, "muon": 0.3}
+RATES = {
+    "sgd": 5e-3,
+    "lars": 1.0,
+    "lomo": 5e-3,
+    "mkor": 1e-3,
+    "sm3": 0.3,
+    "optax_muon": 0.3,
+    "muon": 0.3,
+}
 """The first learning rates, of a linear decay to zero; others take 0.1."""
 
 
@@ -114,10 +122,8 @@ def test_wrappers_of_optax_change_no_number_and_steps_compile_once(name):
         "masked": train(optax.masked(make(name, schedule), True), gradients),
     }
     if name in memopt.available("memopt"):
-        injected = optax.inject_hyperparams(with_statistics(getattr(memopt, name)))(
-            learning_rate=schedule
-        )
-        found["inject_hyperparams"] = train(injected, gradients)
+        inject = optax.inject_hyperparams(with_statistics(getattr(memopt, name)))
+        found["inject_hyperparams"] = train(inject(learning_rate=schedule), gradients)
     for wrapper, params in found.items():
         chex.assert_trees_all_close(
             params, expected, rtol=1e-4, atol=1e-5, custom_message=f"{wrapper} of {name}"

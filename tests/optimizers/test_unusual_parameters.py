@@ -240,6 +240,6 @@ def test_a_matrix_survives_one_large_entry(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("large", [1e20, 1e37])
 @pytest.mark.parametrize("as_released", [False, True])
-@pytest.mark.parametrize("name", sorted(set(METHODS) - {"lomo", "lion"}))
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"lomo", "lion", "mkor"}))
 def test_every_method_with_squares_survives_one_large_entry(name, as_released, large):
     check_outlier(name, large, as_released=as_released)
