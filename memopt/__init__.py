@@ -37,19 +37,23 @@ from memopt.transforms import GrowthLimiter as GrowthLimiter
 from memopt.transforms import InEigenbasisState as InEigenbasisState
 from memopt.transforms import InSubspaceState as InSubspaceState
 from memopt.transforms import KeepUpdateState as KeepUpdateState
+from memopt.transforms import LayerStatistics as LayerStatistics
 from memopt.transforms import LimitNormGrowthState as LimitNormGrowthState
 from memopt.transforms import ScaleByAdamAtan2State as ScaleByAdamAtan2State
 from memopt.transforms import ScaleByFactoredMatrixRmsState as ScaleByFactoredMatrixRmsState
 from memopt.transforms import ScaleByHutchinsonState as ScaleByHutchinsonState
+from memopt.transforms import ScaleByKroneckerInversesState as ScaleByKroneckerInversesState
 from memopt.transforms import ScaleByMatrixSm3State as ScaleByMatrixSm3State
 from memopt.transforms import ScaleByOasisState as ScaleByOasisState
 from memopt.transforms import ScaleByPastRmsState as ScaleByPastRmsState
 from memopt.transforms import ScaleByPolyakState as ScaleByPolyakState
 from memopt.transforms import ScaleByRawAmsgradState as ScaleByRawAmsgradState
 from memopt.transforms import ScaleBySignMomentumState as ScaleBySignMomentumState
+from memopt.transforms import ScaleByTaskMomentsState as ScaleByTaskMomentsState
 from memopt.transforms import ScaleByUncorrectedAdamState as ScaleByUncorrectedAdamState
 from memopt.transforms import SkipNonfiniteMatricesState as SkipNonfiniteMatricesState
 from memopt.transforms import SkipNonfiniteState as SkipNonfiniteState
+from memopt.transforms import WhileLossFallsState as WhileLossFallsState
 from memopt.transforms import WidthRole as WidthRole
 from memopt.transforms import accumulate as accumulate
 from memopt.transforms import accumulate_in_subspace as accumulate_in_subspace
@@ -65,6 +69,7 @@ from memopt.transforms import keep_update as keep_update
 from memopt.transforms import limit_norm_growth as limit_norm_growth
 from memopt.transforms import newton_schulz as newton_schulz
 from memopt.transforms import normalize_by_group as normalize_by_group
+from memopt.transforms import observe as observe
 from memopt.transforms import orthogonalize as orthogonalize
 from memopt.transforms import per_matrix as per_matrix
 from memopt.transforms import predict_parameters as predict_parameters
@@ -74,6 +79,7 @@ from memopt.transforms import reshard_update as reshard_update
 from memopt.transforms import scale_by_adam_atan2 as scale_by_adam_atan2
 from memopt.transforms import scale_by_factored_matrix_rms as scale_by_factored_matrix_rms
 from memopt.transforms import scale_by_hutchinson as scale_by_hutchinson
+from memopt.transforms import scale_by_kronecker_inverses as scale_by_kronecker_inverses
 from memopt.transforms import scale_by_matrix_shape as scale_by_matrix_shape
 from memopt.transforms import scale_by_matrix_sm3 as scale_by_matrix_sm3
 from memopt.transforms import scale_by_matrix_trust_ratio as scale_by_matrix_trust_ratio
@@ -84,13 +90,16 @@ from memopt.transforms import scale_by_polyak as scale_by_polyak
 from memopt.transforms import scale_by_raw_amsgrad as scale_by_raw_amsgrad
 from memopt.transforms import scale_by_released_adam as scale_by_released_adam
 from memopt.transforms import scale_by_sign_momentum as scale_by_sign_momentum
+from memopt.transforms import scale_by_task_moments as scale_by_task_moments
 from memopt.transforms import scale_by_uncorrected_adam as scale_by_uncorrected_adam
 from memopt.transforms import scale_by_width as scale_by_width
 from memopt.transforms import scale_initial_by_width as scale_initial_by_width
 from memopt.transforms import skip_nonfinite as skip_nonfinite
 from memopt.transforms import unshard_short_side as unshard_short_side
+from memopt.transforms import while_loss_falls as while_loss_falls
 from memopt.transforms import width_exponents as width_exponents
 from memopt.transforms import width_roles as width_roles
+from memopt.transforms import zero_statistics as zero_statistics
 
 try:
     __version__ = _version("memopt")

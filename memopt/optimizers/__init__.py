@@ -20,6 +20,7 @@ from memopt.optimizers.lars import lars as lars
 from memopt.optimizers.ldadam import ldadam as ldadam
 from memopt.optimizers.lion import lion as lion
 from memopt.optimizers.lomo import lomo as lomo
+from memopt.optimizers.mkor import mkor as mkor
 from memopt.optimizers.muon import muon as muon
 from memopt.optimizers.oasis import oasis as oasis
 from memopt.optimizers.online_subspace_descent import (
@@ -30,6 +31,7 @@ from memopt.optimizers.registry import eval_params as eval_params
 from memopt.optimizers.registry import optimizer as optimizer
 from memopt.optimizers.sm3 import sm3 as sm3
 from memopt.optimizers.soap import soap as soap
+from memopt.optimizers.tag import tag as tag
 
 if not TYPE_CHECKING:  # type checkers read the imports above
     __all__ = sorted(

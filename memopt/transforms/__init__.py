@@ -30,6 +30,13 @@ from memopt.transforms.gradient_norm import ClipByGradientNormState as ClipByGra
 from memopt.transforms.gradient_norm import clip_by_gradient_norm as clip_by_gradient_norm
 from memopt.transforms.hutchinson import ScaleByHutchinsonState as ScaleByHutchinsonState
 from memopt.transforms.hutchinson import scale_by_hutchinson as scale_by_hutchinson
+from memopt.transforms.kronecker import LayerStatistics as LayerStatistics
+from memopt.transforms.kronecker import (
+    ScaleByKroneckerInversesState as ScaleByKroneckerInversesState,
+)
+from memopt.transforms.kronecker import observe as observe
+from memopt.transforms.kronecker import scale_by_kronecker_inverses as scale_by_kronecker_inverses
+from memopt.transforms.kronecker import zero_statistics as zero_statistics
 from memopt.transforms.matrix_rms import clip_by_matrix_rms as clip_by_matrix_rms
 from memopt.transforms.matrix_rms import normalize_by_group as normalize_by_group
 from memopt.transforms.matrix_rms import scale_by_parameter_rms as scale_by_parameter_rms
@@ -63,9 +70,13 @@ from memopt.transforms.stored_update import keep_update as keep_update
 from memopt.transforms.stored_update import predict_parameters as predict_parameters
 from memopt.transforms.subspace import InSubspaceState as InSubspaceState
 from memopt.transforms.subspace import in_subspace as in_subspace
+from memopt.transforms.task_moments import ScaleByTaskMomentsState as ScaleByTaskMomentsState
+from memopt.transforms.task_moments import scale_by_task_moments as scale_by_task_moments
 from memopt.transforms.trust_ratio import (
     scale_by_matrix_trust_ratio as scale_by_matrix_trust_ratio,
 )
+from memopt.transforms.while_loss_falls import WhileLossFallsState as WhileLossFallsState
+from memopt.transforms.while_loss_falls import while_loss_falls as while_loss_falls
 from memopt.transforms.width import WidthRole as WidthRole
 from memopt.transforms.width import scale_by_width as scale_by_width
 from memopt.transforms.width import scale_initial_by_width as scale_initial_by_width

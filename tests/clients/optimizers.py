@@ -5,7 +5,7 @@ import functools
 import optax
 
 import memopt
-from benchmarks.objective import with_objective
+from benchmarks.extra_arguments import with_extra_arguments
 from memopt.optimizers.registry import METHODS as REGISTERED
 
 
@@ -20,7 +20,7 @@ def adamw_8bit(learning_rate: float) -> optax.GradientTransformationExtraArgs:
 
 METHODS = {
     name: functools.partial(
-        with_objective(memopt.optimizer),
+        with_extra_arguments(memopt.optimizer),
         name,
         **({"rank": 2} if REGISTERED[name].has_free_rank else {}),
     )

@@ -7,6 +7,7 @@ import optax
 
 import memopt
 from memopt import projectors
+from tests.optimizers.tasks import on_tasks
 from tests.yardstick import yardstick
 
 
@@ -237,6 +238,19 @@ def _clip_by_fraction(method, transpose):
     return optax.chain(*steps[method], optax.scale_by_learning_rate(meta["lr"]))
 
 
+def _tag(method, transpose):
+    _, _, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    tx = memopt.tag(
+        meta["lr"],
+        tasks=len(h["task_ends"]),
+        similarity=h["b"],
+        adam=h["optim"] == "adam",
+        b2=h["beta2"],
+    )
+    return on_tasks(tx, np.searchsorted(h["task_ends"], range(50), side="right"))
+
+
 METHODS = {
     "adafactor": (
         _adafactor,
@@ -274,6 +288,7 @@ METHODS = {
     ),
     "sm3": (_sm3, ("sm3_po",)),
     "soap": (_soap, ("soap", "soap_maxdim64", "soap_maxdim64_wd_f5")),
+    "tag": (_tag, ("tag_adam", "tag_rms")),
 }
 """For each method what sets it up to follow a run, and the runs. Flora without a momentum, as its
 code has it by default, projects nothing and is AdaLomo."""

@@ -16,13 +16,14 @@ from jax.sharding import AxisType, NamedSharding
 from orbax.checkpoint import v1 as ocp
 
 import memopt
-from benchmarks.objective import with_objective
+from benchmarks.extra_arguments import with_extra_arguments
 from memopt import projectors, recombine
 from memopt.optimizers.registry import METHODS
 from memopt.state.codecs import bits_of
 from memopt.trees import leaf_name
 from tests.optimizers import pairings
 from tests.optimizers.kinds import KINDS, slow_unless
+from tests.optimizers.tasks import on_tasks
 
 RANK = 4
 
@@ -84,6 +85,16 @@ def quantized_galore(learning_rate, rank=RANK):
     return memopt.galore(learning_rate, rank=rank, refresh_every=3, inner=inner)
 
 
+def tag_on_three_tasks(learning_rate, adam=False, factored=False, weight_decay=0.0):
+    """TAG, which returns to the first of its tasks."""
+    options = {"adam": adam, "factored": factored, "weight_decay": weight_decay}
+    return on_tasks(memopt.tag(learning_rate, tasks=3, **options), [0, 0, 1, 2, 0])
+
+
+mkor = functools.partial(memopt.mkor, inv_freq=2)
+factors_and_momentum = lambda k, m, n: k * (m * m + n * n + m * n)
+
+
 # Two codes a number, and two scales a row for each; of four bits half a code, and half a scale.
 int8_moments = lambda *shape: math.prod(shape) / 2 + 4 * math.prod(shape[:-1])
 int4_moments = lambda *shape: 3 / 8 * math.prod(shape) + 5 / 2 * math.prod(shape[:-1])
@@ -143,6 +154,9 @@ CASES = {
     "lion": Case(variant(memopt.lion, **decays), once, once, once),
     "lomo": Case(variant(memopt.lomo, clip_value=0.5, **decays), none, none, none),
     "muon": Case(variant(memopt.muon, **decays), once, twice, twice),
+    "mkor": Case(variant(mkor, **decays), factors_and_momentum, once, once),
+    "mkor_hybrid": Case(variant(mkor, hybrid=True), factors_and_momentum, once, once),
+    "mkor_as_released": Case(variant(mkor, as_released=True), factors_and_momentum, once, once),
     "galore": Case(variant(memopt.galore, **ranks, **decays), low_moments, twice, twice),
     "galore_in_turns": Case(
         variant(memopt.galore, projector="svd", refresh_phase=(0, 1), as_released=True, **ranks),
@@ -223,6 +237,19 @@ CASES = {
         twice,
         twice,
     ),
+    "tag": Case(memopt.tag, twice, twice, twice),
+    "tag_adam": Case(
+        variant(tag_on_three_tasks, adam=True, **decays),
+        lambda *shape: 3 * twice(*shape),
+        lambda *shape: 3 * twice(*shape),
+        lambda *shape: 3 * twice(*shape),
+    ),
+    "tag_factored": Case(
+        variant(tag_on_three_tasks, factored=True),
+        lambda k, m, n: 6 * k * (m + n),
+        lambda m, n: 6 * (m + n),
+        lambda *shape: 3 * twice(*shape),
+    ),
     "galore_at_random": Case(
         galore_at_random,
         lambda k, m, n: 2 * RANK * max(m, n) * k + RANK * min(m, n),
@@ -264,9 +291,10 @@ VARIANTS = {  # of methods that stand in the table otherwise, too
     *("apollo_mini_scale_front", "flora_as_released", "frugal_blocks", "frugal_orthogonal"),
     *("galore_8bit", "galore_at_random", "galore_in_turns", "oasis_momentum"),
     *("soap_as_released", "soap_in_blocks"),
+    *("mkor_as_released", "mkor_hybrid", "tag_adam", "tag_factored"),
 }
 CASES |= CELLS
-CASES = {name: case._replace(make=with_objective(case.make)) for name, case in CASES.items()}
+CASES = {name: case._replace(make=with_extra_arguments(case.make)) for name, case in CASES.items()}
 every_case = pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=slow_unless(name not in VARIANTS | set(CELLS))) for name in CASES],

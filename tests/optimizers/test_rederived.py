@@ -10,6 +10,7 @@ import pytest
 import memopt
 from memopt import projectors
 from tests.optimizers.recorded_runs import follow
+from tests.optimizers.tasks import on_tasks
 from tests.yardstick import yardstick
 
 LEARNING_RATE, DECAY, RANK, EVERY = 1e-2, 0.1, 8, 10
@@ -505,6 +506,29 @@ def adamw_but_at_first(w, gradients, name):
         yield w
 
 
+TASKS = np.repeat([0, 1, 0], [20, 10, 20])
+
+
+@stacked
+def tag(w, gradients, name):
+    """Two tasks, the first of which comes back."""
+    moments, cos = {}, lambda a, b: (a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum())
+    for t, g in enumerate(gradients):
+        task = TASKS[t]
+        m, v = moments.get(task, (0.0, 0.0))
+        m, v = moments[task] = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2
+        if t >= 20:
+            other, squares = moments[1 - task]
+            similar = cos(m, other) if m.any() and other.any() else 0.0
+            v = np.exp(-5) * v + np.exp(-5 * similar) * squares
+        w = descend(w, g / (np.sqrt(v) + 1e-8))
+        yield w
+
+
+def tag_on_tasks(learning_rate, **options):
+    return on_tasks(memopt.tag(learning_rate, tasks=2, **options), TASKS)
+
+
 def replayed(r):
     sides = {name: min(LEAVES[name][1][-2:]) for name in MATRICES}
     return projectors.replay({name: given(name, side, r) for name, side in sides.items()})
@@ -581,6 +605,7 @@ METHODS = {
         memopt.soap,
         {"max_side": 16, "as_released": True},
     ),
+    "tag": (tag, tag_on_tasks, {}),
     "ldadam": (wide(ldadam), memopt.ldadam, {"rank": RANK}),
     "ldadam_as_released": (fourth_power, memopt.ldadam, {"rank": RANK, "as_released": True}),
 }

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import memopt
-from benchmarks.objective import with_objective
+from benchmarks.extra_arguments import with_extra_arguments
 from memopt.optimizers.registry import METHODS
 from tests.optimizers.kinds import slow_unless
 
@@ -25,7 +25,7 @@ def tree():
 
 @pytest.mark.parametrize("name", memopt.available())
 def test_every_name_builds_and_moves(name):
-    tx = memopt.optimizer(name, learning_rate=1.0 if METHODS[name].finds_step else 1e-2)
+    tx = with_extra_arguments(memopt.optimizer)(name, 1.0 if METHODS[name].finds_step else 1e-2)
     params = tree()
 
     def loss(p):
@@ -47,7 +47,7 @@ def test_every_name_builds_and_moves(name):
 @pytest.mark.parametrize("name", memopt.available())
 def test_every_name_takes_a_schedule(name):
     params = jax.eval_shape(tree)
-    tx = memopt.optimizer(name, optax.linear_schedule(1e-2, 0.0, 10))
+    tx = with_extra_arguments(memopt.optimizer)(name, optax.linear_schedule(1e-2, 0.0, 10))
     needed = {"obj_fn": lambda p: p["norm"]["scale"].sum(), "value": 1.0}
     update = lambda g: tx.update(g, tx.init(g), g, **needed)[0]
     assert jax.eval_shape(update, params) == params
@@ -220,7 +220,7 @@ def test_injected_hyperparameters_are_float32_whatever_the_parameters_are(name):
         params = normal(0)
         return functools.reduce(step, gradients, (params, tx.init(params)))
 
-    make, is_matrix = with_objective(getattr(memopt, name)), lambda x: x.ndim > 1
+    make, is_matrix = with_extra_arguments(getattr(memopt, name)), lambda x: x.ndim > 1
     options = {"weight_decay": 0.1, "weight_decay_mask": lambda p: jax.tree.map(is_matrix, p)}
     given, state = train(optax.inject_hyperparams(make)(learning_rate=1e-2, **options))
     expected, _ = train(make(1e-2, **options))

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 import memopt
+from benchmarks.extra_arguments import with_extra_arguments
 from memopt.optimizers.registry import METHODS
 from tests.optimizers.kinds import KINDS, slow_unless
 
@@ -222,6 +223,8 @@ def test_an_array_shaped_like_its_parameter_is_sharded_like_it(name):
     state = jax.eval_shape(tx.init, jax.tree.map(lambda p: p.update(sharding=None), params))
     for (path, spec), x in zip(found.items(), jax.tree.leaves(state), strict=True):
         parameter = path.rpartition("/")[2]
+        if name == "mkor" and parameter == "square":
+            continue  # its factors are of the same shape
         if parameter in MODEL and x.shape == MODEL[parameter][0]:
             assert spec == AS_PARAMETERS[parameter], path
 
@@ -412,7 +415,9 @@ def test_parameters_that_are_not_on_one_mesh_are_refused(params, options, messag
 
 SPECS = {"stack": jax.P(None, "a", "b"), "matrix": jax.P("a", "b"), "norm": jax.P("b")}
 SHAPES = {"stack": (2, 16, 32), "matrix": (16, 32), "norm": (32,)}
-TRANSFORMATIONS = {name: memopt.optimizer(name, 1e-2) for name in memopt.available()} | {
+TRANSFORMATIONS = {
+    name: with_extra_arguments(memopt.optimizer)(name, 1e-2) for name in memopt.available()
+} | {
     "optax_galore": optax.contrib.galore(1e-2, rank=4),
     "int8": optax.chain(
         memopt.quantize_state(optax.scale_by_adam(), min_size=200),
