@@ -17,6 +17,8 @@ from memopt.transforms.factored import (
 from memopt.transforms.factored import scale_by_factored_matrix_rms as scale_by_factored_matrix_rms
 from memopt.transforms.gradient_norm import ClipByGradientNormState as ClipByGradientNormState
 from memopt.transforms.gradient_norm import clip_by_gradient_norm as clip_by_gradient_norm
+from memopt.transforms.kept_change import KeepLargestChangeState as KeepLargestChangeState
+from memopt.transforms.kept_change import keep_largest_change as keep_largest_change
 from memopt.transforms.matrix_rms import clip_by_matrix_rms as clip_by_matrix_rms
 from memopt.transforms.matrix_rms import normalize_by_group as normalize_by_group
 from memopt.transforms.matrix_rms import scale_by_parameter_rms as scale_by_parameter_rms
