@@ -43,6 +43,7 @@ from memopt.transforms import SkipNonfiniteState as SkipNonfiniteState
 from memopt.transforms import accumulate as accumulate
 from memopt.transforms import accumulate_in_subspace as accumulate_in_subspace
 from memopt.transforms import adam_bias_correction as adam_bias_correction
+from memopt.transforms import cached_value_and_grad as cached_value_and_grad
 from memopt.transforms import clip_by_gradient_norm as clip_by_gradient_norm
 from memopt.transforms import clip_by_matrix_rms as clip_by_matrix_rms
 from memopt.transforms import in_subspace as in_subspace

@@ -11,6 +11,7 @@ from memopt.transforms.adam import ScaleByUncorrectedAdamState as ScaleByUncorre
 from memopt.transforms.adam import adam_bias_correction as adam_bias_correction
 from memopt.transforms.adam import scale_by_released_adam as scale_by_released_adam
 from memopt.transforms.adam import scale_by_uncorrected_adam as scale_by_uncorrected_adam
+from memopt.transforms.cached_gradient import cached_value_and_grad as cached_value_and_grad
 from memopt.transforms.factored import (
     ScaleByFactoredMatrixRmsState as ScaleByFactoredMatrixRmsState,
 )
