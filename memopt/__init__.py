@@ -19,6 +19,7 @@ from memopt.state.bytes import StateBytes as StateBytes
 from memopt.state.bytes import state_bytes as state_bytes
 from memopt.state.describe import Description as Description
 from memopt.state.describe import describe as describe
+from memopt.state.growth import grow_depth as grow_depth
 from memopt.state.quantized_params import Quantized as Quantized
 from memopt.state.quantized_params import apply_rounded_updates as apply_rounded_updates
 from memopt.state.quantized_params import dequantize_params as dequantize_params
