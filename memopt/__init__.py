@@ -19,6 +19,7 @@ from memopt.state.bytes import StateBytes as StateBytes
 from memopt.state.bytes import state_bytes as state_bytes
 from memopt.state.describe import Description as Description
 from memopt.state.describe import describe as describe
+from memopt.state.growth import grow_depth as grow_depth
 from memopt.state.quantized_params import Quantized as Quantized
 from memopt.state.quantized_params import apply_rounded_updates as apply_rounded_updates
 from memopt.state.quantized_params import dequantize_params as dequantize_params
@@ -36,6 +37,7 @@ from memopt.transforms import ClipFirstMomentState as ClipFirstMomentState
 from memopt.transforms import GrowthLimiter as GrowthLimiter
 from memopt.transforms import InEigenbasisState as InEigenbasisState
 from memopt.transforms import InSubspaceState as InSubspaceState
+from memopt.transforms import KeepLargestChangeState as KeepLargestChangeState
 from memopt.transforms import KeepUpdateState as KeepUpdateState
 from memopt.transforms import LayerStatistics as LayerStatistics
 from memopt.transforms import LimitNormGrowthState as LimitNormGrowthState
@@ -58,6 +60,7 @@ from memopt.transforms import WidthRole as WidthRole
 from memopt.transforms import accumulate as accumulate
 from memopt.transforms import accumulate_in_subspace as accumulate_in_subspace
 from memopt.transforms import adam_bias_correction as adam_bias_correction
+from memopt.transforms import cached_value_and_grad as cached_value_and_grad
 from memopt.transforms import clip_by_fraction as clip_by_fraction
 from memopt.transforms import clip_by_gradient_norm as clip_by_gradient_norm
 from memopt.transforms import clip_by_matrix_rms as clip_by_matrix_rms
@@ -65,6 +68,7 @@ from memopt.transforms import clip_by_step as clip_by_step
 from memopt.transforms import clip_first_moment as clip_first_moment
 from memopt.transforms import in_eigenbasis as in_eigenbasis
 from memopt.transforms import in_subspace as in_subspace
+from memopt.transforms import keep_largest_change as keep_largest_change
 from memopt.transforms import keep_update as keep_update
 from memopt.transforms import limit_norm_growth as limit_norm_growth
 from memopt.transforms import newton_schulz as newton_schulz

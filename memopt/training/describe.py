@@ -19,8 +19,8 @@ from memopt.training.setup import Setup, abstract_batch, set_up
 #: The least values of options.
 LEAST = {
     **dict.fromkeys(("batch_size", "accumulation", "steps", "max_skipped"), 1),
-    **dict.fromkeys(("eval_every", "checkpoint_every", "keep"), 1),
-    "learning_rate": 0,
+    **dict.fromkeys(("eval_every", "checkpoint_every", "keep", "grow"), 1),
+    **dict.fromkeys(("learning_rate", "schedule_start"), 0),
 }
 
 #: The highest learning rate unless one is given; it suits APOLLO-Mini.
@@ -63,7 +63,9 @@ def describe_run(config: Config) -> Setup:
     mesh = make_mesh(config.run.mesh, config.text.batch_size // options.accumulation)
     try:
         tx = optimizers.optimizer(
-            options.optimizer, learning_rate=learning_rate, **config.optimizer_options
+            options.optimizer,
+            learning_rate=_delayed(learning_rate, options.schedule_start),
+            **config.optimizer_options,
         )
         setup = set_up(
             model_config,
@@ -110,6 +112,7 @@ def _model_config(config: Config) -> llama.LlamaConfig:
     model = dataclasses.replace(
         model,
         vocab_size=options.vocab_size or model.vocab_size,
+        num_layers=options.num_layers or model.num_layers,
         param_dtype=dtypes["param_dtype"],
         dtype=dtypes["compute_dtype"],
         remat=options.remat,
@@ -137,3 +140,8 @@ def _learning_rate(options: Optimization) -> optax.Schedule:
         decay_steps=round(options.decay * options.steps) if options.schedule == "wsd" else None,
         end_value=options.final_learning_rate * highest,
     )
+
+
+def _delayed(schedule: optax.Schedule, start: int) -> optax.Schedule:
+    """The schedule as a function of the updates that a state counts which was taken over."""
+    return (lambda count: schedule(count - start)) if start else schedule

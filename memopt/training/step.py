@@ -11,6 +11,7 @@ import optax
 from memopt.state.precision import where_applied
 from memopt.state.quantized_params import apply_rounded_updates, dequantize_params
 from memopt.transforms.gradient_norm import global_norm
+from memopt.transforms.microbatches import split_microbatches, sum_microbatches
 from memopt.transforms.skip_nonfinite import all_finite, skips_matrices
 from memopt.trees import named_leaves, open_box
 
@@ -163,32 +164,3 @@ def _mean_gradient(
     tokens = jnp.maximum(tokens, 1)
     gradients = jax.tree.map(lambda g, p: (g / tokens).astype(p.dtype), gradients, params)
     return total / tokens, gradients, tokens
-
-
-def sum_microbatches(f: Callable[..., tuple[Any, Any]], *xs: Any) -> tuple[Any, Any]:
-    """Sums one result of `f` over micro-batches, in float32, and stacks the other.
-
-    Args:
-        f: Maps a micro-batch of each of `xs` to (tree to sum, tree to stack).
-        *xs: Trees of arrays of shape (micro-batches, ...).
-    """
-    first = jax.tree.map(lambda x: x[0], xs)
-    if jax.tree.leaves(xs)[0].shape[0] == 1:
-        sums, others = f(*first)
-        return sums, jax.tree.map(lambda x: x[None], others)
-
-    def add(sums: Any, xs: Any) -> tuple[Any, Any]:
-        new, others = f(*xs)
-        return jax.tree.map(jnp.add, sums, new), others
-
-    like, _ = jax.eval_shape(f, *first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x, "float32")), like)
-    return jax.lax.scan(add, zeros, xs)
-
-
-def split_microbatches(batch: Batch, pieces: int) -> Batch:
-    """Cuts (batch, ...) into (pieces, batch / pieces, ...), every piece with rows of every shard.
-
-    Row i goes to piece i mod pieces, so a batch sharded over its rows needs no communication.
-    """
-    return jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)

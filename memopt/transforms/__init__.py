@@ -15,6 +15,7 @@ from memopt.transforms.adam import scale_by_adam_atan2 as scale_by_adam_atan2
 from memopt.transforms.adam import scale_by_raw_amsgrad as scale_by_raw_amsgrad
 from memopt.transforms.adam import scale_by_released_adam as scale_by_released_adam
 from memopt.transforms.adam import scale_by_uncorrected_adam as scale_by_uncorrected_adam
+from memopt.transforms.cached_gradient import cached_value_and_grad as cached_value_and_grad
 from memopt.transforms.cover import ScaleByMatrixSm3State as ScaleByMatrixSm3State
 from memopt.transforms.cover import scale_by_matrix_sm3 as scale_by_matrix_sm3
 from memopt.transforms.eigenbasis import InEigenbasisState as InEigenbasisState
@@ -30,6 +31,8 @@ from memopt.transforms.gradient_norm import ClipByGradientNormState as ClipByGra
 from memopt.transforms.gradient_norm import clip_by_gradient_norm as clip_by_gradient_norm
 from memopt.transforms.hutchinson import ScaleByHutchinsonState as ScaleByHutchinsonState
 from memopt.transforms.hutchinson import scale_by_hutchinson as scale_by_hutchinson
+from memopt.transforms.kept_change import KeepLargestChangeState as KeepLargestChangeState
+from memopt.transforms.kept_change import keep_largest_change as keep_largest_change
 from memopt.transforms.kronecker import LayerStatistics as LayerStatistics
 from memopt.transforms.kronecker import (
     ScaleByKroneckerInversesState as ScaleByKroneckerInversesState,

@@ -95,6 +95,12 @@ mkor = functools.partial(memopt.mkor, inv_freq=2)
 factors_and_momentum = lambda k, m, n: k * (m * m + n * n + m * n)
 
 
+def largest_changes(learning_rate):
+    """Gradient descent that returns to where it started, but for the largest changes."""
+    keep = memopt.keep_largest_change(None, fraction=0.3, every=2)
+    return optax.chain(optax.sgd(learning_rate), keep)
+
+
 # Two codes a number, and two scales a row for each; of four bits half a code, and half a scale.
 int8_moments = lambda *shape: math.prod(shape) / 2 + 4 * math.prod(shape[:-1])
 int4_moments = lambda *shape: 3 / 8 * math.prod(shape) + 5 / 2 * math.prod(shape[:-1])
@@ -257,6 +263,7 @@ CASES = {
         twice,
         ("rank",),
     ),
+    "largest_changes": Case(largest_changes, once, once, once),
     "adamw_8bit": Case(quantized_adamw, int8_moments, int8_moments, twice),
     "adamw_4bit": Case(variant(quantized_adamw, codec="int4"), int4_moments, int4_moments, twice),
     "adamw_bfloat16": Case(
@@ -289,9 +296,9 @@ VARIANTS = {  # of methods that stand in the table otherwise, too
     *("adafactor_momentum", "adalomo_as_released", "adamw_4bit", "adamw_bfloat16"),
     *("apollo_as_released",),
     *("apollo_mini_scale_front", "flora_as_released", "frugal_blocks", "frugal_orthogonal"),
-    *("galore_8bit", "galore_at_random", "galore_in_turns", "oasis_momentum"),
+    *("galore_8bit", "galore_at_random", "galore_in_turns", "largest_changes"),
     *("soap_as_released", "soap_in_blocks"),
-    *("mkor_as_released", "mkor_hybrid", "tag_adam", "tag_factored"),
+    *("oasis_momentum", "mkor_as_released", "mkor_hybrid", "tag_adam", "tag_factored"),
 }
 CASES |= CELLS
 CASES = {name: case._replace(make=with_extra_arguments(case.make)) for name, case in CASES.items()}
@@ -459,10 +466,10 @@ def test_dtypes_of_state_and_updates_never_change(name, tree, dtype):
     statistics = {str(x.dtype) for x in jax.tree.leaves(after)} - {"int32"}
     if "bit" in name or name == "adamw_bfloat16":
         statistics -= {"int4", "int8", "uint8", "bfloat16"}
-    if name == "oasis":
-        statistics -= {jnp.dtype(dtype).name}  # a copy of the parameters
-    # Statistics of Optax follow the parameter, and so does Lion's momentum; others are float32.
-    follows = name in ("lion", *memopt.available("optax"))
+    # Statistics of Optax follow the parameter, and so do Lion's momentum and copies of parameters;
+    # others are float32.
+    copies = ("lion", "largest_changes", "oasis")
+    follows = name in (*copies, *memopt.available("optax"))
     assert statistics <= {jnp.dtype(dtype if follows else jnp.float32).name}
 
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from benchmarks.extra_arguments import statistics_of
 
 import memopt
+from benchmarks.extra_arguments import statistics_of
 from memopt.transforms.kronecker import rank_one
 from tests.yardstick import yardstick
 
