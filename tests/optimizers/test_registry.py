@@ -75,8 +75,8 @@ def test_an_optimizer_is_a_method_of_memopt_or_of_optax():
     assert {n for n, library in libraries.items() if library == "optax"} == set(
         memopt.available("optax")
     )
-    function = lambda make: make.func if isinstance(make, functools.partial) else make
-    modules = {n: function(METHODS[n].make).__module__.partition(".")[0] for n in METHODS}
+    defined = {n: getattr(m.make, "func", m.make) for n, m in METHODS.items()}  # nadamw is partial
+    modules = {n: make.__module__.partition(".")[0] for n, make in defined.items()}
     assert modules == libraries
 
 
