@@ -1,6 +1,6 @@
 """Measures whether the best learning rate of a narrow model is that of wider ones.
 
-    nice python -m benchmarks.width [--widths 64 128 256] [--rates -11 -10 ... -6] [--seeds 0]
+    nice python -m benchmarks.width [--schemes mup global] [--widths 64 128 256] [--seeds 0]
 
 It trains a small LLaMA by Adam on the source of Python's standard library at several widths, each
 with learning rates a factor of two apart, in three ways:
@@ -42,6 +42,7 @@ from rich.table import Table
 import memopt
 from benchmarks.machine import core_count, cpu_model, versions
 from benchmarks.report import save
+from memopt.errors import check_choice
 from memopt.models import llama
 from memopt.text.tokenizer import load_tokenizer
 from memopt.training.config import Config, Optimization, Text
@@ -57,6 +58,7 @@ class Options:
     """The options of this benchmark.
 
     Attributes:
+      schemes: the ways to train, of those above.
       widths: the widths of the model; the first is the base.
       rates: the learning rates, as powers of two.
       seeds: the seeds of initial weights and order of the data.
@@ -68,6 +70,7 @@ class Options:
       output: the JSON file; the plot has the same name.
     """
 
+    schemes: tuple[str, ...] = ("mup", "global")
     widths: tuple[int, ...] = (64, 128, 256)
     rates: tuple[int, ...] = tuple(range(-11, -5))
     seeds: tuple[int, ...] = (0,)
@@ -161,22 +164,22 @@ def runs(options: Options) -> list[Run]:
     """All runs: scheme, width, learning rate as a power of two, and seed.
 
     They are in the order in which they tell most: the base, then learning rates from the middle of
-    the grid outwards, "standard" last.
+    the grid outwards.
     """
     base, *wider = options.widths
     rates = sorted(options.rates, key=lambda rate: abs(rate - statistics.mean(options.rates)))
     wanted = list(itertools.product(("all",), (base,), rates, options.seeds))
-    for schemes in (SCHEMES[:2], SCHEMES[2:]):
-        for seed, rate in itertools.product(options.seeds, rates):
-            wanted += list(itertools.product(schemes, wider, (rate,), (seed,)))
+    for seed, rate in itertools.product(options.seeds, rates):
+        wanted += list(itertools.product(options.schemes, wider, (rate,), (seed,)))
     return wanted
 
 
 def losses(results: Sequence[dict[str, Any]]) -> dict[tuple[str, int], dict[int, float]]:
     """For each scheme and width, the mean loss over seeds by learning rate."""
+    schemes = {r["scheme"] for r in results} - {"all"}
     kept: dict[tuple[str, int], dict[int, list[float]]] = {}
     for r in results:
-        for scheme in SCHEMES if r["scheme"] == "all" else (r["scheme"],):
+        for scheme in schemes if r["scheme"] == "all" else (r["scheme"],):
             at = kept.setdefault((scheme, r["width"]), {})
             at.setdefault(r["rate"], []).append(r["loss"])
     mean = lambda at: {rate: statistics.mean(found) for rate, found in sorted(at.items())}
@@ -185,23 +188,25 @@ def losses(results: Sequence[dict[str, Any]]) -> dict[tuple[str, int], dict[int,
 
 def best(results: Sequence[dict[str, Any]]) -> dict[str, dict[int, int]]:
     """For each scheme and width, the learning rate of the lowest mean loss, as a power of two."""
-    found: dict[str, dict[int, int]] = {scheme: {} for scheme in SCHEMES}
+    found: dict[str, dict[int, int]] = {}
     for (scheme, width), at in losses(results).items():
-        found[scheme][width] = min(at, key=lambda rate: at[rate])
+        found.setdefault(scheme, {})[width] = min(at, key=lambda rate: at[rate])
     return found
 
 
 def finished(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs in a file, of the same steps, batches and base; none if there is no file."""
-    if not path.exists():
-        return []
-    report = json.loads(path.read_text())
-    grid = ("widths", "rates", "seeds")
+    """The runs in a file; none if there is no file.
+
+    Raises:
+      ValueError: if they had other settings.
+    """
+    report = json.loads(path.read_text()) if path.exists() else {**settings, "results": []}
     for name, value in settings.items():
-        if name not in grid and report[name] != value:
-            sys.exit(f"error: {path} has runs of {name} {report[name]}: give another --output.")
-    if report["widths"][0] != settings["widths"][0]:
-        sys.exit(f"error: {path} has runs of base width {report['widths'][0]}.")
+        if report[name] != value:
+            raise ValueError(
+                f"{name} must be {report[name]}, as of the runs in {path}, or --output another "
+                f"file, got {value}."
+            )
     return report["results"]
 
 
@@ -225,10 +230,11 @@ def plot(report: dict[str, Any], path: Path) -> None:
     """Draws loss against learning rate: a panel for each scheme, a line for each width."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.5), layout="constrained")
-    panels = figure.subplots(1, len(SCHEMES), sharey=True)
     by_row = losses(report["results"])
-    for axes, scheme in zip(panels, SCHEMES, strict=True):
+    schemes = [scheme for scheme in SCHEMES if scheme in {of for of, _ in by_row}]
+    figure = Figure(figsize=(1 + 3.5 * len(schemes), 3.5), layout="constrained")
+    [panels] = figure.subplots(1, len(schemes), sharey=True, squeeze=False)
+    for axes, scheme in zip(panels, schemes, strict=True):
         for (of, width), at in by_row.items():
             if of == scheme:
                 lowest = min(at, key=lambda rate: at[rate])
@@ -238,7 +244,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("learning rate")
         axes.set_title(scheme)
     low = min(min(at.values()) for at in by_row.values())
-    panels[0].set_ylim(low - 0.05, low + 1.2)
+    panels[0].set_ylim(low - 0.05, low + 0.6)
     panels[0].set_ylabel("validation loss")
     panels[0].legend()
     figure.savefig(path, dpi=120)
@@ -247,8 +253,20 @@ def plot(report: dict[str, Any], path: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Trains what is missing, prints the table and writes the files."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
-    settings = {k: v for k, v in dataclasses.asdict(options).items() if k != "output"}
-    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+    settings = {
+        "base": options.widths[0],
+        "layers": options.layers,
+        "steps": options.steps,
+        "seq_len": options.seq_len,
+        "batch_size": options.batch_size,
+        "eval_tokens": options.eval_tokens,
+    }
+    try:
+        for scheme in options.schemes:
+            check_choice("scheme", scheme, SCHEMES)
+        results = finished(options.output, settings)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     report: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.width", *arguments]),
         **settings,
@@ -256,15 +274,14 @@ def main(arguments: Sequence[str]) -> None:
         "cpu": cpu_model(),
         "cores": core_count(),
         "versions": versions(("memopt", "jax", "jaxlib", "optax")),
-        "results": finished(options.output, settings),
+        "results": results,
     }
     done = {tuple(r[k] for k in ("scheme", "width", "rate", "seed")) for r in report["results"]}
-    for scheme, width, rate, seed in track([r for r in runs(options) if r not in done]):
+    for scheme, width, rate, seed in track([run for run in runs(options) if run not in done]):
         of = "mup" if scheme == "all" else scheme
         loss = train(options, of, width, rate, seed)
-        run = {"scheme": scheme, "width": width, "rate": rate, "seed": seed, "loss": loss}
-        report["results"].append(run)
-        report["best"] = best(report["results"])
+        results.append({"scheme": scheme, "width": width, "rate": rate, "seed": seed, "loss": loss})
+        report["best"] = best(results)
         save(report, options.output)
     Console().print(table(report))
     save(report, options.output, lambda path: plot(report, path))

@@ -218,8 +218,9 @@ def scale_by_width(
       matrices: which axes of each matrix are its inputs and outputs; see `width_roles`.
 
     Raises:
-      ValueError: if a name is unknown or a constant not above 0, at once; as `width_roles`, and if
-        `constants` are given at the base width without `wider`, by `init` and `update`.
+      ValueError: if a name is unknown or a constant not above 0; by `init` if `base` lacks a
+        parameter; by `update` as `width_roles`, and if `constants` are given at the base width
+        without `wider`.
 
     References:
       Everett et al., Scaling Exponents Across Parameterizations and Optimizers, 2024,
@@ -256,7 +257,10 @@ def scale_by_width(
         return {name: _factor(found, rates) for name, found in roles.items()}
 
     def init(params: Any) -> optax.EmptyState:
-        factors(params)
+        # Roles are not looked at here: `memopt.state_sharding` changes axes one at a time.
+        shapes = _shapes(base)
+        for name, shape in _shapes(params).items():
+            _shape_in("base", shapes, name, shape)
         return optax.EmptyState()
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:

@@ -156,7 +156,7 @@ def test_constants_multiply_roles_and_need_a_wider_model_at_the_base_width():
             factor, named[memopt.width_roles(WIDE, BASE)[leaf].role], rtol=1e-5
         )
     with pytest.raises(ValueError, match="wider must be given with constants"):
-        memopt.scale_by_width("mup", BASE, constants=gammas).init(BASE)
+        scaled(memopt.scale_by_width("mup", BASE, constants=gammas), BASE)
 
 
 def test_stacked_layers_are_separate_layers():
@@ -187,6 +187,17 @@ def test_sharded_is_unsharded(axis_type):
         found = jax.jit(lambda u: scaled(tx, u))(jax.device_put(wide, places))
     assert all(x.sharding.is_equivalent_to(s, x.ndim) for x, s in zip(found, places, strict=True))
     chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(scaled(tx, wide)))
+
+
+def test_state_beside_it_is_sharded_as_without_it():
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    place = NamedSharding(mesh, jax.P("a", "b"))
+    shape = lambda *s: jax.ShapeDtypeStruct(s, "float32", sharding=place)
+    tree = lambda d: {"embed": shape(16, d), "up": shape(d, 2 * d), "head": shape(d, 16)}
+    factors = memopt.scale_by_factored_matrix_rms()
+    both = optax.chain(factors, memopt.scale_by_width("mup", tree(8), wider=tree(16)))
+    [found, _] = memopt.state_sharding(both, tree(8))
+    assert found == memopt.state_sharding(factors, tree(8))
 
 
 def test_missing_masked_and_narrow_leaves():
@@ -244,10 +255,12 @@ def of(**shapes):
 )
 def test_shapes_of_another_model_are_refused(params, base, message):
     with pytest.raises(ValueError, match=message):
-        memopt.scale_by_width("mup", base).init(params)
+        memopt.width_roles(params, base)
 
 
 def test_other_arguments_are_refused():
+    with pytest.raises(ValueError, match="base must have every parameter"):
+        memopt.scale_by_width("mup", of(v=(4, 4))).init(of(w=(4, 4)))
     with pytest.raises(ValueError, match="did you mean 'mup'"):
         memopt.scale_by_width("mups", BASE)
     with pytest.raises(ValueError, match="alignment 'half' is unknown"):
@@ -258,7 +271,7 @@ def test_other_arguments_are_refused():
         memopt.scale_by_width("mup", BASE, constants=(1.0, 2.0))
     mixed = of(w=(8, 4))
     with pytest.raises(ValueError, match="all three must be of the same model"):
-        memopt.scale_by_width("mup", of(w=(4, 4)), wider=of(w=(4, 8))).init(mixed)
+        memopt.width_roles(mixed, of(w=(4, 4)), wider=of(w=(4, 8)))
 
 
 def test_llama_starts_as_a_parameterization_says():
