@@ -78,6 +78,8 @@ class Optimization:
         decay: Share of the steps in which wsd decays. The others decay from warm-up to end.
         final_learning_rate: Learning rate at the end, as a share of the highest.
         steps: Batches to train on.
+        predict_steps: Take gradients where the weights will be after so many steps, by the
+            optimizer's state alone, as XGrad does.
         accumulation: Micro-batches that a batch is worked through in, to save memory.
         max_skipped: Stop after so many steps in a row that were not finite. Such steps change
             nothing.
@@ -94,6 +96,7 @@ class Optimization:
     decay: float = 0.2
     final_learning_rate: float = 0.1
     steps: int = 600
+    predict_steps: Annotated[int | None, conf.arg(metavar="INT")] = None
     accumulation: int = 1
     max_skipped: int = 10
     seed: int = 0
