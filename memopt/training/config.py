@@ -99,6 +99,8 @@ class Optimization:
         schedule_start: Updates that a state which was taken over counts before the schedule.
             --carry-state sets it.
         steps: Batches to train on.
+        predict_steps: Take gradients where the weights will be after so many steps, by the
+            optimizer's state alone, as XGrad does.
         accumulation: Micro-batches that a batch is worked through in, to save memory.
         max_skipped: Stop after so many steps in a row that were not finite. Such steps change
             nothing.
@@ -116,6 +118,7 @@ class Optimization:
     final_learning_rate: float = 0.1
     schedule_start: int = 0
     steps: int = 600
+    predict_steps: Annotated[int | None, conf.arg(metavar="INT")] = None
     accumulation: int = 1
     max_skipped: int = 10
     seed: int = 0

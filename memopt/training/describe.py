@@ -15,12 +15,15 @@ from memopt.text.batches import FIELDS
 from memopt.training.config import Config, Optimization
 from memopt.training.placement import make_mesh
 from memopt.training.setup import Setup, abstract_batch, set_up
+from memopt.training.step import Predict
+from memopt.transforms.stored_update import predict_parameters
 
 #: The least values of options.
 LEAST = {
     **dict.fromkeys(("batch_size", "accumulation", "steps", "max_skipped"), 1),
     **dict.fromkeys(("eval_every", "checkpoint_every", "keep", "grow"), 1),
     **dict.fromkeys(("learning_rate", "schedule_start"), 0),
+    "predict_steps": 1,
 }
 
 #: The highest learning rate unless one is given; it suits APOLLO-Mini.
@@ -77,6 +80,7 @@ def describe_run(config: Config) -> Setup:
             weights=config.architecture.weights,
             release=options.release,
             accumulation=options.accumulation,
+            predict=_predict(config, learning_rate) if options.predict_steps else None,
         )
         _check_step(setup)
         return setup
@@ -87,6 +91,17 @@ def describe_run(config: Config) -> Setup:
             f"optimizer {options.optimizer!r} cannot work with "
             f"option {', '.join(options.option)} ({error})."
         ) from error
+
+
+def _predict(config: Config, learning_rate: optax.Schedule) -> Predict:
+    """Predicts parameters without decay, as XGrad does; the optimizer's state is the same."""
+    options, named = config.optimization, config.optimizer_options
+    if "weight_decay" in METHODS[options.optimizer].defaults:
+        named |= {"weight_decay": 0.0}
+    tx = optimizers.optimizer(options.optimizer, learning_rate=learning_rate, **named)
+    tx = quantize_state(tx, options.state) if options.state else tx
+    steps = options.predict_steps or 0
+    return lambda state, params: predict_parameters(tx, state, params, steps)
 
 
 def _check_step(setup: Setup) -> None:

@@ -18,6 +18,7 @@ from memopt.trees import named_leaves, open_box
 Batch = Mapping[str, Any]
 Loss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 Metrics = dict[str, jax.Array]
+Predict = Callable[[Any, Any], Any]
 
 
 class TrainState(NamedTuple):
@@ -64,6 +65,7 @@ def train_step(
     tx: optax.GradientTransformation,
     learning_rate: optax.Schedule,
     accumulation: int = 1,
+    predict: Predict | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Takes one step; meant to be jitted with the state donated.
 
@@ -82,6 +84,9 @@ def train_step(
         learning_rate: The schedule `tx` follows, a function of the number of updates applied.
         accumulation: In how many micro-batches the batch is worked through, one after another;
             it divides the batch.
+        predict: Maps (optimizer state, parameters) to the parameters at which loss and gradient are
+            taken, such as `memopt.predict_parameters` with an optimizer and a number of steps;
+            the update is applied to the parameters themselves.
 
     Returns:
         The state after the step, and scalars: `loss`, `learning_rate`, `gradient_norm`, `tokens`,
@@ -99,7 +104,8 @@ def train_step(
         [0.1 0.1] 1.0
     """
     dense = dequantize_params(state.params)
-    mean_loss, gradients, tokens = _mean_gradient(loss, dense, batch, accumulation)
+    point = dense if predict is None else predict(state.opt_state, dense)
+    mean_loss, gradients, tokens = _mean_gradient(loss, point, batch, accumulation)
     norm = global_norm(gradients)
     applied = jnp.isfinite(mean_loss)
     if not skips_matrices(state.opt_state):

@@ -149,7 +149,8 @@ def clip_first_moment(
         kinds = owners(as_given, updates)
         is_first = jax.tree.map(lambda array: array.kind == FIRST, kinds, is_leaf=is_state_array)
         if not any(jax.tree.leaves(is_first)):
-            raise ValueError(f"inner must keep a first moment, got {inner}.")
+            name = getattr(inner.init, "__qualname__", str(inner)).partition(".")[0]
+            raise ValueError(f"inner must keep a first moment in floats, got {name}.")
         choose = lambda first, given, of_clipped: of_clipped if first else given
         new = jax.tree.map(choose, is_first, as_given, of_clipped)
         updates = update_of_state(inner, new, updates, params, **extra)
@@ -162,7 +163,7 @@ def largest_above(arrays: Sequence[Array], rank: int, axes: tuple[int, ...] | No
     """The magnitude at place `rank`, counted from 0, if all entries are sorted, largest first.
 
     The bits of a positive float, read as an integer, are in the same order as the floats. The bits
-    of the result are found from the highest down.
+    of the result are found from the highest down. Subnormal numbers count as zero.
 
     Args:
       arrays: arrays of floats, with more than `rank` entries together.
@@ -190,7 +191,9 @@ def largest_above(arrays: Sequence[Array], rank: int, axes: tuple[int, ...] | No
     shape = () if axes is None else [n for a, n in enumerate(arrays[0].shape) if a not in axes]
     start = varying_as_any(arrays, jnp.zeros(shape, integer))
     found = jax.lax.fori_loop(0, -(-(bits - 1) // _DIGIT), next_digit, start)
-    return jax.lax.bitcast_convert_type(found, dtype)
+    value = jax.lax.bitcast_convert_type(found, dtype)
+    # A comparison with a smaller number, which XLA takes for zero, holds for all.
+    return jnp.where(value >= jnp.finfo(dtype).tiny, value, 0)
 
 
 def _at_least(x: Array, least: Array) -> Array:

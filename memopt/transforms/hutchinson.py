@@ -12,7 +12,7 @@ from jax import Array
 from memopt.axis_types import on_auto_axes, varying_as
 from memopt.errors import check_at_least, check_precision
 from memopt.matrices import Layout, every_matrix, map_matrices
-from memopt.state.precision import average, bounded, check_real, statistics_dtype
+from memopt.state.precision import average, bounded, check_real, statistics_dtype, to_float32
 from memopt.transforms.projectors import MatrixSpec
 
 Objective = Callable[[Any], Array]
@@ -75,7 +75,7 @@ class HutchinsonRule(NamedTuple):
         def add(probe: Array, total: Any) -> Any:
             signs = on_auto_axes(random_signs, (params, self.seed, count, probe), like=params)
             products = jax.jvp(jax.grad(obj_fn), (params,), (signs,))[1]
-            one = lambda t, z, hz: t + bounded(z) * bounded(hz)
+            one = lambda t, z, hz: t + to_float32(z) * to_float32(hz)
             return jax.tree.map(one, total, signs, products)
 
         zeros = jax.tree.map(jnp.zeros_like, state.hessian)

@@ -20,8 +20,8 @@ class ScaleByOasisState(NamedTuple):
     Attributes:
       curvature: the estimate of the Hessian's diagonal.
       previous: the parameters of the previous step, in their dtype.
-      rate: the step size η of the previous step, float32.
-      ratio: its ratio θ to the one before, float32; infinite before the second step.
+      rate: the step size η of the previous step, float32 or wider.
+      ratio: its ratio θ to the one before; infinite before the second step.
     """
 
     curvature: ScaleByHutchinsonState
@@ -85,7 +85,8 @@ def scale_by_oasis(
     hessian.check()
 
     def init(params: Any) -> ScaleByOasisState:
-        number = lambda x: varying_as_any(params, jnp.asarray(x, jnp.float32))
+        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+        number = lambda x: varying_as_any(params, jnp.asarray(x, dtype))
         previous = jax.tree.map(jnp.zeros_like, params)
         return ScaleByOasisState(
             hessian.init(params), previous, number(first_step), number(jnp.inf)
@@ -101,7 +102,7 @@ def scale_by_oasis(
         rate = jnp.where(known, rate, state.rate)
         ratio = jnp.where(known, rate / state.rate, state.ratio)
         step = lambda g, d: (rate * bounded(g) / d).astype(g.dtype)
-        scalars = rate.astype(jnp.float32), ratio.astype(jnp.float32)
+        scalars = (x.astype(state.rate.dtype) for x in (rate, ratio))
         return jax.tree.map(step, updates, curvatures), *scalars
 
     def update(
