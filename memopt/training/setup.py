@@ -177,8 +177,11 @@ def set_up(
         model = llama.stacked_model(model_config)
         step = functools.partial(release_step, model=model, shardings=_shardings(params), **options)
     else:
-        loss = lambda params, batch: llama.loss(build_model(model_config, params), batch)
-        step = functools.partial(train_step, loss=loss, predict=predict, **options)
+        loss = lambda params, batch, **given: llama.loss(
+            build_model(model_config, params), batch, **given
+        )
+        observe = METHODS[optimizer].needs.startswith("statistics")
+        step = functools.partial(train_step, loss=loss, predict=predict, observe=observe, **options)
     state = abstract_state(params, tx, mesh, places)
     return Setup(model_config, mesh, tx, learning_rate, weights, state, batch, step, optimizer)
 

@@ -11,12 +11,13 @@ import optax
 from memopt.state.precision import where_applied
 from memopt.state.quantized_params import apply_rounded_updates, dequantize_params
 from memopt.transforms.gradient_norm import global_norm
+from memopt.transforms.kronecker import zero_statistics
 from memopt.transforms.microbatches import split_microbatches, sum_microbatches
 from memopt.transforms.skip_nonfinite import all_finite, skips_matrices
 from memopt.trees import named_leaves, open_box
 
 Batch = Mapping[str, Any]
-Loss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+Loss = Callable[..., tuple[jax.Array, jax.Array]]
 Metrics = dict[str, jax.Array]
 Predict = Callable[[Any, Any], Any]
 
@@ -66,6 +67,7 @@ def train_step(
     learning_rate: optax.Schedule,
     accumulation: int = 1,
     predict: Predict | None = None,
+    observe: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """Takes one step; meant to be jitted with the state donated.
 
@@ -87,6 +89,8 @@ def train_step(
         predict: Maps (optimizer state, parameters) to the parameters at which loss and gradient are
             taken, such as `memopt.predict_parameters` with an optimizer and a number of steps;
             the update is applied to the parameters themselves.
+        observe: Whether to give `tx` the layers' `statistics` too; `loss` is then called with zeros
+            from `memopt.zero_statistics` as `statistics`, to give them to `memopt.observe`.
 
     Returns:
         The state after the step, and scalars: `loss`, `learning_rate`, `gradient_norm`, `tokens`,
@@ -104,8 +108,13 @@ def train_step(
         [0.1 0.1] 1.0
     """
     dense = dequantize_params(state.params)
-    point = dense if predict is None else predict(state.opt_state, dense)
-    mean_loss, gradients, tokens = _mean_gradient(loss, point, batch, accumulation)
+    at = dense if predict is None else predict(state.opt_state, dense)
+    point, gradient_of = (at, None), lambda pair, batch: loss(pair[0], batch)
+    if observe:
+        point = at, zero_statistics(at)
+        gradient_of = lambda pair, batch: loss(pair[0], batch, statistics=pair[1])
+    mean_loss, found, tokens = _mean_gradient(gradient_of, point, batch, accumulation)
+    gradients, statistics = found
     norm = global_norm(gradients)
     applied = jnp.isfinite(mean_loss)
     if not skips_matrices(state.opt_state):
@@ -113,6 +122,7 @@ def train_step(
 
     objective = lambda params: loss(params, batch)[0] / tokens
     extra = {"value": mean_loss, "obj_fn": objective, "gradient_norm": norm}
+    extra |= {"statistics": statistics} if observe else {}
     update = optax.with_extra_args_support(tx).update
     updates, opt_state = update(gradients, state.opt_state, dense, **extra)
     new = apply_rounded_updates(state.params, updates, state.step - state.skipped), opt_state

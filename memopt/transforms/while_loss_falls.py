@@ -39,7 +39,7 @@ def while_loss_falls(
 
         L ← d L + (1 − d) ℓ                        L = ℓ at the first step
         F ← d F + (1 − d) (L_before − L)
-        stop as soon as F < share · max(F so far), after 2/(1 − d) steps
+        stop as soon as F ≤ share · max(F so far), after 2/(1 − d) steps
 
     From then on, updates and the state of `inner` are left as they are, at no cost. The two
     averages keep a few bad batches from stopping it; it does not start again. A loss that is not
@@ -87,7 +87,7 @@ def while_loss_falls(
         fall = (decay * fall + (1 - decay) * drop).astype(jnp.float32)
         largest = jnp.maximum(largest, fall)
         count = optax.safe_increment(count)
-        stalled = (count > 2 / (1 - decay)) & (fall < share * largest)
+        stalled = (count > 2 / (1 - decay)) & (fall <= share * largest)
         applied = jnp.where(stalled, 0, applied)
         updates, kept = jax.lax.cond(
             applied > 0,

@@ -56,6 +56,8 @@ def pretrain(complain, tmp_path):
         (["--option=rank"], "must be NAME=VALUE"),
         (["--optimizer=apollo", "--option=rank=64"], "rank"),
         (["--optimizer=apollo", "--option=rank=x"], "'apollo' cannot work with option rank=x"),
+        (["--optimizer=mkor", "--release"], "'mkor' needs statistics"),
+        (["--optimizer=tag", "--option=tasks=3"], "task, the number of the current one of 3"),
         (["--param-dtype=float16"], "param_dtype must be float32 or bfloat16, got float16"),
         (["--compute-dtype=float16"], "since the loss is not scaled"),
         (["--compute-dtype=float"], "did you mean 'float32'?"),

@@ -506,6 +506,41 @@ def adamw_but_at_first(w, gradients, name):
         yield w
 
 
+def momentum(w, gradients, name):
+    m = 0.0
+    for g in gradients:
+        m = 0.9 * m + g
+        w = descend(w, m)
+        yield w
+
+
+class Factor:
+    """A factor, not its inverse, that every statistic is added to."""
+
+    def __init__(self, size):
+        self.whole = self.unit = np.eye(size)
+
+    def __call__(self, v):
+        inverse = np.linalg.inv(self.whole)
+        if np.abs(inverse).max() > 2:
+            self.whole = np.linalg.inv(0.9 * inverse + 0.1 * self.unit)
+        v = v / max(1, np.linalg.norm(v) / 100)
+        self.whole = 0.95 * self.whole + 0.05 * np.outer(v, v)
+        return np.linalg.inv(self.whole)
+
+
+@functools.partial(or_rest, rest=momentum)
+@stacked
+def mkor(w, gradients, name):
+    """Sums over columns and rows stand for inputs and their gradients."""
+    inputs, outputs, m = Factor(w.shape[0]), Factor(w.shape[1]), 0.0
+    for g in gradients:
+        u = inputs(g.sum(1)) @ g @ outputs(g.sum(0))
+        m = 0.9 * m + (u * np.linalg.norm(g) / np.linalg.norm(u) if g.any() else 0)
+        w = descend(w, m)
+        yield w
+
+
 TASKS = np.repeat([0, 1, 0], [20, 10, 20])
 
 
@@ -605,6 +640,7 @@ METHODS = {
         memopt.soap,
         {"max_side": 16, "as_released": True},
     ),
+    "mkor": (mkor, with_extra_arguments(memopt.mkor), {"inv_freq": 1}),
     "tag": (tag, tag_on_tasks, {}),
     "ldadam": (wide(ldadam), memopt.ldadam, {"rank": RANK}),
     "ldadam_as_released": (fourth_power, memopt.ldadam, {"rank": RANK, "as_released": True}),

@@ -105,9 +105,7 @@ def bowl(curvatures):
 def test_a_momentum_is_divided_by_the_curvature():
     loss, w = bowl([jnp.array([4.0, -0.25])]), jnp.array([1.0, 2.0])
     tx = memopt.oasis(0.5, adaptive=False)
-    updates, state = jax.jit(lambda g: tx.update(g, tx.init(w), w, obj_fn=loss))(
-        jnp.array([8.0, 1])
-    )
+    updates, _ = jax.jit(lambda g: tx.update(g, tx.init(w), w, obj_fn=loss))(jnp.array([8.0, 1]))
     np.testing.assert_allclose(updates, [-0.5 * 8 / 4, -0.5 * 1 / 0.25], rtol=1e-6)
 
 
