@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import memopt
+from benchmarks.extra_arguments import with_extra_arguments
 from memopt import projectors
 from tests.optimizers.recorded_runs import follow
 from tests.optimizers.tasks import on_tasks

@@ -182,6 +182,22 @@ def test_in_the_whole_space_it_is_exact(basis):
     close(got, expected, rtol=2e-4)
 
 
+@pytest.mark.parametrize(("codec", "most"), [("int4", 0.4), (memopt.codecs.Integers(), 0.04)])
+def test_sums_may_be_stored_in_few_bits(codec, most):
+    draw = np.random.default_rng(0).standard_t(4, size=(EVERY, 32, 256))
+    gradients = [{"w": jnp.asarray(g, jnp.float32)} for g in draw]
+    tx = memopt.quantize_state(accumulate(optax.identity(), EVERY), {"^sum/": codec})
+    state, update = tx.init(gradients[0]), jax.jit(tx.update)
+    assert state.codes.sum["w"].dtype == ("int4" if codec == "int4" else "int8")
+    for _ in range(2):
+        for g in gradients:
+            mean, state = update(g, state)
+        error = np.asarray(mean["w"], float) - draw.mean(0)
+        assert np.square(error).mean() < most**2 * np.square(draw.mean(0)).mean()
+        slope = (error * draw.mean(0)).sum() / np.square(draw.mean(0)).sum()
+        assert abs(slope) < most / 32  # nothing is clipped, and rounding is unbiased
+
+
 @every_wrapper
 def test_sums_are_float32(wrapper):
     """A thousand bfloat16 gradients of one would stop adding up at 256."""
