@@ -32,6 +32,7 @@ from jax.sharding import AxisType, NamedSharding
 from rich.console import Console
 
 import memopt
+from benchmarks.extra_arguments import with_extra_arguments
 from benchmarks.guarantees import HOLDS, are_close, draw
 from benchmarks.report import save
 from memopt import projectors, recombine
@@ -58,7 +59,8 @@ CONFIG = llama.LlamaConfig(
 
 def constant(name: str) -> float:
     """A learning rate at which the optimizer moves visibly in a few steps."""
-    return {"sgd": 0.1, "lomo": 0.1}.get(name, 1e-2)
+    rates = {"sgd": 0.1, "lomo": 0.1, "lars": 1.0, "optax_lars": 1.0, "mkor": 1e-3, "oasis": 1.0}
+    return rates.get(name, 1.0 if METHODS[name].finds_step else 1e-2)
 
 
 def build(name: str) -> optax.GradientTransformationExtraArgs:
@@ -75,8 +77,9 @@ def distance(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
     return jax.tree.reduce(jnp.add, squares), jnp.asarray(1.0)
 
 
-def descend(tx: Any, name: str, place: Callable[[Any], Any] = lambda tree: tree) -> Any:
+def descend(given: Any, name: str, place: Callable[[Any], Any] = lambda tree: tree) -> Any:
     """The parameters after some steps of the small problem."""
+    tx = with_extra_arguments(lambda: given)()
     rate = optax.constant_schedule(constant(name))
     options: dict[str, Any] = {"loss": distance, "tx": tx, "learning_rate": rate}
     step = jax.jit(functools.partial(train_step, **options))
