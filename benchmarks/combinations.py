@@ -195,6 +195,11 @@ COMBINATIONS: dict[str, Callable[[str], str]] = {
 }
 
 
+def rows() -> tuple[str, ...]:
+    """The optimizers of the table."""
+    return (*memopt.available("memopt"), "adamw")
+
+
 def found(name: str, combination: str) -> str:
     """The word for a combination, or the sentence with which it is refused."""
     try:
@@ -222,7 +227,7 @@ def table(results: dict[str, dict[str, str]]) -> str:
         sentence = result.removeprefix("refused: ").replace("\n", " ")
         return letters.setdefault(sentence, string.ascii_lowercase[len(letters)])
 
-    for name in memopt.available():
+    for name in rows():
         if name in results:
             words = [word(results[name].get(combination, "–")) for combination in COMBINATIONS]
             lines.append(" | ".join([f"| `{name}`", *words]) + " |")
@@ -237,7 +242,7 @@ class Options(NamedTuple):
       optimizers: rows of the table to measure; by default all.
     """
 
-    optimizers: tuple[str, ...] = memopt.available()
+    optimizers: tuple[str, ...] = rows()
 
 
 def main() -> None:
