@@ -259,11 +259,12 @@ def lars(w, gradients, name, ratio=lambda w, g: 1e-3 * w / (g + DECAY * w), nest
 
 
 @stacked
-def lamb(w, gradients, name, decay_inside=True):
+def lamb(w, gradients, name, decay_inside=True, corrected=True):
     adam = Adam(eps=1e-6)
     for g in gradients:
         inside, outside = (DECAY * w, 0) if decay_inside else (0, DECAY * w)
-        u = adam(g) + inside
+        u = adam(g)
+        u = (u if corrected else adam.m / (np.sqrt(adam.v) + 1e-6)) + inside
         norms = np.linalg.norm(w), np.linalg.norm(u)
         w = w - LEARNING_RATE * ((norms[0] / norms[1] if all(norms) else 1) * u + outside)
         yield w
@@ -604,6 +605,11 @@ METHODS = {
         {"as_released": True},
     ),
     "lamb": (lamb, memopt.lamb, {}),
+    "lamb_as_released": (
+        functools.partial(lamb, corrected=False),
+        memopt.lamb,
+        {"as_released": True},
+    ),
     "lamb_decoupled": (
         functools.partial(lamb, decay_inside=False),
         memopt.lamb,

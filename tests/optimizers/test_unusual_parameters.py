@@ -20,11 +20,16 @@ SHAPES = {
 TRANSFORMS = {
     "clip_by_gradient_norm": functools.partial(memopt.clip_by_gradient_norm, 1.0, previous=True),
     "clip_by_matrix_rms": memopt.clip_by_matrix_rms,
+    "clip_by_step": memopt.clip_by_step,
     "limit_norm_growth": memopt.limit_norm_growth,
     "normalize_by_group": memopt.normalize_by_group,
     "orthogonalize": memopt.orthogonalize,
     "scale_by_factored_matrix_rms": memopt.scale_by_factored_matrix_rms,
+    "scale_by_matrix_sm3": memopt.scale_by_matrix_sm3,
+    "scale_by_matrix_trust_ratio": memopt.scale_by_matrix_trust_ratio,
     "scale_by_parameter_rms": memopt.scale_by_parameter_rms,
+    "scale_by_past_rms": memopt.scale_by_past_rms,
+    "scale_by_raw_amsgrad": memopt.scale_by_raw_amsgrad,
     "scale_by_uncorrected_adam": memopt.scale_by_uncorrected_adam,
 }
 CODECS = ("int8", "int4", "float8", "bfloat16")
