@@ -22,7 +22,14 @@ from memopt.state.precision import (
     statistics_dtype,
     where_applied,
 )
-from memopt.transforms.linalg import leading_eigenvectors, orthonormal, product
+from memopt.transforms.linalg import (
+    Across,
+    by_matrix,
+    distributed,
+    leading_eigenvectors,
+    orthonormal,
+    product,
+)
 from memopt.transforms.moments import moment_fields
 from memopt.transforms.projectors import MatrixSpec, RefreshClock
 from memopt.transforms.projectors.base import is_unchosen, scale_to_one
@@ -282,11 +289,18 @@ def _split(x: Stack, side: int, blocks: int) -> Array:
 
 def _times(subscripts: tuple[str, str], sides: Sides, bases: Sequence[Any], x: Stack) -> Stack:
     """Multiplies matrices by the bases of their sides, which have one."""
-    for side, blocks in enumerate(sides.blocks):
-        if blocks:
-            basis = bases[side].reshape(*sides.spec.stack, blocks, *bases[side].shape[-2:])
-            x = product(subscripts[side], _split(x, side, blocks), basis).reshape(x.shape)
-    return x
+    given = [side for side, blocks in enumerate(sides.blocks) if blocks]
+
+    def multiply(x: Stack, *bases: Array, across: Across) -> Stack:
+        for side, basis in zip(given, bases, strict=True):
+            shape, blocks = x.shape, sides.blocks[side]
+            basis = basis.reshape(*shape[:-2], blocks, *basis.shape[-2:])
+            other = -1 - side
+            x = _split(across(x, other), side, blocks)
+            x = across(product(subscripts[side], x, across(basis)).reshape(shape), other)
+        return x
+
+    return by_matrix(multiply, x, *(bases[side] for side in given)) if given else x
 
 
 def rotate(layout: Layout, x: Array, sides: Sides | None, left: Any, right: Any) -> Array:
@@ -325,8 +339,12 @@ def rotate_back(
 
 def gram(sides: Sides, side: int, g: Stack) -> Square:
     """Computes G Gᵀ for side 0, GᵀG for side 1, in the shape of the side's factor."""
-    x = _split(g, side, sides.blocks[side])
-    return product(_GRAM[side], x, x).reshape(sides.factor_shape(side))
+
+    def squared(g: Stack, across: Across) -> Array:
+        x = _split(across(g, -1 - side), side, sides.blocks[side])
+        return product(_GRAM[side], x, x)
+
+    return by_matrix(squared, g).reshape(sides.factor_shape(side))
 
 
 def update_bases(
@@ -374,7 +392,7 @@ def update_bases(
 def _first_basis(start: Replay | None, sides: Sides, side: int, factor: Square) -> Square:
     """The eigenvectors of a factor, or the recorded basis."""
     if start is None:
-        return eigenvectors(factor)
+        return distributed(eigenvectors, factor)
     recorded = start.first_basis(sides.spec, side)
     return varying_as(factor, jnp.broadcast_to(recorded.astype(factor.dtype), factor.shape))
 
@@ -405,7 +423,7 @@ def next_basis(
         chosen = jax.lax.cond(for_any(due), lambda: pick(due, first(scaled), basis), lambda: basis)
 
         def move() -> tuple[Square, Array]:
-            moved, order = power_step(scaled, basis)
+            moved, order = distributed(power_step, scaled, basis)
             return pick(moves, moved, chosen), jnp.where(moves[..., None], order, stay)
 
         return jax.lax.cond(for_any(moves), move, lambda: (chosen, stay))
@@ -507,10 +525,17 @@ def _permuted(field: str, turn: _Turn, v: Any) -> Any:
         order = turn.orders[side].reshape(*stack, blocks[side], -1)
         start = jax.lax.broadcasted_iota(jnp.int32, order.shape, order.ndim - 2)
         order = (order + length // blocks[side] * start).reshape(*stack, length)
-        if v.ndim > order.ndim:
-            order = jnp.expand_dims(order, -1 if side == 0 else -2)
-        v = jnp.take_along_axis(v, order, axis)
+        if axis == -1 and v.ndim == order.ndim:
+            v = jnp.take_along_axis(v, order, axis)
+            continue
+        take = functools.partial(_take_lines, side=side)
+        v = by_matrix(take, v, jnp.expand_dims(order, -1 - side))
     return v
+
+
+def _take_lines(x: Stack, order: Array, *, side: int, across: Across) -> Stack:
+    """Permutes rows (side 0) or columns (side 1)."""
+    return jnp.take_along_axis(across(x, -1 - side), across(order), side - 2)
 
 
 def _zeros(layout: Layout, p: Any, sides: Sides | None) -> tuple[Any, Any, Any, Any, Array]:
