@@ -105,9 +105,8 @@ def bowl(curvatures):
 def test_a_momentum_is_divided_by_the_curvature():
     loss, w = bowl([jnp.array([4.0, -0.25])]), jnp.array([1.0, 2.0])
     tx = memopt.oasis(0.5, adaptive=False)
-    updates, state = jax.jit(lambda g: tx.update(g, tx.init(w), w, obj_fn=loss))(
-        jnp.array([8.0, 1])
-    )
+    g = jnp.array([8.0, 1.0])
+    updates, _ = jax.jit(lambda g: tx.update(g, tx.init(w), w, obj_fn=loss))(g)
     np.testing.assert_allclose(updates, [-0.5 * 8 / 4, -0.5 * 1 / 0.25], rtol=1e-6)
 
 
@@ -128,16 +127,12 @@ def test_a_step_size_survives_a_step_that_moved_nothing():
 
 
 def test_signs_differ_by_layer_step_and_probe_but_not_by_how_layers_are_kept():
-    draw = lambda tree, *at: jax.tree.map(np.asarray, random_signs(tree, 0, *at))
     stack = jnp.zeros((3, 16, 8))
-    stacked = draw({"layers": {"up": stack}}, jnp.int32(2))["layers"]["up"]
-    apart = draw({"layers": [{"up": x} for x in stack]}, jnp.int32(2))["layers"]
+    draw = lambda *at: np.asarray(random_signs({"layers": {"up": stack}}, 0, *at)["layers"]["up"])
+    stacked = draw(2)
+    apart = random_signs({"layers": [{"up": x} for x in stack]}, 0, 2)["layers"]
     np.testing.assert_array_equal(stacked, [layer["up"] for layer in apart])
-    other = [
-        draw({"layers": {"up": stack}}, jnp.int32(t), i)["layers"]["up"]
-        for t, i in ((3, 0), (2, 1))
-    ]
-    matrices = np.concatenate([stacked, *other]).reshape(9, -1)
+    matrices = np.concatenate([stacked, draw(3), draw(2, 1)]).reshape(9, -1)
     assert set(np.unique(matrices)) == {-1.0, 1.0}
     assert np.abs(np.corrcoef(matrices) - np.eye(9)).max() < 0.3
     with jax.enable_x64(True):
