@@ -151,6 +151,9 @@ def in_subspace(
         if params is not None:
             params = on(_projected, updates, specs, spaces, params)
 
+        if "obj_fn" in extra:
+            extra = {**extra, "obj_fn": _refuse_loss}
+
         with _as_projections(projector, specs):
             inner_state, carried = _refresh(inner, carry, clock, state.inner, low, spaces)
             momentum = _momentum(inner_state, low)
@@ -398,6 +401,13 @@ def check_keeps_no_values(init: Callable[[Any], Any], params: Any) -> None:
             "inner must not keep values of its parameters in its state, since a refresh changes "
             f"them, got {getattr(init, '__qualname__', str(init)).partition('.')[0]}."
         )
+
+
+def _refuse_loss(_: Any) -> Any:
+    raise IncompatiblePairingError(
+        "inner must not evaluate the loss (obj_fn), which is no function of the projected "
+        "parameters that it is given."
+    )
 
 
 def _partition_by_phase(

@@ -275,6 +275,29 @@ def test_polyak_takes_the_diagonal_of_the_hessian():
     np.testing.assert_allclose(updates, w / 2, rtol=1e-6)
 
 
+def test_a_part_of_the_parameters_is_scaled_by_its_own_curvature():
+    """With another optimizer for the rest; in fewer bits, but for the last parameters."""
+    params = {"up": {"kernel": jnp.ones((8, 4))}, "norm": {"scale": jnp.ones(4)}}
+    loss = lambda p: 2.0 * jnp.square(p["up"]["kernel"] * p["norm"]["scale"]).sum()
+    tx = memopt.oasis(1.0, rest=optax.sgd(0.5), first_step=0.25, first_probes=1)
+    g = jax.grad(loss)(params)
+    updates, state = tx.update(g, tx.init(params), params, obj_fn=loss)
+    np.testing.assert_allclose(updates["up"]["kernel"], -0.25, rtol=1e-5)
+    np.testing.assert_allclose(updates["norm"]["scale"], -0.5 * g["norm"]["scale"])
+    state = memopt.quantize_state(memopt.oasis(1.0), min_size=0).init(params)
+    dtypes = {str(x.dtype) for x in jax.tree.leaves(state.codes[0].previous)}
+    assert dtypes == {"float32"}
+    assert state.codes[0].curvature.hessian["up"]["kernel"].dtype == jnp.int8
+
+
+def test_a_projected_loss_is_refused():
+    tx = memopt.galore(1e-2, rank=2, inner=memopt.scale_by_hutchinson())
+    params = {"up": {"kernel": jnp.ones((8, 4))}}
+    state = tx.init(params)
+    with pytest.raises(memopt.IncompatiblePairingError, match="inner must not evaluate the loss"):
+        jax.eval_shape(lambda g: tx.update(g, state, params, obj_fn=lambda p: 0.0), params)
+
+
 def test_what_an_update_needs_is_named():
     w = jnp.ones(2)
     for name, tx in {
