@@ -39,6 +39,7 @@ _SUMS: dict[str, tuple[str, ...]] = {
     "MadgradState": ("s", "x0"),
     "MechanicState": ("x0",),
     "ProdigyState": ("params0",),
+    "ScaleByOasisState": ("previous",),
     "ScheduleFreeState": ("z",),
 }
 """Fields of copies of the parameters, and of sums without decay, in which errors stay."""

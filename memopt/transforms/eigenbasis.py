@@ -39,6 +39,7 @@ from memopt.transforms.subspace import (
     check_keeps_no_values,
     matrix_spec,
     partition_by_phase,
+    without_loss,
 )
 from memopt.trees import NOTHING, map_named
 
@@ -202,6 +203,7 @@ def in_eigenbasis(
         return new_updates, InEigenbasisState(count, left, right, *new, inner_state)
 
     def update(updates: Any, state: InEigenbasisState, params: Any = None, **extra: Any) -> Any:
+        extra = without_loss(extra)
         on_sides = functools.partial(step, find(updates))
         return on_auto_axes(on_sides, (updates, state, params, extra), like=(updates, state))
 

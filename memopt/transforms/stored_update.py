@@ -60,8 +60,9 @@ def predict_parameters(
 
     Ŵ = W + steps · U, with U the update that the stored state gives, for every transformation whose
     update is a function of the state it returns: −η v for momentum v, −η m̂ / (√v̂ + ε) for Adam,
-    with the count as stored. XGrad takes the gradient at Ŵ and updates W with it; momentum with one
-    step is then Nesterov's. Nothing is stored. Entries that are not finite count as zero, as the
+    with the count as stored. XGrad takes the gradient at Ŵ and updates W with it; a momentum of
+    decay β with β steps, the update that comes without a gradient, is then Nesterov's. Nothing is
+    stored. Entries that are not finite count as zero, as the
     bias correction's before the first step.
 
     Decay belongs to the update. XGrad leaves it out: pass the transformation made with

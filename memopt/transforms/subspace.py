@@ -165,7 +165,7 @@ def in_subspace(
         return updates, InSubspaceState(count, kept, inner_state, rule)
 
     def update(updates: Any, state: InSubspaceState, params: Any = None, **extra: Any) -> Any:
-        extra |= {"obj_fn": _no_loss} if "obj_fn" in extra else {}
+        extra = without_loss(extra)
         on_specs = functools.partial(step, find_specs(updates))
         return on_auto_axes(on_specs, (updates, state, params, extra), like=(updates, state))
 
@@ -358,11 +358,16 @@ def as_stacks_of_matrices(
     return known(list(itertools.starmap(parameter, projections)))
 
 
-def _no_loss(_: Any) -> Any:
-    raise IncompatiblePairingError(
-        "inner must not evaluate the loss (obj_fn), a function of the parameters and not of their "
-        "projections."
-    )
+def without_loss(extra: dict[str, Any]) -> dict[str, Any]:
+    """Returns extra arguments with a loss that an inner optimizer cannot evaluate."""
+
+    def refuse(_: Any) -> Any:
+        raise IncompatiblePairingError(
+            "inner must not evaluate the loss (obj_fn), which is a function of the parameters and "
+            "not of their projections."
+        )
+
+    return extra | {"obj_fn": refuse} if "obj_fn" in extra else extra
 
 
 def _momentum(inner_state: Any, like: Any) -> Any:

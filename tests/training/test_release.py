@@ -157,6 +157,8 @@ def test_a_state_without_place_for_the_layers_is_refused():
     [
         (optax.clip_by_global_norm(1.0), "gradients are never held together.*memopt.clip_by"),
         (optax.apply_if_finite(optax.identity(), 3), "never held together"),
+        (memopt.clip_by_fraction(0.1), "never held together"),
+        (memopt.scale_by_polyak(optax.scale_by_rms()), "never held together"),
         (optax.clip_by_block_rms(1.0), "treats its layers together"),
         (optax.scale_by_trust_ratio(), "treats its layers together"),
         (optax.add_noise(0.1, 0.5, 0), "treats its layers together"),
@@ -173,10 +175,11 @@ def test_what_looks_beyond_its_matrix_is_refused(wrong, says):
 def test_an_optimizer_that_evaluates_the_loss_is_refused():
     model, params = toy()
     update = lambda updates, state, params=None, *, obj_fn, **_: (updates, obj_fn(params))
-    tx = optax.GradientTransformationExtraArgs(lambda _: jnp.zeros(()), update)
-    step = functools.partial(release_step, model=model, tx=tx, learning_rate=RATE)
-    with pytest.raises(ValueError, match="obj_fn"):
-        jax.eval_shape(step, init_state(params, tx), make_batch(0))
+    evaluating = optax.GradientTransformationExtraArgs(lambda _: jnp.zeros(()), update)
+    for tx in (evaluating, memopt.oasis(1.0)):
+        step = functools.partial(release_step, model=model, tx=tx, learning_rate=RATE)
+        with pytest.raises(ValueError, match="obj_fn"):
+            jax.eval_shape(step, init_state(params, tx), make_batch(0))
 
 
 @pytest.mark.parametrize("max_norm", [1e-2, 1e2])

@@ -105,7 +105,8 @@ def bowl(curvatures):
 def test_a_momentum_is_divided_by_the_curvature():
     loss, w = bowl([jnp.array([4.0, -0.25])]), jnp.array([1.0, 2.0])
     tx = memopt.oasis(0.5, adaptive=False)
-    updates, _ = jax.jit(lambda g: tx.update(g, tx.init(w), w, obj_fn=loss))(jnp.array([8.0, 1]))
+    g = jnp.array([8.0, 1.0])
+    updates, _ = jax.jit(lambda g: tx.update(g, tx.init(w), w, obj_fn=loss))(g)
     np.testing.assert_allclose(updates, [-0.5 * 8 / 4, -0.5 * 1 / 0.25], rtol=1e-6)
 
 
@@ -126,16 +127,12 @@ def test_a_step_size_survives_a_step_that_moved_nothing():
 
 
 def test_signs_differ_by_layer_step_and_probe_but_not_by_how_layers_are_kept():
-    draw = lambda tree, *at: jax.tree.map(np.asarray, random_signs(tree, 0, *at))
     stack = jnp.zeros((3, 16, 8))
-    stacked = draw({"layers": {"up": stack}}, jnp.int32(2))["layers"]["up"]
-    apart = draw({"layers": [{"up": x} for x in stack]}, jnp.int32(2))["layers"]
+    draw = lambda *at: np.asarray(random_signs({"layers": {"up": stack}}, 0, *at)["layers"]["up"])
+    stacked = draw(2)
+    apart = random_signs({"layers": [{"up": x} for x in stack]}, 0, 2)["layers"]
     np.testing.assert_array_equal(stacked, [layer["up"] for layer in apart])
-    other = [
-        draw({"layers": {"up": stack}}, jnp.int32(t), i)["layers"]["up"]
-        for t, i in ((3, 0), (2, 1))
-    ]
-    matrices = np.concatenate([stacked, *other]).reshape(9, -1)
+    matrices = np.concatenate([stacked, draw(3), draw(2, 1)]).reshape(9, -1)
     assert set(np.unique(matrices)) == {-1.0, 1.0}
     assert np.abs(np.corrcoef(matrices) - np.eye(9)).max() < 0.3
     with jax.enable_x64(True):
@@ -276,6 +273,29 @@ def test_polyak_takes_the_diagonal_of_the_hessian():
     value, g = jax.value_and_grad(loss)(w)
     updates, _ = tx.update(g, tx.init(w), w, value=value, obj_fn=loss)
     np.testing.assert_allclose(updates, w / 2, rtol=1e-6)
+
+
+def test_a_part_of_the_parameters_is_scaled_by_its_own_curvature():
+    """With another optimizer for the rest; in fewer bits, but for the last parameters."""
+    params = {"up": {"kernel": jnp.ones((8, 4))}, "norm": {"scale": jnp.ones(4)}}
+    loss = lambda p: 2.0 * jnp.square(p["up"]["kernel"] * p["norm"]["scale"]).sum()
+    tx = memopt.oasis(1.0, rest=optax.sgd(0.5), first_step=0.25, first_probes=1)
+    g = jax.grad(loss)(params)
+    updates, state = tx.update(g, tx.init(params), params, obj_fn=loss)
+    np.testing.assert_allclose(updates["up"]["kernel"], -0.25, rtol=1e-5)
+    np.testing.assert_allclose(updates["norm"]["scale"], -0.5 * g["norm"]["scale"])
+    state = memopt.quantize_state(memopt.oasis(1.0), min_size=0).init(params)
+    dtypes = {str(x.dtype) for x in jax.tree.leaves(state.codes[0].previous)}
+    assert dtypes == {"float32"}
+    assert state.codes[0].curvature.hessian["up"]["kernel"].dtype == jnp.int8
+
+
+def test_a_projected_loss_is_refused():
+    tx = memopt.galore(1e-2, rank=2, inner=memopt.scale_by_hutchinson())
+    params = {"up": {"kernel": jnp.ones((8, 4))}}
+    state = tx.init(params)
+    with pytest.raises(memopt.IncompatiblePairingError, match="inner must not evaluate the loss"):
+        jax.eval_shape(lambda g: tx.update(g, state, params, obj_fn=lambda p: 0.0), params)
 
 
 def test_what_an_update_needs_is_named():

@@ -292,13 +292,6 @@ def test_an_inner_optimizer_is_given_projected_parameters(inner):
     assert jnp.isfinite(part.update(g, part.init(params), params)[0]["w"]).all()
 
 
-def test_an_inner_optimizer_that_evaluates_the_loss_is_refused():
-    tx = memopt.in_subspace(memopt.optimizer("sophia", 1e-2), IDENTITY, recombine.lift())
-    g = {"w": jnp.ones((4, 6))}
-    with pytest.raises(memopt.IncompatiblePairingError, match=r"must not evaluate the loss"):
-        tx.update(g, tx.init(g), g, obj_fn=lambda params: params["w"].sum())
-
-
 def test_an_inner_optimizer_that_keeps_parameters_is_refused():
     inner = optax.contrib.schedule_free_adamw(1e-2)
     tx = memopt.in_subspace(inner, projectors.svd(2), recombine.lift())
