@@ -52,6 +52,9 @@ def mkor(
     authors' code has a third update, without weights. Here it is the identity; ε = 2 is the code's,
     γ = 0.95 and ζ = 0.9 are the numbers there, and the paper gives none.
 
+    `memopt.quantize_state` stores the momentum in fewer bits and J_A and J_G as they are: rounded,
+    they do not stay positive definite.
+
     Args:
       learning_rate: a number or a schedule.
       decay: γ.

@@ -121,6 +121,8 @@ def quantize_state(
         is_small = size < max(min_size, 2) or 0 in leaf.shape
         if is_small or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return AsIs()
+        if place.kept_by == "scale_by_kronecker_inverses":
+            return AsIs()  # rounded, an inverse is not positive definite, and grows to infinity
         choice = next((c for pattern, c in choices if pattern.search(name)), None)
         if choice is None:
             return AsIs()

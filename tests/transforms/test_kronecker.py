@@ -223,3 +223,12 @@ def test_a_scanned_stack_reports_as_layers_by_themselves():
     for w in stack[:3]:
         y = jnp.tanh(y @ w)
     np.testing.assert_allclose(found["w"].outputs[3], bias(jnp.zeros(6)), rtol=1e-4, atol=1e-6)
+
+
+def test_factors_are_not_rounded_by_quantize_state():
+    """In bfloat16 they were infinite after some hundred steps."""
+    tx = memopt.quantize_state(memopt.mkor(0.1, inv_freq=1), "int8", min_size=0)
+    arrays = jax.tree.leaves(tx.init({"w": jnp.ones((32, 64))}).codes)
+    assert {x.shape for x in arrays if x.dtype == jnp.int8} == {(32, 64)}
+    shapes = {x.shape for x in arrays if x.dtype == jnp.float32}
+    assert shapes == {(32, 32), (64, 64)}

@@ -89,63 +89,63 @@ def test_the_task_is_one_of_those_there_are():
 TASKS, CLASSES, WIDTH, STEPS = 3, 10, 24, 100
 
 
-def tasks(key):
-    """Inputs and labels of three tasks: (tasks, points, width), (tasks, points)."""
-    keys = jax.random.split(key, 6)
-    centres = jax.random.normal(keys[0], (CLASSES, WIDTH))
-    labels = jax.random.randint(keys[1], (TASKS, 400), 0, CLASSES)
-    x = centres[labels] + 0.7 * jax.random.normal(keys[2], (TASKS, 400, WIDTH))
-    return jax.vmap(lambda key, x: jax.random.permutation(key, x, axis=1))(keys[3:], x), labels
+def data(seed):
+    """Points and labels of three tasks, the rows of each batch, and a network."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(CLASSES, size=(TASKS, 400))
+    points = rng.normal(size=(CLASSES, WIDTH))[labels] + 0.7 * rng.normal(size=(TASKS, 400, WIDTH))
+    points = np.stack([x[:, rng.permutation(WIDTH)] for x in points])
+    rows = rng.integers(400, size=(TASKS * STEPS, 16))
+    sizes = {"in": (WIDTH, 64), "out": (64, CLASSES)}
+    layer = lambda m, n: {"kernel": rng.normal(size=(m, n)) / m**0.5, "bias": np.zeros(n)}
+    network = {name: layer(*size) for name, size in sizes.items()}
+    batches = [points[t // STEPS, r] for t, r in enumerate(rows)]
+    given = [labels[t // STEPS, r] for t, r in enumerate(rows)]
+    return network, (np.stack(batches), np.stack(given)), (points, labels)
 
 
-def loss(params, x, y):
+def output(params, x):
     hidden = jnp.tanh(x @ params["in"]["kernel"] + params["in"]["bias"])
-    logits = hidden @ params["out"]["kernel"] + params["out"]["bias"]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), logits
+    return hidden @ params["out"]["kernel"] + params["out"]["bias"]
 
 
-def network(key):
-    keys = jax.random.split(key, 2)
-    kernel = lambda key, m, n: jax.random.normal(key, (m, n)) / m**0.5
-    return {
-        "in": {"kernel": kernel(keys[0], WIDTH, 64), "bias": jnp.zeros(64)},
-        "out": {"kernel": kernel(keys[1], 64, CLASSES), "bias": jnp.zeros(CLASSES)},
-    }
-
-
-def accuracy(make, rate, seed):
-    """The mean accuracy on all tasks after learning one after another."""
+def accuracy(make, rate, network, batches, everything):
+    """The accuracy on each task after learning one after another."""
     tx = optax.with_extra_args_support(make(rate))
-    key = jax.random.key(seed)
-    x, y = tasks(key)
-    params = network(jax.random.fold_in(key, TASKS * STEPS))
+    loss = lambda params, x, y: optax.softmax_cross_entropy_with_integer_labels(
+        output(params, x), y
+    ).mean()
 
-    def step(carry, t):
-        params, state = carry
-        task = t // STEPS
-        rows = jax.random.randint(jax.random.fold_in(key, t), (16,), 0, 400)
-        gradients = jax.grad(loss, has_aux=True)(params, x[task, rows], y[task, rows])[0]
-        updates, state = tx.update(gradients, state, params, task=task)
-        return (optax.apply_updates(params, updates), state), None
+    def step(carry, batch):
+        params, state, t = carry
+        updates, state = tx.update(jax.grad(loss)(params, *batch), state, params, task=t // STEPS)
+        return (optax.apply_updates(params, updates), state, t + 1), None
 
-    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(TASKS * STEPS))
-    guesses = jax.vmap(lambda x, y: loss(params, x, y)[1].argmax(-1))(x, y)
-    return (guesses == y).mean(1)
+    start = network, tx.init(network), jnp.int32(0)
+    params = jax.lax.scan(step, start, batches)[0][0]
+    points, labels = everything
+    return (output(params, points).argmax(-1) == labels).mean(1)
+
+
+def best(make):
+    """The mean accuracy over tasks and two seeds, at the best of four learning rates."""
+    rates = jnp.array([5e-4, 1e-3, 2e-3, 4e-3])
+    both = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), data(0), data(1))
+    to32 = lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x
+    one = functools.partial(accuracy, make)
+    grid = jax.vmap(jax.vmap(one, (None, 0, 0, 0)), (0, None, None, None))
+    found = jax.jit(grid)(rates, *jax.tree.map(to32, both))
+    return float(found.mean((1, 2)).max())
 
 
 @pytest.mark.slow
 def test_of_three_tasks_more_is_left_than_after_adam():
-    """Mean accuracy on all tasks after the last, each optimizer at its best rate of four.
+    """Adam 0.82; TAG 0.87, factored 0.89, with Adam's momentum 0.87.
 
-    Adam 0.83, TAG 0.88, with Adam's momentum or without, and factored; two seeds.
+    The momentum makes the difference between Adam and RMSprop, which is left with 0.88: TAG gains
+    on Adam by what it is, and on RMSprop nothing here.
     """
-
-    def best(make):
-        rates = jnp.array([5e-4, 1e-3, 2e-3, 4e-3])
-        one = functools.partial(accuracy, make)
-        grid = jax.vmap(jax.vmap(one, (0, None)), (None, 0))
-        return float(jax.jit(grid)(rates, jnp.arange(2)).mean((0, 2)).max())
-
     adam = best(optax.adam)
     for options in ({}, {"factored": True}, {"adam": True, "b2": 0.999}):
-        assert best(functools.partial(memopt.tag, tasks=TASKS, **options)) > adam + 0.03
+        found = best(functools.partial(memopt.tag, tasks=TASKS, **options))
+        assert found > adam + 0.03
