@@ -22,7 +22,7 @@ from memopt.optimizers.registry import METHODS
 from memopt.state.codecs import bits_of
 from memopt.trees import leaf_name
 from tests.optimizers import pairings
-from tests.optimizers.kinds import KINDS, slow_unless
+from tests.optimizers.kinds import ENTRYWISE, KINDS, STRUCTURES, slow_unless
 from tests.optimizers.tasks import on_tasks
 
 RANK = 4
@@ -306,9 +306,16 @@ every_case = pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=slow_unless(name not in VARIANTS | set(CELLS))) for name in CASES],
 )
-# What wrappers of Optax do depends on the kind of a method only.
 every_kind = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=slow_unless(n in {*KINDS, "adamw_8bit"})) for n in CASES]
+    "name",
+    [
+        pytest.param(name, marks=slow_unless(name not in VARIANTS | set(CELLS) | ENTRYWISE))
+        for name in CASES
+    ],
+)
+# What wrappers of Optax do depends on the structure of the state only.
+every_structure = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=slow_unless(n in {*STRUCTURES, "adamw_8bit"})) for n in CASES]
 )
 LAYERS = 2
 SHAPES = {
@@ -443,7 +450,7 @@ def test_state_bytes_are_the_formula(name, tree):
     assert table.total == bits / 8
 
 
-@every_case
+@every_kind
 def test_stacked_layers_are_separate_layers(name, tree):
     def unstack(params):
         layers = [jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(LAYERS)]
@@ -474,7 +481,7 @@ def test_dtypes_of_state_and_updates_never_change(name, tree, dtype):
     assert statistics <= {jnp.dtype(dtype if follows else jnp.float32).name}
 
 
-@every_case
+@every_kind
 def test_bfloat16_gradients_keep_float32_statistics(name, small_tree):
     narrow = lambda seed: small_tree(seed, jnp.bfloat16)
     wide = lambda seed: jax.tree.map(lambda x: x.astype(jnp.float32), narrow(seed))
@@ -489,7 +496,7 @@ def test_bfloat16_gradients_keep_float32_statistics(name, small_tree):
             assert jnp.abs(got - expected).max() <= allowed * jnp.abs(expected).max()
 
 
-@every_kind
+@every_structure
 def test_an_injected_learning_rate_follows_its_schedule(name, small_tree):
     case = CASES[name]
     schedule = optax.linear_schedule(1e-2, 0.0, STEPS)
@@ -500,7 +507,7 @@ def test_an_injected_learning_rate_follows_its_schedule(name, small_tree):
     assert float(state.hyperparams["learning_rate"]) == pytest.approx(1e-2 / STEPS)
 
 
-@every_kind
+@every_structure
 def test_masked_and_partition_leave_other_parameters_alone(name, small_tree):
     tx, tree = CASES[name].make(1e-2), small_tree
     mask = {"embed": False, "blocks": True, "final_norm": False}
@@ -516,7 +523,7 @@ def test_masked_and_partition_leave_other_parameters_alone(name, small_tree):
     close(params["embed"]["embedding"], tree(0)["embed"]["embedding"] - moved)
 
 
-@every_kind
+@every_structure
 def test_multi_steps_of_two_halves_equal_one_step_of_their_mean(name, small_tree):
     around = lambda seed: jax.tree.map(lambda x: 0.25 * x, small_tree(seed + 1000))
     halves = lambda seed: jax.tree.map(
@@ -580,7 +587,7 @@ def test_init_of_shapes_is_init_of_arrays(name, tree):
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, shapes), concrete)
 
 
-@every_kind
+@every_structure
 def test_the_state_is_carried_through_scan_and_cond(name, small_tree):
     tx, tree = CASES[name].make(1e-2), small_tree
 
@@ -625,7 +632,7 @@ def test_sharded_is_unsharded(name, tree, axis_type):
         assert jnp.abs(got - expected).max() <= 1e-4 * jnp.abs(expected).max(initial=1e-2)
 
 
-@every_kind
+@every_structure
 def test_checkpoint_and_resume_bit_for_bit(name, tree, tmp_path):
     half = train(compiled_case(name), tree(0), tree, 3)
     ocp.save(tmp_path / "half", half)

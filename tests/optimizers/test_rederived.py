@@ -10,6 +10,7 @@ import pytest
 import memopt
 from benchmarks.extra_arguments import with_extra_arguments
 from memopt import projectors
+from tests.optimizers.kinds import slow_unless
 from tests.optimizers.recorded_runs import follow
 from tests.optimizers.tasks import on_tasks
 from tests.yardstick import yardstick
@@ -654,10 +655,17 @@ METHODS = {
 }
 
 
+RECORDED = {  # as well, by the authors' code or another's
+    *("adopt_unbounded", "amsgrad_as_released", "lamb_decoupled", "lars_nesterov"),
+    *("soap_as_released",),
+}
+
+
 def cases():
     for method in METHODS:
+        marks = slow_unless(method not in RECORDED)
         for name in LEAVES:
-            yield pytest.param(method, name, id=f"{method}-{name}")
+            yield pytest.param(method, name, id=f"{method}-{name}", marks=marks)
 
 
 @functools.cache

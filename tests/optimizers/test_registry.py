@@ -23,7 +23,13 @@ def tree():
     return {"up": {"kernel": jnp.ones((8, 16))}, "norm": {"scale": jnp.ones(8)}}
 
 
-@pytest.mark.parametrize("name", memopt.available())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=slow_unless(name in memopt.available("optax")))
+        for name in memopt.available()  # memopt's run in the common suite
+    ],
+)
 def test_every_name_builds_and_moves(name):
     tx = with_extra_arguments(memopt.optimizer)(name, 1.0 if METHODS[name].finds_step else 1e-2)
     params = tree()

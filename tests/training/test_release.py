@@ -182,7 +182,7 @@ def test_an_optimizer_that_evaluates_the_loss_is_refused():
             jax.eval_shape(step, init_state(params, tx), make_batch(0))
 
 
-@pytest.mark.parametrize("max_norm", [1e-2, 1e2])
+@pytest.mark.parametrize("max_norm", [1e-2, pytest.param(1e2, marks=pytest.mark.slow)])
 def test_clipping_by_this_steps_norm_is_exact(max_norm):
     """Against Optax's own clipping, in an ordinary step."""
     after = optax.sgd(RATE, momentum=0.9)
@@ -191,7 +191,7 @@ def test_clipping_by_this_steps_norm_is_exact(max_norm):
     assert_same(*both(whole, released=ours))
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_clipping_by_the_norm_of_the_step_before(accumulation):
     clip = memopt.clip_by_gradient_norm(1e-2, previous=True)
     tx = optax.chain(clip, optax.sgd(RATE, momentum=0.9))
@@ -302,7 +302,8 @@ def llama_run(step, tx, batches, mesh=None, accumulation=1):
 @pytest.mark.parametrize(
     ("kind", "axes"),
     [
-        *(("Auto", {"data": 2, "fsdp": 4}), ("Explicit", {"fsdp": 4, "tensor": 2})),
+        ("Auto", {"data": 2, "fsdp": 4}),
+        pytest.param("Explicit", {"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param("Explicit", {"data": 2, "fsdp": 4}, marks=pytest.mark.slow),
         pytest.param("Auto", {"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
     ],
