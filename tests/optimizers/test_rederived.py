@@ -9,6 +9,7 @@ import pytest
 
 import memopt
 from memopt import projectors
+from tests.optimizers.kinds import slow_unless
 from tests.optimizers.recorded_runs import follow
 from tests.yardstick import yardstick
 
@@ -503,10 +504,17 @@ METHODS = {
 }
 
 
+SLOW = {  # which recorded runs follow, too, or share their steps with a quick one
+    *("adopt_unbounded", "amsgrad_as_released", "lamb_as_released", "lamb_decoupled"),
+    *("lars_nesterov", "sm3_without_momentum"),
+}
+
+
 def cases():
     for method in METHODS:
         for name in LEAVES:
-            yield pytest.param(method, name, id=f"{method}-{name}")
+            marks = slow_unless(method not in SLOW)
+            yield pytest.param(method, name, id=f"{method}-{name}", marks=marks)
 
 
 @functools.cache
