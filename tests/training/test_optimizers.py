@@ -60,14 +60,13 @@ def test_an_optimizer_trains_with_what_the_step_gives_it(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=slow_unless(name in ("dog", "optax_sm3", "sm3")))
-        for name in memopt.available()
+        pytest.param(name, marks=slow_unless(name in ("dog", "optax_sm3")))
+        for name in memopt.available("optax")
     ],
 )
 def test_an_optimizer_is_released_or_refused_in_a_sentence(name):
     """Before there is any file or array."""
-    options = {"option": ("rank=4",)} if METHODS[name].has_free_rank else {}
-    released = config(optimizer=name, release=True, **options)
+    released = config(optimizer=name, release=True)
     if name in NOT_RELEASED:
         with pytest.raises(ValueError, match=f"optimizer '{name}' .*{NOT_RELEASED[name]}"):
             describe_run(released)
