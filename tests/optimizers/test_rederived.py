@@ -655,15 +655,15 @@ METHODS = {
 }
 
 
-RECORDED = {  # as well, by the authors' code or another's
-    *("adopt_unbounded", "amsgrad_as_released", "lamb_decoupled", "lars_nesterov"),
-    *("soap_as_released",),
+SLOW = {  # which recorded runs follow, too, or share their steps with a quick one
+    *("adopt_unbounded", "amsgrad_as_released", "lamb_as_released", "lamb_decoupled"),
+    *("lars_nesterov", "sm3_without_momentum", "soap_as_released"),
 }
 
 
 def cases():
     for method in METHODS:
-        marks = slow_unless(method not in RECORDED)
+        marks = slow_unless(method not in SLOW)
         for name in LEAVES:
             yield pytest.param(method, name, id=f"{method}-{name}", marks=marks)
 
