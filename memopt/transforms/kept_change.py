@@ -11,7 +11,7 @@ from jax import Array
 from memopt.axis_types import varying_as
 from memopt.errors import check_at_least, check_static
 from memopt.matrices import Layout, Matrices
-from memopt.reductions import total
+from memopt.reductions import for_any, total
 from memopt.state.codecs import Codec
 from memopt.state.precision import check_real, to_float32, zeros_of
 from memopt.state.quantized_params import dequantize_params, quantize_params
@@ -142,6 +142,7 @@ def among_largest(x: Array, count: int, axes: tuple[int, ...]) -> Array:
         return jnp.full(x.shape, count == size)
     bits = jnp.finfo(x.dtype).bits
     words = jax.lax.bitcast_convert_type(x, f"int{bits}")  # in the order of the numbers
+    words = _stored(words, axes)
     threshold = _kth_largest(words, jnp.int32(count), axes, bits - 1)
     above, equal = words > threshold, words == threshold
     place = jnp.zeros(x.shape, jnp.int32)
@@ -150,6 +151,16 @@ def among_largest(x: Array, count: int, axes: tuple[int, ...]) -> Array:
     rank = jnp.where(equal, size - place, 0)
     wanted = count - _count(above, axes)
     return above | (equal & (rank >= _kth_largest(rank, wanted, axes, size.bit_length())))
+
+
+def _stored(words: Array, axes: tuple[int, ...]) -> Array:
+    """Integers that are not negative, as an array in memory.
+
+    XLA for CPUs computes cheap operands again, rounding a product and a sum together or not, and
+    ignores `jax.lax.optimization_barrier`; the result of a condition it can only read.
+    """
+    first = words[tuple(0 if axis in axes else slice(None) for axis in range(words.ndim))]
+    return jax.lax.cond(for_any(first >= 0), lambda: words, lambda: jnp.zeros_like(words))
 
 
 def _kth_largest(x: Array, k: Array, axes: tuple[int, ...], bits: int) -> Array:
