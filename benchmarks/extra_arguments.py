@@ -1,6 +1,6 @@
-"""Extra arguments for updates that need them, where gradients are drawn: a loss, and statistics.
+"""Gives updates the extra arguments that they may need, where gradients are drawn.
 
-OASIS evaluates the loss, and MKOR needs statistics of each layer. All other updates ignore them.
+OASIS evaluates the loss, and MKOR needs statistics of each layer; others ignore them.
 """
 
 import collections
@@ -35,7 +35,7 @@ def with_extra_arguments(
                 heights = jax.tree.map(lambda t, p: (t * p).sum(), tilt, point)
                 return sum(jax.tree.leaves(heights), bowl(point))
 
-            given = {"value": 1.0, "obj_fn": tilted, "statistics": statistics_of(updates)}
+            given = {"value": jnp.ones(()), "obj_fn": tilted, "statistics": statistics_of(updates)}
             return tx.update(updates, state, params, **given | extra)
 
         return optax.GradientTransformationExtraArgs(tx.init, update)
@@ -55,7 +55,7 @@ def bowl(params: Any) -> jax.Array:
 
 
 def statistics_of(gradients: Any) -> Any:
-    """Of each hidden matrix, sums over columns and over rows in place of inputs and gradients."""
+    """Sums over columns and over rows of each hidden matrix, for its inputs and its gradients."""
 
     def one(layout: Any, g: Any) -> LayerStatistics | None:
         if not layout.is_matrix:

@@ -9,7 +9,12 @@ from typing import Annotated, Any, Literal
 
 from tyro import conf
 
+from memopt.optimizers.registry import METHODS
+
 DType = Annotated[str, conf.arg(metavar="{float32,bfloat16}")]
+
+#: The highest learning rate unless one is given; it suits APOLLO-Mini.
+LEARNING_RATE = 5e-3
 
 #: Options that `config.json` does not hold.
 NOT_SAVED = (
@@ -190,9 +195,18 @@ class Config:
             options[name] = _value(value)
         return options
 
+    @property
+    def highest_learning_rate(self) -> float:
+        """The `learning_rate`, or what it is by default for the optimizer."""
+        given, method = self.optimization.learning_rate, METHODS.get(self.optimization.optimizer)
+        if given is not None:
+            return given
+        return 1.0 if method is not None and method.finds_step else LEARNING_RATE
+
     def flat(self) -> dict[str, Any]:
         """All options by name, JSON-serialisable, without those of one invocation only."""
         flat = {name: x for group in dataclasses.asdict(self).values() for name, x in group.items()}
+        flat["learning_rate"] = self.highest_learning_rate
         options = [f"{name}={value}" for name, value in sorted(self.optimizer_options.items())]
         flat |= {"data": list(self.text.data), "option": options}
         flat["init"] = None if self.start.init is None else str(self.start.init)

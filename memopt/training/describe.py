@@ -12,7 +12,7 @@ from memopt.models import llama
 from memopt.optimizers.registry import METHODS
 from memopt.state.quantized_state import quantize_state
 from memopt.text.batches import FIELDS
-from memopt.training.config import Config, Optimization
+from memopt.training.config import Config
 from memopt.training.placement import make_mesh
 from memopt.training.setup import Setup, abstract_batch, set_up
 from memopt.training.step import Predict
@@ -25,9 +25,6 @@ LEAST = {
     **dict.fromkeys(("learning_rate", "schedule_start"), 0),
     "predict_steps": 1,
 }
-
-#: The highest learning rate unless one is given; it suits APOLLO-Mini.
-LEARNING_RATE = 5e-3
 
 
 def describe_run(config: Config) -> Setup:
@@ -51,13 +48,13 @@ def describe_run(config: Config) -> Setup:
     options, flat = config.optimization, config.flat()
     for name, least in LEAST.items():
         check_at_least(name, flat[name], least)
-    check_choice("optimizer", options.optimizer, optimizers.available())
-    model_config, learning_rate = _model_config(config), _learning_rate(options)
+    model_config, learning_rate = _model_config(config), _learning_rate(config)
     if config.text.batch_size % options.accumulation:
         raise ValueError(
             f"accumulation={options.accumulation} does not divide "
             f"batch_size={config.text.batch_size}: change one."
         )
+    check_choice("optimizer", options.optimizer, optimizers.available())
     if options.state and METHODS[options.optimizer].eval_params:
         raise ValueError(
             f"state={options.state} must be left out with optimizer {options.optimizer!r}, whose "
@@ -140,13 +137,11 @@ def _model_config(config: Config) -> llama.LlamaConfig:
     return model
 
 
-def _learning_rate(options: Optimization) -> optax.Schedule:
+def _learning_rate(config: Config) -> optax.Schedule:
+    options, highest = config.optimization, config.highest_learning_rate
     for name in ("warmup", "decay", "final_learning_rate"):
         if not 0 <= getattr(options, name) <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {getattr(options, name)}.")
-    highest = options.learning_rate
-    if highest is None:
-        highest = 1.0 if METHODS[options.optimizer].finds_step else LEARNING_RATE
     return schedules.schedule(
         options.schedule,
         highest,

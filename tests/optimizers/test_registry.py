@@ -54,7 +54,7 @@ def test_every_name_builds_and_moves(name):
 def test_every_name_takes_a_schedule(name):
     params = jax.eval_shape(tree)
     tx = with_extra_arguments(memopt.optimizer)(name, optax.linear_schedule(1e-2, 0.0, 10))
-    needed = {"obj_fn": lambda p: p["norm"]["scale"].sum(), "value": 1.0}
+    needed = {"obj_fn": lambda p: p["norm"]["scale"].sum(), "value": jnp.ones(())}
     update = lambda g: tx.update(g, tx.init(g), g, **needed)[0]
     assert jax.eval_shape(update, params) == params
 
@@ -268,8 +268,8 @@ def test_lion_refuses_a_momentum_that_forgets_everything():
             *("sophia", "obj_fn", lambda p: jnp.square(p["norm"]["scale"]).sum()),
             "'sophia' needs obj_fn, the loss as a function",
         ),
-        ("momo", "value", 1.0, "'momo' needs value, the loss: call .* value=…"),
-        ("momo_adam", "value", 1.0, "'momo_adam' needs value, the loss"),
+        ("momo", "value", jnp.ones(()), "'momo' needs value, the loss: call .* value=…"),
+        ("momo_adam", "value", jnp.ones(()), "'momo_adam' needs value, the loss"),
     ],
 )
 def test_an_optimizer_says_what_its_update_needs(name, argument, given, sentence):
