@@ -281,10 +281,9 @@ def main(arguments: Sequence[str]) -> None:
         of = "mup" if scheme == "all" else scheme
         loss = train(options, of, width, rate, seed)
         results.append({"scheme": scheme, "width": width, "rate": rate, "seed": seed, "loss": loss})
-        report["best"] = best(results)
-        save(report, options.output)
+        save(report | {"best": best(results)}, options.output)
     Console().print(table(report))
-    save(report, options.output, lambda path: plot(report, path))
+    save(report | {"best": best(results)}, options.output, lambda path: plot(report, path))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command that trains models of several widths."""
+"""The command that trains models of several widths, and what it found."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,24 @@ from pathlib import Path
 import pytest
 
 from benchmarks import width
+
+STORED = width.Options().output
+
+
+def test_the_best_learning_rate_stays_under_mup_and_moves_without() -> None:
+    """In powers of two; the base width is the same run."""
+    report = json.loads(STORED.read_text())
+    best = width.best(report["results"])
+    assert best == {k: {int(w): r for w, r in v.items()} for k, v in report["best"].items()}
+    assert best["mup"].keys() == best["global"].keys() == {64, 128, 256}
+    assert all(abs(rate - best["mup"][64]) <= 1 for rate in best["mup"].values())
+    assert best["global"][256] <= best["global"][64] - 2
+    # What the best rate of the base costs the widest model, in nats.
+    excess = {}
+    for scheme in ("mup", "global"):
+        at = width.losses(report["results"])[scheme, 256]
+        excess[scheme] = at[best[scheme][64]] - min(at.values())
+    assert excess["mup"] < excess["global"] / 2
 
 
 def test_finished_runs_are_not_repeated(
