@@ -282,8 +282,15 @@ _BACK = ("...krn,...kbr->...kbn", "...mkr,...kbr->...mkb")
 _GRAM = ("...kbn,...kcn->...kbc", "...mkb,...mkc->...kbc")
 
 
+def _subscripts(of_blocks: str, blocks: int) -> str:
+    """The subscripts of a product, without the axis of blocks if there is one block."""
+    return of_blocks if blocks > 1 else of_blocks.replace("k", "")
+
+
 def _split(x: Stack, side: int, blocks: int) -> Array:
     """Splits rows (side 0) or columns (side 1) into an axis of blocks and one inside of them."""
+    if blocks == 1:
+        return x
     stack, m, n = x.shape[:-2], *x.shape[-2:]
     inside = (blocks, m // blocks, n) if side == 0 else (m, blocks, n // blocks)
     return x.reshape(*stack, *inside)
@@ -296,10 +303,9 @@ def _times(subscripts: tuple[str, str], sides: Sides, bases: Sequence[Any], x: S
     def multiply(x: Stack, *bases: Array, across: Across) -> Stack:
         for side, basis in zip(given, bases, strict=True):
             shape, blocks = x.shape, sides.blocks[side]
-            basis = basis.reshape(*shape[:-2], blocks, *basis.shape[-2:])
-            other = -1 - side
+            other, by = -1 - side, _subscripts(subscripts[side], blocks)
             x = _split(across(x, other), side, blocks)
-            x = across(product(subscripts[side], x, across(basis)).reshape(shape), other)
+            x = across(product(by, x, across(basis)).reshape(shape), other)
         return x
 
     return by_matrix(multiply, x, *(bases[side] for side in given)) if given else x
@@ -344,7 +350,7 @@ def gram(sides: Sides, side: int, g: Stack) -> Square:
 
     def squared(g: Stack, across: Across) -> Array:
         x = _split(across(g, -1 - side), side, sides.blocks[side])
-        return product(_GRAM[side], x, x)
+        return product(_subscripts(_GRAM[side], sides.blocks[side]), x, x)
 
     return by_matrix(squared, g).reshape(sides.factor_shape(side))
 
