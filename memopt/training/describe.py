@@ -49,6 +49,7 @@ def describe_run(config: Config) -> Setup:
     for name, least in LEAST.items():
         check_at_least(name, flat[name], least)
     model_config, learning_rate = _model_config(config), _learning_rate(config)
+    rate = _delayed(learning_rate, options.schedule_start)
     if config.text.batch_size % options.accumulation:
         raise ValueError(
             f"accumulation={options.accumulation} does not divide "
@@ -63,9 +64,7 @@ def describe_run(config: Config) -> Setup:
     mesh = make_mesh(config.run.mesh, config.text.batch_size // options.accumulation)
     try:
         tx = optimizers.optimizer(
-            options.optimizer,
-            learning_rate=_delayed(learning_rate, options.schedule_start),
-            **config.optimizer_options,
+            options.optimizer, learning_rate=rate, **config.optimizer_options
         )
         setup = set_up(
             model_config,
@@ -77,7 +76,7 @@ def describe_run(config: Config) -> Setup:
             weights=config.architecture.weights,
             release=options.release,
             accumulation=options.accumulation,
-            predict=_predict(config, learning_rate) if options.predict_steps else None,
+            predict=_predict(config, rate) if options.predict_steps else None,
         )
         _check_step(setup)
         return setup

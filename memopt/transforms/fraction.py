@@ -148,7 +148,7 @@ def clip_first_moment(
         _, of_clipped = inner.update(clipped, state.inner, params, **extra)
         kinds = owners(as_given, updates)
         is_first = jax.tree.map(lambda array: array.kind == FIRST, kinds, is_leaf=is_state_array)
-        if not any(jax.tree.leaves(is_first)):
+        if jax.tree.leaves(updates) and not any(jax.tree.leaves(is_first)):
             name = getattr(inner.init, "__qualname__", str(inner)).partition(".")[0]
             raise ValueError(f"inner must keep a first moment in floats, got {name}.")
         choose = lambda first, given, of_clipped: of_clipped if first else given

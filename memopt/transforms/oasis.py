@@ -99,6 +99,7 @@ def scale_by_oasis(
         known = (moved > 0) & (turned > 0)
         longest = jnp.sqrt(1 + state.ratio) * state.rate
         rate = jnp.minimum(longest, 0.5 * moved / jnp.where(known, turned, 1))
+        known &= jnp.isfinite(rate) & (rate > 0)
         rate = jnp.where(known, rate, state.rate)
         ratio = jnp.where(known, rate / state.rate, state.ratio)
         step = lambda g, d: (rate * bounded(g) / d).astype(g.dtype)

@@ -81,12 +81,13 @@ def while_loss_falls(
             )
         count, before, fall, largest, applied, kept = state
         now = jnp.asarray(value, jnp.float32)
-        now = jnp.where(jnp.isfinite(now), now, before)
-        loss = jnp.where(count == 0, now, decay * before + (1 - decay) * now)
+        counts = jnp.isfinite(now)
+        keep = lambda new, old: jnp.where(counts, new, old).astype(jnp.float32)
+        loss = keep(jnp.where(count == 0, now, decay * before + (1 - decay) * now), before)
         drop = jnp.where(count == 0, 0.0, before - loss)
-        fall = (decay * fall + (1 - decay) * drop).astype(jnp.float32)
+        fall = keep(decay * fall + (1 - decay) * drop, fall)
         largest = jnp.maximum(largest, fall)
-        count = optax.safe_increment(count)
+        count = jnp.where(counts, optax.safe_increment(count), count)
         stalled = (count > 2 / (1 - decay)) & (fall <= share * largest)
         applied = jnp.where(stalled, 0, applied)
         updates, kept = jax.lax.cond(
@@ -94,7 +95,6 @@ def while_loss_falls(
             lambda: inner.update(updates, kept, params, **extra),
             lambda: (updates, kept),
         )
-        loss = loss.astype(jnp.float32)
         return updates, WhileLossFallsState(count, loss, fall, largest, applied, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -72,7 +72,7 @@ def oasis_box(w, batches, signs, first_probes, rate=1e-3):
         yield w
 
 
-@pytest.mark.parametrize("first_probes", [1, 7])
+@pytest.mark.parametrize("first_probes", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_oasis_is_its_algorithm_box_in_float64(first_probes):
     with jax.enable_x64(True):
         params, batches = jax.tree.map(jnp.asarray, logistic())
@@ -162,7 +162,9 @@ def test_an_estimate_is_made_every_few_steps():
     assert found.tolist() == [8.0, 8.0, 5.0, 5.0, 5.0, 5.0]  # what is not finite is left out
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axis_type", [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit]
+)
 def test_eight_devices_find_the_same(axis_type):
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(axis_type,))
     w = {"up": jax.random.normal(jax.random.key(0), (2, 16, 8)), "norm": jnp.ones(8)}
@@ -208,7 +210,7 @@ def descend(tx, loss, w, steps=4):
     return jax.jit(lambda w: jax.lax.scan(step, (w, tx.init(w)), None, steps)[1])(w)
 
 
-@pytest.mark.parametrize("cap", [None, 0.1])
+@pytest.mark.parametrize("cap", [None, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_without_a_preconditioner_polyak_is_optax(cap):
     ours = optax.chain(memopt.scale_by_polyak(cap=cap), optax.scale_by_learning_rate(1.0))
     theirs = optax.polyak_sgd(max_learning_rate=jnp.inf if cap is None else cap)
@@ -240,7 +242,7 @@ def boxes(slack, weight):
     return step
 
 
-@pytest.mark.parametrize("slack", [None, "L1", "L2"])
+@pytest.mark.parametrize("slack", [pytest.param(None, marks=pytest.mark.slow), "L1", "L2"])
 def test_polyak_with_a_preconditioner_is_its_formula(slack):
     loss, scale = quadratic(1), jnp.array([0.5, 2.0, 0.1])
     divide = optax.stateless(lambda g, _: jax.tree.map(lambda x: x * scale, g))

@@ -40,8 +40,9 @@ def check_threshold(tree, fraction):
     chex.assert_trees_all_equal(found, expected)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize(
+    ("dtype", "fraction"), [(jnp.float32, 0.0), (jnp.float32, 0.1), (jnp.bfloat16, 0.5)]
+)
 def test_the_threshold_is_the_entry_at_that_place(dtype, fraction):
     check_threshold(draw(0, dtype), fraction)
 
@@ -100,7 +101,9 @@ def test_a_fraction_outside_of_its_range_is_refused():
         memopt.clip_by_fraction(0.1, per="leaf")
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axis_type", [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit]
+)
 def test_on_a_mesh_only_counts_are_exchanged(axis_type):
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(axis_type,))
     g = {"up": draw(4)["layers"], "down": draw(5)["layers"]}

@@ -14,6 +14,7 @@ import memopt
 from memopt.training.config import Config, Optimization, Run
 from memopt.training.describe import describe_run
 from memopt.training.step import init_state, train_step
+from tests.optimizers.kinds import slow_unless
 
 RATE, STEPS = 0.1, 3
 
@@ -44,7 +45,7 @@ def test_momentum_predicts_by_its_momentum():
     check(optax.sgd(RATE, 0.9), lambda s: jax.tree.map(lambda v: -RATE * v, s.trace))
 
 
-@pytest.mark.parametrize("schedule", [False, True])
+@pytest.mark.parametrize("schedule", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_adam_predicts_by_its_moments_at_the_stored_count(schedule):
     """And at the learning rate of the coming step."""
     rate = optax.linear_schedule(RATE, 0.0, 4) if schedule else RATE
@@ -84,7 +85,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=slow_unless(n == "lion")) for n in REFUSED])
 def test_an_update_that_reads_the_gradient_is_refused_but_can_be_kept(name):
     tx = REFUSED[name]
     with pytest.raises(ValueError, match=r"wrap the transformation in memopt\.keep_update"):
@@ -106,7 +107,9 @@ def test_what_is_kept_goes_through_the_rest_of_its_chain():
     np.testing.assert_allclose(found, params["up"] - 0.25 * jnp.sign(draw(STEPS)["up"]), rtol=1e-6)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axis_type", [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit]
+)
 def test_on_a_mesh_parameters_are_predicted_where_they_are(axis_type):
     tx = optax.chain(memopt.scale_by_factored_matrix_rms(), optax.trace(0.9))
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(axis_type,))
