@@ -18,7 +18,7 @@ from tests.optimizers.test_common import CASES, CELLS, SHAPES, compiled_case, dr
 from tests.training.nano import NANO
 
 FACTOR = 3
-QUICK = ("adafactor", "apollo_mini")
+QUICK = ("adafactor",)
 IN_TURNS = "galore_in_turns"  # when a layer's basis is refreshed depends on how many there are
 BY_LAYERS = "frugal_blocks"  # keeps the moments of half of the layers
 SHARED = ("apollo_as_released", "online_subspace_descent", "frugal_orthogonal", "galore_at_random")
