@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,22 +9,14 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.axis_types import on_auto_axes, varying_as_any
+from memopt.axis_types import on_auto_axes
 from memopt.errors import check_choice, check_static
 from memopt.matrices import Layout, Matrices
-from memopt.reductions import total
 from memopt.state.owners import FIRST, is_state_array, owners
 from memopt.state.precision import check_real
 from memopt.transforms.per_matrix import per_matrix
+from memopt.transforms.selection import kth_magnitude
 from memopt.transforms.stored_update import update_of_state
-
-_DIGIT = 3
-"""Bits of a threshold found in one pass. On a v5e chip seven comparisons of a float32 take about as
-long as reading it: with more, fewer passes would take longer."""
-
-_LARGE, _LOW = 2**31, 12
-_MASK = 2**_LOW - 1
-"""Entries of an array from which on they are counted by row; bits of the lower part of a sum."""
 
 
 def clip_by_fraction(
@@ -85,7 +76,7 @@ def clip_by_fraction(
         size = sum(u.size for u in leaves)
         if not size:
             return updates
-        threshold = largest_above(leaves, int(size * fraction))
+        threshold = kth_magnitude(leaves, 1 + int(size * fraction))
         return jax.tree.map(lambda u: _clipped(u, threshold), updates)
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
@@ -159,69 +150,12 @@ def clip_first_moment(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def largest_above(arrays: Sequence[Array], rank: int, axes: tuple[int, ...] | None = None) -> Array:
-    """The magnitude at place `rank`, counted from 0, if all entries are sorted, largest first.
-
-    The bits of a positive float, read as an integer, are in the same order as the floats. The bits
-    of the result are found from the highest down. Subnormal numbers count as zero.
-
-    Args:
-      arrays: arrays of floats, with more than `rank` entries together.
-      rank: the number of entries before it.
-      axes: for one array, the axes of each of the stacks of which it is wanted; None for one number
-        for all entries.
-    """
-    dtype = jnp.result_type(*arrays)
-    bits = jnp.finfo(dtype).bits
-    integer = jnp.dtype(f"int{bits}")
-
-    def exceeds(candidate: Array) -> Array:
-        least = jax.lax.bitcast_convert_type(candidate, dtype)
-        if axes is None:
-            return _more_than(rank, [_at_least(x.astype(dtype), least) for x in arrays])
-        [x] = arrays
-        return total(_at_least(x, jnp.expand_dims(least, axes)), axes) > rank
-
-    def next_digit(step: Array, found: Array) -> Array:
-        shift = jnp.maximum(bits - 1 - _DIGIT * (step + 1), 0).astype(integer)
-        candidates = (found + (jnp.asarray(i, integer) << shift) for i in range(1, 2**_DIGIT))
-        digit = sum(exceeds(candidate).astype(integer) for candidate in candidates)
-        return found + (digit << shift)
-
-    shape = () if axes is None else [n for a, n in enumerate(arrays[0].shape) if a not in axes]
-    start = varying_as_any(arrays, jnp.zeros(shape, integer))
-    found = jax.lax.fori_loop(0, -(-(bits - 1) // _DIGIT), next_digit, start)
-    value = jax.lax.bitcast_convert_type(found, dtype)
-    # A comparison with a smaller number, which XLA takes for zero, holds for all.
-    return jnp.where(value >= jnp.finfo(dtype).tiny, value, 0)
-
-
-def _at_least(x: Array, least: Array) -> Array:
-    """Whether each magnitude is at least so large, int32.
-
-    Without an absolute value: XLA would compute and store it once for all rounds of a loop.
-    """
-    return ((x >= least) | (x <= -least)).astype(jnp.int32)
-
-
-def _more_than(count: int, arrays: Sequence[Array]) -> Array:
-    """Whether the sum of arrays of zeros and ones, which int32 may not hold, exceeds `count`."""
-    high, low = jnp.zeros((2,), jnp.int32)
-    for x in arrays:
-        part = total(x, tuple(range(x.ndim))[x.size >= _LARGE :])
-        high += (part >> _LOW).sum()
-        low += (part & _MASK).sum()
-    high += low >> _LOW
-    return (high > count >> _LOW) | ((high == count >> _LOW) & (low & _MASK > count & _MASK))
-
-
 def clip_matrix(layout: Layout, u: Array, *, fraction: float) -> Array:
     """Clips the largest fraction of the entries of each matrix, or vector, of a stack."""
     if not u.size:
         return u
     size = math.prod(u.shape[axis] for axis in layout.core)
-    threshold = largest_above([u], int(size * fraction), layout.core)
-    return _clipped(u, jnp.expand_dims(threshold, layout.core))
+    return _clipped(u, kth_magnitude([u], 1 + int(size * fraction), layout.core))
 
 
 def _clipped(u: Array, threshold: Array) -> Array:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.axis_types import varying_as
 from memopt.errors import check_at_least, check_static
 from memopt.matrices import Layout, Matrices
 from memopt.reductions import for_any, total
@@ -16,6 +15,7 @@ from memopt.state.codecs import Codec
 from memopt.state.precision import check_real, to_float32, zeros_of
 from memopt.state.quantized_params import dequantize_params, quantize_params
 from memopt.transforms.per_matrix import per_matrix
+from memopt.transforms.selection import kth_largest
 from memopt.trees import map_named, named_leaves, open_box
 
 
@@ -50,8 +50,8 @@ def keep_largest_change(
     Of equal |D| the first in the order of rows is kept, so that the number is exact. At other steps
     nothing is computed. The moments of the optimizer before it stay, as in the released code, which
     does this to each tensor; here a stack of layers is as many matrices, and a stack of vectors as
-    many vectors. Threshold and ties are found by bisection, some 60 counts per matrix: nothing is
-    sorted, and on a mesh nothing is gathered.
+    many vectors. Threshold and ties are found by counting, in some 20 passes: nothing is sorted,
+    and on a mesh nothing is gathered.
 
     `optax.apply_updates` computes W + (W_base − W), which is W_base up to the rounding of that
     difference; it is exact while a weight and its base are within a factor of two.
@@ -142,15 +142,16 @@ def among_largest(x: Array, count: int, axes: tuple[int, ...]) -> Array:
         return jnp.full(x.shape, count == size)
     bits = jnp.finfo(x.dtype).bits
     words = jax.lax.bitcast_convert_type(x, f"int{bits}")  # in the order of the numbers
-    words = _stored(words, axes)
-    threshold = _kth_largest(words, jnp.int32(count), axes, bits - 1)
+    words = _stored(words, axes).astype(f"uint{bits}")
+    threshold = kth_largest([words], count, bits - 1, words.dtype, axes=axes)
     above, equal = words > threshold, words == threshold
-    place = jnp.zeros(x.shape, jnp.int32)
+    place = jnp.zeros(x.shape, jnp.uint32)
     for axis in axes:
-        place = place * x.shape[axis] + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
+        place = place * x.shape[axis] + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     rank = jnp.where(equal, size - place, 0)
-    wanted = count - _count(above, axes)
-    return above | (equal & (rank >= _kth_largest(rank, wanted, axes, size.bit_length())))
+    wanted = count - total(above.astype(jnp.int32), axes, keepdims=True)
+    last = kth_largest([rank], wanted, size.bit_length(), rank.dtype, axes=axes)
+    return above | (equal & (rank >= last))
 
 
 def _stored(words: Array, axes: tuple[int, ...]) -> Array:
@@ -161,22 +162,6 @@ def _stored(words: Array, axes: tuple[int, ...]) -> Array:
     """
     first = words[tuple(0 if axis in axes else slice(None) for axis in range(words.ndim))]
     return jax.lax.cond(for_any(first >= 0), lambda: words, lambda: jnp.zeros_like(words))
-
-
-def _kth_largest(x: Array, k: Array, axes: tuple[int, ...], bits: int) -> Array:
-    """The k-th largest of integers that are not negative and have so many bits, by bisection."""
-
-    def lower(step: Array, found: Array) -> Array:
-        tried = found | (jnp.ones((), x.dtype) << (bits - 1 - step).astype(x.dtype))
-        return jnp.where(_count(x >= tried, axes) >= k, tried, found)
-
-    shape = tuple(1 if axis in axes else n for axis, n in enumerate(x.shape))
-    start = varying_as(x, jnp.zeros(shape, x.dtype))
-    return jax.lax.fori_loop(0, bits, lower, start)
-
-
-def _count(chosen: Array, axes: tuple[int, ...]) -> Array:
-    return total(chosen.astype(jnp.int32), axes, keepdims=True)
 
 
 def _copied(_: str, x: Any) -> Array:

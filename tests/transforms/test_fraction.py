@@ -12,8 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 
 import memopt
 from memopt.training.release.per_parameter_update import PerParameterUpdate
-from memopt.transforms import fraction as module
-from memopt.transforms.fraction import largest_above
+from memopt.transforms import selection as module
+from memopt.transforms.selection import kth_magnitude
 
 
 def draw(seed, dtype=jnp.float32):
@@ -58,7 +58,7 @@ def test_the_threshold_is_exact_in_other_dtypes(dtype):
 def test_every_place_of_numbers_of_all_sizes_is_found():
     """Also of infinite ones and zero, which subnormal ones count as."""
     x = jnp.array([0.0, 1e-45, -2e-38, 1.0, 1.0000001, -3.4e38, jnp.inf])
-    found = jax.jit(lambda: [largest_above([x], rank) for rank in range(7)])()
+    found = jax.jit(lambda: [kth_magnitude([x], k) for k in range(1, 8)])()
     order = np.sort(np.abs(np.asarray(x)))[::-1]
     assert [float(value) for value in found] == [*order[:5].tolist(), 0.0, 0.0]
 
@@ -70,7 +70,7 @@ def test_counts_beyond_an_int32_are_kept_in_two_parts(monkeypatch):
     tree = draw(2)
     leaves, sizes = jax.tree.leaves(tree), magnitudes(tree)
     ranks = (0, 3, 4, 700, 1299)
-    found = jax.jit(lambda: [largest_above(leaves, rank) for rank in ranks])()
+    found = jax.jit(lambda: [kth_magnitude(leaves, rank + 1) for rank in ranks])()
     assert [float(value) for value in found] == [np.float32(sizes[rank]) for rank in ranks]
 
 
