@@ -28,7 +28,7 @@ def oasis(
     as_released: bool = False,
     **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
-    """OASIS: the Hessian's diagonal and a self-tuned step size, for about four gradients a step.
+    """OASIS: steps from the Hessian's diagonal, for untuned learning rates; costs four gradients.
 
     With z random signs, H the Hessian and F the loss of this step's batch at both points, and norms
     over all parameters::

@@ -304,7 +304,7 @@ def test_what_an_update_needs_is_named():
     w = jnp.ones(2)
     for name, tx in {
         "obj_fn, the loss": memopt.scale_by_hutchinson(),
-        "obj_fn, the loss as a function of them": memopt.oasis(1.0),
+        "obj_fn, the loss as a function of the parameters": memopt.oasis(1.0),
         "value, the loss,": memopt.scale_by_polyak(),
     }.items():
         state = tx.init(w)
