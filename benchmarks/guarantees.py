@@ -31,6 +31,7 @@ from jax.sharding import AxisType, NamedSharding
 from rich.console import Console
 
 import memopt
+from benchmarks.extra_arguments import with_extra_arguments
 from benchmarks.report import save
 from memopt.optimizers.registry import available
 
@@ -282,7 +283,7 @@ def build(name: str) -> Transformation:
     """The optimizer of a row."""
     if name == "adam, int8 state":
         return optax.with_extra_args_support(int8_adam(RATE))
-    return memopt.optimizer(name, RATE)
+    return with_extra_arguments(memopt.optimizer)(name, RATE)
 
 
 def rows() -> tuple[str, ...]:

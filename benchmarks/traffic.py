@@ -93,8 +93,12 @@ def blocks(layout: str, dtype: str) -> Any:
 
 
 def compared() -> list[str]:
-    """Baselines and memopt's methods, except those that refresh at every step."""
-    always = [name for name, method in METHODS.items() if method.defaults.get("refresh_every") == 1]
+    """Baselines and memopt's methods, except those that refresh at every step or need the loss."""
+    always = [
+        name
+        for name, method in METHODS.items()
+        if method.needs or method.defaults.get("refresh_every") == 1
+    ]
     return [*BASELINES, *(name for name in memopt.available("memopt") if name not in always)]
 
 

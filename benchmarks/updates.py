@@ -20,6 +20,7 @@ from benchmarks import torch_optimizers
 from benchmarks.report import milliseconds, spread
 from memopt.models import llama
 from memopt.planning.step_memory import bytes_here
+from memopt.transforms import eigenbasis
 from memopt.transforms.projectors import base, tracked
 from memopt.trees import leaf_name
 
@@ -149,6 +150,7 @@ def between_refreshes(state: Any) -> Iterator[Any]:
     with (
         mock.patch.object(base, "is_unchosen", never),
         mock.patch.object(tracked, "is_unchosen", never),
+        mock.patch.object(eigenbasis, "is_unchosen", never),
     ):
         yield jax.tree.map(lambda x: jnp.ones_like(x) if is_count(x) else x, state)
 

@@ -5,6 +5,7 @@ infer, or be given, the type of its result. memopt computes under Auto axes, whe
 chooses shardings, and returns arrays with the types of those it was given.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -79,3 +80,8 @@ def varying_as(like: Any, x: jax.Array) -> jax.Array:
       Array([0., 0.], dtype=float32)
     """
     return x + jnp.zeros_like(like, shape=(), dtype=x.dtype)
+
+
+def varying_as_any(tree: Any, x: jax.Array) -> jax.Array:
+    """Makes an array vary over every manual axis that some array of a tree varies over."""
+    return functools.reduce(lambda x, like: varying_as(like, x), jax.tree.leaves(tree), x)

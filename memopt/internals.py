@@ -68,6 +68,36 @@ class Program:
         )
         return Part(reads, jaxpr, _where(self._consts, kept))
 
+    def from_outputs(self, known: Iterable[int]) -> Program:
+        """Returns the program that is also given some of its outputs, after its inputs.
+
+        What follows from these outputs then no longer reads their causes.
+
+        Args:
+          known: the indices of the outputs.
+
+        Example:
+          >>> program = trace(lambda x: ((y := 2 * x), y + 1), 1.0).from_outputs([0])
+          >>> part = program.needed([1])
+          >>> part.reads, part(None, 5.0)[0].item()
+          ([False, True], 6.0)
+        """
+        from jax.extend.core import Literal, Var  # imported here because it imports Pallas
+
+        own, inputs = set(self._jaxpr.invars), []
+        for v in (self._jaxpr.outvars[i] for i in known):
+            # One input each, though it may be a constant, an input, or the same as another.
+            is_computed = not isinstance(v, Literal) and v not in own
+            inputs.append(v if is_computed else Var(v.aval))
+            own.add(inputs[-1])
+        unused = lambda v: Var(v.aval) if v in own else v
+        equations = [
+            eqn.replace(outvars=list(map(unused, eqn.outvars))) for eqn in self._jaxpr.eqns
+        ]
+        inputs = [*self._jaxpr.invars, *inputs]
+        jaxpr = self._jaxpr.replace(invars=inputs, eqns=equations)
+        return dataclasses.replace(self, inputs=inputs, _jaxpr=jaxpr)
+
     def equations(self) -> Iterator[Equation]:
         """Yields the operations of the program in order."""
         for eqn in self._jaxpr.eqns:

@@ -5,7 +5,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -185,7 +185,10 @@ def _parameter(entry: Entry, axes: Axes, kind: tuple[str, str] | None) -> Parame
 
 
 def reading_whole_trees(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Makes the parts of a partition read parameters from the whole tree, not from their part."""
+    """Makes the parts of a partition read parameters from the whole tree, not from their part.
+
+    A part that evaluates the loss does so at its own parameters, and those of the others.
+    """
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> Any:
@@ -193,7 +196,16 @@ def reading_whole_trees(tx: optax.GradientTransformation) -> optax.GradientTrans
             return tx.init(params)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        if extra.get("obj_fn") is not None:
+            extra["obj_fn"] = _of_part(extra["obj_fn"], params)
         with known(read_parameters(updates)):
             return tx.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _of_part(obj_fn: Callable[[Any], Any], params: Any) -> Callable[[Any], Any]:
+    """The loss as a function of a part of the parameters; the others stay as they are."""
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    fill = lambda x, p: p if is_masked(x) else x
+    return lambda part: obj_fn(jax.tree.map(fill, part, params, is_leaf=is_masked))

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 import memopt
+from benchmarks.extra_arguments import with_extra_arguments
 from tests.optimizers import pairings
 
 
@@ -81,7 +82,7 @@ TREES = trees(nodes)
 
 def check(name: str, shapes: Any, seed: int) -> None:
     """Two steps keep structure, shapes and dtypes, and every number is finite."""
-    tx = optax.with_extra_args_support(OPTIMIZERS[name]())
+    tx = with_extra_arguments(OPTIMIZERS[name])()
     draw = np.random.default_rng(seed)
     array = lambda x: jnp.asarray(draw.normal(size=x.shape), x.dtype)
     params, *gradients = (jax.tree.map(array, shapes) for _ in range(3))

@@ -9,6 +9,7 @@ Examples:
   memopt pretrain --optimizer adamw --learning-rate 3e-3
   memopt pretrain --model 60m --optimizer apollo --option rank=128 --data 'books/**/*.txt'
   memopt pretrain --model 1b --mesh data=2,fsdp=4 --compute-dtype bfloat16 --remat full
+  memopt pretrain --init runs/first --grow 2 --output runs/deeper
   memopt pretrain --model 7b --release --weights int8 --state int8 --compute-dtype bfloat16
 
 The run directory holds config.json, metrics.jsonl (one step a line), TensorBoard events, loss.png
@@ -23,7 +24,7 @@ import os
 import sys
 import time
 import warnings
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import tyro
@@ -36,7 +37,7 @@ from memopt.cli.errors import fail
 from memopt.planning.step_memory import step_memory
 from memopt.state.describe import describe
 from memopt.state.quantized_params import dequantize_params
-from memopt.training.config import Config, read_flags
+from memopt.training.config import Config, Start, read_options, to_flags
 from memopt.training.describe import describe_run
 from memopt.training.directory import choose_directory
 from memopt.training.loop import Stopped, train
@@ -44,6 +45,7 @@ from memopt.training.metrics import read_metrics
 from memopt.training.open import Training, open_run
 from memopt.training.processes import init_distributed, is_main_process
 from memopt.training.report import plot_loss, sample_text
+from memopt.training.start import inherited_options
 from memopt.training.step import TrainState
 
 #: Seconds for which process 0, through which the others hear of a failure, waits before it ends.
@@ -92,10 +94,10 @@ def _leave(message: str) -> NoReturn:
 
 
 def parse(arguments: list[str]) -> Config:
-    """Returns the options on the command line, over those of the config file or resumed run.
+    """Returns the options on the command line, over those of a config file or another run.
 
     Raises:
-        ValueError: The config file cannot be read, or there is no run to resume.
+        ValueError: The config file cannot be read, or there is no run to resume or to start from.
     """
     read = functools.partial(
         tyro.cli,
@@ -104,11 +106,21 @@ def parse(arguments: list[str]) -> Config:
         description=__doc__,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
-    config, flags = read(args=arguments), []
+    config: Config = read(args=arguments)
+    options: dict[str, Any] = {}
+    if config.start != Start() and config.run.resume:
+        raise ValueError(
+            "init, grow and carry_state start a new run, --resume continues one: leave one out."
+        )
+    if config.start.init:
+        options |= inherited_options(config.start)
+        if any(argument.partition("=")[0] == "--optimizer" for argument in arguments):
+            del options["option"]  # of the optimizer there
     if config.run.config:
-        flags += read_flags(config.run.config)
+        options |= read_options(config.run.config)
     if config.run.resume:
-        flags += read_flags(choose_directory(config) / "config.json")
+        options |= read_options(choose_directory(config) / "config.json")
+    flags = to_flags(options)
     return read(args=[*flags, *arguments]) if flags else config
 
 
@@ -124,6 +136,7 @@ def _introduce(run: Training, console: Console) -> None:
         *(f"{'' if i else 'taken for':<10} {line}" for i, line in enumerate(kinds)),
         f"text       {' '.join(config.text.data)}, tokenizer {run.tokenizer.name}",
         f"mesh       {mesh} of {jax.device_count()} {jax.devices()[0].device_kind} devices",
+        *([f"start      {run.origin}"] if run.origin else []),
         f"output     {run.directory}" + (f", resumed at step {step}" if step else ""),
     )
     console.print("\n".join(lines), markup=False, highlight=False)

@@ -24,6 +24,7 @@ from memopt.models.config import DType, Remat
 from memopt.models.config import LlamaConfig as LlamaConfig
 from memopt.models.config import RopeScaling as RopeScaling
 from memopt.models.config import preset as preset
+from memopt.models.observed import Linear, set_statistics
 from memopt.models.rotary import rotary_tables, rotate
 from memopt.models.sharding import batch_shards, constrain, partition
 from memopt.models.sharding import param_shardings as param_shardings
@@ -53,13 +54,13 @@ def _dtypes(config: LlamaConfig) -> dict[str, Any]:
     return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 
-def _linear(config: LlamaConfig, rows: str, cols: str, rngs: nnx.Rngs) -> nnx.Linear:
+def _linear(config: LlamaConfig, rows: str, cols: str, rngs: nnx.Rngs) -> Linear:
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     sizes = {"embed": config.hidden_size, "heads": heads, "kv_heads": kv_heads}
     sizes |= {"mlp": config.intermediate_size, "vocab": config.vocab_size}
     options: Any = {"kernel_init": INIT, "kernel_metadata": {"axes": (rows, cols)}}
     options |= _dtypes(config)
-    return nnx.Linear(sizes[rows], sizes[cols], use_bias=False, rngs=rngs, **options)
+    return Linear(sizes[rows], sizes[cols], use_bias=False, rngs=rngs, **options)
 
 
 def _norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -139,7 +140,7 @@ class Block(nnx.Module):
 
 def _parts(
     config: LlamaConfig, rngs: nnx.Rngs
-) -> tuple[nnx.Embed, Array, nnx.RMSNorm, nnx.Linear | None]:
+) -> tuple[nnx.Embed, Array, nnx.RMSNorm, Linear | None]:
     """Embedding, a key for each block, final norm, and the head unless it is tied."""
     init: Any = {"embedding_init": INIT, "embedding_metadata": {"axes": ("vocab", "embed")}}
     embed = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs, **init, **_dtypes(config))
@@ -230,13 +231,14 @@ class Llama(nnx.Module):
         x = jnp.take(self.embed.embedding[...], token_ids, axis=0).astype(self.config.dtype)
         return constrain(constrain(x, "data", None, "embed"), "batch", None, None)
 
-    def block_function(self) -> tuple[Callable[[Any, Array, Context], Array], Any]:
+    def block_function(self) -> tuple[Callable[..., Array], Any]:
         """One block as a function, and the stacked parameters to slice its argument from.
 
         Returns:
-            `block(params, x, context) -> x`, without rematerialisation, and the parameters of all
-            blocks as nested dicts with a leading axis of layers. Those from
-            `memopt.quantize_params` are read one block at a time.
+            `block(params, x, context, statistics=None) -> x`, without rematerialisation, and the
+            parameters of all blocks as nested dicts with a leading axis of layers. Those from
+            `memopt.quantize_params` are read one block at a time. The block's matrices report
+            their `statistics`, see `memopt.observe`.
 
         Example:
             >>> model = Llama(preset("tiny"), rngs=nnx.Rngs(0))
@@ -249,15 +251,24 @@ class Llama(nnx.Module):
         """
         graphdef, stacked = nnx.split(self.blocks, nnx.Param)
 
-        def block(params: Any, x: Array, context: Context) -> Array:
-            return nnx.merge(graphdef, dequantize_params(params))(x, context)[0]
+        def block(params: Any, x: Array, context: Context, statistics: Any = None) -> Array:
+            module = nnx.merge(graphdef, dequantize_params(params))
+            set_statistics(module, statistics)
+            return module(x, context)[0]
 
         return block, nnx.to_pure_dict(stacked)
 
     def hidden(
-        self, token_ids: Array, segment_ids: Array | None = None, positions: Array | None = None
+        self,
+        token_ids: Array,
+        segment_ids: Array | None = None,
+        positions: Array | None = None,
+        statistics: Any = None,
     ) -> Array:
-        """The last block's output, `(batch, seq, hidden)` in the compute dtype."""
+        """The last block's output, `(batch, seq, hidden)` in the compute dtype.
+
+        The matrices of the blocks report the `statistics` of all blocks, see `memopt.observe`.
+        """
         context = self.context(token_ids.shape[1], segment_ids, positions)
         block, stacked = self.block_function()
         if self.config.remat != "none":
@@ -265,10 +276,11 @@ class Llama(nnx.Module):
             policy = dots if self.config.remat == "dots" else None
             block = jax.checkpoint(block, policy=policy, prevent_cse=False)
 
-        def step(x: Array, params: Any) -> tuple[Array, None]:
-            return block(params, x, context), None
+        def step(x: Array, layer: Any) -> tuple[Array, None]:
+            params, statistics = layer
+            return block(params, x, context, statistics), None
 
-        return jax.lax.scan(step, self.embed_tokens(token_ids), stacked)[0]
+        return jax.lax.scan(step, self.embed_tokens(token_ids), (stacked, statistics))[0]
 
     def unembed(self, x: Array) -> Array:
         """Final norm and head: `(..., hidden)` to float32 logits `(..., vocab)`."""
@@ -277,7 +289,9 @@ class Llama(nnx.Module):
         return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def loss(model: Llama, batch: Batch, *, logits_bytes: int = LOGITS_BYTES) -> tuple[Array, Array]:
+def loss(
+    model: Llama, batch: Batch, *, logits_bytes: int = LOGITS_BYTES, statistics: Any = None
+) -> tuple[Array, Array]:
     """Cross-entropy of the next token, summed, and the number of tokens it was summed over.
 
     Sums rather than means, so that micro-batches, devices and evaluation batches add up exactly.
@@ -288,6 +302,8 @@ def loss(model: Llama, batch: Batch, *, logits_bytes: int = LOGITS_BYTES) -> tup
             `positions` and `weights` (1 where a target counts, 0 where not; default 1).
         logits_bytes: Float32 logits a device may hold at a time; longer sequences are taken in
             chunks, whose logits the backward pass computes again.
+        statistics: Zeros for the matrices of the blocks to report what they see, from
+            `memopt.zero_statistics`; None: they report nothing.
 
     Returns:
         Two float32 scalars: the sum and the count.
@@ -304,12 +320,14 @@ def loss(model: Llama, batch: Batch, *, logits_bytes: int = LOGITS_BYTES) -> tup
 
     """
 
-    def forward(model: Llama, batch: Batch) -> tuple[Array, Array]:
-        x = model.hidden(batch["inputs"], batch.get("segment_ids"), batch.get("positions"))
+    def forward(model: Llama, batch: Batch, statistics: Any) -> tuple[Array, Array]:
+        documents = batch.get("segment_ids"), batch.get("positions")
+        x = model.hidden(batch["inputs"], *documents, statistics)
         return head_loss(model, x, batch, logits_bytes=logits_bytes)
 
     arrays = jax.tree.map(jnp.asarray, dict(batch))
-    return on_auto_axes(forward, (model, arrays), like=(jax.P(), jax.P()))
+    blocks = statistics and statistics["blocks"]
+    return on_auto_axes(forward, (model, arrays, blocks), like=(jax.P(), jax.P()))
 
 
 def head_loss(

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from memopt.optimizers.adafactor import adafactor as adafactor
 from memopt.optimizers.adalomo import adalomo as adalomo
+from memopt.optimizers.adam_atan2 import adam_atan2 as adam_atan2
 from memopt.optimizers.adopt import adopt as adopt
 from memopt.optimizers.amsgrad import amsgrad as amsgrad
 from memopt.optimizers.apollo import apollo as apollo
@@ -19,7 +20,9 @@ from memopt.optimizers.lars import lars as lars
 from memopt.optimizers.ldadam import ldadam as ldadam
 from memopt.optimizers.lion import lion as lion
 from memopt.optimizers.lomo import lomo as lomo
+from memopt.optimizers.mkor import mkor as mkor
 from memopt.optimizers.muon import muon as muon
+from memopt.optimizers.oasis import oasis as oasis
 from memopt.optimizers.online_subspace_descent import (
     online_subspace_descent as online_subspace_descent,
 )
@@ -27,6 +30,8 @@ from memopt.optimizers.registry import available as available
 from memopt.optimizers.registry import eval_params as eval_params
 from memopt.optimizers.registry import optimizer as optimizer
 from memopt.optimizers.sm3 import sm3 as sm3
+from memopt.optimizers.soap import soap as soap
+from memopt.optimizers.tag import tag as tag
 
 if not TYPE_CHECKING:  # type checkers read the imports above
     __all__ = sorted(

@@ -110,7 +110,8 @@ FORMERLY_OPTAX = ("adopt", "amsgrad", "lamb", "lars", "sm3")
 """Names that meant Optax's optimizer before release 0.2, which has "optax_" before it now."""
 
 STATIC = {
-    *("rank", "density", "ns_steps", "ns_coeffs", "mu_dtype"),
+    *("rank", "density", "ns_steps", "ns_coeffs", "mu_dtype", "tasks"),
+    *("max_side", "block_size"),
     *("on_refresh", "matrices", "weight_decay_mask"),
 }
 """Arguments of methods that decide shapes or programs, and functions that are no schedules."""
@@ -143,7 +144,7 @@ class _Signature(inspect.Signature):
         return bound
 
 
-def method(*, sums_projections: bool = False) -> Callable[[F], F]:
+def method(*, sums_projections: bool = False, needs: str = "") -> Callable[[F], F]:
     """Registers a function in `METHODS` under its own name.
 
     In its signature and docstring, the options of `Common` replace ``**common``. Of its arguments,
@@ -151,6 +152,7 @@ def method(*, sums_projections: bool = False) -> Callable[[F], F]:
 
     Args:
       sums_projections: see `Method`.
+      needs: see `Method`.
     """
 
     def enter(make: F) -> F:
@@ -178,7 +180,7 @@ def method(*, sums_projections: bool = False) -> Callable[[F], F]:
         options = (inspect.getdoc(Common) or "").partition("Attributes:\n")[2].rstrip()
         line = "  **common: see `memopt.Common`."
         checked.__doc__ = (inspect.getdoc(make) or "").replace(line, options)
-        METHODS[make.__name__] = Method(checked, sums_projections=sums_projections)
+        METHODS[make.__name__] = Method(checked, sums_projections=sums_projections, needs=needs)
         return cast(F, checked)
 
     return enter

@@ -35,9 +35,11 @@ _SUMS: dict[str, tuple[str, ...]] = {
     "COCOBState": ("init_particles", "cumulative_gradients", "scale", "subgradients", "reward"),
     "DoGState": ("init_params",),
     "DoWGState": ("init_params",),
+    "KeepLargestChangeState": ("base",),
     "MadgradState": ("s", "x0"),
     "MechanicState": ("x0",),
     "ProdigyState": ("params0",),
+    "ScaleByOasisState": ("previous",),
     "ScheduleFreeState": ("z",),
 }
 """Fields of copies of the parameters, and of sums without decay, in which errors stay."""

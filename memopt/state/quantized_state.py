@@ -71,7 +71,8 @@ def quantize_state(
     if there is one, so that updates stay bounded, however different the scales of a matrix's
     columns are. A first moment that is computed from the second, as ADOPT's, is divided already.
     Copies of the parameters and sums without decay, as in ``optax.contrib.cocob``, ``madgrad`` or
-    ``schedule_free``, are stored as bfloat16 rather than in 8 or 4 bits, because their errors stay.
+    ``schedule_free``, are stored as bfloat16 rather than in 8 or 4 bits, because their errors stay;
+    the parameters that `memopt.oasis` keeps are not quantised.
 
     Args:
       inner: any Optax transformation.
@@ -120,6 +121,8 @@ def quantize_state(
         is_small = size < max(min_size, 2) or 0 in leaf.shape
         if is_small or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return AsIs()
+        if place.kept_by == "scale_by_kronecker_inverses":
+            return AsIs()  # rounded, an inverse is not positive definite, and grows to infinity
         choice = next((c for pattern, c in choices if pattern.search(name)), None)
         if choice is None:
             return AsIs()
@@ -131,6 +134,8 @@ def quantize_state(
                 " optax.rmsprop(centered=True) uses: it takes the root of nu - mu², which rounding"
                 " makes negative. Use optax.scale_by_rms."
             )
+        if place.is_sum and place.kept_by == "scale_by_oasis":
+            return AsIs()  # a rounded step would have another curvature
         return BFloat16() if place.is_sum and not exact else codec
 
     def plan(params: Any) -> tuple[Any, Any, Any]:

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from memopt.errors import check_choice
 from memopt.parameters import init_shapes
 from memopt.state.following import Axis, Follower, followers
+from memopt.state.owners import parts
 from memopt.state.quantized_params import dequantize_params, is_quantized
 from memopt.trees import named_leaves, open_box
 
@@ -26,8 +27,10 @@ def state_sharding(
     ``tx.init`` is evaluated on shapes several times, with axes of the parameters made longer or
     shorter. A state axis whose length changes in proportion to a parameter axis follows that axis
     and is split over the same mesh axes, if it divides as evenly. This covers moments, factors,
-    low-rank moments, projections, codes and their scales of any transformation. Arrays that follow
-    no split axis, or not clearly, are replicated. No array is allocated.
+    low-rank moments, projections, codes and their scales of any transformation. A square array of
+    which both axes follow the same parameter axis, as the average of G Gᵀ in Shampoo, is split as
+    its parameter is, over the mesh axes of rows and of columns. Arrays that follow no split axis,
+    or not clearly, are replicated. No array is allocated.
 
     Args:
       tx: any Optax transformation.
@@ -61,10 +64,12 @@ def state_sharding(
     if spread_over is not None:
         check_choice("spread_over", spread_over, mesh.axis_names)
     like = dense_like(params)
-    found = iter(followers(tx, like, [p.axes for p in placed]))
+    state = init_shapes(tx.init, like)
+    squares = _owners_of_squares(state, like)
+    axes = [p.all_axes if i in squares else p.axes for i, p in enumerate(placed)]
+    found = iter(followers(tx, like, axes))
     notes = {}
 
-    state = init_shapes(tx.init, like)
     names = iter([name for name, _ in named_leaves(state)[0]])
 
     def place(x: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -144,6 +149,13 @@ class Placed(NamedTuple):
         mesh = self.sharding.mesh
         return [Axis(a, part_count(mesh, entry)) for a, entry in enumerate(self.entries) if entry]
 
+    @property
+    def all_axes(self) -> list[Axis]:
+        """All axes, if any is split."""
+        mesh = self.sharding.mesh
+        every = [Axis(a, part_count(mesh, entry)) for a, entry in enumerate(self.entries)]
+        return every if any(self.entries) else []
+
 
 def dense_like(params: Any) -> Any:
     """The shapes and dtypes of the parameters, for quantised ones those after dequantising."""
@@ -178,6 +190,19 @@ def placed_params(params: Any) -> list[Placed]:
     return placed
 
 
+def _owners_of_squares(state: Any, params: Any) -> set[int]:
+    """The indices of parameters with a square array in the state that is no known moment."""
+    structure = named_leaves(params)[1]
+    is_square = lambda x: len(x.shape) > 1 and x.shape[-1] == x.shape[-2] > 1
+    return {
+        i
+        for part in parts(state, params)
+        if part.has_parameters and part.moment is None
+        for i, node in enumerate(structure.flatten_up_to(part.tree))
+        if any(is_square(open_box(x)) for _, x in named_leaves(node)[0])
+    }
+
+
 def _followed(
     shape: tuple[int, ...], follower: Follower, placed: list[Placed], mesh: Any
 ) -> tuple[list[Any], list[str]]:
@@ -188,8 +213,12 @@ def _followed(
         return entries, [what]
     owner = placed[follower.owner]
     reasons = []
+    if square := _square(shape, follower, owner, entries, mesh):
+        reasons.append(square)
     for mine, theirs in follower.axes:
         entry = owner.entries[theirs]
+        if square or entry is None:
+            continue
         reason = f"axis {mine} follows axis {theirs} of {owner.name!r}"
         if _names(entry) & _names(*entries):
             reason += f", but {_text(entry)} splits an axis already"
@@ -205,6 +234,41 @@ def _followed(
             f"no axis clearly follows axis {theirs} of {owner.name!r} in {parts} equal parts"
         )
     return entries, reasons or [f"follows no split axis of {owner.name!r}"]
+
+
+def _square(
+    shape: tuple[int, ...], follower: Follower, owner: Placed, entries: list[Any], mesh: Any
+) -> str:
+    """Splits an array with two axes that follow the same one, and returns the reason.
+
+    Mesh axes that split the owner before that axis split the first of the two, and the others the
+    second; without any before, its own split the first. So L and R of G, L with the axes of rows
+    and R with those of columns, are split as G is.
+    """
+    pairs: dict[int, list[int]] = {}
+    for mine, theirs in follower.axes:
+        pairs.setdefault(theirs, []).append(mine)
+    is_square = lambda mine: len(mine) == 2 and shape[mine[0]] == shape[mine[1]]
+    twice = [theirs for theirs, mine in pairs.items() if is_square(mine)]
+    if not twice:
+        return ""
+    for theirs, (mine, *more) in pairs.items():
+        if not more:
+            entries[mine] = owner.entries[theirs]
+    split = [a for a, e in enumerate(owner.entries) if e and (a in twice or a not in pairs)]
+    own = [a for a in split if a in twice]
+    before = [a for a in split if a < twice[0]]
+    after = [a for a in split if a not in own + before]
+    groups = (before, own + after) if before else (own, after)
+    for mine, axes in zip(pairs[twice[0]], groups, strict=True):
+        names = tuple(name for a in axes for name in axis_names(owner.entries[a]))
+        if names and shape[mine] % part_count(mesh, names) == 0:
+            entries[mine] = names if len(names) > 1 else names[0]
+    first, second = pairs[twice[0]]
+    return (
+        f"axes {first} and {second} follow axis {twice[0]} of {owner.name!r}, "
+        "and are split as its axes are"
+    )
 
 
 def _spread(shape: tuple[int, ...], entries: list[Any], over: str, mesh: Any) -> str:

@@ -67,13 +67,20 @@ class Checkpoints:
             step, {"state": state}, force=True, custom_metadata=metadata
         )
 
-    def restore(self, like: TrainState) -> tuple[TrainState, Record] | None:
+    def __bool__(self) -> bool:
+        """Whether there are any, whole or damaged."""
+        return bool(self._steps())
+
+    def restore(
+        self, like: TrainState, *, set_aside: bool = True
+    ) -> tuple[TrainState, Record] | None:
         """Reads the newest checkpoint that is whole.
 
         Damaged ones after it are warned about and moved to `damaged/` beside the directory.
 
         Args:
             like: Shapes, dtypes and shardings of the state, as `ShapeDtypeStruct`s.
+            set_aside: Whether to do so; otherwise they are left out, and nothing is written.
 
         Returns:
             The state and its record, or None if there is no checkpoint at all.
@@ -96,7 +103,7 @@ class Checkpoints:
                 f"no checkpoint in {self._directory} can be continued from (the newest, "
                 f"{path.name}: {reason}); start anew with another --output."
             )
-        for path, reason in damaged.items() if is_main_process() else ():
+        for path, reason in damaged.items() if set_aside and is_main_process() else ():
             _set_aside(path, self._directory.parent / "damaged", reason)
         return found
 

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +30,7 @@ class Architecture:
     Attributes:
         model: tiny, 60m, 130m, 350m, 1b, 7b, 13b, 70b, llama-2-7b, llama-3-8b or llama-3.2-1b.
         vocab_size: Token ids of the model, if not those of its preset.
+        num_layers: Layers of the model, if not those of its preset.
         param_dtype: Type the parameters are stored in. In bfloat16 updates are rounded
             stochastically.
         weights: Store matrices in fewer bits, read block by block; bfloat16+8: with 8 bits more
@@ -40,10 +42,27 @@ class Architecture:
 
     model: str = "tiny"
     vocab_size: Annotated[int | None, conf.arg(metavar="INT")] = None
+    num_layers: Annotated[int | None, conf.arg(metavar="INT")] = None
     param_dtype: DType = "float32"
     weights: Literal["int8", "int4", "bfloat16+8"] | None = None
     compute_dtype: DType = "float32"
     remat: Literal["none", "dots", "full"] = "none"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+    """The run to start from, if any: a new run with its own steps and schedule.
+
+    Attributes:
+        init: Directory of a run, to start from the parameters of its newest checkpoint. Options
+            that are not given are as they were there.
+        grow: How often its layers are repeated, to start with a deeper model (G_stack).
+        carry_state: Take over its optimizer's state, too. Without it, the optimizer starts anew.
+    """
+
+    init: Annotated[Path | None, conf.arg(metavar="DIRECTORY")] = None
+    grow: int = 1
+    carry_state: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +101,11 @@ class Optimization:
         warmup: Share of the steps in which the learning rate rises from 0.
         decay: Share of the steps in which wsd decays. The others decay from warm-up to end.
         final_learning_rate: Learning rate at the end, as a share of the highest.
+        schedule_start: Updates that a state which was taken over counts before the schedule.
+            --carry-state sets it.
         steps: Batches to train on.
+        predict_steps: Take gradients where the weights will be after so many steps, by the
+            optimizer's state alone, as XGrad does.
         accumulation: Micro-batches that a batch is worked through in, to save memory.
         max_skipped: Stop after so many steps in a row that were not finite. Such steps change
             nothing.
@@ -98,7 +121,9 @@ class Optimization:
     warmup: float = 0.1
     decay: float = 0.2
     final_learning_rate: float = 0.1
+    schedule_start: int = 0
     steps: int = 600
+    predict_steps: Annotated[int | None, conf.arg(metavar="INT")] = None
     accumulation: int = 1
     max_skipped: int = 10
     seed: int = 0
@@ -150,6 +175,7 @@ class Config:
     """
 
     architecture: Architecture = Architecture()
+    start: Start = Start()
     text: Text = Text()
     optimization: Optimization = Optimization()
     run: Run = Run()
@@ -171,7 +197,12 @@ class Config:
 
     @property
     def highest_learning_rate(self) -> float:
-        """The `learning_rate`, or what it is by default for the optimizer."""
+        """The `learning_rate`, or what it is by default for the optimizer.
+
+        Example:
+            >>> Config(optimization=Optimization(optimizer="dog")).flat()["learning_rate"]
+            1.0
+        """
         given, method = self.optimization.learning_rate, METHODS.get(self.optimization.optimizer)
         if given is not None:
             return given
@@ -183,7 +214,25 @@ class Config:
         flat["learning_rate"] = self.highest_learning_rate
         options = [f"{name}={value}" for name, value in sorted(self.optimizer_options.items())]
         flat |= {"data": list(self.text.data), "option": options}
+        flat["init"] = None if self.start.init is None else str(self.start.init)
         return {name: x for name, x in flat.items() if name not in NOT_SAVED}
+
+    @classmethod
+    def from_flat(cls, options: Mapping[str, Any]) -> "Config":
+        """Inverts `flat`; missing options have their defaults, and unknown ones are left out.
+
+        Example:
+            >>> Config.from_flat({"model": "60m", "data": ["a.txt"]}).text.data
+            ('a.txt',)
+        """
+        given: dict[str, Any] = dict(options)
+        given |= {name: tuple(x) for name, x in options.items() if isinstance(x, list)}
+        given["init"] = None if given.get("init") is None else Path(given["init"])
+        groups: dict[str, Any] = {}
+        for name, group in vars(cls()).items():
+            own = {key: x for key, x in given.items() if hasattr(group, key)}
+            groups[name] = dataclasses.replace(group, **own)
+        return cls(**groups)
 
 
 def _value(text: str) -> Any:
@@ -194,14 +243,8 @@ def _value(text: str) -> Any:
         return text
 
 
-def read_flags(path: Path) -> list[str]:
-    """Reads a `config.json` as the equivalent command-line flags.
-
-    Args:
-        path: A JSON object of option names and values; any of them may be missing.
-
-    Returns:
-        Flags such as ["--model=tiny", "--data", "a.txt", "b.txt"].
+def read_options(path: Path) -> dict[str, Any]:
+    """Reads the options of a `config.json`, a JSON object; any of them may be missing.
 
     Raises:
         ValueError: There is no such file, or it holds no JSON object.
@@ -212,6 +255,16 @@ def read_flags(path: Path) -> list[str]:
         raise ValueError(f"config {str(path)!r} cannot be read: {error}.") from error
     if not isinstance(options, dict):
         raise ValueError(f"config {str(path)!r} must hold a JSON object of options.")
+    return options
+
+
+def to_flags(options: Mapping[str, Any]) -> list[str]:
+    """Returns options by name as the equivalent command-line flags.
+
+    Example:
+        >>> to_flags({"model": "tiny", "data": ["a.txt", "b.txt"], "release": True, "mesh": None})
+        ['--model=tiny', '--data', 'a.txt', 'b.txt', '--release']
+    """
     flags = []
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"

@@ -15,12 +15,15 @@ from memopt.text.batches import FIELDS
 from memopt.training.config import Config
 from memopt.training.placement import make_mesh
 from memopt.training.setup import Setup, abstract_batch, set_up
+from memopt.training.step import Predict
+from memopt.transforms.stored_update import predict_parameters
 
 #: The least values of options.
 LEAST = {
     **dict.fromkeys(("batch_size", "accumulation", "steps", "max_skipped"), 1),
-    **dict.fromkeys(("eval_every", "checkpoint_every", "keep"), 1),
-    "learning_rate": 0,
+    **dict.fromkeys(("eval_every", "checkpoint_every", "keep", "grow"), 1),
+    **dict.fromkeys(("learning_rate", "schedule_start"), 0),
+    "predict_steps": 1,
 }
 
 
@@ -60,7 +63,9 @@ def describe_run(config: Config) -> Setup:
     mesh = make_mesh(config.run.mesh, config.text.batch_size // options.accumulation)
     try:
         tx = optimizers.optimizer(
-            options.optimizer, learning_rate=learning_rate, **config.optimizer_options
+            options.optimizer,
+            learning_rate=_delayed(learning_rate, options.schedule_start),
+            **config.optimizer_options,
         )
         setup = set_up(
             model_config,
@@ -72,6 +77,7 @@ def describe_run(config: Config) -> Setup:
             weights=config.architecture.weights,
             release=options.release,
             accumulation=options.accumulation,
+            predict=_predict(config, learning_rate) if options.predict_steps else None,
         )
         _check_step(setup)
         return setup
@@ -82,6 +88,17 @@ def describe_run(config: Config) -> Setup:
             f"optimizer {options.optimizer!r} cannot work with "
             f"option {', '.join(options.option)} ({error})."
         ) from error
+
+
+def _predict(config: Config, learning_rate: optax.Schedule) -> Predict:
+    """Predicts parameters without decay, as XGrad does; the optimizer's state is the same."""
+    options, named = config.optimization, config.optimizer_options
+    if "weight_decay" in METHODS[options.optimizer].defaults:
+        named |= {"weight_decay": 0.0}
+    tx = optimizers.optimizer(options.optimizer, learning_rate=learning_rate, **named)
+    tx = quantize_state(tx, options.state) if options.state else tx
+    steps = options.predict_steps or 0
+    return lambda state, params: predict_parameters(tx, state, params, steps)
 
 
 def _check_step(setup: Setup) -> None:
@@ -107,6 +124,7 @@ def _model_config(config: Config) -> llama.LlamaConfig:
     model = dataclasses.replace(
         model,
         vocab_size=options.vocab_size or model.vocab_size,
+        num_layers=options.num_layers or model.num_layers,
         param_dtype=dtypes["param_dtype"],
         dtype=dtypes["compute_dtype"],
         remat=options.remat,
@@ -132,3 +150,8 @@ def _learning_rate(config: Config) -> optax.Schedule:
         decay_steps=round(options.decay * options.steps) if options.schedule == "wsd" else None,
         end_value=options.final_learning_rate * highest,
     )
+
+
+def _delayed(schedule: optax.Schedule, start: int) -> optax.Schedule:
+    """The schedule as a function of the updates that a state counts which was taken over."""
+    return (lambda count: schedule(count - start)) if start else schedule

@@ -1,7 +1,6 @@
 """A run with its files: the directory, the text, the checkpoints, and the state to begin with."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,12 +12,13 @@ from memopt.text.batches import Batch, Batches, fingerprint, train_batches, vali
 from memopt.text.documents import find_documents
 from memopt.text.tokenizer import Tokenizer, load_tokenizer
 from memopt.training.checkpoint import Checkpoints, Record
-from memopt.training.config import Config
+from memopt.training.config import Config, Start, read_options
 from memopt.training.describe import describe_run
 from memopt.training.directory import check_same, choose_directory, open_directory
 from memopt.training.placement import rows_here
 from memopt.training.processes import check_same_on_all_processes
 from memopt.training.setup import Setup
+from memopt.training.start import read_origin
 from memopt.training.step import TrainState
 
 
@@ -36,6 +36,7 @@ class Training:
         identity: What identifies the data.
         checkpoints: Its checkpoints.
         state: The state to begin with.
+        origin: What it took over from another run, "" for nothing.
     """
 
     config: Config
@@ -47,6 +48,7 @@ class Training:
     identity: Record
     checkpoints: Checkpoints
     state: TrainState
+    origin: str = ""
 
     def save(self, state: TrainState, val_loss: float | None = None) -> None:
         """Starts to save a checkpoint: the state, the position in the data, options, identity."""
@@ -66,17 +68,24 @@ def open_run(config: Config) -> Training:
             `memopt.training.directory.MAY_CHANGE`.
 
     Returns:
-        The run, at its first step or, resumed, at that of its newest whole checkpoint.
+        The run, at its first step or, resumed, at that of its newest whole checkpoint. One that
+        starts from another run has saved its first state, so that it does not need that run again.
 
     Raises:
         ValueError: An option, or a combination of them, cannot work; says what to change.
     """
     directory = choose_directory(config)
     if config.run.resume:
-        check_same(directory, json.loads((directory / "config.json").read_text()), config.flat())
+        there = Config.from_flat(read_options(directory / "config.json"))
+        check_same(directory, there.flat(), config.flat())
+    if config.start.init is None and config.start != Start():
+        raise ValueError("grow and carry_state go with --init, the run to start from.")
     check_at_least("eval_tokens", config.text.eval_tokens, config.text.seq_len)
 
     tokenizer = load_tokenizer(config.text.tokenizer)
+    checkpoints = Checkpoints(directory / "checkpoints", config.run.keep)
+    origin = read_origin(config) if config.start.init and not checkpoints else None
+    config = origin.schedule(config) if origin else config
     setup = describe_run(config)
     check_vocabulary(tokenizer, config.architecture.model, setup.model_config.vocab_size)
     rows = rows_here(setup.mesh, config.text.batch_size)
@@ -85,19 +94,24 @@ def open_run(config: Config) -> Training:
         {"output": str(directory), **config.flat(), "content of the data": identity}
     )
 
-    checkpoints = Checkpoints(directory / "checkpoints", config.run.keep)
     restored = _restore(checkpoints, setup) if config.run.resume else None
     if restored:
         state, record = restored
         check_same(directory, record["identity"], identity)
         batches.set_state(record["batches"])
+    elif origin:
+        state = origin.start(config, setup)
     open_directory(directory, config)
-    if not restored:
+    if not restored and not origin:
         with jax.set_mesh(setup.mesh):
             state = setup.jit_init(config.optimization.seed)()
-    return Training(
+    run = Training(
         config, setup, directory, tokenizer, batches, validation, identity, checkpoints, state
     )
+    if origin:
+        run.origin = origin.taken_over(config)
+        run.save(state)
+    return run
 
 
 def _restore(checkpoints: Checkpoints, setup: Setup) -> tuple[TrainState, Record] | None:

@@ -19,7 +19,7 @@ from memopt.optimizers.registry import METHODS, eval_params
 from memopt.state.quantized_params import dequantize_params, quantize_params
 from memopt.training.placement import abstract_state, batch_sharding, place_update
 from memopt.training.release import release_step
-from memopt.training.step import Batch, Metrics, TrainState, init_state, train_step
+from memopt.training.step import Batch, Metrics, Predict, TrainState, init_state, train_step
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
@@ -124,6 +124,7 @@ def set_up(
     weights: str | None = None,
     release: bool = False,
     accumulation: int = 1,
+    predict: Predict | None = None,
 ) -> Setup:
     """Places parameters and optimizer state on a mesh, abstractly, and puts the step together.
 
@@ -137,9 +138,13 @@ def set_up(
         weights: How to store matrices, see `memopt.quantize_params`; None: as they are.
         release: Whether to update each block while the backward pass runs.
         accumulation: In how many micro-batches a batch is worked through.
+        predict: Where to take the gradient, see `train_step`; None: at the parameters.
 
     Returns:
         The step and all that it is compiled from.
+
+    Raises:
+        ValueError: `predict` is given with `release`, which never holds all predicted parameters.
 
     Example:
         >>> import memopt
@@ -163,12 +168,20 @@ def set_up(
     tx, places = place_update(tx, optimizer, params, one_layer_at_a_time=release)
     options: Any = {"tx": tx, "learning_rate": learning_rate, "accumulation": accumulation}
     step: Step
+    if release and predict:
+        raise ValueError(
+            "predict_steps must be left out with release, whose step never holds a second copy of "
+            "all parameters."
+        )
     if release:
         model = llama.stacked_model(model_config)
         step = functools.partial(release_step, model=model, shardings=_shardings(params), **options)
     else:
-        loss = lambda params, batch: llama.loss(build_model(model_config, params), batch)
-        step = functools.partial(train_step, loss=loss, **options)
+        loss = lambda params, batch, **given: llama.loss(
+            build_model(model_config, params), batch, **given
+        )
+        observe = METHODS[optimizer].needs.startswith("statistics")
+        step = functools.partial(train_step, loss=loss, predict=predict, observe=observe, **options)
     state = abstract_state(params, tx, mesh, places)
     return Setup(model_config, mesh, tx, learning_rate, weights, state, batch, step, optimizer)
 

@@ -11,12 +11,15 @@ import optax
 from memopt.state.precision import where_applied
 from memopt.state.quantized_params import apply_rounded_updates, dequantize_params
 from memopt.transforms.gradient_norm import global_norm
+from memopt.transforms.kronecker import zero_statistics
+from memopt.transforms.microbatches import split_microbatches, sum_microbatches
 from memopt.transforms.skip_nonfinite import all_finite, skips_matrices
 from memopt.trees import named_leaves, open_box
 
 Batch = Mapping[str, Any]
-Loss = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+Loss = Callable[..., tuple[jax.Array, jax.Array]]
 Metrics = dict[str, jax.Array]
+Predict = Callable[[Any, Any], Any]
 
 
 class TrainState(NamedTuple):
@@ -63,6 +66,8 @@ def train_step(
     tx: optax.GradientTransformation,
     learning_rate: optax.Schedule,
     accumulation: int = 1,
+    predict: Predict | None = None,
+    observe: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """Takes one step; meant to be jitted with the state donated.
 
@@ -81,6 +86,11 @@ def train_step(
         learning_rate: The schedule `tx` follows, a function of the number of updates applied.
         accumulation: In how many micro-batches the batch is worked through, one after another;
             it divides the batch.
+        predict: Maps (optimizer state, parameters) to the parameters at which loss and gradient are
+            taken, such as `memopt.predict_parameters` with an optimizer and a number of steps;
+            the update is applied to the parameters themselves.
+        observe: Whether to give `tx` the layers' `statistics` too; `loss` is then called with zeros
+            from `memopt.zero_statistics` as `statistics`, to give them to `memopt.observe`.
 
     Returns:
         The state after the step, and scalars: `loss`, `learning_rate`, `gradient_norm`, `tokens`,
@@ -98,7 +108,13 @@ def train_step(
         [0.1 0.1] 1.0
     """
     dense = dequantize_params(state.params)
-    mean_loss, gradients, tokens = _mean_gradient(loss, dense, batch, accumulation)
+    at = dense if predict is None else predict(state.opt_state, dense)
+    point, gradient_of = (at, None), lambda pair, batch: loss(pair[0], batch)
+    if observe:
+        point = at, zero_statistics(at)
+        gradient_of = lambda pair, batch: loss(pair[0], batch, statistics=pair[1])
+    mean_loss, found, tokens = _mean_gradient(gradient_of, point, batch, accumulation)
+    gradients, statistics = found
     norm = global_norm(gradients)
     applied = jnp.isfinite(mean_loss)
     if not skips_matrices(state.opt_state):
@@ -106,6 +122,7 @@ def train_step(
 
     objective = lambda params: loss(params, batch)[0] / tokens
     extra = {"value": mean_loss, "obj_fn": objective, "gradient_norm": norm}
+    extra |= {"statistics": statistics} if observe else {}
     update = optax.with_extra_args_support(tx).update
     updates, opt_state = update(gradients, state.opt_state, dense, **extra)
     new = apply_rounded_updates(state.params, updates, state.step - state.skipped), opt_state
@@ -163,32 +180,3 @@ def _mean_gradient(
     tokens = jnp.maximum(tokens, 1)
     gradients = jax.tree.map(lambda g, p: (g / tokens).astype(p.dtype), gradients, params)
     return total / tokens, gradients, tokens
-
-
-def sum_microbatches(f: Callable[..., tuple[Any, Any]], *xs: Any) -> tuple[Any, Any]:
-    """Sums one result of `f` over micro-batches, in float32, and stacks the other.
-
-    Args:
-        f: Maps a micro-batch of each of `xs` to (tree to sum, tree to stack).
-        *xs: Trees of arrays of shape (micro-batches, ...).
-    """
-    first = jax.tree.map(lambda x: x[0], xs)
-    if jax.tree.leaves(xs)[0].shape[0] == 1:
-        sums, others = f(*first)
-        return sums, jax.tree.map(lambda x: x[None], others)
-
-    def add(sums: Any, xs: Any) -> tuple[Any, Any]:
-        new, others = f(*xs)
-        return jax.tree.map(jnp.add, sums, new), others
-
-    like, _ = jax.eval_shape(f, *first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x, "float32")), like)
-    return jax.lax.scan(add, zeros, xs)
-
-
-def split_microbatches(batch: Batch, pieces: int) -> Batch:
-    """Cuts (batch, ...) into (pieces, batch / pieces, ...), every piece with rows of every shard.
-
-    Row i goes to piece i mod pieces, so a batch sharded over its rows needs no communication.
-    """
-    return jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)

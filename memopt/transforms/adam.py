@@ -1,4 +1,4 @@
-"""Adam without bias correction, the correction as a schedule, and AMSGrad."""
+"""Adam without bias correction, the correction as a schedule, AMSGrad, and Adam-atan2."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.errors import check_precision
+from memopt.errors import check_at_least, check_precision
 from memopt.state.precision import (
     average,
     bias_correction,
@@ -186,5 +186,84 @@ def scale_by_raw_amsgrad(
 
         new = ScaleByRawAmsgradState(count, mu, nu, nu_max)
         return jax.tree.map(ratio, updates, mu, nu_max), new
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class ScaleByAdamAtan2State(NamedTuple):
+    """State of `scale_by_adam_atan2`.
+
+    Attributes:
+      count: steps taken, int32.
+      mu: first moment, float32 or wider, shaped like the parameters.
+      nu: second moment, likewise.
+    """
+
+    count: Array  # type: ignore[assignment]
+    mu: Any
+    nu: Any
+
+
+def scale_by_adam_atan2(
+    b1: float = 0.9, b2: float = 0.99, *, a: float = 1.27, b: float = 1.0
+) -> optax.GradientTransformationExtraArgs:
+    """Adam's update with an arctangent in place of the quotient and its ε.
+
+    ::
+
+        M ← β₁ M + (1 − β₁) G
+        V ← β₂ V + (1 − β₂) G²
+        U = a · atan2(M / (1 − β₁ᵗ), b · √(V / (1 − β₂ᵗ)))
+
+    U has the sign of M, is at most aπ/2, and zero where M and V are zero. Multiplying all gradients
+    by a constant does not change it, as long as their squares are float32 numbers. State: two
+    numbers per parameter.
+
+    Args:
+      b1: β₁, the decay of the first moment.
+      b2: β₂, the decay of the second moment.
+      a: multiplies the update; 4/π ≈ 1.27 makes it one where M is the root of V.
+      b: multiplies the root of the second moment; the smaller it is, the closer U is to
+        aπ/2 · sign(M).
+
+    Returns:
+      A transformation whose state is a `ScaleByAdamAtan2State`.
+
+    Raises:
+      ValueError: if `b` is negative.
+
+    References:
+      Everett et al., Scaling Exponents Across Parameterizations and Optimizers, 2024,
+      https://arxiv.org/abs/2407.05872.
+
+    Example:
+      >>> tx = scale_by_adam_atan2()
+      >>> for scale in (1.0, 1e-12):
+      ...     g = scale * jnp.array([1.0, -1.0, 0.0])
+      ...     u, _ = tx.update(g, tx.init(g))
+      ...     print([round(float(x), 3) for x in u])
+      [0.997, -0.997, 0.0]
+      [0.997, -0.997, 0.0]
+    """
+    check_precision(b1=b1, b2=b2, a=a, b=b)
+    check_at_least("b", b, 0)
+
+    def init(params: Any) -> ScaleByAdamAtan2State:
+        check_real(params)
+        zeros = lambda p: jnp.zeros_like(p, dtype=statistics_dtype(p))
+        moments = jax.tree.map(zeros, params), jax.tree.map(zeros, params)
+        return ScaleByAdamAtan2State(jnp.zeros((), jnp.int32), *moments)
+
+    def update(updates: Any, state: ScaleByAdamAtan2State, params: Any = None, **_: Any) -> Any:
+        count = optax.safe_increment(state.count)
+        mu = jax.tree.map(lambda g, m: average(b1, m, bounded(g)), updates, state.mu)
+        nu = jax.tree.map(lambda g, v: average(b2, v, jnp.square(bounded(g))), updates, state.nu)
+
+        def angle(g: Array, m: Array, v: Array) -> Array:
+            mean = m / bias_correction(b1, count, m.dtype)
+            root = jnp.sqrt(v / bias_correction(b2, count, v.dtype))
+            return (a * jnp.atan2(mean, b * root)).astype(g.dtype)
+
+        return jax.tree.map(angle, updates, mu, nu), ScaleByAdamAtan2State(count, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)

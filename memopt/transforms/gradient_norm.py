@@ -1,6 +1,5 @@
 """Clipping by the global norm of the gradients."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.axis_types import on_auto_axes, varying_as
+from memopt.axis_types import on_auto_axes, varying_as_any
 from memopt.state.precision import bounded
 
 
@@ -54,11 +53,7 @@ def clip_by_gradient_norm(
     def init(params: Any) -> Any:
         if not previous:
             return optax.EmptyState()
-        # Inside shard_map, it varies over every axis that some parameter varies over.
-        norm = functools.reduce(
-            lambda norm, p: varying_as(p, norm), jax.tree.leaves(params), jnp.zeros((), jnp.float32)
-        )
-        return ClipByGradientNormState(norm)
+        return ClipByGradientNormState(varying_as_any(params, jnp.zeros((), jnp.float32)))
 
     def clip(updates: Any, state: Any, gradient_norm: Any) -> Any:
         if gradient_norm is None:

@@ -1,5 +1,6 @@
 """Products and factorisations for stacks of matrices."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,83 @@ def replicate_axis(x: Array, axis: int) -> Array:
         return x
     spec: list[Any] = [jax.P.UNCONSTRAINED] * x.ndim
     spec[axis] = None
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, jax.P(*spec)))
+
+
+Across = Callable[..., Array]
+"""Places a matrix on a mesh: split along an axis over all devices, or whole on each of them."""
+
+
+def by_matrix(f: Callable[..., Array], x: Array, *others: Array) -> Array:
+    """Applies a function to the matrices of a stack; on a mesh no device gathers more than others.
+
+    If the number of matrices is divisible by that of devices, each gets as many whole ones.
+    Otherwise all devices work on one matrix after the other.
+
+    Args:
+      f: takes `x` and `others`, and as `across` a function that it calls on a matrix and the axis
+        along which it may be split, or on one that each device needs whole.
+      x: ``(*stack, m, n)``.
+      *others: arrays with the same stack.
+    """
+    mesh, names = _mesh_of(x)
+    if not names:
+        return f(x, *others, across=lambda x, axis=None: x)
+    stack = x.shape[:-2]
+    count, devices = math.prod(stack), math.prod(mesh.shape[name] for name in names)
+    flat = [a.reshape(count, *a.shape[len(stack) :]) for a in (x, *others)]
+    flat = [_place(a, -2) for a in flat]
+    if count % devices == 0:
+        whole = [_place(a, 0) for a in flat]
+        done = _place(_place(f(*whole, across=lambda x, axis=None: x), 0), -2)
+    else:
+        done = jax.lax.map(lambda each: f(*each, across=_place), flat)
+    return done.reshape(*stack, *done.shape[1:])
+
+
+def distributed(f: Callable[..., Any], *stacks: Array) -> Any:
+    """Applies a function of square matrices to stacks, on a mesh with the same number per device.
+
+    Args:
+      f: maps stacks to an array or a tuple of arrays with the same stack axes.
+      *stacks: ``(*stack, side, side)``, all of the same shape.
+
+    Example:
+      >>> distributed(jnp.linalg.inv, 2 * jnp.eye(2)).tolist()
+      [[0.5, 0.0], [0.0, 0.5]]
+    """
+    mesh, names = _mesh_of(stacks[0])
+    if not names:
+        return f(*stacks)
+    stack, side = stacks[0].shape[:-2], stacks[0].shape[-1]
+    count, devices = math.prod(stack), math.prod(mesh.shape[name] for name in names)
+
+    def share(x: Array) -> Array:
+        x = _place(x.reshape(count, side, side), 1)
+        return _place(jnp.pad(x, ((0, -count % devices), (0, 0), (0, 0))), 0)
+
+    local = jax.shard_map(
+        f, mesh=mesh, in_specs=jax.P(names), out_specs=jax.P(names), axis_names=set(names)
+    )
+    back = lambda x: _place(x, 1)[:count].reshape(*stack, *x.shape[1:])
+    return jax.tree.map(back, local(*map(share, stacks)))
+
+
+def _mesh_of(x: Array) -> tuple[Any, tuple[str, ...]]:
+    """The mesh that an array is on, and its axes of more than one device that are not manual."""
+    mesh = jax.typeof(x).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return mesh, tuple(a for a, kind in kinds if kind == AxisType.Auto and mesh.shape[a] > 1)
+
+
+def _place(x: Array, axis: int | None = None) -> Array:
+    """Splits an axis over all devices, if they divide it; without an axis, all get the whole."""
+    mesh, names = _mesh_of(x)
+    spec: list[Any] = [None] * x.ndim
+    if axis is not None:
+        if x.shape[axis] % math.prod(mesh.shape[name] for name in names):
+            return x
+        spec[axis] = names
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, jax.P(*spec)))
 
 

@@ -73,7 +73,7 @@ class CarryOver:
           spaces: the new `Subspace` of each gradient; None for one that is not projected.
           steps: the number of steps that the moments have averaged over.
         """
-        fields = list(_fields(state, low))
+        fields = list(moment_fields(state, low))
 
         def beside(part: Part, is_second: bool) -> list[Any]:
             """The first or the second moments in the same state."""
@@ -137,11 +137,11 @@ def carry_second_moment(
 
 def first_moment(state: Any, like: Any) -> Any:
     """The first tree in a state that is shaped like `like` and is not a second moment, or None."""
-    fields = _fields(state, like)
+    fields = moment_fields(state, like)
     return next((p.tree for p, is_moment in fields if is_moment and p.moment != SECOND), None)
 
 
-def _fields(state: Any, like: Any) -> Iterator[tuple[Part, bool]]:
+def moment_fields(state: Any, like: Any) -> Iterator[tuple[Part, bool]]:
     """The fields of a state in order; the moments are trees of floats shaped like `like`."""
     structure: Any = jax.tree.structure(like)
     shapes = [x.shape for x in jax.tree.leaves(like)]
@@ -161,7 +161,7 @@ def check_moments_are_known(state: Any, like: Any, *, per_matrix: bool) -> None:
       like: the projected gradients.
       per_matrix: whether each matrix keeps moments of its own.
     """
-    for part, is_moment in _fields(state, like):
+    for part, is_moment in moment_fields(state, like):
         if is_moment and part.moment is None and jax.tree.leaves(like):
             raise IncompatiblePairingError(
                 f"on_refresh='carry' does not know whether the field {part.field!r} of "

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -108,7 +109,7 @@ def in_subspace(
       (3, 16, 2)
     """
     if isinstance(refresh_phase, Sequence):
-        return _partition_by_phase(
+        return partition_by_phase(
             refresh_phase,
             matrices,
             lambda phase: in_subspace(
@@ -164,6 +165,7 @@ def in_subspace(
         return updates, InSubspaceState(count, kept, inner_state, rule)
 
     def update(updates: Any, state: InSubspaceState, params: Any = None, **extra: Any) -> Any:
+        extra = without_loss(extra)
         on_specs = functools.partial(step, find_specs(updates))
         return on_auto_axes(on_specs, (updates, state, params, extra), like=(updates, state))
 
@@ -335,14 +337,37 @@ def _refresh(
 
 def _as_projections(projector: Projector, specs: Any) -> contextlib.AbstractContextManager[None]:
     """A context in which projected gradients are read as stacks of matrices."""
+    is_spec = lambda x: isinstance(x, MatrixSpec)
+    leaves = jax.tree.leaves(specs, is_leaf=is_spec)
+    return as_stacks_of_matrices([(spec, projector.projected_shape(spec)) for spec in leaves])
 
-    def parameter(spec: MatrixSpec) -> Parameter:
-        shape = projector.projected_shape(spec)
+
+def as_stacks_of_matrices(
+    projections: Sequence[tuple[MatrixSpec, tuple[int, ...]]],
+) -> contextlib.AbstractContextManager[None]:
+    """A context in which arrays are read as the matrices that they are projections of.
+
+    Args:
+      projections: the spec of the gradient of each, and its shape.
+    """
+
+    def parameter(spec: MatrixSpec, shape: tuple[int, ...]) -> Parameter:
         kind, matrix = (MATRIX, Matrix()) if len(shape) > 1 else (VECTOR, None)
         return Parameter(spec.name, shape, spec.dtype, kind, matrix, "it is a projection")
 
-    is_spec = lambda x: isinstance(x, MatrixSpec)
-    return known(list(map(parameter, jax.tree.leaves(specs, is_leaf=is_spec))))
+    return known(list(itertools.starmap(parameter, projections)))
+
+
+def without_loss(extra: dict[str, Any]) -> dict[str, Any]:
+    """Returns extra arguments with a loss that an inner optimizer cannot evaluate."""
+
+    def refuse(_: Any) -> Any:
+        raise IncompatiblePairingError(
+            "inner must not evaluate the loss (obj_fn), which is a function of the parameters and "
+            "not of their projections."
+        )
+
+    return extra | {"obj_fn": refuse} if "obj_fn" in extra else extra
 
 
 def _momentum(inner_state: Any, like: Any) -> Any:
@@ -400,7 +425,7 @@ def check_keeps_no_values(init: Callable[[Any], Any], params: Any) -> None:
         )
 
 
-def _partition_by_phase(
+def partition_by_phase(
     phases: Sequence[int], matrices: Matrices, make: Callable[[int], optax.GradientTransformation]
 ) -> optax.GradientTransformationExtraArgs:
     """Partitions the tree by phase; the same matrix of all layers has the same phase."""

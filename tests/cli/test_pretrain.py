@@ -83,19 +83,30 @@ def test_a_run_that_is_killed_many_times_ends_like_the_one_that_was_not(home, wh
     check_killed(home, whole, f"killed-{seed}", kills=12, seed=seed)
 
 
-def test_a_run_that_is_interrupted_saves_first_and_resumed_it_ends_the_same(home, whole):
-    directory = home / "interrupted"
-    process = start(home, "interrupted")
-    for step, number in ((3, signal.SIGTERM), (9, signal.SIGINT)):
+@pytest.mark.parametrize(
+    "interrupts",
+    [
+        ((3, signal.SIGTERM),),
+        pytest.param(((3, signal.SIGINT), (9, signal.SIGTERM)), marks=pytest.mark.slow),
+    ],
+    ids=len,
+)
+def test_a_run_that_is_interrupted_saves_first_and_resumed_it_ends_the_same(
+    home, whole, interrupts
+):
+    name = f"interrupted-{len(interrupts)}"
+    directory = home / name
+    process = start(home, name)
+    for step, number in interrupts:
         wait_for_step(process, directory, step)
         process.send_signal(number)
         _, err = finish(process, exit_code=128 + number)
         assert f"stopped by {number.name}" in err
-        assert "memopt pretrain --resume --output interrupted" in err
+        assert f"memopt pretrain --resume --output {name}" in err
         assert err.count("\n") == 1
         newest = max(int(path.name) for path in (directory / "checkpoints").iterdir())
         assert newest == metrics(directory)[-1]["step"]
-        process = start(home, "interrupted", "--resume")
+        process = start(home, name, "--resume")
     finish(process)
     chex.assert_trees_all_equal(last_state(directory), last_state(whole[0]))
     assert metrics(directory) == metrics(whole[0])

@@ -18,7 +18,7 @@ from tests.training import nano
 
 STEPS = 30
 FLAGS = (
-    "--model=nano --data words.txt --batch-size=8 --seq-len=32 --eval-tokens=16384 "
+    "--model=nano --data words.txt --batch-size=8 --seq-len=32 --eval-tokens=2048 "
     f"--steps={STEPS} --eval-every=10 --checkpoint-every=10 --learning-rate=1e-2 "
     "--mesh=data=2,fsdp=2"
 ).split()
@@ -27,7 +27,7 @@ FLAGS = (
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    nano.write_text(home / "words.txt", words=100_000)  # 64 batches are held out
+    nano.write_text(home / "words.txt", words=30_000)  # 8 batches are held out
     return home
 
 

@@ -5,6 +5,7 @@ import functools
 import optax
 
 import memopt
+from benchmarks.extra_arguments import with_extra_arguments
 from memopt.optimizers.registry import METHODS as REGISTERED
 
 
@@ -19,7 +20,9 @@ def adamw_8bit(learning_rate: float) -> optax.GradientTransformationExtraArgs:
 
 METHODS = {
     name: functools.partial(
-        memopt.optimizer, name, **({"rank": 2} if REGISTERED[name].has_free_rank else {})
+        with_extra_arguments(memopt.optimizer),
+        name,
+        **({"rank": 2} if REGISTERED[name].has_free_rank else {}),
     )
     for name in memopt.available("memopt")
 } | {"adamw_8bit": adamw_8bit}

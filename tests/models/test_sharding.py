@@ -24,6 +24,13 @@ AXIS_TYPES = [AxisType.Auto, AxisType.Explicit]
 MESHES = [{"data": 2, "fsdp": 4}, {"tensor": 2}]
 
 
+def quick_with(quick):
+    """Both types of axes; the other one with ``-m slow``."""
+    marks = lambda axis_type: [] if axis_type == quick else [pytest.mark.slow]
+    types = [pytest.param(axis_type, marks=marks(axis_type)) for axis_type in AXIS_TYPES]
+    return pytest.mark.parametrize("axis_type", types)
+
+
 def make_mesh(sizes, axis_type=AxisType.Auto):
     types = (axis_type,) * len(sizes)
     devices = jax.devices()[: int(np.prod(list(sizes.values())))]
@@ -51,7 +58,7 @@ def test_split_loss_and_gradients_are_the_whole_ones(model, sizes, axis_type):
     chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf.sharding, gradient), shardings)
 
 
-@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+@quick_with(AxisType.Explicit)
 def test_split_recorded_model_gives_the_recorded_numbers(recorded, recorded_directory, axis_type):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, axis_type)
     model = from_hugging_face(recorded_directory, mesh=mesh)
@@ -79,7 +86,7 @@ def program_of_gradients(sizes, axis_type):
         return lowered.compile().as_text()
 
 
-@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+@quick_with(AxisType.Explicit)
 def test_parameters_are_gathered_and_activations_are_not(axis_type):
     program = program_of_gradients({"data": 2, "fsdp": 2, "tensor": 2}, axis_type)
     gathered = re.findall(r'= f32\[([\d,]+)\]\S* all-gather\(.*op_name="([^"]*)"', program)
@@ -88,7 +95,7 @@ def test_parameters_are_gathered_and_activations_are_not(axis_type):
     assert all(len(shape.split(",")) == 2 for shape in shapes), shapes
 
 
-@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+@quick_with(AxisType.Auto)
 def test_no_device_holds_the_whole_embedding_or_its_gradient(axis_type):
     program = program_of_gradients({"data": 2, "fsdp": 4}, axis_type)
     of_lookup = "\n".join(line for line in program.splitlines() if "(_take)" in line)
@@ -96,7 +103,7 @@ def test_no_device_holds_the_whole_embedding_or_its_gradient(axis_type):
     assert f"[{SMALL.vocab_size},{SMALL.hidden_size}]" not in of_lookup
 
 
-@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+@quick_with(AxisType.Explicit)
 def test_parameters_are_born_split_and_equal(axis_type):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, axis_type)
     shardings = param_shardings(abstract_model(SMALL), mesh)

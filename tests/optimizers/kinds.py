@@ -13,6 +13,12 @@ KINDS = {
 }
 """One method of each kind, and what makes the kind."""
 
+STRUCTURES = {"adafactor", "galore", "ldadam"}
+"""Those of them whose states have different structures: factors, a stored basis, a moving one."""
+
+ENTRYWISE = {"adam_atan2", "adopt", "amsgrad"}
+"""Methods that work entry by entry, for which "lion" stands."""
+
 
 def slow_unless(quick: bool) -> list[pytest.MarkDecorator]:
     """The marks of a test that runs with ``-m slow`` only, unless it is a quick one."""

@@ -16,12 +16,14 @@ from jax.sharding import AxisType, NamedSharding
 from orbax.checkpoint import v1 as ocp
 
 import memopt
+from benchmarks.extra_arguments import with_extra_arguments
 from memopt import projectors, recombine
 from memopt.optimizers.registry import METHODS
 from memopt.state.codecs import bits_of
 from memopt.trees import leaf_name
 from tests.optimizers import pairings
-from tests.optimizers.kinds import KINDS, slow_unless
+from tests.optimizers.kinds import ENTRYWISE, KINDS, STRUCTURES, slow_unless
+from tests.optimizers.tasks import on_tasks
 
 RANK = 4
 
@@ -83,6 +85,22 @@ def quantized_galore(learning_rate, rank=RANK):
     return memopt.galore(learning_rate, rank=rank, refresh_every=3, inner=inner)
 
 
+def tag_on_three_tasks(learning_rate, adam=False, factored=False, weight_decay=0.0):
+    """TAG, which returns to the first of its tasks."""
+    options = {"adam": adam, "factored": factored, "weight_decay": weight_decay}
+    return on_tasks(memopt.tag(learning_rate, tasks=3, **options), [0, 0, 1, 2, 0])
+
+
+mkor = functools.partial(memopt.mkor, inv_freq=2)
+factors_and_momentum = lambda k, m, n: k * (m * m + n * n + m * n)
+
+
+def largest_changes(learning_rate):
+    """Gradient descent that returns to where it started, but for the largest changes."""
+    keep = memopt.keep_largest_change(None, fraction=0.3, every=2)
+    return optax.chain(optax.sgd(learning_rate), keep)
+
+
 # Two codes a number, and two scales a row for each; of four bits half a code, and half a scale.
 int8_moments = lambda *shape: math.prod(shape) / 2 + 4 * math.prod(shape[:-1])
 int4_moments = lambda *shape: 3 / 8 * math.prod(shape) + 5 / 2 * math.prod(shape[:-1])
@@ -112,6 +130,7 @@ CASES = {
         factors,
         once,
     ),
+    "adam_atan2": Case(variant(memopt.adam_atan2, **decays), twice, twice, twice),
     "apollo": Case(
         variant(memopt.apollo, **ranks, **decays), moments, twice, twice
     ),
@@ -141,6 +160,9 @@ CASES = {
     "lion": Case(variant(memopt.lion, **decays), once, once, once),
     "lomo": Case(variant(memopt.lomo, clip_value=0.5, **decays), none, none, none),
     "muon": Case(variant(memopt.muon, **decays), once, twice, twice),
+    "mkor": Case(variant(mkor, **decays), factors_and_momentum, once, once),
+    "mkor_hybrid": Case(variant(mkor, hybrid=True), factors_and_momentum, once, once),
+    "mkor_as_released": Case(variant(mkor, as_released=True), factors_and_momentum, once, once),
     "galore": Case(variant(memopt.galore, **ranks, **decays), low_moments, twice, twice),
     "galore_in_turns": Case(
         variant(memopt.galore, projector="svd", refresh_phase=(0, 1), as_released=True, **ranks),
@@ -148,6 +170,13 @@ CASES = {
         twice,
         twice,
     ),
+    "oasis": Case(
+        variant(memopt.oasis, first_probes=3, **decays),
+        twice,
+        twice,
+        twice,
+    ),
+    "oasis_momentum": Case(variant(memopt.oasis, adaptive=False), twice, twice, twice),
     "online_subspace_descent": Case(
         variant(memopt.online_subspace_descent, rank=RANK, **decays),
         lambda k, m, n: low_moments(k, m, n) + k * 2 * RANK * min(m, n) + 1,
@@ -196,6 +225,37 @@ CASES = {
         twice,
         twice,
     ),
+    "soap": Case(
+        variant(memopt.soap, refresh_every=3, **decays),
+        lambda k, m, n: 2 * k * (m * n + m * m + n * n),
+        twice,
+        twice,
+    ),
+    "soap_as_released": Case(
+        variant(memopt.soap, as_released=True, refresh_every=3, max_side=20, **decays),
+        lambda k, m, n: 2 * k * (m * n + sum(side**2 for side in (m, n) if side <= 20)),
+        twice,
+        twice,
+    ),
+    "soap_in_blocks": Case(
+        variant(memopt.soap, refresh_every=3, block_size=8, refresh_phase=(0, 1)),
+        lambda k, m, n: 2 * k * (m * n + 8 * (m + n)),
+        twice,
+        twice,
+    ),
+    "tag": Case(memopt.tag, twice, twice, twice),
+    "tag_adam": Case(
+        variant(tag_on_three_tasks, adam=True, **decays),
+        lambda *shape: 3 * twice(*shape),
+        lambda *shape: 3 * twice(*shape),
+        lambda *shape: 3 * twice(*shape),
+    ),
+    "tag_factored": Case(
+        variant(tag_on_three_tasks, factored=True),
+        lambda k, m, n: 6 * k * (m + n),
+        lambda m, n: 6 * (m + n),
+        lambda *shape: 3 * twice(*shape),
+    ),
     "galore_at_random": Case(
         galore_at_random,
         lambda k, m, n: 2 * RANK * max(m, n) * k + RANK * min(m, n),
@@ -203,6 +263,7 @@ CASES = {
         twice,
         ("rank",),
     ),
+    "largest_changes": Case(largest_changes, once, once, once),
     "adamw_8bit": Case(quantized_adamw, int8_moments, int8_moments, twice),
     "adamw_4bit": Case(variant(quantized_adamw, codec="int4"), int4_moments, int4_moments, twice),
     "adamw_bfloat16": Case(
@@ -235,16 +296,26 @@ VARIANTS = {  # of methods that stand in the table otherwise, too
     *("adafactor_momentum", "adalomo_as_released", "adamw_4bit", "adamw_bfloat16"),
     *("apollo_as_released",),
     *("apollo_mini_scale_front", "flora_as_released", "frugal_blocks", "frugal_orthogonal"),
-    *("galore_8bit", "galore_at_random", "galore_in_turns"),
+    *("galore_8bit", "galore_at_random", "galore_in_turns", "largest_changes"),
+    *("soap_as_released", "soap_in_blocks"),
+    *("oasis_momentum", "mkor_as_released", "mkor_hybrid", "tag_adam", "tag_factored"),
 }
 CASES |= CELLS
+CASES = {name: case._replace(make=with_extra_arguments(case.make)) for name, case in CASES.items()}
 every_case = pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=slow_unless(name not in VARIANTS | set(CELLS))) for name in CASES],
 )
-# What wrappers of Optax do depends on the kind of a method only.
 every_kind = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=slow_unless(n in {*KINDS, "adamw_8bit"})) for n in CASES]
+    "name",
+    [
+        pytest.param(name, marks=slow_unless(name not in VARIANTS | set(CELLS) | ENTRYWISE))
+        for name in CASES
+    ],
+)
+# What wrappers of Optax do depends on the structure of the state only.
+every_structure = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=slow_unless(n in {*STRUCTURES, "adamw_8bit"})) for n in CASES]
 )
 LAYERS = 2
 SHAPES = {
@@ -379,7 +450,7 @@ def test_state_bytes_are_the_formula(name, tree):
     assert table.total == bits / 8
 
 
-@every_case
+@every_kind
 def test_stacked_layers_are_separate_layers(name, tree):
     def unstack(params):
         layers = [jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(LAYERS)]
@@ -402,12 +473,15 @@ def test_dtypes_of_state_and_updates_never_change(name, tree, dtype):
     statistics = {str(x.dtype) for x in jax.tree.leaves(after)} - {"int32"}
     if "bit" in name or name == "adamw_bfloat16":
         statistics -= {"int4", "int8", "uint8", "bfloat16"}
-    # Statistics of Optax follow the parameter, and so does Lion's momentum; others are float32.
-    follows = name in ("lion", *memopt.available("optax"))
+    if name == "oasis":
+        statistics -= {jnp.dtype(dtype).name}  # a copy of the parameters
+    # Statistics of Optax follow the parameter, and so do Lion's momentum and a copy of the
+    # parameters; others are float32.
+    follows = name in ("lion", "largest_changes", *memopt.available("optax"))
     assert statistics <= {jnp.dtype(dtype if follows else jnp.float32).name}
 
 
-@every_case
+@every_kind
 def test_bfloat16_gradients_keep_float32_statistics(name, small_tree):
     narrow = lambda seed: small_tree(seed, jnp.bfloat16)
     wide = lambda seed: jax.tree.map(lambda x: x.astype(jnp.float32), narrow(seed))
@@ -422,7 +496,7 @@ def test_bfloat16_gradients_keep_float32_statistics(name, small_tree):
             assert jnp.abs(got - expected).max() <= allowed * jnp.abs(expected).max()
 
 
-@every_kind
+@every_structure
 def test_an_injected_learning_rate_follows_its_schedule(name, small_tree):
     case = CASES[name]
     schedule = optax.linear_schedule(1e-2, 0.0, STEPS)
@@ -433,7 +507,7 @@ def test_an_injected_learning_rate_follows_its_schedule(name, small_tree):
     assert float(state.hyperparams["learning_rate"]) == pytest.approx(1e-2 / STEPS)
 
 
-@every_kind
+@every_structure
 def test_masked_and_partition_leave_other_parameters_alone(name, small_tree):
     tx, tree = CASES[name].make(1e-2), small_tree
     mask = {"embed": False, "blocks": True, "final_norm": False}
@@ -443,12 +517,13 @@ def test_masked_and_partition_leave_other_parameters_alone(name, small_tree):
     labels = {"embed": "sgd", "blocks": "ours", "final_norm": "sgd"}
     tx = optax.partition({"ours": tx, "sgd": optax.sgd(0.5)}, labels)
     params, _ = run(tx, tree(0), tree)
-    close(params["blocks"], small_plain(name)[0]["blocks"])
+    if name != "oasis":  # whose step size depends on all parameters
+        close(params["blocks"], small_plain(name)[0]["blocks"])
     moved = sum(0.5 * tree(100 + t)["embed"]["embedding"] for t in range(STEPS))
     close(params["embed"]["embedding"], tree(0)["embed"]["embedding"] - moved)
 
 
-@every_kind
+@every_structure
 def test_multi_steps_of_two_halves_equal_one_step_of_their_mean(name, small_tree):
     around = lambda seed: jax.tree.map(lambda x: 0.25 * x, small_tree(seed + 1000))
     halves = lambda seed: jax.tree.map(
@@ -512,7 +587,7 @@ def test_init_of_shapes_is_init_of_arrays(name, tree):
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, shapes), concrete)
 
 
-@every_kind
+@every_structure
 def test_the_state_is_carried_through_scan_and_cond(name, small_tree):
     tx, tree = CASES[name].make(1e-2), small_tree
 
@@ -557,7 +632,7 @@ def test_sharded_is_unsharded(name, tree, axis_type):
         assert jnp.abs(got - expected).max() <= 1e-4 * jnp.abs(expected).max(initial=1e-2)
 
 
-@every_kind
+@every_structure
 def test_checkpoint_and_resume_bit_for_bit(name, tree, tmp_path):
     half = train(compiled_case(name), tree(0), tree, 3)
     ocp.save(tmp_path / "half", half)

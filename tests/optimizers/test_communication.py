@@ -51,6 +51,8 @@ def most_numbers(name):
     """The largest array moved between refreshes, as a fraction of a whole parameter."""
     if name == "muon":
         return WHOLE // 8  # each device's share of two of them, in whole matrices
+    if name == "soap":
+        return 256**2  # a factor of the longer side, of one layer
     method = METHODS[name]
     is_low_rank = method.has_free_rank or "density" in method.defaults
     return WHOLE // 4 if is_low_rank else WHOLE // 32  # the default rank

@@ -16,6 +16,7 @@ import optax.contrib
 import pytest
 
 import memopt
+from benchmarks.extra_arguments import with_extra_arguments
 from memopt.optimizers.registry import METHODS
 from tests.optimizers.kinds import slow_unless
 
@@ -25,8 +26,16 @@ every_name = pytest.mark.parametrize(
 )
 STEPS = 1000
 RATES = {
-    **{"sgd": 5e-3, "lars": 1.0, "lomo": 5e-3, "sm3": 0.3, "optax_muon": 0.3, "muon": 0.3},
-    **{"optax_lars": 1.0, "optax_sm3": 0.3},
+    **{
+        "sgd": 5e-3,
+        "lars": 1.0,
+        "lomo": 5e-3,
+        "mkor": 1e-3,
+        "sm3": 0.3,
+        "optax_muon": 0.3,
+        "muon": 0.3,
+    },
+    **{"optax_lars": 1.0, "optax_muon": 0.3, "optax_sm3": 0.3},
     **{name: 1.0 for name, method in METHODS.items() if method.finds_step},
 }
 """The first learning rates, of a linear decay to zero; others take 0.1."""
@@ -57,7 +66,7 @@ def make(name, learning_rate):
         options["rank"] = 2
     if name == "online_subspace_descent":
         options["projector_learning_rate"] = 0.05  # for a thousand steps
-    return memopt.optimizer(name, learning_rate, **options)
+    return with_extra_arguments(memopt.optimizer)(name, learning_rate, **options)
 
 
 def update(tx, gradients, state, params, loss=parabola):
@@ -118,8 +127,8 @@ def test_wrappers_of_optax_change_no_number_and_steps_compile_once(name):
         "masked": train(optax.masked(make(name, schedule), True), gradients),
     }
     if name in memopt.available("memopt"):
-        injected = optax.inject_hyperparams(getattr(memopt, name))(learning_rate=schedule)
-        found["inject_hyperparams"] = train(injected, gradients)
+        inject = optax.inject_hyperparams(with_extra_arguments(getattr(memopt, name)))
+        found["inject_hyperparams"] = train(inject(learning_rate=schedule), gradients)
     for wrapper, params in found.items():
         chex.assert_trees_all_close(
             params, expected, rtol=1e-4, atol=1e-5, custom_message=f"{wrapper} of {name}"

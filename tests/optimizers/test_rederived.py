@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 import memopt
+from benchmarks.extra_arguments import with_extra_arguments
 from memopt import projectors
 from tests.optimizers.kinds import slow_unless
 from tests.optimizers.recorded_runs import follow
+from tests.optimizers.tasks import on_tasks
 from tests.yardstick import yardstick
 
 LEARNING_RATE, DECAY, RANK, EVERY = 1e-2, 0.1, 8, 10
@@ -140,15 +142,15 @@ def is_due(t):
     return t % EVERY == 1
 
 
-def uncorrected_adam(gradients, basis):
+def uncorrected_adam(gradients, basis, b1=0.9, b2=0.999, eps=1e-6):
     """For each step G, P, R, N = M / (√V + ε) and what corrects N for its start."""
     m = v = 0.0
     for t, g in enumerate(gradients, 1):
         if is_due(t):
             p = basis(g, t)
         r = p.T @ g
-        m, v = 0.9 * m + 0.1 * r, 0.999 * v + 0.001 * r**2
-        yield g, p, r, m / (np.sqrt(v) + 1e-6), np.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+        m, v = b1 * m + (1 - b1) * r, b2 * v + (1 - b2) * r**2
+        yield g, p, r, m / (np.sqrt(v) + eps), np.sqrt(1 - b2**t) / (1 - b1**t)
 
 
 def limit_growth(u, before, as_released=False):
@@ -311,6 +313,16 @@ def sm3(w, gradients, name, b1=0.9):
         yield w
 
 
+def adam_atan2(w, gradients, name):
+    """The angle of a complex number."""
+    adam = Adam(0.9, 0.99)
+    for g in gradients:
+        adam(g)
+        m, v = adam.corrected()
+        w = descend(w, 1.27 * np.angle(np.sqrt(v) + 1j * m))
+        yield w
+
+
 @wide
 def apollo(w, gradients, name, r=RANK, scale=1.0, axis=0):
     bases, before = given(name, len(w), r), None
@@ -429,6 +441,132 @@ def ldadam(w, gradients, name, power=2, b1=0.908, b2=0.99, rho=0.908):
         yield w
 
 
+class Basis:
+    """A factor of SOAP, the average of G Gᵀ, with its basis; None of a side that is too long."""
+
+    def __init__(self, g):
+        self.q = np.linalg.svd(g)[0]
+        self.factor = 0.05 * g @ g.T
+
+    def learn(self, g, refresh):
+        """Averages; at a refresh it also returns the order of the columns."""
+        self.factor = 0.95 * self.factor + 0.05 * g @ g.T
+        if not refresh:
+            return None
+        order = np.argsort([-x @ self.factor @ x for x in self.q.T])
+        self.q = np.linalg.qr(self.factor @ self.q[:, order])[0]
+        return order
+
+
+@stacked
+def soap(w, gradients, name, longest=16, blocks=lambda side: [slice(0, side)], after=False):
+    """The momentum is in the full space, and rotated at each step, as in the paper."""
+    sides = [blocks(side) if side <= longest else [] for side in w.shape]
+    m = v = 0.0
+    bases = []
+    for t, g in enumerate(gradients):
+        views = [
+            (axis, cut, np.moveaxis(g, axis, 0)[cut]) for axis in (0, 1) for cut in sides[axis]
+        ]
+        bases = bases or [Basis(view) for *_, view in views]
+        if t == 0:
+            w = w if after else descend(w, 0.0)
+            yield w
+            continue
+        turns = [np.eye(side) for side in w.shape]
+        for (axis, cut, _), basis in zip(views, bases, strict=True):
+            turns[axis][cut, cut] = basis.q
+        left, right = turns
+        m, v = 0.95 * m + 0.05 * g, 0.95 * v + 0.05 * (left.T @ g @ right) ** 2
+        rotated = left.T @ m @ right
+        correction = 1 - 0.95**t
+        if after:
+            u = rotated / (np.sqrt(v) + 1e-8) / np.sqrt(correction)
+            w = decay_after(w, left @ u @ right.T)
+        else:
+            u = rotated / correction / (np.sqrt(v / correction) + 1e-8)
+            w = descend(w, left @ u @ right.T)
+        yield w
+        for (axis, cut, view), basis in zip(views, bases, strict=True):
+            order = basis.learn(view, t % EVERY == 0)
+            if order is not None:
+                part = np.moveaxis(v, axis, 0)
+                part[cut] = part[cut][order]
+
+
+def equal_blocks(side):
+    """The fewest of at most 16."""
+    count = next(k for k in range(-(-side // 16), side + 1) if side % k == 0)
+    return [slice(i, i + side // count) for i in range(0, side, side // count)]
+
+
+def adamw_but_at_first(w, gradients, name):
+    yield w
+    for *_, n, correction in uncorrected_adam(
+        gradients[1:], lambda g, t: np.eye(len(g)), 0.95, 0.95, 1e-8
+    ):
+        w = decay_after(w, correction * n)
+        yield w
+
+
+def momentum(w, gradients, name):
+    m = 0.0
+    for g in gradients:
+        m = 0.9 * m + g
+        w = descend(w, m)
+        yield w
+
+
+class Factor:
+    """A factor, not its inverse, that every statistic is added to."""
+
+    def __init__(self, size):
+        self.whole = self.unit = np.eye(size)
+
+    def __call__(self, v):
+        inverse = np.linalg.inv(self.whole)
+        if np.abs(inverse).max() > 2:
+            self.whole = np.linalg.inv(0.9 * inverse + 0.1 * self.unit)
+        v = v / max(1, np.linalg.norm(v) / 100)
+        self.whole = 0.95 * self.whole + 0.05 * np.outer(v, v)
+        return np.linalg.inv(self.whole)
+
+
+@functools.partial(or_rest, rest=momentum)
+@stacked
+def mkor(w, gradients, name):
+    """Sums over columns and rows stand for inputs and their gradients."""
+    inputs, outputs, m = Factor(w.shape[0]), Factor(w.shape[1]), 0.0
+    for g in gradients:
+        u = inputs(g.sum(1)) @ g @ outputs(g.sum(0))
+        m = 0.9 * m + (u * np.linalg.norm(g) / np.linalg.norm(u) if g.any() else 0)
+        w = descend(w, m)
+        yield w
+
+
+TASKS = np.repeat([0, 1, 0], [20, 10, 20])
+
+
+@stacked
+def tag(w, gradients, name):
+    """Two tasks, the first of which comes back."""
+    moments, cos = {}, lambda a, b: (a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum())
+    for t, g in enumerate(gradients):
+        task = TASKS[t]
+        m, v = moments.get(task, (0.0, 0.0))
+        m, v = moments[task] = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2
+        if t >= 20:
+            other, squares = moments[1 - task]
+            similar = cos(m, other) if m.any() and other.any() else 0.0
+            v = np.exp(-5) * v + np.exp(-5 * similar) * squares
+        w = descend(w, g / (np.sqrt(v) + 1e-8))
+        yield w
+
+
+def tag_on_tasks(learning_rate, **options):
+    return on_tasks(memopt.tag(learning_rate, tasks=2, **options), TASKS)
+
+
 def replayed(r):
     sides = {name: min(LEAVES[name][1][-2:]) for name in MATRICES}
     return projectors.replay({name: given(name, side, r) for name, side in sides.items()})
@@ -445,11 +583,15 @@ carried = functools.partial(frugal, on_refresh="carry")
 fourth_power = wide(
     functools.partial(ldadam, power=4), rest=functools.partial(adamw, b1=0.908, b2=0.99)
 )
+soap_rest = functools.partial(adamw, b1=0.95, b2=0.95)
+soap_in_blocks = functools.partial(soap, longest=99, blocks=equal_blocks)
+soap_as_released = functools.partial(soap, after=True)
 
 # Of each method the box, and memopt's with its options.
 METHODS = {
     "adafactor": (adafactor, memopt.adafactor, {}),
     "adalomo": (adalomo, memopt.adalomo, {"clip_value": 0.05}),
+    "adam_atan2": (adam_atan2, memopt.adam_atan2, {}),
     "lomo": (lomo, memopt.lomo, {"clip_value": 0.05}),
     "adopt": (adopt, memopt.adopt, {}),
     "adopt_unbounded": (
@@ -499,6 +641,15 @@ METHODS = {
     "flora_bounded": (bounded, memopt.flora, BOUNDED),
     "frugal": (frugal, memopt.frugal, {"refresh_every": EVERY}),
     "frugal_carry": (carried, memopt.frugal, {"refresh_every": EVERY, "on_refresh": "carry"}),
+    "soap": (or_rest(soap, soap_rest), memopt.soap, {"max_side": 16}),
+    "soap_in_blocks": (or_rest(soap_in_blocks, soap_rest), memopt.soap, {"block_size": 16}),
+    "soap_as_released": (
+        or_rest(soap_as_released, adamw_but_at_first),
+        memopt.soap,
+        {"max_side": 16, "as_released": True},
+    ),
+    "mkor": (mkor, with_extra_arguments(memopt.mkor), {"inv_freq": 1}),
+    "tag": (tag, tag_on_tasks, {}),
     "ldadam": (wide(ldadam), memopt.ldadam, {"rank": RANK}),
     "ldadam_as_released": (fourth_power, memopt.ldadam, {"rank": RANK, "as_released": True}),
 }
@@ -506,14 +657,14 @@ METHODS = {
 
 SLOW = {  # which recorded runs follow, too, or share their steps with a quick one
     *("adopt_unbounded", "amsgrad_as_released", "lamb_as_released", "lamb_decoupled"),
-    *("lars_nesterov", "sm3_without_momentum"),
+    *("lars_nesterov", "sm3_without_momentum", "soap_as_released"),
 }
 
 
 def cases():
     for method in METHODS:
+        marks = slow_unless(method not in SLOW)
         for name in LEAVES:
-            marks = slow_unless(method not in SLOW)
             yield pytest.param(method, name, id=f"{method}-{name}", marks=marks)
 
 

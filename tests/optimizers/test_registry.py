@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import memopt
+from benchmarks.extra_arguments import with_extra_arguments
 from memopt.optimizers.registry import METHODS
 from tests.optimizers.kinds import slow_unless
 
@@ -22,9 +23,15 @@ def tree():
     return {"up": {"kernel": jnp.ones((8, 16))}, "norm": {"scale": jnp.ones(8)}}
 
 
-@pytest.mark.parametrize("name", memopt.available())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=slow_unless(name in memopt.available("optax")))
+        for name in memopt.available()  # memopt's run in the common suite
+    ],
+)
 def test_every_name_builds_and_moves(name):
-    tx = memopt.optimizer(name, learning_rate=1.0 if METHODS[name].finds_step else 1e-2)
+    tx = with_extra_arguments(memopt.optimizer)(name, 1.0 if METHODS[name].finds_step else 1e-2)
     params = tree()
 
     def loss(p):
@@ -46,7 +53,7 @@ def test_every_name_builds_and_moves(name):
 @pytest.mark.parametrize("name", memopt.available())
 def test_every_name_takes_a_schedule(name):
     params = jax.eval_shape(tree)
-    tx = memopt.optimizer(name, optax.linear_schedule(1e-2, 0.0, 10))
+    tx = with_extra_arguments(memopt.optimizer)(name, optax.linear_schedule(1e-2, 0.0, 10))
     needed = {"obj_fn": lambda p: p["norm"]["scale"].sum(), "value": jnp.ones(())}
     update = lambda g: tx.update(g, tx.init(g), g, **needed)[0]
     assert jax.eval_shape(update, params) == params
@@ -220,7 +227,7 @@ def test_injected_hyperparameters_are_float32_whatever_the_parameters_are(name):
         params = normal(0)
         return functools.reduce(step, gradients, (params, tx.init(params)))
 
-    make, is_matrix = getattr(memopt, name), lambda x: x.ndim > 1
+    make, is_matrix = with_extra_arguments(getattr(memopt, name)), lambda x: x.ndim > 1
     options = {"weight_decay": 0.1, "weight_decay_mask": lambda p: jax.tree.map(is_matrix, p)}
     given, state = train(optax.inject_hyperparams(make)(learning_rate=1e-2, **options))
     expected, _ = train(make(1e-2, **options))

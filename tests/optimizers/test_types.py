@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import memopt
+from benchmarks.extra_arguments import with_extra_arguments
 from memopt import projectors, recombine
 from tests.optimizers.kinds import KINDS, slow_unless
 
@@ -52,7 +53,7 @@ def steps(tx, params, state, count=3):
     [pytest.param(n, marks=slow_unless(n in {"ldadam", "carry", "recover"})) for n in MAKES],
 )
 def test_types_stay_under_x64(name):
-    tx = MAKES[name](name, 1e-2)
+    tx = with_extra_arguments(MAKES[name])(name, 1e-2)
     for x64 in (True, False):
         with jax.enable_x64(x64):
             for dtype in (jnp.float32, jnp.bfloat16, *[jnp.float64] * x64):
@@ -67,7 +68,7 @@ def test_types_stay_under_x64(name):
 def test_one_model_per_device_with_varying_axes_checked(name):
     """The state is begun on the device, or given."""
     mesh = jax.make_mesh((2,), ("models",), axis_types=(jax.sharding.AxisType.Auto,))
-    tx = MAKES[name](name, 1e-2)
+    tx = with_extra_arguments(MAKES[name])(name, 1e-2)
 
     def begin(params):
         one = jax.tree.map(lambda x: x[0], params)

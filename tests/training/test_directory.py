@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from memopt.training.config import Config, Run, read_flags
+from memopt.training.config import Config, Run, read_options, to_flags
 from memopt.training.directory import choose_directory, open_directory
 
 FIRST, SECOND = Path("runs/tiny-apollo_mini"), Path("runs/tiny-apollo_mini-2")
@@ -41,7 +41,7 @@ def test_an_empty_directory_is_free_and_one_with_anything_in_it_is_not():
 
 def test_flags_of_a_written_config():
     open_directory(FIRST, Config())
-    flags = read_flags(FIRST / "config.json")
+    flags = to_flags(read_options(FIRST / "config.json"))
     assert "--model=tiny" in flags
     assert flags[flags.index("--data") + 1] == "python"
     assert not any(flag.startswith(("--resume", "--output", "--config")) for flag in flags)

@@ -107,6 +107,21 @@ def test_a_run_learns_and_its_directory_holds_everything(finished):
     assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_starts_from_another_one_that_is_grown_with_its_optimizer(finished, config):
+    before, last = finished
+    options = {"grow": 2, "num_layers": 4, "carry_state": True}
+    run = open_run(change(config, init=before.run.output, **options))
+    assert run.origin.startswith(f"from step 12 of {before.run.output}, its 2 layers 2 times")
+    assert run.config.optimization.schedule_start == 12
+    grown = memopt.grow_depth(last.params, last.opt_state, 2, tx=run.setup.tx)
+    chex.assert_trees_all_equal((run.state.params, run.state.opt_state), grown)
+    assert int(run.state.step) == 0
+    state, metrics = run.setup.jitted(run.state, run.setup.place(next(run.batches)))
+    assert metrics["learning_rate"] == run.setup.learning_rate(0) == 0
+    chex.assert_trees_all_equal(state.params, grown[0])  # nothing moves before the warm-up
+    run.checkpoints.close()
+
+
 @pytest.mark.slow
 def test_parameters_to_evaluate_may_be_others_than_those_trained(config):
     """A schedule-free optimizer averages another point than the one it takes gradients at."""

@@ -96,7 +96,7 @@ def both(tx, steps=20, released=None, tied=False, **options):
 def assert_same(ordinary, released, atol=1e-6):
     chex.assert_trees_all_equal_structs(*(r[0] for r in (ordinary, released)))
     chex.assert_trees_all_close(ordinary[0].params, released[0].params, rtol=0, atol=atol)
-    chex.assert_trees_all_close(ordinary[0], released[0], rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(ordinary[0], released[0], rtol=1e-4, atol=10 * atol)
     chex.assert_trees_all_close(ordinary[1], released[1], rtol=1e-5)
 
 
@@ -108,13 +108,17 @@ SHARED = ("adamw", "online_subspace_descent")  # which keep counts that all laye
     [
         pytest.param(name, marks=slow_unless(name in {*KINDS, *SHARED}))
         for name in ("adamw", *memopt.available("memopt"))
+        if not METHODS[name].needs
     ],
 )
 def test_twenty_steps_are_the_ordinary_ones(name):
     method = METHODS[name]
     options = {"rank": 2} if method.has_free_rank else {}
     options |= {"refresh_every": 7} if "refresh_every" in method.defaults else {}
-    assert_same(*both(memopt.optimizer(name, RATE, **options)))
+    atol = 1e-6
+    if name == "soap":  # divides by what rounding alone gives to the weakest directions
+        options["max_side"], atol = DIM, 1e-5
+    assert_same(*both(memopt.optimizer(name, RATE, **options)), atol=atol)
 
 
 @pytest.mark.parametrize(("name", "tied"), [("adafactor", True), ("lion", False)])
@@ -153,6 +157,8 @@ def test_a_state_without_place_for_the_layers_is_refused():
     [
         (optax.clip_by_global_norm(1.0), "gradients are never held together.*memopt.clip_by"),
         (optax.apply_if_finite(optax.identity(), 3), "never held together"),
+        (memopt.clip_by_fraction(0.1), "never held together"),
+        (memopt.scale_by_polyak(optax.scale_by_rms()), "never held together"),
         (optax.clip_by_block_rms(1.0), "treats its layers together"),
         (optax.scale_by_trust_ratio(), "treats its layers together"),
         (optax.add_noise(0.1, 0.5, 0), "treats its layers together"),
@@ -169,13 +175,14 @@ def test_what_looks_beyond_its_matrix_is_refused(wrong, says):
 def test_an_optimizer_that_evaluates_the_loss_is_refused():
     model, params = toy()
     update = lambda updates, state, params=None, *, obj_fn, **_: (updates, obj_fn(params))
-    tx = optax.GradientTransformationExtraArgs(lambda _: jnp.zeros(()), update)
-    step = functools.partial(release_step, model=model, tx=tx, learning_rate=RATE)
-    with pytest.raises(ValueError, match="obj_fn"):
-        jax.eval_shape(step, init_state(params, tx), make_batch(0))
+    evaluating = optax.GradientTransformationExtraArgs(lambda _: jnp.zeros(()), update)
+    for tx in (evaluating, memopt.oasis(1.0)):
+        step = functools.partial(release_step, model=model, tx=tx, learning_rate=RATE)
+        with pytest.raises(ValueError, match="obj_fn"):
+            jax.eval_shape(step, init_state(params, tx), make_batch(0))
 
 
-@pytest.mark.parametrize("max_norm", [1e-2, 1e2])
+@pytest.mark.parametrize("max_norm", [1e-2, pytest.param(1e2, marks=pytest.mark.slow)])
 def test_clipping_by_this_steps_norm_is_exact(max_norm):
     """Against Optax's own clipping, in an ordinary step."""
     after = optax.sgd(RATE, momentum=0.9)
@@ -184,7 +191,7 @@ def test_clipping_by_this_steps_norm_is_exact(max_norm):
     assert_same(*both(whole, released=ours))
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_clipping_by_the_norm_of_the_step_before(accumulation):
     clip = memopt.clip_by_gradient_norm(1e-2, previous=True)
     tx = optax.chain(clip, optax.sgd(RATE, momentum=0.9))
@@ -295,7 +302,8 @@ def llama_run(step, tx, batches, mesh=None, accumulation=1):
 @pytest.mark.parametrize(
     ("kind", "axes"),
     [
-        *(("Auto", {"data": 2, "fsdp": 4}), ("Explicit", {"fsdp": 4, "tensor": 2})),
+        ("Auto", {"data": 2, "fsdp": 4}),
+        pytest.param("Explicit", {"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param("Explicit", {"data": 2, "fsdp": 4}, marks=pytest.mark.slow),
         pytest.param("Auto", {"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
     ],

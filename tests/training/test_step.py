@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+import memopt
 from memopt.state.quantized_params import apply_rounded_updates
 from memopt.training.step import evaluate, init_state, train_step
 
@@ -41,7 +42,8 @@ def make_batch(seed):
 
 def make_step(tx=None, **options):
     tx = optax.adam(SCHEDULE) if tx is None else tx
-    return functools.partial(train_step, loss=loss, tx=tx, learning_rate=SCHEDULE, **options)
+    options = {"loss": loss, "learning_rate": SCHEDULE, **options}
+    return functools.partial(train_step, tx=tx, **options)
 
 
 def run(step, tx, batches, params=None):
@@ -202,3 +204,28 @@ def test_float16_is_refused_because_no_loss_is_scaled():
     narrow = jax.tree.map(lambda p: p.astype(jnp.float16), make_params())
     with pytest.raises(ValueError, match=r"'head' must be in float32 or bfloat16, got float16"):
         init_state(narrow, optax.adam(1e-3))
+
+
+def observed_loss(params, batch, statistics):
+    """The same loss; the matrix reports what it sees."""
+    y = memopt.observe(statistics["kernel"], batch["x"], batch["x"] @ params["kernel"])
+    error = jnp.tanh(y) @ params["head"] - batch["y"]
+    return jnp.sum(batch["weights"] * error**2), jnp.sum(batch["weights"])
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_statistics_of_layers_are_those_of_the_whole_batch(accumulation):
+    """The update is what MKOR makes of the mean input and the gradient of a bias."""
+    params, batch = make_params(), make_batch(1)
+    tx = memopt.mkor(SCHEDULE, inv_freq=1)
+    step = make_step(tx, loss=observed_loss, observe=True, accumulation=accumulation)
+    state, _ = run(step, tx, [batch])
+
+    def shifted(params, bias):
+        error = jnp.tanh(batch["x"] @ params["kernel"] + bias) @ params["head"] - batch["y"]
+        return (batch["weights"] * error**2).sum() / batch["weights"].sum()
+
+    g, outputs = jax.grad(shifted, argnums=(0, 1))(params, jnp.zeros(DIM))
+    seen = memopt.LayerStatistics(batch["x"].mean(0), outputs, jnp.ones(()))
+    updates, _ = tx.update(g, tx.init(params), params, statistics={"kernel": seen})
+    chex.assert_trees_all_close(state.params, optax.apply_updates(params, updates), rtol=1e-5)

@@ -63,7 +63,11 @@ def train(tx, seeds, place, places=None):
         if method.sums_projections
     ],
 )
-@pytest.mark.parametrize("one_layer_at_a_time", [False, True], ids=["stack", "by layer"])
+@pytest.mark.parametrize(
+    "one_layer_at_a_time",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["stack", "by layer"],
+)
 def test_the_numbers_stay(name, one_layer_at_a_time):
     mesh = make_mesh(AxisType.Auto)
     tx, params = memopt.optimizer(name, RATE), tree(0, on(mesh))

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 import memopt
+from benchmarks.extra_arguments import with_extra_arguments
 from memopt.optimizers.registry import METHODS
 from memopt.state.owners import is_state_array, owners
 from tests.optimizers.kinds import slow_unless
@@ -35,7 +36,7 @@ def make(name):
     if name == "adamw_8bit":
         return memopt.quantize_state(optax.adamw(RATE), min_size=8)
     options = {"rank": 2} if METHODS[name].has_free_rank else {}
-    return memopt.optimizer(name, RATE, **options)
+    return with_extra_arguments(memopt.optimizer)(name, RATE, **options)
 
 
 def steps(tx, params, gradients):

@@ -11,7 +11,8 @@ pytestmark = pytest.mark.tpu
     ("name", "most", "temporary"),
     [
         *(("apollo_mini", 4.05, 0.01), ("lion", 5.05, 0.01), ("adafactor", 6.05, 0.01)),
-        *(("adamw", 7.05, 0.01), ("apollo", 4.5, 0.2), ("galore", 4.6, 0.2)),
+        *(("adamw", 7.05, 0.01), ("adam_atan2", 7.05, 0.01)),
+        *(("apollo", 4.5, 0.2), ("galore", 4.6, 0.2)),
         *(("flora", 5.3, 0.2), ("frugal", 5.5, 0.2)),
     ],
 )

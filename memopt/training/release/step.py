@@ -16,14 +16,8 @@ from memopt.state.quantized_params import apply_rounded_updates, dequantize_para
 from memopt.training.release import layouts
 from memopt.training.release.layouts import read_layer, write_layer
 from memopt.training.release.per_parameter_update import PerParameterUpdate
-from memopt.training.step import (
-    Batch,
-    Metrics,
-    TrainState,
-    finish_step,
-    split_microbatches,
-    sum_microbatches,
-)
+from memopt.training.step import Batch, Metrics, TrainState, finish_step
+from memopt.transforms.microbatches import split_microbatches, sum_microbatches
 from memopt.transforms.skip_nonfinite import skips_matrices
 
 BLOCKS = "blocks"

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from memopt.shapes import Basis, LowRank, Stack
 from memopt.transforms.projectors.base import MatrixSpec, Projector, RefreshClock
 from memopt.transforms.projectors.selected import Selected
 
-Recorded = Mapping[str, Mapping[int, ArrayLike]]
+Recorded = Mapping[str, Mapping[Any, ArrayLike]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,19 @@ class Replay(Projector):
         """The recorded matrix in use at this step, as side×r."""
         tall = lambda b: b if b.shape[-2] >= b.shape[-1] else b.swapaxes(-1, -2)
         return _at_step(self.matrices, spec, clock, tall).astype(spec.dtype)
+
+    def first_basis(self, spec: MatrixSpec, side: int) -> Array:
+        """The recorded basis of one side from the first step on: of rows, 0, or of columns, 1."""
+        check_choice("replay: leaf", spec.name, self.matrices)
+        key, length = f"1.Q{side}", spec.shape[side - 2]
+        check_choice(f"replay for {spec.name!r}: basis", key, self.matrices[spec.name])
+        given = jnp.asarray(self.matrices[spec.name][key])
+        if given.shape[-2:] != (length, length):
+            raise ValueError(
+                f"the basis {key!r} to replay for {spec.name!r} must be {length}×{length}, "
+                f"got {given.shape}."
+            )
+        return given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +129,9 @@ def replay(matrices: Recorded, *, side: str = "short") -> Projector:
         nothing.
       side: "left" or "right", to set the projected side explicitly.
 
+    `memopt.soap` and `memopt.in_eigenbasis` take the first bases of both sides, recorded as
+    {leaf name: {"1.Q0": that of the rows, "1.Q1": that of the columns}}.
+
     Raises:
       ValueError: if a leaf has no matrices, none from step 1, or of a wrong shape.
 
@@ -131,7 +148,7 @@ def replay(matrices: Recorded, *, side: str = "short") -> Projector:
 def _steps(matrices: Recorded, spec: MatrixSpec) -> Mapping[int, ArrayLike]:
     check_choice("replay: leaf", spec.name, matrices)
     steps = matrices[spec.name]
-    if min(steps) != 1:
+    if min(steps, key=str) != 1:
         raise ValueError(f"replay for {spec.name!r} must begin at step 1, not {min(steps)}.")
     return steps
 
