@@ -41,6 +41,32 @@ def check_at_least(argument: str, given: Any, least: float) -> None:
         raise ValueError(f"{argument} must be at least {least}, got {given}.")
 
 
+def check_above_zero(argument: str, given: Any) -> None:
+    """Raises if `given` is a number that is not positive; traced values are not checked.
+
+    Raises:
+      ValueError: names the argument and the given value.
+    """
+    if isinstance(given, numbers.Real) and not float(given) > 0:
+        raise ValueError(f"{argument} must be above 0, got {given}.")
+
+
+def check_given(argument: str, given: Any, what: str) -> None:
+    """Raises unless an extra argument of an update is given.
+
+    Raises:
+      ValueError: names the argument, what it is, and how it is passed.
+
+    Example:
+      >>> check_given("value", None, "the loss")
+      Traceback (most recent call last):
+      ValueError: value, the loss, must be given: call update(updates, state, params, value=…).
+    """
+    if given is None:
+        call = f"update(updates, state, params, {argument}=…)"
+        raise ValueError(f"{argument}, {what}, must be given: call {call}.")
+
+
 def check_static(argument: str, given: Any) -> None:
     """Raises unless an argument that decides shapes or the program is a number.
 

@@ -31,9 +31,9 @@ def adam_atan2(
     All parameters are treated alike, including embeddings and norms. State: 2mn float32 numbers per
     matrix. `memopt.scale_by_width` gives each its learning rate at other widths.
 
-    The paper does not say how to choose β₂; the defaults of `b2`, `a` and `b` are those of the
-    public implementation that memopt's recorded runs are from (adam-atan2-pytorch). Another
-    (adam-atan2, in CUDA) has a = b = 1 and β₂ = 0.999: its steps are a quarter smaller.
+    The defaults of `b2`, `a` and `b` are those of the public implementation that memopt's recorded
+    runs are from (adam-atan2-pytorch). Another (adam-atan2, in CUDA) has a = b = 1 and β₂ = 0.999:
+    its steps are a fifth smaller.
 
     Args:
       learning_rate: a number or a schedule.

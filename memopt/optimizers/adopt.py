@@ -1,13 +1,14 @@
 """ADOPT."""
 
 import numbers
-from typing import Any, Unpack
+from typing import Unpack
 
 import optax
 
 from memopt.optimizers.by_partition import Common, finish
 from memopt.optimizers.registry import method
 from memopt.state.precision import in_float32
+from memopt.transforms.decay import from_second_step
 from memopt.transforms.past_rms import clip_by_step, scale_by_past_rms
 
 
@@ -69,12 +70,7 @@ def adopt(
     if clip_exponent is not None:
         steps.append(clip_by_step(clip_exponent, delay=1))
     steps.append(optax.ema(b1, debias=False))
-    options: Any = common | {"weight_decay": from_second_step(common.get("weight_decay", 0.0))}
-    return finish(learning_rate, in_float32(optax.chain(*steps)), **options)
-
-
-def from_second_step(weight_decay: Any) -> Any:
-    """Returns the decay as a schedule that begins with zero; a decay of zero as it is."""
-    if isinstance(weight_decay, numbers.Real) and weight_decay == 0:
-        return weight_decay
-    return lambda count: (count > 0) * weight_decay
+    decay = common.get("weight_decay", 0.0)
+    if not isinstance(decay, numbers.Real) or decay:
+        common["weight_decay"] = from_second_step(decay)
+    return finish(learning_rate, in_float32(optax.chain(*steps)), **common)

@@ -19,7 +19,7 @@ def amsgrad(
     as_released: bool = False,
     **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
-    """AMSGrad: Adam with the largest second moment so far; where Adam's steps grow again.
+    """AMSGrad: Adam with the largest second moment so far; for when Adam does not converge.
 
     ::
 

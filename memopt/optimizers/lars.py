@@ -44,7 +44,7 @@ def lars(
       nesterov: use Nesterov momentum, W ← W − momentum · V − lr · r (G + λ W).
       trust_coefficient: c, the size of a step relative to its matrix at a learning rate of 1.
       eps: ε, added to the denominator of the ratio.
-      as_released: has no effect, since the authors' code follows the paper; every method has this
+      as_released: has no effect, since no code of the authors was found; every method has this
         switch.
       **common: see `memopt.Common`. The decay is part of the gradient, and so multiplied by r.
 

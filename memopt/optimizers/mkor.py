@@ -17,7 +17,7 @@ def mkor(
     learning_rate: optax.ScalarOrSchedule,
     *,
     decay: float = 0.95,
-    inv_freq: int = 10,
+    refresh_every: int = 10,
     max_entry: float = 2.0,
     blend: float = 0.9,
     clip_value: float = 100.0,
@@ -27,9 +27,9 @@ def mkor(
     as_released: bool = False,
     **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
-    """MKOR: Kronecker factors whose inverses follow from rank-one updates; no inversion, no root.
+    """MKOR: Kronecker factors inverted by rank-one updates; a second-order method for cheap steps.
 
-    Every `inv_freq` steps, with the mean input a and the summed output gradient g of each layer::
+    Every `refresh_every` steps, with a layer's mean input a and summed output gradient g::
 
         J ← ζ J + (1 − ζ) I                        for J_A and J_G, if max|J| > ε
         J_A ← (γ J_A⁻¹ + (1−γ) aaᵀ)⁻¹              by the identity of Sherman and Morrison
@@ -45,7 +45,7 @@ def mkor(
 
     The update needs what the layers saw, ``update(updates, state, params, statistics=…)``:
     `memopt.observe` collects it together with the gradient. Other leaves than hidden matrices get
-    the `inner` optimizer alone, as in the authors' code.
+    the `inner` optimizer alone; the authors' code appends biases to the matrices.
 
     The paper's equation for J has a plus before its rank-one term and other weights. It is not the
     identity that it refers to: it amplifies the direction of g, which the inverse damps. The
@@ -58,18 +58,18 @@ def mkor(
     Args:
       learning_rate: a number or a schedule.
       decay: γ.
-      inv_freq: steps between two updates of the factors.
+      refresh_every: steps between two updates of the factors.
       max_entry: ε.
       blend: ζ.
       clip_value: the largest length of a and g; the largest entry if `as_released`.
       momentum: of the inner optimizer.
       inner: any Optax transformation, in place of the momentum.
-      hybrid: MKOR-H: stop to precondition when the loss has all but stopped to fall, by the rule
-        of `memopt.while_loss_falls`, which is memopt's, since none is published. The update then
-        needs `value`, the loss, too.
+      hybrid: MKOR-H: stop preconditioning once the loss has nearly stopped falling, by the rule of
+        `memopt.while_loss_falls`, which is memopt's, since none is published. The update then needs
+        `value`, the loss, too.
       as_released: J ← J' − (J'v)(J'v)ᵀ / (1 + vᵀJ'v) with J' = γ J + (1−γ) I, as the authors' code,
-        which does not use the first statistics, and bounds every token's input and gradient by
-        `clip_value` before it averages them.
+        which does not use the first statistics. That code bounds every token's entries by
+        `clip_value` before it averages them; here the entries of the averages are bounded.
       **common: see `memopt.Common`.
 
     Raises:
@@ -100,7 +100,7 @@ def mkor(
         check_unused(mkor, why, max_entry=max_entry, blend=blend)
     factors = scale_by_kronecker_inverses(
         decay,
-        inv_freq,
+        refresh_every,
         max_entry,
         blend,
         clip_value,

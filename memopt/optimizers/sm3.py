@@ -18,7 +18,7 @@ def sm3(
     as_released: bool = False,
     **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
-    """SM3: AdaGrad whose sums of squares are bounded by row and column; m + n with ``b1=None``.
+    """SM3: AdaGrad with a bound for each row and column; m + n numbers per matrix if ``b1=None``.
 
     SM3-II with momentum, for each matrix of a stack, from R = C = 0::
 

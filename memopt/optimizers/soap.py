@@ -2,17 +2,16 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
-import jax.numpy as jnp
 import optax
-from jax import Array
 
-from memopt.optimizers.by_partition import Common, finish, inner_or_adam
+from memopt.errors import check_unused
+from memopt.optimizers.by_partition import Common, finish
 from memopt.optimizers.registry import method
 from memopt.transforms import projectors
 from memopt.transforms.adam import scale_by_released_adam
-from memopt.transforms.decay import updated_weights
+from memopt.transforms.decay import from_second_step, updated_weights
 from memopt.transforms.eigenbasis import in_eigenbasis
 from memopt.transforms.projectors.replay import Replay
 
@@ -99,26 +98,17 @@ def soap(
         one_sided=one_sided,
         start=projector,
     )
+    if inner is not None:
+        check_unused(soap, "inner runs in Adam's place", b1=b1, eps=eps)
     matrices = common.get("matrices")
     if as_released:
         adam = scale_by_released_adam(b1, b2, eps)
         return finish(
-            _after_first_step(learning_rate),
+            from_second_step(learning_rate),
             rotate(inner or adam, matrices=matrices),
             others=rotate(adam, matrices=lambda name, parameter: None),
             decayed=updated_weights,
             **common,
         )
-    adam = inner_or_adam(inner, soap, b1=b1, eps=eps, **({} if inner else {"b2": b2}))
-    others = optax.scale_by_adam(b1, b2, eps)
-    return finish(learning_rate, rotate(adam, matrices=matrices), others=others, **common)
-
-
-def _after_first_step(learning_rate: optax.ScalarOrSchedule) -> optax.Schedule:
-    """The learning rate, but zero at the first step."""
-
-    def schedule(count: Any) -> Array:
-        rate = learning_rate(count) if callable(learning_rate) else learning_rate
-        return jnp.where(count > 0, rate, 0.0)
-
-    return schedule
+    adam = optax.scale_by_adam(b1, b2, eps)
+    return finish(learning_rate, rotate(inner or adam, matrices=matrices), others=adam, **common)

@@ -67,7 +67,7 @@ class Checkpoints:
             step, {"state": state}, force=True, custom_metadata=metadata
         )
 
-    def __bool__(self) -> bool:
+    def exist(self) -> bool:
         """Whether there are any, whole or damaged."""
         return bool(self._steps())
 

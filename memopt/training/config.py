@@ -197,7 +197,12 @@ class Config:
 
     @property
     def highest_learning_rate(self) -> float:
-        """The `learning_rate`, or what it is by default for the optimizer."""
+        """The `learning_rate`, or what it is by default for the optimizer.
+
+        Example:
+            >>> Config(optimization=Optimization(optimizer="dog")).flat()["learning_rate"]
+            1.0
+        """
         given, method = self.optimization.learning_rate, METHODS.get(self.optimization.optimizer)
         if given is not None:
             return given

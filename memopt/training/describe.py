@@ -63,9 +63,7 @@ def describe_run(config: Config) -> Setup:
         )
     mesh = make_mesh(config.run.mesh, config.text.batch_size // options.accumulation)
     try:
-        tx = optimizers.optimizer(
-            options.optimizer, learning_rate=rate, **config.optimizer_options
-        )
+        tx = optimizers.optimizer(options.optimizer, learning_rate=rate, **config.optimizer_options)
         setup = set_up(
             model_config,
             mesh,

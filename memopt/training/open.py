@@ -84,7 +84,7 @@ def open_run(config: Config) -> Training:
 
     tokenizer = load_tokenizer(config.text.tokenizer)
     checkpoints = Checkpoints(directory / "checkpoints", config.run.keep)
-    origin = read_origin(config) if config.start.init and not checkpoints else None
+    origin = read_origin(config) if config.start.init and not checkpoints.exist() else None
     config = origin.schedule(config) if origin else config
     setup = describe_run(config)
     check_vocabulary(tokenizer, config.architecture.model, setup.model_config.vocab_size)

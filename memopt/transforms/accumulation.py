@@ -10,14 +10,14 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes
-from memopt.errors import check_at_least, check_choice
+from memopt.errors import IncompatiblePairingError, check_at_least, check_choice
 from memopt.matrices import Layout, Matrices, map_matrices
 from memopt.renamed import keywords
 from memopt.state.precision import statistics_dtype, to_float32, zeros_of
 from memopt.transforms.projectors import Projector, RefreshClock, by_name
 from memopt.transforms.projectors.random import RandomProjector
 from memopt.transforms.projectors.replay import Replay
-from memopt.transforms.subspace import matrix_spec, projected_zeros
+from memopt.transforms.subspace import matrix_spec, projected_zeros, without_loss
 
 EveryK = int | Callable[[Array], Array]
 
@@ -226,6 +226,12 @@ def _accumulate(
         return updates, AccumulateState(count, total, inner_state)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        if extra.get("statistics") is not None:
+            raise IncompatiblePairingError(
+                "statistics are of the last micro-batch only: accumulate gradients and statistics "
+                "inside the training step, with train_step(accumulation=…)."
+            )
+        extra = without_loss(extra, "is that of the last micro-batch only")
         return on_auto_axes(step, (updates, state, params, extra), like=(updates, state))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -79,3 +79,18 @@ def decay_as_released(
 def subtract_decay(layout: Layout, u: Array, w: Array, *, decayed: Decayed, strength: Any) -> Array:
     """Computes U − strength · decayed(W, U)."""
     return (u - strength * decayed(layout, w, u)).astype(u.dtype)
+
+
+def from_second_step(value: Any) -> Any:
+    """Returns a number or a schedule as a schedule that is zero at the first step.
+
+    For methods that move no parameter at their first step, as ADOPT and SOAP.
+
+    Args:
+      value: a number or a schedule.
+
+    Example:
+      >>> [float(from_second_step(0.5)(count)) for count in (0, 1)]
+      [0.0, 0.5]
+    """
+    return lambda count: jnp.where(count > 0, value(count) if callable(value) else value, 0.0)

@@ -35,6 +35,7 @@ from memopt.transforms.projectors import MatrixSpec, RefreshClock
 from memopt.transforms.projectors.base import is_unchosen, scale_to_one
 from memopt.transforms.projectors.replay import Replay
 from memopt.transforms.subspace import (
+    OF_PARAMETERS,
     as_stacks_of_matrices,
     check_keeps_no_values,
     matrix_spec,
@@ -203,7 +204,7 @@ def in_eigenbasis(
         return new_updates, InEigenbasisState(count, left, right, *new, inner_state)
 
     def update(updates: Any, state: InEigenbasisState, params: Any = None, **extra: Any) -> Any:
-        extra = without_loss(extra)
+        extra = without_loss(extra, OF_PARAMETERS)
         on_sides = functools.partial(step, find(updates))
         return on_auto_axes(on_sides, (updates, state, params, extra), like=(updates, state))
 

@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes, varying_as
-from memopt.errors import check_at_least, check_precision
+from memopt.errors import check_above_zero, check_at_least, check_given, check_precision
 from memopt.matrices import Layout, every_matrix, map_matrices
 from memopt.state.precision import average, bounded, check_real, statistics_dtype, to_float32
 from memopt.transforms.projectors import MatrixSpec
@@ -46,6 +46,7 @@ class HutchinsonRule(NamedTuple):
     def check(self) -> None:
         """Raises `ValueError` for an option out of range."""
         check_precision(b2=self.b2, min_curvature=self.min_curvature)
+        check_above_zero("min_curvature", self.min_curvature)
         check_at_least("first_probes", self.first_probes, 1)
         check_at_least("refresh_every", self.refresh_every, 1)
 
@@ -63,18 +64,16 @@ class HutchinsonRule(NamedTuple):
         Raises:
           ValueError: if `params` or `obj_fn` is None.
         """
-        if params is None or obj_fn is None:
-            missing = "params" if params is None else "obj_fn, the loss as a function of them,"
-            raise ValueError(
-                f"{missing} must be given to update(updates, state, params, obj_fn=…), got None."
-            )
+        check_given("params", params, "the parameters")
+        check_given("obj_fn", obj_fn, "the loss as a function of the parameters")
+        loss: Any = obj_fn
         count, first = state.count, state.count == 0
         later = jnp.where(count % self.refresh_every == 0, 1, 0)
         probes = jnp.where(first, self.first_probes, later)
 
         def add(probe: Array, total: Any) -> Any:
             signs = on_auto_axes(random_signs, (params, self.seed, count, probe), like=params)
-            products = jax.jvp(jax.grad(obj_fn), (params,), (signs,))[1]
+            products = jax.jvp(jax.grad(loss), (params,), (signs,))[1]
             one = lambda t, z, hz: t + to_float32(z) * to_float32(hz)
             return jax.tree.map(one, total, signs, products)
 

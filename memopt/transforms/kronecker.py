@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes, varying_as
-from memopt.errors import check_at_least, check_precision
+from memopt.errors import check_above_zero, check_at_least, check_precision
 from memopt.matrices import Layout, Matrices, map_matrices
 from memopt.shapes import Square, Stack
 from memopt.state.precision import bounded, check_real, statistics_dtype, to_float32
@@ -132,7 +132,7 @@ class ScaleByKroneckerInversesState(NamedTuple):
 
 def scale_by_kronecker_inverses(
     decay: float = 0.95,
-    inv_freq: int = 10,
+    refresh_every: int = 10,
     max_entry: float = 2.0,
     blend: float = 0.9,
     clip_value: float = 100.0,
@@ -142,8 +142,8 @@ def scale_by_kronecker_inverses(
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies gradients by the inverses of two factors that rank-one updates keep.
 
-    Every `inv_freq` steps, for the mean input a (m) and the summed output gradient g (n) of each
-    layer, given as ``update(updates, state, params, statistics=…)``, with J_A = I and J_G = I at
+    Every `refresh_every` steps, for a layer's mean input a (m) and summed output gradient g (n),
+    given as ``update(updates, state, params, statistics=…)``, with J_A = I and J_G = I at
     the start, and v of length at most `clip_value`, for J, v of J_A, a and J_G, g::
 
         J ← ζ J + (1 − ζ) I                        if max|J| > ε
@@ -159,7 +159,7 @@ def scale_by_kronecker_inverses(
 
     Args:
       decay: γ.
-      inv_freq: steps between two updates of the factors.
+      refresh_every: steps between two updates of the factors.
       max_entry: ε, beyond which a factor is drawn towards the identity; without data, J grows.
       blend: ζ.
       clip_value: the largest length of a statistic; if `as_released`, its largest entry. The
@@ -180,7 +180,7 @@ def scale_by_kronecker_inverses(
       Updates, 2023, https://arxiv.org/abs/2306.01685.
 
     Example:
-      >>> tx = scale_by_kronecker_inverses(inv_freq=1)
+      >>> tx = scale_by_kronecker_inverses(refresh_every=1)
       >>> params = {"hidden": jnp.eye(2)}
       >>> seen = LayerStatistics(jnp.array([3.0, 0.0]), jnp.zeros(2), jnp.array(1.0))
       >>> _, state = tx.update(params, tx.init(params), statistics={"hidden": seen})
@@ -191,9 +191,9 @@ def scale_by_kronecker_inverses(
     for name, value in (("decay", decay), ("blend", blend)):
         if isinstance(value, float) and not 0 < value < 1:
             raise ValueError(f"{name} must be between 0 and 1, got {value}.")
-    check_at_least("inv_freq", inv_freq, 1)
+    check_at_least("refresh_every", refresh_every, 1)
     check_at_least("max_entry", max_entry, 1)
-    check_at_least("clip_value", clip_value, 0)
+    check_above_zero("clip_value", clip_value)
     bound = functools.partial(_clip, by_entry=as_released, most=clip_value)
     maps = functools.partial(map_matrices, matrices=matrices)
 
@@ -218,7 +218,7 @@ def scale_by_kronecker_inverses(
         return ScaleByKroneckerInversesState(jnp.zeros((), jnp.int32), *factors)
 
     def step(updates: Any, state: ScaleByKroneckerInversesState, seen: Any) -> Any:
-        now = state.count % jnp.asarray(inv_freq).astype(jnp.int32) == 0
+        now = state.count % jnp.asarray(refresh_every).astype(jnp.int32) == 0
         if as_released:
             now &= state.count > 0
 

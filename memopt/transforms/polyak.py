@@ -9,7 +9,7 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes, varying_as_any
-from memopt.errors import check_at_least, check_choice, check_precision
+from memopt.errors import check_at_least, check_choice, check_given, check_precision
 from memopt.reductions import total
 from memopt.state.precision import bounded
 from memopt.trees import NOTHING
@@ -122,11 +122,7 @@ def scale_by_polyak(
         value: Any = None,
         **extra: Any,
     ) -> Any:
-        if value is None:
-            raise ValueError(
-                "value, the loss, must be given to update(updates, state, params, value=…), got "
-                "None."
-            )
+        check_given("value", value, "the loss")
         new, inner_state = inner.update(updates, state.inner, params, value=value, **extra)
         like = (updates, state.slack)
         scaled, kept = on_auto_axes(scale, (updates, new, state.slack, value), like=like)

@@ -67,7 +67,9 @@ def kth_largest(
     return jax.lax.fori_loop(0, -(-bits // _DIGIT), next_digit, start)
 
 
-def kth_magnitude(arrays: Sequence[Array], k: int, axes: tuple[int, ...] | None = None) -> Array:
+def kth_magnitude(
+    arrays: Sequence[Array], k: int | Array, axes: tuple[int, ...] | None = None
+) -> Array:
     """The k-th largest magnitude of floats. Subnormal numbers count as zero.
 
     The bits of a positive float, read as an integer, are in the same order as the floats.
@@ -95,7 +97,7 @@ def kth_magnitude(arrays: Sequence[Array], k: int, axes: tuple[int, ...] | None 
     return jnp.where(value >= jnp.finfo(dtype).tiny, value, 0)
 
 
-def _sum_is_at_least(k: Any, arrays: Sequence[Array]) -> Array:
+def _sum_is_at_least(k: int | Array, arrays: Sequence[Array]) -> Array:
     """Whether the sum of arrays of zeros and ones, which int32 may not hold, is at least `k`."""
     high, low = jnp.zeros((2,), jnp.int32)
     for x in arrays:

@@ -165,7 +165,7 @@ def in_subspace(
         return updates, InSubspaceState(count, kept, inner_state, rule)
 
     def update(updates: Any, state: InSubspaceState, params: Any = None, **extra: Any) -> Any:
-        extra = without_loss(extra)
+        extra = without_loss(extra, OF_PARAMETERS)
         on_specs = functools.partial(step, find_specs(updates))
         return on_auto_axes(on_specs, (updates, state, params, extra), like=(updates, state))
 
@@ -358,14 +358,14 @@ def as_stacks_of_matrices(
     return known(list(itertools.starmap(parameter, projections)))
 
 
-def without_loss(extra: dict[str, Any]) -> dict[str, Any]:
-    """Returns extra arguments with a loss that an inner optimizer cannot evaluate."""
+OF_PARAMETERS = "is a function of the parameters and not of their projections"
+
+
+def without_loss(extra: dict[str, Any], why: str) -> dict[str, Any]:
+    """Returns extra arguments with a loss that an inner optimizer cannot evaluate, and why."""
 
     def refuse(_: Any) -> Any:
-        raise IncompatiblePairingError(
-            "inner must not evaluate the loss (obj_fn), which is a function of the parameters and "
-            "not of their projections."
-        )
+        raise IncompatiblePairingError(f"inner must not evaluate the loss (obj_fn), which {why}.")
 
     return extra | {"obj_fn": refuse} if "obj_fn" in extra else extra
 

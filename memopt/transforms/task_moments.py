@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes
-from memopt.errors import check_at_least, check_precision, check_static
+from memopt.errors import check_at_least, check_given, check_precision, check_static
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.reductions import total
 from memopt.shapes import Stack
@@ -169,11 +169,8 @@ def scale_by_task_moments(
 
 def _checked(task: Any, tasks: int) -> Any:
     """The number of the current task, unless it is known to be wrong."""
-    if task is None and tasks > 1:
-        raise ValueError(
-            f"task, the number of the current one of {tasks} tasks, must be given: call "
-            "update(updates, state, params, task=…)."
-        )
+    if tasks > 1:
+        check_given("task", task, f"the number of the current one of {tasks} tasks")
     if isinstance(task, numbers.Integral) and not 0 <= int(task) < tasks:
         raise ValueError(f"task must be between 0 and {tasks - 1}, got {task}.")
     return 0 if task is None else task

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.errors import check_precision
+from memopt.errors import check_given, check_precision
 
 
 class WhileLossFallsState(NamedTuple):
@@ -33,7 +33,7 @@ class WhileLossFallsState(NamedTuple):
 def while_loss_falls(
     inner: optax.GradientTransformation, share: float = 0.1, decay: float = 0.98
 ) -> optax.GradientTransformationExtraArgs:
-    """Applies `inner` until the loss has all but stopped to fall, and then no more.
+    """Applies `inner` until the loss has nearly stopped falling, and not afterwards.
 
     From the loss ℓ of each step, given as ``update(updates, state, params, value=ℓ)``::
 
@@ -65,6 +65,8 @@ def while_loss_falls(
       2 2 2 2 2 2 2 2 2 1
     """
     check_precision(share=share, decay=decay)
+    if isinstance(decay, float) and not 0 < decay < 1:
+        raise ValueError(f"decay must be between 0 and 1, got {decay}.")
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> WhileLossFallsState:
@@ -74,11 +76,7 @@ def while_loss_falls(
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         value = extra.get("value")
-        if value is None:
-            raise ValueError(
-                "value, the loss of this step, must be given: call update(updates, state, params, "
-                "value=…)."
-            )
+        check_given("value", value, "the loss of this step")
         count, before, fall, largest, applied, kept = state
         now = jnp.asarray(value, jnp.float32)
         counts = jnp.isfinite(now)

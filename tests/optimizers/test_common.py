@@ -91,7 +91,7 @@ def tag_on_three_tasks(learning_rate, adam=False, factored=False, weight_decay=0
     return on_tasks(memopt.tag(learning_rate, tasks=3, **options), [0, 0, 1, 2, 0])
 
 
-mkor = functools.partial(memopt.mkor, inv_freq=2)
+mkor = functools.partial(memopt.mkor, refresh_every=2)
 factors_and_momentum = lambda k, m, n: k * (m * m + n * n + m * n)
 
 

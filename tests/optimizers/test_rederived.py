@@ -648,7 +648,7 @@ METHODS = {
         memopt.soap,
         {"max_side": 16, "as_released": True},
     ),
-    "mkor": (mkor, with_extra_arguments(memopt.mkor), {"inv_freq": 1}),
+    "mkor": (mkor, with_extra_arguments(memopt.mkor), {"refresh_every": 1}),
     "tag": (tag, tag_on_tasks, {}),
     "ldadam": (wide(ldadam), memopt.ldadam, {"rank": RANK}),
     "ldadam_as_released": (fourth_power, memopt.ldadam, {"rank": RANK, "as_released": True}),

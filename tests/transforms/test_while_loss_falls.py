@@ -50,7 +50,7 @@ def test_a_loss_that_is_not_finite_is_not_counted(value):
 
 def test_what_it_holds_rests_with_it():
     """MKOR-H becomes momentum; factors stay as they are."""
-    tx = memopt.while_loss_falls(memopt.scale_by_kronecker_inverses(inv_freq=1), decay=0.5)
+    tx = memopt.while_loss_falls(memopt.scale_by_kronecker_inverses(refresh_every=1), decay=0.5)
     g = {"w": jnp.ones((4, 6)).at[0].set(2.0)}
     seen = {"w": memopt.LayerStatistics(jnp.arange(4.0), jnp.arange(6.0), jnp.array(1.0))}
     state = tx.init(g)
