@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes, varying_as
-from memopt.errors import IncompatiblePairingError, check_at_least, check_static
+from memopt.errors import check_at_least, check_static
 from memopt.matrices import Layout, Matrices, map_matrices
 from memopt.reductions import for_any
 from memopt.shapes import Square, Stack
@@ -30,7 +30,7 @@ from memopt.transforms.linalg import (
     orthonormal,
     product,
 )
-from memopt.transforms.moments import moment_fields
+from memopt.transforms.moments import check_moments_are_known, moment_fields
 from memopt.transforms.projectors import MatrixSpec, RefreshClock
 from memopt.transforms.projectors.base import is_unchosen, scale_to_one
 from memopt.transforms.projectors.replay import Replay
@@ -169,7 +169,7 @@ def in_eigenbasis(
         with _as_matrices(found):
             inner_state = inner.init(low)
             check_keeps_no_values(inner.init, low)
-        _check_moments_are_known(inner_state, low)
+        check_moments_are_known(inner_state, low, needed_by="in_eigenbasis")
         count = jnp.zeros((), jnp.int32)
         return InEigenbasisState(count, left, right, left_basis, right_basis, inner_state)
 
@@ -562,13 +562,3 @@ def _as_matrices(found: Any) -> Any:
     is_sides = lambda x: isinstance(x, Sides)
     specs = [sides.spec for sides in jax.tree.leaves(found, is_leaf=is_sides)]
     return as_stacks_of_matrices([(spec, spec.shape) for spec in specs])
-
-
-def _check_moments_are_known(state: Any, low: Any) -> None:
-    for part, is_moment in moment_fields(state, low):
-        if is_moment and part.moment is None and jax.tree.leaves(low):
-            raise IncompatiblePairingError(
-                f"in_eigenbasis does not know whether the field {part.field!r} of "
-                f"{part.state or 'a state'} is a first or a second moment, which it rotates or "
-                "permutes; call it 'mu' or 'nu'."
-            )

@@ -153,23 +153,27 @@ def moment_fields(state: Any, like: Any) -> Iterator[tuple[Part, bool]]:
         yield part, is_like
 
 
-def check_moments_are_known(state: Any, like: Any, *, per_matrix: bool) -> None:
+def check_moments_are_known(
+    state: Any, like: Any, *, needed_by: str, otherwise: str = "", per_matrix: bool = True
+) -> None:
     """Raises `IncompatiblePairingError` for a moment that cannot be carried.
 
     Args:
       state: the inner optimizer's state.
       like: the projected gradients.
+      needed_by: the transformation, or the argument, that carries moments.
+      otherwise: what else can be done, at the end of the sentence.
       per_matrix: whether each matrix keeps moments of its own.
     """
     for part, is_moment in moment_fields(state, like):
         if is_moment and part.moment is None and jax.tree.leaves(like):
             raise IncompatiblePairingError(
-                f"on_refresh='carry' does not know whether the field {part.field!r} of "
-                f"{part.state or 'a state'} is a first or a second moment; call it 'mu' or 'nu', "
-                "or use 'keep', 'reset' or 'reset_moments'."
+                f"{needed_by} does not know whether the field {part.field!r} of "
+                f"{part.state or 'a state'} is a first or a second moment; call it 'mu' or 'nu'"
+                f"{otherwise}."
             )
         if is_moment and part.moment == SECOND and not per_matrix:
             raise IncompatiblePairingError(
-                f"on_refresh='carry' has no second moment {part.field!r} for a layer that the "
-                "projector selects anew; use 'reset'."
+                f"{needed_by} has no second moment {part.field!r} for a layer that the projector "
+                "selects anew; use 'reset'."
             )

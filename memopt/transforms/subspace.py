@@ -406,7 +406,13 @@ def _check_can_be_carried(inner_state: Any, low: Any, projector: Projector) -> N
             "on_refresh='carry' cannot carry moments that the inner optimizer stores quantised. "
             "Use memopt.quantize_state(in_subspace(...)), or 'keep', 'reset' or 'reset_moments'."
         )
-    check_moments_are_known(inner_state, low, per_matrix=projector.per_matrix)
+    check_moments_are_known(
+        inner_state,
+        low,
+        needed_by="on_refresh='carry'",
+        otherwise=", or use 'keep', 'reset' or 'reset_moments'",
+        per_matrix=projector.per_matrix,
+    )
 
 
 def check_keeps_no_values(init: Callable[[Any], Any], params: Any) -> None:
