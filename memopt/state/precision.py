@@ -90,6 +90,16 @@ def zeros_of(f: Any, *args: Any) -> Any:
     return jax.tree.map(jnp.zeros_like, jax.eval_shape(f, *args))
 
 
+def float32_zeros(tree: Any) -> Any:
+    """Zeros shaped like the arrays of a tree, in float32, or wider if they are.
+
+    Example:
+      >>> float32_zeros(jnp.ones(2, jnp.bfloat16))
+      Array([0., 0.], dtype=float32)
+    """
+    return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=statistics_dtype(x)), tree)
+
+
 def average(decay: Any, old: Array, new: Array) -> Array:
     """The moving average decay·old + (1 − decay)·new, in the dtype of `old`'s statistics."""
     dtype = statistics_dtype(old)

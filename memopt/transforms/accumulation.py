@@ -13,7 +13,7 @@ from memopt.axis_types import on_auto_axes
 from memopt.errors import IncompatiblePairingError, check_at_least, check_choice
 from memopt.matrices import Layout, Matrices, map_matrices
 from memopt.renamed import keywords
-from memopt.state.precision import statistics_dtype, to_float32, zeros_of
+from memopt.state.precision import float32_zeros, to_float32, zeros_of
 from memopt.transforms.projectors import Projector, RefreshClock, by_name
 from memopt.transforms.projectors.random import RandomProjector
 from memopt.transforms.projectors.replay import Replay
@@ -91,7 +91,7 @@ def accumulate(
     """
     down = lambda layout, g, cycle: to_float32(g)
     up = lambda layout, mean, g, cycle: mean
-    start = lambda layout, p: jnp.zeros_like(p, dtype=statistics_dtype(p))
+    start = lambda _, p: float32_zeros(p)
     return _accumulate(inner, every_k_schedule, start, down, up)
 
 

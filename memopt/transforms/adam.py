@@ -14,7 +14,7 @@ from memopt.state.precision import (
     bias_correction,
     bounded,
     check_real,
-    statistics_dtype,
+    float32_zeros,
 )
 
 
@@ -61,8 +61,7 @@ def scale_by_uncorrected_adam(
 
     def init(params: Any) -> ScaleByUncorrectedAdamState:
         check_real(params)
-        zeros = lambda p: jnp.zeros_like(p, dtype=statistics_dtype(p))
-        return ScaleByUncorrectedAdamState(jax.tree.map(zeros, params), jax.tree.map(zeros, params))
+        return ScaleByUncorrectedAdamState(float32_zeros(params), float32_zeros(params))
 
     def update(
         updates: Any, state: ScaleByUncorrectedAdamState, params: Any = None, **_: Any
@@ -170,8 +169,7 @@ def scale_by_raw_amsgrad(
 
     def init(params: Any) -> ScaleByRawAmsgradState:
         check_real(params)
-        zeros = lambda p: jnp.zeros_like(p, dtype=statistics_dtype(p))
-        mu, nu, nu_max = (jax.tree.map(zeros, params) for _ in range(3))
+        mu, nu, nu_max = (float32_zeros(params) for _ in range(3))
         return ScaleByRawAmsgradState(jnp.zeros((), jnp.int32), mu, nu, nu_max)
 
     def update(updates: Any, state: ScaleByRawAmsgradState, params: Any = None, **_: Any) -> Any:
@@ -250,8 +248,7 @@ def scale_by_adam_atan2(
 
     def init(params: Any) -> ScaleByAdamAtan2State:
         check_real(params)
-        zeros = lambda p: jnp.zeros_like(p, dtype=statistics_dtype(p))
-        moments = jax.tree.map(zeros, params), jax.tree.map(zeros, params)
+        moments = float32_zeros(params), float32_zeros(params)
         return ScaleByAdamAtan2State(jnp.zeros((), jnp.int32), *moments)
 
     def update(updates: Any, state: ScaleByAdamAtan2State, params: Any = None, **_: Any) -> Any:

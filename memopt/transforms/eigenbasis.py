@@ -19,7 +19,7 @@ from memopt.state.precision import (
     average,
     bounded,
     check_real,
-    statistics_dtype,
+    float32_zeros,
     where_applied,
 )
 from memopt.transforms.linalg import (
@@ -550,7 +550,7 @@ def _take_lines(x: Stack, order: Array, *, side: int, across: Across) -> Stack:
 def _zeros(layout: Layout, p: Any, sides: Sides | None) -> tuple[Any, Any, Any, Any, Array]:
     """Initial L, R, Q_L, Q_R and rotated gradient."""
     if sides is None:
-        return (*(NOTHING,) * 4, jnp.zeros_like(p, dtype=statistics_dtype(p)))
+        return (*(NOTHING,) * 4, float32_zeros(p))
     dtype = sides.spec.dtype
     zeros = lambda shape: varying_as(p, jnp.zeros(shape, dtype))
     factor = lambda side: zeros(sides.factor_shape(side)) if sides.blocks[side] else NOTHING

@@ -12,7 +12,7 @@ from jax import Array
 from memopt.axis_types import on_auto_axes, varying_as
 from memopt.errors import check_above_zero, check_at_least, check_given, check_precision
 from memopt.matrices import Layout, every_matrix, map_matrices
-from memopt.state.precision import average, bounded, check_real, statistics_dtype, to_float32
+from memopt.state.precision import average, bounded, check_real, float32_zeros, to_float32
 from memopt.transforms.projectors import MatrixSpec
 
 Objective = Callable[[Any], Array]
@@ -53,8 +53,7 @@ class HutchinsonRule(NamedTuple):
     def init(self, params: Any) -> ScaleByHutchinsonState:
         """The state before the first step: zeros."""
         check_real(params)
-        zeros = lambda p: jnp.zeros_like(p, dtype=statistics_dtype(p))
-        return ScaleByHutchinsonState(jnp.zeros((), jnp.int32), jax.tree.map(zeros, params))
+        return ScaleByHutchinsonState(jnp.zeros((), jnp.int32), float32_zeros(params))
 
     def average(
         self, state: ScaleByHutchinsonState, params: Any, obj_fn: Objective | None

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from memopt.state.precision import float32_zeros
+
 
 def sum_microbatches(f: Callable[..., tuple[Any, Any]], *xs: Any) -> tuple[Any, Any]:
     """Sums one result of `f` over micro-batches, in float32, and stacks the other.
@@ -24,8 +26,7 @@ def sum_microbatches(f: Callable[..., tuple[Any, Any]], *xs: Any) -> tuple[Any, 
         return jax.tree.map(jnp.add, sums, new), others
 
     like, _ = jax.eval_shape(f, *first)
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.promote_types(x, "float32")), like)
-    return jax.lax.scan(add, zeros, xs)
+    return jax.lax.scan(add, float32_zeros(like), xs)
 
 
 def split_microbatches(batch: Any, pieces: int) -> Any:

@@ -8,7 +8,7 @@ import optax
 from jax import Array
 
 from memopt.errors import check_at_least, check_precision
-from memopt.state.precision import average, bounded, check_real, statistics_dtype
+from memopt.state.precision import average, bounded, check_real, float32_zeros, statistics_dtype
 
 
 class ScaleByPastRmsState(NamedTuple):
@@ -62,8 +62,7 @@ def scale_by_past_rms(
 
     def init(params: Any) -> ScaleByPastRmsState:
         check_real(params)
-        zeros = lambda p: jnp.zeros_like(p, dtype=statistics_dtype(p))
-        return ScaleByPastRmsState(jnp.zeros((), jnp.int32), jax.tree.map(zeros, params))
+        return ScaleByPastRmsState(jnp.zeros((), jnp.int32), float32_zeros(params))
 
     def update(updates: Any, state: ScaleByPastRmsState, params: Any = None, **_: Any) -> Any:
         is_first = state.count == 0

@@ -23,6 +23,7 @@ from memopt.state.precision import (
     bounded,
     bounded_squares,
     check_real,
+    float32_zeros,
     statistics_dtype,
     to_float32,
 )
@@ -207,7 +208,7 @@ def _start(
 def projected_zeros(projector: Projector, p: Any, spec: MatrixSpec | None) -> Array:
     """Zeros in the shape of the projected gradient, or of the parameter if it is not a matrix."""
     if spec is None:
-        return jnp.zeros_like(p, dtype=statistics_dtype(p))
+        return float32_zeros(p)
     return varying_as(p, jnp.zeros(projector.projected_shape(spec), spec.dtype))
 
 
