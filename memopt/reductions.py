@@ -5,7 +5,11 @@ XLA for CPUs stores an expression before reducing it, and reads a wide matrix co
 fused loop that leaves 1/16 to reduce. On other backends the plain reduction is best.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 
@@ -18,7 +22,6 @@ def total(x: Array, axes: tuple[int, ...], *, keepdims: bool = False) -> Array:
       keepdims: whether to keep these axes with length one.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> total(jnp.ones((2, 128, 3)), (1,)).tolist()
       [[128.0, 128.0, 128.0], [128.0, 128.0, 128.0]]
     """
@@ -27,6 +30,22 @@ def total(x: Array, axes: tuple[int, ...], *, keepdims: bool = False) -> Array:
     plain = lambda x: x.sum(axes, keepdims=keepdims)
     folded = lambda x: plain(_folded(x, axes[0]))
     return jax.lax.platform_dependent(x, cpu=folded, default=plain)
+
+
+def total_over_trees(f: Callable[..., Array], *trees: Any) -> Array:
+    """Sums ``f(*arrays)`` over all entries of all arrays of trees, in float32 or wider.
+
+    Args:
+      f: an expression of an array of each tree, cheap to compute.
+      *trees: trees of one structure.
+
+    Example:
+      >>> float(total_over_trees(jnp.multiply, {"a": jnp.ones(2)}, {"a": jnp.array([1.0, 2.0])}))
+      3.0
+    """
+    entries = jax.tree.leaves(jax.tree.map(f, *trees))
+    totals = (total(x, tuple(range(x.ndim))) for x in entries)
+    return sum(totals, jnp.zeros((), jnp.float32))
 
 
 def _folded(x: Array, axis: int) -> Array:
@@ -56,7 +75,6 @@ def for_any(wanted: Array) -> Array:
       wanted: a bool for each matrix.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> bool(for_any(jnp.array([False, True])))
       True
     """

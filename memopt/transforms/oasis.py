@@ -9,7 +9,7 @@ from jax import Array
 
 from memopt.axis_types import on_auto_axes, varying_as_any
 from memopt.errors import check_precision
-from memopt.reductions import total
+from memopt.reductions import total_over_trees
 from memopt.state.precision import bounded, to_float32
 from memopt.transforms.hutchinson import HutchinsonRule, ScaleByHutchinsonState
 
@@ -130,8 +130,5 @@ def scale_by_oasis(
 def weighted_norm(new: Any, old: Any, weights: Any) -> Array:
     """The root of the sum of weight · (new − old)² over all entries of the trees."""
     change = lambda a, b: bounded(to_float32(a) - to_float32(b))
-    squares = jax.tree.map(
-        lambda a, b, w: total(w * jnp.square(change(a, b)), tuple(range(a.ndim))),
-        *(new, old, weights),
-    )
-    return jnp.sqrt(sum(jax.tree.leaves(squares), jnp.zeros((), jnp.float32)))
+    square = lambda a, b, w: w * jnp.square(change(a, b))
+    return jnp.sqrt(total_over_trees(square, new, old, weights))

@@ -1,6 +1,5 @@
 """Polyak's step size, with any preconditioner."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ from jax import Array
 
 from memopt.axis_types import on_auto_axes, varying_as_any
 from memopt.errors import check_at_least, check_choice, check_given, check_precision
-from memopt.reductions import total
+from memopt.reductions import total_over_trees
 from memopt.state.precision import bounded
 from memopt.trees import NOTHING
 
@@ -105,7 +104,7 @@ def scale_by_polyak(
         return step, shrink * (s + step)
 
     def scale(gradients: Any, updates: Any, slack: Any, value: Any) -> tuple[Any, Any]:
-        q = inner_product(jax.tree.leaves(gradients), jax.tree.leaves(updates))
+        q = total_over_trees(lambda g, u: bounded(g) * bounded(u), gradients, updates)
         loss = jnp.maximum(jnp.asarray(value, q.dtype) - f_star, 0)
         applied = q >= SMALLEST
         step, new = rule(loss, jnp.where(applied, q, 1), slack)
@@ -129,12 +128,3 @@ def scale_by_polyak(
         return scaled, ScaleByPolyakState(kept, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def inner_product(first: Sequence[Array], second: Sequence[Array]) -> Array:
-    """The sum of the products of all entries of two lists of arrays, float32 or wider."""
-    products = (
-        total(bounded(a) * bounded(b), tuple(range(a.ndim)))
-        for a, b in zip(first, second, strict=True)
-    )
-    return sum(products, jnp.zeros((), jnp.float32))

@@ -14,7 +14,14 @@ from memopt.errors import check_at_least, check_given, check_precision, check_st
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.reductions import total
 from memopt.shapes import Stack
-from memopt.state.precision import average, bounded, check_real, statistics_dtype, zeros_of
+from memopt.state.precision import (
+    average,
+    bias_correction,
+    bounded,
+    check_real,
+    statistics_dtype,
+    zeros_of,
+)
 from memopt.transforms.linalg import product
 from memopt.transforms.projectors.base import MatrixSpec
 from memopt.transforms.projectors.random import Rademacher
@@ -150,8 +157,9 @@ def scale_by_task_moments(
             u = bounded(g)
             if adam:
                 u = _at(current, first[1])
-                k = jnp.where(current, count, 0).sum().astype(mixed.dtype)
-                u, mixed = u / (1 - b1**k), mixed / (1 - b2**k)
+                k = jnp.where(current, count, 0).sum()
+                u /= bias_correction(b1, k, u.dtype)
+                mixed /= bias_correction(b2, k, mixed.dtype)
             u = u / (jnp.sqrt(mixed) + eps)
             return (jnp.where(current.any(), u, jnp.nan).astype(g.dtype), *first, *second)
 
