@@ -39,10 +39,16 @@ _SUMS: dict[str, tuple[str, ...]] = {
     "MadgradState": ("s", "x0"),
     "MechanicState": ("x0",),
     "ProdigyState": ("params0",),
-    "ScaleByOasisState": ("previous",),
     "ScheduleFreeState": ("z",),
 }
 """Fields of copies of the parameters, and of sums without decay, in which errors stay."""
+
+_EXACT: dict[str, tuple[str, ...]] = {
+    # Rounded, an inverse is not positive definite, and grows to infinity.
+    "ScaleByKroneckerInversesState": ("inputs", "outputs"),
+    "ScaleByOasisState": ("previous",),  # a rounded step would have another curvature
+}
+"""Fields that are never rounded."""
 
 
 class StateArray(NamedTuple):
@@ -55,6 +61,7 @@ class StateArray(NamedTuple):
         its parameter; a second moment is recognised by the name of its field.
       kept_by: the transformation whose state contains the array.
       is_sum: whether it is a copy of the parameter or a sum without decay, so that errors stay.
+      is_exact: whether it must be kept as it is, because the rule fails if it is rounded.
       second_moment: for a first moment, known by its field, the name of the second moment of the
         same shape that the same transformation keeps in its place; None if there is none.
     """
@@ -64,6 +71,7 @@ class StateArray(NamedTuple):
     kind: str
     kept_by: str
     is_sum: bool
+    is_exact: bool
     second_moment: str | None
 
 
@@ -95,6 +103,11 @@ class Part(NamedTuple):
     def is_sum(self) -> bool:
         """Whether the field keeps copies of the parameters, or sums without decay."""
         return self.field in _SUMS.get(self.state, ())
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the field must be kept as it is."""
+        return self.field in _EXACT.get(self.state, ())
 
     @property
     def kept_by(self) -> str:
@@ -204,7 +217,8 @@ def owners(state: Any, params: Any) -> Any:
     arrays = []
     for (name, x), (owner, kind, part) in zip(named, found, strict=True):
         second = seconds.get(place(name, x, part)) if part.moment == FIRST else None
-        arrays.append(StateArray(name, owner, kind, part.kept_by, part.is_sum, second))
+        about = part.kept_by, part.is_sum, part.is_exact, second
+        arrays.append(StateArray(name, owner, kind, *about))
     return outline.unflatten(arrays)
 
 

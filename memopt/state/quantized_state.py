@@ -119,24 +119,20 @@ def quantize_state(
         size = math.prod(leaf.shape[place.stack :])
         # One number per matrix would not be smaller as a code and a scale.
         is_small = size < max(min_size, 2) or 0 in leaf.shape
-        if is_small or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if is_small or place.array.is_exact or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return AsIs()
-        if place.kept_by == "scale_by_kronecker_inverses":
-            return AsIs()  # rounded, an inverse is not positive definite, and grows to infinity
         choice = next((c for pattern, c in choices if pattern.search(name)), None)
         if choice is None:
             return AsIs()
-        codec = choice.unsigned if place.is_second_moment else choice.signed
+        codec = choice.unsigned if place.array.kind == SECOND else choice.signed
         exact = isinstance(codec, AsIs | BFloat16 | BFloat16AndRemainder)
-        if place.kept_by == "scale_by_r_std_dev" and not isinstance(codec, AsIs):
+        if place.array.kept_by == "scale_by_r_std_dev" and not isinstance(codec, AsIs):
             raise ValueError(
                 "quantize_state cannot store the moments of optax.scale_by_stddev, which"
                 " optax.rmsprop(centered=True) uses: it takes the root of nu - mu², which rounding"
                 " makes negative. Use optax.scale_by_rms."
             )
-        if place.is_sum and place.kept_by == "scale_by_oasis":
-            return AsIs()  # a rounded step would have another curvature
-        return BFloat16() if place.is_sum and not exact else codec
+        return BFloat16() if place.array.is_sum and not exact else codec
 
     def plan(params: Any) -> tuple[Any, Any, Any]:
         """The codec, the shape and dtype, and the `Place` of each array of the inner state."""
@@ -201,18 +197,12 @@ class Place(NamedTuple):
     Attributes:
       owner: the parameter's name, or the array's own name if it belongs to none.
       stack: the number of leading axes that are stack axes, as in the parameter.
-      is_second_moment: whether the array is a second moment.
-      is_sum: whether it is a copy of the parameter or a sum without decay.
-      kept_by: the transformation whose state contains the array.
-      second_moment: see `StateArray`.
+      array: what `owners` found about the array.
     """
 
     owner: str
     stack: int
-    is_second_moment: bool
-    is_sum: bool
-    kept_by: str
-    second_moment: str | None
+    array: StateArray
 
 
 def _places(state: Any, params: Any) -> Any:
@@ -225,12 +215,11 @@ def _places(state: Any, params: Any) -> Any:
     map_matrices(note, params, default=every_matrix)
 
     def place(name: str, x: Any, array: StateArray) -> Place:
-        about = array.kind == SECOND, array.is_sum, array.kept_by, array.second_moment
         if array.parameter is None:
-            return Place(name, 0, *about)
+            return Place(name, 0, array)
         owner, stack = found[array.parameter]
         stacked = len(stack) if x.shape[: len(stack)] == stack else 0
-        return Place(owner, stacked, *about)
+        return Place(owner, stacked, array)
 
     return map_named(place, state, owners(state, params))
 
@@ -255,8 +244,8 @@ def _divisors(codecs: Any, places: Any, step: Callable[[], Program]) -> dict[str
 
     def note(name: str, codec: Codec, place: Place) -> None:
         index[name] = len(index)
-        if isinstance(codec, Integers) and codec.bits == 4 and place.second_moment:
-            pairs[name] = place.second_moment
+        if isinstance(codec, Integers) and codec.bits == 4 and place.array.second_moment:
+            pairs[name] = place.array.second_moment
 
     map_named(note, codecs, places)
     program: Any = step() if pairs else None
