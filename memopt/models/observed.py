@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 from jax import Array
 
-from memopt.transforms.kronecker import LayerStatistics, observe
+from memopt.transforms.layer_statistics import LayerStatistics, observe
 
 
 class Linear(nnx.Linear):

@@ -11,7 +11,7 @@ import optax
 from memopt.state.precision import where_applied
 from memopt.state.quantized_params import apply_rounded_updates, dequantize_params
 from memopt.transforms.gradient_norm import global_norm
-from memopt.transforms.kronecker import zero_statistics
+from memopt.transforms.layer_statistics import zero_statistics
 from memopt.transforms.microbatches import split_microbatches, sum_microbatches
 from memopt.transforms.skip_nonfinite import all_finite, skips_matrices
 from memopt.trees import named_leaves, open_box

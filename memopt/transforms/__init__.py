@@ -33,13 +33,13 @@ from memopt.transforms.hutchinson import ScaleByHutchinsonState as ScaleByHutchi
 from memopt.transforms.hutchinson import scale_by_hutchinson as scale_by_hutchinson
 from memopt.transforms.kept_change import KeepLargestChangeState as KeepLargestChangeState
 from memopt.transforms.kept_change import keep_largest_change as keep_largest_change
-from memopt.transforms.kronecker import LayerStatistics as LayerStatistics
 from memopt.transforms.kronecker import (
     ScaleByKroneckerInversesState as ScaleByKroneckerInversesState,
 )
-from memopt.transforms.kronecker import observe as observe
 from memopt.transforms.kronecker import scale_by_kronecker_inverses as scale_by_kronecker_inverses
-from memopt.transforms.kronecker import zero_statistics as zero_statistics
+from memopt.transforms.layer_statistics import LayerStatistics as LayerStatistics
+from memopt.transforms.layer_statistics import observe as observe
+from memopt.transforms.layer_statistics import zero_statistics as zero_statistics
 from memopt.transforms.matrix_rms import clip_by_matrix_rms as clip_by_matrix_rms
 from memopt.transforms.matrix_rms import normalize_by_group as normalize_by_group
 from memopt.transforms.matrix_rms import scale_by_parameter_rms as scale_by_parameter_rms
