@@ -29,7 +29,9 @@ def numbers(name: str) -> str:
 
 def source(name: str) -> str:
     """The first reference of a method's docstring, as a link."""
-    found = re.search(r"References: (.+?), .*?(\d{4}), (https:[^\s,;]+?)[.,;]*(?:\s|$)", _docstring(name))
+    found = re.search(
+        r"References: (.+?), .*?(\d{4}), (https:[^\s,;]+?)[.,;]*(?:\s|$)", _docstring(name)
+    )
     if found is None:
         raise ValueError(f"{name}: its docstring has no reference with authors, year and address.")
     return f"[{found[1]} {found[2]}]({found[3]})"

@@ -155,9 +155,21 @@ def known(parameters: Sequence[Parameter]) -> Iterator[None]:
         _KNOWN.reset(token)
 
 
+_SHAPES_ONLY: ContextVar[bool] = ContextVar("shapes_only", default=False)
+
+
 def init_shapes(init: Any, params: Any) -> Any:
     """Evaluates the shapes of ``init(params)`` without JAX's trace cache."""
-    return jax.eval_shape(lambda params: init(params), params)
+    token = _SHAPES_ONLY.set(True)
+    try:
+        return jax.eval_shape(lambda params: init(params), params)
+    finally:
+        _SHAPES_ONLY.reset(token)
+
+
+def are_only_shapes() -> bool:
+    """Whether `init_shapes` is evaluating an `init`, perhaps for shapes that no model has."""
+    return _SHAPES_ONLY.get()
 
 
 @functools.lru_cache(maxsize=256)

@@ -162,7 +162,7 @@ def _check_like_new(state: Any, like: Any) -> None:
 
 
 def _leading_axes(state: Any, params: Any, grown: list[bool], axis: int) -> list[int | None]:
-    """The same of arrays with their parameter's shape, or that begin with its stack axes."""
+    """Finds the axis of layers from shapes: the parameter's, or one that begins with its stack."""
     layouts: list[tuple[Layout, Any]] = []
     map_matrices(lambda layout, p: layouts.append((layout, p)), params, default=every_matrix)
     axes: list[int | None] = []
@@ -176,12 +176,14 @@ def _leading_axes(state: Any, params: Any, grown: list[bool], axis: int) -> list
             layout, p = layouts[array.parameter]
             stack = tuple(p.shape[a] for a in layout.stack)
             begins = axis in layout.stack and x.shape[: len(stack)] == stack
+            begins &= p.shape[axis] not in x.shape[len(stack) :]  # which may count something else
             certain = x.shape == p.shape or begins
             along = axis if x.shape == p.shape else layout.stack.index(axis) if begins else None
         if not certain:
             raise ValueError(
                 f"tx must be given: the state array {array.name!r} of shape {x.shape} has neither "
-                "its parameter's shape nor, at first, the axes that stack its matrices."
+                "its parameter's shape nor, at first and not again, the axes that stack its "
+                "matrices."
             )
         axes.append(along)
     return axes

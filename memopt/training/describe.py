@@ -21,7 +21,7 @@ from memopt.transforms.stored_update import predict_parameters
 #: The least values of options.
 LEAST = {
     **dict.fromkeys(("batch_size", "accumulation", "steps", "max_skipped"), 1),
-    **dict.fromkeys(("eval_every", "checkpoint_every", "keep", "grow"), 1),
+    **dict.fromkeys(("eval_every", "checkpoint_every", "keep", "grow", "num_layers"), 1),
     **dict.fromkeys(("learning_rate", "schedule_start"), 0),
     "predict_steps": 1,
 }

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from memopt.errors import check_at_least
 from memopt.transforms.microbatches import (
@@ -74,14 +75,10 @@ def cached_value_and_grad(
     check_at_least("chunks", chunks, 1)
 
     def value_and_grad(params: Any, batch: Any, *args: Any) -> tuple[Any, Any]:
-        for name, x in named_leaves(batch)[0]:
-            if x.shape[0] % chunks:
-                raise ValueError(
-                    f"chunks={chunks} must divide the examples of a batch, {name!r} has "
-                    f"{x.shape[0]}."
-                )
+        _check_examples(batch, chunks)
         pieces = split_microbatches(batch, chunks)
         _, encoded = sum_microbatches(lambda piece: ((), encode(params, piece)), pieces)
+        _check_representations(encoded, batch, chunks)
         representations = join_microbatches(encoded)
         value, cotangents = jax.value_and_grad(loss, has_aux=has_aux)(representations, *args)
 
@@ -93,3 +90,24 @@ def cached_value_and_grad(
         return value, jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params)
 
     return value_and_grad
+
+
+def _check_examples(batch: Any, chunks: int) -> None:
+    counts = {name: jnp.shape(x)[:1] for name, x in named_leaves(batch)[0]}
+    if len(set(counts.values())) != 1 or () in counts.values():
+        raise ValueError(
+            f"the first axes of all arrays of a batch must count the same examples, got {counts}."
+        )
+    [(examples,)] = set(counts.values())
+    if examples % chunks:
+        raise ValueError(f"chunks={chunks} must divide the {examples} examples of a batch.")
+
+
+def _check_representations(encoded: Any, batch: Any, chunks: int) -> None:
+    examples = jax.tree.leaves(batch)[0].shape[0] // chunks
+    for name, x in named_leaves(encoded)[0]:
+        if x.shape[1:2] != (examples,):
+            raise ValueError(
+                f"encode must return arrays whose first axis counts the {examples} examples of a "
+                f"chunk, got {name!r} of shape {x.shape[1:]}."
+            )

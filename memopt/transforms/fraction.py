@@ -15,7 +15,7 @@ from memopt.matrices import Layout, Matrices
 from memopt.state.owners import FIRST, is_state_array, owners
 from memopt.state.precision import check_real
 from memopt.transforms.per_matrix import per_matrix
-from memopt.transforms.selection import kth_magnitude
+from memopt.transforms.selection import kth_magnitude, share_of
 from memopt.transforms.stored_update import update_of_state
 
 
@@ -76,7 +76,7 @@ def clip_by_fraction(
         size = sum(u.size for u in leaves)
         if not size:
             return updates
-        threshold = kth_magnitude(leaves, 1 + int(size * fraction))
+        threshold = kth_magnitude(leaves, 1 + share_of(fraction, size))
         return jax.tree.map(lambda u: _clipped(u, threshold), updates)
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
@@ -155,7 +155,7 @@ def clip_matrix(layout: Layout, u: Array, *, fraction: float) -> Array:
     if not u.size:
         return u
     size = math.prod(u.shape[axis] for axis in layout.core)
-    return _clipped(u, kth_magnitude([u], 1 + int(size * fraction), layout.core))
+    return _clipped(u, kth_magnitude([u], 1 + share_of(fraction, size), layout.core))
 
 
 def _clipped(u: Array, threshold: Array) -> Array:

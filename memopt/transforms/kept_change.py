@@ -10,12 +10,13 @@ from jax import Array
 
 from memopt.errors import check_at_least, check_static
 from memopt.matrices import Layout, Matrices
+from memopt.parameters import are_only_shapes
 from memopt.reductions import for_any, total
 from memopt.state.codecs import Codec
 from memopt.state.precision import check_real, to_float32, zeros_of
 from memopt.state.quantized_params import dequantize_params, quantize_params
 from memopt.transforms.per_matrix import per_matrix
-from memopt.transforms.selection import kth_largest
+from memopt.transforms.selection import kth_largest, share_of
 from memopt.trees import map_named, named_leaves, open_box
 
 
@@ -97,6 +98,8 @@ def keep_largest_change(
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be between 0 and 1, got {fraction}.")
     check_at_least("every", every, 1)
+    if every != int(every):
+        raise ValueError(f"every must be a whole number, got {every}.")
 
     def init(params: Any) -> KeepLargestChangeState:
         check_real(params)
@@ -109,7 +112,7 @@ def keep_largest_change(
         def selected() -> Array:
             there, here = to_float32(dequantize_params(base)), to_float32(w)
             change = jnp.abs(here + to_float32(u) - there)
-            count = int(fraction * math.prod(u.shape[axis] for axis in layout.core))
+            count = share_of(fraction, math.prod(u.shape[axis] for axis in layout.core))
             keep = among_largest(change, count, layout.core)
             return jnp.where(keep, u, (there - here).astype(u.dtype))
 
@@ -179,9 +182,8 @@ def _entries(base: Any, params: Any) -> Any:
         x = jnp.array(entries[name], p.dtype)
         if x.shape == p.shape:
             return x
-        if isinstance(p, jax.core.Tracer):
-            # Shapes are also tried to see which axes of the state follow them.
-            return jnp.full(p.shape, jnp.nan, p.dtype)
+        if are_only_shapes():
+            return jnp.zeros(p.shape, p.dtype)
         raise ValueError(f"base has shape {x.shape} for {name!r}, the parameter {p.shape}.")
 
     return map_named(entry, params)

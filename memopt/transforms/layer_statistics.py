@@ -1,5 +1,6 @@
 """What layers see of a batch: their inputs, and the gradients of their outputs."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -72,6 +73,12 @@ def _observe_backward(kept: Any, dy: Array) -> tuple[Any, None, Array]:
 
 def _sum_over_tokens(x: Array, like: Array) -> tuple[Array, Array]:
     """The sum over all but the last axes, as large as `like`, and the number of its terms."""
+    sizes = [math.prod(x.shape[axis:]) for axis in range(x.ndim)]
+    if like.size not in sizes:
+        raise ValueError(
+            "the last axes of x and y must be the rows and the columns of their matrix, "
+            f"{like.size} numbers, got an array of shape {x.shape}."
+        )
     tokens = x.reshape(-1, like.size).astype(like.dtype)
     return tokens.sum(0), jnp.asarray(len(tokens), like.dtype)
 

@@ -122,6 +122,7 @@ def scale_by_polyak(
         **extra: Any,
     ) -> Any:
         check_given("value", value, "the loss")
+        value = jnp.reshape(value, ())
         new, inner_state = inner.update(updates, state.inner, params, value=value, **extra)
         like = (updates, state.slack)
         scaled, kept = on_auto_axes(scale, (updates, new, state.slack, value), like=like)

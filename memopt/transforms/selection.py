@@ -1,6 +1,8 @@
 """Finds the k-th largest of many numbers by counting, without sorting or gathering."""
 
+import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -17,6 +19,16 @@ reading it: with more, fewer passes would take longer."""
 _LARGE, _LOW = 2**31, 12
 _MASK = 2**_LOW - 1
 """Entries of an array from which on they are counted by row; bits of the lower part of a sum."""
+
+
+def share_of(fraction: float, size: int) -> int:
+    """Computes ⌊fraction · size⌋ for the decimal number that the fraction is written as.
+
+    Example:
+      >>> share_of(0.29, 100), int(0.29 * 100)
+      (29, 28)
+    """
+    return math.floor(Fraction(str(fraction)) * size)
 
 
 def kth_largest(

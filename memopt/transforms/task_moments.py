@@ -1,7 +1,6 @@
 """Second moments of several tasks, mixed by how alike their gradients are (TAG)."""
 
 import functools
-import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -179,9 +178,12 @@ def _checked(task: Any, tasks: int) -> Any:
     """The number of the current task, unless it is known to be wrong."""
     if tasks > 1:
         check_given("task", task, f"the number of the current one of {tasks} tasks")
-    if isinstance(task, numbers.Integral) and not 0 <= int(task) < tasks:
+    task = 0 if task is None else task
+    if jnp.shape(task) or not jnp.issubdtype(jnp.result_type(task), jnp.integer):
+        raise ValueError(f"task must be one whole number, got {task}.")
+    if not isinstance(task, jax.core.Tracer) and not 0 <= int(task) < tasks:
         raise ValueError(f"task must be between 0 and {tasks - 1}, got {task}.")
-    return 0 if task is None else task
+    return task
 
 
 def _sums_and_mean_squares(

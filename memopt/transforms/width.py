@@ -240,7 +240,7 @@ def scale_by_width(
       {'embed': -0.00997, 'up': -0.00249}
     """
     exponents = width_exponents(parameterization, alignment, multipliers=multipliers)
-    if len(constants) != len(ROLES) or not min(constants) > 0:
+    if len(constants) != len(ROLES) or not all(gamma > 0 for gamma in constants):
         raise ValueError(
             f"constants must be three numbers above 0, for {', '.join(ROLES)}, got {constants}."
         )

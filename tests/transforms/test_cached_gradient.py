@@ -86,5 +86,15 @@ def test_on_a_mesh_chunks_stay_on_their_devices(axis_type):
 def test_chunks_that_do_not_divide_the_batch_are_refused():
     with pytest.raises(ValueError, match="chunks must be at least 1, got 0"):
         cached_value_and_grad(encode, loss, 0)
-    with pytest.raises(ValueError, match=r"chunks=3 must divide .* 'answer' has 16\."):
+    with pytest.raises(ValueError, match=r"chunks=3 must divide the 16 examples"):
         in_chunks(3)(*draw("float32"))
+
+
+def test_what_is_not_counted_by_examples_is_refused():
+    batch = {"x": jnp.ones((4, 2)), "y": jnp.ones((6, 2))}
+    encode = lambda params, chunk: chunk["x"] @ params
+    with pytest.raises(ValueError, match=r"must count the same examples"):
+        cached_value_and_grad(encode, jnp.sum, 2)(jnp.eye(2), batch)
+    mean = lambda params, chunk: (chunk["x"] @ params).mean(0)
+    with pytest.raises(ValueError, match=r"the 2 examples of a chunk, got '' of shape \(1, 2\)"):
+        cached_value_and_grad(lambda *a: mean(*a)[None], jnp.sum, 2)(jnp.eye(2), {"x": batch["x"]})

@@ -169,6 +169,15 @@ def test_bad_options_are_refused(make, sentence):
         make()
 
 
-def test_a_base_that_does_not_fit_is_not_taken_for_one_under_jit():
+@pytest.mark.parametrize("call", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_base_that_does_not_fit_is_refused(call):
     tx = keep_largest_change({"w": jnp.ones(2)}, 0.5, 1)
-    assert jnp.isnan(jax.jit(tx.init)({"w": jnp.ones(3)}).base["w"]).all()
+    with pytest.raises(ValueError, match=r"base has shape \(2,\) for 'w', the parameter \(3,\)"):
+        call(tx.init)({"w": jnp.ones(3)})
+
+
+def test_a_fraction_counts_as_it_is_written():
+    tx = keep_largest_change(None, 0.29, 1)
+    w = jnp.zeros(100)
+    updates, _ = tx.update(jnp.arange(1.0, 101.0), tx.init(w), w)
+    assert int((updates != 0).sum()) == 29

@@ -232,3 +232,11 @@ def test_factors_are_not_rounded_by_quantize_state():
     assert {x.shape for x in arrays if x.dtype == jnp.int8} == {(32, 64)}
     shapes = {x.shape for x in arrays if x.dtype == jnp.float32}
     assert shapes == {(32, 32), (64, 64)}
+
+
+def test_inputs_that_are_not_rows_of_their_matrix_are_refused():
+    zeros = memopt.zero_statistics({"hidden": jnp.ones((8, 4))})["hidden"]
+    x = jnp.ones((6, 4))  # of a kernel stored as (out, in)
+    gradient = jax.grad(lambda zeros: memopt.observe(zeros, x, jnp.ones((6, 8))).sum())
+    with pytest.raises(ValueError, match=r"rows and the columns of their matrix, 8 numbers"):
+        gradient(zeros)
