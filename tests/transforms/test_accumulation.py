@@ -311,6 +311,16 @@ def test_extra_arguments_reach_the_inner_optimizer(wrapper):
 
 
 @every_wrapper
+def test_arguments_of_one_micro_batch_are_refused(wrapper):
+    g = {"up": {"kernel": jnp.ones((8, 4))}}
+    tx = WRAPPERS[wrapper](memopt.scale_by_hutchinson(first_probes=1), 2)
+    with pytest.raises(memopt.IncompatiblePairingError, match="is that of the last micro-batch"):
+        tx.update(g, tx.init(g), g, obj_fn=lambda params: params["up"]["kernel"].sum())
+    with pytest.raises(memopt.IncompatiblePairingError, match="statistics are of the last micro-b"):
+        tx.update(g, tx.init(g), g, statistics=memopt.zero_statistics(g))
+
+
+@every_wrapper
 def test_apply_if_finite_leaves_out_bad_micro_steps(wrapper):
     spoil = lambda g: jax.tree.map(lambda x: x * jnp.nan, g)
     order = [0, None, 1, 2, 3, None, 4, 5, 6, 7]  # None is a bad micro-step
