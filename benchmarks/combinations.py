@@ -59,7 +59,7 @@ CONFIG = llama.LlamaConfig(
 
 def constant(name: str) -> float:
     """A learning rate at which the optimizer moves visibly in a few steps."""
-    rates = {"lomo": 0.1, "lars": 1.0, "amsgrad": 1e-3, "mkor": 1e-3, "oasis": 1.0}
+    rates = {"lomo": 0.1, "lars": 1.0, "amsgrad": 1e-3, "mkor": 1e-3, "oasis": 0.1}
     return rates.get(name, 1.0 if METHODS[name].finds_step else 1e-2)
 
 

@@ -78,7 +78,7 @@ def soap(
       https://arxiv.org/abs/2409.11321, Algorithm 3.
 
     Example:
-      >>> import memopt
+      >>> import memopt, jax.numpy as jnp
       >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
       >>> memopt.state_bytes(memopt.soap(3e-3), params)["up/kernel"]  # 2·64·16 + 2·(64² + 16²)
       43008

@@ -181,7 +181,11 @@ def _checked(task: Any, tasks: int) -> Any:
     task = 0 if task is None else task
     if jnp.shape(task) or not jnp.issubdtype(jnp.result_type(task), jnp.integer):
         raise ValueError(f"task must be one whole number, got {task}.")
-    if not isinstance(task, jax.core.Tracer) and not 0 <= int(task) < tasks:
+    try:
+        known = int(task)
+    except jax.errors.ConcretizationTypeError:  # traced
+        return task
+    if not 0 <= known < tasks:
         raise ValueError(f"task must be between 0 and {tasks - 1}, got {task}.")
     return task
 

@@ -27,7 +27,7 @@ TRANSFORMS = {
     "skip_nonfinite": memopt.skip_nonfinite(optax.adam(1e-2)),
 }
 MAKES = (
-    dict.fromkeys(memopt.available("memopt"), memopt.optimizer)
+    dict.fromkeys(memopt.available("memopt"), with_extra_arguments(memopt.optimizer))
     | {
         name: lambda name, _: memopt.in_subspace(optax.scale_by_adam(), *SUBSPACES[name])
         for name in SUBSPACES
@@ -53,7 +53,7 @@ def steps(tx, params, state, count=3):
     [pytest.param(n, marks=slow_unless(n in {"ldadam", "carry", "recover"})) for n in MAKES],
 )
 def test_types_stay_under_x64(name):
-    tx = with_extra_arguments(MAKES[name])(name, 1e-2)
+    tx = MAKES[name](name, 1e-2)
     for x64 in (True, False):
         with jax.enable_x64(x64):
             for dtype in (jnp.float32, jnp.bfloat16, *[jnp.float64] * x64):
@@ -68,7 +68,7 @@ def test_types_stay_under_x64(name):
 def test_one_model_per_device_with_varying_axes_checked(name):
     """The state is begun on the device, or given."""
     mesh = jax.make_mesh((2,), ("models",), axis_types=(jax.sharding.AxisType.Auto,))
-    tx = with_extra_arguments(MAKES[name])(name, 1e-2)
+    tx = MAKES[name](name, 1e-2)
 
     def begin(params):
         one = jax.tree.map(lambda x: x[0], params)
