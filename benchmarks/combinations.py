@@ -59,7 +59,7 @@ CONFIG = llama.LlamaConfig(
 
 def constant(name: str) -> float:
     """A learning rate at which the optimizer moves visibly in a few steps."""
-    rates = {"lomo": 0.1, "lars": 1.0, "amsgrad": 1e-3, "mkor": 1e-3, "oasis": 0.1}
+    rates = {"lars": 1.0, "amsgrad": 1e-3, "mkor": 1e-3, "oasis": 0.1}
     return rates.get(name, 1.0 if METHODS[name].finds_step else 1e-2)
 
 
@@ -170,9 +170,20 @@ def llama_alone(name: str) -> tuple[Any, list[float]]:
 
 
 def same_llama(name: str, **options: Any) -> str:
-    """A LLaMA is trained otherwise, with the same result."""
-    found, expected = pretrain(name, **options), llama_alone(name)
-    return HOLDS if are_close(found, expected) else "differs"
+    """A LLaMA is trained otherwise, and its parameters end at nearly the same place.
+
+    Where a gradient is nearly zero, Adam's update has the sign that rounding gives it.
+    """
+    (found, _), (expected, _) = pretrain(name, **options), llama_alone(name)
+    apart = float(optax.global_norm(jax.tree.map(jnp.subtract, found, expected)))
+    moved = float(optax.global_norm(jax.tree.map(jnp.subtract, expected, start())))
+    return HOLDS if apart <= 1e-2 * moved else f"{apart / moved:.1e} apart"
+
+
+@functools.cache
+def start() -> Any:
+    """The LLaMA's first parameters."""
+    return jax.device_get(llama.init_params(CONFIG, seed=0))
 
 
 def rounded_llama(name: str) -> str:

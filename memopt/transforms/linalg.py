@@ -110,6 +110,8 @@ def _mesh_of(x: Array) -> tuple[Any, tuple[str, ...]]:
 def _place(x: Array, axis: int | None = None) -> Array:
     """Splits an axis over all devices, if they divide it; without an axis, all get the whole."""
     mesh, names = _mesh_of(x)
+    if not names:
+        return x
     spec: list[Any] = [None] * x.ndim
     if axis is not None:
         if x.shape[axis] % math.prod(mesh.shape[name] for name in names):
