@@ -83,8 +83,8 @@ def test_nothing_is_reshaped_where_rows_and_columns_are_last():
 @pytest.mark.parametrize(
     "method",
     [
-        memopt.adafactor,
-        lambda lr, **o: memopt.apollo(lr, rank=2, **o),
+        pytest.param(memopt.adafactor, marks=pytest.mark.slow),
+        pytest.param(lambda lr, **o: memopt.apollo(lr, rank=2, **o), marks=pytest.mark.slow),
         memopt.apollo_mini,
     ],
     ids=["adafactor", "apollo", "apollo_mini"],

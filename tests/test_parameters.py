@@ -19,6 +19,7 @@ from memopt.parameters import init_shapes, known, read_parameters
 from memopt.state.describe import _SAID
 from memopt.training.release.per_parameter_update import PerParameterUpdate
 from tests.clients.trees import CLIENTS
+from tests.optimizers.kinds import slow_unless
 
 
 def shapes(tree):
@@ -133,7 +134,13 @@ def test_names_of_axes_come_before_modules_and_after_matrices():
     assert low(memopt.apollo_mini(1e-2, matrices=axes)) == (1, 128)
 
 
-@pytest.mark.parametrize("name", ["adafactor", "apollo_mini", "galore", "muon"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=slow_unless(name in ("apollo_mini", "muon")))
+        for name in ("adafactor", "apollo_mini", "galore", "muon")
+    ],
+)
 def test_axes_named_at_init_are_known_once_the_boxes_are_open(name):
     """`nnx.Optimizer` opens them between `init` and `update`."""
 

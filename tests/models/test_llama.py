@@ -224,7 +224,9 @@ def test_a_sequence_longer_than_the_model_is_refused():
         model(jnp.zeros((1, 9), jnp.int32))
 
 
-@pytest.mark.parametrize(("tied", "weights"), [(False, "int8"), (True, None)])
+@pytest.mark.parametrize(
+    ("tied", "weights"), [(False, "int8"), pytest.param(True, None, marks=pytest.mark.slow)]
+)
 def test_parameters_made_by_layer_are_those_of_the_model(tied, weights):
     config = dataclasses.replace(preset("tiny"), tied=tied, param_dtype="bfloat16", num_layers=3)
     store = (lambda x: memopt.quantize_params(x, weights)) if weights else lambda x: x

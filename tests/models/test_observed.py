@@ -16,7 +16,7 @@ TOKENS = jax.random.randint(jax.random.key(0), (2, 2, 12), 0, SMALL.vocab_size)
 BATCH = {"inputs": TOKENS[0], "targets": TOKENS[1]}
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_scanned_blocks_report_inputs_and_gradients_of_outputs(remat):
     graphdef, params = split(init(dataclasses.replace(SMALL, remat=remat)))
     zeros = memopt.zero_statistics(params)

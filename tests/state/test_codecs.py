@@ -12,6 +12,7 @@ from memopt import codecs
 from memopt.state.codecs import Coded, named
 from memopt.state.codecs.row_scaled import RowScaled
 from memopt.state.rounding import NEAREST, rounding_bits
+from tests.optimizers.kinds import slow_unless
 
 # {name: (codec, relative error, error relative to the largest number)}
 CODECS = {
@@ -293,8 +294,17 @@ def test_most_codes_are_where_most_numbers_are(name):
     assert (off > 0.7 / per_octave).all()
 
 
-@pytest.mark.parametrize("octaves", [4, 8, 16])
-@pytest.mark.parametrize("signed", [True, False])
+DEFAULTS = {(True, 4), (False, 8)}  # of "int8", for first and for second moments
+
+
+@pytest.mark.parametrize(
+    ("signed", "octaves"),
+    [
+        pytest.param(signed, octaves, marks=slow_unless((signed, octaves) in DEFAULTS))
+        for signed in (True, False)
+        for octaves in (4, 8, 16)
+    ],
+)
 def test_codes_of_tapered_are_in_order_and_their_own_numbers_have_them(signed, octaves):
     for headroom in range(7):
         codec = codecs.Tapered(signed, octaves, headroom)
