@@ -196,6 +196,8 @@ def _along(
     """
     if len(shape) == len(param) and all(shape[a] == param[a] for a in layout.stack):
         return jnp.expand_dims(hit, layout.core)
+    if shape[-len(param) :] == param:  # several arrays like the parameter, as of several tasks
+        return jnp.expand_dims(hit, layout.core)
     for gone in (layout.cols, layout.rows):
         if shape == tuple(n for a, n in enumerate(param) if a not in gone):
             return jnp.expand_dims(hit, layout.core).squeeze(gone)
