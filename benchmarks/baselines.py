@@ -286,7 +286,7 @@ def facts() -> list[dict[str, Any]]:
 
 
 def read() -> dict[str, Any]:
-    """What was measured."""
+    """The measurements."""
     if not RESULTS.exists():
         return {"results": [], "facts": []}
     return json.loads(RESULTS.read_text())

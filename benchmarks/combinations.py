@@ -11,10 +11,7 @@ to replace their rows.
 import functools
 import json
 import os
-import re
-import shlex
 import string
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,12 +26,11 @@ import jax.numpy as jnp
 import optax
 import tyro
 from jax.sharding import AxisType, NamedSharding
-from rich.console import Console
 
 import memopt
 from benchmarks.extra_arguments import with_extra_arguments
 from benchmarks.guarantees import HOLDS, are_close, draw
-from benchmarks.report import save
+from benchmarks.report import measure_cells, replace_table
 from memopt import projectors, recombine
 from memopt.models import llama
 from memopt.optimizers.registry import METHODS
@@ -260,17 +256,8 @@ def main() -> None:
     """Measures, and replaces the table in docs/combinations.md."""
     options = tyro.cli(Options, description=__doc__)
     results = read()
-    command = shlex.join(["python", "-m", "benchmarks.combinations", *sys.argv[1:]])
-    for name in options.optimizers:
-        results[name] = {}
-        for combination in COMBINATIONS:
-            results[name][combination] = found(name, combination)
-            Console().print(f"{name:28} {combination:20} {results[name][combination]}")
-            save({"command": command, "jax": jax.__version__, "results": results}, RESULTS)
-    text = DOCS.read_text()
-    old = re.search(r"^\| optimizer \|[\s\S]*\Z", text, re.MULTILINE)
-    assert old is not None
-    DOCS.write_text(text.replace(old[0], table(results)))
+    measure_cells(options.optimizers, [*COMBINATIONS], found, results, RESULTS)
+    replace_table(DOCS, r"^\| optimizer \|[\s\S]*\Z", table(results))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,6 @@ import contextlib
 import functools
 import json
 import os
-import re
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -28,11 +25,10 @@ import numpy as np
 import optax
 import tyro
 from jax.sharding import AxisType, NamedSharding
-from rich.console import Console
 
 import memopt
 from benchmarks.extra_arguments import with_extra_arguments
-from benchmarks.report import save
+from benchmarks.report import measure_cells, replace_table
 from memopt.optimizers.registry import available
 
 ROOT = Path(__file__).parents[1]
@@ -331,17 +327,8 @@ def main() -> None:
     """Measures, and replaces the table in docs/guarantees.md."""
     options = tyro.cli(Options, description=__doc__)
     results = read()
-    command = shlex.join(["python", "-m", "benchmarks.guarantees", *sys.argv[1:]])
-    for name in options.optimizers:
-        results[name] = {}
-        for condition in CONDITIONS:
-            results[name][condition] = found(name, condition)
-            Console().print(f"{name:28} {condition:16} {results[name][condition]}")
-            save({"command": command, "jax": jax.__version__, "results": results}, RESULTS)
-    text = DOCS.read_text()
-    old = re.search(r"^\| method \|.*\n(?:\|.*\n)*", text, re.MULTILINE)
-    assert old is not None
-    DOCS.write_text(text.replace(old[0], table(results)))
+    measure_cells(options.optimizers, [*CONDITIONS], found, results, RESULTS)
+    replace_table(DOCS, r"^\| method \|.*\n(?:\|.*\n)*", table(results))
 
 
 if __name__ == "__main__":

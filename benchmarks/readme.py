@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import replace_table
 from memopt.optimizers.registry import METHODS, available
 
 ROOT = Path(__file__).parents[1]
@@ -61,11 +62,7 @@ def table() -> str:
 
 def main() -> None:
     """Replaces the table in README."""
-    path = ROOT / "README.md"
-    text = path.read_text()
-    old = re.search(rf"^{re.escape(HEAD[0])}\n(?:\|.*\n)*", text, re.MULTILINE)
-    assert old is not None
-    path.write_text(text.replace(old[0], table()))
+    replace_table(ROOT / "README.md", rf"^{re.escape(HEAD[0])}\n(?:\|.*\n)*", table())
 
 
 def _docstring(name: str) -> str:

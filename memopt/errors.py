@@ -51,6 +51,16 @@ def check_above_zero(argument: str, given: Any) -> None:
         raise ValueError(f"{argument} must be above 0, got {given}.")
 
 
+def check_between(argument: str, given: Any, low: float, high: float) -> None:
+    """Raises if `given` is a number that is not between two others; traced values are not checked.
+
+    Raises:
+      ValueError: names the argument, the two numbers and the given one.
+    """
+    if isinstance(given, numbers.Real) and not low < float(given) < high:
+        raise ValueError(f"{argument} must be between {low} and {high}, got {given}.")
+
+
 def check_given(argument: str, given: Any, what: str) -> None:
     """Raises unless an extra argument of an update is given.
 

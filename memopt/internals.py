@@ -71,7 +71,7 @@ class Program:
     def from_outputs(self, known: Iterable[int]) -> Program:
         """Returns the program that is also given some of its outputs, after its inputs.
 
-        What follows from these outputs then no longer reads their causes.
+        Outputs that are computed from them then depend on these new inputs instead.
 
         Args:
           known: the indices of the outputs.

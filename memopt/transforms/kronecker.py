@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes, varying_as
-from memopt.errors import check_above_zero, check_at_least, check_precision
+from memopt.errors import check_above_zero, check_at_least, check_between, check_precision
 from memopt.matrices import Layout, Matrices, map_matrices
 from memopt.shapes import Square, Stack
 from memopt.state.precision import bounded, check_real, statistics_dtype, to_float32
@@ -93,9 +93,8 @@ def scale_by_kronecker_inverses(
       [1.4  0.95]
     """
     check_precision(decay=decay, max_entry=max_entry, blend=blend, clip_value=clip_value)
-    for name, value in (("decay", decay), ("blend", blend)):
-        if isinstance(value, float) and not 0 < value < 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {value}.")
+    check_between("decay", decay, 0, 1)
+    check_between("blend", blend, 0, 1)
     check_at_least("refresh_every", refresh_every, 1)
     check_at_least("max_entry", max_entry, 1)
     check_above_zero("clip_value", clip_value)

@@ -1,4 +1,4 @@
-"""What layers see of a batch: their inputs, and the gradients of their outputs."""
+"""Collects the inputs of linear layers, and the gradients of their outputs, over a batch."""
 
 import math
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from memopt.state.precision import statistics_dtype
 
 
 class LayerStatistics(NamedTuple):
-    """What a linear layer with an m×n kernel saw of a batch, per matrix of a stack.
+    """Sums over the tokens of a batch, for a linear layer with an m×n kernel or a stack of them.
 
     Attributes:
       inputs: the sum of its inputs over tokens, ``(*stack, m)``.

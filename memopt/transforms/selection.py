@@ -52,8 +52,8 @@ def kth_largest(
       dtype: unsigned integers.
       at_least: which entries of an array reach an integer; for entries that are no integers
         themselves, but in their order.
-      axes: for one array, the axes of each of the stacks of which it is wanted, which the result
-        keeps with length one; None for one number for all entries.
+      axes: for one array, the axes to search along, which the result keeps with length one; None
+        searches all entries of all arrays.
 
     Example:
       >>> x = jnp.array([[5, 1, 3], [0, 2, 2]], jnp.uint32)

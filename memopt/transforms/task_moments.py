@@ -123,7 +123,7 @@ def scale_by_task_moments(
     maps = functools.partial(map_matrices, matrices=matrices, default=every_matrix)
 
     def moments(layout: Layout, g: Array) -> tuple[Any, Any, Any, Any]:
-        """What a gradient adds to each array."""
+        """Returns what a gradient adds to each array."""
         if is_factored(layout):
             return _sums_and_mean_squares(layout, g, seed)
         return NOTHING, g, NOTHING, jnp.square(g)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.errors import check_given, check_precision
+from memopt.errors import check_between, check_given, check_precision
 
 
 class WhileLossFallsState(NamedTuple):
@@ -65,8 +65,7 @@ def while_loss_falls(
       2 2 2 2 2 2 2 2 2 1
     """
     check_precision(share=share, decay=decay)
-    if isinstance(decay, float) and not 0 < decay < 1:
-        raise ValueError(f"decay must be between 0 and 1, got {decay}.")
+    check_between("decay", decay, 0, 1)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> WhileLossFallsState:

@@ -1,4 +1,4 @@
-"""What the matrices of a LLaMA report of a batch."""
+"""Statistics of a batch for each matrix of a LLaMA."""
 
 import dataclasses
 

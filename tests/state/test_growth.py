@@ -22,7 +22,7 @@ QUICK = ("adafactor",)
 IN_TURNS = "galore_in_turns"  # when a layer's basis is refreshed depends on how many there are
 BY_LAYERS = "frugal_blocks"  # keeps the moments of half of the layers
 SHARED = ("apollo_as_released", "online_subspace_descent", "frugal_orthogonal", "galore_at_random")
-"""What keeps arrays for all layers, which do not begin with an axis of them."""
+"""Optimizers with arrays for all layers together, whose first axis does not count layers."""
 
 
 def tiled(tree):

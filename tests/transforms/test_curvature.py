@@ -111,7 +111,7 @@ def test_a_momentum_is_divided_by_the_curvature():
 
 
 def test_a_step_size_survives_a_step_that_moved_nothing():
-    """As with a learning rate of 0, from which warm-up begins."""
+    """A learning rate of 0, from which warm-up begins, moves nothing."""
     loss = bowl([jnp.array([4.0, 0.25])])
     tx = memopt.scale_by_oasis()
 

@@ -68,7 +68,7 @@ def scaled(tx, updates):
 
 
 def factors(tx, updates):
-    """What each update was multiplied by, by name."""
+    """The factor of each update, by name."""
     ratio = jax.tree.map(lambda a, b: float((a / b).mean()), scaled(tx, updates), updates)
     return {memopt.trees.leaf_name(path): x for path, x in jax.tree.leaves_with_path(ratio)}
 
@@ -222,7 +222,7 @@ def test_boxes_are_opened_and_refilled(box):
 
 
 def test_kernels_of_outputs_and_inputs():
-    """As Equinox stores them, embeddings excepted."""
+    """Kernels are (out, in), as in Equinox; embeddings are not."""
     select = lambda name, p: (
         p.matrix if p.kind == "embedding" else Matrix(-1, -2) if p.matrix else None
     )
