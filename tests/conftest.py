@@ -3,6 +3,7 @@
 JAX_PLATFORMS=cuda,cpu runs the tests marked `device` on a GPU.
 """
 
+import gc
 import os
 
 import pytest
@@ -12,6 +13,10 @@ from tests.xla_flags import with_devices
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ["XLA_FLAGS"] = with_devices(8, os.environ.get("XLA_FLAGS", "")).strip()
+
+# Where an operation was written is of no use in what is compiled here, and takes time to find.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+gc.set_threshold(50_000, 20, 100)  # tracing makes many objects, and few that form cycles
 
 
 @pytest.hookimpl(optionalhook=True)
