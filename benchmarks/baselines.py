@@ -329,7 +329,7 @@ def needs_table(results: Sequence[dict[str, Any]]) -> str:
     for r in results:
         method = METHODS[r["optimizer"]]
         rate = "1, finds its steps" if method.finds_step else "a step size"
-        needs = method.needs.partition(",")[0]
+        needs = method.needs
         evaluated = "`eval_params`" if method.eval_params else "the parameters"
         cells = [rate, f"`{needs}`" if needs else "", evaluated]
         released = "✓" if r["optax"]["released"] else "refused"

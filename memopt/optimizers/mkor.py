@@ -12,7 +12,7 @@ from memopt.transforms.kronecker import scale_by_kronecker_inverses
 from memopt.transforms.while_loss_falls import while_loss_falls
 
 
-@method(needs="statistics, what each layer saw of the batch (memopt.observe)")
+@method(needs="statistics")
 def mkor(
     learning_rate: optax.ScalarOrSchedule,
     *,

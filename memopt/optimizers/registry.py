@@ -35,7 +35,7 @@ class Method(NamedTuple):
         less if the shorter sides of matrices are not sharded; see `memopt.unshard_short_side`.
       eval_params: maps its state and the parameters to those to evaluate with, see
         `memopt.eval_params`; None if they are the same.
-      needs: the extra argument without which it cannot update, with what it is, or "".
+      needs: the extra argument without which it cannot update, a key of `EXTRA_ARGUMENTS`, or "".
       finds_step: whether it finds the size of its steps itself, so that its learning rate is a
         factor or a bound, which should be 1 at its highest.
     """
@@ -71,8 +71,12 @@ def _mechanic(learning_rate: optax.ScalarOrSchedule, **options: Any) -> Any:
     return optax.contrib.mechanize(optax.adamw(learning_rate), **options)
 
 
-LOSS = "value, the loss"
-LOSS_FUNCTION = "obj_fn, the loss as a function of the parameters"
+EXTRA_ARGUMENTS = {
+    "value": "the loss",
+    "obj_fn": "the loss as a function of the parameters",
+    "statistics": "what each layer saw of the batch (memopt.observe)",
+}
+"""Extra arguments of `update` that some methods need; memopt's training step passes them."""
 
 METHODS: dict[str, Method] = {
     "adam": Method(optax.adam, "optax"),
@@ -83,8 +87,8 @@ METHODS: dict[str, Method] = {
     "dog": Method(optax.contrib.dog, "optax", finds_step=True),
     "dowg": Method(optax.contrib.dowg, "optax", finds_step=True),
     "mechanic": Method(_mechanic, "optax", finds_step=True),
-    "momo": Method(optax.contrib.momo, "optax", needs=LOSS, finds_step=True),
-    "momo_adam": Method(optax.contrib.momo_adam, "optax", needs=LOSS),
+    "momo": Method(optax.contrib.momo, "optax", needs="value", finds_step=True),
+    "momo_adam": Method(optax.contrib.momo_adam, "optax", needs="value"),
     "nadamw": Method(optax.nadamw, "optax"),
     "optax_adafactor": Method(optax.adafactor, "optax"),
     "optax_adopt": Method(optax.contrib.adopt, "optax"),
@@ -101,7 +105,7 @@ METHODS: dict[str, Method] = {
         eval_params=optax.contrib.schedule_free_eval_params,
     ),
     "sgd": Method(optax.sgd, "optax"),
-    "sophia": Method(optax.contrib.sophia, "optax", needs=LOSS_FUNCTION),
+    "sophia": Method(optax.contrib.sophia, "optax", needs="obj_fn"),
 }
 """All optimizers by name: Optax's are listed here, memopt's are added by `@method()`."""
 
@@ -270,13 +274,13 @@ def optimizer(
     for option in options:
         check_choice(f"option of {name}:", option, chosen.defaults)
     tx = optax.with_extra_args_support(chosen.make(learning_rate, **options))
-    argument = chosen.needs.partition(",")[0]
+    argument = chosen.needs
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if extra.get(argument) is None:
             raise ValueError(
-                f"optimizer {name!r} needs {chosen.needs}: call update(updates, state, params, "
-                f"{argument}=…)."
+                f"optimizer {name!r} needs {argument}, {EXTRA_ARGUMENTS[argument]}: call "
+                f"update(updates, state, params, {argument}=…)."
             )
         return tx.update(updates, state, params, **extra)
 

@@ -180,7 +180,7 @@ def set_up(
         loss = lambda params, batch, **given: llama.loss(
             build_model(model_config, params), batch, **given
         )
-        observe = METHODS[optimizer].needs.startswith("statistics")
+        observe = METHODS[optimizer].needs == "statistics"
         step = functools.partial(train_step, loss=loss, predict=predict, observe=observe, **options)
     state = abstract_state(params, tx, mesh, places)
     return Setup(model_config, mesh, tx, learning_rate, weights, state, batch, step, optimizer)

@@ -1,6 +1,7 @@
 """Skips gradients that are not finite, and counts them."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +12,10 @@ from jax import Array
 from memopt.axis_types import on_auto_axes
 from memopt.errors import check_choice, check_unused
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
+from memopt.parameters import init_shapes
 from memopt.reductions import total
-from memopt.state.owners import StateArray, owners
+from memopt.state.following import Axis, Follower, followers
+from memopt.state.owners import StateArray, is_state_array, owners
 from memopt.state.precision import where_applied, zeros_of
 from memopt.transforms.gradient_norm import global_norm
 from memopt.trees import map_named
@@ -132,6 +135,29 @@ def _skip_matrices(
 ) -> optax.GradientTransformationExtraArgs:
     on = functools.partial(map_matrices, matrices=matrices, default=every_matrix)
 
+    @functools.lru_cache(maxsize=8)
+    def find(structure: Any, shapes: Sequence[jax.ShapeDtypeStruct]) -> Any:
+        """The `Place` of each state array, for gradients of this structure and these shapes."""
+        gradients = structure.unflatten(shapes)
+        layouts: list[Layout] = []
+        on(lambda layout, x: layouts.append(layout), gradients)
+        state = init_shapes(inner.init, gradients)
+        kept = jax.tree.leaves(owners(state, gradients), is_leaf=is_state_array)
+        depth = max((len(layout.stack) for layout in layouts), default=0)
+        stacks = [[Axis(a, 1) for a in layout.stack] for layout in layouts]
+        follow = followers(inner, gradients, stacks) if depth else [None] * len(kept)
+
+        def place(array: StateArray, follower: Follower | None) -> Place:
+            if array.parameter is None:
+                return Place(None, None)
+            stack = layouts[array.parameter].stack
+            mine = {of: axis for axis, of in follower.axes} if follower else {}
+            known = all(a in mine for a in stack)
+            return Place(array.parameter, tuple(mine[a] for a in stack) if known else None)
+
+        outline: Any = jax.tree.structure(state)
+        return outline.unflatten(map(place, kept, follow))
+
     def init(params: Any) -> SkipNonfiniteMatricesState:
         count = lambda layout, p: zeros_of(lambda p: _hit(layout, p).astype(jnp.int32), p)
         return SkipNonfiniteMatricesState(on(count, params), inner.init(params))
@@ -144,17 +170,19 @@ def _skip_matrices(
             extra = {**extra, "gradient_norm": global_norm(gradients)}
         new_updates, new = inner.update(gradients, state.inner, params, **extra)
 
-        places: list[tuple[Layout, tuple[int, ...], Array]] = []
-        on(lambda layout, g, hit: places.append((layout, g.shape, hit)), updates, hit)
+        hits = jax.tree.leaves(hit)
 
-        def choose(_: str, new: Array, old: Array, array: StateArray) -> Array:
-            if array.parameter is None:
+        def choose(_: str, new: Array, old: Array, place: Place) -> Array:
+            if place.parameter is None:
                 is_float = jnp.issubdtype(new.dtype, jnp.floating)
                 return jnp.where(jnp.isfinite(new), new, old) if is_float else new
-            mine = _along(*places[array.parameter], new.shape)
-            return new if mine is None else where_applied(~mine, new, old)
+            if place.axes is None:
+                return new
+            return where_applied(~_along(hits[place.parameter], place.axes, new.ndim), new, old)
 
-        inner_state = map_named(choose, new, state.inner, owners(new, updates))
+        shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(updates))
+        places = find(jax.tree.structure(updates), tuple(shapes))
+        inner_state = map_named(choose, new, state.inner, places)
         skipped = jax.tree.map(jnp.add, state.skipped, hit)
         return on(zero, new_updates, hit), SkipNonfiniteMatricesState(skipped, inner_state)
 
@@ -174,36 +202,29 @@ def _any_nonfinite(x: Array, axes: tuple[int, ...]) -> Array:
     return jnp.isnan(total(0 * x, axes))
 
 
-def _along(
-    layout: Layout, param: tuple[int, ...], hit: Array, shape: tuple[int, ...]
-) -> Array | None:
-    """Returns `hit` with axes such that it broadcasts to a state array of the parameter.
+class Place(NamedTuple):
+    """The place of each matrix in a state array.
 
-    Args:
-      layout: the axes of the parameter.
-      param: its shape.
-      hit: a number for each matrix of its stack, in the stack's shape.
-      shape: the shape of the state array.
+    Attributes:
+      parameter: the index of the parameter that the array belongs to; None if there is none.
+      axes: for each axis of the parameter's stack the axis of the array that follows it; None if
+        one has none, so that several matrices share a place.
+    """
 
-    Returns:
-      None if the array has no place for each matrix.
+    parameter: int | None
+    axes: tuple[int, ...] | None
+
+
+def _along(hit: Array, axes: tuple[int, ...], ndim: int) -> Array:
+    """Returns `hit` with its axes at those of an array of `ndim` axes.
 
     Example:
-      >>> layout = Layout("w", (0,), (1,), (2,))
-      >>> hit = jnp.ones(5)
-      >>> [_along(layout, (5, 8, 6), hit, shape).shape for shape in [(5, 8, 6), (5, 2, 6), (5, 8)]]
-      [(5, 1, 1), (5, 1, 1), (5, 1)]
+      >>> _along(jnp.ones((5, 2)), (3, 1), 4).shape
+      (1, 2, 1, 5)
     """
-    if len(shape) == len(param) and all(shape[a] == param[a] for a in layout.stack):
-        return jnp.expand_dims(hit, layout.core)
-    if shape[-len(param) :] == param:  # several arrays like the parameter, as of several tasks
-        return jnp.expand_dims(hit, layout.core)
-    for gone in (layout.cols, layout.rows):
-        if shape == tuple(n for a, n in enumerate(param) if a not in gone):
-            return jnp.expand_dims(hit, layout.core).squeeze(gone)
-    if shape[: hit.ndim] == hit.shape:
-        return hit.reshape(hit.shape + (1,) * (len(shape) - hit.ndim))
-    return None
+    order = sorted(range(len(axes)), key=lambda i: axes[i])
+    others = [a for a in range(ndim) if a not in axes]
+    return jnp.expand_dims(hit.transpose(order), others)
 
 
 def _on_auto_axes(init: Any, step: Any) -> optax.GradientTransformationExtraArgs:
