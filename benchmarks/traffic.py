@@ -11,7 +11,8 @@ Only the chip's main memory is counted: its fast memory is reserved for kernels.
 compiler also keeps arrays that fit in fast memory, and then counts their bytes twice or more, for
 the copy and for reads; ``--cache`` allows this.
 
-Without ``--optimizer`` it measures a list, prints a table and writes it as JSON, with a plot.
+Without ``--optimizer`` it measures a list, prints a table and writes it as JSON, with a plot. Each
+record is saved as it is found, and not measured again with the same options and compiler.
 """
 
 import json
@@ -34,6 +35,7 @@ from rich.table import Table
 import memopt
 from benchmarks import hlo
 from benchmarks.compilers import Tpu, devices
+from benchmarks.machine import versions
 from benchmarks.report import save
 from benchmarks.step_time import COLORS
 from benchmarks.updates import between_refreshes
@@ -155,16 +157,9 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], jax.stages.Com
     assert cost is not None
     assert memory is not None
     size = sum(counted.parameters.values())
-    record = {
-        "optimizer": name,
+    record = setting(name, options) | {
         "library": METHODS[name].library,
         "layers": layers,
-        "layout": options.layout,
-        "dtype": options.dtype,
-        "chip": options.chip,
-        "rank": chosen.get("rank"),
-        "state": options.state,
-        "cache": options.cache,
         "traffic": cost["bytes accessed"] / size,
         "bytes_accessed": cost["bytes accessed"],
         "parameter_bytes": size,
@@ -172,6 +167,20 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], jax.stages.Com
         "temp_bytes": memory.temp_size_in_bytes,
     }
     return record, compiled
+
+
+def setting(name: str, options: Options) -> dict[str, Any]:
+    """What is compiled for one optimizer, and by which compiler."""
+    return {
+        "optimizer": name,
+        "layout": options.layout,
+        "dtype": options.dtype,
+        "chip": options.chip,
+        "rank": method_options(name, options.rank).get("rank"),
+        "state": options.state,
+        "cache": options.cache,
+        "versions": versions(("jaxlib", "libtpu")),
+    }
 
 
 _MOVES_NOTHING = {
@@ -247,25 +256,40 @@ def main(arguments: Sequence[str]) -> None:
     options = tyro.cli(Options, args=arguments, description=__doc__)
     names = [options.optimizer] if options.optimizer else compared()
     console = Console()
-    results = []
+    command = shlex.join(["python", "-m", "benchmarks.traffic", *arguments])
+    saved = [] if options.optimizer else read_results(options.output)
+    found: dict[str, dict[str, Any]] = {}
+    for r in saved:
+        if r["optimizer"] in names and setting(r["optimizer"], options).items() <= r.items():
+            found[r["optimizer"]] = r
     try:
         for name in names:
+            if name in found:
+                continue
             record, compiled = measure(name, options)
-            results.append(record)
+            found[name] = record
             if options.explain:
                 print(f"{name}: parameter sizes that each instruction moves, at most")
                 for moved, text in movers(compiled.as_text())[:EXPLAINED]:
                     print(f"  {moved / record['parameter_bytes']:.4f}  {text}")
+            if not options.optimizer:
+                console.print(f"{name:24} {record['traffic']:.3f}")
+                save({"command": command, "results": list(found.values())}, options.output)
     except (ValueError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
+    results = [found[name] for name in names]
     if options.json:
         print(json.dumps(results[0] if options.optimizer else results))
     else:
         console.print(table(results))
     if not options.optimizer:
-        command = shlex.join(["python", "-m", "benchmarks.traffic", *arguments])
         report = {"command": command, "results": results}
         save(report, options.output, lambda path: plot(results, path))
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The records in a file; none if there is no file."""
+    return json.loads(path.read_text())["results"] if path.exists() else []
 
 
 if __name__ == "__main__":

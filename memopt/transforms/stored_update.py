@@ -45,8 +45,9 @@ def update_of_state(
         if any(part.reads[:count]):
             raise ValueError(
                 "the update depends on the gradient beside the state that is stored, as with "
-                "Nesterov momentum, the sign of an interpolation or state in fewer bits; to "
-                "predict, wrap the transformation in memopt.keep_update."
+                "Nesterov momentum, the sign of an interpolation, state in fewer bits, or leaves "
+                "that optax.masked passes on (put the mask around the whole); predict_parameters "
+                "takes any transformation that is wrapped in memopt.keep_update."
             )
         return structure.unflatten(part(*[None] * count, *others, *stored))
 

@@ -88,7 +88,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", [pytest.param(n, marks=slow_unless(n == "lion")) for n in REFUSED])
 def test_an_update_that_reads_the_gradient_is_refused_but_can_be_kept(name):
     tx = REFUSED[name]
-    with pytest.raises(ValueError, match=r"wrap the transformation in memopt\.keep_update"):
+    with pytest.raises(ValueError, match=r"wrapped in memopt\.keep_update"):
         memopt.predict_parameters(tx, tx.init(draw(0)), draw(0), 1)
     kept, params = memopt.keep_update(tx), draw(0)
     state = kept.init(params)
