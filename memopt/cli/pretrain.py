@@ -43,6 +43,7 @@ from memopt.training.directory import choose_directory
 from memopt.training.loop import Stopped, train
 from memopt.training.metrics import read_metrics
 from memopt.training.open import Training, open_run
+from memopt.training.phases import describe_phases
 from memopt.training.processes import init_distributed, is_main_process
 from memopt.training.report import plot_loss, sample_text
 from memopt.training.start import inherited_options
@@ -120,6 +121,7 @@ def parse(arguments: list[str]) -> Config:
         options |= read_options(config.run.config)
     if config.run.resume:
         options |= read_options(choose_directory(config) / "config.json")
+        options.pop("schedule", None)  # which goes on, unless one is given
     flags = to_flags(options)
     return read(args=[*flags, *arguments]) if flags else config
 
@@ -134,6 +136,7 @@ def _introduce(run: Training, console: Console) -> None:
         f"model      {config.architecture.model}, {parameters:,} parameters",
         f"optimizer  {config.optimization.optimizer} {' '.join(config.optimization.option)}",
         *(f"{'' if i else 'taken for':<10} {line}" for i, line in enumerate(kinds)),
+        f"schedule   {describe_phases(config)}",
         f"text       {' '.join(config.text.data)}, tokenizer {run.tokenizer.name}",
         f"mesh       {mesh} of {jax.device_count()} {jax.devices()[0].device_kind} devices",
         *([f"start      {run.origin}"] if run.origin else []),

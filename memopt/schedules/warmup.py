@@ -17,17 +17,19 @@ def schedule(
     peak_value: float,
     steps: int,
     *,
+    init_value: float = 0.0,
     warmup_steps: int = 0,
     end_value: float = 0.0,
     decay_steps: int | None = None,
 ) -> optax.Schedule:
-    """A linear warm-up from 0 to the peak, then a named decay to the end value.
+    """A linear warm-up to the peak, then a named decay to the end value.
 
     Args:
       name: "constant" stays at the peak; "cosine" and "linear" decay until the last step;
         "wsd" (warm-up, stable, decay) stays at the peak and decays linearly at the end.
       peak_value: the highest learning rate, reached after the warm-up.
       steps: length of the whole schedule.
+      init_value: the learning rate at the beginning of the warm-up.
       warmup_steps: length of the warm-up.
       end_value: the learning rate at `steps` and after.
       decay_steps: length of the decay of "wsd"; by default a fifth of `steps`.
@@ -56,7 +58,7 @@ def schedule(
             f"warmup_steps={warmup_steps} and decay_steps={decay_steps} must leave room in "
             f"steps={steps}."
         )
-    warmup = optax.linear_schedule(0.0, peak_value, warmup_steps)
+    warmup = optax.linear_schedule(init_value, peak_value, warmup_steps)
     stable = optax.constant_schedule(peak_value)
     if name == "constant":
         return optax.join_schedules([warmup, stable], [warmup_steps])

@@ -16,9 +16,12 @@ DType = Annotated[str, conf.arg(metavar="{float32,bfloat16}")]
 #: The highest learning rate unless one is given; it suits APOLLO-Mini.
 LEARNING_RATE = 5e-3
 
+#: The schedule of a new run unless one is given.
+SCHEDULE = "cosine"
+
 #: Options that `config.json` does not hold.
 NOT_SAVED = (
-    *("output", "resume", "config"),
+    *("output", "resume", "config", "rewarm"),
     *("coordinator", "processes", "process", "heartbeat_timeout"),
 )
 
@@ -86,6 +89,33 @@ class Text:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A part of a run that one schedule applies to; a run has more than one if it was changed.
+
+    Attributes:
+        step: Steps of the run taken before it.
+        count: Updates that the optimizer's state counts before it.
+        schedule: The schedule's name.
+        steps: Steps of the schedule; from then on, the final learning rate is kept.
+        warmup_steps: Steps in which the learning rate moves from `first` to `highest`.
+        decay_steps: Steps in which wsd decays; None for the other schedules.
+        first: Learning rate at the beginning of the warm-up.
+        highest: Learning rate after the warm-up.
+        final: Learning rate at the end.
+    """
+
+    step: int
+    count: int
+    schedule: str
+    steps: int
+    warmup_steps: int
+    decay_steps: int | None
+    first: float
+    highest: float
+    final: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimization:
     """The optimizer and its schedule.
 
@@ -97,12 +127,16 @@ class Optimization:
             there.
         learning_rate: Highest learning rate. By default 5e-3, which suits apollo_mini (adamw and
             lion want less), or 1 for an optimizer that finds the size of its steps itself.
-        schedule: cosine, linear, wsd (warm-up, stable, decay) or constant.
+        schedule: cosine, linear, wsd (warm-up, stable, decay) or constant; cosine by default. With
+            --resume, it replaces the schedule for the remaining steps, from the learning rate
+            reached; without it, the run's schedule goes on.
+        rewarm: With --resume and --schedule, share of the remaining steps in which the learning
+            rate first moves back to the highest one.
         warmup: Share of the steps in which the learning rate rises from 0.
         decay: Share of the steps in which wsd decays. The others decay from warm-up to end.
         final_learning_rate: Learning rate at the end, as a share of the highest.
-        schedule_start: Updates that a state which was taken over counts before the schedule.
-            --carry-state sets it.
+        phases: The schedules of a run that was resumed, or that took over a state. `config.json`
+            holds them; they are no flag.
         steps: Batches to train on.
         predict_steps: Take gradients where the weights will be after so many steps, by the
             optimizer's state alone, as XGrad does.
@@ -117,11 +151,12 @@ class Optimization:
     state: Literal["int8", "int4", "float8", "e5m2", "bfloat16"] | None = None
     release: bool = False
     learning_rate: Annotated[float | None, conf.arg(metavar="FLOAT")] = None
-    schedule: str = "cosine"
+    schedule: Annotated[str | None, conf.arg(metavar="NAME")] = None
+    rewarm: float = 0.0
     warmup: float = 0.1
     decay: float = 0.2
     final_learning_rate: float = 0.1
-    schedule_start: int = 0
+    phases: conf.SuppressFixed[tuple[Phase, ...]] = ()
     steps: int = 600
     predict_steps: Annotated[int | None, conf.arg(metavar="INT")] = None
     accumulation: int = 1
@@ -208,12 +243,49 @@ class Config:
             return given
         return 1.0 if method is not None and method.finds_step else LEARNING_RATE
 
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The schedules of the run, one after another; of a new run, the one of its options.
+
+        Example:
+            >>> [phase] = Config(optimization=Optimization(schedule="linear", steps=50)).phases
+            >>> phase.schedule, phase.steps, phase.warmup_steps
+            ('linear', 50, 5)
+        """
+        return self.optimization.phases or (self.first_phase(),)
+
+    def first_phase(self, count: int = 0) -> Phase:
+        """Returns the schedule of a new run with these options.
+
+        Args:
+            count: Updates that the optimizer's state counts before it.
+        """
+        options, highest = self.optimization, self.highest_learning_rate
+        schedule = options.schedule or SCHEDULE
+        return Phase(
+            step=0,
+            count=count,
+            schedule=schedule,
+            steps=options.steps,
+            warmup_steps=round(options.warmup * options.steps),
+            decay_steps=round(options.decay * options.steps) if schedule == "wsd" else None,
+            first=0.0,
+            highest=highest,
+            final=options.final_learning_rate * highest,
+        )
+
+    def with_phases(self, *phases: Phase) -> "Config":
+        """Returns these options with other schedules."""
+        return dataclasses.replace(
+            self, optimization=dataclasses.replace(self.optimization, phases=phases)
+        )
+
     def flat(self) -> dict[str, Any]:
         """All options by name, JSON-serialisable, without those of one invocation only."""
         flat = {name: x for group in dataclasses.asdict(self).values() for name, x in group.items()}
-        flat["learning_rate"] = self.highest_learning_rate
+        flat |= {"learning_rate": self.highest_learning_rate, "schedule": self.phases[-1].schedule}
         options = [f"{name}={value}" for name, value in sorted(self.optimizer_options.items())]
-        flat |= {"data": list(self.text.data), "option": options}
+        flat |= {"data": list(self.text.data), "option": options, "phases": list(flat["phases"])}
         flat["init"] = None if self.start.init is None else str(self.start.init)
         return {name: x for name, x in flat.items() if name not in NOT_SAVED}
 
@@ -228,11 +300,15 @@ class Config:
         given: dict[str, Any] = dict(options)
         given |= {name: tuple(x) for name, x in options.items() if isinstance(x, list)}
         given["init"] = None if given.get("init") is None else Path(given["init"])
+        given["phases"] = tuple(Phase(**phase) for phase in given.get("phases", ()))
         groups: dict[str, Any] = {}
         for name, group in vars(cls()).items():
             own = {key: x for key, x in given.items() if hasattr(group, key)}
             groups[name] = dataclasses.replace(group, **own)
-        return cls(**groups)
+        config = cls(**groups)
+        if options.get("schedule_start"):  # in which earlier versions kept the first phase's count
+            return config.with_phases(config.first_phase(options["schedule_start"]))
+        return config
 
 
 def _value(text: str) -> Any:
@@ -259,14 +335,17 @@ def read_options(path: Path) -> dict[str, Any]:
 
 
 def to_flags(options: Mapping[str, Any]) -> list[str]:
-    """Returns options by name as the equivalent command-line flags.
+    """Returns options by name as the equivalent command-line flags; others are left out.
 
     Example:
         >>> to_flags({"model": "tiny", "data": ["a.txt", "b.txt"], "release": True, "mesh": None})
         ['--model=tiny', '--data', 'a.txt', 'b.txt', '--release']
     """
     flags = []
+    known = Config().flat().keys() - {"phases"}
     for name, value in options.items():
+        if name not in known:
+            continue
         flag = f"--{name.replace('_', '-')}"
         if name == "option":
             flags += [f"{flag}={item}" for item in value]

@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import optax
 
-from memopt import optimizers, schedules
+from memopt import optimizers
 from memopt.errors import check_at_least, check_choice
 from memopt.models import llama
 from memopt.optimizers.registry import METHODS
 from memopt.state.quantized_state import quantize_state
 from memopt.text.batches import FIELDS
 from memopt.training.config import Config
+from memopt.training.phases import follow
 from memopt.training.placement import make_mesh
 from memopt.training.setup import Setup, abstract_batch, set_up
 from memopt.training.step import Predict
@@ -22,8 +23,8 @@ from memopt.transforms.stored_update import predict_parameters
 LEAST = {
     **dict.fromkeys(("batch_size", "accumulation", "steps", "max_skipped"), 1),
     **dict.fromkeys(("eval_every", "checkpoint_every", "keep", "grow", "num_layers"), 1),
-    **dict.fromkeys(("learning_rate", "schedule_start"), 0),
-    "predict_steps": 1,
+    **dict.fromkeys(("vocab_size", "predict_steps"), 1),
+    "learning_rate": 0,
 }
 
 
@@ -48,8 +49,12 @@ def describe_run(config: Config) -> Setup:
     options, flat = config.optimization, config.flat()
     for name, least in LEAST.items():
         check_at_least(name, flat[name], least)
-    model_config, learning_rate = _model_config(config), _learning_rate(config)
-    rate = _delayed(learning_rate, options.schedule_start)
+    for name in ("warmup", "decay", "rewarm", "final_learning_rate"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {getattr(options, name)}.")
+    model_config = _model_config(config)
+    rate, carried = follow(config.phases), config.phases[0].count
+    learning_rate = (lambda updates: rate(updates + carried)) if carried else rate
     if config.text.batch_size % options.accumulation:
         raise ValueError(
             f"accumulation={options.accumulation} does not divide "
@@ -132,23 +137,3 @@ def _model_config(config: Config) -> llama.LlamaConfig:
             f"model {options.model!r} accepts: choose a shorter --seq-len."
         )
     return model
-
-
-def _learning_rate(config: Config) -> optax.Schedule:
-    options, highest = config.optimization, config.highest_learning_rate
-    for name in ("warmup", "decay", "final_learning_rate"):
-        if not 0 <= getattr(options, name) <= 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {getattr(options, name)}.")
-    return schedules.schedule(
-        options.schedule,
-        highest,
-        options.steps,
-        warmup_steps=round(options.warmup * options.steps),
-        decay_steps=round(options.decay * options.steps) if options.schedule == "wsd" else None,
-        end_value=options.final_learning_rate * highest,
-    )
-
-
-def _delayed(schedule: optax.Schedule, start: int) -> optax.Schedule:
-    """The schedule as a function of the updates that a state counts which was taken over."""
-    return (lambda count: schedule(count - start)) if start else schedule

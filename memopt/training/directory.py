@@ -3,7 +3,7 @@
 import itertools
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from memopt.training.processes import is_main_process
 
 #: Options that may change when a run is resumed; all others decide what its checkpoints mean.
 MAY_CHANGE = {
-    *("steps", "mesh", "max_skipped", "keep"),
+    *("steps", "schedule", "phases", "mesh", "max_skipped", "keep"),
     *("eval_every", "eval_tokens", "checkpoint_every"),
 }
 
@@ -72,18 +72,25 @@ def open_directory(directory: Path, config: Config) -> None:
         ) from error
 
 
-def check_same(directory: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def check_same(
+    directory: Path,
+    there: Mapping[str, Any],
+    here: Mapping[str, Any],
+    *,
+    may_change: Set[str] = frozenset(MAY_CHANGE),
+) -> None:
     """Raises if options or data of a resumed run differ from those it was started with.
 
     Args:
         directory: The run's directory.
         there: Options, or what identifies the data, as the run has them.
         here: The same, as they are now.
+        may_change: Those that may differ.
 
     Raises:
         ValueError: Anything differs that may not.
     """
-    names = sorted((there.keys() | here.keys()) - MAY_CHANGE)
+    names = sorted((there.keys() | here.keys()) - may_change)
     differing = [
         f"{name} is {reprlib.repr(there.get(name))} there and {reprlib.repr(here.get(name))} here"
         for name in names

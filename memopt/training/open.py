@@ -14,7 +14,8 @@ from memopt.text.tokenizer import Tokenizer, load_tokenizer
 from memopt.training.checkpoint import Checkpoints, Record
 from memopt.training.config import Config, Start, read_options
 from memopt.training.describe import describe_run
-from memopt.training.directory import check_same, choose_directory, open_directory
+from memopt.training.directory import MAY_CHANGE, check_same, choose_directory, open_directory
+from memopt.training.phases import WITH_SCHEDULE, resume
 from memopt.training.placement import rows_here
 from memopt.training.processes import check_same_on_all_processes
 from memopt.training.setup import Setup
@@ -74,10 +75,14 @@ def open_run(config: Config) -> Training:
     Raises:
         ValueError: An option, or a combination of them, cannot work; says what to change.
     """
-    directory = choose_directory(config)
+    directory, given = choose_directory(config), config
     if config.run.resume:
         there = Config.from_flat(read_options(directory / "config.json"))
-        check_same(directory, there.flat(), config.flat())
+        may_change = MAY_CHANGE | (WITH_SCHEDULE if given.optimization.schedule else set())
+        check_same(directory, there.flat(), given.flat(), may_change=may_change)
+        config = given.with_phases(*there.phases)
+    if config.optimization.rewarm and not (config.run.resume and config.optimization.schedule):
+        raise ValueError("rewarm goes with --resume and --schedule; a new run has --warmup.")
     if config.start.init is None and config.start != Start():
         raise ValueError("grow and carry_state go with --init, the run to start from.")
     check_at_least("eval_tokens", config.text.eval_tokens, config.text.seq_len)
@@ -92,6 +97,7 @@ def open_run(config: Config) -> Training:
     batches, validation, identity = open_batches(config, tokenizer, rows)
     check_same_on_all_processes(
         {"output": str(directory), **config.flat(), "content of the data": identity}
+        | {name: getattr(config.optimization, name) for name in ("schedule", "rewarm")}
     )
 
     restored = _restore(checkpoints, setup) if config.run.resume else None
@@ -101,6 +107,11 @@ def open_run(config: Config) -> Training:
         batches.set_state(record["batches"])
     elif origin:
         state = origin.start(config, setup)
+    if config.run.resume:
+        step, skipped = (int(state.step), int(state.skipped)) if restored else (0, 0)
+        before = there.with_phases(*config.phases)
+        config = resume(before, given, step=step, updates=step - skipped)
+        setup = describe_run(config) if config.phases != before.phases else setup
     open_directory(directory, config)
     if not restored and not origin:
         with jax.set_mesh(setup.mesh):

@@ -17,7 +17,7 @@ from memopt.training.setup import Setup, store_params
 from memopt.training.step import TrainState, init_state
 
 #: Options of a run that belong to its own start.
-OWN = ("init", "grow", "carry_state", "schedule_start")
+OWN = ("init", "grow", "carry_state", "phases")
 
 #: Sizes and options of a model that its parameters do not depend on.
 FREE = ("param_dtype", "dtype", "remat")
@@ -55,11 +55,10 @@ class Origin:
 
     def schedule(self, config: Config) -> Config:
         """The options of the new run, whose schedule starts after the updates that are counted."""
-        counted = int(self.state.step - self.state.skipped)
-        counted += self.config.optimization.schedule_start
-        start = counted if config.start.carry_state else 0
-        options = dataclasses.replace(config.optimization, schedule_start=start)
-        return dataclasses.replace(config, optimization=options)
+        counted = self.config.phases[0].count + int(self.state.step - self.state.skipped)
+        first, *more = config.phases
+        count = counted if config.start.carry_state else 0
+        return config.with_phases(dataclasses.replace(first, count=count), *more)
 
     def start(self, config: Config, setup: Setup) -> TrainState:
         """Returns the first state of the new run, with the shardings of its setup.

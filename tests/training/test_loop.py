@@ -112,7 +112,7 @@ def test_a_run_starts_from_another_one_that_is_grown_with_its_optimizer(finished
     options = {"grow": 2, "num_layers": 4, "carry_state": True}
     run = open_run(change(config, init=before.run.output, **options))
     assert run.origin.startswith(f"from step 12 of {before.run.output}, its 2 layers 2 times")
-    assert run.config.optimization.schedule_start == 12
+    assert run.config.phases[0].count == 12
     grown = memopt.grow_depth(last.params, last.opt_state, 2, tx=run.setup.tx)
     chex.assert_trees_all_equal((run.state.params, run.state.opt_state), grown)
     assert int(run.state.step) == 0
@@ -272,12 +272,16 @@ def test_resuming_on_other_data_says_what_differs(config, text, tmp_path):
         open_run(change(config, resume=True))
 
 
-def test_more_steps_may_be_asked_for_when_resuming(config):
-    short = change(config, steps=4, schedule="constant", warmup=0.0)
+def test_with_more_steps_a_resumed_run_goes_on_with_its_schedule_and_records_it(config):
+    short = change(config, steps=4)
     run(short)
     state, _ = run(change(short, steps=6, resume=True))
     assert state.step == 6
-    assert json.loads((config.run.output / "config.json").read_text())["steps"] == 6
+    rates = [line["learning_rate"] for line in metrics(config)]
+    np.testing.assert_allclose(rates[4:], short.optimization.learning_rate / 10, rtol=1e-6)
+    recorded = json.loads((config.run.output / "config.json").read_text())
+    assert recorded["steps"] == 6
+    assert Config.from_flat(recorded).phases == short.phases
 
 
 @pytest.mark.slow

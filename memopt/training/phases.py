@@ -1,0 +1,140 @@
+"""The schedules of a run that goes on longer, or otherwise, than it was begun."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import optax
+
+from memopt import schedules
+from memopt.training.config import Config, Phase
+
+#: Options that may change with the schedule of a resumed run.
+WITH_SCHEDULE = {"learning_rate", "final_learning_rate", "decay"}
+
+
+def follow(phases: Sequence[Phase]) -> optax.Schedule:
+    """Returns the learning rate as a function of the updates that the optimizer's state counts.
+
+    Args:
+        phases: The schedules, one after another.
+
+    Raises:
+        ValueError: A schedule is unknown, or its parts are longer than the whole.
+
+    Example:
+        >>> first = Config().first_phase()
+        >>> rate = follow([first, dataclasses.replace(first, count=600, schedule="constant")])
+        >>> [f"{rate(count):.2g}" for count in (0, 60, 599, 600, 660)]
+        ['0', '0.005', '0.0005', '0', '0.005']
+    """
+    parts = [
+        schedules.schedule(
+            phase.schedule,
+            phase.highest,
+            phase.steps,
+            init_value=phase.first,
+            warmup_steps=phase.warmup_steps,
+            decay_steps=phase.decay_steps,
+            end_value=phase.final,
+        )
+        for phase in phases
+    ]
+    before = optax.constant_schedule(0.0)
+    return optax.join_schedules([before, *parts], [phase.count for phase in phases])
+
+
+def resume(there: Config, here: Config, *, step: int, updates: int) -> Config:
+    """Returns the options of a resumed run, with the schedules that it follows.
+
+    The schedule it was begun with goes on: after its last step, with the final learning rate. The
+    decay of wsd, unless it has begun, moves to the new last step. A schedule that `here` names, and
+    that is not the run's already, applies to the remaining steps, from the learning rate reached.
+
+    Args:
+        there: The run's options so far.
+        here: Those it is resumed with; without a schedule, its own goes on.
+        step: Steps it has taken.
+        updates: How many of them were applied.
+
+    Raises:
+        ValueError: It has taken more steps already, or would go on with a learning rate of 0.
+
+    Example:
+        >>> from memopt.training.config import Optimization
+        >>> there = Config(optimization=Optimization(steps=20))
+        >>> here = Config(optimization=Optimization(steps=100))
+        >>> describe_phases(resume(there, here, step=20, updates=20))
+        'cosine of 20 steps, then 0.0005 until step 100'
+    """
+    options, phases = here.optimization, there.phases
+    last, count = phases[-1], phases[0].count + updates
+    if options.steps < step:
+        raise ValueError(f"steps must be at least {step}, which were taken, got {options.steps}.")
+    if options.schedule and _replace(last, here) != last:
+        if options.steps == step:
+            raise ValueError(
+                f"schedule {options.schedule!r} has no steps left: give more --steps than {step}."
+            )
+        reached = float(follow(phases)(count))
+        now = dataclasses.replace(last, step=step if updates else 0, count=count, first=reached)
+        phases = (*(phase for phase in phases if phase.count < count), _replace(now, here))
+    elif options.steps != there.optimization.steps and last.decay_steps:
+        length, done = options.steps - last.step, count - last.count
+        if done <= last.steps - last.decay_steps:
+            decay = min(max(1, round(options.decay * length)), length - done)
+            last = dataclasses.replace(last, steps=length, decay_steps=decay)
+            phases = (*phases[:-1], last)
+    changed = (options.steps, phases) != (there.optimization.steps, there.phases)
+    if changed and not _held(phases[-1], options.steps):
+        raise ValueError(
+            f"steps up to {options.steps} would have a learning rate of 0, in which the schedule "
+            "ends: give --schedule and --rewarm."
+        )
+    return here.with_phases(*phases)
+
+
+def describe_phases(config: Config) -> str:
+    """Says which schedule applies from which step.
+
+    Args:
+        config: The options of a run.
+
+    Example:
+        >>> describe_phases(Config())
+        'cosine of 600 steps'
+    """
+    phases, total = config.phases, config.optimization.steps
+    texts = [f"{phases[0].schedule} of {phases[0].steps} steps"]
+    for phase in phases[1:]:
+        rise = f" to {phase.highest:.3g} in {phase.warmup_steps}" if phase.warmup_steps else ""
+        start = phase.first if phase.warmup_steps else phase.highest
+        texts.append(
+            f"from step {phase.step + 1} {phase.schedule} of {phase.steps} steps, "
+            f"from {start:.3g}{rise}"
+        )
+    last = phases[-1]
+    end = last.step + last.steps
+    if total > end:
+        texts[-1] += f", then {_held(last, total):.3g} until step {total}"
+    elif total < end:
+        texts[-1] += f", cut off at step {total}"
+    return "; ".join(texts)
+
+
+def _held(phase: Phase, total: int) -> float:
+    """The learning rate that a phase leads up to and, if it ends before the run, ends with."""
+    ends = phase.schedule != "constant" and phase.step + phase.steps < total
+    return phase.final if ends else phase.highest
+
+
+def _replace(phase: Phase, config: Config) -> Phase:
+    """The schedule that `config` names, in place of a phase, to the last step."""
+    if not phase.step:
+        return config.first_phase(phase.count)
+    options = config.optimization
+    rest = dataclasses.replace(options, steps=options.steps - phase.step, warmup=options.rewarm)
+    new = dataclasses.replace(config, optimization=rest).first_phase(phase.count)
+    if not new.warmup_steps:
+        highest = min(new.highest, phase.first)
+        new = dataclasses.replace(new, highest=highest, final=min(new.final, highest))
+    return dataclasses.replace(new, step=phase.step, first=phase.first)

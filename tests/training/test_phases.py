@@ -1,0 +1,201 @@
+"""The learning rates of runs that are resumed for more steps, or with another schedule."""
+
+import dataclasses
+import json
+import shutil
+
+import chex
+import numpy as np
+import pytest
+from rich.console import Console
+
+from memopt.cli.pretrain import parse
+from memopt.training.config import Config, Optimization
+from memopt.training.describe import describe_run
+from memopt.training.loop import train
+from memopt.training.metrics import read_metrics
+from memopt.training.open import open_run
+from memopt.training.phases import describe_phases, follow, resume
+
+BEGUN = {"steps": 20, "learning_rate": 5e-3}
+
+
+def options(**given):
+    return Config(optimization=Optimization(**{"schedule": None, **given}))
+
+
+def begun(schedule, **given):
+    return options(**BEGUN | {"schedule": schedule} | given)
+
+
+def go_on(there, step=20, updates=None, **given):
+    own = {name: getattr(there.optimization, name) for name in ("learning_rate", "steps")}
+    updates = step if updates is None else updates
+    return resume(there, options(**own | given), step=step, updates=updates)
+
+
+def rates(config, counts=range(401)):
+    return np.array([float(follow(config.phases)(count)) for count in counts])
+
+
+@pytest.mark.parametrize("step", [10, 20])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+def test_the_schedule_a_run_was_begun_with_goes_on_with_its_last_rate(schedule, step):
+    there = begun(schedule, decay=0.9)
+    extended = go_on(there, step, steps=40)
+    np.testing.assert_array_equal(rates(extended, range(60)), rates(there, range(60)))
+    held = {"constant": "0.005"}.get(schedule, "0.0005")
+    assert describe_phases(extended) == f"{schedule} of 20 steps, then {held} until step 40"
+
+
+def test_before_its_decay_wsd_goes_on_as_if_begun_with_the_new_steps():
+    extended = go_on(begun("wsd"), step=16, steps=40)
+    whole = begun("wsd", steps=40, warmup=0.05)
+    np.testing.assert_array_equal(rates(extended, range(60)), rates(whole, range(60)))
+    assert describe_phases(extended) == "wsd of 40 steps"
+
+
+def test_in_its_decay_wsd_decays_to_its_end_and_keeps_the_last_rate():
+    there = begun("wsd")
+    extended = go_on(there, step=17, steps=40)
+    assert extended.phases == there.phases
+
+
+def test_with_fewer_steps_wsd_decays_at_once_and_others_are_cut_off():
+    decay = rates(go_on(begun("wsd", steps=40), step=10, steps=12))
+    np.testing.assert_allclose(decay[9:13], [5e-3, 5e-3, 2.75e-3, 5e-4], rtol=1e-6)
+    cut = go_on(begun("cosine"), step=10, steps=15)
+    assert cut.phases == begun("cosine").phases
+    assert describe_phases(cut) == "cosine of 20 steps, cut off at step 15"
+
+
+def test_steps_that_were_skipped_move_the_decay_of_wsd_no_further_than_in_any_run():
+    extended = go_on(begun("wsd"), step=10, updates=8, steps=40)
+    assert extended.phases == go_on(begun("wsd"), step=10, steps=40).phases
+
+
+def test_a_schedule_given_by_name_starts_from_the_rate_reached():
+    there = begun("constant")
+    named = go_on(there, schedule="linear", steps=120)
+    np.testing.assert_array_equal(rates(named, range(21)), rates(there, range(21)))
+    expected = np.linspace(5e-3, 5e-4, 101)
+    np.testing.assert_allclose(rates(named, range(20, 121)), expected, rtol=1e-5)
+    assert describe_phases(named) == (
+        "constant of 20 steps; from step 21 linear of 100 steps, from 0.005"
+    )
+
+
+def test_a_schedule_rewarms_if_asked():
+    named = go_on(begun("cosine"), schedule="cosine", rewarm=0.1, steps=120)
+    found = rates(named)
+    np.testing.assert_allclose(found[20:31], np.linspace(5e-4, 5e-3, 11), rtol=1e-5)
+    assert (np.diff(found[30:121]) < 0).all()
+    np.testing.assert_allclose(found[120:], 5e-4, rtol=1e-5)
+    assert describe_phases(named) == (
+        "cosine of 20 steps; from step 21 cosine of 100 steps, from 0.0005 to 0.005 in 10"
+    )
+
+
+def test_a_new_schedule_may_have_another_highest_rate_and_starts_at_most_there():
+    there = begun("constant")
+    lower = {"schedule": "constant", "learning_rate": 1e-3, "steps": 40}
+    np.testing.assert_allclose(rates(go_on(there, **lower))[20:], 1e-3, rtol=1e-6)
+    rewarmed = rates(go_on(there, **lower | {"learning_rate": 9e-3, "rewarm": 0.5}))
+    np.testing.assert_allclose(rewarmed[[20, 25, 30]], [5e-3, 7e-3, 9e-3], rtol=1e-6)
+
+
+def test_steps_that_were_skipped_shift_a_new_schedule_as_they_shift_the_first():
+    named = go_on(begun("cosine"), updates=17, schedule="linear", rewarm=0.1, steps=120)
+    assert [(phase.step, phase.count) for phase in named.phases] == [(0, 0), (20, 17)]
+
+
+def test_the_same_command_again_changes_nothing():
+    """As when a job that names its schedule is queued again and again."""
+    given = {"schedule": "cosine", "rewarm": 0.1, "steps": 120}
+    once = go_on(begun("cosine"), **given)
+    assert go_on(once, 70, **given).phases == once.phases
+    assert go_on(once, 70, steps=120).phases == once.phases
+    assert go_on(begun("cosine"), 10, schedule="cosine").phases == begun("cosine").phases
+    plain = go_on(begun("cosine"), steps=120)
+    assert go_on(plain, 70, steps=120).phases == begun("cosine").phases
+
+
+def test_another_choice_at_the_same_step_replaces_the_last():
+    once = go_on(begun("cosine"), schedule="linear", rewarm=0.1, steps=120)
+    again = go_on(once, schedule="wsd", rewarm=0.2, steps=120)
+    assert [phase.schedule for phase in again.phases] == ["cosine", "wsd"]
+    assert go_on(begun("cosine"), 0, schedule="linear").phases == begun("linear").phases
+
+
+def test_a_state_that_was_taken_over_counts_on():
+    there = begun("cosine")
+    there = there.with_phases(there.first_phase(100))
+    named = go_on(there, schedule="linear", rewarm=0.1, steps=120)
+    assert [phase.count for phase in named.phases] == [100, 120]
+    setup = describe_run(dataclasses.replace(Config(), optimization=named.optimization))
+    np.testing.assert_allclose(setup.learning_rate(30), 5e-3, rtol=1e-6)
+    np.testing.assert_allclose(follow(named.phases)(130), 5e-3, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("there", "given", "says"),
+    [
+        ({}, {"steps": 19}, "steps must be at least 20, which were taken, got 19"),
+        ({}, {"schedule": "linear"}, "schedule 'linear' has no steps left: give more --steps than"),
+        ({}, {"schedule": "cosin", "steps": 30}, "did you mean 'cosine'"),
+        ({"final_learning_rate": 0.0}, {"steps": 30}, "a learning rate of 0, .* --rewarm"),
+        (
+            {"final_learning_rate": 0.0},
+            {"steps": 30, "schedule": "linear"},
+            "a learning rate of 0, .* --rewarm",
+        ),
+    ],
+)
+def test_what_cannot_go_on_is_refused(there, given, says):
+    with pytest.raises(ValueError, match=says):
+        describe_run(go_on(begun("cosine", **there), **given))
+
+
+def test_options_of_earlier_versions_resume_as_they_say():
+    old = begun("linear").flat()
+    del old["phases"]
+    assert Config.from_flat(old).phases == begun("linear").phases
+    carried = Config.from_flat(old | {"schedule_start": 7})
+    assert [phase.count for phase in carried.phases] == [7]
+    assert Config.from_flat(carried.flat()).phases == carried.phases
+
+
+@pytest.mark.slow
+def test_an_extended_run_that_is_killed_ends_like_one_that_is_not(text, tmp_path):
+    def run(name, flags):
+        state, _ = train(
+            open_run(parse([*flags.split(), f"--output={tmp_path / name}"])), Console(quiet=True)
+        )
+        lines = read_metrics(tmp_path / name / "metrics.jsonl")
+        return state, [line["learning_rate"] for line in lines]
+
+    begin = f"--model=nano --data {text} --batch-size=8 --seq-len=32 --eval-tokens=512"
+    _, first = run("whole", f"{begin} --mesh=data=1 --steps=4 --checkpoint-every=2 --keep=9")
+    extend = "--resume --steps=8 --schedule=linear --rewarm=0.5"
+    state, rates = run("whole", extend)
+    assert rates[:4] == first
+    np.testing.assert_allclose(rates[4:], [5e-4, 2.75e-3, 5e-3, 2.75e-3], rtol=1e-5)
+    for saved, command in ((6, extend), (2, "--resume")):
+        name = f"killed after {saved}"
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        for step in range(saved + 1, 9):
+            shutil.rmtree(tmp_path / name / "checkpoints" / str(step), ignore_errors=True)
+        again, rates_again = run(name, command)
+        chex.assert_trees_all_equal(again, state)
+        assert rates_again == rates
+
+
+def test_only_the_command_line_names_a_new_schedule(tmp_path):
+    there = begun("linear", rewarm=0.5)
+    (tmp_path / "config.json").write_text(json.dumps(there.flat()))
+    resumed = parse(["--resume", f"--output={tmp_path}"])
+    assert (resumed.optimization.schedule, resumed.optimization.rewarm) == (None, 0)
+    named = parse(["--resume", f"--output={tmp_path}", "--schedule=linear"])
+    assert named.optimization.schedule == "linear"
+    copied = parse([f"--config={tmp_path / 'config.json'}"])
+    assert copied.optimization.schedule == "linear"
