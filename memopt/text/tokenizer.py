@@ -17,6 +17,9 @@ import tokenizers
 #: Names of the token that ends a document in well-known models, most specific first.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>")
 
+#: Files of tokenizers that do not say all that a tokenizer.json says.
+OTHER_FORMATS = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
+
 
 class Tokenizer(Protocol):
     """Text to token ids and back.
@@ -73,8 +76,9 @@ class FileTokenizer:
     text they are, so that no document can end itself.
 
     Args:
-        path: A `tokenizer.json`, or a directory holding one. A `tokenizer_config.json` beside it
-            says which token ends a document; without, the names in `END_OF_DOCUMENT` are tried.
+        path: A `tokenizer.json`, or a directory holding one, such as a Hugging Face model's. A
+            `tokenizer_config.json` beside it says which token ends a document; without, the names
+            in `END_OF_DOCUMENT` are tried.
 
     Raises:
         ValueError: No such file, not a tokenizer, or no token known to end a document.
@@ -83,6 +87,7 @@ class FileTokenizer:
     def __init__(self, path: str | Path):
         file = Path(path)
         file = file / "tokenizer.json" if file.is_dir() else file
+        _check_format(file)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
@@ -120,7 +125,8 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """Returns the tokenizer that `spec` names.
 
     Args:
-        spec: `"bytes"`, or the path of a `tokenizer.json` or of a directory holding one.
+        spec: `"bytes"`, or the path of a `tokenizer.json` or of a directory holding one, such as
+            a Hugging Face model's.
 
     Returns:
         The tokenizer.
@@ -178,6 +184,19 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | Path)
     file.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(file), pretty=True)
     return load_tokenizer(str(path))
+
+
+def _check_format(file: Path) -> None:
+    """Raises if there is no tokenizer.json, but one of the files that can be converted to it."""
+    if file.exists() and file.name not in OTHER_FORMATS:
+        return
+    directory = file.parent
+    if found := [name for name in OTHER_FORMATS if (directory / name).exists()]:
+        load = f"transformers.AutoTokenizer.from_pretrained({str(directory)!r})"
+        raise ValueError(
+            f"tokenizer {str(directory)!r} must be given as a tokenizer.json, which "
+            f"{load}.save_pretrained({str(directory)!r}) makes of {', '.join(found)} in Python."
+        )
 
 
 def _configured_eos(directory: Path) -> str | None:

@@ -32,7 +32,8 @@ class Architecture:
 
     Attributes:
         model: tiny, 60m, 130m, 350m, 1b, 7b, 13b, 70b, llama-2-7b, llama-3-8b or llama-3.2-1b.
-        vocab_size: Token ids of the model, if not those of its preset.
+        vocab_size: Token ids of the model, if not those of its preset. Must be given if they are
+            more than a quarter more than the tokenizer's.
         num_layers: Layers of the model, if not those of its preset.
         param_dtype: Type the parameters are stored in. In bfloat16 updates are rounded
             stochastically.
@@ -75,7 +76,7 @@ class Text:
     Attributes:
         data: Text files, directories, globs; JSON lines, as FILE.jsonl or FILE.jsonl#FIELD;
             hf:NAME. `python` is the source of Python's standard library.
-        tokenizer: A tokenizer.json, or bytes.
+        tokenizer: A tokenizer.json, a directory holding one (a Hugging Face model's), or bytes.
         batch_size: Rows of a batch, over all devices and micro-batches.
         seq_len: Tokens of a row.
         eval_tokens: Held-out tokens to evaluate on, at most.

@@ -1,6 +1,7 @@
 """A run with its files: the directory, the text, the checkpoints, and the state to begin with."""
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,10 +18,14 @@ from memopt.training.describe import describe_run
 from memopt.training.directory import MAY_CHANGE, check_same, choose_directory, open_directory
 from memopt.training.phases import WITH_SCHEDULE, resume
 from memopt.training.placement import rows_here
-from memopt.training.processes import check_same_on_all_processes
+from memopt.training.processes import check_same_on_all_processes, is_main_process
 from memopt.training.setup import Setup
 from memopt.training.start import read_origin
 from memopt.training.step import TrainState
+
+#: Embeddings of a model per id of its tokenizer, at most, unless the options give the vocabulary.
+#: It leaves room for rounding up and for a few added ids; bytes in a vocabulary of 32000 have 125.
+MOST_ROWS_PER_ID = 1.25
 
 
 @dataclasses.dataclass
@@ -92,7 +97,7 @@ def open_run(config: Config) -> Training:
     origin = read_origin(config) if config.start.init and not checkpoints.exist() else None
     config = origin.schedule(config) if origin else config
     setup = describe_run(config)
-    check_vocabulary(tokenizer, config.architecture.model, setup.model_config.vocab_size)
+    check_vocabulary(tokenizer, config, setup.model_config.vocab_size)
     rows = rows_here(setup.mesh, config.text.batch_size)
     batches, validation, identity = open_batches(config, tokenizer, rows)
     check_same_on_all_processes(
@@ -164,19 +169,31 @@ def open_batches(
     return batches, validation, {f"data {name}": value for name, value in identity.items()}
 
 
-def check_vocabulary(tokenizer: Tokenizer, model: str, vocab_size: int) -> None:
-    """Raises unless a model has an embedding for every id of a tokenizer.
+def check_vocabulary(tokenizer: Tokenizer, config: Config, vocab_size: int) -> None:
+    """Raises unless a model's vocabulary fits a tokenizer's.
+
+    A run that was begun with too large a vocabulary, by an earlier version, is warned about only.
 
     Args:
         tokenizer: The tokenizer.
-        model: The model's name.
-        vocab_size: The ids it has embeddings for.
+        config: The options of the run.
+        vocab_size: The ids that its model has embeddings for.
 
     Raises:
-        ValueError: The tokenizer has more ids.
+        ValueError: The tokenizer has more ids; or too few, unless the options give the vocabulary.
     """
-    if tokenizer.vocab_size > vocab_size:
+    model, ids = config.architecture.model, tokenizer.vocab_size
+    if ids > vocab_size:
         raise ValueError(
-            f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, but model "
-            f"{model!r} only {vocab_size}: add --vocab-size {tokenizer.vocab_size}."
+            f"tokenizer {tokenizer.name!r} has {ids} ids, but model {model!r} only {vocab_size}: "
+            f"add --vocab-size {ids}."
         )
+    if config.architecture.vocab_size is None and vocab_size > MOST_ROWS_PER_ID * ids:
+        mismatch = f"model {model!r} has {vocab_size} ids, tokenizer {tokenizer.name!r} only {ids}"
+        if not (config.run.resume or config.start.init):
+            raise ValueError(
+                f"{mismatch}: choose another --tokenizer, such as one from `memopt tokenizer train "
+                f"--vocab-size {vocab_size}`, or give --vocab-size {ids}."
+            )
+        if is_main_process():
+            warnings.warn(f"{mismatch}; the other embeddings are never used.", stacklevel=2)

@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import models
+from tokenizers import models, processors
 
 from memopt.text.tokenizer import END_OF_DOCUMENT, load_tokenizer, train_tokenizer
 
@@ -115,6 +115,35 @@ def test_a_broken_file_is_refused(tmp_path):
 def test_a_directory_without_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.json' cannot be read: No such file"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("files", [["tokenizer.model"], ["vocab.json", "merges.txt"]])
+@pytest.mark.parametrize("given", ["directory", "file"])
+def test_a_tokenizer_in_another_format_says_how_it_is_converted(tmp_path, files, given):
+    for name in ("tokenizer_config.json", "model.safetensors", *files):
+        (tmp_path / name).touch()
+    makes = rf"\.save_pretrained\('{tmp_path}'\) makes of {', '.join(files)} in Python\."
+    with pytest.raises(ValueError, match=rf"as a tokenizer.json, which .*AutoTokenizer.*{makes}"):
+        load_tokenizer(str(tmp_path / files[0] if given == "file" else tmp_path))
+
+
+def test_the_directory_of_a_hugging_face_model_is_a_tokenizer(directory, tmp_path):
+    """With special tokens beyond the vocabulary, a template that adds one, and other files."""
+    inner = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    inner.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>"])
+    inner.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 300)]
+    )
+    inner.save(str(tmp_path / "tokenizer.json"))
+    configured = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(configured))
+    for name in ("config.json", "special_tokens_map.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (302, 301)
+    np.testing.assert_array_equal(
+        tokenizer.encode(TEXT[0]), load_tokenizer(str(directory)).encode(TEXT[0])
+    )
 
 
 @pytest.mark.parametrize(

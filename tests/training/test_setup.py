@@ -1,6 +1,7 @@
 """The step is described without files, by one module, and compiled for devices that cannot run."""
 
 import dataclasses
+from pathlib import Path
 
 import chex
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 import memopt
 from memopt.text.tokenizer import load_tokenizer
-from memopt.training.config import Architecture, Config, Optimization, Run, Text
+from memopt.training.config import Architecture, Config, Optimization, Run, Start, Text
 from memopt.training.describe import describe_run
 from memopt.training.open import check_vocabulary, open_batches
 from memopt.training.release import release_step
@@ -119,7 +120,29 @@ def test_text_is_opened_alone(text):
     batches.close()
 
 
+def vocabulary(rows, *, resume=False, init=None, vocab_size=None):
+    config = Config(
+        architecture=Architecture(model="60m", vocab_size=vocab_size),
+        start=Start(init=init),
+        run=Run(resume=resume),
+    )
+    check_vocabulary(load_tokenizer("bytes"), config, rows)
+
+
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
-    check_vocabulary(load_tokenizer("bytes"), "tiny", 257)
-    with pytest.raises(ValueError, match=r"'bytes' has 257 ids, but model 'tiny' only 256: add"):
-        check_vocabulary(load_tokenizer("bytes"), "tiny", 256)
+    vocabulary(257)
+    with pytest.raises(ValueError, match=r"'bytes' has 257 ids, but model '60m' only 256: add"):
+        vocabulary(256, vocab_size=256)
+
+
+def test_a_vocabulary_over_a_quarter_larger_than_the_tokenizer_s_must_be_given():
+    vocabulary(321)
+    with pytest.raises(ValueError, match=r"'60m' has 322 ids.*'bytes' only 257.*--vocab-size 257"):
+        vocabulary(322)
+    vocabulary(322, vocab_size=322)
+
+
+@pytest.mark.parametrize("begun", [{"resume": True}, {"init": Path("runs/60m")}])
+def test_a_run_begun_with_too_large_a_vocabulary_goes_on_with_a_warning(begun):
+    with pytest.warns(UserWarning, match="'60m' has 32000 ids, .* only 257; the other embeddings"):
+        vocabulary(32000, **begun)
