@@ -2,7 +2,8 @@
 # Trains on machines that are reached by SSH, with one process on each; when one fails, all end. Run
 # it on any of them, in a directory that they share and that contains memopt's .venv:
 #   docs/recipes/ssh.sh node1 node2 -- .venv/bin/memopt pretrain \
-#       --model 1b --mesh data=2,fsdp=8 --batch-size 64 --output runs/1b
+#       --model 1b --data '/data/**/*.jsonl' --tokenizer /data/tokenizer.json \
+#       --mesh data=2,fsdp=8 --batch-size 64 --output runs/1b
 # Ctrl-C saves before all end. After a failure, run the same command with --resume. Process 0 is on
 # the first machine, at port $PORT.
 set -euo pipefail

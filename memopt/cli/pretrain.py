@@ -1,4 +1,4 @@
-"""Train a LLaMA on text.
+r"""Train a LLaMA on text.
 
 With no options at all: the tiny model learns, with APOLLO-Mini and in a few minutes, the source of
 Python's own standard library, byte by byte.
@@ -7,10 +7,15 @@ Examples:
   memopt pretrain --output runs/first
   memopt pretrain --output runs/first --resume
   memopt pretrain --optimizer adamw --learning-rate 3e-3
-  memopt pretrain --model 60m --optimizer apollo --option rank=128 --data 'books/**/*.txt'
-  memopt pretrain --model 1b --mesh data=2,fsdp=4 --compute-dtype bfloat16 --remat full
+  memopt pretrain --output runs/first --resume --steps 1200 --schedule cosine --rewarm 0.1
   memopt pretrain --init runs/first --grow 2 --output runs/deeper
-  memopt pretrain --model 7b --release --weights int8 --state int8 --compute-dtype bfloat16
+  memopt tokenizer train --data 'books/**/*.txt' --vocab-size 32000 --output books.json
+  memopt pretrain --model 60m --data 'books/**/*.txt' --tokenizer books.json --optimizer apollo \
+    --option rank=128
+  memopt pretrain --model 1b --data 'books/**/*.txt' --tokenizer books.json \
+    --mesh data=2,fsdp=4 --compute-dtype bfloat16 --remat full
+  memopt pretrain --model 7b --data 'books/**/*.txt' --tokenizer path/to/llama-2-7b \
+    --release --weights int8 --state int8 --compute-dtype bfloat16
 
 The run directory holds config.json, metrics.jsonl (one step a line), TensorBoard events, loss.png
 and checkpoints. A run that was killed at any moment continues with --resume as if nothing had

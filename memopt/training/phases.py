@@ -103,22 +103,21 @@ def describe_phases(config: Config) -> str:
         >>> describe_phases(Config())
         'cosine of 600 steps'
     """
-    phases, total = config.phases, config.optimization.steps
-    texts = [f"{phases[0].schedule} of {phases[0].steps} steps"]
-    for phase in phases[1:]:
-        rise = f" to {phase.highest:.3g} in {phase.warmup_steps}" if phase.warmup_steps else ""
-        start = phase.first if phase.warmup_steps else phase.highest
-        texts.append(
-            f"from step {phase.step + 1} {phase.schedule} of {phase.steps} steps, "
-            f"from {start:.3g}{rise}"
-        )
-    last = phases[-1]
-    end = last.step + last.steps
-    if total > end:
-        texts[-1] += f", then {_held(last, total):.3g} until step {total}"
-    elif total < end:
-        texts[-1] += f", cut off at step {total}"
-    return "; ".join(texts)
+    phases = config.phases
+    stops = [*(phase.step for phase in phases[1:]), config.optimization.steps]
+    return "; ".join(_describe(phase, stop) for phase, stop in zip(phases, stops, strict=True))
+
+
+def _describe(phase: Phase, stop: int) -> str:
+    text = f"{phase.schedule} of {phase.steps} steps"
+    if phase.step:
+        first = phase.first if phase.warmup_steps else phase.highest
+        text = f"from step {phase.step + 1} {text}, from {first:.3g}"
+        text += f" to {phase.highest:.3g} in {phase.warmup_steps}" if phase.warmup_steps else ""
+    end = phase.step + phase.steps
+    if end < stop:
+        text += f", then {_held(phase, stop):.3g} until step {stop}"
+    return text + (f", cut off at step {stop}" if stop < end else "")
 
 
 def _held(phase: Phase, total: int) -> float:

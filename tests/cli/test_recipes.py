@@ -7,12 +7,18 @@ import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import tyro
 import yaml
 
+from memopt.cli import pretrain
 from memopt.cli.pretrain import parse
+from memopt.cli.tokenizer import Options
 from memopt.models.llama import preset
+from memopt.text.tokenizer import load_tokenizer
+from memopt.training.open import check_vocabulary
 from memopt.training.placement import parse_mesh
 from tests.cli.runs import PROGRAM, ROOT, free_port, metrics, wait_for_step
 from tests.training import nano
@@ -28,13 +34,18 @@ DEVICES = {
     ),
     "ssh.sh": lambda text: 16,
 }
+#: Files with commands.
+DOCS = {
+    path: path.read_text
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *RECIPES.iterdir())
+} | {Path(pretrain.__file__): lambda: pretrain.__doc__}
 
 
-def commands(text):
-    """The arguments of every `memopt pretrain` in a script, its variables left out."""
+def commands(text, command="memopt pretrain"):
+    """The arguments of every such command in a text, its variables left out."""
     text = re.sub(r"^# ?", "", text, flags=re.MULTILINE)
-    found = re.findall(r"memopt pretrain ((?:.*\\\n)*.*)", text)
-    words = [shlex.split(line.replace("\\\n", " ").split("||")[0]) for line in found]
+    found = re.findall(rf"^[^`\n]*{command}((?: (?:.*\\\n)*.*)?)$", text, flags=re.MULTILINE)
+    words = [shlex.split(re.split(r"\|\||&", line.replace("\\\n", " "))[0]) for line in found]
     return [[word for word in line if not word.startswith("${")] for line in words]
 
 
@@ -48,6 +59,25 @@ def test_commands_parse_and_fill_the_devices(name):
     assert config.text.batch_size % (mesh.get("data", 1) * mesh.get("fsdp", 1)) == 0
     assert config.text.seq_len <= preset(config.architecture.model).max_seq_len
     assert config.run.output
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_each_command_of_the_documentation_trains_a_model_that_fits_its_tokenizer(path):
+    """Bytes fit the tiny one; runs that go on from another have its tokenizer."""
+    for command in commands(DOCS[path]().replace("$i", "0")):
+        if {"--resume", "--init", "--help"}.isdisjoint(command):
+            config = parse(command)
+            if config.text.tokenizer == "bytes":
+                size = preset(config.architecture.model).vocab_size
+                check_vocabulary(load_tokenizer("bytes"), config, size)
+
+
+def test_the_readme_learns_the_tokenizer_of_its_first_large_model():
+    text = (ROOT / "README.md").read_text()
+    [learn] = commands(text, "memopt tokenizer train")
+    options = tyro.cli(Options, args=learn)
+    assert options.vocab_size == preset("60m").vocab_size
+    assert text.index("memopt tokenizer train") < text.index(f"--model 60m --tokenizer {learn[-1]}")
 
 
 def test_every_recipe_is_looked_at():

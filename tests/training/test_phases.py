@@ -109,6 +109,17 @@ def test_steps_that_were_skipped_shift_a_new_schedule_as_they_shift_the_first():
     assert [(phase.step, phase.count) for phase in named.phases] == [(0, 0), (20, 17)]
 
 
+def test_each_schedule_is_described_up_to_the_step_where_the_next_begins():
+    extended = go_on(begun("cosine"), steps=40)
+    early = go_on(begun("cosine"), step=10, schedule="linear", steps=40)
+    late = go_on(extended, step=40, schedule="linear", rewarm=0.25, steps=80)
+    assert describe_phases(early).startswith("cosine of 20 steps, cut off at step 10; from step 11")
+    assert describe_phases(late) == (
+        "cosine of 20 steps, then 0.0005 until step 40; "
+        "from step 41 linear of 40 steps, from 0.0005 to 0.005 in 10"
+    )
+
+
 def test_the_same_command_again_changes_nothing():
     """As when a job that names its schedule is queued again and again."""
     given = {"schedule": "cosine", "rewarm": 0.1, "steps": 120}
