@@ -147,7 +147,7 @@ def _introduce(run: Training, console: Console) -> None:
         *([f"start      {run.origin}"] if run.origin else []),
         f"output     {run.directory}" + (f", resumed at step {step}" if step else ""),
     )
-    console.print("\n".join(lines), markup=False, highlight=False)
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def _conclude(run: Training, state: TrainState, step: Compiled, console: Console) -> None:

@@ -130,7 +130,8 @@ class Optimization:
             lion want less), or 1 for an optimizer that finds the size of its steps itself.
         schedule: cosine, linear, wsd (warm-up, stable, decay) or constant; cosine by default. With
             --resume, it replaces the schedule for the remaining steps, from the learning rate
-            reached; without it, the run's schedule goes on.
+            reached, and the learning rate's other options may be given, too; without it, the run's
+            schedule goes on.
         rewarm: With --resume and --schedule, share of the remaining steps in which the learning
             rate first moves back to the highest one.
         warmup: Share of the steps in which the learning rate rises from 0.

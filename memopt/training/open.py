@@ -71,7 +71,8 @@ def open_run(config: Config) -> Training:
 
     Args:
         config: The options of the run. With `run.resume`, those it was started with, but for
-            `memopt.training.directory.MAY_CHANGE`.
+            `memopt.training.directory.MAY_CHANGE` and, if it names a schedule, the options in
+            `memopt.training.phases.WITH_SCHEDULE`.
 
     Returns:
         The run, at its first step or, resumed, at that of its newest whole checkpoint. One that

@@ -85,7 +85,7 @@ def resume(there: Config, here: Config, *, step: int, updates: int) -> Config:
             last = dataclasses.replace(last, steps=length, decay_steps=decay)
             phases = (*phases[:-1], last)
     changed = (options.steps, phases) != (there.optimization.steps, there.phases)
-    if changed and not _held(phases[-1], options.steps):
+    if changed and not _kept_rate(phases[-1], options.steps):
         raise ValueError(
             f"steps up to {options.steps} would have a learning rate of 0, in which the schedule "
             "ends: give --schedule and --rewarm."
@@ -116,13 +116,13 @@ def _describe(phase: Phase, stop: int) -> str:
         text += f" to {phase.highest:.3g} in {phase.warmup_steps}" if phase.warmup_steps else ""
     end = phase.step + phase.steps
     if end < stop:
-        text += f", then {_held(phase, stop):.3g} until step {stop}"
+        text += f", then {_kept_rate(phase, stop):.3g} until step {stop}"
     return text + (f", cut off at step {stop}" if stop < end else "")
 
 
-def _held(phase: Phase, total: int) -> float:
-    """The learning rate that a phase leads up to and, if it ends before the run, ends with."""
-    ends = phase.schedule != "constant" and phase.step + phase.steps < total
+def _kept_rate(phase: Phase, stop: int) -> float:
+    """The learning rate kept from a schedule's end to step `stop`; its highest if it ends later."""
+    ends = phase.schedule != "constant" and phase.step + phase.steps < stop
     return phase.final if ends else phase.highest
 
 
