@@ -1,7 +1,8 @@
 """A trace of some steps of a run, for XProf (TensorBoard) and Perfetto."""
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -58,23 +59,29 @@ class Profile:
             step: The step to be taken next.
             wait: Waits until the one before is done.
         """
-        if (step in self._steps) != self._tracing:
-            wait()
-            self.close()
-            if step in self._steps:
+        if (step in self._steps) == self._tracing:
+            return
+        wait()
+        self.close()
+        if step in self._steps:
+            with self._warns():
+                self._directory.mkdir(exist_ok=True)
                 jax.profiler.start_trace(self._directory, create_perfetto_trace=True)
                 self._tracing = True
 
     def close(self) -> None:
         """Writes the trace, if one was started and is not written yet."""
-        if not self._tracing:
-            return
-        self._tracing = False
+        if self._tracing:
+            self._tracing = False
+            with self._warns():
+                jax.profiler.stop_trace()
+                where = f"profile in {self._directory}"
+                self._console.print(where, markup=False, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def _warns(self) -> Iterator[None]:
         try:
-            jax.profiler.stop_trace()
-        except (OSError, RuntimeError) as error:
-            warnings.warn(f"the profile cannot be written: {error}.", stacklevel=2)
-            return
-        self._console.print(
-            f"profile in {self._directory}", markup=False, highlight=False, soft_wrap=True
-        )
+            yield
+        except (OSError, RuntimeError) as error:  # RuntimeError: JAX's own
+            self._steps = range(0)
+            warnings.warn(f"the profile cannot be written: {error}", stacklevel=3)
