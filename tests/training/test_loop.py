@@ -216,8 +216,10 @@ def test_batches_are_placed_ahead_and_the_position_is_that_of_the_one_handed_out
     first = next(opened.batches)
     for name, array in first.items():
         assert array.sharding == opened.setup.batch[name].sharding
-    while len(placed) < 4:  # three more than were asked for
+    deadline = time.monotonic() + 20
+    while len(placed) < 4 and time.monotonic() < deadline:
         time.sleep(0.001)
+    assert len(placed) >= 4  # three more than were asked for
     position = opened.batches.get_state()
     second = next(opened.batches)
     opened.batches.set_state(position)
