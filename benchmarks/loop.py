@@ -183,6 +183,8 @@ def main(arguments: Sequence[str]) -> None:
         "cpu": cpu_model(),
         "cores": core_count(),
         "versions": {"python": platform.python_version()} | versions(("memopt", "jax", "jaxlib")),
+        "statistic": f"mean over a run; the run of {options.repeats} with the least share; other "
+        "programs ran on the same cores",
         "results": results,
     }
     save(report, options.output)
