@@ -7,7 +7,7 @@ row ends, so that a row holds no padding. Rows are mixed within windows of 2^18 
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -25,11 +25,11 @@ Batch = dict[str, np.ndarray]
 
 #: Rows are mixed within windows of this many tokens.
 WINDOW_TOKENS = 2**18
-#: Batches made ahead by a thread.
+#: Batches made and placed ahead by a thread.
 PREFETCH = 8
 
 
-class Batches(Iterator[Batch]):
+class Batches(Iterator[Any]):
     """An endless iterator of batches whose state can be saved and restored exactly.
 
     Batches are made ahead by a thread; the state is that of the batch handed out last.
@@ -38,8 +38,8 @@ class Batches(Iterator[Batch]):
     def __init__(self, dataset: grain.IterDataset):
         self._iterator: Any = iter(dataset)
 
-    def __next__(self) -> Batch:
-        """Returns the next batch."""
+    def __next__(self) -> Any:
+        """Returns the next batch, placed if there is a `place`."""
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
@@ -65,6 +65,7 @@ def train_batches(
     seq_len: int,
     seed: int,
     rows: Sequence[int] | None = None,
+    place: Callable[[Batch], Any] | None = None,
 ) -> Batches:
     """Returns endless training batches, shuffled anew in each epoch.
 
@@ -79,11 +80,13 @@ def train_batches(
         seq_len: Tokens of a row, S.
         seed: Decides the order.
         rows: Which rows of the global batch to return, R of them; all, if not given.
+        place: Applied to each batch by the thread that makes them ahead, to put it on devices.
 
     Returns:
-        An iterator of batches, dicts of int32 arrays (R, S): `inputs`; `targets`, the token after
-        each input in the same document; `segment_ids`, 1, 2, 3 … for the documents of a row;
-        `positions`, from 0 in each; `weights`, 1 where the target counts (everywhere, here).
+        An iterator of batches, or of what `place` makes of them: dicts of int32 arrays (R, S):
+        `inputs`; `targets`, the token after each input in the same document; `segment_ids`, 1, 2,
+        3 … for the documents of a row; `positions`, from 0 in each; `weights`, 1 where the target
+        counts (everywhere, here).
 
     Raises:
         ValueError: `seq_len` below 2, a `batch_size` that is not positive, `rows` that a batch does
@@ -111,7 +114,8 @@ def train_batches(
         raise ValueError(f"seed={seed} must be between 0 and 2147483647.")
     rows_in_order = _packed(documents.epochs(seed), tokenizer, seq_len)
     dataset = internals.shuffled(rows_in_order, max(1, WINDOW_TOKENS // seq_len), seed)
-    return Batches(internals.prefetched(_batch(dataset, batch_size, rows), PREFETCH))
+    batches = _batch(dataset, batch_size, rows)
+    return Batches(internals.prefetched(batches.map(place) if place else batches, PREFETCH))
 
 
 def validation_batches(

@@ -21,7 +21,7 @@ SCHEDULE = "cosine"
 
 #: Options that `config.json` does not hold.
 NOT_SAVED = (
-    *("output", "resume", "config", "rewarm"),
+    *("output", "resume", "config", "rewarm", "profile"),
     *("coordinator", "processes", "process", "heartbeat_timeout"),
 )
 
@@ -186,6 +186,8 @@ class Run:
         eval_every: Steps between evaluations.
         checkpoint_every: Steps between checkpoints.
         keep: Latest checkpoints to keep. The one with the best validation loss is kept too.
+        profile: Trace so many steps, after the first 3, into OUTPUT/profile, to be opened with
+            XProf (TensorBoard) or Perfetto.
     """
 
     output: Annotated[Path | None, conf.arg(metavar="DIRECTORY")] = None
@@ -199,6 +201,7 @@ class Run:
     eval_every: int = 200
     checkpoint_every: int = 200
     keep: int = 3
+    profile: Annotated[int, conf.arg(metavar="STEPS")] = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

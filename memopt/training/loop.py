@@ -3,16 +3,17 @@
 import contextlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from rich.console import Console
 
-from memopt.text.batches import Batch
 from memopt.training.metrics import Display, MetricsLog
 from memopt.training.open import Training
-from memopt.training.processes import agree_to_stop, is_main_process
-from memopt.training.step import TrainState, evaluate
+from memopt.training.processes import StopAgreement, is_main_process
+from memopt.training.profile import Profile
+from memopt.training.step import Metrics, TrainState, evaluate
 
 
 class Stopped(Exception):
@@ -44,6 +45,8 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
     """
     setup, options, steps = run.setup, run.config.run, run.config.optimization.steps
     state, start = run.state, int(run.state.step)
+    max_skipped = run.config.optimization.max_skipped
+    traced = options.profile if is_main_process() else 0
     with (
         jax.set_mesh(setup.mesh),
         contextlib.closing(run.checkpoints),
@@ -52,40 +55,114 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
         if is_main_process()
         else contextlib.nullcontext() as log,
         Display(console, steps, start) as display,
+        contextlib.closing(Profile(run.directory / "profile", console, start, traced)) as profile,
         _signals() as caught,
     ):
+        metrics = LateMetrics(log, display, int(state.skipped_in_row), max_skipped)
+        agree = StopAgreement()
         compiled, loss = setup.compile(), jax.jit(setup.loss)
+        validate = lambda: evaluate(
+            setup.eval_params(state), map(setup.place, run.validation), loss
+        )
         try:
             for number in range(start + 1, steps + 1):
-                if signum := agree_to_stop(caught[0] if caught else 0):
+                if signum := agree(caught[0] if caught else 0):
                     reason = f"stopped by {signal.Signals(signum).name} after step {number - 1}."
                     raise Stopped(reason, 128 + signum)
-                began = time.perf_counter()
-                state, outcome = setup.jitted(state, setup.place(_next_batch(run)))
-                metrics = {name: value.item() for name, value in outcome.items()}
-                metrics["tokens_per_second"] = metrics["tokens"] / (time.perf_counter() - began)
+                profile.before(number, metrics.read)
+                began, batch = time.perf_counter(), _next_batch(run)
+                with jax.profiler.StepTraceAnnotation("train", step_num=number):
+                    state, outcome = setup.jitted(state, batch)
+                metrics.add(number, outcome, began)
                 if number % options.eval_every == 0 or number == steps:
-                    batches = map(setup.place, run.validation)
-                    metrics["val_loss"] = evaluate(setup.eval_params(state), batches, loss)
-                if log:
-                    log.write(number, metrics)
-                display.show(number, metrics)
-                if metrics["skipped_in_row"] >= run.config.optimization.max_skipped:
-                    raise Stopped(
-                        f"the loss or its gradients were not finite in the "
-                        f"{metrics['skipped_in_row']} steps up to {number}, which changed nothing: "
-                        "lower --learning-rate, or look at the data."
-                    )
+                    metrics.read(validate)
                 if number % options.checkpoint_every == 0 or number == steps:
-                    run.save(state, metrics.get("val_loss"))
+                    metrics.read()
+                    run.save(state, metrics.latest.get("val_loss"))
         except Stopped as stopped:
+            metrics.read()
             if stopped.saved:
                 run.save(state)
             raise
     return state, compiled
 
 
-def _next_batch(run: Training) -> Batch:
+class LateMetrics:
+    """Metrics of steps, each read when the next step is dispatched: no device waits for the host.
+
+    Args:
+        log: Where to write them, if anywhere.
+        display: Where to show them.
+        skipped_in_row: How many of the latest steps were skipped, before the first one here.
+        max_skipped: How many stop the run.
+
+    Attributes:
+        latest: Those that were read last.
+    """
+
+    def __init__(
+        self, log: MetricsLog | None, display: Display, skipped_in_row: int, max_skipped: int
+    ):
+        self._log, self._display, self._max_skipped = log, display, max_skipped
+        self._unread: tuple[int, Metrics, float] | None = None
+        self._read_at = 0.0
+        self.latest: dict[str, float] = {"skipped_in_row": skipped_in_row}
+
+    def add(self, number: int, outcome: Metrics, began: float) -> None:
+        """Takes the metrics of a step that was dispatched, and reads those of the one before.
+
+        Args:
+            number: The step.
+            outcome: Its metrics, on the devices.
+            began: When the host began with it, in seconds of `time.perf_counter`.
+
+        Raises:
+            Stopped: Too many steps in a row were skipped. It is noticed before another is taken.
+        """
+        before, self._unread = self._unread, (number, outcome, began)
+        if before:
+            self._record(*before)
+        if self.latest["skipped_in_row"] + 1 >= self._max_skipped:
+            self.read()
+
+    def read(self, validate: Callable[[], float] | None = None) -> None:
+        """Waits for the step that was added last, unless its metrics are read already.
+
+        Args:
+            validate: Returns the validation loss after it.
+
+        Raises:
+            Stopped: As `add`.
+        """
+        if self._unread:
+            unread, self._unread = self._unread, None
+            self._record(*unread, validate)
+
+    def _record(
+        self,
+        number: int,
+        outcome: Metrics,
+        began: float,
+        validate: Callable[[], float] | None = None,
+    ) -> None:
+        metrics = {name: value.item() for name, value in outcome.items()}
+        began, self._read_at = max(began, self._read_at), time.perf_counter()
+        metrics["tokens_per_second"] = metrics["tokens"] / (self._read_at - began)
+        if validate:
+            metrics["val_loss"] = validate()
+        self.latest = metrics
+        if self._log:
+            self._log.write(number, metrics)
+        self._display.show(number, metrics)
+        if metrics["skipped_in_row"] >= self._max_skipped:
+            raise Stopped(
+                f"the loss or its gradients were not finite in the {metrics['skipped_in_row']} "
+                f"steps up to {number}, which changed nothing: lower --learning-rate, or look at "
+                "the data."
+            )
+
+
+def _next_batch(run: Training) -> Any:
     try:
         return next(run.batches)
     except (OSError, ValueError) as error:

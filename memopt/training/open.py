@@ -2,8 +2,9 @@
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -19,6 +20,7 @@ from memopt.training.directory import MAY_CHANGE, check_same, choose_directory, 
 from memopt.training.phases import WITH_SCHEDULE, resume
 from memopt.training.placement import rows_here
 from memopt.training.processes import check_same_on_all_processes, is_main_process
+from memopt.training.profile import check_profile
 from memopt.training.setup import Setup
 from memopt.training.start import read_origin
 from memopt.training.step import TrainState
@@ -37,7 +39,7 @@ class Training:
         setup: Its training step, and the shapes and shardings of its state.
         directory: The directory it writes to.
         tokenizer: Turns text into ids and back.
-        batches: The training batches, from the step of `state` on.
+        batches: The training batches, from the step of `state` on, placed on the devices.
         validation: The held-out batches.
         identity: What identifies the data.
         checkpoints: Its checkpoints.
@@ -100,7 +102,7 @@ def open_run(config: Config) -> Training:
     setup = describe_run(config)
     check_vocabulary(tokenizer, config, setup.model_config.vocab_size)
     rows = rows_here(setup.mesh, config.text.batch_size)
-    batches, validation, identity = open_batches(config, tokenizer, rows)
+    batches, validation, identity = open_batches(config, tokenizer, rows, setup.place)
     check_same_on_all_processes(
         {"output": str(directory), **config.flat(), "content of the data": identity}
         | {name: getattr(config.optimization, name) for name in ("schedule", "rewarm")}
@@ -118,6 +120,8 @@ def open_run(config: Config) -> Training:
         before = there.with_phases(*config.phases)
         config = resume(before, given, step=step, updates=step - skipped)
         setup = describe_run(config) if config.phases != before.phases else setup
+    done = int(state.step) if restored else 0
+    check_profile(config.run.profile, config.optimization.steps - done)
     open_directory(directory, config)
     if not restored and not origin:
         with jax.set_mesh(setup.mesh):
@@ -144,7 +148,10 @@ def _restore(checkpoints: Checkpoints, setup: Setup) -> tuple[TrainState, Record
 
 
 def open_batches(
-    config: Config, tokenizer: Tokenizer, rows: Sequence[int]
+    config: Config,
+    tokenizer: Tokenizer,
+    rows: Sequence[int],
+    place: Callable[[Batch], Any] | None = None,
 ) -> tuple[Batches, list[Batch], Record]:
     """Finds a run's text and cuts it into batches.
 
@@ -152,6 +159,7 @@ def open_batches(
         config: The options of the run.
         tokenizer: Makes ids of the text.
         rows: The rows of a batch that this process holds.
+        place: Applied to each training batch, ahead of its step.
 
     Returns:
         The training batches, the held-out batches, and what identifies the data.
@@ -162,7 +170,7 @@ def open_batches(
     training, held_out = find_documents(config.text.data).split()
     shape = {"batch_size": config.text.batch_size, "seq_len": config.text.seq_len}
     seed = config.optimization.seed
-    batches = train_batches(training, tokenizer, **shape, seed=seed, rows=rows)
+    batches = train_batches(training, tokenizer, **shape, seed=seed, rows=rows, place=place)
     validation = validation_batches(
         held_out, tokenizer, max_tokens=config.text.eval_tokens, **shape, rows=rows
     )

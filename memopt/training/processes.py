@@ -6,6 +6,7 @@ arrays; files are written, and the screen, by the first alone.
 
 import json
 import re
+import time
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,9 @@ from jax.experimental import multihost_utils
 from memopt.errors import check_at_least
 from memopt.internals import clusters
 from memopt.training.config import Run
+
+#: The processes agree on signals about so often, and after so many steps at the latest.
+SECONDS_TO_STOP, STEPS_TO_STOP = 1.0, 16
 
 
 def init_distributed(options: Run) -> None:
@@ -97,11 +101,36 @@ def check_same_on_all_processes(options: Mapping[str, Any]) -> None:
         )
 
 
-def agree_to_stop(signal: int) -> int:
-    """Returns a signal that any of the processes has caught, or 0, the same in all of them.
+class StopAgreement:
+    """Lets all processes stop after the same step when one of them has caught a signal.
 
-    Example:
-        >>> agree_to_stop(0)
-        0
+    They gather their signals before a step, and then again after about a second, at most 16 steps
+    later: gathering waits for the step before. One process alone has nothing to gather. JAX's own
+    `reached_preemption_sync_point` hears of SIGTERM only, and replaces its handler.
     """
-    return int(multihost_utils.process_allgather(np.uint32(signal)).max())
+
+    def __init__(self) -> None:
+        self._steps = self._left = 1
+        self._gathered = time.perf_counter()
+
+    def __call__(self, signal: int) -> int:
+        """Returns a signal that a process has caught, or 0, the same in all; for each step.
+
+        Args:
+            signal: The signal that this process has caught, or 0.
+
+        Example:
+            >>> StopAgreement()(0)
+            0
+        """
+        if jax.process_count() == 1:
+            return signal
+        self._left -= 1
+        if self._left:
+            return 0
+        now = time.perf_counter()
+        mine = np.array([signal, (now - self._gathered) / self._steps], np.float32)
+        found, seconds = multihost_utils.process_allgather(mine).max(axis=0)
+        self._gathered = now
+        self._steps = self._left = min(max(int(SECONDS_TO_STOP / seconds), 1), STEPS_TO_STOP)
+        return int(found)

@@ -1,5 +1,6 @@
 """`memopt pretrain` in several processes, real ones: they do what one does, and end together."""
 
+import functools
 import json
 import re
 import signal
@@ -19,9 +20,9 @@ from tests.training import nano
 STEPS = 30
 FLAGS = (
     "--model=nano --data words.txt --batch-size=8 --seq-len=32 --eval-tokens=2048 "
-    f"--steps={STEPS} --eval-every=10 --checkpoint-every=10 --learning-rate=1e-2 "
-    "--mesh=data=2,fsdp=2"
+    f"--steps={STEPS} --eval-every=10 --checkpoint-every=10 --learning-rate=1e-2"
 ).split()
+FOUR, TWO = "--mesh=data=2,fsdp=2", "--mesh=fsdp=2"
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +41,17 @@ def nano_preset():
 
 @pytest.fixture(scope="module")
 def alone(home):
-    """The directory of the same run in one process, on as many devices."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(home)
-        train(open_run(parse([*FLAGS, "--output=alone"])), Console(quiet=True))
-    return home / "alone"
+    """Maps a mesh to the directory of the same run in one process."""
+
+    @functools.cache
+    def run(mesh):
+        output = f"alone-{mesh[2:]}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(home)
+            train(open_run(parse([*FLAGS, mesh, f"--output={output}"])), Console(quiet=True))
+        return home / output
+
+    return run
 
 
 def last_state(directory):
@@ -56,12 +63,12 @@ def last_state(directory):
     return jax.device_get(run.state)
 
 
-def start_all(home, count, *flags):
-    """Starts processes with four devices in all."""
+def start_all(home, count, *flags, devices=4):
+    """Starts processes with so many devices in all."""
     address = f"localhost:{free_port()}"
     together = (f"--coordinator={address}", f"--processes={count}", "--heartbeat-timeout=9")
     return [
-        start(home, *flags, *together, f"--process={index}", devices=4 // count)
+        start(home, *flags, *together, f"--process={index}", devices=devices // count)
         for index in range(count)
     ]
 
@@ -91,31 +98,33 @@ def check_one_writes(outputs, directory, starts=1):
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_do_what_one_does(home, alone, count):
     output = f"together-{count}"
-    outputs = [finish(process) for process in start_all(home, count, *FLAGS, f"--output={output}")]
-    check_same(home / output, alone)
+    processes = start_all(home, count, *FLAGS, FOUR, f"--output={output}")
+    outputs = [finish(process) for process in processes]
+    check_same(home / output, alone(FOUR))
     check_one_writes(outputs, home / output)
     assert json.loads((home / output / "config.json").read_text()) == json.loads(
-        (alone / "config.json").read_text()
+        (alone(FOUR) / "config.json").read_text()
     )
 
 
 def test_one_is_killed_all_end_and_resumed_they_do_what_one_does(home, alone):
-    processes = start_all(home, 2, *FLAGS, "--output=killed")
+    # A device each: of two devices of a process one would wait for the other, which has failed.
+    processes = start_all(home, 2, *FLAGS, TWO, "--output=killed", devices=2)
     wait_for_step(processes[0], home / "killed", 15)
     kill(processes[1])
     _, err = finish(processes[0], exit_code=1)
     assert "memopt: process 0: a process has ended or is out of reach" in err
     assert metrics(home / "killed")[-1]["step"] < STEPS
-    resumed = start_all(home, 2, "--resume", "--output=killed")
+    resumed = start_all(home, 2, "--resume", "--output=killed", devices=2)
     outputs = [finish(process) for process in resumed]
     assert "resumed at step 10" in outputs[0][0]
-    check_same(home / "killed", alone)
+    check_same(home / "killed", alone(TWO))
     check_one_writes(outputs, home / "killed", starts=2)
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_stops_all_after_the_same_step(home, alone):
-    processes = start_all(home, 2, *FLAGS, "--output=stopped")
+    processes = start_all(home, 2, *FLAGS, FOUR, "--output=stopped")
     wait_for_step(processes[0], home / "stopped", 5)
     processes[1].send_signal(signal.SIGTERM)
     last = set()
@@ -125,12 +134,12 @@ def test_a_signal_to_one_stops_all_after_the_same_step(home, alone):
     assert last == {str(metrics(home / "stopped")[-1]["step"])}
     for process in start_all(home, 2, "--resume", "--output=stopped"):
         finish(process)
-    check_same(home / "stopped", alone)
+    check_same(home / "stopped", alone(FOUR))
 
 
 @pytest.mark.slow
 def test_a_process_that_falls_silent_ends_all(home):
-    processes = start_all(home, 2, *FLAGS, "--output=silent")
+    processes = start_all(home, 2, *FLAGS, FOUR, "--output=silent")
     wait_for_step(processes[0], home / "silent", 5)
     processes[1].send_signal(signal.SIGSTOP)
     _, err = processes[0].communicate(timeout=300)

@@ -244,6 +244,27 @@ def test_training_and_validation_share_no_document(spec):
     assert everything == "".join(sorted("".join(texts(find_documents([spec])))))
 
 
+def test_an_error_comes_after_the_batches_before_it_whose_position_stays(tmp_path):
+    """Batches are made and placed ahead, but fail in their turn."""
+    made = []
+
+    def place(batch):
+        made.append(batch)
+        if len(made) == 4:
+            raise OSError("the disk is gone")
+        return {name: array.tolist() for name, array in batch.items()}
+
+    spec = write_files(tmp_path, 30)
+    with (
+        contextlib.closing(training(spec, place=place)) as failing,
+        contextlib.closing(training(spec)) as whole,
+    ):
+        assert_same(take(failing, 3), take(whole, 3))
+        with pytest.raises(OSError, match="the disk is gone"):
+            next(failing)
+        assert failing.get_state() == whole.get_state()
+
+
 # --- validation ------------------------------------------------------------------------------
 
 

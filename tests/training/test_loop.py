@@ -1,9 +1,11 @@
 """Runs from start to end: what they write, how they stop, how they go on."""
 
 import dataclasses
+import gzip
 import json
 import shutil
 import signal
+import time
 
 import chex
 import jax
@@ -19,9 +21,10 @@ from memopt.optimizers.registry import FORMERLY_OPTAX, METHODS, available
 from memopt.training.config import Architecture, Config, Optimization, Run, Text
 from memopt.training.describe import describe_run
 from memopt.training.loop import Stopped, train
-from memopt.training.metrics import read_metrics
-from memopt.training.open import open_run
+from memopt.training.metrics import MetricsLog, read_metrics
+from memopt.training.open import Training, open_run
 from memopt.training.report import plot_loss, sample_text
+from memopt.training.setup import Setup
 from memopt.training.step import evaluate
 from memopt.trees import named_leaves
 
@@ -75,8 +78,8 @@ def change(config, **options):
     return Config(**groups)
 
 
-def run(config):
-    return train(open_run(config), Console(quiet=True))
+def run(config, console=None):
+    return train(open_run(config), console or Console(quiet=True))
 
 
 def metrics(config):
@@ -116,7 +119,7 @@ def test_a_run_starts_from_another_one_that_is_grown_with_its_optimizer(finished
     grown = memopt.grow_depth(last.params, last.opt_state, 2, tx=run.setup.tx)
     chex.assert_trees_all_equal((run.state.params, run.state.opt_state), grown)
     assert int(run.state.step) == 0
-    state, metrics = run.setup.jitted(run.state, run.setup.place(next(run.batches)))
+    state, metrics = run.setup.jitted(run.state, next(run.batches))
     assert metrics["learning_rate"] == run.setup.learning_rate(0) == 0
     chex.assert_trees_all_equal(state.params, grown[0])  # nothing moves before the warm-up
     run.checkpoints.close()
@@ -165,6 +168,89 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(finished, config):
     state, _ = run(change(config, resume=True))
     chex.assert_trees_all_equal(state, finished[1])
     assert without_speed(metrics(config)) == without_speed(metrics(finished[0]))
+
+
+def test_a_step_is_dispatched_before_the_metrics_of_the_one_before_are_read(config, monkeypatch):
+    opened, events = open_run(config), []
+    dispatch, write = opened.setup.jitted, MetricsLog.write
+
+    def jitted(state, batch):
+        events.append("dispatch")
+        return dispatch(state, batch)
+
+    def record(log, step, metrics):
+        events.append(f"read {step}")
+        write(log, step, metrics)
+
+    jitted.lower = dispatch.lower
+    vars(opened.setup)["jitted"] = jitted
+    monkeypatch.setattr(MetricsLog, "write", record)
+    train(opened, Console(quiet=True))
+    before_evaluation = ["dispatch", "dispatch", "read 1", "dispatch", "read 2", "dispatch"]
+    assert events[:9] == [*before_evaluation, "read 3", "read 4", "dispatch"]
+    assert events[9:11] == ["dispatch", "read 5"]
+    assert events[-1] == "read 12"
+
+
+def test_every_checkpoint_finds_the_metrics_of_its_steps_written(config, monkeypatch):
+    opened, save, saved = open_run(change(config, checkpoint_every=3)), Training.save, []
+
+    def check(run, state, val_loss=None):
+        [*_, line] = metrics(config)
+        saved.append(line["step"])
+        assert (line["step"], line.get("val_loss")) == (state.step, val_loss)
+        save(run, state, val_loss)
+
+    monkeypatch.setattr(Training, "save", check)
+    train(opened, Console(quiet=True))
+    assert saved == [3, 6, 9, 12]
+
+
+def test_batches_are_placed_ahead_and_the_position_is_that_of_the_one_handed_out(
+    config, monkeypatch
+):
+    placed, place = [], Setup.place
+    count = lambda setup, batch: placed.append(batch) or place(setup, batch)
+    monkeypatch.setattr(Setup, "place", count)
+    opened = open_run(change(config, mesh="data=2"))
+    first = next(opened.batches)
+    for name, array in first.items():
+        assert array.sharding == opened.setup.batch[name].sharding
+    deadline = time.monotonic() + 20
+    while len(placed) < 4 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert len(placed) >= 4  # three more than were asked for
+    position = opened.batches.get_state()
+    second = next(opened.batches)
+    opened.batches.set_state(position)
+    chex.assert_trees_all_equal(next(opened.batches), second)
+    opened.batches.close()
+
+
+def test_a_profile_holds_the_steps_that_were_asked_for(config, capsys):
+    run(change(config, steps=6, eval_every=6, profile=2), Console(width=200))
+    [folder] = (config.run.output / "profile" / "plugins" / "profile").iterdir()
+    assert f"profile in {config.run.output / 'profile'}\n" in capsys.readouterr().out
+    assert [path.stat().st_size > 0 for path in folder.glob("*.xplane.pb")] == [True]
+    with gzip.open(folder / "perfetto_trace.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    steps = [int(event["args"]["step_num"]) for event in events if event.get("name") == "train"]
+    assert steps == [4, 5]
+    assert "profile" not in json.loads((config.run.output / "config.json").read_text())
+
+
+def test_a_profile_that_cannot_be_written_is_warned_about_and_the_run_goes_on(config):
+    opened = open_run(change(config, steps=4, eval_every=5, profile=1))
+    (config.run.output / "profile").touch()
+    with pytest.warns(UserWarning, match=r"the profile cannot be written: .*profile"):
+        state, _ = train(opened, Console(quiet=True))
+    assert state.step == 4
+
+
+def test_a_profile_longer_than_the_run_is_refused_before_anything_is_written(config):
+    with pytest.raises(ValueError, match="profile=10 needs 13 steps, of which 3 warm up, but the"):
+        open_run(change(config, profile=10))
+    assert not config.run.output.exists()
 
 
 def test_on_a_mesh_the_numbers_are_the_same_and_the_state_is_split(finished, config):

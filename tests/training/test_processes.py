@@ -9,7 +9,12 @@ from memopt.internals import clusters
 from memopt.training import processes
 from memopt.training.config import Run
 from memopt.training.placement import make_mesh
-from memopt.training.processes import check_same_on_all_processes, init_distributed
+from memopt.training.processes import (
+    STEPS_TO_STOP,
+    StopAgreement,
+    check_same_on_all_processes,
+    init_distributed,
+)
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -114,3 +119,33 @@ def test_processes_started_differently_are_told(monkeypatch):
     monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
     with pytest.raises(ValueError, match=r"^seed must be the same in all 2 processes"):
         check_same_on_all_processes({"model": "nano", "seed": 0, "steps": 3})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "asks"),
+    [(0.001, [1, 17, 33, 49]), (0.3, [1, 4, 7, 10]), (2.0, [1, 2, 3, 4])],
+)
+def test_processes_gather_signals_once_a_second_and_stop_together(monkeypatch, seconds, asks):
+    """The other process takes half as long; both go by the longer of the times."""
+    clock, asked = [0.0], []
+
+    def gather(mine):
+        asked.append(step)
+        return np.stack([mine, mine / 2 + np.float32([15 * (step >= asks[3]), 0])])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr(processes.time, "perf_counter", lambda: clock[0])
+    agree, step, found = StopAgreement(), 0, 0
+    while not found:
+        step += 1
+        clock[0] += seconds
+        found = agree(0)
+    assert (asked, found) == (asks, 15)
+    assert max(np.diff(asks)) <= STEPS_TO_STOP
+
+
+def test_one_process_asks_nobody_and_hears_of_a_signal_at_once(monkeypatch):
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", None)
+    agree = StopAgreement()
+    assert [agree(0), agree(0), agree(15)] == [0, 0, 15]

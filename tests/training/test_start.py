@@ -63,7 +63,7 @@ def test_a_grown_run_goes_on_with_a_state_under_a_new_schedule(first, start, tmp
     moved, state = [], run.state
     for _ in range(2):
         kept = jax.tree.map(jnp.copy, state.params)
-        state, metrics = run.setup.jitted(state, run.setup.place(next(run.batches)))
+        state, metrics = run.setup.jitted(state, next(run.batches))
         change = jax.tree.map(lambda a, b: float(abs(a - b).max()), kept, state.params)
         moved.append((metrics["learning_rate"].item(), max(jax.tree.leaves(change))))
     rate = float(run.setup.learning_rate(1))  # Lion moves by it

@@ -1,0 +1,87 @@
+"""A trace of some steps of a run, for XProf (TensorBoard) and Perfetto."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+#: Steps of a run before its profile: the first ones fill caches and allocate.
+WARM_UP = 3
+
+
+def check_profile(profile: int, left: int) -> None:
+    """Raises unless a run has as many steps left as are to be profiled.
+
+    Args:
+        profile: The steps to profile.
+        left: The steps that the run has left.
+
+    Raises:
+        ValueError: It has fewer, or `profile` is negative.
+
+    Example:
+        >>> check_profile(5, left=8)
+        >>> check_profile(5, left=7)
+        Traceback (most recent call last):
+        ValueError: profile=5 needs 8 steps, of which 3 warm up, but the run has 7 left: ...
+    """
+    if profile < 0:
+        raise ValueError(f"profile must be at least 0, got {profile}.")
+    if profile and profile + WARM_UP > left:
+        raise ValueError(
+            f"profile={profile} needs {profile + WARM_UP} steps, of which {WARM_UP} warm up, but "
+            f"the run has {left} left: lower --profile or raise --steps."
+        )
+
+
+class Profile:
+    """Traces some steps, after the first few; a trace that cannot be written is warned about.
+
+    Args:
+        directory: Where to write the trace.
+        console: Where to say so.
+        start: Steps taken before.
+        steps: How many steps to trace; 0 for none.
+    """
+
+    def __init__(self, directory: Path, console: Console, start: int, steps: int):
+        self._directory, self._console = directory, console
+        self._steps = range(start + 1 + WARM_UP, start + 1 + WARM_UP + steps)
+        self._tracing = False
+
+    def before(self, step: int, wait: Callable[[], object]) -> None:
+        """Starts the trace before its first step, and ends it after its last.
+
+        Args:
+            step: The step to be taken next.
+            wait: Waits until the one before is done.
+        """
+        if (step in self._steps) == self._tracing:
+            return
+        wait()
+        self.close()
+        if step in self._steps:
+            with self._warns():
+                self._directory.mkdir(exist_ok=True)
+                jax.profiler.start_trace(self._directory, create_perfetto_trace=True)
+                self._tracing = True
+
+    def close(self) -> None:
+        """Writes the trace, if one was started and is not written yet."""
+        if self._tracing:
+            self._tracing = False
+            with self._warns():
+                jax.profiler.stop_trace()
+                where = f"profile in {self._directory}"
+                self._console.print(where, markup=False, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def _warns(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # RuntimeError: JAX's own
+            self._steps = range(0)
+            warnings.warn(f"the profile cannot be written: {error}", stacklevel=3)
