@@ -36,7 +36,7 @@ from benchmarks.report import milliseconds, save
 from memopt.errors import check_at_least
 from memopt.training.config import Architecture, Config, Optimization, Run, Text
 from memopt.training.loop import train
-from memopt.training.open import open_batches, open_run
+from memopt.training.open import find_text, open_batches, open_run
 from memopt.training.placement import rows_here
 from memopt.training.setup import Setup, Step
 from memopt.training.step import Batch, Metrics, TrainState
@@ -112,7 +112,7 @@ def measure(synchronous: bool, iterations: int, options: Options) -> Waiting:
         run.setup = setup = dataclasses.replace(run.setup, step=busy_step(iterations))
         if synchronous:
             rows = rows_here(setup.mesh, run.config.text.batch_size)
-            run.batches, _, _ = open_batches(run.config, run.tokenizer, rows)
+            run.batches, _, _ = open_batches(run.config, find_text(run.config), run.tokenizer, rows)
         watched = Watched(setup, synchronous)
         vars(setup)["jitted"] = watched
         train(run, Console(quiet=True))

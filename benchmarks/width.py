@@ -46,7 +46,7 @@ from memopt.errors import check_choice
 from memopt.models import llama
 from memopt.text.tokenizer import load_tokenizer
 from memopt.training.config import Config, Optimization, Text
-from memopt.training.open import open_batches
+from memopt.training.open import find_text, open_batches
 from memopt.training.setup import build_model
 
 SCHEMES = ("mup", "global", "standard")
@@ -105,7 +105,7 @@ def data(options: Options, seed: int) -> tuple[dict[str, Array], dict[str, Array
         optimization=Optimization(steps=options.steps, seed=seed),
     )
     batches, validation, _ = open_batches(
-        config, load_tokenizer("bytes"), range(options.batch_size)
+        config, find_text(config), load_tokenizer("bytes"), range(options.batch_size)
     )
     training = list(itertools.islice(batches, options.steps))
     batches.close()

@@ -284,23 +284,3 @@ def limited(dataset: grain.IterDataset, count: int) -> grain.IterDataset:
     import grain
 
     return grain.experimental.LimitIterDataset(dataset, count)
-
-
-def packed(dataset: grain.IterDataset, lengths: dict[str, int]) -> grain.IterDataset:
-    """Packs elements into rows of given lengths and splits them at the end of a row.
-
-    It uses `grain.experimental.ConcatThenSplitIterDataset`.
-
-    Args:
-      dataset: a dataset of dicts of vectors.
-      lengths: the length of each entry of a row.
-
-    Example:
-      >>> import grain, numpy as np
-      >>> pieces = grain.MapDataset.source([{"x": np.arange(3)}, {"x": np.arange(5)}])
-      >>> [row["x"].tolist() for row in packed(pieces.to_iter_dataset(), {"x": 4})]
-      [[0, 1, 2, 0], [1, 2, 3, 4]]
-    """
-    import grain
-
-    return grain.experimental.ConcatThenSplitIterDataset(dataset, length_struct=lengths)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from memopt.text.files import Files, read_files
+from memopt.text.files import Files
+from memopt.text.finding import read_files
 from memopt.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 #: The vocabulary of the LLaMA; smaller models read bytes.

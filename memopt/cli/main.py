@@ -11,6 +11,7 @@ commands:
 """
 
 import sys
+import warnings
 
 from memopt import __version__
 from memopt.cli.errors import fail
@@ -19,6 +20,7 @@ from memopt.cli.errors import fail
 def main() -> None:
     """Runs the command that the command line names."""
     arguments = sys.argv[1:]
+    warnings.formatwarning = lambda message, *_, **__: f"memopt: {message}\n"
     try:
         match arguments:
             case ["pretrain", *rest]:

@@ -17,9 +17,9 @@ Examples:
   memopt pretrain --model 7b --data 'books/**/*.txt' --tokenizer path/to/llama-2-7b \
     --release --weights int8 --state int8 --compute-dtype bfloat16
 
-The run directory holds config.json, metrics.jsonl (one step a line), TensorBoard events, loss.png
-and checkpoints. A run that was killed at any moment continues with --resume as if nothing had
-happened; Ctrl-C and SIGTERM save first.
+The run directory holds config.json, data.jsonl (the data it was trained on), metrics.jsonl (one
+step a line), TensorBoard events, loss.png and checkpoints. A run that was killed at any moment
+continues with --resume as if nothing had happened; Ctrl-C and SIGTERM save first.
 """
 
 import dataclasses
@@ -42,6 +42,7 @@ from memopt.cli.errors import fail
 from memopt.planning.step_memory import step_memory
 from memopt.state.describe import describe
 from memopt.state.quantized_params import dequantize_params
+from memopt.text.finding import DataWarning
 from memopt.training.config import Config, Start, read_options, to_flags
 from memopt.training.describe import describe_run
 from memopt.training.directory import choose_directory
@@ -60,7 +61,6 @@ SECONDS_TO_SPEAK = 2.0
 
 def pretrain(arguments: list[str]) -> None:
     """Runs `memopt pretrain` with these arguments."""
-    warnings.formatwarning = lambda message, *_, **__: f"memopt: {message}\n"
     try:
         _pretrain(arguments)
     except jax.errors.JaxRuntimeError as error:
@@ -75,7 +75,10 @@ def _pretrain(arguments: list[str]) -> None:
         config = parse(arguments)
         init_distributed(config.run)
         console = Console(quiet=not is_main_process())
-        run = open_run(config)
+        if not is_main_process():
+            warnings.simplefilter("ignore", DataWarning)  # all read the same
+        say = functools.partial(console.print, markup=False, highlight=False)
+        run = open_run(config, progress=say)
     except (ValueError, ImportError) as error:
         fail(error)
     _introduce(run, console)
@@ -143,6 +146,12 @@ def _introduce(run: Training, console: Console) -> None:
         *(f"{'' if i else 'taken for':<10} {line}" for i, line in enumerate(kinds)),
         f"schedule   {describe_phases(config)}",
         f"text       {' '.join(config.text.data)}, tokenizer {run.tokenizer.name}",
+        *(
+            f"           since step {entry.after} other data than before, in a new pass over it: "
+            f"{' '.join(entry.data)}"
+            for entry in run.history
+            if entry.after
+        ),
         f"mesh       {mesh} of {jax.device_count()} {jax.devices()[0].device_kind} devices",
         *([f"start      {run.origin}"] if run.origin else []),
         f"output     {run.directory}" + (f", resumed at step {step}" if step else ""),

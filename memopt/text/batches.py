@@ -5,8 +5,9 @@ first is predicted once. Documents are packed one after another into rows of `se
 row ends, so that a row holds no padding. Rows are mixed within windows of 2^18 tokens.
 """
 
-import functools
+import contextlib
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,12 +17,9 @@ import numpy as np
 from memopt import internals
 from memopt.errors import check_at_least
 from memopt.text.documents import Documents
-from memopt.text.files import Piece
+from memopt.text.finding import SECONDS_OF_SILENCE
+from memopt.text.packing import Batch, packed
 from memopt.text.tokenizer import Tokenizer
-
-#: The arrays of a batch, int32 (rows, seq_len) each.
-FIELDS = ("inputs", "targets", "segment_ids", "positions", "weights")
-Batch = dict[str, np.ndarray]
 
 #: Rows are mixed within windows of this many tokens.
 WINDOW_TOKENS = 2**18
@@ -35,12 +33,15 @@ class Batches(Iterator[Any]):
     Batches are made ahead by a thread; the state is that of the batch handed out last.
     """
 
-    def __init__(self, dataset: grain.IterDataset):
+    def __init__(self, dataset: grain.IterDataset, progress: Callable[[str], None] | None = None):
         self._iterator: Any = iter(dataset)
+        self._progress = progress
 
     def __next__(self) -> Any:
         """Returns the next batch, placed if there is a `place`."""
-        return next(self._iterator)
+        progress, self._progress = self._progress, None  # the first batch alone fills a window
+        with _told_if_slow(progress, "reading text for the first batch …"):
+            return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
         """Returns the iterator's position, JSON-serialisable: a few hundred bytes."""
@@ -48,7 +49,7 @@ class Batches(Iterator[Any]):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues from a state that `get_state` returned, here or in another process."""
-        self._iterator.set_state(_tuples(state))
+        self._iterator.set_state(state)
 
     def close(self) -> None:
         """Stops the thread that makes batches ahead; no batch follows."""
@@ -66,6 +67,7 @@ def train_batches(
     seed: int,
     rows: Sequence[int] | None = None,
     place: Callable[[Batch], Any] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Batches:
     """Returns endless training batches, shuffled anew in each epoch.
 
@@ -81,6 +83,7 @@ def train_batches(
         seed: Decides the order.
         rows: Which rows of the global batch to return, R of them; all, if not given.
         place: Applied to each batch by the thread that makes them ahead, to put it on devices.
+        progress: Called with a line to show if the first batch takes longer than a second.
 
     Returns:
         An iterator of batches, or of what `place` makes of them: dicts of int32 arrays (R, S):
@@ -112,10 +115,11 @@ def train_batches(
     rows = _check_rows(batch_size, seq_len, rows)
     if not 0 <= seed < 2**31:
         raise ValueError(f"seed={seed} must be between 0 and 2147483647.")
-    rows_in_order = _packed(documents.epochs(seed), tokenizer, seq_len)
-    dataset = internals.shuffled(rows_in_order, max(1, WINDOW_TOKENS // seq_len), seed)
+    in_order = packed(documents.epochs(seed), tokenizer, seq_len, chunk=documents.chunk)
+    dataset = internals.shuffled(in_order, max(1, WINDOW_TOKENS // seq_len), seed)
     batches = _batch(dataset, batch_size, rows)
-    return Batches(internals.prefetched(batches.map(place) if place else batches, PREFETCH))
+    batches = batches.map(place) if place else batches
+    return Batches(internals.prefetched(batches, PREFETCH), progress)
 
 
 def validation_batches(
@@ -126,6 +130,7 @@ def validation_batches(
     seq_len: int,
     max_tokens: int = 2**17,
     rows: Sequence[int] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> list[Batch]:
     """Returns the same held-out batches at every call.
 
@@ -140,6 +145,7 @@ def validation_batches(
         seq_len: Tokens of a row.
         max_tokens: Hold at most this many tokens, in whole rows.
         rows: Which rows of the global batch to return, R of them; all, if not given.
+        progress: Called with a line to show if it takes longer than a second.
 
     Returns:
         The batches, as `train_batches` describes them.
@@ -149,9 +155,10 @@ def validation_batches(
     """
     rows = _check_rows(batch_size, seq_len, rows)
     check_at_least("max_tokens", max_tokens, seq_len)
-    dataset = _packed(documents.once(), tokenizer, seq_len)
+    dataset = packed(documents.once(), tokenizer, seq_len, chunk=documents.chunk)
     dataset = internals.limited(dataset, max_tokens // seq_len)
-    batches = list(_batch(dataset, batch_size, rows))
+    with _told_if_slow(progress, "reading the held-out text …"):
+        batches = list(_batch(dataset, batch_size, rows))
     if not batches:
         raise ValueError("the validation part of the data holds no text: give more data.")
     return batches
@@ -172,40 +179,26 @@ def fingerprint(
         seed: As given to `train_batches`.
 
     Returns:
-        A flat dict: files, bytes and a digest of their names and sizes (or the stream's name),
-        the tokenizer's name and digest, `batch_size`, `seq_len`, `seed`.
+        A flat dict: files, bytes, a digest of names and pieces and one of the content (or the
+        stream's name), the tokenizer's digest, `batch_size`, `seq_len`, `seed`.
     """
     options = {"batch_size": batch_size, "seq_len": seq_len, "seed": seed}
     return {**documents.describe(), "tokenizer": tokenizer.digest, **options}
 
 
-def _packed(
-    pieces: grain.MapDataset | grain.IterDataset, tokenizer: Tokenizer, seq_len: int
-) -> grain.IterDataset:
-    """Rows of `seq_len` tokens from pieces of text."""
-    pairs = pieces.map(functools.partial(_pair, tokenizer=tokenizer))
-    if isinstance(pairs, grain.MapDataset):
-        pairs = pairs.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=16))
-    return internals.packed(pairs, {"inputs": seq_len, "targets": seq_len}).map(_row)
-
-
-def _pair(piece: Piece, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """Each token and the one after it. Each document begins with an end-of-document token too."""
-    eos = np.array([tokenizer.eos_id], np.int32)
-    tokens = np.concatenate([eos[: piece.begins], tokenizer.encode(piece.text), eos[: piece.ends]])
-    return {"inputs": tokens[:-1], "targets": tokens[1:]}
-
-
-def _row(packed: dict[str, np.ndarray]) -> Batch:
-    """Renames what Grain packed. Pairs stay whole, so a target counts where there is an input."""
-    segment_ids = packed["inputs_segment_ids"]
-    return {
-        "inputs": packed["inputs"],
-        "targets": packed["targets"],
-        "segment_ids": segment_ids,
-        "positions": packed["inputs_positions"],
-        "weights": (segment_ids > 0).astype(np.int32),
-    }
+@contextlib.contextmanager
+def _told_if_slow(progress: Callable[[str], None] | None, line: str) -> Iterator[None]:
+    """Shows a line if what is done in the block takes longer than a second."""
+    if progress is None:
+        yield
+        return
+    timer = threading.Timer(SECONDS_OF_SILENCE, progress, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _batch(dataset: grain.IterDataset, batch_size: int, rows: Sequence[int]) -> grain.IterDataset:
@@ -225,10 +218,3 @@ def _check_rows(batch_size: int, seq_len: int, rows: Sequence[int] | None) -> Se
     if not rows or min(rows) < 0 or max(rows) >= batch_size:
         raise ValueError(f"rows={rows} must be some of 0 to {batch_size - 1}, as batch_size says.")
     return rows
-
-
-def _tuples(state: Any) -> Any:
-    # Grain's packing compares slices with tuples, which JSON gives back as lists.
-    if isinstance(state, dict):
-        return {key: _tuples(value) for key, value in state.items()}
-    return tuple(map(_tuples, state)) if isinstance(state, list) else state

@@ -1,4 +1,4 @@
-"""Text in files: plain text, JSON lines, the standard library.
+"""Documents in files, with random access.
 
 Text is read in *pieces*: a whole document, or 64 KiB of a long one, so that no file is ever held in
 memory and one long book shuffles as well as a thousand pages.
@@ -7,19 +7,18 @@ memory and one long book shuffles as well as a thousand pages.
 from __future__ import annotations
 
 import dataclasses
-import glob
 import hashlib
 import itertools
 import json
 import math
 import os
-import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from memopt.text.sources import Sources
 
 if TYPE_CHECKING:
     import grain
@@ -28,11 +27,6 @@ if TYPE_CHECKING:
 PIECE_BYTES = 2**16
 #: With fewer documents than this, the tail of each is held out instead of whole documents.
 FEW_DOCUMENTS = 100
-
-# Folders of the standard library that some distributions leave out or that hold no source.
-_SKIPPED = {"ensurepip", "idlelib", "idle_test", "lib2to3", "tkinter", "turtledemo", "venv"}
-_SKIPPED |= {"distutils", "test", "tests"}
-_SKIPPED |= {"site-packages", "dist-packages", "pydoc_data", "encodings"}
 
 
 class Piece(NamedTuple):
@@ -49,26 +43,35 @@ class Piece(NamedTuple):
     ends: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class File:
-    """A file of text, or of JSON lines.
+class File(NamedTuple):
+    """A file of text, or of records in JSON.
 
     Attributes:
         path: Its path.
         name: Its name relative to the directory or glob that found it; decides its split.
-        size: Its size in bytes.
-        field: The field of a JSON line that holds the text; None for plain text.
+        size: Bytes of its text, as UTF-8.
+        field: The field of a record that holds the text; None for plain text.
+        digest: A hash of its text.
+        begin: Where its text begins, in the file or among the decoded copies.
+        decoded: Whether it is read from a decoded copy.
     """
 
-    path: Path
+    path: str
     name: str
     size: int
     field: str | None
+    digest: str
+    begin: int = 0
+    decoded: bool = False
+
+    def read(self, sources: Sources, start: int, stop: int) -> bytes:
+        """Returns bytes of its text."""
+        return sources.read(self.path, self.begin + start, stop - start, decoded=self.decoded)
 
 
-# `line` is the number of the JSON line, from 1; 0 in plain text.
-_PIECE = np.dtype([("file", "i4"), ("line", "i8"), ("start", "i8"), ("stop", "i8")])
-_NO_PIECES = np.empty(0, _PIECE)
+#: Bytes `start` to `stop` of a file; `line` is the number of the JSON line, from 1, or 0 in text.
+PIECE = np.dtype([("file", "i4"), ("line", "i8"), ("start", "i8"), ("stop", "i8")])
+_NO_PIECES = np.empty(0, PIECE)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,11 +80,13 @@ class Files:
 
     Attributes:
         files: The files.
-        pieces: Byte ranges, a structured array: file, line, start, stop.
+        pieces: Byte ranges, an array of `PIECE`.
+        sources: Where they are read from.
     """
 
     files: tuple[File, ...]
     pieces: np.ndarray
+    sources: Sources
 
     def __len__(self) -> int:
         """The number of pieces."""
@@ -91,21 +96,25 @@ class Files:
         """Reads piece `index`.
 
         Raises:
-            ValueError: A JSON line is no object with the text field; names the line.
+            ValueError: The file has changed since it was found.
+            OSError: The file cannot be read any more.
         """
         number, line, start, stop = self.pieces[index].tolist()
         file = self.files[number]
-        with file.path.open("rb") as stream:
-            stream.seek(start)
-            text = stream.read(stop - start).decode("utf-8", "replace")
+        content = file.read(self.sources, start, stop)
         if file.field is None:
-            return Piece(text, start == 0, stop == file.size)
-        where = f"{file.path}, line {line}"
+            return Piece(content.decode("utf-8", "replace"), start == 0, stop == file.size)
         try:
-            record = json.loads(text)
+            return Piece(text_of_line(content, file.field), True, True)
         except ValueError as error:
-            raise ValueError(f"{where} is not JSON: {error}.") from error
-        return Piece(text_field(record, file.field, where), True, True)
+            raise ValueError(
+                f"{file.path} has changed since it was found: line {line} {error}"
+            ) from error
+
+    @property
+    def chunk(self) -> int:
+        """How many pieces should be read at a time: more of many, which may be very short."""
+        return max(2, min(len(self) // 1000, 16))
 
     def split(self, validation_fraction: float = 0.05) -> tuple[Files, Files]:
         """Splits by document: a hash of its name (and line) decides, never its position.
@@ -123,22 +132,19 @@ class Files:
             ValueError: The fraction is not between 0 and 1, or nothing is left to hold out.
         """
         check_fraction(validation_fraction)
-        names = np.array([zlib.crc32(file.name.encode()) for file in self.files], np.uint64)
-        held = uniform(names[self.pieces["file"]], self.pieces["line"]) < validation_fraction
-        documents = np.count_nonzero((self.pieces["line"] > 0) | (self.pieces["start"] == 0))
-        if documents < FEW_DOCUMENTS or held.all() or not held.any():
+        held = self._hashes(self.pieces) < validation_fraction
+        if np.count_nonzero(_begins(self.pieces)) < FEW_DOCUMENTS or held.all() or not held.any():
             return self._split_tails(validation_fraction)
-        return Files(self.files, self.pieces[~held]), Files(self.files, self.pieces[held])
+        return self._part(self.pieces[~held]), self._part(self.pieces[held])
 
     def _split_tails(self, fraction: float) -> tuple[Files, Files]:
         heads, tails = [_NO_PIECES], [_NO_PIECES]
-        for number in np.unique(self.pieces["file"]):
-            file, pieces = self.files[number], self.pieces[self.pieces["file"] == number]
-            if file.field is None:
-                start, stop = pieces["start"][0], pieces["stop"][-1]
-                cut = _boundary(file, math.floor(stop - (stop - start) * fraction))
-                head = _cut_text(file, number, start, cut)
-                tail = _cut_text(file, number, cut, stop)
+        for number in np.unique(self.pieces["file"]).tolist():
+            pieces = self.pieces[self.pieces["file"] == number]
+            if self.files[number].field is None:
+                start, stop = pieces["start"][0].item(), pieces["stop"][-1].item()
+                cut = self._boundary(number, math.floor(stop - (stop - start) * fraction))
+                head, tail = self._cut(number, start, cut), self._cut(number, cut, stop)
             else:
                 lines = len(pieces) - math.ceil(len(pieces) * fraction)
                 head, tail = pieces[:lines], pieces[lines:]
@@ -147,148 +153,150 @@ class Files:
             heads.append(head)
             tails.append(tail)
         if not any(map(len, tails)):
+            return self._split_documents(fraction)
+        return self._part(np.concatenate(heads)), self._part(np.concatenate(tails))
+
+    def _split_documents(self, fraction: float) -> tuple[Files, Files]:
+        """Holds out whole documents, those with the smallest hashes; or the end of the only one."""
+        begins, number = _begins(self.pieces), self.pieces["file"][0].item()
+        count, size = np.count_nonzero(begins), self.files[number].size
+        if count > 1:
+            order = np.argsort(self._hashes(self.pieces[begins]), kind="stable")
+            held_out = order[: min(math.ceil(count * fraction), count - 1)]
+            held = np.isin(np.cumsum(begins) - 1, held_out)
+            return self._part(self.pieces[~held]), self._part(self.pieces[held])
+        cut = 0
+        if self.files[number].field is None:
+            cut = self._boundary(number, math.floor(size - size * fraction), at_line=False)
+        if not 0 < cut < size:
             raise ValueError(
-                f"data is too small to hold out a validation part of {fraction:g}: "
-                "give more text, or a larger validation fraction."
+                f"data is too small to hold out a validation part of {fraction:g}: it is a single "
+                "document; give another file or record."
             )
-        return Files(self.files, np.concatenate(heads)), Files(self.files, np.concatenate(tails))
+        return self._part(self._cut(number, 0, cut)), self._part(self._cut(number, cut, size))
+
+    def _part(self, pieces: np.ndarray) -> Files:
+        return dataclasses.replace(self, pieces=pieces)
+
+    def _hashes(self, pieces: np.ndarray) -> np.ndarray:
+        names = np.array([zlib.crc32(os.fsencode(file.name)) for file in self.files], np.uint64)
+        return uniform(names[pieces["file"]], pieces["line"])
+
+    def _cut(self, number: int, start: int, stop: int) -> np.ndarray:
+        cuts = cut_text(self.files[number], self.sources, start, stop)
+        return np.array([(number, 0, *cut) for cut in cuts], PIECE)
+
+    def _boundary(self, number: int, position: int, *, at_line: bool = True) -> int:
+        return _boundary(self.files[number], self.sources, position, at_line=at_line)
 
     def epochs(self, seed: int) -> grain.MapDataset:
         """Repeats the pieces without end, shuffled anew in each epoch."""
-        import grain
-
-        return grain.MapDataset.source(self).shuffle(seed=seed).repeat()
+        return self._shuffled(seed).repeat().map(self.__getitem__)
 
     def once(self) -> grain.MapDataset:
         """Returns every piece once, in a shuffled order that never changes."""
+        return self._shuffled(seed=0).map(self.__getitem__)
+
+    def _shuffled(self, seed: int) -> grain.MapDataset:
         import grain
 
-        return grain.MapDataset.source(self).shuffle(seed=0)
+        return grain.MapDataset.range(len(self)).shuffle(seed=seed)
+
+    def listing(self) -> list[list[Any]]:
+        """Returns name, size, field and digest of each file, to be given to `renamed`."""
+        return [[file.name, file.size, file.field, file.digest] for file in self.files]
+
+    def renamed(self, listing: list[list[Any]]) -> Files | None:
+        """Returns the same files with the names and in the order of a listing.
+
+        Names decide which documents are held out, and the order. So the same content under other
+        names gives the same batches.
+
+        Args:
+            listing: What `listing` returned.
+
+        Returns:
+            The files, or None if the content is not the same.
+        """
+        numbers: dict[tuple[Any, ...], list[int]] = {}
+        for number, file in enumerate(self.files):
+            numbers.setdefault((file.size, file.field, file.digest), []).append(number)
+        order = []
+        for _, *content in listing:
+            if not (same := numbers.get(tuple(content))):
+                return None
+            order.append(same.pop(0))
+        if len(order) < len(self.files):
+            return None
+        pieces = self.pieces.copy()
+        pieces["file"] = np.argsort(order)[pieces["file"]]
+        pieces = pieces[np.argsort(pieces["file"], kind="stable")]
+        names = (name for name, *_ in listing)
+        files = (self.files[i]._replace(name=name) for i, name in zip(order, names, strict=True))
+        return dataclasses.replace(self, files=tuple(files), pieces=pieces)
 
     def describe(self) -> dict[str, Any]:
-        """Returns the number of files and bytes, and a hash of names, sizes and pieces."""
+        """Returns the number of files and bytes, a hash of names and pieces, and one of content."""
         listing = json.dumps([(file.name, file.size, file.field) for file in self.files])
         digest = hashlib.sha256(listing.encode() + self.pieces.tobytes()).hexdigest()
+        content = hashlib.sha256("".join(file.digest for file in self.files).encode()).hexdigest()
         count = len(np.unique(self.pieces["file"]))
         size = int((self.pieces["stop"] - self.pieces["start"]).sum())
-        return {"files": count, "bytes": size, "digest": digest}
+        return {"files": count, "bytes": size, "digest": digest, "content": content}
 
 
-def read_files(specs: Sequence[str]) -> Files:
-    """The documents in the files that `specs` name; see `memopt.text.documents`.
-
-    Raises:
-        ValueError: Nothing matches, a file is not text, all is empty, or the first line of a JSON
-            lines file has no such field.
-    """
-    found = {file.path.resolve(): file for spec in specs for file in _match(spec)}
-    files = tuple(file for file in found.values() if file.size)
-    pieces = np.concatenate([_NO_PIECES, *itertools.starmap(_cut, enumerate(files))])
-    if not len(pieces):
-        raise ValueError(f"data {', '.join(map(repr, specs))} holds no text: every file is empty.")
-    documents = Files(files, pieces)
-    for first in np.unique(pieces["file"], return_index=True)[1].tolist():
-        if files[pieces["file"][first]].field is not None:
-            documents[first]  # refuses a wrong field now, not in an hour
-    return documents
+def cut_text(file: File, sources: Sources, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Cuts bytes `start` to `stop` of a text file into pieces, where lines begin if possible."""
+    positions = range(start + PIECE_BYTES, stop, PIECE_BYTES)
+    cuts = {_boundary(file, sources, at) for at in positions}
+    return itertools.pairwise(sorted({start, stop} | {at for at in cuts if at < stop}))
 
 
-def _match(spec: str) -> list[File]:
-    """The files that a spec names, sorted by name."""
-    pattern, _, field = (spec, "", "") if Path(spec).exists() else spec.partition("#")
-    path = Path(pattern).expanduser()
-    paths: Iterable[Path]
-    if spec == "python":
-        root = Path(sysconfig.get_path("stdlib"))
-        paths = _standard_library(root)
-    elif path.is_file():
-        root, paths = path.parent, [path]
-        if not _is_text(path):
-            raise ValueError(f"data {str(path)!r} is not text: it holds zero bytes.")
-    elif path.is_dir():
-        visible = lambda p: not any(part[0] == "." for part in p.relative_to(path).parts)
-        root, paths = path, filter(visible, path.rglob("*"))
-    else:
-        plain = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)
-        root, paths = Path(*plain), map(Path, glob.glob(str(path), recursive=True))
-    named = sorted((p.relative_to(root).as_posix(), p) for p in paths if p.is_file())
-    files = [
-        File(p, name, p.stat().st_size, (field or "text") if p.suffix == ".jsonl" else None)
-        for name, p in named
-        if _is_text(p)
-    ]
-    if not files:
-        raise ValueError(
-            f"data {spec!r} matches no text file: give a file, a directory, a glob, 'python' or "
-            "'hf:NAME'."
-        )
-    return files
-
-
-def _is_text(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return b"\0" not in stream.read(2**13)
-
-
-def _standard_library(root: Path) -> Iterator[Path]:
-    """The modules in `root` that are on every machine that has Python."""
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _SKIPPED]
-        if "config-" not in folder:
-            modules = [name for name in names if not name.startswith("_sysconfigdata")]
-            yield from (Path(folder, name) for name in modules if name.endswith(".py"))
-
-
-def _cut(number: int, file: File) -> np.ndarray:
-    """The pieces of one file."""
-    if file.field is None:
-        return _cut_text(file, number, 0, file.size)
-    return np.fromiter(_cut_lines(number, file), _PIECE)
-
-
-def _cut_lines(number: int, file: File) -> Iterator[tuple[int, int, int, int]]:
-    stop = 0
-    with file.path.open("rb") as stream:
-        for line, content in enumerate(stream, 1):
-            start, stop = stop, stop + len(content)
-            if content.strip():
-                yield number, line, start, stop
-
-
-def _cut_text(file: File, number: int, start: int, stop: int) -> np.ndarray:
-    """The pieces of bytes `start` to `stop` of a text file."""
-    cuts = {_boundary(file, at) for at in range(start + PIECE_BYTES, stop, PIECE_BYTES)}
-    ends = sorted({start, stop} | {at for at in cuts if at < stop})
-    return np.array([(number, 0, a, b) for a, b in itertools.pairwise(ends)], _PIECE)
-
-
-def _boundary(file: File, position: int) -> int:
+def _boundary(file: File, sources: Sources, position: int, *, at_line: bool = True) -> int:
     """Finds the start of a line, or at least of a character, at or soon after `position`."""
     if position == 0:
         return 0
-    with file.path.open("rb") as stream:
-        stream.seek(position - 1)
-        window = stream.read(2**10)
-    newline = window.find(b"\n")
+    window = file.read(sources, position - 1, min(position - 1 + 2**10, file.size))
+    newline = window.find(b"\n") if at_line else -1
     if newline >= 0:
         return position + newline
     continuation = itertools.takewhile(lambda byte: byte & 0xC0 == 0x80, window[1:5])
     return position + len(list(continuation))
 
 
-def text_field(record: Any, field: str, where: str) -> str:
-    """The text in a field of a record.
+def _begins(pieces: np.ndarray) -> np.ndarray:
+    """Whether a document begins at each piece."""
+    return (pieces["line"] > 0) | (pieces["start"] == 0)
+
+
+def text_of_line(line: bytes, field: str) -> str:
+    """Returns the text in a field of a JSON line.
 
     Raises:
-        ValueError: There is none; names the record and its fields.
+        ValueError: There is none; says why, after a name for the line.
+    """
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 (byte {error.start} of the line)") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON ({error})") from error
+    return text_of(record, field)
+
+
+def text_of(record: Any, field: str) -> str:
+    """Returns the text in a field of a record.
+
+    Raises:
+        ValueError: There is none; says why, after a name for the record.
     """
     fields = record if isinstance(record, dict) else {}
     if isinstance(text := fields.get(field), str):
         return text
-    raise ValueError(
-        f"{where} has no text in the field {field!r} (its fields are {', '.join(fields) or 'none'})"
-        ": name the field that holds the text after '#', as in 'pages.jsonl#content'."
+    found = (
+        f"{text!r:.20} in it" if field in fields else f"its fields: {', '.join(fields) or 'none'}"
     )
+    raise ValueError(f"has no text in the field {field!r} ({found})")
 
 
 def uniform(key: np.ndarray | int, index: np.ndarray | int) -> np.ndarray:

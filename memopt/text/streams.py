@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grain
 
 from memopt import internals
-from memopt.text.files import Piece, check_fraction, text_field, uniform
+from memopt.text.files import Piece, check_fraction, text_of, uniform
+from memopt.text.finding import DataWarning
 
 #: Documents of a stream that are held and mixed before they are packed.
 STREAM_WINDOW = 1024
+#: After so many documents without text, and none with text, the field is taken to be wrong.
+MOST_SKIPPED = 100
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,7 +34,12 @@ class Stream:
         validation: The dataset's own validation part, if it has one.
         held_out: Whether this is the validation part of `dataset`; None before it is split.
         fraction: The share of the documents that is held out.
+        bad_records: Whether to "skip" documents without text, or to "stop".
+        known_as: The name that identifies it; `name`, unless it is a moved directory.
+        content: A hash of the names and sizes of its files, if it is a local directory.
     """
+
+    chunk: ClassVar[int] = 2
 
     dataset: Any
     name: str
@@ -36,6 +47,9 @@ class Stream:
     validation: Any = None
     held_out: bool | None = None
     fraction: float = 0.0
+    bad_records: str = "skip"
+    known_as: str = ""
+    content: str | None = None
 
     def split(self, validation_fraction: float = 0.05) -> tuple[Stream, Stream]:
         """Splits by the dataset's own `validation` part or, without, a hash of the position.
@@ -69,9 +83,21 @@ class Stream:
         """Returns every document once, in the order of the dataset."""
         return _StreamDataset(self, endless=False)
 
+    def listing(self) -> list[list[Any]]:
+        """Returns name and content, to be given to `renamed`."""
+        return [[self.known_as or self.name, self.content]]
+
+    def renamed(self, listing: list[list[Any]]) -> Stream | None:
+        """Returns this dataset by the name in a listing, or None if the content is not the same."""
+        if self.content is None or [content for _, content in listing] != [self.content]:
+            return None
+        return dataclasses.replace(self, known_as=listing[0][0])
+
     def describe(self) -> dict[str, Any]:
-        """Returns the name, the field and the share that is held out."""
-        return {"stream": self.name, "field": self.field, "validation_fraction": self.fraction}
+        """Returns name, content if it is local, the field and the share that is held out."""
+        name, content = self.known_as or self.name, self.content
+        known = {"stream": name, "field": self.field, "validation_fraction": self.fraction}
+        return known | {"content": content}
 
 
 class _StreamDataset(grain.IterDataset[Piece]):
@@ -98,22 +124,45 @@ class _StreamIterator(grain.DatasetIterator[Piece]):
             for example in self._examples:
                 self._index += 1
                 if self._stream.keeps(self._index - 1):
+                    try:
+                        text = text_of(example, self._stream.field)
+                    except ValueError as error:
+                        self._skip(error)
+                        continue
                     self._found = True
-                    where = f"{self._stream.name}, document {self._index}"
-                    return Piece(text_field(example, self._stream.field, where), True, True)
+                    return Piece(text, True, True)
             if not self._endless:
                 raise StopIteration
             if not self._found:
-                raise ValueError(f"data {self._stream.name!r} holds no documents.")
-            self.set_state({"epoch": self._epoch + 1, "index": 0, "found": True, "source": "null"})
+                raise ValueError(f"data {self._stream.name!r} holds no documents with text.")
+            self.set_state(
+                self.get_state() | {"epoch": self._epoch + 1, "index": 0, "source": "null"}
+            )
+
+    def _skip(self, error: ValueError) -> None:
+        """Counts a document without text; refuses it if there is no other."""
+        self._skipped += 1
+        what = f"{self._stream.name}, document {self._index} {error}"
+        if self._stream.bad_records == "stop":
+            raise ValueError(f"data: {what}: leave it out with --bad-records skip.") from error
+        if self._skipped == MOST_SKIPPED and not self._found:
+            raise ValueError(
+                f"data: none of {MOST_SKIPPED} documents has text: {what}; name the field that "
+                "holds the text after '#', as in 'hf:NAME#content'."
+            ) from error
+        if math.log10(self._skipped).is_integer():
+            count = f"{self._skipped:,} {'document' if self._skipped == 1 else 'documents'}"
+            warnings.warn(f"data: skipped {count} so far: {what}.", DataWarning, stacklevel=2)
 
     def get_state(self) -> dict[str, Any]:
         # As text: whatever `datasets` keeps survives a round trip through a checkpoint.
         source = json.dumps(self._dataset.state_dict() if self._index else None)
-        return {"epoch": self._epoch, "index": self._index, "found": self._found, "source": source}
+        state = {"epoch": self._epoch, "index": self._index, "found": self._found}
+        return state | {"skipped": self._skipped, "source": source}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._epoch, self._index, self._found = state["epoch"], state["index"], state["found"]
+        self._skipped = state.get("skipped", 0)  # release 0.1 skipped none
         # Each reader takes the only shard, a new object: `datasets` keeps the position in the
         # object, so that readers would share it, and a loaded one would begin every later epoch.
         self._dataset = self._stream.dataset.shard(num_shards=1, index=0)
@@ -123,11 +172,12 @@ class _StreamIterator(grain.DatasetIterator[Piece]):
         self._examples: Iterator[dict[str, Any]] = iter(self._dataset)
 
 
-def open_stream(spec: str) -> Stream:
+def open_stream(spec: str, *, bad_records: str = "skip") -> Stream:
     """Opens a dataset of the hub, or a local directory, by its spec.
 
     Args:
         spec: `hf:NAME`, `hf:NAME:CONFIG`, with `#FIELD` for another column than `text`.
+        bad_records: Whether to "skip" documents without text, or to "stop".
 
     Raises:
         ValueError: `datasets` cannot open it, or it has no part `train`.
@@ -152,4 +202,19 @@ def open_stream(spec: str) -> Stream:
         raise ValueError(f"data {spec!r} cannot be opened by `datasets`: {error}") from error
     if "train" not in parts:
         raise ValueError(f"data {spec!r} has no part `train`, only {', '.join(parts)}.")
-    return Stream(parts["train"], spec, field or "text", parts.get("validation"))
+    return Stream(
+        parts["train"],
+        spec,
+        field or "text",
+        parts.get("validation"),
+        bad_records=bad_records,
+        content=_names_and_sizes(Path(name)) if Path(name).is_dir() else None,
+    )
+
+
+def _names_and_sizes(directory: Path) -> str:
+    """A hash of the names and sizes of all files in a directory but hidden ones."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    names = ((path.relative_to(directory).as_posix(), path) for path in files)
+    sizes = sorted((name, path.stat().st_size) for name, path in names if "/." not in f"/{name}")
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()

@@ -21,7 +21,7 @@ SCHEDULE = "cosine"
 
 #: Options that `config.json` does not hold.
 NOT_SAVED = (
-    *("output", "resume", "config", "rewarm", "profile"),
+    *("output", "resume", "accept_data_change", "config", "rewarm", "profile"),
     *("coordinator", "processes", "process", "heartbeat_timeout"),
 )
 
@@ -76,6 +76,8 @@ class Text:
     Attributes:
         data: Text files, directories, globs; JSON lines, as FILE.jsonl or FILE.jsonl#FIELD;
             hf:NAME. `python` is the source of Python's standard library.
+        bad_records: Skip records that are not JSON, not UTF-8 or without text, with a warning, or
+            stop.
         tokenizer: A tokenizer.json, a directory holding one (a Hugging Face model's), or bytes.
         batch_size: Rows of a batch, over all devices and micro-batches.
         seq_len: Tokens of a row.
@@ -83,6 +85,7 @@ class Text:
     """
 
     data: Annotated[tuple[str, ...], conf.arg(metavar="SOURCE ...")] = ("python",)
+    bad_records: Literal["skip", "stop"] = "skip"
     tokenizer: str = "bytes"
     batch_size: int = 8
     seq_len: int = 128
@@ -174,7 +177,9 @@ class Run:
         output: Directory of the run, if not runs/MODEL-OPTIMIZER, with a number added if that is
             taken.
         resume: Continue the run in --output (or the latest) exactly from its last checkpoint.
-            Its options need not be given again.
+            Its options need not be given again. --data may name another place of the same text.
+        accept_data_change: Resume with other data than before: a new pass over it begins, while
+            steps, schedule and optimizer go on.
         config: Read options from a config.json. Those on the command line win.
         mesh: Arrangement of the devices, such as data=2,fsdp=4; if not given, data=DEVICES. `data`
             copies the model, `fsdp` splits its parameters, `tensor` its heads and channels.
@@ -192,6 +197,7 @@ class Run:
 
     output: Annotated[Path | None, conf.arg(metavar="DIRECTORY")] = None
     resume: bool = False
+    accept_data_change: bool = False
     config: Annotated[Path | None, conf.arg(metavar="FILE")] = None
     mesh: Annotated[str | None, conf.arg(metavar="AXIS=SIZE,...")] = None
     coordinator: Annotated[str | None, conf.arg(metavar="HOST:PORT")] = None

@@ -11,7 +11,7 @@ from memopt.errors import check_at_least, check_choice
 from memopt.models import llama
 from memopt.optimizers.registry import METHODS
 from memopt.state.quantized_state import quantize_state
-from memopt.text.batches import FIELDS
+from memopt.text.packing import FIELDS
 from memopt.training.config import Config
 from memopt.training.phases import follow
 from memopt.training.placement import make_mesh

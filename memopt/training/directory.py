@@ -10,8 +10,10 @@ from typing import Any
 from memopt.training.config import Config
 from memopt.training.processes import is_main_process
 
-#: Options that may change when a run is resumed; all others decide what its checkpoints mean.
+#: Options that may change when a run is resumed; all others decide what its checkpoints mean. The
+#: content of `data` is checked apart from its place.
 MAY_CHANGE = {
+    *("data", "bad_records"),
     *("steps", "schedule", "phases", "mesh", "max_skipped", "keep"),
     *("eval_every", "eval_tokens", "checkpoint_every"),
 }

@@ -10,16 +10,22 @@ import jax
 
 from memopt.errors import check_at_least
 from memopt.optimizers.registry import FORMERLY_OPTAX
-from memopt.text.batches import Batch, Batches, fingerprint, train_batches, validation_batches
-from memopt.text.documents import find_documents
+from memopt.text.batches import Batches, fingerprint, train_batches, validation_batches
+from memopt.text.documents import Documents, find_documents
+from memopt.text.packing import Batch
 from memopt.text.tokenizer import Tokenizer, load_tokenizer
 from memopt.training.checkpoint import Checkpoints, Record
 from memopt.training.config import Config, Start, read_options
+from memopt.training.data import Data, continue_history, read_history, write_history
 from memopt.training.describe import describe_run
 from memopt.training.directory import MAY_CHANGE, check_same, choose_directory, open_directory
 from memopt.training.phases import WITH_SCHEDULE, resume
 from memopt.training.placement import rows_here
-from memopt.training.processes import check_same_on_all_processes, is_main_process
+from memopt.training.processes import (
+    check_same_on_all_processes,
+    errors_in_all_processes,
+    is_main_process,
+)
 from memopt.training.profile import check_profile
 from memopt.training.setup import Setup
 from memopt.training.start import read_origin
@@ -28,6 +34,8 @@ from memopt.training.step import TrainState
 #: Embeddings of a model per id of its tokenizer, at most, unless the options give the vocabulary.
 #: It leaves room for rounding up and for a few added ids; bytes in a vocabulary of 32000 have 125.
 MOST_ROWS_PER_ID = 1.25
+#: What decides the order of the data besides its content; it never changes.
+PASS = ("data tokenizer", "data batch_size", "data seq_len", "data seed")
 
 
 @dataclasses.dataclass
@@ -45,6 +53,7 @@ class Training:
         checkpoints: Its checkpoints.
         state: The state to begin with.
         origin: What it took over from another run, "" for nothing.
+        history: What it was trained on so far.
     """
 
     config: Config
@@ -57,6 +66,7 @@ class Training:
     checkpoints: Checkpoints
     state: TrainState
     origin: str = ""
+    history: Sequence[Data] = ()
 
     def save(self, state: TrainState, val_loss: float | None = None) -> None:
         """Starts to save a checkpoint: the state, the position in the data, options, identity."""
@@ -68,13 +78,14 @@ class Training:
         self.checkpoints.save(state, record, val_loss)
 
 
-def open_run(config: Config) -> Training:
+def open_run(config: Config, progress: Callable[[str], None] | None = None) -> Training:
     """Opens and checks all that a run needs; writes nothing until every check has passed.
 
     Args:
         config: The options of the run. With `run.resume`, those it was started with, but for
             `memopt.training.directory.MAY_CHANGE` and, if it names a schedule, the options in
             `memopt.training.phases.WITH_SCHEDULE`.
+        progress: Called with a line to show while reading the text takes long.
 
     Returns:
         The run, at its first step or, resumed, at that of its newest whole checkpoint. One that
@@ -102,17 +113,28 @@ def open_run(config: Config) -> Training:
     setup = describe_run(config)
     check_vocabulary(tokenizer, config, setup.model_config.vocab_size)
     rows = rows_here(setup.mesh, config.text.batch_size)
-    batches, validation, identity = open_batches(config, tokenizer, rows, setup.place)
+    with errors_in_all_processes():
+        history = read_history(directory) if config.run.resume else []
+        documents = find_text(config, history, progress)
+        batches, validation, identity = open_batches(
+            config, documents, tokenizer, rows, setup.place, progress
+        )
     check_same_on_all_processes(
         {"output": str(directory), **config.flat(), "content of the data": identity}
         | {name: getattr(config.optimization, name) for name in ("schedule", "rewarm")}
     )
 
     restored = _restore(checkpoints, setup) if config.run.resume else None
+    data = Data(0, list(config.text.data), identity, documents.listing())
     if restored:
         state, record = restored
-        check_same(directory, record["identity"], identity)
-        batches.set_state(record["batches"])
+        then = record["identity"]
+        check_same(directory, *({name: x[name] for name in PASS} for x in (then, identity)))
+        data = data._replace(after=int(state.step))
+        accept = config.run.accept_data_change
+        history, is_same = continue_history(directory, history, then, data, accept=accept)
+        if is_same:
+            batches.set_state(record["batches"])
     elif origin:
         state = origin.start(config, setup)
     if config.run.resume:
@@ -123,12 +145,13 @@ def open_run(config: Config) -> Training:
     done = int(state.step) if restored else 0
     check_profile(config.run.profile, config.optimization.steps - done)
     open_directory(directory, config)
+    write_history(directory, history if restored else [data])
     if not restored and not origin:
         with jax.set_mesh(setup.mesh):
             state = setup.jit_init(config.optimization.seed)()
-    run = Training(
-        config, setup, directory, tokenizer, batches, validation, identity, checkpoints, state
-    )
+    files = (checkpoints, state)
+    run = Training(config, setup, directory, tokenizer, batches, validation, identity, *files)
+    run.history = history
     if origin:
         run.origin = origin.taken_over(config)
         run.save(state)
@@ -147,33 +170,62 @@ def _restore(checkpoints: Checkpoints, setup: Setup) -> tuple[TrainState, Record
         ) from error
 
 
-def open_batches(
+def find_text(
     config: Config,
-    tokenizer: Tokenizer,
-    rows: Sequence[int],
-    place: Callable[[Batch], Any] | None = None,
-) -> tuple[Batches, list[Batch], Record]:
-    """Finds a run's text and cuts it into batches.
+    history: Sequence[Data] = (),
+    progress: Callable[[str], None] | None = None,
+) -> Documents:
+    """Finds a run's text.
 
     Args:
         config: The options of the run.
+        history: What it was trained on so far: the same content has its names again.
+        progress: Called with a line to show, now and then if it takes long.
+
+    Returns:
+        The documents.
+
+    Raises:
+        ValueError: There is no such text.
+    """
+    bad_records = config.text.bad_records
+    documents = find_documents(config.text.data, bad_records=bad_records, progress=progress)
+    for entry in reversed(history):
+        if (renamed := documents.renamed(entry.files)) is not None:
+            return renamed
+    return documents
+
+
+def open_batches(
+    config: Config,
+    documents: Documents,
+    tokenizer: Tokenizer,
+    rows: Sequence[int],
+    place: Callable[[Batch], Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[Batches, list[Batch], Record]:
+    """Cuts a run's text into batches.
+
+    Args:
+        config: The options of the run.
+        documents: Its text.
         tokenizer: Makes ids of the text.
         rows: The rows of a batch that this process holds.
         place: Applied to each training batch, ahead of its step.
+        progress: Called with a line to show if a part of it takes long.
 
     Returns:
         The training batches, the held-out batches, and what identifies the data.
 
     Raises:
-        ValueError: There is no such text, or too little of it.
+        ValueError: There is too little text.
     """
-    training, held_out = find_documents(config.text.data).split()
-    shape = {"batch_size": config.text.batch_size, "seq_len": config.text.seq_len}
-    seed = config.optimization.seed
-    batches = train_batches(training, tokenizer, **shape, seed=seed, rows=rows, place=place)
-    validation = validation_batches(
-        held_out, tokenizer, max_tokens=config.text.eval_tokens, **shape, rows=rows
-    )
+    training, held_out = documents.split()
+    shape: Any = {"batch_size": config.text.batch_size, "seq_len": config.text.seq_len}
+    seed, eval_tokens = config.optimization.seed, config.text.eval_tokens
+    here: Any = {"rows": rows, "progress": progress}
+    batches = train_batches(training, tokenizer, **shape, seed=seed, place=place, **here)
+    validation = validation_batches(held_out, tokenizer, **shape, max_tokens=eval_tokens, **here)
     identity = fingerprint(training, tokenizer, **shape, seed=seed)
     return batches, validation, {f"data {name}": value for name, value in identity.items()}
 

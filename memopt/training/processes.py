@@ -4,11 +4,12 @@
 arrays; files are written, and the screen, by the first alone.
 """
 
+import contextlib
 import json
 import re
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ from memopt.training.config import Run
 
 #: The processes agree on signals about so often, and after so many steps at the latest.
 SECONDS_TO_STOP, STEPS_TO_STOP = 1.0, 16
+#: Bytes of an error that other processes are told.
+LONGEST_MESSAGE = 1000
 
 
 def init_distributed(options: Run) -> None:
@@ -77,6 +80,35 @@ def _check_given(coordinator: str | None, processes: int | None, process: int | 
 def is_main_process() -> bool:
     """Whether this process is the one that writes files and shows how the run goes."""
     return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def errors_in_all_processes() -> Iterator[None]:
+    """Raises an error that one process meets in the block in all of them; each waits for all.
+
+    Raises:
+        ValueError: One did. In another process, its number is added.
+        OSError: This one did, and so for `ImportError`.
+
+    Example:
+        >>> with errors_in_all_processes():
+        ...     raise ValueError("data 'a.txt' cannot be read.")
+        Traceback (most recent call last):
+        ValueError: data 'a.txt' cannot be read.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except (ValueError, ImportError, OSError) as error:
+        own = error
+    message = f"{own}".encode()[:LONGEST_MESSAGE] if own else b""
+    padded = np.frombuffer(message.ljust(LONGEST_MESSAGE, b"\0"), np.uint8)
+    everywhere = multihost_utils.process_allgather(padded)
+    if own:
+        raise own
+    for process, theirs in enumerate(everywhere):
+        if text := theirs.tobytes().rstrip(b"\0").decode(errors="replace"):
+            raise ValueError(f"{text} (process {process} of {len(everywhere)})")
 
 
 def check_same_on_all_processes(options: Mapping[str, Any]) -> None:

@@ -69,6 +69,8 @@ def pretrain(complain, tmp_path):
         (["--optimizer=schedule_free", "--state=int8"], "state=int8 must be left out"),
         (["--data=nowhere/*.txt"], "matches no text file"),
         (["--data=empty.txt"], "empty"),
+        (["--data=bad.jsonl"], "bad.jsonl, line 1 is not JSON"),
+        (["--data=half.jsonl", "--bad-records=stop"], "half.jsonl, line 2 is not JSON"),
         (["--tokenizer=nowhere.json"], "neither 'bytes' nor an existing tokenizer.json"),
         (["--vocab-size=100"], "add --vocab-size 257"),
         (["--vocab-size=0"], "vocab_size must be at least 1"),
@@ -107,6 +109,8 @@ def test_one_sentence_says_what_to_change(pretrain, tmp_path, arguments, says):
     (tmp_path / "full" / "thesis.txt").write_text("precious")
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "bad.jsonl").write_text("{torn\n")
+    (tmp_path / "half.jsonl").write_text('{"text": "good"}\n{torn\n')
     assert says in pretrain(*arguments)
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
 

@@ -63,12 +63,13 @@ def last_state(directory):
     return jax.device_get(run.state)
 
 
-def start_all(home, count, *flags, devices=4):
-    """Starts processes with so many devices in all."""
+def start_all(home, count, *flags, devices=4, last=()):
+    """Starts processes with so many devices in all; the last one has more flags."""
     address = f"localhost:{free_port()}"
     together = (f"--coordinator={address}", f"--processes={count}", "--heartbeat-timeout=9")
+    more = [()] * (count - 1) + [last]
     return [
-        start(home, *flags, *together, f"--process={index}", devices=devices // count)
+        start(home, *flags, *together, f"--process={index}", *more[index], devices=devices // count)
         for index in range(count)
     ]
 
@@ -146,3 +147,14 @@ def test_a_process_that_falls_silent_ends_all(home):
     kill(processes[1])
     assert processes[0].returncode not in (0, None)
     assert "another task died" in err
+
+
+@pytest.mark.slow
+def test_data_that_one_cannot_read_ends_all_with_the_sentence(home):
+    (home / "image.png").write_bytes(b"\x89PNG\0")
+    processes = start_all(home, 2, *FLAGS, "--output=blind", last=("--data", "image.png"))
+    for process in processes:
+        _, err = finish(process, exit_code=2)
+        assert "data 'image.png' is not text: it holds zero bytes." in err
+    assert "(process 1 of 2)" not in err
+    assert not (home / "blind").exists()

@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
+import gzip
 import json
+import os
 import subprocess
 import sys
+import threading
 
 import datasets
 import grain
@@ -13,15 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memopt.text.batches import (
-    _packed,
-    _tuples,
-    fingerprint,
-    train_batches,
-    validation_batches,
-)
+from memopt.text import streams
+from memopt.text.batches import fingerprint, train_batches, validation_batches
 from memopt.text.documents import find_documents
 from memopt.text.files import Piece
+from memopt.text.packing import packed
 from memopt.text.tokenizer import load_tokenizer
 from tests.text.corpora import texts, write_files, write_lines
 
@@ -41,6 +40,7 @@ class Given:
     """Documents from a list of pieces."""
 
     pieces: list[Piece]
+    chunk = 3
 
     def once(self):
         return grain.MapDataset.source(self.pieces)
@@ -84,6 +84,48 @@ def test_packing_loses_no_token_and_keeps_their_order(contents, seq_len, batch_s
     for batch in batches:
         for row in range(batch_size):
             check_segments({name: batch[name][row] for name in NAMES})
+
+
+PIECES = st.builds(Piece, st.text("ab", max_size=9), st.booleans(), st.booleans())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    pieces=st.lists(PIECES, min_size=1, max_size=12),
+    seq_len=st.integers(1, 12),
+    chunk=st.integers(2, 5),
+    at=st.integers(0, 20),
+)
+def test_rows_and_states_of_release_0_1_are_those_of_today(pieces, seq_len, chunk, at):
+    """Release 0.1 packed with Grain; its rows must come again, and its states must continue."""
+    source = grain.MapDataset.source(pieces)
+
+    def pair(piece):
+        eos = np.array([256], np.int32)
+        tokens = [eos[: piece.begins], BYTES.encode(piece.text), eos[: piece.ends]]
+        tokens = np.concatenate(tokens)
+        return {"inputs": tokens[:-1], "targets": tokens[1:]}
+
+    pairs = source.map(pair).to_iter_dataset()
+    lengths = {"inputs": seq_len, "targets": seq_len}
+    theirs = iter(grain.experimental.ConcatThenSplitIterDataset(pairs, length_struct=lengths))
+    states, expected = [theirs.get_state()], []
+    for row in theirs:
+        expected.append(row)
+        states.append(theirs.get_state())
+    if expected and not expected[-1]["inputs_segment_ids"].any():
+        expected.pop()  # of pieces without pairs; they no longer make a row
+    ours = iter(packed(source, BYTES, seq_len, chunk=chunk))
+    found = list(ours)
+    at = min(at, len(expected))
+    ours.set_state(json.loads(json.dumps(states[at])))
+    for rows, wanted in ((found, expected), (list(ours), expected[at:])):
+        assert len(rows) == len(wanted)
+        for row, other in zip(rows, wanted, strict=True):
+            for name in ("inputs", "targets"):
+                np.testing.assert_array_equal(row[name], other[name])
+            for name in ("segment_ids", "positions"):
+                np.testing.assert_array_equal(row[name], other[f"inputs_{name}"])
 
 
 def check_segments(row):
@@ -315,15 +357,53 @@ def test_an_empty_stream_is_refused_instead_of_waiting_for_ever(tmp_path):
         next(batches)
 
 
-def test_a_bad_line_is_refused_when_it_is_read(tmp_path):
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
     path = tmp_path / "pages.jsonl"
-    path.write_text('{"text": "fine"}\n{"text": "fine"}\n[1]\n')
+    path.write_text('{"text": "fine"}\n{"text": "fine"}\n')
     corpus = find_documents([str(path)])
-    with pytest.raises(ValueError, match=r"pages\.jsonl, line 3 has no text in the field 'text'"):
+    path.write_text('{"text": "fine"}\n{"text":   null}\n')
+    message = r"pages\.jsonl has changed since it was found: line 2 has no text in the field 'text'"
+    with pytest.raises(ValueError, match=message):
         validation_batches(corpus, BYTES, batch_size=1, seq_len=4)
+    path.write_text('{"text": "fine"}\n')
     batches = train_batches(corpus, BYTES, batch_size=2, seq_len=4, seed=0)
-    with contextlib.closing(batches), pytest.raises(ValueError, match="line 3"):
+    with contextlib.closing(batches), pytest.raises(ValueError, match="has become shorter"):
         take(batches, 50)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_file_is_opened_a_few_times_and_not_once_for_each_document(tmp_path, monkeypatch, name):
+    """Opening it takes longer than reading a short document."""
+    lines = "".join(f'{{"text": "{i:09d}"}}\n' for i in range(20_000)).encode()
+    (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+    opened, real = [], os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest: opened.append(path) or real(path, *rest))
+    train, held = find_documents([str(tmp_path / name)]).split()
+    assert validation_batches(held, BYTES, batch_size=8, seq_len=32)
+    with contextlib.closing(train_batches(train, BYTES, batch_size=8, seq_len=32, seed=0)) as rows:
+        take(rows, 5)
+    assert 1 <= len(opened) <= 4
+
+
+def test_a_line_is_shown_if_the_first_batch_takes_long(tmp_path, monkeypatch):
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict({"text": ["a"] * 99}).save_to_disk(tmp_path / "saved")
+    shown, lines = threading.Event(), []
+
+    def progress(line):
+        lines.append(line)
+        shown.set()
+
+    monkeypatch.setattr("memopt.text.batches.SECONDS_OF_SILENCE", 0)
+    real = streams.text_of
+    monkeypatch.setattr(streams, "text_of", lambda *args: shown.wait(60) and real(*args))
+    train, held = find_documents([f"hf:{tmp_path / 'saved'}"]).split()
+    options = {"batch_size": 1, "seq_len": 4, "progress": progress}
+    validation_batches(held, BYTES, **options)
+    shown.clear()
+    with contextlib.closing(train_batches(train, BYTES, seed=0, **options)) as batches:
+        take(batches, 3)
+    assert lines == ["reading the held-out text …", "reading text for the first batch …"]
 
 
 # --- arguments -------------------------------------------------------------------------------
@@ -363,21 +443,9 @@ def test_the_fingerprint_differs_where_data_or_options_differ(tmp_path):
     assert of(corpus.split(0.1)[0])["digest"] != of(corpus.split(0.2)[0])["digest"]
     (tmp_path / "f000.txt").rename(tmp_path / "g000.txt")
     renamed = of(find_documents([str(tmp_path)]))
-    assert {k for k, v in renamed.items() if v != base[k]} == {"digest"}
-
-
-def test_grain_loses_documents_when_its_state_goes_through_json():
-    """Why `set_state` gives tuples back: see `_tuples`. Grain 0.2.18."""
-    corpus = Given([Piece("abc", True, True), Piece("defg", True, True), Piece("hij", True, True)])
-    rows = _packed(corpus.once(), BYTES, 4)
-    iterator = iter(rows)
-    next(iterator)
-    next(iterator)
-    next(iterator)
-    fresh = iter(rows)
-    state = fresh.get_state()
-    fresh.set_state(json.loads(json.dumps(state)))
-    broken = next(fresh)["inputs"]
-    fresh.set_state(_tuples(json.loads(json.dumps(state))))
-    np.testing.assert_array_equal(next(fresh)["inputs"], next(iter(rows))["inputs"])
-    assert not np.array_equal(broken, next(iter(rows))["inputs"])
+    assert {k for k, v in renamed.items() if v != base[k]} == {"content", "digest"}
+    (tmp_path / "g000.txt").rename(tmp_path / "f000.txt")
+    content = (tmp_path / "f001.txt").read_text()
+    (tmp_path / "f001.txt").write_text(content.replace("line 0", "LINE 0"))
+    changed = of(find_documents([str(tmp_path)]))
+    assert {k for k, v in changed.items() if v != base[k]} == {"content"}

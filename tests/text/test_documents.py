@@ -1,6 +1,8 @@
 """Documents are found, read in pieces and split for good."""
 
+import json
 import sys
+import warnings
 
 import datasets
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from memopt.text import files
 from memopt.text.documents import find_documents
 from memopt.text.files import Piece
+from memopt.text.finding import DataWarning
 from tests.text.corpora import texts, write_files, write_lines
 
 # --- finding ---------------------------------------------------------------------------------
@@ -31,7 +34,6 @@ def test_directories_globs_and_files_find_the_same(tmp_path):
     write_files(tmp_path / "a" / "deep", 3)
     (tmp_path / "a" / ".git").mkdir()
     (tmp_path / "a" / ".git" / "config").write_text("hidden")
-    (tmp_path / "a" / "image.bin").write_bytes(b"\x89PNG\0\0")
     (tmp_path / "a" / "empty.txt").touch()
     by_directory = find_documents([str(tmp_path / "a")])
     by_glob = find_documents([str(tmp_path / "a" / "**" / "*.txt")])
@@ -85,16 +87,22 @@ def test_long_files_are_cut_at_lines(tmp_path):
         (["nowhere"], "data 'nowhere' matches no text file"),
         (["*.nothing"], r"data '\*.nothing' matches no text file"),
         (["empty.txt"], "data 'empty.txt' holds no text: every file is empty"),
-        (["binary"], "data 'binary' is not text"),
+        (["folder"], "data 'folder' names no text: folder/binary is not text: it holds"),
+        (["binary"], "data 'binary' is not text: it holds zero bytes"),
         (["broken.jsonl"], r"broken.jsonl, line 2 is not JSON"),
-        (["pages.jsonl#body"], r"line 1 has no text in the field 'body' \(its fields are text\)"),
+        (
+            ["pages.jsonl#body"],
+            r"line 1 has no text in .* 'body' \(its fields: text\); name",
+        ),
         (["hf:x", "python"], "data 'hf:x' cannot be mixed"),
     ],
 )
 def test_unreadable_data_is_refused_in_one_sentence(tmp_path, monkeypatch, specs, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").touch()
-    (tmp_path / "binary").write_bytes(b"a\0b")
+    (tmp_path / "folder").mkdir()
+    for place in ("binary", "folder/binary"):
+        (tmp_path / place).write_bytes(b"a\0b")
     (tmp_path / "broken.jsonl").write_text("\n{nothing\n")
     write_lines(tmp_path / "pages.jsonl", 2)
     with pytest.raises(ValueError, match=message):
@@ -157,9 +165,29 @@ def test_few_lines_hold_out_the_last(tmp_path):
     assert len(train) == 8
 
 
+@pytest.mark.parametrize("count", [2, 60])
+def test_a_few_files_of_one_line_each_are_held_out_whole(tmp_path, count):
+    for i in range(count):
+        (tmp_path / f"{i:02d}.txt").write_text(f"article {i} " + "word " * 1000 + "\n")
+    train, held = find_documents([str(tmp_path)]).split()
+    assert len(held) == count // 20 or 1
+    assert len(train) == count - len(held)
+    assert all(piece.begins and piece.ends for piece in [*train, *held])
+    assert not set(texts(train)) & set(texts(held))
+    again = find_documents([str(tmp_path)]).split()[1]
+    assert texts(again) == texts(held)
+
+
+def test_the_end_of_a_single_line_is_held_out_at_a_character(tmp_path):
+    (tmp_path / "line.txt").write_text("→" * 500 + "\n")
+    train, held = find_documents([str(tmp_path)]).split()
+    assert "".join(p.text for p in [*train, *held]) == "→" * 500 + "\n"
+    assert 20 <= len(held[0].text) <= 30
+
+
 def test_too_little_text_to_split_is_refused(tmp_path):
     corpus = find_documents([write_lines(tmp_path / "a.jsonl", 1)])
-    with pytest.raises(ValueError, match=r"too small to hold out a validation part of 0\.05"):
+    with pytest.raises(ValueError, match=r"too small to hold out .*: it is a single document"):
         corpus.split()
     with pytest.raises(ValueError, match=r"validation_fraction=1\.5 must be between 0 and 1"):
         corpus.split(1.5)
@@ -171,6 +199,21 @@ def test_every_epoch_has_every_piece_in_a_new_order(tmp_path):
     assert sorted(pieces[:20]) == sorted(pieces[20:]) == texts(corpus)
     assert pieces[:20] != pieces[20:]
     assert pieces != [corpus.epochs(4)[i].text for i in range(40)]
+
+
+def test_the_same_content_by_other_names_is_split_and_ordered_as_before(tmp_path):
+    for place, names in (("old", "abc"), ("new", "zyx")):
+        (tmp_path / place).mkdir()
+        for seed, name in enumerate(names):
+            path = tmp_path / place / f"{name}.jsonl"
+            path.write_text("".join(f'{{"text": "{seed} {i}"}}\n' for i in range(60)))
+    old, new = (find_documents([str(tmp_path / place)]) for place in ("old", "new"))
+    known = new.renamed(old.listing())
+    assert known.describe() == old.describe() != new.describe()
+    for one, other in zip(known.split(), old.split(), strict=True):
+        assert list(one) == list(other)
+    (tmp_path / "new" / "z.jsonl").write_text('{"text": "other"}\n')
+    assert find_documents([str(tmp_path / "new")]).renamed(old.listing()) is None
 
 
 # --- streams ---------------------------------------------------------------------------------
@@ -202,3 +245,48 @@ def test_two_readers_of_a_stream_do_not_disturb_each_other(tmp_path):
         next(other, None)
     one.set_state(state)
     assert [piece.text for piece in one] == alone[25:]
+
+
+def test_a_dataset_without_text_in_some_documents_leaves_them_out_wherever_it_continues(tmp_path):
+    datasets.disable_progress_bars()
+    rows = [None if i % 10 == 3 else f"document {i}" for i in range(60)]
+    datasets.Dataset.from_dict({"text": rows}).save_to_disk(tmp_path / "saved")
+    spec = f"hf:{tmp_path / 'saved'}"
+    corpus = find_documents([spec])
+    reader, states = iter(corpus.once()), []
+
+    def read():
+        for _ in range(20):
+            states.append(reader.get_state())
+            next(reader)
+
+    with pytest.warns(DataWarning, match=r"skipped 1 document so far: .*saved, document 4 has no"):
+        read()
+    expected = [row for row in rows if row is not None]
+    for number in (0, 3, 19):
+        reader.set_state(json.loads(json.dumps(states[number])))
+        with warnings.catch_warnings(action="ignore"):
+            assert [piece.text for piece in reader] == expected[number:]
+        assert reader.get_state()["skipped"] == 6
+    with pytest.raises(ValueError, match=r"document 4 has no text .*leave it out with --bad-rec"):
+        list(find_documents([spec], bad_records="stop").once())
+
+
+def test_a_dataset_without_such_a_field_is_refused_soon(tmp_path):
+    datasets.disable_progress_bars()
+    table = datasets.Dataset.from_dict({"body": ["x"] * 200})
+    table.save_to_disk(tmp_path / "saved")
+    corpus = find_documents([f"hf:{tmp_path / 'saved'}"])
+    message = r"none of 100 documents has text: .*\(its fields: body\); name the field"
+    with warnings.catch_warnings(action="ignore"), pytest.raises(ValueError, match=message):
+        next(iter(corpus.once()))
+
+
+def test_a_local_dataset_is_the_same_in_another_place_until_it_changes(tmp_path):
+    for place in ("old", "new"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "train.csv").write_text("text\na\nb\n")
+    old, new = (find_documents([f"hf:{tmp_path / place}"]) for place in ("old", "new"))
+    assert new.renamed(old.listing()).describe() == old.describe() != new.describe()
+    (tmp_path / "new" / "train.csv").write_text("text\na\nb\nc\n")
+    assert find_documents([f"hf:{tmp_path / 'new'}"]).renamed(old.listing()) is None
