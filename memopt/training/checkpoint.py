@@ -19,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from memopt.training.processes import is_main_process
 from memopt.training.step import TrainState
+from memopt.training.writing import WriteError, why
 from memopt.trees import named_leaves
 
 #: What is saved beside the arrays, JSON-serialisable.
@@ -41,11 +42,13 @@ class Checkpoints:
         self._directory = directory.absolute()
         self._keep = keep
         self._val_loss: dict[int, float | None] = {}
+        self._saving: Any = None  # Orbax's response to the last save
 
     @functools.cached_property
     def _checkpointer(self) -> ocp.training.Checkpointer:
         for path in self._steps():
             self._val_loss[int(path.name)] = _metadata(path)["val_loss"]
+        logging.getLogger("absl").addFilter(_has_no_traceback)
         return ocp.training.Checkpointer(
             self._directory, preservation_policy=self, cleanup_tmp_directories=True
         )
@@ -57,26 +60,47 @@ class Checkpoints:
             state: The state; its `step` names the checkpoint. Does nothing if that one exists.
             record: What belongs to it besides arrays.
             val_loss: Its validation loss, if known and finite; the lowest is the best.
-        """
-        step = int(state.step)
-        if any(checkpoint.step == step for checkpoint in self._checkpointer.checkpoints):
-            return
-        self._val_loss[step] = val_loss
-        metadata = {"record": record, "val_loss": val_loss, "checksum": _checksum(state, record)}
-        self._checkpointer.save_checkpointables_async(
-            step, {"state": state}, force=True, custom_metadata=metadata
-        )
 
-    def exist(self) -> bool:
-        """Whether there are any, whole or damaged."""
-        return bool(self._steps())
+        Raises:
+            WriteError: This checkpoint, or the one before, cannot be written.
+        """
+        self.wait()
+        step = int(state.step)
+        with self._writing():
+            if any(checkpoint.step == step for checkpoint in self._checkpointer.checkpoints):
+                return
+            self._val_loss[step] = val_loss
+            checksum = _checksum(state, record)
+            metadata = {"record": record, "val_loss": val_loss, "checksum": checksum}
+            self._saving = self._checkpointer.save_checkpointables_async(
+                step, {"state": state}, force=True, custom_metadata=metadata
+            )
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits until the last checkpoint is written.
+
+        Args:
+            timeout: Seconds to wait at most; with 0, only a failure is looked for.
+
+        Raises:
+            WriteError: It cannot be written.
+        """
+        if self._saving:
+            late = (TimeoutError,) if timeout is not None else ()
+            with self._writing(), contextlib.suppress(*late):
+                self._saving.result(timeout)
+
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint, whole or damaged; None if there is none."""
+        return max((int(path.name) for path in self._steps()), default=None)
 
     def restore(
         self, like: TrainState, *, set_aside: bool = True
     ) -> tuple[TrainState, Record] | None:
         """Reads the newest checkpoint that is whole.
 
-        Damaged ones after it are warned about and moved to `damaged/` beside the directory.
+        Damaged ones after it are warned about and moved to `damaged/` beside the directory. One
+        that is removed while it is read, by a run that goes on, is not damaged.
 
         Args:
             like: Shapes, dtypes and shardings of the state, as `ShapeDtypeStruct`s.
@@ -89,14 +113,17 @@ class Checkpoints:
             ValueError: There are checkpoints, but none is whole and has the arrays of `like`.
         """
         found: tuple[TrainState, Record] | None = None
-        damaged: dict[Path, str] = {}
+        failed: dict[Path, str] = {}
         with _quiet():
             for path in sorted(self._steps(), key=lambda path: -int(path.name)):
                 try:
                     metadata = _metadata(path)
                     found = found or _read(path, metadata, like)
                 except Exception as error:  # Orbax raises errors of many kinds for a torn file
-                    damaged[path] = f"{error}"[:300].splitlines()[0]
+                    failed[path] = why(error)
+        damaged = {path: reason for path, reason in failed.items() if path.exists()}
+        if not found and len(damaged) < len(failed):
+            return self.restore(like, set_aside=set_aside)  # newer ones are there
         if damaged and not found:
             path, reason = next(iter(damaged.items()))
             raise ValueError(
@@ -116,11 +143,36 @@ class Checkpoints:
         return [step in kept for step in steps]
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._checkpointer.close()
+        """Waits until everything is written.
+
+        Raises:
+            WriteError: The last checkpoint cannot be written.
+        """
+        self.wait()
+        with self._writing():
+            self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns errors of Orbax, of many kinds, into one sentence; not those of other processes."""
+        try:
+            yield
+        except Exception as error:
+            cause = error.__cause__ if isinstance(error, TimeoutError) else error
+            if isinstance(cause, jax.errors.JaxRuntimeError):
+                raise cause from None
+            raise WriteError(
+                f"a checkpoint in {str(self._directory)!r} cannot be written ({why(error)}): make "
+                "room, for which a smaller --keep helps, or repair the disk."
+            ) from error
 
     def _steps(self) -> list[Path]:
         return [path for path in self._directory.glob("*") if path.name.isdecimal()]
+
+
+def _has_no_traceback(record: logging.LogRecord) -> bool:
+    """Leaves out what Orbax logs, at each level of its calls, of an error that it also raises."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 @contextlib.contextmanager

@@ -17,9 +17,14 @@ from memopt.training.checkpoint import Checkpoints, Record
 from memopt.training.config import Config, Start, read_options
 from memopt.training.describe import describe_run
 from memopt.training.directory import MAY_CHANGE, check_same, choose_directory, open_directory
+from memopt.training.lock import Lock
 from memopt.training.phases import WITH_SCHEDULE, resume
 from memopt.training.placement import rows_here
-from memopt.training.processes import check_same_on_all_processes, is_main_process
+from memopt.training.processes import (
+    check_same_on_all_processes,
+    is_main_process,
+    on_main_process,
+)
 from memopt.training.profile import check_profile
 from memopt.training.setup import Setup
 from memopt.training.start import read_origin
@@ -43,6 +48,7 @@ class Training:
         validation: The held-out batches.
         identity: What identifies the data.
         checkpoints: Its checkpoints.
+        lock: The lock of its directory, held until it is trained.
         state: The state to begin with.
         origin: What it took over from another run, "" for nothing.
     """
@@ -55,6 +61,7 @@ class Training:
     validation: list[Batch]
     identity: Record
     checkpoints: Checkpoints
+    lock: Lock
     state: TrainState
     origin: str = ""
 
@@ -65,6 +72,7 @@ class Training:
             "identity": self.identity,
             "batches": self.batches.get_state(),
         }
+        self.lock.check()
         self.checkpoints.save(state, record, val_loss)
 
 
@@ -81,7 +89,8 @@ def open_run(config: Config) -> Training:
         starts from another run has saved its first state, so that it does not need that run again.
 
     Raises:
-        ValueError: An option, or a combination of them, cannot work; says what to change.
+        ValueError: An option, or a combination of them, cannot work, or another process trains the
+            run; says what to change.
     """
     directory, given = choose_directory(config), config
     if config.run.resume:
@@ -97,7 +106,7 @@ def open_run(config: Config) -> Training:
 
     tokenizer = load_tokenizer(config.text.tokenizer)
     checkpoints = Checkpoints(directory / "checkpoints", config.run.keep)
-    origin = read_origin(config) if config.start.init and not checkpoints.exist() else None
+    origin = read_origin(config) if config.start.init and checkpoints.newest() is None else None
     config = origin.schedule(config) if origin else config
     setup = describe_run(config)
     check_vocabulary(tokenizer, config, setup.model_config.vocab_size)
@@ -108,7 +117,10 @@ def open_run(config: Config) -> Training:
         | {name: getattr(config.optimization, name) for name in ("schedule", "rewarm")}
     )
 
-    restored = _restore(checkpoints, setup) if config.run.resume else None
+    lock, restored = Lock(directory), None
+    if config.run.resume:
+        on_main_process(lock.acquire)  # before damaged checkpoints are moved
+        restored = _restore(checkpoints, setup)
     if restored:
         state, record = restored
         check_same(directory, record["identity"], identity)
@@ -122,12 +134,12 @@ def open_run(config: Config) -> Training:
         setup = describe_run(config) if config.phases != before.phases else setup
     done = int(state.step) if restored else 0
     check_profile(config.run.profile, config.optimization.steps - done)
-    open_directory(directory, config)
+    on_main_process(lambda: open_directory(directory, config, lock))
     if not restored and not origin:
         with jax.set_mesh(setup.mesh):
             state = setup.jit_init(config.optimization.seed)()
     run = Training(
-        config, setup, directory, tokenizer, batches, validation, identity, checkpoints, state
+        config, setup, directory, tokenizer, batches, validation, identity, checkpoints, lock, state
     )
     if origin:
         run.origin = origin.taken_over(config)

@@ -8,7 +8,7 @@ import json
 import re
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,9 @@ from memopt.training.config import Run
 
 #: The processes agree on signals about so often, and after so many steps at the latest.
 SECONDS_TO_STOP, STEPS_TO_STOP = 1.0, 16
+
+#: Bytes of a sentence that the main process tells the others; one with two paths has less.
+LONGEST_SENTENCE = 2000
 
 
 def init_distributed(options: Run) -> None:
@@ -99,6 +102,29 @@ def check_same_on_all_processes(options: Mapping[str, Any]) -> None:
             f"{', '.join(differing)} must be the same in all {len(everywhere)} processes, but "
             "differs: start them with the same options and data."
         )
+
+
+def on_main_process(action: Callable[[], None]) -> None:
+    """Does something in the main process alone; a ValueError or OSError there, all processes raise.
+
+    Raises:
+        ValueError: The action raised it, or an OSError; the sentence is the same.
+
+    Example:
+        >>> on_main_process(lambda: open("nowhere/there"))
+        Traceback (most recent call last):
+        ValueError: [Errno 2] No such file or directory: 'nowhere/there'
+    """
+    failed: Exception | None = None
+    if is_main_process():
+        try:
+            action()
+        except (ValueError, OSError) as error:
+            failed = error
+    sentence = f"{failed or ''}".encode()[:LONGEST_SENTENCE].ljust(LONGEST_SENTENCE, b"\0")
+    sentence = multihost_utils.broadcast_one_to_all(np.frombuffer(sentence, np.uint8)).tobytes()
+    if sentence := sentence.rstrip(b"\0"):
+        raise ValueError(sentence.decode(errors="replace")) from failed
 
 
 class StopAgreement:
