@@ -171,20 +171,25 @@ def _conclude(run: Training, state: TrainState, step: Compiled, console: Console
     console.rule("sample")
     console.print(prompt, style="dim", markup=False, highlight=False, end="")
     console.print(continuation, markup=False, highlight=False)
-    console.rule()
+    console.rule("memory")
     console.print(_memory_table(run, state, step))
     if not is_main_process():
         return
-    metrics, plot = run.directory / "metrics.jsonl", run.directory / "loss.png"
-    try:
-        plot_loss(metrics, plot)
-    except OSError as error:
-        warnings.warn(f"{str(plot)!r} cannot be written ({why(error)}).", stacklevel=1)
-    losses = [line["val_loss"] for line in read_metrics(metrics) if line.get("val_loss")]
+    _plot(run)
+    lines = read_metrics(run.directory / "metrics.jsonl")
+    losses = [line["val_loss"] for line in lines if line.get("val_loss")]
     if losses:
         perplexity = math.exp(min(losses[-1], 700))
         console.print(f"validation loss {losses[-1]:.4f}, perplexity {perplexity:.3f} a token")
     console.print(f"everything is in {run.directory}", markup=False, highlight=False)
+
+
+def _plot(run: Training) -> None:
+    image = run.directory / "loss.png"
+    try:
+        plot_loss(run.directory / "metrics.jsonl", image)
+    except OSError as error:
+        warnings.warn(f"{str(image)!r} cannot be written ({why(error)}).", stacklevel=1)
 
 
 def _memory_table(run: Training, state: TrainState, step: Compiled) -> Table:

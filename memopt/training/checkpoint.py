@@ -192,8 +192,10 @@ def _quiet() -> Iterator[None]:
 
 def _metadata(path: Path) -> dict[str, Any]:
     """Returns what `save` stored beside the arrays; raises if any of it is missing."""
-    metadata = ocp.checkpointables_metadata(path).custom_metadata
-    return {key: metadata[key] for key in ("record", "val_loss", "checksum")}
+    metadata = ocp.checkpointables_metadata(path).custom_metadata or {}
+    if not metadata.keys() >= {"record", "val_loss", "checksum"}:
+        raise OSError("its record is missing, as after a kill while it was removed")
+    return metadata
 
 
 def _read(path: Path, metadata: dict[str, Any], like: TrainState) -> tuple[TrainState, Record]:

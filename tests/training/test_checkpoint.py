@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from memopt.training import checkpoint
 from memopt.training.checkpoint import Checkpoints, _checksum
 from memopt.training.step import init_state
 
@@ -168,6 +169,31 @@ def test_skipping_warns_and_loses_nothing(tmp_path, whole):
     assert kept(run / "checkpoints") == [1]
     assert (run / "damaged" / "3-1" / "state").is_dir()
     assert (run / "damaged" / "2" / "state").is_dir()
+
+
+@pytest.mark.parametrize("set_aside", [True, False])
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_not_damaged(
+    tmp_path, whole, monkeypatch, set_aside
+):
+    """Another run prunes it, which has written newer ones by then."""
+    run, newer = tmp_path / "run", tmp_path / "4"
+    shutil.copytree(whole, run)
+    write(newer, [4])
+    read_whole = checkpoint._read
+
+    def read_late(path, *arguments):
+        if newer.exists():
+            for step in (1, 2, 3):
+                shutil.rmtree(run / "checkpoints" / str(step))
+            (newer / "4").rename(run / "checkpoints" / "4")
+            newer.rmdir()
+        return read_whole(path, *arguments)
+
+    monkeypatch.setattr(checkpoint, "_read", read_late)
+    checkpoints = Checkpoints(run / "checkpoints")
+    state, saved = checkpoints.restore(abstract(make_state(0)), set_aside=set_aside)
+    assert (int(state.step), saved) == (4, record(4))
+    assert not (run / "damaged").exists()
 
 
 def test_when_none_can_be_read_nothing_is_moved(tmp_path, whole):
