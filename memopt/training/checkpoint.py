@@ -25,6 +25,9 @@ from memopt.trees import named_leaves
 #: What is saved beside the arrays, JSON-serialisable.
 Record = dict[str, Any]
 
+#: Seconds between looks for a failure while a save is waited for.
+SECONDS_BETWEEN_LOOKS = 0.5
+
 
 class Checkpoints:
     """The checkpoints of one run, a directory each, named by step.
@@ -43,12 +46,13 @@ class Checkpoints:
         self._keep = keep
         self._val_loss: dict[int, float | None] = {}
         self._saving: Any = None  # Orbax's response to the last save
+        self._error: BaseException | None = None  # what has failed in it
 
     @functools.cached_property
     def _checkpointer(self) -> ocp.training.Checkpointer:
         for path in self._steps():
             self._val_loss[int(path.name)] = _metadata(path)["val_loss"]
-        logging.getLogger("absl").addFilter(_has_no_traceback)
+        logging.getLogger("absl").addFilter(self._see)
         return ocp.training.Checkpointer(
             self._directory, preservation_policy=self, cleanup_tmp_directories=True
         )
@@ -85,10 +89,16 @@ class Checkpoints:
         Raises:
             WriteError: It cannot be written.
         """
-        if self._saving:
-            late = (TimeoutError,) if timeout is not None else ()
-            with self._writing(), contextlib.suppress(*late):
-                self._saving.result(timeout)
+        waits = SECONDS_BETWEEN_LOOKS if timeout is None else timeout
+        while self._saving:
+            with self._writing():
+                if self._error:
+                    raise self._error
+                with contextlib.suppress(TimeoutError):
+                    self._saving.result(waits)
+                    return
+            if timeout is not None:
+                return
 
     def newest(self) -> int | None:
         """The step of the newest checkpoint, whole or damaged; None if there is none."""
@@ -148,9 +158,25 @@ class Checkpoints:
         Raises:
             WriteError: The last checkpoint cannot be written.
         """
-        self.wait()
-        with self._writing():
-            self._checkpointer.close()
+        try:
+            if not self._error:
+                self.wait()
+                with self._writing():
+                    self._checkpointer.close()
+        finally:
+            logging.getLogger("absl").removeFilter(self._see)
+
+    def _see(self, record: logging.LogRecord) -> bool:
+        """Filters Orbax's log: takes errors, with their tracebacks, out of it.
+
+        A process logs an error at once, but raises it only when all others have done their parts,
+        for which it waits up to 20 minutes.
+        """
+        if not (record.exc_info and "orbax" in record.pathname):
+            return True
+        if record.module in ("async_checkpointer", "checkpoint_manager"):
+            self._error = self._error or record.exc_info[1]
+        return False
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -168,11 +194,6 @@ class Checkpoints:
 
     def _steps(self) -> list[Path]:
         return [path for path in self._directory.glob("*") if path.name.isdecimal()]
-
-
-def _has_no_traceback(record: logging.LogRecord) -> bool:
-    """Leaves out what Orbax logs, at each level of its calls, of an error that it also raises."""
-    return not (record.exc_info and "orbax" in record.pathname)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Checkpoints: what is kept, that reading gives what was written, and that damage is seen."""
 
+import logging
 import os
 import shutil
 
@@ -8,10 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.errors import JaxRuntimeError
+from orbax.checkpoint import v1 as ocp
 
 from memopt.training import checkpoint
 from memopt.training.checkpoint import Checkpoints, _checksum
 from memopt.training.step import init_state
+from memopt.training.writing import WriteError
+from tests.training.disks import files_of_at_most
 
 TX = optax.chain(optax.adam(1e-3), optax.add_noise(0.1, 0.9, jax.random.key(7)))
 
@@ -194,6 +199,60 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_not_damaged(
     state, saved = checkpoints.restore(abstract(make_state(0)), set_aside=set_aside)
     assert (int(state.step), saved) == (4, record(4))
     assert not (run / "damaged").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_noticed_without_a_wait(tmp_path, capfd):
+
+    def look():
+        while True:
+            checkpoints.wait(timeout=0)
+
+    checkpoints, after = Checkpoints(tmp_path), make_state(2)
+    checkpoints.save(make_state(1), record(1))
+    checkpoints.wait()
+    with files_of_at_most(1000):
+        checkpoints.save(after, record(2))
+        with pytest.raises(WriteError, match=r"cannot be written \(File too large\): make room"):
+            look()
+    with pytest.raises(WriteError):
+        checkpoints.save(after, record(2))
+    checkpoints.close()
+    assert checkpoints.newest() == 1
+    assert not capfd.readouterr().err
+    write(tmp_path, [3])
+    assert kept(tmp_path) == [1, 3]  # nothing is left of the one that failed
+
+
+def test_a_process_does_not_wait_for_others_with_an_error_of_its_own(tmp_path):
+    """They wait for it, and it for them, until a barrier's time is up."""
+
+    class Barrier:
+        def result(self, timeout):
+            orbax.error("Failed to run", exc_info=OSError(28, "No space left on device"))
+            raise TimeoutError
+
+    path = f"{ocp.__path__[0]}/async_checkpointer.py"
+    orbax = logging.getLogger("absl")
+    find = orbax.findCaller
+    orbax.findCaller = lambda *_: (path, 1, "_thread_func", None)
+    try:
+        checkpoints = Checkpoints(tmp_path)
+        assert checkpoints._checkpointer
+        checkpoints._saving = Barrier()
+        with pytest.raises(WriteError, match="No space left on device"):
+            checkpoints.wait()
+        checkpoints.close()
+    finally:
+        orbax.findCaller = find
+
+
+@pytest.mark.parametrize("raises", [JaxRuntimeError("reset"), TimeoutError("barrier")])
+def test_that_another_process_is_gone_is_no_failure_to_write(tmp_path, raises):
+    checkpoints = Checkpoints(tmp_path)
+    raises.__cause__ = JaxRuntimeError("reset") if isinstance(raises, TimeoutError) else None
+    checkpoints._saving, checkpoints._error = True, raises
+    with pytest.raises(JaxRuntimeError, match="reset"):
+        checkpoints.wait()
 
 
 def test_when_none_can_be_read_nothing_is_moved(tmp_path, whole):

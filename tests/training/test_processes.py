@@ -14,6 +14,7 @@ from memopt.training.processes import (
     StopAgreement,
     check_same_on_all_processes,
     init_distributed,
+    on_main_process,
 )
 
 SLURM = {
@@ -111,6 +112,24 @@ def test_all_devices_of_several_processes_are_needed(monkeypatch, spec, rows, sa
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match=says):
         make_mesh(spec, rows)
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_what_the_main_process_cannot_do_all_are_told(monkeypatch, main):
+    said = []
+
+    def broadcast(sentence):
+        said.append(sentence)
+        return said[0]
+
+    def fail():
+        raise OSError(28, "No space left on device", "lock")
+
+    monkeypatch.setattr(processes.multihost_utils, "broadcast_one_to_all", broadcast)
+    for here in (True, main):
+        monkeypatch.setattr(processes, "is_main_process", lambda here=here: here)
+        with pytest.raises(ValueError, match=r"No space left on device: 'lock'$"):
+            on_main_process(fail)
 
 
 def test_processes_started_differently_are_told(monkeypatch):
