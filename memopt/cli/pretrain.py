@@ -62,13 +62,22 @@ SECONDS_TO_SPEAK = 2.0
 def pretrain(arguments: list[str]) -> None:
     """Runs `memopt pretrain` with these arguments."""
     warnings.formatwarning = lambda message, *_, **__: f"memopt: {message}\n"
+    show = sys.unraisablehook
     try:
+        sys.unraisablehook = lambda ignored: _is_of_closed_loop(ignored) or show(ignored)
         _pretrain(arguments)
     except jax.errors.JaxRuntimeError as error:
         if not jax.distributed.is_initialized():
             raise
         reason = f"{error}".splitlines()[0]
         _end(f"a process has ended or is out of reach ({reason}): start all again, --resume.", 1)
+    finally:
+        sys.unraisablehook = show
+
+
+def _is_of_closed_loop(ignored: Any) -> bool:
+    """After a failed save TensorStore may still answer to a loop that Orbax has closed."""
+    return str(ignored.exc_value) == "Event loop is closed"
 
 
 def _pretrain(arguments: list[str]) -> None:

@@ -158,13 +158,12 @@ class Checkpoints:
         Raises:
             WriteError: The last checkpoint cannot be written.
         """
-        try:
-            if not self._error:
-                self.wait()
-                with self._writing():
-                    self._checkpointer.close()
-        finally:
-            logging.getLogger("absl").removeFilter(self._see)
+        if self._error:
+            return  # Orbax may wait for other processes, and log the error again
+        self.wait()
+        with self._writing():
+            self._checkpointer.close()
+        logging.getLogger("absl").removeFilter(self._see)
 
     def _see(self, record: logging.LogRecord) -> bool:
         """Filters Orbax's log: takes errors, with their tracebacks, out of it.

@@ -201,6 +201,7 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_not_damaged(
     assert not (run / "damaged").exists()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of TensorStore
 def test_a_checkpoint_that_cannot_be_written_is_noticed_without_a_wait(tmp_path, capfd):
 
     def look():

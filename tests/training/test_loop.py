@@ -279,6 +279,7 @@ def test_metrics_that_cannot_be_written_end_a_run_that_goes_on_when_there_is_roo
 
 
 @pytest.mark.filterwarnings("ignore:TensorBoard events cannot:UserWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of TensorStore
 @pytest.mark.parametrize("signum", [None, signal.SIGTERM])
 def test_a_checkpoint_that_cannot_be_written_ends_a_run_and_the_one_before_is_whole(
     config, capfd, signum
