@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from memopt.training.config import Config
-from memopt.training.lock import Lock
+from memopt.training.lock import LOCK, Lock
 from memopt.training.writing import why, write_whole
 
 #: Options that may change when a run is resumed; all others decide what its checkpoints mean.
@@ -115,4 +115,4 @@ def _check_free(output: Path) -> None:
 def _taken(path: Path) -> bool:
     if not path.is_dir():
         return path.exists()
-    return any(entry.name not in ("config.tmp", "lock") for entry in path.iterdir())
+    return any(entry.name not in ("config.tmp", LOCK) for entry in path.iterdir())

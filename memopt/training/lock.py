@@ -14,7 +14,10 @@ from typing import Any
 
 from memopt.training.writing import WriteError
 
-#: Seconds between two touches of the file `lock` by its owner.
+#: The file in a run's directory that names the owner.
+LOCK = "memopt.lock"
+
+#: Seconds between two touches of the file by its owner.
 SECONDS_BETWEEN_TOUCHES = 5.0
 
 #: Seconds without a touch after which another host takes the lock over: four touches were missed.
@@ -24,10 +27,10 @@ SECONDS_TO_WAIT = 20.0
 class Lock:
     """The lock of a directory; belongs to the process that acquires it, and ends with it.
 
-    The file `lock` names its owner's host and process. On the owner's host the kernel knows whether
-    the owner lives (`flock`). From another host, which `flock` need not reach, the file is watched:
-    its owner touches it every few seconds, and is taken for dead if it does not. No clocks are
-    compared. An owner that ends in order empties the file, so that nobody has to wait.
+    The file `memopt.lock` names its owner's host and process. On the owner's host the kernel knows
+    whether the owner lives (`flock`). From another host, which `flock` need not reach, the file is
+    watched: its owner touches it every few seconds, and is taken for dead if it does not. No clocks
+    are compared. An owner that ends in order empties the file, so that nobody has to wait.
 
     Args:
         directory: The directory, which need not exist yet.
@@ -37,13 +40,13 @@ class Lock:
         >>> directory = Path(tempfile.mkdtemp())
         >>> lock = Lock(directory)
         >>> lock.acquire()
-        >>> (directory / "lock").read_text() == json.dumps(_this_process())
+        >>> (directory / LOCK).read_text() == json.dumps(_this_process())
         True
         >>> lock.close()
     """
 
     def __init__(self, directory: Path):
-        self._path = directory / "lock"
+        self._path = directory / LOCK
         self._release: weakref.finalize | None = None
 
     def acquire(self) -> None:

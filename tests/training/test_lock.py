@@ -13,7 +13,7 @@ import time
 import pytest
 
 from memopt.training import lock as module
-from memopt.training.lock import Lock
+from memopt.training.lock import LOCK, Lock
 from memopt.training.writing import WriteError
 
 #: Does what `Lock` does, without its imports, which take a second.
@@ -35,11 +35,11 @@ def impatient(monkeypatch):
 
 
 def write_owner(directory, host, process):
-    (directory / "lock").write_text(json.dumps({"host": host, "process": process}))
+    (directory / LOCK).write_text(json.dumps({"host": host, "process": process}))
 
 
 def owner(directory):
-    return json.loads((directory / "lock").read_text() or "null")
+    return json.loads((directory / LOCK).read_text() or "null")
 
 
 def us():
@@ -47,7 +47,7 @@ def us():
 
 
 def test_a_process_that_lives_is_named_and_one_that_was_killed_is_followed_at_once(tmp_path):
-    hold = [sys.executable, "-c", HOLDER, str(tmp_path / "lock")]
+    hold = [sys.executable, "-c", HOLDER, str(tmp_path / LOCK)]
     holder = subprocess.Popen(hold, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with holder:
         holder.stdout.readline()
@@ -90,7 +90,7 @@ def test_an_owner_on_another_host_lives_as_long_as_it_touches_the_file(
         monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(failing))
     write_owner(tmp_path, "elsewhere", 7)
     ended = threading.Event()
-    touching = threading.Thread(target=touch_until, args=(tmp_path / "lock", ended))
+    touching = threading.Thread(target=touch_until, args=(tmp_path / LOCK, ended))
     touching.start()
     with pytest.raises(ValueError, match="in use by process 7 on elsewhere"):
         Lock(tmp_path).acquire()
@@ -110,7 +110,7 @@ def touch_until(path, ended):
 def test_who_waits_sees_that_the_owner_has_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SECONDS_TO_WAIT", 1e9)
     write_owner(tmp_path, "elsewhere", 7)
-    threading.Timer(0.05, (tmp_path / "lock").write_text, [""]).start()
+    threading.Timer(0.05, (tmp_path / LOCK).write_text, [""]).start()
     lock = Lock(tmp_path)
     lock.acquire()
     assert owner(tmp_path) == us()
@@ -119,8 +119,8 @@ def test_who_waits_sees_that_the_owner_has_ended(tmp_path, monkeypatch):
 def test_the_owner_touches_the_file_until_another_has_taken_it_over(tmp_path):
     lock = Lock(tmp_path)
     lock.acquire()
-    first = (tmp_path / "lock").stat().st_mtime_ns
-    while (tmp_path / "lock").stat().st_mtime_ns == first:
+    first = (tmp_path / LOCK).stat().st_mtime_ns
+    while (tmp_path / LOCK).stat().st_mtime_ns == first:
         time.sleep(0.01)
     lock.check()
     write_owner(tmp_path, "elsewhere", 7)
@@ -132,7 +132,7 @@ def test_the_owner_touches_the_file_until_another_has_taken_it_over(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"host": "el'])
 def test_a_file_that_names_nobody_is_free(tmp_path, content):
-    (tmp_path / "lock").write_text(content)
+    (tmp_path / LOCK).write_text(content)
     lock = Lock(tmp_path)
     lock.acquire()
     assert owner(tmp_path) == us()

@@ -68,6 +68,15 @@ def test_metrics_that_cannot_be_written_name_their_file_and_half_a_line_is_left_
     assert [line["step"] for line in read_metrics(path)] == [1, 2]
 
 
+def test_metrics_are_written_where_events_cannot_be(tmp_path):
+    (tmp_path / "tensorboard").touch()
+    with pytest.warns(UserWarning, match="^TensorBoard events cannot be written"):
+        log = MetricsLog(tmp_path, step=0)
+    log.write(1, METRICS)
+    log.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, **METRICS}]
+
+
 def test_a_damaged_line_in_the_middle_is_warned_about_and_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"st{"step": 2}\n\0\xff\0\n{"step": 3}\n')
