@@ -7,7 +7,9 @@ import itertools
 import json
 import logging
 import sys
+import time
 import warnings
+import weakref
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,7 +54,8 @@ class Checkpoints:
     def _checkpointer(self) -> ocp.training.Checkpointer:
         for path in self._steps():
             self._val_loss[int(path.name)] = _metadata(path)["val_loss"]
-        logging.getLogger("absl").addFilter(self._see)
+        _WRITERS.add(self)
+        logging.getLogger("absl").addFilter(_see)
         return ocp.training.Checkpointer(
             self._directory, preservation_policy=self, cleanup_tmp_directories=True
         )
@@ -94,9 +97,13 @@ class Checkpoints:
             with self._writing():
                 if self._error:
                     raise self._error
-                with contextlib.suppress(TimeoutError):
+                began = time.monotonic()
+                try:
                     self._saving.result(waits)
                     return
+                except TimeoutError:
+                    if time.monotonic() - began < waits:
+                        raise  # Orbax's own, of a barrier
             if timeout is not None:
                 return
 
@@ -159,23 +166,10 @@ class Checkpoints:
             WriteError: The last checkpoint cannot be written.
         """
         if self._error:
-            return  # Orbax may wait for other processes, and log the error again
+            return  # Orbax may wait for other processes
         self.wait()
         with self._writing():
             self._checkpointer.close()
-        logging.getLogger("absl").removeFilter(self._see)
-
-    def _see(self, record: logging.LogRecord) -> bool:
-        """Filters Orbax's log: takes errors, with their tracebacks, out of it.
-
-        A process logs an error at once, but raises it only when all others have done their parts,
-        for which it waits up to 20 minutes.
-        """
-        if not (record.exc_info and "orbax" in record.pathname):
-            return True
-        if record.module in ("async_checkpointer", "checkpoint_manager"):
-            self._error = self._error or record.exc_info[1]
-        return False
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -193,6 +187,24 @@ class Checkpoints:
 
     def _steps(self) -> list[Path]:
         return [path for path in self._directory.glob("*") if path.name.isdecimal()]
+
+
+#: Those that have begun to write.
+_WRITERS: weakref.WeakSet[Checkpoints] = weakref.WeakSet()
+
+
+def _see(record: logging.LogRecord) -> bool:
+    """Takes errors with their tracebacks out of Orbax's log, and hands them to whom they concern.
+
+    A process logs an error at once, but raises it only when all others have done their parts, for
+    which it waits up to 20 minutes.
+    """
+    if not (record.exc_info and "orbax" in record.pathname):
+        return True
+    for writer in list(_WRITERS):
+        if record.module == "async_checkpointer" and f"{writer._directory}/" in record.getMessage():
+            writer._error = record.exc_info[1]
+    return False
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 import logging
 import os
 import shutil
+import time
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -10,7 +12,6 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax.errors import JaxRuntimeError
-from orbax.checkpoint import v1 as ocp
 
 from memopt.training import checkpoint
 from memopt.training.checkpoint import Checkpoints, _checksum
@@ -224,34 +225,42 @@ def test_a_checkpoint_that_cannot_be_written_is_noticed_without_a_wait(tmp_path,
     assert kept(tmp_path) == [1, 3]  # nothing is left of the one that failed
 
 
-def test_a_process_does_not_wait_for_others_with_an_error_of_its_own(tmp_path):
+def test_a_process_does_not_wait_for_others_with_an_error_of_its_own(tmp_path, monkeypatch):
     """They wait for it, and it for them, until a barrier's time is up."""
 
     class Barrier:
         def result(self, timeout):
-            orbax.error("Failed to run", exc_info=OSError(28, "No space left on device"))
+            time.sleep(timeout)
+            error = (OSError, OSError(28, "No space left on device"), None)
+            path, message = "orbax/async_checkpointer.py", f"Failed, directory: {tmp_path}/16"
+            record = logging.LogRecord("absl", logging.ERROR, path, 1, message, (), error)
+            logging.getLogger("absl").handle(record)
             raise TimeoutError
 
-    path = f"{ocp.__path__[0]}/async_checkpointer.py"
-    orbax = logging.getLogger("absl")
-    find = orbax.findCaller
-    orbax.findCaller = lambda *_: (path, 1, "_thread_func", None)
-    try:
-        checkpoints = Checkpoints(tmp_path)
-        assert checkpoints._checkpointer
-        checkpoints._saving = Barrier()
-        with pytest.raises(WriteError, match="No space left on device"):
-            checkpoints.wait()
-        checkpoints.close()
-    finally:
-        orbax.findCaller = find
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_LOOKS", 0.01)
+    other, checkpoints = Checkpoints(tmp_path / "other"), Checkpoints(tmp_path)
+    assert other._checkpointer
+    assert checkpoints._checkpointer
+    checkpoints._saving = Barrier()
+    with pytest.raises(WriteError, match="No space left on device"):
+        checkpoints.wait()
+    checkpoints.close()
+    other.wait()
+    other.close()
+
+
+def fail_with(error):
+    def fail(*_):
+        raise error
+
+    return fail
 
 
 @pytest.mark.parametrize("raises", [JaxRuntimeError("reset"), TimeoutError("barrier")])
 def test_that_another_process_is_gone_is_no_failure_to_write(tmp_path, raises):
     checkpoints = Checkpoints(tmp_path)
     raises.__cause__ = JaxRuntimeError("reset") if isinstance(raises, TimeoutError) else None
-    checkpoints._saving, checkpoints._error = True, raises
+    checkpoints._saving = SimpleNamespace(result=fail_with(raises))
     with pytest.raises(JaxRuntimeError, match="reset"):
         checkpoints.wait()
 
