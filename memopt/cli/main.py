@@ -15,12 +15,17 @@ import warnings
 
 from memopt import __version__
 from memopt.cli.errors import fail
+from memopt.cli.output import lasting_output
 
 
 def main() -> None:
     """Runs the command that the command line names."""
-    arguments = sys.argv[1:]
     warnings.formatwarning = lambda message, *_, **__: f"memopt: {message}\n"
+    with lasting_output():
+        _run(sys.argv[1:])
+
+
+def _run(arguments: list[str]) -> None:
     try:
         match arguments:
             case ["pretrain", *rest]:

@@ -19,7 +19,8 @@ Examples:
 
 The run directory holds config.json, data.jsonl (the data it was trained on), metrics.jsonl (one
 step a line), TensorBoard events, loss.png and checkpoints. A run that was killed at any moment
-continues with --resume as if nothing had happened; Ctrl-C and SIGTERM save first.
+continues with --resume as if nothing had happened; Ctrl-C, SIGTERM and a closed terminal save
+first.
 """
 
 import dataclasses
@@ -54,6 +55,7 @@ from memopt.training.processes import init_distributed, is_main_process
 from memopt.training.report import plot_loss, sample_text
 from memopt.training.start import inherited_options
 from memopt.training.step import TrainState
+from memopt.training.writing import why
 
 #: Seconds for which process 0, through which the others hear of a failure, waits before it ends.
 SECONDS_TO_SPEAK = 2.0
@@ -61,13 +63,22 @@ SECONDS_TO_SPEAK = 2.0
 
 def pretrain(arguments: list[str]) -> None:
     """Runs `memopt pretrain` with these arguments."""
+    show = sys.unraisablehook
     try:
+        sys.unraisablehook = lambda ignored: _is_of_closed_loop(ignored) or show(ignored)
         _pretrain(arguments)
     except jax.errors.JaxRuntimeError as error:
         if not jax.distributed.is_initialized():
             raise
         reason = f"{error}".splitlines()[0]
-        _leave(f"a process has ended or is out of reach ({reason}): start all again, --resume.")
+        _end(f"a process has ended or is out of reach ({reason}): start all again, --resume.", 1)
+    finally:
+        sys.unraisablehook = show
+
+
+def _is_of_closed_loop(ignored: Any) -> bool:
+    """After a failed save TensorStore may still answer to a loop that Orbax has closed."""
+    return str(ignored.exc_value) == "Event loop is closed"
 
 
 def _pretrain(arguments: list[str]) -> None:
@@ -79,27 +90,42 @@ def _pretrain(arguments: list[str]) -> None:
             warnings.simplefilter("ignore", DataWarning)  # all read the same
         say = functools.partial(console.print, markup=False, highlight=False)
         run = open_run(config, progress=say)
-    except (ValueError, ImportError) as error:
-        fail(error)
-    _introduce(run, console)
-    command = f"memopt pretrain --resume --output {run.directory}"
+    except (ValueError, ImportError, OSError) as error:
+        _end(error, 2)
     try:
+        _introduce(run, console)
         state, step = train(run, console)
+        _conclude(run, state, step, console)
     except Stopped as stopped:
         if not stopped.saved:
-            _leave(f"{stopped} Continue in all processes with: {command}")
-        fail(f"{stopped} All is saved; continue with: {command}", stopped.exit_code)
-    _conclude(run, state, step, console)
+            _end(f"{stopped} {_what_is_saved(run)}", 1)
+        fail(f"{stopped} All is saved; {_how_to_continue(run)}", stopped.exit_code)
+    except OSError as error:
+        _end(f"{error} {_what_is_saved(run)}", 1)
+    except KeyboardInterrupt:
+        _end(f"interrupted. {_what_is_saved(run)}", 130)
     # At the exit JAX waits for the heartbeat timeout only.
     multihost_utils.sync_global_devices("memopt")
 
 
-def _leave(message: str) -> NoReturn:
-    """Ends one of several processes; at an ordinary exit JAX would wait for the others."""
+def _what_is_saved(run: Training) -> str:
+    newest = run.checkpoints.newest()
+    saved = "No step is saved yet" if newest is None else f"All up to step {newest} is saved"
+    return f"{saved}; {_how_to_continue(run)}"
+
+
+def _how_to_continue(run: Training) -> str:
+    return f"continue with: memopt pretrain --resume --output {run.directory}"
+
+
+def _end(message: object, exit_code: int) -> NoReturn:
+    """Ends this process; if it is one of several, without JAX's wait for the others."""
+    if not jax.distributed.is_initialized():
+        fail(message, exit_code)
     print(f"memopt: process {jax.process_index()}: {message}", file=sys.stderr, flush=True)
     if is_main_process():
         time.sleep(SECONDS_TO_SPEAK)
-    os._exit(1)
+    os._exit(exit_code)
 
 
 def parse(arguments: list[str]) -> Config:
@@ -164,17 +190,25 @@ def _conclude(run: Training, state: TrainState, step: Compiled, console: Console
     console.rule("sample")
     console.print(prompt, style="dim", markup=False, highlight=False, end="")
     console.print(continuation, markup=False, highlight=False)
-    console.rule()
+    console.rule("memory")
     console.print(_memory_table(run, state, step))
     if not is_main_process():
         return
-    metrics = run.directory / "metrics.jsonl"
-    plot_loss(metrics, run.directory / "loss.png")
-    losses = [line["val_loss"] for line in read_metrics(metrics) if line.get("val_loss")]
+    _plot(run)
+    lines = read_metrics(run.directory / "metrics.jsonl")
+    losses = [line["val_loss"] for line in lines if line.get("val_loss")]
     if losses:
         perplexity = math.exp(min(losses[-1], 700))
         console.print(f"validation loss {losses[-1]:.4f}, perplexity {perplexity:.3f} a token")
     console.print(f"everything is in {run.directory}", markup=False, highlight=False)
+
+
+def _plot(run: Training) -> None:
+    image = run.directory / "loss.png"
+    try:
+        plot_loss(run.directory / "metrics.jsonl", image)
+    except OSError as error:
+        warnings.warn(f"{str(image)!r} cannot be written ({why(error)}).", stacklevel=1)
 
 
 def _memory_table(run: Training, state: TrainState, step: Compiled) -> Table:

@@ -7,7 +7,9 @@ import itertools
 import json
 import logging
 import sys
+import time
 import warnings
+import weakref
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,10 +21,14 @@ from orbax.checkpoint import v1 as ocp
 
 from memopt.training.processes import is_main_process
 from memopt.training.step import TrainState
+from memopt.training.writing import WriteError, why
 from memopt.trees import named_leaves
 
 #: What is saved beside the arrays, JSON-serialisable.
 Record = dict[str, Any]
+
+#: Seconds between looks for a failure while a save is waited for.
+SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Checkpoints:
@@ -41,11 +47,15 @@ class Checkpoints:
         self._directory = directory.absolute()
         self._keep = keep
         self._val_loss: dict[int, float | None] = {}
+        self._saving: Any = None  # Orbax's response to the last save
+        self._error: BaseException | None = None  # what has failed in it
 
     @functools.cached_property
     def _checkpointer(self) -> ocp.training.Checkpointer:
         for path in self._steps():
             self._val_loss[int(path.name)] = _metadata(path)["val_loss"]
+        _WRITERS.add(self)
+        logging.getLogger("absl").addFilter(_see)
         return ocp.training.Checkpointer(
             self._directory, preservation_policy=self, cleanup_tmp_directories=True
         )
@@ -57,26 +67,57 @@ class Checkpoints:
             state: The state; its `step` names the checkpoint. Does nothing if that one exists.
             record: What belongs to it besides arrays.
             val_loss: Its validation loss, if known and finite; the lowest is the best.
-        """
-        step = int(state.step)
-        if any(checkpoint.step == step for checkpoint in self._checkpointer.checkpoints):
-            return
-        self._val_loss[step] = val_loss
-        metadata = {"record": record, "val_loss": val_loss, "checksum": _checksum(state, record)}
-        self._checkpointer.save_checkpointables_async(
-            step, {"state": state}, force=True, custom_metadata=metadata
-        )
 
-    def exist(self) -> bool:
-        """Whether there are any, whole or damaged."""
-        return bool(self._steps())
+        Raises:
+            WriteError: This checkpoint, or the one before, cannot be written.
+        """
+        self.wait()
+        step = int(state.step)
+        with self._writing():
+            if any(checkpoint.step == step for checkpoint in self._checkpointer.checkpoints):
+                return
+            self._val_loss[step] = val_loss
+            checksum = _checksum(state, record)
+            metadata = {"record": record, "val_loss": val_loss, "checksum": checksum}
+            self._saving = self._checkpointer.save_checkpointables_async(
+                step, {"state": state}, force=True, custom_metadata=metadata
+            )
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits until the last checkpoint is written.
+
+        Args:
+            timeout: Seconds to wait at most; with 0, only a failure is looked for.
+
+        Raises:
+            WriteError: It cannot be written.
+        """
+        waits = SECONDS_BETWEEN_LOOKS if timeout is None else timeout
+        while self._saving:
+            with self._writing():
+                if self._error:
+                    raise self._error
+                began = time.monotonic()
+                try:
+                    self._saving.result(waits)
+                    return
+                except TimeoutError:
+                    if time.monotonic() - began < waits:
+                        raise  # Orbax's own, of a barrier
+            if timeout is not None:
+                return
+
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint, whole or damaged; None if there is none."""
+        return max((int(path.name) for path in self._steps()), default=None)
 
     def restore(
         self, like: TrainState, *, set_aside: bool = True
     ) -> tuple[TrainState, Record] | None:
         """Reads the newest checkpoint that is whole.
 
-        Damaged ones after it are warned about and moved to `damaged/` beside the directory.
+        Damaged ones after it are warned about and moved to `damaged/` beside the directory. One
+        that is removed while it is read, by a run that goes on, is not damaged.
 
         Args:
             like: Shapes, dtypes and shardings of the state, as `ShapeDtypeStruct`s.
@@ -89,14 +130,17 @@ class Checkpoints:
             ValueError: There are checkpoints, but none is whole and has the arrays of `like`.
         """
         found: tuple[TrainState, Record] | None = None
-        damaged: dict[Path, str] = {}
+        failed: dict[Path, str] = {}
         with _quiet():
             for path in sorted(self._steps(), key=lambda path: -int(path.name)):
                 try:
                     metadata = _metadata(path)
                     found = found or _read(path, metadata, like)
                 except Exception as error:  # Orbax raises errors of many kinds for a torn file
-                    damaged[path] = f"{error}"[:300].splitlines()[0]
+                    failed[path] = why(error)
+        damaged = {path: reason for path, reason in failed.items() if path.exists()}
+        if not found and len(damaged) < len(failed):
+            return self.restore(like, set_aside=set_aside)  # newer ones are there
         if damaged and not found:
             path, reason = next(iter(damaged.items()))
             raise ValueError(
@@ -116,11 +160,51 @@ class Checkpoints:
         return [step in kept for step in steps]
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._checkpointer.close()
+        """Waits until everything is written.
+
+        Raises:
+            WriteError: The last checkpoint cannot be written.
+        """
+        if self._error:
+            return  # Orbax may wait for other processes
+        self.wait()
+        with self._writing():
+            self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns errors of Orbax, of many kinds, into one sentence; not those of other processes."""
+        try:
+            yield
+        except Exception as error:
+            cause = error.__cause__ if isinstance(error, TimeoutError) else error
+            if isinstance(cause, jax.errors.JaxRuntimeError):
+                raise cause from None
+            raise WriteError(
+                f"a checkpoint in {str(self._directory)!r} cannot be written ({why(error)}): make "
+                "room, for which a smaller --keep helps, or repair the disk."
+            ) from error
 
     def _steps(self) -> list[Path]:
         return [path for path in self._directory.glob("*") if path.name.isdecimal()]
+
+
+#: Those that have begun to write.
+_WRITERS: weakref.WeakSet[Checkpoints] = weakref.WeakSet()
+
+
+def _see(record: logging.LogRecord) -> bool:
+    """Takes errors with their tracebacks out of Orbax's log, and hands them to whom they concern.
+
+    A process logs an error at once, but raises it only when all others have done their parts, for
+    which it waits up to 20 minutes.
+    """
+    if not (record.exc_info and "orbax" in record.pathname):
+        return True
+    for writer in list(_WRITERS):
+        if record.module == "async_checkpointer" and f"{writer._directory}/" in record.getMessage():
+            writer._error = record.exc_info[1]
+    return False
 
 
 @contextlib.contextmanager
@@ -140,8 +224,10 @@ def _quiet() -> Iterator[None]:
 
 def _metadata(path: Path) -> dict[str, Any]:
     """Returns what `save` stored beside the arrays; raises if any of it is missing."""
-    metadata = ocp.checkpointables_metadata(path).custom_metadata
-    return {key: metadata[key] for key in ("record", "val_loss", "checksum")}
+    metadata = ocp.checkpointables_metadata(path).custom_metadata or {}
+    if not metadata.keys() >= {"record", "val_loss", "checksum"}:
+        raise OSError("its record is missing, as after a kill while it was removed")
+    return metadata
 
 
 def _read(path: Path, metadata: dict[str, Any], like: TrainState) -> tuple[TrainState, Record]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from memopt.training.processes import is_main_process
+from memopt.training.writing import why, write_whole
 
 #: A message names so many files.
 NAMED = 3
@@ -40,19 +40,17 @@ def read_history(directory: Path) -> list[Data]:
 
 
 def write_history(directory: Path, history: Sequence[Data]) -> None:
-    """Writes what a run has been trained on, in one go; the first of several processes does.
+    """Writes what a run has been trained on, in one go.
 
     Raises:
         ValueError: It cannot be written.
     """
-    if not is_main_process():
-        return
-    draft = directory / "data.tmp"
+    path = directory / "data.jsonl"
+    lines = [json.dumps(entry._asdict()) + "\n" for entry in history]
     try:
-        draft.write_text("".join(json.dumps(entry._asdict()) + "\n" for entry in history))
-        draft.replace(directory / "data.jsonl")
+        write_whole(path, "".join(lines).encode())
     except OSError as error:
-        raise ValueError(f"{str(draft)!r} cannot be written: {error.strerror}.") from error
+        raise ValueError(f"{str(path)!r} cannot be written ({why(error)}).") from error
 
 
 def continue_history(

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from memopt.training.config import Config
-from memopt.training.processes import is_main_process
+from memopt.training.lock import LOCK, Lock
+from memopt.training.writing import why, write_whole
 
 #: Options that may change when a run is resumed; all others decide what its checkpoints mean. The
 #: content of `data` is checked apart from its place.
@@ -42,35 +43,35 @@ def choose_directory(config: Config) -> Path:
                 "--output, or start it without --resume."
             )
         return directory
-    if output and _taken(output):
-        raise ValueError(
-            f"output {str(output)!r} is taken: continue the run in it with --resume, or choose "
-            "another --output."
-        )
+    if output:
+        _check_free(output)
     numbered = (Path(f"{default}-{number}") for number in itertools.count(2))
     candidates = itertools.chain([default], numbered)
     return output or next(path for path in candidates if not _taken(path))
 
 
-def open_directory(directory: Path, config: Config) -> None:
-    """Makes the directory, with the run's `config.json` in it; the first of several processes does.
+def open_directory(directory: Path, config: Config, lock: Lock) -> None:
+    """Makes and locks the directory of a new run, and writes a run's `config.json` into it.
 
-    The file is written in one go: a run killed at any moment has all of it or none.
+    Args:
+        directory: The directory; of a run that is resumed it exists, and is locked already.
+        config: The options to write.
+        lock: The lock of the directory.
 
     Raises:
-        ValueError: It cannot be written.
+        ValueError: It cannot be written, or another run has been started in it.
     """
-    if not is_main_process():
-        return
-    draft = directory / "config.tmp"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(config.flat(), indent=2) + "\n")
-        draft.replace(directory / "config.json")
+        if not config.run.resume:
+            directory.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            _check_free(directory)
+        content = json.dumps(config.flat(), indent=2) + "\n"
+        write_whole(directory / "config.json", content.encode())
     except OSError as error:
+        advice = "make room or repair it" if config.run.resume else "choose another --output"
         raise ValueError(
-            f"output {str(directory)!r} cannot be written ({error.strerror}): choose another "
-            "--output."
+            f"output {str(directory)!r} cannot be written ({why(error)}): {advice}."
         ) from error
 
 
@@ -105,7 +106,15 @@ def check_same(
         )
 
 
+def _check_free(output: Path) -> None:
+    if _taken(output):
+        raise ValueError(
+            f"output {str(output)!r} is taken: continue the run in it with --resume, or choose "
+            "another --output."
+        )
+
+
 def _taken(path: Path) -> bool:
     if not path.is_dir():
         return path.exists()
-    return any(entry.name != "config.tmp" for entry in path.iterdir())
+    return any(entry.name not in ("config.tmp", LOCK) for entry in path.iterdir())

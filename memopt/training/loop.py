@@ -14,6 +14,7 @@ from memopt.training.open import Training
 from memopt.training.processes import StopAgreement, is_main_process
 from memopt.training.profile import Profile
 from memopt.training.step import Metrics, TrainState, evaluate
+from memopt.training.writing import closing
 
 
 class Stopped(Exception):
@@ -42,6 +43,7 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
 
     Raises:
         Stopped: A signal, steps that are not finite, or data that cannot be read ended it earlier.
+        WriteError: Its metrics or a checkpoint cannot be written.
     """
     setup, options, steps = run.setup, run.config.run, run.config.optimization.steps
     state, start = run.state, int(run.state.step)
@@ -49,9 +51,10 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
     traced = options.profile if is_main_process() else 0
     with (
         jax.set_mesh(setup.mesh),
-        contextlib.closing(run.checkpoints),
-        contextlib.closing(run.batches),
-        contextlib.closing(MetricsLog(run.directory, start))
+        closing(run.lock),
+        closing(run.checkpoints),
+        closing(run.batches),
+        closing(MetricsLog(run.directory, start))
         if is_main_process()
         else contextlib.nullcontext() as log,
         Display(console, steps, start) as display,
@@ -69,6 +72,7 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
                 if signum := agree(caught[0] if caught else 0):
                     reason = f"stopped by {signal.Signals(signum).name} after step {number - 1}."
                     raise Stopped(reason, 128 + signum)
+                run.checkpoints.wait(timeout=0)
                 profile.before(number, metrics.read)
                 began, batch = time.perf_counter(), _next_batch(run)
                 with jax.profiler.StepTraceAnnotation("train", step_num=number):
@@ -83,6 +87,7 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
             metrics.read()
             if stopped.saved:
                 run.save(state)
+                run.checkpoints.wait()
             raise
     return state, compiled
 
@@ -172,14 +177,20 @@ def _next_batch(run: Training) -> Any:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[signal.Signals]]:
-    """Collects SIGTERM and Ctrl-C, which then do not end the process; a second one does."""
+    """Collects SIGTERM, Ctrl-C and SIGHUP, which then do not end the process; a second one does.
+
+    Not a second SIGHUP: a closed terminal sends several. One that is ignored (nohup) stays so.
+    """
     caught: list[signal.Signals] = []
 
     def handle(number: int, _: object) -> None:
         caught.append(signal.Signals(number))
-        signal.signal(number, usual[number])
+        if number != signal.SIGHUP:
+            signal.signal(number, usual[number])
 
     numbers: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers += (signal.SIGHUP,)
     usual = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield caught

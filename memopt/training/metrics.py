@@ -1,16 +1,26 @@
 """Records and shows a run: metrics.jsonl, TensorBoard events, progress."""
 
+import contextlib
 import json
 import math
+import os
+import socket
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from memopt.training.writing import WriteError, why, write_whole
+
 #: Without a terminal, a line of progress at most this often.
 SECONDS_BETWEEN_LINES = 5.0
+
+#: TensorBoard events are on the disk at most so late, as tensorboardX's writer has it.
+SECONDS_BETWEEN_FLUSHES = 120.0
 
 
 class MetricsLog:
@@ -23,39 +33,131 @@ class MetricsLog:
         directory: The run's directory.
         step: The step the run starts from; lines of later steps are from before a restart, and are
             removed: the steps will be taken again.
+
+    Raises:
+        WriteError: `metrics.jsonl` cannot be written.
     """
 
     def __init__(self, directory: Path, step: int):
-        from tensorboardX import SummaryWriter  # slow to import
-
         self._path = directory / "metrics.jsonl"
-        kept = [line for line in read_metrics(self._path) if line["step"] <= step]
-        draft = self._path.with_suffix(".tmp")
-        draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        draft.replace(self._path)
-        self._file = self._path.open("a")
-        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        with self._writing():
+            kept = [line for line in read_metrics(self._path) if line["step"] <= step]
+            write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            self._file = self._path.open("a")
+        self._events = Events(directory / "tensorboard", step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes the metrics of one step."""
+        """Writes the metrics of one step.
+
+        Raises:
+            WriteError: `metrics.jsonl` cannot be written.
+        """
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
+        with self._writing():
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.flush()
+        self._events.write(step, metrics)
 
     def close(self) -> None:
-        """Closes the files."""
-        self._file.close()
+        """Closes the files.
+
+        Raises:
+            WriteError: `metrics.jsonl` cannot be written.
+        """
         self._events.close()
+        with self._writing():
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise WriteError(
+                f"{str(self._path)!r} cannot be written ({why(error)}): make room or repair the "
+                "disk."
+            ) from error
+
+
+class Events:
+    """TensorBoard events. If they cannot be written, that is warned about once, and no more are.
+
+    They are written without a thread: that of tensorboardX's writer ends at a full disk, and then
+    its queue blocks the run.
+
+    Args:
+        directory: Where the file is made.
+        start: The first step to come; TensorBoard drops events of it and later ones from before.
+    """
+
+    def __init__(self, directory: Path, start: int):
+        from tensorboardX import record_writer, summary  # slow to import
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._event, self._scalar, self._summary = Event, summary.scalar, summary.Summary
+        self._records: Any = None
+        self._flushed = time.monotonic()
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        begin = SessionLog(status=SessionLog.START)
+        with self._writing():
+            directory.mkdir(exist_ok=True)
+            self._records = record_writer.RecordWriter(str(directory / name))
+            self._add(file_version="brain.Event:2")
+            self._add(step=start, session_log=begin)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds the metrics of one step."""
+        values = self._summary()
+        for name, value in metrics.items():
+            values.MergeFrom(self._scalar(name, value))
+        with self._writing():
+            self._add(step=step, summary=values)
+            if time.monotonic() - self._flushed > SECONDS_BETWEEN_FLUSHES:
+                self._flushed = time.monotonic()
+                self._records.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        with self._writing():
+            if self._records:
+                self._records.close()
+
+    def _add(self, **content: Any) -> None:
+        if self._records:
+            event = self._event(wall_time=time.time(), **content)
+            self._records.write(event.SerializeToString())
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            records, self._records = self._records, None
+            with contextlib.suppress(OSError):  # it still holds what it could not write
+                if records:
+                    records.close()
+            warnings.warn(
+                f"TensorBoard events cannot be written ({why(error)}): the run goes on without "
+                "them.",
+                stacklevel=4,
+            )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads a `metrics.jsonl`; a last line that was cut short is left out."""
+    """Reads a `metrics.jsonl`; leaves out lines that are not whole.
+
+    The last line may be cut short, by a kill or a full disk. Any other is warned about.
+    """
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    metrics = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
+        try:
+            if line.endswith("\n"):
+                metrics.append(json.loads(line))
+        except ValueError:
+            warnings.warn(f"{str(path)!r}: line {number} is damaged and left out.", stacklevel=2)
+    return metrics
 
 
 class Display(Progress):
@@ -86,5 +188,12 @@ class Display(Progress):
         due = now - self._shown > SECONDS_BETWEEN_LINES or task.finished
         if due and self.disable:
             self._shown = now
-            line = f"step {step}/{task.total}  {line}  {task.time_remaining or 0:.0f} s left"
-            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            left = task.time_remaining
+            line += f"  {left:.0f} s left" if left is not None else ""
+            self._print(step, line)
+        if "val_loss" in metrics:
+            self._print(step, f"validation loss {metrics['val_loss']:.4f}")
+
+    def _print(self, step: int, line: str) -> None:
+        line = f"step {step}/{self.tasks[0].total}  {line}"
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -19,6 +19,7 @@ from memopt.training.config import Config, Start, read_options
 from memopt.training.data import Data, continue_history, read_history, write_history
 from memopt.training.describe import describe_run
 from memopt.training.directory import MAY_CHANGE, check_same, choose_directory, open_directory
+from memopt.training.lock import Lock
 from memopt.training.phases import WITH_SCHEDULE, resume
 from memopt.training.placement import rows_here
 from memopt.training.processes import (
@@ -51,6 +52,7 @@ class Training:
         validation: The held-out batches.
         identity: What identifies the data.
         checkpoints: Its checkpoints.
+        lock: The lock of its directory, held until it is trained.
         state: The state to begin with.
         origin: What it took over from another run, "" for nothing.
         history: What it was trained on so far.
@@ -64,6 +66,7 @@ class Training:
     validation: list[Batch]
     identity: Record
     checkpoints: Checkpoints
+    lock: Lock
     state: TrainState
     origin: str = ""
     history: Sequence[Data] = ()
@@ -75,6 +78,7 @@ class Training:
             "identity": self.identity,
             "batches": self.batches.get_state(),
         }
+        self.lock.check()
         self.checkpoints.save(state, record, val_loss)
 
 
@@ -92,7 +96,8 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
         starts from another run has saved its first state, so that it does not need that run again.
 
     Raises:
-        ValueError: An option, or a combination of them, cannot work; says what to change.
+        ValueError: An option, or a combination of them, cannot work, or another process trains the
+            run; says what to change.
     """
     directory, given = choose_directory(config), config
     if config.run.resume:
@@ -108,7 +113,7 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
 
     tokenizer = load_tokenizer(config.text.tokenizer)
     checkpoints = Checkpoints(directory / "checkpoints", config.run.keep)
-    origin = read_origin(config) if config.start.init and not checkpoints.exist() else None
+    origin = read_origin(config) if config.start.init and checkpoints.newest() is None else None
     config = origin.schedule(config) if origin else config
     setup = describe_run(config)
     check_vocabulary(tokenizer, config, setup.model_config.vocab_size)
@@ -124,8 +129,13 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
         | {name: getattr(config.optimization, name) for name in ("schedule", "rewarm")}
     )
 
-    restored = _restore(checkpoints, setup) if config.run.resume else None
+    lock, restored = Lock(directory), None
     data = Data(0, list(config.text.data), identity, documents.listing())
+    if config.run.resume:
+        with errors_in_all_processes():
+            if is_main_process():
+                lock.acquire()  # before damaged checkpoints are moved
+        restored = _restore(checkpoints, setup)
     if restored:
         state, record = restored
         then = record["identity"]
@@ -144,12 +154,14 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
         setup = describe_run(config) if config.phases != before.phases else setup
     done = int(state.step) if restored else 0
     check_profile(config.run.profile, config.optimization.steps - done)
-    open_directory(directory, config)
-    write_history(directory, history if restored else [data])
+    with errors_in_all_processes():
+        if is_main_process():
+            open_directory(directory, config, lock)
+            write_history(directory, history if restored else [data])
     if not restored and not origin:
         with jax.set_mesh(setup.mesh):
             state = setup.jit_init(config.optimization.seed)()
-    files = (checkpoints, state)
+    files = (checkpoints, lock, state)
     run = Training(config, setup, directory, tokenizer, batches, validation, identity, *files)
     run.history = history
     if origin:

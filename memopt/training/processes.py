@@ -22,8 +22,8 @@ from memopt.training.config import Run
 
 #: The processes agree on signals about so often, and after so many steps at the latest.
 SECONDS_TO_STOP, STEPS_TO_STOP = 1.0, 16
-#: Bytes of an error that other processes are told.
-LONGEST_MESSAGE = 1000
+#: Bytes of an error that other processes are told; a sentence with two paths has less.
+LONGEST_MESSAGE = 2000
 
 
 def init_distributed(options: Run) -> None:

@@ -1,5 +1,6 @@
 """Reports a run that has ended: a plot of the loss and a sample of text."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from jax.experimental import multihost_utils
 from memopt.models.generate import generate
 from memopt.training.metrics import read_metrics
 from memopt.training.open import Training
+from memopt.training.writing import write_whole
 
 
 def plot_loss(metrics: Path, image: Path) -> None:
@@ -18,6 +20,9 @@ def plot_loss(metrics: Path, image: Path) -> None:
     Args:
         metrics: The file to read.
         image: The file to write.
+
+    Raises:
+        OSError: It cannot be written; a plot that was there before stays.
     """
     from matplotlib.figure import Figure  # slow to import
 
@@ -31,7 +36,9 @@ def plot_loss(metrics: Path, image: Path) -> None:
     axes.set(xlabel="step", ylabel="loss a token (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(image, dpi=150)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=150)
+    write_whole(image, drawn.getvalue())
 
 
 def sample_text(

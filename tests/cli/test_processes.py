@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import resource
 import signal
 
 import chex
@@ -158,3 +159,38 @@ def test_data_that_one_cannot_read_ends_all_with_the_sentence(home):
         assert "data 'image.png' is not text: it holds zero bytes." in err
     assert "(process 1 of 2)" not in err
     assert not (home / "blind").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_full_disk_of_one_ends_all_and_resumed_they_do_what_one_does(home, alone, full):
+    output = f"full-{full}"
+    processes = start_all(home, 2, *FLAGS, TWO, f"--output={output}", devices=2)
+    wait_for_step(processes[0], home / output, 12)
+    resource.prlimit(processes[full].pid, resource.RLIMIT_FSIZE, (1000, 1000))
+    _, err = finish(processes[full], exit_code=1)
+    assert re.search(rf"memopt: process {full}: .* cannot be written \(File too large\)", err)
+    assert (
+        f"All up to step 10 is saved; continue with: memopt pretrain --resume --output {output}"
+        in err
+    )
+    _, err = processes[1 - full].communicate(timeout=300)
+    assert processes[1 - full].returncode not in (0, None)
+    assert "a process has ended or is out of reach" in err or "another task died" in err
+    for process in start_all(home, 2, "--resume", f"--output={output}", devices=2):
+        finish(process)
+    check_same(home / output, alone(TWO))
+
+
+@pytest.mark.slow
+def test_a_second_start_in_the_same_directory_ends_in_all_its_processes(home):
+    first = start_all(home, 2, *FLAGS, TWO, "--output=shared", "--steps=1000000", devices=2)
+    wait_for_step(first[0], home / "shared", 1)
+    for process in start_all(home, 2, "--resume", "--output=shared", devices=2):
+        _, err = finish(process, exit_code=2)
+        assert f"the run in 'shared' is in use by process {first[0].pid} on " in err
+    first[1].send_signal(signal.SIGTERM)
+    for process in first:
+        finish(process, exit_code=128 + signal.SIGTERM)
+    steps = [line["step"] for line in metrics(home / "shared")]
+    assert steps == list(range(1, len(steps) + 1))

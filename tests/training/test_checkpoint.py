@@ -1,16 +1,23 @@
 """Checkpoints: what is kept, that reading gives what was written, and that damage is seen."""
 
+import logging
 import os
 import shutil
+import time
+from types import SimpleNamespace
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.errors import JaxRuntimeError
 
+from memopt.training import checkpoint
 from memopt.training.checkpoint import Checkpoints, _checksum
 from memopt.training.step import init_state
+from memopt.training.writing import WriteError
+from tests.training.disks import files_of_at_most
 
 TX = optax.chain(optax.adam(1e-3), optax.add_noise(0.1, 0.9, jax.random.key(7)))
 
@@ -168,6 +175,94 @@ def test_skipping_warns_and_loses_nothing(tmp_path, whole):
     assert kept(run / "checkpoints") == [1]
     assert (run / "damaged" / "3-1" / "state").is_dir()
     assert (run / "damaged" / "2" / "state").is_dir()
+
+
+@pytest.mark.parametrize("set_aside", [True, False])
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_not_damaged(
+    tmp_path, whole, monkeypatch, set_aside
+):
+    """Another run prunes it, which has written newer ones by then."""
+    run, newer = tmp_path / "run", tmp_path / "4"
+    shutil.copytree(whole, run)
+    write(newer, [4])
+    read_whole = checkpoint._read
+
+    def read_late(path, *arguments):
+        if newer.exists():
+            for step in (1, 2, 3):
+                shutil.rmtree(run / "checkpoints" / str(step))
+            (newer / "4").rename(run / "checkpoints" / "4")
+            newer.rmdir()
+        return read_whole(path, *arguments)
+
+    monkeypatch.setattr(checkpoint, "_read", read_late)
+    checkpoints = Checkpoints(run / "checkpoints")
+    state, saved = checkpoints.restore(abstract(make_state(0)), set_aside=set_aside)
+    assert (int(state.step), saved) == (4, record(4))
+    assert not (run / "damaged").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of TensorStore
+def test_a_checkpoint_that_cannot_be_written_is_noticed_without_a_wait(tmp_path, capfd):
+
+    def look():
+        while True:
+            checkpoints.wait(timeout=0)
+
+    checkpoints, after = Checkpoints(tmp_path), make_state(2)
+    checkpoints.save(make_state(1), record(1))
+    checkpoints.wait()
+    with files_of_at_most(1000):
+        checkpoints.save(after, record(2))
+        with pytest.raises(WriteError, match=r"cannot be written \(File too large\): make room"):
+            look()
+    with pytest.raises(WriteError):
+        checkpoints.save(after, record(2))
+    checkpoints.close()
+    assert checkpoints.newest() == 1
+    assert not capfd.readouterr().err
+    write(tmp_path, [3])
+    assert kept(tmp_path) == [1, 3]  # nothing is left of the one that failed
+
+
+def test_a_process_does_not_wait_for_others_with_an_error_of_its_own(tmp_path, monkeypatch):
+    """They wait for it, and it for them, until a barrier's time is up."""
+
+    class Barrier:
+        def result(self, timeout):
+            time.sleep(timeout)
+            error = (OSError, OSError(28, "No space left on device"), None)
+            path, message = "orbax/async_checkpointer.py", f"Failed, directory: {tmp_path}/16"
+            record = logging.LogRecord("absl", logging.ERROR, path, 1, message, (), error)
+            logging.getLogger("absl").handle(record)
+            raise TimeoutError
+
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_LOOKS", 0.01)
+    other, checkpoints = Checkpoints(tmp_path / "other"), Checkpoints(tmp_path)
+    assert other._checkpointer
+    assert checkpoints._checkpointer
+    checkpoints._saving = Barrier()
+    with pytest.raises(WriteError, match="No space left on device"):
+        checkpoints.wait()
+    checkpoints.close()
+    other.wait()
+    other.close()
+
+
+def fail_with(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("raises", [JaxRuntimeError("reset"), TimeoutError("barrier")])
+def test_that_another_process_is_gone_is_no_failure_to_write(tmp_path, raises):
+    checkpoints = Checkpoints(tmp_path)
+    raises.__cause__ = JaxRuntimeError("reset") if isinstance(raises, TimeoutError) else None
+    checkpoints._saving = SimpleNamespace(result=fail_with(raises))
+    with pytest.raises(JaxRuntimeError, match="reset"):
+        checkpoints.wait()
 
 
 def test_when_none_can_be_read_nothing_is_moved(tmp_path, whole):

@@ -1,8 +1,10 @@
 """Runs from start to end: what they write, how they stop, how they go on."""
 
+import contextlib
 import dataclasses
 import gzip
 import json
+import os
 import shutil
 import signal
 import time
@@ -20,13 +22,16 @@ from memopt.models import llama
 from memopt.optimizers.registry import FORMERLY_OPTAX, METHODS, available
 from memopt.training.config import Architecture, Config, Optimization, Run, Text
 from memopt.training.describe import describe_run
-from memopt.training.loop import Stopped, train
+from memopt.training.lock import LOCK
+from memopt.training.loop import Stopped, _signals, train
 from memopt.training.metrics import MetricsLog, read_metrics
 from memopt.training.open import Training, open_run
 from memopt.training.report import plot_loss, sample_text
 from memopt.training.setup import Setup
 from memopt.training.step import evaluate
+from memopt.training.writing import WriteError
 from memopt.trees import named_leaves
+from tests.training.disks import files_of_at_most, limit_files
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +110,7 @@ def test_a_run_learns_and_its_directory_holds_everything(finished):
     assert json.loads((directory / "config.json").read_text()) == config.flat()
     assert sorted(int(path.name) for path in (directory / "checkpoints").iterdir()) == [4, 8, 12]
     assert list((directory / "tensorboard").glob("events*"))
+    assert not (directory / LOCK).read_text()  # it was released
     assert state.step == 12
     plot_loss(directory / "metrics.jsonl", directory / "loss.png")
     assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -158,6 +164,7 @@ def test_a_finished_run_is_resumed_to_its_end_with_nothing_to_do(finished):
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(finished, config):
     stopping = open_run(config)
+    assert f'"process": {os.getpid()}' in (config.run.output / LOCK).read_text()
     stopping.batches = Disturbed(stopping.batches, 6, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Stopped, match="SIGTERM after step 6") as stopped:
         train(stopping, Console(quiet=True))
@@ -251,6 +258,62 @@ def test_a_profile_longer_than_the_run_is_refused_before_anything_is_written(con
     with pytest.raises(ValueError, match="profile=10 needs 13 steps, of which 3 warm up, but the"):
         open_run(change(config, profile=10))
     assert not config.run.output.exists()
+
+
+@pytest.mark.filterwarnings("ignore:TensorBoard events cannot:UserWarning")
+def test_metrics_that_cannot_be_written_end_a_run_and_its_checkpoint_is_whole(config):
+    opened = open_run(config)
+    log = config.run.output / "metrics.jsonl"
+
+    def fill():
+        opened.checkpoints.wait()
+        limit_files(log.stat().st_size + 30)
+
+    opened.batches = Disturbed(opened.batches, 6, fill)
+    with files_of_at_most(10**9), pytest.raises(WriteError, match=r"metrics.jsonl' cannot be wri"):
+        train(opened, Console(quiet=True))
+    assert opened.checkpoints.newest() == 4
+    assert open_run(change(config, resume=True)).state.step == 4
+
+
+@pytest.mark.filterwarnings("ignore:TensorBoard events cannot:UserWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of TensorStore
+@pytest.mark.parametrize("signum", [None, signal.SIGTERM])
+def test_a_checkpoint_that_cannot_be_written_ends_a_run_and_the_one_before_is_whole(
+    config, capfd, signum
+):
+    """Also one that a signal asks for: nobody is told that it is saved."""
+
+    def fill():
+        opened.checkpoints.wait()
+        limit_files(20_000)
+        if signum:
+            signal.raise_signal(signum)
+
+    def wait_for_failure():
+        with contextlib.suppress(WriteError):
+            opened.checkpoints.wait()
+
+    opened = open_run(config)
+    opened.batches = Disturbed(Disturbed(opened.batches, 7, fill), 9, wait_for_failure)
+    with files_of_at_most(10**9), pytest.raises(WriteError, match=r"checkpoints' .*File too large"):
+        train(opened, Console(quiet=True))
+    assert opened.checkpoints.newest() == 4
+    assert metrics(config)[-1]["step"] < 12
+    assert not capfd.readouterr().err  # of Orbax
+    assert open_run(change(config, resume=True)).state.step == 4
+
+
+def test_a_closed_terminal_is_a_signal_to_save_unless_it_is_ignored():
+    """The shell and the kernel send a SIGHUP each; nohup has it ignored."""
+    for ignored in (False, True):
+        usual = signal.signal(signal.SIGHUP, signal.SIG_IGN) if ignored else None
+        with _signals() as caught:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
+        assert caught == ([] if ignored else [signal.SIGHUP] * 2)
+        if ignored:
+            assert signal.signal(signal.SIGHUP, usual) == signal.SIG_IGN
 
 
 def test_on_a_mesh_the_numbers_are_the_same_and_the_state_is_split(finished, config):

@@ -1,0 +1,92 @@
+"""What a command prints decides nothing, whoever reads it; how it ends, it says in a sentence."""
+
+import io
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from memopt.cli import pretrain
+from memopt.cli.main import main
+from memopt.cli.output import lasting_output
+from memopt.training.loop import Stopped
+from memopt.training.writing import WriteError
+
+
+def stream(name, encoding="utf-8"):
+    """A text stream to a broken pipe, or to a file."""
+    if name == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+        return open(writer, "w", encoding=encoding)
+    return open(name, "w", encoding=encoding)
+
+
+@pytest.mark.parametrize("name", ["pipe", "/dev/full"])
+def test_what_cannot_be_written_is_dropped_and_the_first_time_told(name, monkeypatch, capfd):
+    for both in (False, True):
+        with stream(name) as out, stream(name) as err:
+            monkeypatch.setattr(sys, "stdout", out)
+            if both:
+                monkeypatch.setattr(sys, "stderr", err)
+            with lasting_output():
+                for _ in range(3):
+                    print("loss 1.0", flush=True)
+                print("sample", file=sys.stderr)
+                print("not flushed")
+        told, sample = capfd.readouterr().err.splitlines() if not both else ("", "sample")
+        assert told.startswith("memopt: nothing more is shown") == (not both)
+        assert sample == "sample"
+
+
+def test_characters_that_a_terminal_lacks_are_replaced(monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    with lasting_output():
+        print("compiling … \ud800")
+    assert shown.buffer.getvalue() == b"compiling ? ?\n"
+
+
+def fail_with(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "exit_code", "says"),
+    [
+        ("train", WriteError("It is full."), 1, "It is full. All up to step 2 is saved; continue"),
+        ("train", OSError(5, "I/O error", "a.txt"), 1, "[Errno 5] I/O error: 'a.txt' All up to"),
+        ("train", KeyboardInterrupt(), 130, "interrupted. All up to step 2 is saved; continue"),
+        ("train", Stopped("Stopped.", 143), 143, "Stopped. All is saved; continue with: memopt"),
+        ("_conclude", KeyboardInterrupt(), 130, "interrupted. All up to step 2 is saved; continue"),
+        ("open_run", OSError(30, "Read-only", "run/lock"), 2, "[Errno 30] Read-only: 'run/lock'"),
+    ],
+)
+def test_an_end_before_the_end_is_one_sentence_about_what_is_saved(
+    monkeypatch, capfd, where, error, exit_code, says
+):
+    checkpoints = SimpleNamespace(newest=lambda: 2)
+    run = SimpleNamespace(directory="run", checkpoints=checkpoints)
+    monkeypatch.setattr(pretrain, "open_run", lambda config: run)
+    monkeypatch.setattr(pretrain, "_introduce", lambda *_: None)
+    monkeypatch.setattr(pretrain, "train", lambda *_: (None, None))
+    monkeypatch.setattr(pretrain, where, fail_with(error))
+    monkeypatch.setattr(sys, "argv", ["memopt", "pretrain", "--output=run"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == exit_code
+    said = capfd.readouterr().err
+    assert said.startswith(f"memopt: {says}")
+    assert said.count("\n") == 1
+
+
+def test_a_plot_that_cannot_be_written_is_warned_about(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    (tmp_path / "loss.png" / "in the way").mkdir(parents=True)
+    with pytest.warns(UserWarning, match=r"loss.png' cannot be written \("):
+        pretrain._plot(SimpleNamespace(directory=tmp_path))
+    assert not list(tmp_path.glob("*.tmp"))
