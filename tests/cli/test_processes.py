@@ -5,6 +5,7 @@ import json
 import re
 import resource
 import signal
+import time
 
 import chex
 import jax
@@ -166,7 +167,8 @@ def test_data_that_one_cannot_read_ends_all_with_the_sentence(home):
 def test_a_full_disk_of_one_ends_all_and_resumed_they_do_what_one_does(home, alone, full):
     output = f"full-{full}"
     processes = start_all(home, 2, *FLAGS, TWO, f"--output={output}", devices=2)
-    wait_for_step(processes[0], home / output, 12)
+    while not (home / output / "checkpoints" / "10").exists():
+        time.sleep(0.01)
     resource.prlimit(processes[full].pid, resource.RLIMIT_FSIZE, (1000, 1000))
     _, err = finish(processes[full], exit_code=1)
     assert re.search(rf"memopt: process {full}: .* cannot be written \(File too large\)", err)
