@@ -49,7 +49,7 @@ def test_characters_that_a_terminal_lacks_are_replaced(monkeypatch):
 
 
 def fail_with(error):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     return fail
