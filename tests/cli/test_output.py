@@ -71,7 +71,7 @@ def test_an_end_before_the_end_is_one_sentence_about_what_is_saved(
 ):
     checkpoints = SimpleNamespace(newest=lambda: 2)
     run = SimpleNamespace(directory="run", checkpoints=checkpoints)
-    monkeypatch.setattr(pretrain, "open_run", lambda config: run)
+    monkeypatch.setattr(pretrain, "open_run", lambda config, progress: run)
     monkeypatch.setattr(pretrain, "_introduce", lambda *_: None)
     monkeypatch.setattr(pretrain, "train", lambda *_: (None, None))
     monkeypatch.setattr(pretrain, where, fail_with(error))
