@@ -62,6 +62,7 @@ ROWS = {
     "ldadam": Row("ldadam", -7),
     "mkor": Row("mkor", -2),
     "mkor, hybrid": Row("mkor", -2, {"hybrid": True}),
+    "mkor, inner=adam": Row("mkor", -8, {"inner": optax.scale_by_adam(0.9, 0.95)}),
     "muon": Row("muon", -6),
     "oasis": Row("oasis", 0, {"first_probes": 20}),
     "oasis, adaptive=False": Row("oasis", -5, {"adaptive": False, "first_probes": 20}),
@@ -157,7 +158,7 @@ def next_rate(done: Mapping[int, float], middle: int) -> int | None:
       >>> next_rate({}, 3), next_rate({2: 1.0, 3: 0.9, 4: 0.8}, 3), next_rate({2: 1, 3: 0, 4: 1}, 3)
       (3, 5, None)
     """
-    best = min(done, key=lambda rate: done[rate], default=middle)
+    best = min(done, key=lambda rate: (done[rate], rate), default=middle)
     return next((rate for rate in (best, best - 1, best + 1) if rate not in done), None)
 
 
