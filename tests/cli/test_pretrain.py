@@ -61,26 +61,30 @@ def test_its_config_starts_the_same_run(home, whole):
     assert metrics(home / "again")[0]["loss"] == metrics(directory)[0]["loss"]
 
 
-def check_killed(home, whole, name, kills, seed):
-    """Kills a run again and again; then it must end like the one that was not."""
-    draw = random.Random(seed)
-    directory = home / name
-    process = start(home, name)
-    for _ in range(kills):
-        step = draw.randrange(1, STEPS)
-        wait_for_step(process, directory, step)
-        time.sleep(draw.uniform(0, 0.1))
-        kill(process)
-        process = start(home, name, "--resume")
-    finish(process)
-    chex.assert_trees_all_equal(last_state(directory), last_state(whole[0]))
-    assert metrics(directory) == metrics(whole[0])
+KILLED = {
+    "ordinary": (),
+    "released": ("--release", "--weights=int8", "--state=int8", "--optimizer=adamw"),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 5))
-def test_a_run_that_is_killed_many_times_ends_like_the_one_that_was_not(home, whole, seed):
-    check_killed(home, whole, f"killed-{seed}", kills=12, seed=seed)
+@pytest.mark.parametrize("kind", KILLED)
+def test_a_run_that_is_killed_many_times_ends_like_the_one_that_was_not(home, kind, seed):
+    """With the kills of several processes, a hundred in all."""
+    flags, draw = KILLED[kind], random.Random(seed)
+    whole, killed = home / f"whole-{kind}", home / f"killed-{kind}-{seed}"
+    if not whole.exists():
+        finish(start(home, whole.name, *flags))
+    process = start(home, killed.name, *flags)
+    for _ in range(12):
+        wait_for_step(process, killed, draw.randrange(1, STEPS))
+        time.sleep(draw.uniform(0, 0.1))
+        kill(process)
+        process = start(home, killed.name, *(["--resume"] if killed.exists() else flags))
+    finish(process)
+    chex.assert_trees_all_equal(last_state(killed), last_state(whole))
+    assert metrics(killed) == metrics(whole)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import random
 import re
 import resource
 import signal
@@ -123,6 +124,23 @@ def test_one_is_killed_all_end_and_resumed_they_do_what_one_does(home, alone):
     assert "resumed at step 10" in outputs[0][0]
     check_same(home / "killed", alone(TWO))
     check_one_writes(outputs, home / "killed", starts=2)
+
+
+@pytest.mark.slow
+def test_processes_that_are_killed_many_times_end_like_one_that_was_not(home, alone):
+    draw, directory = random.Random(0), home / "random"
+    processes = start_all(home, 2, *FLAGS, TWO, "--output=random", devices=2)
+    for _ in range(6):
+        wait_for_step(processes[0], directory, draw.randrange(1, STEPS))
+        time.sleep(draw.uniform(0, 0.1))
+        victim, other = draw.sample(processes, 2)
+        kill(victim)
+        _, err = other.communicate(timeout=60)
+        assert "Traceback" not in err
+        processes = start_all(home, 2, "--resume", "--output=random", devices=2)
+    for process in processes:
+        finish(process)
+    check_same(directory, alone(TWO))
 
 
 @pytest.mark.slow
