@@ -10,6 +10,7 @@ and into docs/convergence.md.
 """
 
 import dataclasses
+import math
 import shlex
 import statistics
 import sys
@@ -139,16 +140,19 @@ def train(options: Options, row: Row, rate: int, seed: int) -> float:
             for batches in width.data(options.task, seed)
         )
         loss = float(run(setup.jit_init(seed)(), training, validation))
-    return loss if loss < float("inf") else float("inf")
+    return loss if math.isfinite(loss) else math.inf
 
 
-def losses(results: Sequence[dict[str, Any]], name: str) -> dict[int, float]:
-    """The mean loss of a row over seeds, by learning rate."""
-    found: dict[int, list[float]] = {}
+def losses(
+    results: Sequence[dict[str, Any]], name: str, seeds: Sequence[int] = (0,)
+) -> dict[int, float]:
+    """The mean loss of a row over seeds, by the learning rates at which all of them were tried."""
+    found: dict[int, dict[int, float]] = {}
     for r in results:
-        if r["row"] == name:
-            found.setdefault(r["rate"], []).append(r["loss"])
-    return {rate: statistics.mean(of) for rate, of in sorted(found.items())}
+        if r["row"] == name and r["seed"] in seeds:
+            found.setdefault(r["rate"], {})[r["seed"]] = r["loss"]
+    whole = {rate: of for rate, of in sorted(found.items()) if len(of) == len(seeds)}
+    return {rate: statistics.mean(of.values()) for rate, of in whole.items()}
 
 
 def next_rate(done: Mapping[int, float], middle: int) -> int | None:
@@ -162,12 +166,12 @@ def next_rate(done: Mapping[int, float], middle: int) -> int | None:
     return next((rate for rate in (best, best - 1, best + 1) if rate not in done), None)
 
 
-def markdown(results: Sequence[dict[str, Any]]) -> str:
+def markdown(results: Sequence[dict[str, Any]], seeds: Sequence[int] = (0,)) -> str:
     """The table for the docs."""
     lines = ["| optimizer | best learning rate | validation loss | half | twice |"]
     lines.append("|---|--:|--:|--:|--:|")
     for name in ROWS:
-        at = losses(results, name)
+        at = losses(results, name, seeds)
         if not at:
             continue
         best = min(at, key=lambda rate: at[rate])
@@ -203,7 +207,9 @@ def main(arguments: Sequence[str]) -> None:
         table.add_column(column, justify="right")
     console = Console()
     for name in options.rows:
-        while (rate := next_rate(losses(results, name), ROWS[name].rate)) is not None:
+        while (
+            rate := next_rate(losses(results, name, options.seeds), ROWS[name].rate)
+        ) is not None:
             done = [r["seed"] for r in results if (r["row"], r["rate"]) == (name, rate)]
             for seed in options.seeds:
                 if seed not in done:
@@ -211,12 +217,16 @@ def main(arguments: Sequence[str]) -> None:
                     results.append({"row": name, "rate": rate, "seed": seed, "loss": loss})
                     console.print(f"{name:32} 2^{rate:<4} seed {seed}  {loss:.4f}")
                     save(report, options.output)
-        at = losses(results, name)
+        at = losses(results, name, options.seeds)
         best = min(at, key=lambda rate: at[rate])
         table.add_row(name, f"2^{best}", f"{at[best]:.3f}")
     console.print(table)
     save(report, options.output)
-    replace_table(DOCS, r"^\| optimizer \| best learning rate \|.*\n(?:\|.*\n)+", markdown(results))
+    replace_table(
+        DOCS,
+        r"^\| optimizer \| best learning rate \|.*\n(?:\|.*\n)+",
+        markdown(results, options.seeds),
+    )
 
 
 if __name__ == "__main__":

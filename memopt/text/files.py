@@ -113,7 +113,7 @@ class Files:
 
     @property
     def chunk(self) -> int:
-        """How many pieces should be read at a time: more of many, which may be very short."""
+        """Pieces to read at a time; larger for corpora of many, short pieces."""
         return max(2, min(len(self) // 1000, 16))
 
     def split(self, validation_fraction: float = 0.05) -> tuple[Files, Files]:

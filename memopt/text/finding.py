@@ -118,11 +118,8 @@ class _Reader:
         for real, error in self.left_out.items():
             kinds.setdefault(error.kind, []).append(self._found[real].name)
         if kinds:
-            parts = (
-                f"{len(names):,} {kind} ({', '.join(names[:NAMED])}{', …' * (len(names) > NAMED)})"
-                for kind, names in kinds.items()
-            )
-            yield f"data: left out {_number(len(self.left_out), 'file')}: {', '.join(parts)}."
+            parts = ", ".join(counted(names, kind) for kind, names in kinds.items())
+            yield f"data: left out {_number(len(self.left_out), 'file')}: {parts}."
         if self._skipped:
             count = f"{self._skipped:,} of {_number(self._records, 'record')}"
             more = "; …" * (self._skipped > NAMED)
@@ -189,6 +186,16 @@ class _Reader:
             self._due = time.monotonic() + SECONDS_BETWEEN_LINES
             files = f"{self._files_read:,} of {_number(len(self._found), 'file')}"
             self._progress(f"reading the data: {files}, {self._bytes / 1e6:,.0f} MB")
+
+
+def counted(names: Sequence[str], kind: str) -> str:
+    """Counts files of a kind and names the first of them.
+
+    Example:
+        >>> counted(["a.png", "b.png", "c.png", "d.png"], "without text")
+        '4 without text (a.png, b.png, c.png, …)'
+    """
+    return f"{len(names):,} {kind} ({', '.join(names[:NAMED])}{', …' * (len(names) > NAMED)})"
 
 
 def _number(count: int, noun: str) -> str:

@@ -89,7 +89,7 @@ class Stream:
 
     def renamed(self, listing: list[list[Any]]) -> Stream | None:
         """Returns this dataset by the name in a listing, or None if the content is not the same."""
-        if self.content is None or [content for _, content in listing] != [self.content]:
+        if self.content is None or [content for _, *content in listing] != [[self.content]]:
             return None
         return dataclasses.replace(self, known_as=listing[0][0])
 

@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import logging
+import math
 import sys
 import time
 import warnings
@@ -55,7 +56,7 @@ class Checkpoints:
         for path in self._steps():
             self._val_loss[int(path.name)] = _metadata(path)["val_loss"]
         _WRITERS.add(self)
-        logging.getLogger("absl").addFilter(_see)
+        logging.getLogger("absl").addFilter(_take_error)
         return ocp.training.Checkpointer(
             self._directory, preservation_policy=self, cleanup_tmp_directories=True
         )
@@ -66,7 +67,7 @@ class Checkpoints:
         Args:
             state: The state; its `step` names the checkpoint. Does nothing if that one exists.
             record: What belongs to it besides arrays.
-            val_loss: Its validation loss, if known and finite; the lowest is the best.
+            val_loss: Its validation loss, if known; the lowest finite one is the best.
 
         Raises:
             WriteError: This checkpoint, or the one before, cannot be written.
@@ -83,29 +84,32 @@ class Checkpoints:
                 step, {"state": state}, force=True, custom_metadata=metadata
             )
 
-    def wait(self, timeout: float | None = None) -> None:
-        """Waits until the last checkpoint is written.
-
-        Args:
-            timeout: Seconds to wait at most; with 0, only a failure is looked for.
+    def check(self) -> None:
+        """Raises if the last checkpoint is known to have failed.
 
         Raises:
             WriteError: It cannot be written.
         """
-        waits = SECONDS_BETWEEN_LOOKS if timeout is None else timeout
-        while self._saving:
+        if self._error:
             with self._writing():
-                if self._error:
-                    raise self._error
-                began = time.monotonic()
+                raise self._error
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is written.
+
+        Raises:
+            WriteError: It cannot be written.
+        """
+        while self._saving:
+            self.check()
+            began = time.monotonic()
+            with self._writing():
                 try:
-                    self._saving.result(waits)
-                    return
+                    self._saving.result(SECONDS_BETWEEN_LOOKS)
+                    self._saving = None
                 except TimeoutError:
-                    if time.monotonic() - began < waits:
+                    if time.monotonic() - began < SECONDS_BETWEEN_LOOKS:
                         raise  # Orbax's own, of a barrier
-            if timeout is not None:
-                return
 
     def newest(self) -> int | None:
         """The step of the newest checkpoint, whole or damaged; None if there is none."""
@@ -155,7 +159,7 @@ class Checkpoints:
         """Says, as a preservation policy of Orbax, which checkpoints are kept."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         losses = [(self._val_loss[step], step) for step in steps]
-        known = sorted((loss, step) for loss, step in losses if loss is not None)
+        known = sorted((x, step) for x, step in losses if x is not None and math.isfinite(x))
         kept = {*steps[-self._keep :], *(step for _, step in known[:1])}
         return [step in kept for step in steps]
 
@@ -165,8 +169,9 @@ class Checkpoints:
         Raises:
             WriteError: The last checkpoint cannot be written.
         """
-        if self._error:
-            return  # Orbax may wait for other processes
+        _WRITERS.discard(self)
+        if self._error or "_checkpointer" not in vars(self):
+            return  # Orbax would wait for other processes, which may have ended
         self.wait()
         with self._writing():
             self._checkpointer.close()
@@ -189,12 +194,14 @@ class Checkpoints:
         return [path for path in self._directory.glob("*") if path.name.isdecimal()]
 
 
-#: Those that have begun to write.
+#: Those that write.
 _WRITERS: weakref.WeakSet[Checkpoints] = weakref.WeakSet()
 
 
-def _see(record: logging.LogRecord) -> bool:
-    """Takes errors with their tracebacks out of Orbax's log, and hands them to whom they concern.
+def _take_error(record: logging.LogRecord) -> bool:
+    """Gives each error in Orbax's log to the checkpoints whose directory it names.
+
+    While there are any that write, no traceback of Orbax is shown.
 
     A process logs an error at once, but raises it only when all others have done their parts, for
     which it waits up to 20 minutes.
@@ -204,7 +211,7 @@ def _see(record: logging.LogRecord) -> bool:
     for writer in list(_WRITERS):
         if record.module == "async_checkpointer" and f"{writer._directory}/" in record.getMessage():
             writer._error = record.exc_info[1]
-    return False
+    return not _WRITERS
 
 
 @contextlib.contextmanager

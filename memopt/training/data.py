@@ -10,10 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from memopt.text.finding import counted
 from memopt.training.writing import why, write_whole
-
-#: A message names so many files.
-NAMED = 3
 
 
 class Data(NamedTuple):
@@ -81,9 +79,10 @@ def continue_history(
             "data it had, from whatever place, or add --accept-data-change: then training goes on "
             "with a new pass over the data as it is now."
         )
-    if not history or last.identity == here.identity:
-        return [*history[:-1], last], not differing
-    return [*history, here], not differing
+    if not history:
+        return [last], not differing
+    used = [history[0], *(entry for entry in history[1:] if entry.after < here.after)]
+    return (used if used[-1].identity == here.identity else [*used, here]), not differing
 
 
 def describe_change(before: Sequence[Sequence[Any]], now: Sequence[Sequence[Any]]) -> str:
@@ -100,9 +99,5 @@ def describe_change(before: Sequence[Sequence[Any]], now: Sequence[Sequence[Any]
         "new": [name for name in new if name not in old],
         "gone": [name for name in old if name not in new],
     }
-    parts = [
-        f"{len(names):,} {kind} ({', '.join(names[:NAMED])}{', …' * (len(names) > NAMED)})"
-        for kind, names in kinds.items()
-        if names
-    ]
+    parts = [counted(names, kind) for kind, names in kinds.items() if names]
     return ", ".join(parts) or "other records of the same files"

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import socket
 import threading
 import time
@@ -16,6 +17,9 @@ from memopt.training.writing import WriteError
 
 #: The file in a run's directory that names the owner.
 LOCK = "memopt.lock"
+
+#: Tells this process from one with the same number.
+_TOKEN = secrets.token_hex(8)
 
 #: Seconds between two touches of the file by its owner.
 SECONDS_BETWEEN_TOUCHES = 5.0
@@ -64,7 +68,7 @@ class Lock:
                     f"the run in {str(self._path.parent)!r} is in use by {_name(owner)}: wait for "
                     "its end or stop it first."
                 )
-            if locked is False:  # another object of this process is the owner
+            if locked is False and _owner(self._path) == _this_process():  # by another object
                 os.close(descriptor)
                 return
             os.ftruncate(descriptor, 0)
@@ -100,8 +104,8 @@ class Lock:
         if owner == _this_process():
             return None
         if locked is False and owner is None:  # it has not written its name yet
-            return {"host": socket.gethostname(), "process": "of unknown number"}
-        if locked is None or (owner and owner["host"] != socket.gethostname()):
+            return _this_process() | {"process": "of unknown number"}
+        if locked is None or (owner and owner["kernel"] != _kernel()):
             return owner and self._wait_for_touch(owner)
         return None if locked else owner
 
@@ -122,7 +126,17 @@ class Lock:
 
 
 def _this_process() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "process": os.getpid()}
+    """The host and process, and what tells them from others of the same names, as of containers."""
+    host, process = socket.gethostname(), os.getpid()
+    return {"host": host, "process": process, "kernel": _kernel(), "token": f"{_TOKEN}-{process}"}
+
+
+def _kernel() -> str:
+    """Identifies the running kernel; by the name of its host, if it does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
 
 
 def _name(owner: dict[str, Any]) -> str:
@@ -144,7 +158,7 @@ def _owner(path: Path) -> dict[str, Any] | None:
     """Returns who has written the file, if anybody."""
     try:
         owner = json.loads(path.read_text())
-        return {name: owner[name] for name in ("host", "process")}
+        return {name: owner[name] for name in ("host", "process", "kernel", "token")}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -161,4 +175,4 @@ def _release(descriptor: int, path: Path, released: threading.Event) -> None:
     with contextlib.suppress(OSError):
         if _owner(path) == _this_process():
             os.ftruncate(descriptor, 0)
-        os.close(descriptor)
+    os.close(descriptor)

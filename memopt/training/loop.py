@@ -72,14 +72,13 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
                 if signum := agree(caught[0] if caught else 0):
                     reason = f"stopped by {signal.Signals(signum).name} after step {number - 1}."
                     raise Stopped(reason, 128 + signum)
-                run.checkpoints.wait(timeout=0)
+                run.checkpoints.check()
                 profile.before(number, metrics.read)
                 began, batch = time.perf_counter(), _next_batch(run)
                 with jax.profiler.StepTraceAnnotation("train", step_num=number):
                     state, outcome = setup.jitted(state, batch)
-                metrics.add(number, outcome, began)
-                if number % options.eval_every == 0 or number == steps:
-                    metrics.read(validate)
+                evaluates = number % options.eval_every == 0 or number == steps
+                metrics.add(number, outcome, began, validate if evaluates else None)
                 if number % options.checkpoint_every == 0 or number == steps:
                     metrics.read()
                     run.save(state, metrics.latest.get("val_loss"))
@@ -89,6 +88,7 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
                 run.save(state)
                 run.checkpoints.wait()
             raise
+        run.checkpoints.wait()  # while signals do not end the process
     return state, compiled
 
 
@@ -109,46 +109,50 @@ class LateMetrics:
         self, log: MetricsLog | None, display: Display, skipped_in_row: int, max_skipped: int
     ):
         self._log, self._display, self._max_skipped = log, display, max_skipped
-        self._unread: tuple[int, Metrics, float] | None = None
+        self._unread: tuple[int, Metrics, float, Callable[[], float] | None] | None = None
         self._read_at = 0.0
         self.latest: dict[str, float] = {"skipped_in_row": skipped_in_row}
 
-    def add(self, number: int, outcome: Metrics, began: float) -> None:
+    def add(
+        self,
+        number: int,
+        outcome: Metrics,
+        began: float,
+        validate: Callable[[], float] | None = None,
+    ) -> None:
         """Takes the metrics of a step that was dispatched, and reads those of the one before.
 
         Args:
             number: The step.
             outcome: Its metrics, on the devices.
             began: When the host began with it, in seconds of `time.perf_counter`.
+            validate: Returns the validation loss after it, which is then waited for.
 
         Raises:
             Stopped: Too many steps in a row were skipped. It is noticed before another is taken.
         """
-        before, self._unread = self._unread, (number, outcome, began)
+        before, self._unread = self._unread, (number, outcome, began, validate)
         if before:
             self._record(*before)
-        if self.latest["skipped_in_row"] + 1 >= self._max_skipped:
+        if validate or self.latest["skipped_in_row"] + 1 >= self._max_skipped:
             self.read()
 
-    def read(self, validate: Callable[[], float] | None = None) -> None:
+    def read(self) -> None:
         """Waits for the step that was added last, unless its metrics are read already.
-
-        Args:
-            validate: Returns the validation loss after it.
 
         Raises:
             Stopped: As `add`.
         """
         if self._unread:
             unread, self._unread = self._unread, None
-            self._record(*unread, validate)
+            self._record(*unread)
 
     def _record(
         self,
         number: int,
         outcome: Metrics,
         began: float,
-        validate: Callable[[], float] | None = None,
+        validate: Callable[[], float] | None,
     ) -> None:
         metrics = {name: value.item() for name, value in outcome.items()}
         began, self._read_at = max(began, self._read_at), time.perf_counter()
@@ -171,15 +175,16 @@ def _next_batch(run: Training) -> Any:
     try:
         return next(run.batches)
     except (OSError, ValueError) as error:
-        alone = jax.process_count() > 1
-        raise Stopped(f"the data cannot be read: {error}", saved=not alone) from error
+        saved = jax.process_count() == 1
+        raise Stopped(f"the data cannot be read: {error}", saved=saved) from error
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[signal.Signals]]:
     """Collects SIGTERM, Ctrl-C and SIGHUP, which then do not end the process; a second one does.
 
-    Not a second SIGHUP: a closed terminal sends several. One that is ignored (nohup) stays so.
+    A second SIGHUP does not, since a closed terminal sends several. An ignored SIGHUP (nohup) stays
+    ignored.
     """
     caught: list[signal.Signals] = []
 

@@ -19,7 +19,7 @@ from memopt.training.writing import WriteError, why, write_whole
 #: Without a terminal, a line of progress at most this often.
 SECONDS_BETWEEN_LINES = 5.0
 
-#: TensorBoard events are on the disk at most so late, as tensorboardX's writer has it.
+#: Seconds between flushes of TensorBoard events, tensorboardX's default.
 SECONDS_BETWEEN_FLUSHES = 120.0
 
 

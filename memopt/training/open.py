@@ -127,6 +127,7 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
     check_same_on_all_processes(
         {"output": str(directory), **config.flat(), "content of the data": identity}
         | {name: getattr(config.optimization, name) for name in ("schedule", "rewarm")}
+        | {name: getattr(config.run, name) for name in ("resume", "accept_data_change")}
     )
 
     lock, restored = Lock(directory), None
@@ -145,8 +146,8 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
         history, is_same = continue_history(directory, history, then, data, accept=accept)
         if is_same:
             batches.set_state(record["batches"])
-    elif origin:
-        state = origin.start(config, setup)
+    else:
+        history = [data]
     if config.run.resume:
         step, skipped = (int(state.step), int(state.skipped)) if restored else (0, 0)
         before = there.with_phases(*config.phases)
@@ -157,15 +158,27 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
     with errors_in_all_processes():
         if is_main_process():
             open_directory(directory, config, lock)
-            write_history(directory, history if restored else [data])
-    if not restored and not origin:
+            write_history(directory, history)
+    if origin:
+        state = origin.start(config, setup)
+    elif not restored:
         with jax.set_mesh(setup.mesh):
             state = setup.jit_init(config.optimization.seed)()
-    files = (checkpoints, lock, state)
-    run = Training(config, setup, directory, tokenizer, batches, validation, identity, *files)
-    run.history = history
+    run = Training(
+        config=config,
+        setup=setup,
+        directory=directory,
+        tokenizer=tokenizer,
+        batches=batches,
+        validation=validation,
+        identity=identity,
+        checkpoints=checkpoints,
+        lock=lock,
+        state=state,
+        origin=origin.taken_over(config) if origin else "",
+        history=history,
+    )
     if origin:
-        run.origin = origin.taken_over(config)
         run.save(state)
     return run
 

@@ -80,8 +80,9 @@ def resume(there: Config, here: Config, *, step: int, updates: int) -> Config:
         phases = (*(phase for phase in phases if phase.count < count), _replace(now, here))
     elif options.steps != there.optimization.steps and last.decay_steps:
         length, done = options.steps - last.step, count - last.count
-        if done <= last.steps - last.decay_steps:
-            decay = min(max(1, round(options.decay * length)), length - done)
+        room = length - max(done, last.warmup_steps)
+        if done <= last.steps - last.decay_steps and room > 0:
+            decay = min(max(1, round(options.decay * length)), room)
             last = dataclasses.replace(last, steps=length, decay_steps=decay)
             phases = (*phases[:-1], last)
     changed = (options.steps, phases) != (there.optimization.steps, there.phases)

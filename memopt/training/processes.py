@@ -87,8 +87,8 @@ def errors_in_all_processes() -> Iterator[None]:
     """Raises an error that one process meets in the block in all of them; each waits for all.
 
     Raises:
-        ValueError: One did. In another process, its number is added.
-        OSError: This one did, and so for `ImportError`.
+        Exception: The error of this process, as it is.
+        ValueError: The error of another one, with its number.
 
     Example:
         >>> with errors_in_all_processes():
@@ -99,9 +99,9 @@ def errors_in_all_processes() -> Iterator[None]:
     own: Exception | None = None
     try:
         yield
-    except (ValueError, ImportError, OSError) as error:
+    except Exception as error:
         own = error
-    message = f"{own}".encode()[:LONGEST_MESSAGE] if own else b""
+    message = (f"{own}" or type(own).__name__).encode()[:LONGEST_MESSAGE] if own else b""
     padded = np.frombuffer(message.ljust(LONGEST_MESSAGE, b"\0"), np.uint8)
     everywhere = multihost_utils.process_allgather(padded)
     if own:

@@ -24,11 +24,11 @@ T = TypeVar("T", bound=Closable)
 
 @contextlib.contextmanager
 def closing(thing: T) -> Iterator[T]:
-    """Closes `thing` at the end; a failure to write then does not hide an earlier exception."""
+    """Closes `thing` at the end; a failure then does not hide an earlier exception."""
     try:
         yield thing
     except BaseException:
-        with contextlib.suppress(WriteError):
+        with contextlib.suppress(Exception):
             thing.close()
         raise
     thing.close()

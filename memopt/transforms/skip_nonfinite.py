@@ -143,9 +143,8 @@ def _skip_matrices(
         on(lambda layout, x: layouts.append(layout), gradients)
         state = init_shapes(inner.init, gradients)
         kept = jax.tree.leaves(owners(state, gradients), is_leaf=is_state_array)
-        depth = max((len(layout.stack) for layout in layouts), default=0)
         stacks = [[Axis(a, 1) for a in layout.stack] for layout in layouts]
-        follow = followers(inner, gradients, stacks) if depth else [None] * len(kept)
+        follow = followers(inner, gradients, stacks) if any(stacks) else [None] * len(kept)
 
         def place(array: StateArray, follower: Follower | None) -> Place:
             if array.parameter is None:

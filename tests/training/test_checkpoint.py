@@ -1,6 +1,7 @@
 """Checkpoints: what is kept, that reading gives what was written, and that damage is seen."""
 
 import logging
+import math
 import os
 import shutil
 import time
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax.errors import JaxRuntimeError
+from orbax.checkpoint import v1 as ocp
 
 from memopt.training import checkpoint
 from memopt.training.checkpoint import Checkpoints, _checksum
@@ -207,7 +209,7 @@ def test_a_checkpoint_that_cannot_be_written_is_noticed_without_a_wait(tmp_path,
 
     def look():
         while True:
-            checkpoints.wait(timeout=0)
+            checkpoints.check()
 
     checkpoints, after = Checkpoints(tmp_path), make_state(2)
     checkpoints.save(make_state(1), record(1))
@@ -303,3 +305,16 @@ def test_the_checksum_depends_on_the_order_of_numbers_and_on_where_they_are():
     ]
     sums.append(_checksum(state._replace(params={"a": w, "b": w + 1}), record(2)))
     assert len(set(sums)) == len(sums)
+
+
+def test_of_losses_that_are_not_finite_none_is_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints._val_loss = {4: math.nan, 8: 2.0, 12: None, 16: 3.0}
+    steps = [SimpleNamespace(step=step) for step in (4, 8, 12, 16)]
+    assert checkpoints.should_preserve(steps, context=None) == [False, True, False, True]
+
+
+def test_where_nothing_was_saved_closing_does_not_start_orbax(tmp_path, monkeypatch):
+    """Its start waits for all processes, of which others may have ended."""
+    monkeypatch.setattr(ocp.training, "Checkpointer", None)
+    Checkpoints(tmp_path).close()

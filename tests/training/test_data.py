@@ -158,3 +158,19 @@ def test_an_error_of_one_process_is_raised_in_all(monkeypatch):
         pass
     with pytest.raises(ValueError, match=r"^own$"), errors_in_all_processes():
         raise ValueError("own")
+
+
+def test_the_history_has_only_data_that_was_trained_on(tmp_path):
+    def at(step, name):
+        return data.Data(step, [name], {"data digest": name}, [])
+
+    def go_on(history, checkpoint, now):
+        return data.continue_history(tmp_path, history, checkpoint.identity, now, accept=False)
+
+    first, second = at(0, "first"), at(100, "second")
+    # Accepted, but no checkpoint was made on it: the first data again, and the second again.
+    assert go_on([first, second], first, at(100, "first")) == ([first], True)
+    assert go_on([first, second], first, at(100, "second")) == ([first, second], False)
+    # The run falls back to a checkpoint before the change.
+    assert go_on([first, second], first, at(40, "second")) == ([first, at(40, "second")], False)
+    assert go_on([first, second], second, at(120, "second")) == ([first, second], True)

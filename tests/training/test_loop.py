@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -23,7 +24,7 @@ from memopt.optimizers.registry import FORMERLY_OPTAX, METHODS, available
 from memopt.training.config import Architecture, Config, Optimization, Run, Text
 from memopt.training.describe import describe_run
 from memopt.training.lock import LOCK
-from memopt.training.loop import Stopped, _signals, train
+from memopt.training.loop import LateMetrics, Stopped, _signals, train
 from memopt.training.metrics import MetricsLog, read_metrics
 from memopt.training.open import Training, open_run
 from memopt.training.report import plot_loss, sample_text
@@ -211,6 +212,18 @@ def test_every_checkpoint_finds_the_metrics_of_its_steps_written(config, monkeyp
     monkeypatch.setattr(Training, "save", check)
     train(opened, Console(quiet=True))
     assert saved == [3, 6, 9, 12]
+
+
+@pytest.mark.parametrize("max_skipped", [1, 10])
+def test_a_validation_loss_is_of_its_step_however_soon_its_metrics_are_read(max_skipped):
+    written, values = [], {"skipped_in_row": jnp.int32(0), "tokens": jnp.int32(8)}
+    log = SimpleNamespace(write=lambda step, metrics: written.append(metrics.get("val_loss")))
+    display = SimpleNamespace(show=lambda *_: None)
+    late = LateMetrics(log, display, 0, max_skipped)
+    for number, validate in ((1, None), (2, lambda: 3.0), (3, None)):
+        late.add(number, values, 0.0, validate)
+        assert len(written) == (number if validate or max_skipped == 1 else number - 1)
+    assert written[:2] == [None, 3.0]
 
 
 def test_batches_are_placed_ahead_and_the_position_is_that_of_the_one_handed_out(

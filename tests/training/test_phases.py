@@ -64,6 +64,8 @@ def test_in_its_decay_wsd_decays_to_its_end_and_keeps_the_last_rate():
 def test_with_fewer_steps_wsd_decays_at_once_and_others_are_cut_off():
     decay = rates(go_on(begun("wsd", steps=40), step=11, steps=12))
     np.testing.assert_allclose(decay[10:13], [5e-3, 5e-3, 5e-4], rtol=1e-6)
+    in_warmup = go_on(begun("wsd", steps=600), step=10, steps=30)
+    assert describe_phases(in_warmup) == "wsd of 600 steps, cut off at step 30"
     cut = go_on(begun("cosine"), step=10, steps=15)
     assert cut.phases == begun("cosine").phases
     assert describe_phases(cut) == "cosine of 20 steps, cut off at step 15"
