@@ -180,10 +180,12 @@ def fingerprint(
 
     Returns:
         A flat dict: files, bytes, a digest of names and pieces and one of the content (or the
-        stream's name), the tokenizer's digest, `batch_size`, `seq_len`, `seed`.
+        stream's name), the tokenizer's digest and the id that ends a document, `batch_size`,
+        `seq_len`, `seed`.
     """
+    ids = {"tokenizer": tokenizer.digest, "eos_id": tokenizer.eos_id}
     options = {"batch_size": batch_size, "seq_len": seq_len, "seed": seed}
-    return {**documents.describe(), "tokenizer": tokenizer.digest, **options}
+    return {**documents.describe(), **ids, **options}
 
 
 @contextlib.contextmanager

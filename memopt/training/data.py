@@ -13,6 +13,12 @@ from typing import Any, NamedTuple
 from memopt.text.finding import counted
 from memopt.training.writing import why, write_whole
 
+#: Another reason for a difference, if the run has no history.
+BEGUN_EARLIER = (
+    "it was begun by an earlier version, which read .json and compressed files and byte order marks "
+    "otherwise"
+)
+
 
 class Data(NamedTuple):
     """The data that a run was trained on from some step on.
@@ -48,7 +54,9 @@ def write_history(directory: Path, history: Sequence[Data]) -> None:
     try:
         write_whole(path, "".join(lines).encode())
     except OSError as error:
-        raise ValueError(f"{str(path)!r} cannot be written ({why(error)}).") from error
+        raise ValueError(
+            f"{str(path)!r} cannot be written ({why(error)}): make room or repair it."
+        ) from error
 
 
 def continue_history(
@@ -73,7 +81,8 @@ def continue_history(
     differing = [name for name, value in there.items() if here.identity.get(name) != value]
     last = history[-1] if history else here._replace(after=here.after if differing else 0)
     if differing and not accept and (not history or last.identity != here.identity):
-        change = describe_change(last.files, here.files) if history else ", ".join(differing)
+        unknown = f"{', '.join(differing)}, or {BEGUN_EARLIER}"
+        change = describe_change(last.files, here.files) if history else unknown
         raise ValueError(
             f"the data of the run in {str(directory)!r} has changed: {change}. Resume it with the "
             "data it had, from whatever place, or add --accept-data-change: then training goes on "

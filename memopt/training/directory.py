@@ -1,9 +1,10 @@
 """The directory of a run: how it is chosen and written, so that no run overwrites another."""
 
+import contextlib
 import itertools
 import json
 import reprlib
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from memopt.training.lock import LOCK, Lock
 from memopt.training.writing import why, write_whole
 
 #: Options that may change when a run is resumed; all others decide what its checkpoints mean. The
-#: content of `data` is checked apart from its place.
+#: contents of `data` and `tokenizer` are checked apart from their places.
 MAY_CHANGE = {
-    *("data", "bad_records"),
+    *("data", "bad_records", "tokenizer"),
     *("steps", "schedule", "phases", "mesh", "max_skipped", "keep"),
     *("eval_every", "eval_tokens", "checkpoint_every"),
 }
+
+#: Files that are there before `config.json` makes a directory that of a run.
+BEFORE_CONFIG = {LOCK, "data.tmp", "data.jsonl", "config.tmp"}
 
 
 def choose_directory(config: Config) -> Path:
@@ -50,26 +54,42 @@ def choose_directory(config: Config) -> Path:
     return output or next(path for path in candidates if not _taken(path))
 
 
-def open_directory(directory: Path, config: Config, lock: Lock) -> None:
-    """Makes and locks the directory of a new run, and writes a run's `config.json` into it.
+def lock_directory(directory: Path, lock: Lock, *, new: bool) -> None:
+    """Locks the directory of a run, which it makes for a new one.
 
     Args:
-        directory: The directory; of a run that is resumed it exists, and is locked already.
-        config: The options to write.
-        lock: The lock of the directory.
+        directory: The directory.
+        lock: Its lock.
+        new: Whether a run begins in it.
 
     Raises:
-        ValueError: It cannot be written, or another run has been started in it.
+        ValueError: It cannot be written, another process trains the run, or another run has been
+            started in it.
     """
-    try:
-        if not config.run.resume:
+    with _writing(directory, "choose another --output" if new else "make room or repair it"):
+        if new:
             directory.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
+        lock.acquire()
+        if new:
             _check_free(directory)
-        content = json.dumps(config.flat(), indent=2) + "\n"
+
+
+def write_config(directory: Path, config: Config) -> None:
+    """Writes a run's `config.json`.
+
+    Raises:
+        ValueError: It cannot be written.
+    """
+    content = json.dumps(config.flat(), indent=2) + "\n"
+    with _writing(directory, "make room or repair it"):
         write_whole(directory / "config.json", content.encode())
+
+
+@contextlib.contextmanager
+def _writing(directory: Path, advice: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        advice = "make room or repair it" if config.run.resume else "choose another --output"
         raise ValueError(
             f"output {str(directory)!r} cannot be written ({why(error)}): {advice}."
         ) from error
@@ -117,4 +137,4 @@ def _check_free(output: Path) -> None:
 def _taken(path: Path) -> bool:
     if not path.is_dir():
         return path.exists()
-    return any(entry.name not in ("config.tmp", LOCK) for entry in path.iterdir())
+    return any(entry.name not in BEFORE_CONFIG for entry in path.iterdir())

@@ -18,7 +18,13 @@ from memopt.training.checkpoint import Checkpoints, Record
 from memopt.training.config import Config, Start, read_options
 from memopt.training.data import Data, continue_history, read_history, write_history
 from memopt.training.describe import describe_run
-from memopt.training.directory import MAY_CHANGE, check_same, choose_directory, open_directory
+from memopt.training.directory import (
+    MAY_CHANGE,
+    check_same,
+    choose_directory,
+    lock_directory,
+    write_config,
+)
 from memopt.training.lock import Lock
 from memopt.training.phases import WITH_SCHEDULE, resume
 from memopt.training.placement import rows_here
@@ -36,7 +42,7 @@ from memopt.training.step import TrainState
 #: It leaves room for rounding up and for a few added ids; bytes in a vocabulary of 32000 have 125.
 MOST_ROWS_PER_ID = 1.25
 #: What decides the order of the data besides its content; it never changes.
-PASS = ("data tokenizer", "data batch_size", "data seq_len", "data seed")
+PASS = ("data tokenizer", "data eos_id", "data batch_size", "data seq_len", "data seed")
 
 
 @dataclasses.dataclass
@@ -99,7 +105,8 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
         ValueError: An option, or a combination of them, cannot work, or another process trains the
             run; says what to change.
     """
-    directory, given = choose_directory(config), config
+    with errors_in_all_processes():
+        directory, given = choose_directory(config), config
     if config.run.resume:
         there = Config.from_flat(read_options(directory / "config.json"))
         may_change = MAY_CHANGE | (WITH_SCHEDULE if given.optimization.schedule else set())
@@ -135,30 +142,34 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
     if config.run.resume:
         with errors_in_all_processes():
             if is_main_process():
-                lock.acquire()  # before damaged checkpoints are moved
+                lock_directory(directory, lock, new=False)  # before damaged checkpoints are moved
         restored = _restore(checkpoints, setup)
-    if restored:
-        state, record = restored
-        then = record["identity"]
-        check_same(directory, *({name: x[name] for name in PASS} for x in (then, identity)))
-        data = data._replace(after=int(state.step))
-        accept = config.run.accept_data_change
-        history, is_same = continue_history(directory, history, then, data, accept=accept)
-        if is_same:
-            batches.set_state(record["batches"])
-    else:
-        history = [data]
-    if config.run.resume:
+    with errors_in_all_processes():
+        if restored:
+            state, record = restored
+            then = identity | record["identity"]  # release 0.1 knew less of it
+            check_same(directory, *({name: x[name] for name in PASS} for x in (then, identity)))
+            data = data._replace(after=int(state.step))
+            accept = config.run.accept_data_change
+            then = record["identity"]
+            history, is_same = continue_history(directory, history, then, data, accept=accept)
+            if is_same:
+                batches.set_state(record["batches"])
+        else:
+            history = [data]
         step, skipped = (int(state.step), int(state.skipped)) if restored else (0, 0)
-        before = there.with_phases(*config.phases)
-        config = resume(before, given, step=step, updates=step - skipped)
-        setup = describe_run(config) if config.phases != before.phases else setup
-    done = int(state.step) if restored else 0
-    check_profile(config.run.profile, config.optimization.steps - done)
+        if config.run.resume:
+            before = there.with_phases(*config.phases)
+            config = resume(before, given, step=step, updates=step - skipped)
+            setup = describe_run(config) if config.phases != before.phases else setup
+        left = config.optimization.steps - step
+        check_profile(config.run.profile, left, resumed=bool(restored))
     with errors_in_all_processes():
         if is_main_process():
-            open_directory(directory, config, lock)
+            if not config.run.resume:
+                lock_directory(directory, lock, new=True)
             write_history(directory, history)
+            write_config(directory, config)
     if origin:
         state = origin.start(config, setup)
     elif not restored:

@@ -70,7 +70,8 @@ def resume(there: Config, here: Config, *, step: int, updates: int) -> Config:
     last, count = phases[-1], phases[0].count + updates
     if options.steps < step:
         raise ValueError(f"steps must be at least {step}, which were taken, got {options.steps}.")
-    if options.schedule and _replace(last, here) != last:
+    rewarms = bool(options.rewarm and step and not last.step)
+    if options.schedule and (rewarms or _replace(last, here) != last):
         if options.steps == step:
             raise ValueError(
                 f"schedule {options.schedule!r} has no steps left: give more --steps than {step}."

@@ -1,6 +1,7 @@
 """A trace of some steps of a run, for XProf (TensorBoard) and Perfetto."""
 
 import contextlib
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,16 +9,20 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from memopt.training.processes import is_main_process
+from memopt.training.writing import why
+
 #: Steps of a run before its profile: the first ones fill caches and allocate.
 WARM_UP = 3
 
 
-def check_profile(profile: int, left: int) -> None:
-    """Raises unless a run has as many steps left as are to be profiled.
+def check_profile(profile: int, left: int, *, resumed: bool = False) -> None:
+    """Raises unless a run has as many steps left as are to be profiled; warns if it is resumed.
 
     Args:
         profile: The steps to profile.
         left: The steps that the run has left.
+        resumed: Whether it is resumed, perhaps by the command that started it.
 
     Raises:
         ValueError: It has fewer, or `profile` is negative.
@@ -31,10 +36,14 @@ def check_profile(profile: int, left: int) -> None:
     if profile < 0:
         raise ValueError(f"profile must be at least 0, got {profile}.")
     if profile and profile + WARM_UP > left:
-        raise ValueError(
+        message = (
             f"profile={profile} needs {profile + WARM_UP} steps, of which {WARM_UP} warm up, but "
             f"the run has {left} left: lower --profile or raise --steps."
         )
+        if not resumed:
+            raise ValueError(message)
+        if is_main_process():
+            warnings.warn(message, stacklevel=2)
 
 
 class Profile:
@@ -51,6 +60,7 @@ class Profile:
         self._directory, self._console = directory, console
         self._steps = range(start + 1 + WARM_UP, start + 1 + WARM_UP + steps)
         self._tracing = False
+        self._before: set[Path] = set()
 
     def before(self, step: int, wait: Callable[[], object]) -> None:
         """Starts the trace before its first step, and ends it after its last.
@@ -65,6 +75,7 @@ class Profile:
         self.close()
         if step in self._steps:
             with self._warns():
+                self._before = self._traces()
                 self._directory.mkdir(exist_ok=True)
                 jax.profiler.start_trace(self._directory, create_perfetto_trace=True)
                 self._tracing = True
@@ -84,4 +95,9 @@ class Profile:
             yield
         except (OSError, RuntimeError) as error:  # RuntimeError: JAX's own
             self._steps = range(0)
-            warnings.warn(f"the profile cannot be written: {error}", stacklevel=3)
+            for half in self._traces() - self._before:  # frees its part of a full disk
+                shutil.rmtree(half, ignore_errors=True)
+            warnings.warn(f"the profile cannot be written ({why(error)}).", stacklevel=3)
+
+    def _traces(self) -> set[Path]:
+        return set(self._directory.glob("plugins/profile/*"))

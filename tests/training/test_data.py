@@ -139,7 +139,7 @@ def test_a_run_of_release_0_1_goes_on(begun):
     options = {"accept": False}
     same, is_same = data.continue_history(directory, [], before, here, **options)
     assert (same, is_same) == ([here._replace(after=0)], True)
-    with pytest.raises(ValueError, match=r"has changed: data digest\. Resume"):
+    with pytest.raises(ValueError, match=r"has changed: data digest, or it was begun by"):
         data.continue_history(directory, [], before | {"data digest": "x"}, here, **options)
     opened(directory, "--resume", "--steps=4", "--data", old).batches.close()
     assert history(directory) == [(0, [str(old)])]

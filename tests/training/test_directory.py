@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from memopt.training.config import Config, Run, read_options, to_flags
-from memopt.training.directory import choose_directory, open_directory
+from memopt.training.directory import choose_directory, lock_directory, write_config
 from memopt.training.lock import Lock
 
 FIRST, SECOND = Path("runs/tiny-apollo_mini"), Path("runs/tiny-apollo_mini-2")
@@ -17,15 +17,20 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def open_directory(directory):
+    lock_directory(directory, Lock(directory), new=True)
+    write_config(directory, Config())
+
+
 def test_without_output_each_run_gets_a_directory_of_its_own():
     for expected in (FIRST, SECOND):
         assert choose_directory(Config()) == expected
-        open_directory(expected, Config(), Lock(expected))
+        open_directory(expected)
 
 
 def test_without_output_the_latest_run_is_resumed():
     for age, directory in enumerate((FIRST, SECOND)):
-        open_directory(directory, Config(), Lock(directory))
+        open_directory(directory)
         os.utime(directory / "config.json", (-age, -age))
     assert choose_directory(Config(run=Run(resume=True))) == FIRST
 
@@ -41,7 +46,7 @@ def test_an_empty_directory_is_free_and_one_with_anything_in_it_is_not():
 
 
 def test_flags_of_a_written_config():
-    open_directory(FIRST, Config(), Lock(FIRST))
+    open_directory(FIRST)
     flags = to_flags(read_options(FIRST / "config.json"))
     assert "--model=tiny" in flags
     assert flags[flags.index("--data") + 1] == "python"

@@ -262,7 +262,7 @@ def test_a_profile_holds_the_steps_that_were_asked_for(config, capsys):
 def test_a_profile_that_cannot_be_written_is_warned_about_and_the_run_goes_on(config):
     opened = open_run(change(config, steps=4, eval_every=5, profile=1))
     (config.run.output / "profile").touch()
-    with pytest.warns(UserWarning, match=r"the profile cannot be written: .*profile"):
+    with pytest.warns(UserWarning, match=r"the profile cannot be written \("):
         state, _ = train(opened, Console(quiet=True))
     assert state.step == 4
 

@@ -71,6 +71,15 @@ def test_with_fewer_steps_wsd_decays_at_once_and_others_are_cut_off():
     assert describe_phases(cut) == "cosine of 20 steps, cut off at step 15"
 
 
+def test_a_schedule_of_the_same_name_rewarms_once():
+    extended = go_on(begun("cosine"), step=10, schedule="cosine", rewarm=0.2)
+    assert describe_phases(extended).endswith(
+        "from step 11 cosine of 10 steps, from 0.00304 to 0.005 in 2"
+    )
+    assert go_on(extended, step=10, schedule="cosine", rewarm=0.2).phases == extended.phases
+    assert go_on(extended, step=15, schedule="cosine", rewarm=0.2).phases == extended.phases
+
+
 def test_steps_that_were_skipped_move_the_decay_of_wsd_no_further_than_in_any_run():
     extended = go_on(begun("wsd"), step=10, updates=8, steps=40)
     assert extended.phases == go_on(begun("wsd"), step=10, steps=40).phases
