@@ -15,7 +15,7 @@ from memopt.training.writing import why, write_whole
 
 #: Another reason for a difference, if the run has no history.
 BEGUN_EARLIER = (
-    "it was begun by an earlier version, which read .json and compressed files and byte order marks "
+    "it was begun by an earlier version, which read .json, compressed files and byte order marks "
     "otherwise"
 )
 
