@@ -112,19 +112,29 @@ def test_several_processes_do_what_one_does(home, alone, count):
     )
 
 
-def test_one_is_killed_all_end_and_resumed_they_do_what_one_does(home, alone):
+@pytest.mark.parametrize("by", ["this process", pytest.param("two", marks=pytest.mark.slow)])
+def test_one_is_killed_all_end_and_resumed_by_any_number_they_do_what_one_does(
+    home, alone, monkeypatch, by
+):
     # A device each: of two devices of a process one would wait for the other, which has failed.
-    processes = start_all(home, 2, *FLAGS, TWO, "--output=killed", devices=2)
-    wait_for_step(processes[0], home / "killed", 15)
+    output = f"killed-{by.replace(' ', '-')}"
+    processes = start_all(home, 2, *FLAGS, TWO, f"--output={output}", devices=2)
+    wait_for_step(processes[0], home / output, 15)
     kill(processes[1])
     _, err = finish(processes[0], exit_code=1)
     assert "memopt: process 0: a process has ended or is out of reach" in err
-    assert metrics(home / "killed")[-1]["step"] < STEPS
-    resumed = start_all(home, 2, "--resume", "--output=killed", devices=2)
-    outputs = [finish(process) for process in resumed]
-    assert "resumed at step 10" in outputs[0][0]
-    check_same(home / "killed", alone(TWO))
-    check_one_writes(outputs, home / "killed", starts=2)
+    assert metrics(home / output)[-1]["step"] < STEPS
+    if by == "two":
+        resumed = start_all(home, 2, "--resume", f"--output={output}", devices=2)
+        outputs = [finish(process) for process in resumed]
+        assert "resumed at step 10" in outputs[0][0]
+        check_one_writes(outputs, home / output, starts=2)
+    else:
+        monkeypatch.chdir(home)
+        run = open_run(parse(["--resume", f"--output={output}"]))
+        assert run.state.step == 10
+        train(run, Console(quiet=True))
+    check_same(home / output, alone(TWO))
 
 
 @pytest.mark.slow

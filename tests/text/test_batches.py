@@ -251,7 +251,7 @@ def test_a_state_continues_in_another_process(spec):
     assert_same(json.loads(done.stdout), expected)
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_processes_together_see_what_one_sees(spec, count):
     with contextlib.closing(training(spec)) as batches:
         expected = take(batches, 12)

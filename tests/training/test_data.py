@@ -70,7 +70,7 @@ def begun(trained, tmp_path):
     return tmp_path / "old", tmp_path / "run"
 
 
-@pytest.mark.parametrize("how", ["renamed", "compressed"])
+@pytest.mark.parametrize("how", ["renamed", pytest.param("compressed", marks=pytest.mark.slow)])
 def test_the_same_content_in_another_place_goes_on_exactly(begun, expected, how):
     old, directory = begun
     new = old.parent / "new"

@@ -259,6 +259,7 @@ def test_a_profile_holds_the_steps_that_were_asked_for(config, capsys):
     assert "profile" not in json.loads((config.run.output / "config.json").read_text())
 
 
+@pytest.mark.slow  # beside test_profile
 def test_a_profile_that_cannot_be_written_is_warned_about_and_the_run_goes_on(config):
     opened = open_run(change(config, steps=4, eval_every=5, profile=1))
     (config.run.output / "profile").touch()
@@ -291,7 +292,7 @@ def test_metrics_that_cannot_be_written_end_a_run_and_its_checkpoint_is_whole(co
 
 @pytest.mark.filterwarnings("ignore:TensorBoard events cannot:UserWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of TensorStore
-@pytest.mark.parametrize("signum", [None, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [None, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_checkpoint_that_cannot_be_written_ends_a_run_and_the_one_before_is_whole(
     config, capfd, signum
 ):

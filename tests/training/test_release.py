@@ -100,7 +100,7 @@ def assert_same(ordinary, released, atol=1e-6):
     chex.assert_trees_all_close(ordinary[1], released[1], rtol=1e-5)
 
 
-SHARED = ("adamw", "online_subspace_descent")  # which keep counts that all layers share
+SHARED = ("adamw",)  # which keeps a count that all layers share
 
 
 @pytest.mark.parametrize(
