@@ -119,20 +119,23 @@ def test_one_is_killed_all_end_and_resumed_by_any_number_they_do_what_one_does(
     # A device each: of two devices of a process one would wait for the other, which has failed.
     output = f"killed-{by.replace(' ', '-')}"
     processes = start_all(home, 2, *FLAGS, TWO, f"--output={output}", devices=2)
-    wait_for_step(processes[0], home / output, 15)
+    while not (home / output / "checkpoints" / "10").exists() and processes[0].poll() is None:
+        time.sleep(0.002)
     kill(processes[1])
-    _, err = finish(processes[0], exit_code=1)
-    assert "memopt: process 0: a process has ended or is out of reach" in err
+    _, err = processes[0].communicate(timeout=300)
+    assert processes[0].returncode not in (0, None)
+    # JAX's own words if it waits to save another checkpoint by then.
+    assert "process 0: a process has ended or is out of reach" in err or "another task died" in err
     assert metrics(home / output)[-1]["step"] < STEPS
     if by == "two":
         resumed = start_all(home, 2, "--resume", f"--output={output}", devices=2)
         outputs = [finish(process) for process in resumed]
-        assert "resumed at step 10" in outputs[0][0]
+        assert "resumed at step" in outputs[0][0]
         check_one_writes(outputs, home / output, starts=2)
     else:
         monkeypatch.chdir(home)
         run = open_run(parse(["--resume", f"--output={output}"]))
-        assert run.state.step == 10
+        assert run.state.step >= 10
         train(run, Console(quiet=True))
     check_same(home / output, alone(TWO))
 
