@@ -170,7 +170,7 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], jax.stages.Com
 
 
 def setting(name: str, options: Options) -> dict[str, Any]:
-    """What is compiled for one optimizer, and by which compiler."""
+    """Names the step that is compiled for one optimizer, and the compiler."""
     return {
         "optimizer": name,
         "layout": options.layout,

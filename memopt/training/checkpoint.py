@@ -169,12 +169,14 @@ class Checkpoints:
         Raises:
             WriteError: The last checkpoint cannot be written.
         """
-        _WRITERS.discard(self)
         if self._error or "_checkpointer" not in vars(self):
             return  # Orbax would wait for other processes, which may have ended
-        self.wait()
-        with self._writing():
-            self._checkpointer.close()
+        try:
+            self.wait()  # a failure that is logged meanwhile is still taken
+            with self._writing():
+                self._checkpointer.close()
+        finally:
+            _WRITERS.discard(self)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

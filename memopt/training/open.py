@@ -147,11 +147,11 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
     with errors_in_all_processes():
         if restored:
             state, record = restored
-            then = identity | record["identity"]  # release 0.1 knew less of it
-            check_same(directory, *({name: x[name] for name in PASS} for x in (then, identity)))
+            then = record["identity"]
+            both = identity | then, identity  # release 0.1 knew less of it
+            check_same(directory, *({name: x[name] for name in PASS} for x in both))
             data = data._replace(after=int(state.step))
             accept = config.run.accept_data_change
-            then = record["identity"]
             history, is_same = continue_history(directory, history, then, data, accept=accept)
             if is_same:
                 batches.set_state(record["batches"])

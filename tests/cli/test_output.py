@@ -1,4 +1,4 @@
-"""What a command prints decides nothing, whoever reads it; how it ends, it says in a sentence."""
+"""Lost output does not stop a command, and it says in one sentence how it ended."""
 
 import io
 import os

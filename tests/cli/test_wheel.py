@@ -1,4 +1,4 @@
-"""What the wheel holds suffices for the command."""
+"""The command runs from an installed wheel."""
 
 import os
 import subprocess

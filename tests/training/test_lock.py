@@ -106,7 +106,7 @@ def test_an_owner_on_another_host_lives_as_long_as_it_touches_the_file(
 @pytest.mark.filterwarnings("ignore:the run in .* may be in use:UserWarning")
 @pytest.mark.parametrize("locked", [True, False])
 def test_a_dead_owner_of_the_same_name_on_another_host_is_followed(tmp_path, monkeypatch, locked):
-    """Where it is a container, names and numbers are the same; a server may keep its lock."""
+    """Containers may share host name and process number; a file server may keep a dead lock."""
     monkeypatch.setattr(module, "_flock", lambda _: locked)
     write_owner(tmp_path, host=us()["host"], process=us()["process"])
     lock = Lock(tmp_path)

@@ -1,4 +1,4 @@
-"""What is recorded and shown of a run, also on a full disk."""
+"""Metrics are recorded and shown, also on a full disk."""
 
 import io
 import struct

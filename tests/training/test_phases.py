@@ -131,7 +131,7 @@ def test_each_schedule_is_described_up_to_the_step_where_the_next_begins():
 
 
 def test_the_same_command_again_changes_nothing():
-    """As when a job that names its schedule is queued again and again."""
+    """A job that names its schedule may be queued again and again."""
     given = {"schedule": "cosine", "rewarm": 0.1, "steps": 120}
     once = go_on(begun("cosine"), **given)
     assert go_on(once, 70, **given).phases == once.phases
