@@ -26,8 +26,9 @@ def check_choice(argument: str, given: Any, allowed: Iterable[Any]) -> None:
     if given in allowed:
         return
     names = [str(x) for x in allowed]
-    near = difflib.get_close_matches(str(given), names, n=1)
-    guess = f"; did you mean {near[0]!r}?" if near else "."
+    lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(str(given).lower(), lower, n=1)
+    guess = f"; did you mean {lower[near[0]]!r}?" if near else "."
     raise ValueError(f"{argument} {given!r} is unknown{guess} Allowed: {', '.join(names)}.")
 
 

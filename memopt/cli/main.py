@@ -1,52 +1,71 @@
 """Memory-efficient optimizers for large models in JAX.
 
-usage: memopt COMMAND [OPTIONS]
-
-commands:
-  pretrain          train a LLaMA on text, from nothing to a sample of what it writes
-  tokenizer train   learn a vocabulary from text
-  optimizers        list the optimizers that pretrain knows
-
-`memopt COMMAND --help` describes its options, `memopt --version` prints the version.
+`memopt COMMAND --help` describes the options of a command, `memopt --version` prints the version.
 """
 
+import pkgutil
 import sys
 import warnings
 
 from memopt import __version__
 from memopt.cli.errors import fail
 from memopt.cli.output import lasting_output
+from memopt.errors import check_choice
+
+#: Where the function of each command is, imported when it is called, and what the command does.
+COMMANDS = {
+    "pretrain": (
+        "memopt.cli.pretrain:pretrain",
+        "Train a LLaMA on text, from nothing to a sample of what it writes.",
+    ),
+    "tokenizer train": (
+        "memopt.cli.tokenizer:train",
+        "Learn a vocabulary from text.",
+    ),
+    "optimizers": (
+        "memopt.cli.optimizers:optimizers",
+        "List the optimizers, or describe one of them.",
+    ),
+}
 
 
 def main() -> None:
     """Runs the command that the command line names."""
     warnings.formatwarning = lambda message, *_, **__: f"memopt: {message}\n"
     with lasting_output():
-        _run(sys.argv[1:])
+        try:
+            _run(sys.argv[1:])
+        except ModuleNotFoundError as error:
+            fail(f"the package {error.name!r} is missing: pip install 'memopt[train]'")
+        except KeyboardInterrupt:
+            fail("interrupted before there was anything to save", exit_code=130)
 
 
 def _run(arguments: list[str]) -> None:
-    try:
-        match arguments:
-            case ["pretrain", *rest]:
-                from memopt.cli.pretrain import pretrain
+    for name, (function, _) in COMMANDS.items():
+        words = name.split()
+        if arguments[: len(words)] == words:
+            return pkgutil.resolve_name(function)(arguments[len(words) :])
+    groups = [[], *(name.split()[:-1] for name in COMMANDS)]
+    group = arguments[:-1] if arguments[-1:] in (["-h"], ["--help"]) else arguments
+    if group in groups:
+        _show_commands(" ".join(group))
+    elif arguments == ["--version"]:
+        print(f"memopt {__version__}")
+    else:
+        words = arguments[: 2 if arguments[:1] in groups else 1]
+        try:
+            check_choice("command", " ".join(words), COMMANDS)
+        except ValueError as error:
+            fail(error)
 
-                pretrain(rest)
-            case ["tokenizer", "train", *rest]:
-                from memopt.cli.tokenizer import train
 
-                train(rest)
-            case ["optimizers"]:
-                from memopt.optimizers import available
+def _show_commands(group: str) -> None:
+    """Shows the commands, or those of a group, as tyro shows the options of each."""
+    from tyro.extras import SubcommandApp
 
-                print("\n".join(available()))
-            case ["--version"]:
-                print(f"memopt {__version__}")
-            case [] | ["-h" | "--help"] | ["tokenizer"] | ["tokenizer", "-h" | "--help"]:
-                print(__doc__, end="")
-            case _:
-                fail(f"there is no command {' '.join(arguments[:2])!r}: see memopt --help")
-    except ModuleNotFoundError as error:
-        fail(f"the package {error.name!r} is missing: pip install 'memopt[train]'")
-    except KeyboardInterrupt:
-        fail("interrupted before there was anything to save", exit_code=130)
+    app = SubcommandApp()
+    for name, (_, line) in COMMANDS.items():
+        if name.startswith(group):
+            app.command(name=name.removeprefix(group).strip(), help=line)(lambda: None)
+    app.cli(prog=f"memopt {group}".strip(), description=__doc__, args=["--help"])

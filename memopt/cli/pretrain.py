@@ -30,6 +30,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -44,7 +45,7 @@ from memopt.planning.step_memory import step_memory
 from memopt.state.describe import describe
 from memopt.state.quantized_params import dequantize_params
 from memopt.text.finding import DataWarning
-from memopt.training.config import Config, Start, read_options, to_flags
+from memopt.training.config import Config, Start, read_options
 from memopt.training.describe import describe_run
 from memopt.training.directory import choose_directory
 from memopt.training.loop import Stopped, train
@@ -60,13 +61,26 @@ from memopt.training.writing import why
 #: Seconds for which process 0, through which the others hear of a failure, waits before it ends.
 SECONDS_TO_SPEAK = 2.0
 
+#: The options of `memopt pretrain` that is given none.
+DEFAULTS = Config()
+
 
 def pretrain(arguments: list[str]) -> None:
     """Runs `memopt pretrain` with these arguments."""
+    train_command("pretrain", lambda: parse(arguments))
+
+
+def train_command(command: str, read: Callable[[], Config]) -> None:
+    """Runs a command that trains, from its options to a sample of what the model writes.
+
+    Args:
+        command: Its name, which tells how to continue a run.
+        read: Returns its options; raises as `parse` does.
+    """
     show = sys.unraisablehook
     try:
         sys.unraisablehook = lambda ignored: _is_of_closed_loop(ignored) or show(ignored)
-        _pretrain(arguments)
+        _train(command, read)
     except jax.errors.JaxRuntimeError as error:
         if not jax.distributed.is_initialized():
             raise
@@ -81,9 +95,9 @@ def _is_of_closed_loop(ignored: Any) -> bool:
     return str(ignored.exc_value) == "Event loop is closed"
 
 
-def _pretrain(arguments: list[str]) -> None:
+def _train(command: str, read: Callable[[], Config]) -> None:
     try:
-        config = parse(arguments)
+        config = read()
         init_distributed(config.run)
         console = Console(quiet=not is_main_process())
         if not is_main_process():
@@ -98,24 +112,24 @@ def _pretrain(arguments: list[str]) -> None:
         _conclude(run, state, step, console)
     except Stopped as stopped:
         if not stopped.saved:
-            _end(f"{stopped} {_what_is_saved(run)}", 1)
-        fail(f"{stopped} All is saved; {_how_to_continue(run)}", stopped.exit_code)
+            _end(f"{stopped} {_what_is_saved(run, command)}", 1)
+        fail(f"{stopped} All is saved; {_how_to_continue(run, command)}", stopped.exit_code)
     except OSError as error:
-        _end(f"{error} {_what_is_saved(run)}", 1)
+        _end(f"{error} {_what_is_saved(run, command)}", 1)
     except KeyboardInterrupt:
-        _end(f"interrupted. {_what_is_saved(run)}", 130)
+        _end(f"interrupted. {_what_is_saved(run, command)}", 130)
     # At the exit JAX waits for the heartbeat timeout only.
     multihost_utils.sync_global_devices("memopt")
 
 
-def _what_is_saved(run: Training) -> str:
+def _what_is_saved(run: Training, command: str) -> str:
     newest = run.checkpoints.newest()
     saved = "No step is saved yet" if newest is None else f"All up to step {newest} is saved"
-    return f"{saved}; {_how_to_continue(run)}"
+    return f"{saved}; {_how_to_continue(run, command)}"
 
 
-def _how_to_continue(run: Training) -> str:
-    return f"continue with: memopt pretrain --resume --output {run.directory}"
+def _how_to_continue(run: Training, command: str) -> str:
+    return f"continue with: memopt {command} --resume --output {run.directory}"
 
 
 def _end(message: object, exit_code: int) -> NoReturn:
@@ -128,20 +142,37 @@ def _end(message: object, exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def parse(arguments: list[str]) -> Config:
+def parse(
+    arguments: list[str],
+    *,
+    command: str = "pretrain",
+    description: str | None = __doc__,
+    defaults: Config = DEFAULTS,
+) -> Config:
     """Returns the options on the command line, over those of a config file or another run.
+
+    Args:
+        arguments: The command line, after the command.
+        command: The command's name.
+        description: Shown by `--help`.
+        defaults: The options of a run that is given none.
 
     Raises:
         ValueError: The config file cannot be read, or there is no run to resume or to start from.
+
+    Example:
+        >>> parse(["--steps=3"], defaults=Config.from_flat({"optimizer": "lion"})).flat()["steps"]
+        3
     """
     read = functools.partial(
         tyro.cli,
         Config,
-        prog="memopt pretrain",
-        description=__doc__,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        prog=f"memopt {command}",
+        description=description,
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
     )
-    config: Config = read(args=arguments)
+    config: Config = read(default=defaults)
     options: dict[str, Any] = {}
     if config.start != Start() and config.run.resume:
         raise ValueError(
@@ -156,8 +187,8 @@ def parse(arguments: list[str]) -> Config:
     if config.run.resume:
         options |= read_options(choose_directory(config) / "config.json")
         options.pop("schedule", None)  # which goes on, unless one is given
-    flags = to_flags(options)
-    return read(args=[*flags, *arguments]) if flags else config
+    options.pop("phases", None)  # those of the other run
+    return read(default=Config.from_flat(options, defaults)) if options else config
 
 
 def _introduce(run: Training, console: Console) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from tyro import conf
 
@@ -301,25 +301,61 @@ class Config:
         return {name: x for name, x in flat.items() if name not in NOT_SAVED}
 
     @classmethod
-    def from_flat(cls, options: Mapping[str, Any]) -> "Config":
-        """Inverts `flat`; missing options have their defaults, and unknown ones are left out.
+    def from_flat(cls, options: Mapping[str, Any], defaults: "Config | None" = None) -> "Config":
+        """Inverts `flat`; unknown options are left out.
+
+        Args:
+            options: The options by name.
+            defaults: Those that are missing; None: the defaults.
+
+        Raises:
+            ValueError: One is of another type; names it.
 
         Example:
             >>> Config.from_flat({"model": "60m", "data": ["a.txt"]}).text.data
             ('a.txt',)
+            >>> Config.from_flat({"steps": "many"})
+            Traceback (most recent call last):
+            ValueError: option steps must be int, got 'many'.
         """
         given: dict[str, Any] = dict(options)
         given |= {name: tuple(x) for name, x in options.items() if isinstance(x, list)}
-        given["init"] = None if given.get("init") is None else Path(given["init"])
-        given["phases"] = tuple(Phase(**phase) for phase in given.get("phases", ()))
+        if given.get("init") is not None:
+            given["init"] = Path(given["init"])
+        if "phases" in given:
+            given["phases"] = tuple(Phase(**phase) for phase in given["phases"])
         groups: dict[str, Any] = {}
-        for name, group in vars(cls()).items():
-            own = {key: x for key, x in given.items() if hasattr(group, key)}
+        for name, group in vars(defaults or cls()).items():
+            types = get_type_hints(type(group))
+            own = {key: x for key, x in given.items() if key in types}
+            for key, value in own.items():
+                _check_type(key, value, types[key])
             groups[name] = dataclasses.replace(group, **own)
         config = cls(**groups)
         if options.get("schedule_start"):  # in which earlier versions kept the first phase's count
             return config.with_phases(config.first_phase(options["schedule_start"]))
         return config
+
+
+def _check_type(name: str, value: Any, expected: Any) -> None:
+    if not _is_of_type(value, expected):
+        raise ValueError(
+            f"option {name} must be {getattr(expected, '__name__', expected)}, got {value!r}."
+        )
+
+
+def _is_of_type(value: Any, expected: Any) -> bool:
+    """Whether a value may stand in a field; an integer also where a float is expected."""
+    origin, arguments = get_origin(expected), get_args(expected)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_of_type(x, arguments[0]) for x in value)
+    if arguments:
+        return any(_is_of_type(value, choice) for choice in arguments)
+    if isinstance(value, bool):
+        return expected is bool
+    return isinstance(value, (int, float) if expected is float else expected)
 
 
 def _value(text: str) -> Any:
@@ -343,27 +379,3 @@ def read_options(path: Path) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise ValueError(f"config {str(path)!r} must hold a JSON object of options.")
     return options
-
-
-def to_flags(options: Mapping[str, Any]) -> list[str]:
-    """Returns options by name as the equivalent command-line flags; others are left out.
-
-    Example:
-        >>> to_flags({"model": "tiny", "data": ["a.txt", "b.txt"], "release": True, "mesh": None})
-        ['--model=tiny', '--data', 'a.txt', 'b.txt', '--release']
-    """
-    flags = []
-    known = Config().flat().keys() - {"phases"}
-    for name, value in options.items():
-        if name not in known:
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        if name == "option":
-            flags += [f"{flag}={item}" for item in value]
-        elif isinstance(value, list):
-            flags += [flag, *value]
-        elif isinstance(value, bool):
-            flags += [flag] * value
-        elif value is not None:
-            flags.append(f"{flag}={value}")
-    return flags

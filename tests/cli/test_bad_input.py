@@ -51,6 +51,7 @@ def pretrain(complain, tmp_path):
     [
         (["--model=tinny"], "did you mean 'tiny'?"),
         (["--optimizer=apolo"], "did you mean 'apollo'?"),
+        (["--optimizer=AdamW"], "did you mean 'adamw'?"),
         (["--schedule=cosin"], "did you mean 'cosine'?"),
         (["--option=rnk=2"], "did you mean 'rank'?"),
         (["--option=rank"], "must be NAME=VALUE"),
@@ -101,6 +102,7 @@ def pretrain(complain, tmp_path):
         (["--resume", "--init=full"], "leave one out"),
         (["--config=nowhere.json"], "config 'nowhere.json' cannot be read"),
         (["--config=list.json"], "must hold a JSON object"),
+        (["--config=wrong.json"], "option steps must be int, got 'many'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -108,6 +110,7 @@ def test_one_sentence_says_what_to_change(pretrain, tmp_path, arguments, says):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("precious")
     (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "wrong.json").write_text('{"steps": "many"}')
     (tmp_path / "empty.txt").touch()
     (tmp_path / "bad.jsonl").write_text("{torn\n")
     (tmp_path / "half.jsonl").write_text('{"text": "good"}\n{torn\n')
@@ -133,7 +136,13 @@ def test_resuming_with_another_optimizer_says_what_differs(pretrain, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["train-tokenizer"], "there is no command 'train-tokenizer'"),
+        (
+            ["train-tokenizer"],
+            "command 'train-tokenizer' is unknown; did you mean 'tokenizer train'?",
+        ),
+        (["Pretain", "--steps=3"], "did you mean 'pretrain'?"),
+        (["tokenizer", "tarin"], "did you mean 'tokenizer train'?"),
+        (["--verbose"], "command '--verbose' is unknown. Allowed: pretrain, "),
         (["tokenizer", "train", "--output=t", "--data", "nowhere"], "matches no text file"),
         (["tokenizer", "train", "--output=t", "--vocab-size=9"], "vocab_size=9 is too small"),
         (["pretrain", "--stpes", "3"], "--steps"),
