@@ -89,15 +89,20 @@ def blocks_of(params: Any) -> Any:
     """Returns the stacked parameters of a model's blocks.
 
     Raises:
-        ValueError: There are none.
+        ValueError: There are none, or they count different layers.
     """
-    if not (isinstance(params, Mapping) and jax.tree.leaves(params.get(BLOCKS))):
-        kind = f"keys {sorted(params)}" if isinstance(params, Mapping) else type(params).__name__
+    stacked = params.get(BLOCKS) if isinstance(params, Mapping) else None
+    leaves = _describe(stacked)
+    counts = {name: x.shape[:1] for name, x in zip(leaves, jax.tree.leaves(stacked), strict=True)}
+    # One leaf of each count: two of them already disagree.
+    one = {count: f"{BLOCKS}/{name} of {leaves[name]}" for name, count in counts.items()}
+    if len(one) != 1 or () in one:
+        kind = sorted(params) if isinstance(params, Mapping) else type(params).__name__
         raise ValueError(
-            f"params must be a dict with arrays under {BLOCKS!r}, each with a leading axis of "
-            f"layers, got {kind}."
+            f"params must be a dict with arrays under {BLOCKS!r} whose first axes count the same "
+            f"layers, got {' and '.join(one.values()) or kind}."
         )
-    return params[BLOCKS]
+    return stacked
 
 
 def checked(model: StackedModel) -> StackedModel:
@@ -130,10 +135,11 @@ def checked(model: StackedModel) -> StackedModel:
                     f"block must return a tree like its input: {name!r} is {pair[0]} before and "
                     f"{pair[1]} after it."
                 )
-        if jax.tree.structure(x) != jax.tree.structure(new):
+        structures: list[Any] = [jax.tree.structure(x), jax.tree.structure(new)]
+        if structures[0] != structures[1]:
             raise ValueError(
-                "block must return a tree like its input: that is "
-                f"{jax.tree.structure(x)} before and {jax.tree.structure(new)} after it."
+                f"block must return a tree like its input: that is {structures[0]} before and "
+                f"{structures[1]} after it."
             )
         return new
 
