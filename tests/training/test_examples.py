@@ -1,0 +1,82 @@
+"""The examples' models of other libraries: released as in ordinary steps, resumed exactly."""
+
+import functools
+import importlib
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import memopt
+from examples.training import make_optimizer, train
+from memopt.training import evaluate, init_state, release_step, train_step
+
+RATE = optax.constant_schedule(1e-2)
+examples = pytest.mark.parametrize(
+    "name",
+    [
+        "nnx_dropout",
+        "linen_experts",
+        pytest.param("equinox_vision", marks=pytest.mark.integrations),
+    ],
+)
+
+
+def load(name):
+    """The example's StackedModel, its parameters, and its batches."""
+    example = importlib.import_module(f"examples.{name}")
+    return *example.make_model(), example.make_batch
+
+
+@examples
+@pytest.mark.slow
+def test_released_steps_are_the_ordinary_ones(name):
+    model, params, make_batch = load(name)
+    tx = optax.sgd(RATE, momentum=0.9)
+    options = {"tx": tx, "learning_rate": RATE, "rng": jax.random.key(1)}
+    found = []
+    for step in (
+        functools.partial(train_step, loss=functools.partial(model.loss, remat=True), **options),
+        functools.partial(release_step, model=model, **options),
+    ):
+        state, step = init_state(params, tx), jax.jit(step)
+        for number in range(2):
+            state, metrics = step(state, make_batch(number))
+        found.append((state, metrics))
+    chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-6)
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), found[0][0].params, params)
+    assert all(jax.tree.leaves(moved))
+
+
+@examples
+def test_it_learns_and_goes_on_from_a_checkpoint_as_if_never_stopped(name, tmp_path):
+    model, params, make_batch = load(name)
+    whole, losses = train(model, params, make_batch, tmp_path, steps=22)
+    shutil.rmtree(tmp_path / "22")
+    resumed, rest = train(model, params, make_batch, tmp_path, steps=22)
+    assert len(losses) == 22
+    assert rest == losses[20:]
+    chex.assert_trees_all_equal(resumed, whole)
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+
+    sizes = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    kept = memopt.state_bytes(make_optimizer(RATE), params)
+    assert kept.total == sizes(whole.opt_state)
+    assert kept.total < 2.5 * sum(x.size for x in jax.tree.leaves(params))
+    assert sizes(whole.params) < 0.35 * sizes(params)
+
+    loss, held_out = jax.jit(model.loss), [make_batch(1000), make_batch(1001)]
+    before, after = evaluate(params, held_out, loss), evaluate(whole.params, held_out, loss)
+    assert after < 0.9 * before
+
+
+def test_three_functions_are_the_scanned_module():
+    model, params, make_batch = load("linen_experts")
+    whole = importlib.import_module("examples.linen_experts").Model()
+    loss = lambda params, batch: whole.apply({"params": params}, batch)
+    found = [jax.jit(jax.value_and_grad(f, has_aux=True)) for f in (loss, model.loss)]
+    chex.assert_trees_all_close(*(f(params, make_batch(0)) for f in found), rtol=1e-4, atol=1e-4)
