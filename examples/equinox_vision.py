@@ -13,7 +13,7 @@ import optax
 from examples.training import run
 from memopt.models import StackedModel
 
-SIZE, PATCH, WIDTH, HEADS, LAYERS, ROWS = 16, 4, 64, 4, 3, 64
+SIZE, PATCH, WIDTH, HEADS, LAYERS, ROWS = 16, 4, 64, 4, 2, 32
 PATCHES = (SIZE // PATCH) ** 2
 SHAPES = ("disc", "square", "cross", "bars")
 

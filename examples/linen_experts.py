@@ -14,7 +14,7 @@ from flax import linen as nn
 from examples.training import run, text_batch
 from memopt.models import StackedModel
 
-VOCABULARY, WIDTH, HEADS, LAYERS, LENGTH, ROWS = 256, 64, 4, 3, 64, 16
+VOCABULARY, WIDTH, HEADS, LAYERS, LENGTH, ROWS = 256, 64, 4, 2, 32, 8
 EXPERTS, HIDDEN = 4, 128
 BALANCE = 1e-2  # weight of the balancing loss, Fedus et al. 2021, §2.2
 

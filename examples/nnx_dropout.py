@@ -14,7 +14,7 @@ from flax import nnx
 from examples.training import run, text_batch
 from memopt.models import StackedModel
 
-VOCABULARY, WIDTH, HEADS, LAYERS, LENGTH, ROWS = 256, 64, 4, 3, 64, 16
+VOCABULARY, WIDTH, HEADS, LAYERS, LENGTH, ROWS = 256, 64, 4, 2, 32, 8
 DROPOUT = 0.1
 # Weight of the mean square of hidden activations (activation regularisation, Merity et al. 2017).
 ACTIVATIONS = 1e-2

@@ -17,7 +17,7 @@ from memopt.models import StackedModel
 from memopt.training import Checkpoints, TrainState, evaluate, init_state, release_step
 
 ROOT = Path(__file__).parents[1]
-CHECKPOINT_EVERY = 20
+CHECKPOINT_EVERY = 10
 
 
 def make_optimizer(learning_rate: optax.Schedule) -> optax.GradientTransformation:
@@ -45,12 +45,12 @@ def train(
         make_batch: Maps the number of a step to its batch.
         directory: Holds the checkpoints.
         steps: Where to stop.
-        learning_rate: The highest, after a warm-up of ten steps.
+        learning_rate: The highest, after a warm-up of five steps.
 
     Returns:
         The state after the last step, and the loss of each step taken.
     """
-    rate = optax.warmup_constant_schedule(0.0, learning_rate, 10)
+    rate = optax.warmup_constant_schedule(0.0, learning_rate, 5)
     tx = make_optimizer(rate)
     step = functools.partial(release_step, model=model, tx=tx, learning_rate=rate)
     step = jax.jit(functools.partial(step, rng=jax.random.key(0)), donate_argnums=0)

@@ -1,5 +1,6 @@
 """What goes from block to block may be any tree, with keys for dropout and auxiliary losses."""
 
+import contextlib
 import functools
 
 import chex
@@ -11,8 +12,7 @@ import pytest
 
 import memopt
 from memopt.models.stacked import StackedModel
-from memopt.training.release import release_step
-from memopt.training.step import evaluate, init_state, train_step
+from memopt.training import Checkpoints, evaluate, init_state, release_step, train_step
 
 DIM, LAYERS, ROWS = 8, 3, 16
 RATE = optax.constant_schedule(1e-2)
@@ -159,6 +159,21 @@ def test_a_key_and_an_array_of_its_name_are_refused():
         state = init_state(make_params(), optax.adam(RATE))
         with pytest.raises(ValueError, match="rng must be left out if the batch has"):
             jax.eval_shape(make_step(release, rng=RNG), state, batch)
+
+
+def test_a_run_with_dropout_goes_on_from_a_checkpoint_as_if_never_stopped(tmp_path):
+    """Its keys come from the number of the step, which is in the state."""
+    step, state = make_step(True, rng=RNG), init_state(make_params(), optax.adam(RATE))
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        for number in range(4):
+            if number == 2:
+                checkpoints.save(state, {"read": 2})
+                checkpoints.wait()
+            state, _ = step(state, make_batch(number))
+        resumed, record = checkpoints.restore(init_state(make_params(), optax.adam(RATE)))
+    for number in range(record["read"], 4):
+        resumed, _ = step(resumed, make_batch(number))
+    chex.assert_trees_all_equal(resumed, state)
 
 
 def test_the_objective_an_optimizer_is_given_has_the_key():
