@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import importlib
+import re
 import shutil
+from pathlib import Path
 
 import chex
 import jax
@@ -90,3 +92,14 @@ def test_three_functions_are_the_scanned_module():
     loss = lambda params, batch: whole.apply({"params": params}, batch)
     found = [jax.jit(jax.value_and_grad(f, has_aux=True)) for f in (loss, model.loss)]
     chex.assert_trees_all_close(*(f(params, make_batch(0)) for f in found), rtol=1e-4, atol=1e-4)
+
+
+def test_the_page_shows_the_examples_as_they_are():
+    root = Path(memopt.__file__).parents[1]
+    blocks = re.findall(
+        r"```python\n(.*?)```", (root / "docs/own_models.md").read_text(), re.DOTALL
+    )
+    shown = [block for block in blocks if ">>>" not in block]
+    sources = [path.read_text() for path in sorted(root.glob("examples/*_*.py"))]
+    found = [[block in source for source in sources].index(True) for block in shown]
+    assert sorted(found) == [0, 1, 2]

@@ -75,7 +75,7 @@ def release_step(
 
     Example:
         >>> import functools
-        >>> from memopt.training.step import init_state
+        >>> from memopt.training import init_state
         >>> model = StackedModel(
         ...     embed=lambda rest, batch: batch["x"] @ rest["in"],
         ...     block=lambda w, x, batch: x + jnp.tanh(x @ w),
