@@ -19,13 +19,9 @@ from examples.training import make_optimizer, train
 from memopt.training import Checkpoints, evaluate, init_state, release_step, train_step
 
 RATE = optax.constant_schedule(1e-2)
+NAMES = ("nnx_dropout", "linen_experts", "equinox_vision")
 examples = pytest.mark.parametrize(
-    "name",
-    [
-        "nnx_dropout",
-        "linen_experts",
-        pytest.param("equinox_vision", marks=pytest.mark.integrations),
-    ],
+    "name", [*NAMES[:2], pytest.param(NAMES[2], marks=pytest.mark.integrations)]
 )
 
 
@@ -96,10 +92,9 @@ def test_three_functions_are_the_scanned_module():
 
 def test_the_page_shows_the_examples_as_they_are():
     root = Path(memopt.__file__).parents[1]
-    blocks = re.findall(
-        r"```python\n(.*?)```", (root / "docs/own_models.md").read_text(), re.DOTALL
-    )
+    page = (root / "docs/own_models.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     shown = [block for block in blocks if ">>>" not in block]
-    sources = [path.read_text() for path in sorted(root.glob("examples/*_*.py"))]
-    found = [[block in source for source in sources].index(True) for block in shown]
-    assert sorted(found) == [0, 1, 2]
+    assert len(shown) == len(NAMES)
+    for name, block in zip(NAMES, shown, strict=True):
+        assert block in (root / f"examples/{name}.py").read_text()
