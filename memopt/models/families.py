@@ -272,7 +272,9 @@ def _rope_scaling(rope: Mapping[str, Any], keys: _Keys) -> RopeScaling | None:
         )
     # In transformers a length beside the object precedes the one in it.
     length = keys.values.get("original_max_position_embeddings")
-    parameters = _Keys(keys.path, {**rope, ORIGINAL: rope.get(ORIGINAL) if length is None else length})
+    parameters = _Keys(
+        keys.path, {**rope, ORIGINAL: rope.get(ORIGINAL) if length is None else length}
+    )
     computed = {ORIGINAL: keys.values["max_position_embeddings"]}
     necessary, optional = ROPE[kind]
     kinds = necessary | {key: k for key, k in optional.items() if rope.get(key) is not None}

@@ -73,9 +73,10 @@ class OffsetRMSNorm(nnx.RMSNorm):
     def __call__(self, x: Array, mask: Any = None) -> Array:
         """Maps `(..., features)` to the same shape, in the compute dtype."""
         wide = x.astype(jnp.float32)
+        scale: Any = self.scale
         mean_square = jnp.mean(wide**2, axis=-1, keepdims=True)
-        scale: Any = 1 + jnp.asarray(self.scale, jnp.float32)
-        return (wide * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(self.dtype)
+        factor = jax.lax.rsqrt(mean_square + self.epsilon) * (1 + scale[...].astype(jnp.float32))
+        return (wide * factor).astype(self.dtype)
 
 
 def _norm(config: LlamaConfig, size: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
