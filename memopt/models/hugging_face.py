@@ -121,24 +121,23 @@ def read_config(directory: Path) -> LlamaConfig:
     if generation.exists():
         config = dataclasses.replace(config, **token_ids(generation, read_json(generation)))
     stored = open_tensors(directory)
-    if config.tied and not _head_is_embedding(stored):
-        config = dataclasses.replace(config, tied=False)
-    if config.tied and EMBEDDING in stored:
-        stored.pop(HEAD, None)
-    return dataclasses.replace(config, param_dtype=narrowest_dtype(directory, stored))
+    dtype = narrowest_dtype(directory, stored)
+    if config.tied and {EMBEDDING, HEAD} <= stored.keys():
+        head = stored.pop(HEAD)
+        tied = _equal(stored[EMBEDDING], head)
+        dtype = narrowest_dtype(directory, stored) if tied else dtype
+        config = dataclasses.replace(config, tied=tied)
+    return dataclasses.replace(config, param_dtype=dtype)
 
 
-def _head_is_embedding(stored: Mapping[str, Any]) -> bool:
-    """Whether a stored head, if there is one, is a copy of the embedding."""
-    if not {EMBEDDING, HEAD} <= stored.keys():
-        return True
-    embedding, head = stored[EMBEDDING], stored[HEAD]
-    shape = embedding.get_shape()
-    if head.get_shape() != shape or len(shape) != 2:
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two stored matrices hold the same values, read a few megabytes at a time."""
+    shape = first.get_shape()
+    if second.get_shape() != shape or len(shape) != 2:
         return False
-    rows = max(1, 2**24 // shape[1])  # a few megabytes at a time
-    parts = (slice(start, start + rows) for start in range(0, shape[0], rows))
-    return all(np.array_equal(embedding[part], head[part]) for part in parts)
+    rows = max(1, 2**22 // max(1, shape[1]))
+    parts = [slice(i, min(i + rows, shape[0])) for i in range(0, shape[0], rows)]
+    return all(np.array_equal(first[part], second[part]) for part in parts)
 
 
 def open_tensors(directory: Path) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-import os
-import pickle
+import shutil
 from pathlib import Path
 
 import chex
@@ -176,10 +175,94 @@ def test_tensors_that_do_not_fit_are_refused(directory, changes, message):
         from_hugging_face(directory)
 
 
-def test_harmless_extra_tensors_are_passed_over(model, directory):
-    frequencies = np.ones(4, np.float32)
-    rewrite(directory, model__layers__0__self_attn__rotary_emb__inv_freq=frequencies)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_buffers_are_passed_over_and_decide_no_dtype(tmp_path, dtype):
+    model = init(dataclasses.replace(SMALL, param_dtype="bfloat16"))
+    to_hugging_face(model, tmp_path / "model")
+    frequencies = np.ones(4, dtype)
+    rewrite(tmp_path / "model", model__layers__0__self_attn__rotary_emb__inv_freq=frequencies)
+    loaded = from_hugging_face(tmp_path / "model")
+    assert loaded.config.param_dtype == "bfloat16"
+    chex.assert_trees_all_equal(split(loaded)[1], split(model)[1])
+
+
+@pytest.fixture(scope="module")
+def tied_original(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("tied") / "model"
+    to_hugging_face(init(dataclasses.replace(SMALL, tied=True, param_dtype="float16")), directory)
+    return directory
+
+
+@pytest.fixture
+def tied(tied_original, tmp_path) -> Path:
+    return shutil.copytree(tied_original, tmp_path / "tied")
+
+
+def stored_embedding(directory: Path) -> np.ndarray:
+    return load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_tied_model_may_carry_a_copy_of_its_head(tied, dtype):
+    expected = from_hugging_face(tied)
+    rewrite(tied, lm_head__weight=stored_embedding(tied).astype(dtype))
+    found = from_hugging_face(tied)
+    assert found.config == expected.config
+    chex.assert_trees_all_equal(split(found)[1], split(expected)[1])
+
+
+def test_a_stored_head_that_differs_makes_the_model_untied(tied):
+    head = stored_embedding(tied)
+    head[-1, -1] += 1
+    rewrite(tied, lm_head__weight=head)
+    found = from_hugging_face(tied)
+    assert not found.config.tied
+    np.testing.assert_array_equal(found.head.kernel[...], head.T)
+    np.testing.assert_array_equal(found.embed.embedding[...], stored_embedding(tied))
+
+
+def test_a_tied_model_may_be_stored_by_its_head(tied):
+    expected = from_hugging_face(tied)
+    rewrite(tied, lm_head__weight=stored_embedding(tied), model__embed_tokens__weight=None)
+    chex.assert_trees_all_equal(split(from_hugging_face(tied))[1], split(expected)[1])
+
+
+def test_one_file_precedes_an_index_as_in_transformers(model, tmp_path):
+    to_hugging_face(init(SMALL), tmp_path / "model", max_shard_bytes=10_000)
+    to_hugging_face(model, tmp_path / "one")
+    (tmp_path / "one" / "model.safetensors").rename(tmp_path / "model" / "model.safetensors")
+    chex.assert_trees_all_equal(split(from_hugging_face(tmp_path / "model"))[1], split(model)[1])
+    (tmp_path / "model" / "model.safetensors.index.json").write_text("{}")
+    from_hugging_face(tmp_path / "model")
+
+
+def test_links_are_followed_as_in_the_cache_of_hugging_face(model, directory, tmp_path):
+    for path in list(directory.iterdir()):
+        path.rename(tmp_path / f"blob-{path.name}")
+        path.symlink_to(f"../blob-{path.name}")
     chex.assert_trees_all_equal(split(from_hugging_face(directory))[1], split(model)[1])
+
+
+@pytest.mark.parametrize("eos", [(), (2,), (2, 7)])
+@pytest.mark.parametrize("bos", [None, 0])
+def test_special_tokens_survive(model, tmp_path, bos, eos):
+    config = dataclasses.replace(SMALL, bos_id=bos, eos_ids=eos)
+    hugging_face.write(tmp_path / "model", config, split(model)[1], 10**9)
+    assert hugging_face.read_config(tmp_path / "model") == config
+
+
+def test_generation_config_decides_the_special_tokens_and_keeps_its_other_keys(directory):
+    generation = directory / "generation_config.json"
+    generation.write_text(json.dumps({"eos_token_id": [5, 6], "temperature": 0.6}))
+    edit(directory / "config.json", eos_token_id=3, bos_token_id=1)
+    loaded = from_hugging_face(directory)
+    assert (loaded.config.bos_id, loaded.config.eos_ids) == (1, (5, 6))
+    to_hugging_face(loaded, directory)
+    expected = {"bos_token_id": 1, "eos_token_id": [5, 6], "temperature": 0.6}
+    assert json.loads(generation.read_text()) == expected
+    config = json.loads((directory / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, [5, 6])
+    assert from_hugging_face(directory).config == loaded.config
 
 
 def test_directories_without_readable_weights_are_refused(directory, tmp_path):
@@ -192,24 +275,6 @@ def test_directories_without_readable_weights_are_refused(directory, tmp_path):
     weights.unlink()
     with pytest.raises(ValueError, match=r"lacks model.safetensors\."):
         from_hugging_face(directory)
-    (directory / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
-        from_hugging_face(directory)
-
-
-def test_pickled_weights_are_never_loaded(directory):
-    """The pickle would create a file if it were read."""
-    planted = directory / "planted"
-
-    class Plant:
-        def __reduce__(self):
-            return os.mkdir, (str(planted),)
-
-    (directory / "model.safetensors").unlink()
-    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Plant()))
-    with pytest.raises(ValueError, match=r"pickled weights, which are never loaded"):
-        from_hugging_face(directory)
-    assert not planted.exists()
 
 
 def test_a_lost_shard_is_named(model, tmp_path):
