@@ -46,6 +46,15 @@ def test_a_family_keeps_its_layout_on_the_way_through(tmp_path, name):
     assert written["architectures"] == [FAMILIES[family].architecture]
 
 
+def test_biases_and_norms_are_read_in_parts(tmp_path):
+    directory = write_directory("qwen3-window", tmp_path / "model")
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
+    parts = split(from_hugging_face(directory, mesh=mesh))[1]
+    assert parts["blocks"]["attention"]["k"]["bias"].sharding.spec == jax.P(None, "tensor")
+    whole = split(from_hugging_face(directory))[1]
+    chex.assert_trees_all_equal(jax.device_get(parts), jax.device_get(whole))
+
+
 def test_options_that_no_family_has_are_not_written(tmp_path):
     with pytest.raises(
         ValueError, match=r"No Hugging Face family of llama, .*qk_norm=True.*window"
