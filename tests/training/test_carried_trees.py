@@ -313,7 +313,7 @@ def test_rematerialised_blocks_give_the_same_gradient_from_fewer_arrays():
         loss = lambda params, remat=remat: MODEL.loss(params, batch, remat=remat)[0]
         _, kept = jax.eval_shape(lambda params, loss=loss: jax.vjp(loss, params), params)
         both.append((jax.grad(loss)(params), len(jax.tree.leaves(kept))))
-    chex.assert_trees_all_close(both[0][0], both[1][0], rtol=1e-6)
+    chex.assert_trees_all_close(both[0][0], both[1][0], rtol=1e-5, atol=1e-5)
     assert both[0][1] > both[1][1]
 
 
