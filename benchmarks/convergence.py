@@ -71,6 +71,28 @@ ROWS = {
     "soap, moments in int8": Row("soap", -7, {}, {"/(mu|nu)/": "int8"}),
     "soap, moments and bases in int8": Row("soap", -7, {}, {f"/(mu|nu|{BASES})/": "int8"}),
     "soap, factors too": Row("soap", -7, {}, {f"/(mu|nu|left|right|{BASES})/": "int8"}),
+    "adafactor": Row("adafactor", -5),
+    "adalomo": Row("adalomo", -5),
+    "adam_atan2": Row("adam_atan2", -8),
+    "ademamix": Row("ademamix", -8),
+    "adopt": Row("adopt", -8),
+    "amsgrad": Row("amsgrad", -8),
+    "apollo": Row("apollo", -6),
+    "apollo_mini": Row("apollo_mini", -7),
+    "flora": Row("flora", -5),
+    "frugal": Row("frugal", -7),
+    "galore": Row("galore", -6),
+    "lamb": Row("lamb", -6),
+    "lars": Row("lars", -2),
+    "lion": Row("lion", -11),
+    "momo_adam": Row("momo_adam", -7),
+    "online_subspace_descent": Row("online_subspace_descent", -6),
+    "optax_adafactor": Row("optax_adafactor", -5),
+    "optax_lars": Row("optax_lars", 3),
+    "schedule_free": Row("schedule_free", -7),
+    "sm3": Row("sm3", -3),
+    "sophia": Row("sophia", -8),
+    "tag": Row("tag", -8),
 }
 """The rows of the table; the first two are tuned SGD."""
 
@@ -130,7 +152,8 @@ def train(options: Options, row: Row, rate: int, seed: int) -> float:
     @jax.jit
     def run(state: Any, training: Any, validation: Any) -> Array:
         state, _ = jax.lax.scan(setup.step, state, training)
-        losses = jax.lax.map(lambda batch: setup.loss(state.params, batch), validation)
+        params = setup.eval_params(state)
+        losses = jax.lax.map(lambda batch: setup.loss(params, batch), validation)
         return losses[0].sum() / losses[1].sum()
 
     with jax.set_mesh(mesh):
