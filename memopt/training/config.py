@@ -187,6 +187,9 @@ class Run:
         process: Which of them this is, from 0, with --coordinator.
         heartbeat_timeout: Seconds of silence after which a process is taken for dead, and all
             others end.
+        log: Programs to show the run: tensorboard, wandb, mlflow, several or none. Where the last
+            two send it to, WANDB_MODE, WANDB_PROJECT, MLFLOW_TRACKING_URI and the other variables
+            of theirs say.
         eval_every: Steps between evaluations.
         checkpoint_every: Steps between checkpoints.
         keep: Latest checkpoints to keep. The one with the best validation loss is kept too.
@@ -203,6 +206,7 @@ class Run:
     processes: Annotated[int | None, conf.arg(metavar="INT")] = None
     process: Annotated[int | None, conf.arg(metavar="INT")] = None
     heartbeat_timeout: int = 60
+    log: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     eval_every: int = 200
     checkpoint_every: int = 200
     keep: int = 3
@@ -300,6 +304,7 @@ class Config:
         flat |= {"learning_rate": self.highest_learning_rate, "schedule": self.phases[-1].schedule}
         options = [f"{name}={value}" for name, value in sorted(self.optimizer_options.items())]
         flat |= {"data": list(self.text.data), "option": options, "phases": list(flat["phases"])}
+        flat["log"] = list(self.run.log)
         flat["init"] = None if self.start.init is None else str(self.start.init)
         return {name: x for name, x in flat.items() if name not in NOT_SAVED}
 
