@@ -91,10 +91,11 @@ def test_python_runs_the_package_as_the_command():
     assert done.stdout.decode() == f"memopt {memopt.__version__}\n"
 
 
-def test_help_does_not_wait_for_what_it_does_not_need():
+@pytest.mark.parametrize("arguments", [["--help"], ["optimizers", "--help"]])
+def test_help_does_not_wait_for_what_it_does_not_need(arguments):
     """JAX is there already, for `import memopt` needs it."""
     program = (
-        "import atexit, sys, memopt.cli.main; sys.argv[1:] = ['--help']; "
+        f"import atexit, sys, memopt.cli.main; sys.argv[1:] = {arguments}; "
         "atexit.register(lambda: print({'flax', 'orbax', 'grain', 'tokenizers'} & {*sys.modules}));"
         "memopt.cli.main.main()"
     )
