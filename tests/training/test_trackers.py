@@ -139,18 +139,18 @@ def fake_wandb(monkeypatch):
     made = []
 
     def init(**options):
-        logged = []
-        before = sum(len(run.logged) for run in made if run.options["id"] == options["id"])
+        steps, kept, ends = [], {}, []
+        before = [step for run in made if run.options["id"] == options["id"] for step in run.steps]
         run = SimpleNamespace(
             options=options,
-            step=before,
-            logged=logged,
-            config={},
-            log=lambda metrics, step: logged.append((step, metrics)),
-            finish=lambda exit_code: logged.append(("exit", exit_code)),
+            step=max(before, default=-1) + 1,  # the next one
+            steps=steps,
+            kept=kept,
+            config=SimpleNamespace(update=lambda given, allow_val_change: kept.update(given)),
+            log=lambda metrics, step: steps.append(step),
+            finish=lambda exit_code: ends.append(exit_code),
+            ends=ends,
         )
-        run.config = SimpleNamespace(update=lambda given, allow_val_change: run.kept.update(given))
-        run.kept = {}
         made.append(run)
         return run
 
@@ -170,9 +170,8 @@ def test_a_resumed_run_continues_its_run_of_weights_and_biases(fake_wandb, tmp_p
     assert first.options["id"] == second.options["id"] == (tmp_path / "wandb.id").read_text()[:-1]
     assert (first.options["dir"], first.options["name"]) == (tmp_path, tmp_path.name)
     assert first.kept == WANDB.flat()
-    assert [step for step, _ in first.logged] == [1, 2, 3, 4, "exit"]
-    assert first.logged[-1] == ("exit", 1)  # of 600 steps
-    assert [step for step, _ in second.logged][-3:] == [5, 6, "exit"]
+    assert (first.steps, second.steps) == ([1, 2, 3, 4], [5, 6])
+    assert (first.ends, second.ends) == ([1], [1])  # of 600 steps
 
 
 @pytest.fixture
