@@ -73,10 +73,6 @@ ROWS = {
     "soap, factors too": Row("soap", -7, {}, {f"/(mu|nu|left|right|{BASES})/": "int8"}),
     "adafactor": Row("adafactor", -5),
     "adalomo": Row("adalomo", -5),
-    "adam_atan2": Row("adam_atan2", -8),
-    "ademamix": Row("ademamix", -8),
-    "adopt": Row("adopt", -8),
-    "amsgrad": Row("amsgrad", -8),
     "apollo": Row("apollo", -6),
     "apollo_mini": Row("apollo_mini", -7),
     "flora": Row("flora", -5),
@@ -85,14 +81,11 @@ ROWS = {
     "lamb": Row("lamb", -6),
     "lars": Row("lars", -2),
     "lion": Row("lion", -11),
-    "momo_adam": Row("momo_adam", -7),
     "online_subspace_descent": Row("online_subspace_descent", -6),
     "optax_adafactor": Row("optax_adafactor", -5),
     "optax_lars": Row("optax_lars", 3),
     "schedule_free": Row("schedule_free", -7),
     "sm3": Row("sm3", -3),
-    "sophia": Row("sophia", -8),
-    "tag": Row("tag", -8),
 }
 """The rows of the table; the first two are tuned SGD."""
 

@@ -18,7 +18,7 @@ from memopt.transforms.subspace import in_subspace
 
 
 @method(
-    "fine-tuning: momentum in few numbers over Adafactor", learning_rate=1e-2, sums_projections=True
+    "fine-tuning: momentum in few numbers over Adafactor", learning_rate=1e-3, sums_projections=True
 )
 @keywords(eps_scale="min_scale")
 def flora(

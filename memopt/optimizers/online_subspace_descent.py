@@ -12,7 +12,7 @@ from memopt.transforms import projectors
 from memopt.transforms.projectors.replay import Replay
 
 
-@method("GaLore without SVD: its subspace is learnt", learning_rate=1e-2, sums_projections=True)
+@method("GaLore without SVD: its subspace is learnt", learning_rate=2e-3, sums_projections=True)
 def online_subspace_descent(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -187,11 +187,11 @@ METHODS: dict[str, Method] = {
     ),
     "optax_lamb": Method(optax.lamb, 1e-2, "2mn", "Optax's, to compare with memopt's", "optax"),
     "optax_lars": Method(optax.lars, 1.0, "mn", "Optax's, to compare with memopt's", "optax"),
-    "optax_lion": Method(optax.lion, 2e-4, "mn", "Optax's, to compare with memopt's", "optax"),
+    "optax_lion": Method(optax.lion, 5e-4, "mn", "Optax's, to compare with memopt's", "optax"),
     "optax_muon": Method(
         optax.contrib.muon, 2e-2, "mn", "Optax's, to compare with memopt's", "optax"
     ),
-    "optax_sm3": Method(_sm3, 1e-1, "mn + m + n", "Optax's, to compare with memopt's", "optax"),
+    "optax_sm3": Method(_sm3, 2e-2, "mn + m + n", "Optax's, to compare with memopt's", "optax"),
     "prodigy": Method(
         optax.contrib.prodigy,
         1.0,
