@@ -177,7 +177,7 @@ METHODS: dict[str, Method] = {
     ),
     "nadamw": Method(optax.nadamw, 2e-3, "2mn", "AdamW with Nesterov momentum", "optax"),
     "optax_adafactor": Method(
-        optax.adafactor, 1e-2, "m + n", "Optax's, to compare with memopt's", "optax"
+        optax.adafactor, 5e-2, "m + n", "Optax's, to compare with memopt's", "optax"
     ),
     "optax_adopt": Method(
         optax.contrib.adopt, 2e-3, "2mn", "Optax's, to compare with memopt's", "optax"
@@ -186,7 +186,7 @@ METHODS: dict[str, Method] = {
         optax.amsgrad, 2e-3, "3mn", "Optax's, to compare with memopt's", "optax"
     ),
     "optax_lamb": Method(optax.lamb, 1e-2, "2mn", "Optax's, to compare with memopt's", "optax"),
-    "optax_lars": Method(optax.lars, 1.0, "mn", "Optax's, to compare with memopt's", "optax"),
+    "optax_lars": Method(optax.lars, 5.0, "mn", "Optax's, to compare with memopt's", "optax"),
     "optax_lion": Method(optax.lion, 5e-4, "mn", "Optax's, to compare with memopt's", "optax"),
     "optax_muon": Method(
         optax.contrib.muon, 2e-2, "mn", "Optax's, to compare with memopt's", "optax"
@@ -202,7 +202,7 @@ METHODS: dict[str, Method] = {
     ),
     "schedule_free": Method(
         optax.contrib.schedule_free_adamw,
-        5e-3,
+        2e-3,
         "2mn",
         "AdamW that averages instead of decaying: no end to plan",
         "optax",
