@@ -17,7 +17,7 @@ from memopt.training.writing import why, write_whole
 MAY_CHANGE = {
     *("data", "bad_records", "tokenizer"),
     *("steps", "schedule", "phases", "mesh", "max_skipped", "keep"),
-    *("eval_every", "eval_tokens", "checkpoint_every"),
+    *("eval_every", "eval_tokens", "checkpoint_every", "log"),
 }
 
 #: Files that are there before `config.json` makes a directory that of a run.
