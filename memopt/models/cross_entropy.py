@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from memopt.models.sharding import shards
+from memopt.state.layouts import pin_layout
 from memopt.state.quantized_params import Deferred, dequantize_params
 
 #: Columns of a part are a multiple of this: a row of a TPU's tiles, and a block of int8 weights.
@@ -95,7 +96,7 @@ def _backward(
         new = jnp.einsum(f"bsh,btsc->{parts.axes}", x, d, **wide).astype(dkernel.dtype)
         start = parts.start(part)
         dkernel = jax.lax.dynamic_update_slice_in_dim(dkernel, new, start, vocab_axis + 1)
-        return (dx, dkernel), None
+        return (dx, pin_layout(dkernel)), None
 
     zeros = jnp.zeros(kernel.shape, kernel.dtype)
     carry = jnp.zeros(x.shape, jnp.float32), parts.on_devices(zeros)

@@ -13,6 +13,8 @@ from jax.sharding import AxisType
 
 from memopt.internals import trace
 from memopt.models.stacked import BLOCKS, StackedModel, blocks_of, checked, split_floats
+from memopt.state import layouts
+from memopt.state.layouts import read_layer, write_layer
 from memopt.state.precision import bounded, where_applied
 from memopt.state.quantized_params import (
     Deferred,
@@ -20,8 +22,6 @@ from memopt.state.quantized_params import (
     dequantize_params,
     is_quantized,
 )
-from memopt.training.release import layouts
-from memopt.training.release.layouts import read_layer, write_layer
 from memopt.training.release.per_parameter_update import PerParameterUpdate
 from memopt.training.step import Batch, Metrics, TrainState, cut_batch, finish_step
 from memopt.transforms.microbatches import sum_microbatches
