@@ -226,6 +226,11 @@ class _ReleaseStep:
         """
         if self.first:
             carry = visit(carry, self._means({i: gradients[i] for i in self.first}), None)
+            # The head is updated before the loop, or its gradient would be kept through it.
+            updated = [carry.params[i] for i in self.first]
+            cotangent, updated = jax.lax.optimization_barrier((cotangent, updated))
+            for i, node in zip(self.first, updated, strict=True):
+                carry.params[i] = node
 
         def block(back: tuple[_Carry, list[Array]], xs: tuple[Array, Any]) -> Any:
             (inside, cotangent), (layer, x) = back, xs
