@@ -216,7 +216,12 @@ def validation_batches(
 
 
 def fingerprint(
-    documents: Documents, tokenizer: Tokenizer | ChatEncoder, *, batch_size: int, seq_len: int, seed: int
+    documents: Documents,
+    tokenizer: Tokenizer | ChatEncoder,
+    *,
+    batch_size: int,
+    seq_len: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Returns everything that decides the order of `train_batches`, JSON-serialisable.
 

@@ -47,8 +47,8 @@ def find_documents(
 
     Args:
         specs: What to read. Files named twice are read once. `hf:` must be the only one.
-        records: What records hold: text, or `memopt.text.chats.CHATS`, with which every file is JSON
-            lines.
+        records: What records hold: text or, as `memopt.text.chats.CHATS`, chats; then every file
+            is JSON lines.
         bad_records: What to do about records that are not JSON, not UTF-8, or without text in the
             field: "skip" them with a warning, or "stop" with an error.
         progress: Called with a line to show, now and then if reading takes more than a second.

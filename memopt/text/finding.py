@@ -72,7 +72,9 @@ def read_files(
             where = "" if spec.startswith(first.path) else f"names no {records.noun}: {first.path} "
             raise ValueError(f"data {spec!r} {where}{reader.left_out[real].reason}.")
     if not len(pieces):
-        raise ValueError(f"data {', '.join(map(repr, specs))} holds no {records.noun}: every file is empty.")
+        raise ValueError(
+            f"data {', '.join(map(repr, specs))} holds no {records.noun}: every file is empty."
+        )
     for line in reader.summary():
         warnings.warn(line, DataWarning, stacklevel=3)
     return Files(tuple(reader.files), pieces, reader.sources, records)

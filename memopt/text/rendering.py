@@ -6,6 +6,7 @@ time than the parent grants. `memopt.text.templates` starts it and talks to it i
 """
 
 import datetime
+import functools
 import json
 import resource
 import signal
@@ -34,7 +35,8 @@ class Generation(ext.Extension):
 
     def mark(self, caller: Any) -> str:
         """Returns the text between the two marks."""
-        begin, end = self.environment.globals["_marks"]  # type: ignore[misc]
+        marks: Any = self.environment.globals["_marks"]
+        begin, end = marks
         return f"{begin}{caller()}{end}"
 
 
@@ -103,11 +105,13 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(reply, flush=True)
 
-    templates: list[jinja2.Template] = []
-    make = lambda: compiled(start["template"], start["variables"], start["marks"])
-    answer(lambda: templates.append(make()) or [])
+    @functools.cache
+    def template() -> jinja2.Template:
+        return compiled(start["template"], start["variables"], start["marks"])
+
+    answer(lambda: [template().name or ""])
     for line in sys.stdin:
-        answer(lambda: [templates[0].render(**given) for given in json.loads(line)])  # noqa: B023
+        answer(lambda: [template().render(**given) for given in json.loads(line)])  # noqa: B023
 
 
 if __name__ == "__main__":

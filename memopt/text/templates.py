@@ -38,7 +38,7 @@ def unforgeable_mark() -> str:
 
 
 class Template:
-    """A chat template in a process that can do nothing but render it; to be closed, or in `with`.
+    r"""A chat template in a process that can do nothing but render it; to be closed, or in `with`.
 
     Args:
         source: The template, in Jinja.

@@ -77,10 +77,10 @@ class ByteTokenizer:
     digest = "bytes"
     vocab_size = 257
     eos_id = 256
-    begin_ids = (256,)
-    special_tokens = types.MappingProxyType({END_OF_DOCUMENT[0]: 256})
-    variables = types.MappingProxyType({"eos_token": END_OF_DOCUMENT[0]})
-    chat_template = None
+    begin_ids: tuple[int, ...] = (256,)
+    special_tokens: Mapping[str, int] = types.MappingProxyType({END_OF_DOCUMENT[0]: 256})
+    variables: Mapping[str, Any] = types.MappingProxyType({"eos_token": END_OF_DOCUMENT[0]})
+    chat_template: str | None = None
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the UTF-8 bytes of `text`, int32 (bytes,)."""
@@ -133,9 +133,8 @@ class FileTokenizer:
         self.name = str(path)
         self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self.variables = _named_tokens(file.parent)
-        self.chat_template = _chat_template(file.parent)
-        candidates = (self.variables.get("eos_token"), *END_OF_DOCUMENT)
+        named = _named_tokens(file.parent)
+        candidates = (named.get("eos_token"), *END_OF_DOCUMENT)
         eos = next((token for token in candidates if token in vocabulary), None)
         if eos is None:
             raise ValueError(
@@ -144,10 +143,11 @@ class FileTokenizer:
                 "tokenizer_config.json beside it."
             )
         self.eos_id: int = vocabulary[eos]
-        self.variables = {"eos_token": eos, **self.variables}
+        self.variables: Mapping[str, Any] = {**named, "eos_token": eos}
+        self.chat_template = _chat_template(file.parent)
         added = self._tokenizer.get_added_tokens_decoder().items()
         special = {token.content: number for number, token in added if token.special}
-        self.special_tokens = special | {eos: self.eos_id}
+        self.special_tokens: Mapping[str, int] = special | {eos: self.eos_id}
         example = self._tokenizer.encode("a", add_special_tokens=True)
         before = itertools.takewhile(bool, example.special_tokens_mask)
         self.begin_ids = tuple(example.ids[: len(list(before))]) or (self.eos_id,)
@@ -168,7 +168,7 @@ class FileTokenizer:
 
         Spaces beside a token vanish if the file says so, as when the token itself is parsed.
         """
-        inner = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        inner: Any = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
         inner.encode_special_tokens = True
         added = {token.content: token for token in inner.get_added_tokens_decoder().values()}
         copies = []
@@ -176,10 +176,10 @@ class FileTokenizer:
             strip = {side: getattr(added.get(name), side, False) for side in ("lstrip", "rstrip")}
             copies.append(tokenizers.AddedToken(stand_in, normalized=False, **strip))
         inner.add_tokens(copies)
-        largest = max(self.vocab_size, *map(inner.token_to_id, stand_ins.values()))
-        meant = np.arange(largest + 1, dtype=np.int32)
-        for name, stand_in in stand_ins.items():
-            meant[inner.token_to_id(stand_in)] = self.special_tokens[name]
+        numbers = {name: inner.token_to_id(stand_in) for name, stand_in in stand_ins.items()}
+        meant = np.arange(max(self.vocab_size, *(x + 1 for x in numbers.values())), dtype=np.int32)
+        for name, number in numbers.items():
+            meant[number] = self.special_tokens[name]
 
         def encode(text: str) -> np.ndarray:
             clean = text.encode("utf-8", "replace").decode("utf-8")
@@ -302,7 +302,9 @@ def read_template(file: Path) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"chat_template {str(file)!r} is not text: {error.reason}.") from error
     except OSError as error:
-        raise ValueError(f"chat_template {str(file)!r} cannot be read: {error.strerror}.") from error
+        raise ValueError(
+            f"chat_template {str(file)!r} cannot be read: {error.strerror}."
+        ) from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
