@@ -125,7 +125,8 @@ def encode_examples(
             except UnusableTemplateError:
                 raise
             except (ValueError, RecursionError) as error:
-                what = f"{piece.name} {error}"
+                deep = isinstance(error, RecursionError)
+                what = f"{piece.name} {'is nested too deeply' if deep else error}"
                 if bad_records == "stop":
                     raise ValueError(
                         f"data: {what}: repair it, or leave it out with --bad-records skip."

@@ -267,13 +267,12 @@ def _check_format(file: Path) -> None:
 
 
 def _named_tokens(directory: Path) -> dict[str, Any]:
-    """The tokens by their use, as in `eos_token`, that the files in `directory` name."""
+    """The tokens by their use, as in `eos_token`, that tokenizer_config.json names."""
     names: dict[str, Any] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        for name, token in _read_json(directory / file).items():
-            token = token.get("content") if isinstance(token, dict) else token
-            if name.endswith("_token") and isinstance(token, str):
-                names[name] = token
+    for name, token in _read_json(directory / "tokenizer_config.json").items():
+        token = token.get("content") if isinstance(token, dict) else token
+        if name.endswith("_token") and isinstance(token, str):
+            names[name] = token
     return names
 
 
