@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 
 import chex
 import pytest
@@ -9,7 +11,6 @@ from rich.console import Console
 
 from benchmarks import exact_answers
 from memopt.cli.finetune import parse_finetune
-from memopt.cli.pretrain import parse
 from memopt.training.directory import TEMPLATE
 from memopt.training.loop import train
 from memopt.training.metrics import read_metrics
@@ -36,64 +37,87 @@ def chats(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def fixed(chats):
+    """Options of a short run on them, as on the command line."""
+    fixed = f"--model=nano --data {chats} --mesh=data=1 --seq-len=64 --eval-tokens=6400"
+    return [*fixed.split(), "--optimizer=adamw", "--learning-rate=3e-3", "--checkpoint-every=5"]
+
+
 @pytest.fixture
-def options(chats, tmp_path):
-    """The options of a run on them, with others, as `memopt finetune` takes them."""
-    fixed = f"--model=nano --data {chats} --output={tmp_path / 'run'} --mesh=data=1 --seq-len=64"
-    fixed += " --eval-tokens=640 --optimizer=adamw --learning-rate=3e-3 --checkpoint-every=4"
-    return lambda *more: parse_finetune([*fixed.split(), *more])
+def options(fixed, tmp_path):
+    """The options of such a run, with others, as `memopt finetune` takes them."""
+    return lambda *more: parse_finetune([*fixed, f"--output={tmp_path / 'run'}", *more])
 
 
-def test_epochs_decide_the_steps_and_the_loss_is_of_the_answers(options, tmp_path):
-    run = open_run(options("--epochs=2"))
+@pytest.fixture(scope="module")
+def tuned(fixed, tmp_path_factory):
+    """A run of two epochs with a template of its own, which is gone: its options and last state."""
+    directory = tmp_path_factory.mktemp("tuned")
+    template = directory / "mine.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ eos_token }}{{ m.role }}: {{ m.content }}{% endfor %}"
+        "{{ eos_token }}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    flags = [*fixed, f"--output={directory / 'run'}", "--epochs=2", f"--chat-template={template}"]
+    run = open_run(parse_finetune(flags))
+    state, _ = train(run, QUIET)
+    template.rename(directory / "another name")
+    return run, state
+
+
+def resume(run, directory, *flags):
+    """Resumes a copy of a run."""
+    shutil.copytree(run.directory, directory)
+    return open_run(parse_finetune(["--resume", f"--output={directory}", *flags]))
+
+
+def test_epochs_decide_the_steps_and_the_loss_is_of_the_answers(tuned):
+    run, _ = tuned
     steps, rows = run.config.optimization.steps, int(run.examples.split(" rows of ")[0].split()[-1])
-    assert steps == math.ceil(2 * rows / 8)
-    assert run.config.phases[0].steps == steps
-    train(run, QUIET)
-    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert steps == math.ceil(2 * rows / 8) == run.config.phases[0].steps
+    lines = read_metrics(run.directory / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
-    assert "val_loss" in lines[-1]
+    assert lines[-1]["val_loss"] < lines[0]["loss"]
     learned = sum(len(f"{i + 1}") + 1 for i in range(100))
     assert sum(line["tokens"] for line in lines) < 2.2 * learned
 
 
-def test_a_stopped_run_goes_on_exactly_with_its_own_template(options, tmp_path, chats):
-    template = tmp_path / "mine.jinja"
-    source = "{% for m in messages %}{{ eos_token }}{{ m.role }}: {{ m.content }}{% endfor %}"
-    end = "{{ eos_token }}{% if add_generation_prompt %}assistant: {% endif %}"
-    template.write_text(source + end)
-    given = [f"--chat-template={template}", "--steps=8"]
-    whole, _ = train(open_run(options(*given, f"--output={tmp_path / 'whole'}")), QUIET)
-    train(open_run(options(*given)), QUIET)
-    kept = tmp_path / "run" / "checkpoints" / "8"
-    kept.rename(tmp_path / "8")  # as if it had been killed after step 4
-    template.unlink()
+def test_a_killed_run_goes_on_exactly_with_the_template_it_had(tuned, tmp_path):
+    before, last = tuned
+    kept = (before.directory / TEMPLATE).read_text()
+    shutil.copytree(before.directory, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"{int(last.step)}")
     run = open_run(parse_finetune(["--resume", f"--output={tmp_path / 'run'}"]))
-    assert (tmp_path / "run" / TEMPLATE).read_text().startswith(source)
-    assert int(run.state.step) == 4
+    assert int(run.state.step) == 5
     assert run.config.text.format == "chats"
-    chex.assert_trees_all_equal(train(run, QUIET)[0], whole)
+    assert kept.endswith("assistant: {% endif %}")
+    chex.assert_trees_all_equal(train(run, QUIET)[0], last)
 
 
-def test_more_epochs_lengthen_a_resumed_run(options, tmp_path):
-    train(open_run(options("--epochs=1")), QUIET)
-    resumed = open_run(parse_finetune(["--resume", f"--output={tmp_path / 'run'}", "--epochs=2"]))
-    assert resumed.config.optimization.steps == pytest.approx(2 * int(resumed.state.step), abs=1)
+def test_more_epochs_lengthen_a_resumed_run(tuned, tmp_path):
+    run = resume(tuned[0], tmp_path / "run", "--epochs=4")
+    steps = tuned[0].config.optimization.steps
+    assert run.config.optimization.steps == pytest.approx(2 * steps, abs=1)
+    close(run)
 
 
-def test_a_run_of_memopt_pretrain_is_fine_tuned_and_keeps_nothing_of_its_data(
-    options, tmp_path, text
-):
-    flags = f"--model=nano --data {text} --seq-len=32 --steps=2 --mesh=data=1 --eval-tokens=64"
-    flags += f" --optimizer=lion --param-dtype=bfloat16 --output={tmp_path / 'first'}"
-    first, _ = train(open_run(parse(flags.split())), QUIET)
-    config = options(f"--init={tmp_path / 'first'}")
-    assert (config.text.data, config.optimization.optimizer) == (options().text.data, "adamw")
-    assert config.architecture.param_dtype == "bfloat16"
+def test_a_run_is_fine_tuned_with_its_model_and_tokenizer_and_nothing_else(tuned, options):
+    before, last = tuned
+    config = options(f"--init={before.directory}", "--epochs=1", "--optimizer=lion")
+    assert config.architecture == before.config.architecture
+    assert config.text.chat_template is None
     run = open_run(config)
-    chex.assert_trees_all_equal(run.state.params, first.params)
-    assert run.config.phases[0].steps == run.config.optimization.steps != 2
-    run.checkpoints.close()
+    chex.assert_trees_all_equal(run.state.params, last.params)
+    assert run.config.phases[0].steps == run.config.optimization.steps < int(last.step)
+    close(run)
+
+
+def test_the_sample_is_an_answer_to_a_held_out_prompt(tuned):
+    run, state = tuned
+    prompt, continuation = sample_text(run, state.params, new_tokens=8)
+    assert re.fullmatch(r"user: \d+\+1assistant: ", prompt)
+    assert len(continuation) <= 8
 
 
 @pytest.mark.slow
@@ -113,8 +137,14 @@ def test_evaluation_data_of_its_own_leaves_all_of_the_data_to_training(options, 
     assert run.examples.startswith("100 examples")
     learned = sum(int(batch["weights"].sum()) for batch in run.validation)
     assert learned == sum(len(f"{i + 1}") + 1 for i in range(100))
+    close(run)
+
+
+def close(run):
+    """Releases a run that is not trained."""
     run.checkpoints.close()
     run.batches.close()
+    run.lock.close()
 
 
 @pytest.mark.parametrize(
@@ -139,18 +169,9 @@ def test_without_data_there_is_a_sentence(tmp_path):
         open_run(parse_finetune(["--model=nano", f"--output={tmp_path / 'run'}", "--seq-len=64"]))
 
 
-def test_the_sample_is_an_answer_to_a_held_out_prompt(options):
-    run = open_run(options("--epochs=1"))
-    state, _ = train(run, QUIET)
-    prompt, continuation = sample_text(run, state.params, new_tokens=8)
-    assert prompt.startswith("user\n")
-    assert prompt.endswith("+1assistant\n")
-    assert isinstance(continuation, str)
-
-
 def test_five_prompts_are_answered_exactly(tmp_path):
     options = exact_answers.Options(
-        prompts=5, model="nano", learning_rate=2e-2, epochs=150, every=10**6
+        prompts=5, model="nano", learning_rate=2e-2, epochs=60, every=10**6
     )
     curve, generated = exact_answers.learn(options, tmp_path, QUIET)
     assert curve[-1][2] == generated == 5
