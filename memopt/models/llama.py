@@ -18,15 +18,16 @@ from jax import Array
 
 from memopt.axis_types import on_auto_axes
 from memopt.models import hugging_face
-from memopt.models.attention import causal_attention, split_sequence
+from memopt.models.attention import causal_attention
 from memopt.models.config import PRESETS as PRESETS
 from memopt.models.config import DType, Remat
 from memopt.models.config import LlamaConfig as LlamaConfig
 from memopt.models.config import RopeScaling as RopeScaling
 from memopt.models.config import preset as preset
+from memopt.models.cross_entropy import chunked_cross_entropy
 from memopt.models.observed import Linear, set_statistics
 from memopt.models.rotary import rotary_tables, rotate
-from memopt.models.sharding import batch_shards, constrain, partition
+from memopt.models.sharding import constrain, partition, shards
 from memopt.models.sharding import param_shardings as param_shardings
 from memopt.models.stacked import Batch, StackedModel
 from memopt.state.quantized_params import dequantize_params
@@ -285,8 +286,13 @@ class Llama(nnx.Module):
     def unembed(self, x: Array) -> Array:
         """Final norm and head: `(..., hidden)` to float32 logits `(..., vocab)`."""
         x = self.final_norm(x)
-        kernel = self.embed.embedding[...].T if self.config.tied else self.head.kernel[...]
+        kernel = dequantize_params(self.head_kernel().get_value())
+        kernel = kernel.T if self.config.tied else kernel
         return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+    def head_kernel(self) -> nnx.Param:
+        """The head's matrix, `(hidden, vocab)`, or the embedding, `(vocab, hidden)`."""
+        return self.embed.embedding if self.config.tied else self.head.kernel
 
 
 def loss(
@@ -300,8 +306,8 @@ def loss(
         model: The model.
         batch: int32 arrays `(batch, seq)`: `inputs`, `targets`, and optionally `segment_ids`,
             `positions` and `weights` (1 where a target counts, 0 where not; default 1).
-        logits_bytes: Float32 logits a device may hold at a time; longer sequences are taken in
-            chunks, whose logits the backward pass computes again.
+        logits_bytes: Float32 logits a device may hold at a time; if there are more, they are
+            computed for a part of the vocabulary at a time, and again by the backward pass.
         statistics: Zeros for the matrices of the blocks to report what they see, from
             `memopt.zero_statistics`; None: they report nothing.
 
@@ -354,24 +360,16 @@ def head_loss(
     """
     targets = batch["targets"]
     weights = batch.get("weights", jnp.ones_like(targets)).astype(jnp.float32)
-    rows, length = targets.shape
-
-    def summed(x: Array, targets: Array, weights: Array) -> Array:
-        logits = model.unembed(constrain(x, "batch", None, None))
-        return (optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights).sum()
-
-    row_bytes = 4 * model.config.vocab_size * -(-rows // batch_shards())
-    longest = max(1, logits_bytes // row_bytes)
-    if longest >= length:
-        return summed(x, targets, weights), weights.sum()
-
-    def step(total: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
-        return total + jax.checkpoint(summed, prevent_cse=False)(*part), None
-
-    # Cut along the sequence, which no mesh axis splits.
-    chunk = -(-length // -(-length // longest))
-    chunks = tuple(split_sequence(array, chunk) for array in (x, targets, weights))
-    return jax.lax.scan(step, jnp.float32(0), chunks)[0], weights.sum()
+    x, (rows, length) = constrain(x, "batch", None, None), targets.shape
+    devices = shards("batch", rows) * shards("vocab", model.config.vocab_size)
+    if 4 * rows * length * model.config.vocab_size <= logits_bytes * devices:
+        losses = optax.softmax_cross_entropy_with_integer_labels(model.unembed(x), targets)
+        total = (losses * weights).sum()
+    else:
+        kernel, axis = model.head_kernel().get_value(), 0 if model.config.tied else 1
+        x = model.final_norm(x)
+        total = chunked_cross_entropy(x, kernel, targets, weights, logits_bytes, axis)
+    return total, weights.sum()
 
 
 def init_params(

@@ -122,15 +122,21 @@ def partition(shape: Sequence[int], names: Sequence[str | None]) -> jax.P:
     return jax.P(*(entry if size % _size(entry, mesh) == 0 else () for size, entry in sizes))
 
 
-def batch_shards() -> int:
-    """Number of parts the mesh in scope splits a batch into.
+def shards(name: str, size: int) -> int:
+    """Number of parts the mesh in scope splits an axis into.
+
+    Args:
+        name: A key of `RULES`.
+        size: Length of the axis.
 
     Example:
-        >>> batch_shards()  # no mesh in scope
+        >>> shards("batch", 8)  # no mesh in scope
         1
 
     """
-    return math.prod(_usable_axes().get(axis, 1) for axis in BATCH_AXES)
+    mesh = _usable_axes()
+    parts = _size(_entries([name], mesh)[0], mesh)
+    return parts if size % parts == 0 else 1
 
 
 def constrain(x: Array, *names: str | None) -> Array:

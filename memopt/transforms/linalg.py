@@ -1,7 +1,7 @@
 """Products and factorisations for stacks of matrices."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,14 +62,13 @@ def by_matrix(f: Callable[..., Array], x: Array, *others: Array) -> Array:
         return f(x, *others, across=lambda x, axis=None: x)
     stack = x.shape[:-2]
     count, devices = math.prod(stack), math.prod(mesh.shape[name] for name in names)
-    flat = [a.reshape(count, *a.shape[len(stack) :]) for a in (x, *others)]
-    flat = [_place(a, -2) for a in flat]
+    path = _to_whole(names) if count % devices == 0 else _to_rows(names)
+    flat = [_along(path, a.reshape(count, *a.shape[len(stack) :])) for a in (x, *others)]
     if count % devices == 0:
-        whole = [_place(a, 0) for a in flat]
-        done = _place(_place(f(*whole, across=lambda x, axis=None: x), 0), -2)
+        done = f(*flat, across=lambda x, axis=None: x)
     else:
         done = jax.lax.map(lambda each: f(*each, across=_place), flat)
-    return done.reshape(*stack, *done.shape[1:])
+    return _along(path[::-1], done).reshape(*stack, *done.shape[1:])
 
 
 def distributed(f: Callable[..., Any], *stacks: Array) -> Any:
@@ -88,15 +87,16 @@ def distributed(f: Callable[..., Any], *stacks: Array) -> Any:
         return f(*stacks)
     stack, side = stacks[0].shape[:-2], stacks[0].shape[-1]
     count, devices = math.prod(stack), math.prod(mesh.shape[name] for name in names)
+    rows = _to_rows(names)
 
     def share(x: Array) -> Array:
-        x = _place(x.reshape(count, side, side), 1)
+        x = _along(rows, x.reshape(count, side, side))
         return _place(jnp.pad(x, ((0, -count % devices), (0, 0), (0, 0))), 0)
 
     local = jax.shard_map(
         f, mesh=mesh, in_specs=jax.P(names), out_specs=jax.P(names), axis_names=set(names)
     )
-    back = lambda x: _place(x, 1)[:count].reshape(*stack, *x.shape[1:])
+    back = lambda x: _along(rows[::-1], _place(x, 1)[:count]).reshape(*stack, *x.shape[1:])
     return jax.tree.map(back, local(*map(share, stacks)))
 
 
@@ -107,16 +107,46 @@ def _mesh_of(x: Array) -> tuple[Any, tuple[str, ...]]:
     return mesh, tuple(a for a, kind in kinds if kind == AxisType.Auto and mesh.shape[a] > 1)
 
 
+def _to_whole(names: tuple[str, ...]) -> "_Path":
+    """Splits a stack over all devices, so that each has whole matrices.
+
+    It takes two steps, because XLA gathers an array whole on each device where one of its axes
+    gains or loses two axes of the mesh to two others. Of stacks on two axes of the mesh, this one
+    still gathers those whose columns are split over both; `_to_rows` gathers none.
+    """
+    return (names[:1], names[1:], ()), (names, (), ())
+
+
+def _to_rows(names: tuple[str, ...]) -> "_Path":
+    """Splits the rows of each matrix over all devices."""
+    return ((), names[:1], names[1:]), ((), names, ())
+
+
+_Path = Sequence[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]]
+"""The axes of a mesh over which stack, rows and columns are split, step by step."""
+
+
+def _along(path: _Path, x: Array) -> Array:
+    for stack, rows, cols in path:
+        x = _split(x, {0: stack, -2: rows, -1: cols})
+    return x
+
+
 def _place(x: Array, axis: int | None = None) -> Array:
-    """Splits an axis over all devices, if they divide it; without an axis, all get the whole."""
+    """Splits an axis over all devices; without an axis, all get the whole."""
+    return _split(x, {} if axis is None else {axis: _mesh_of(x)[1]})
+
+
+def _split(x: Array, axes: Mapping[int, tuple[str, ...]]) -> Array:
+    """Splits axes of an array over axes of the mesh, if those divide them."""
     mesh, names = _mesh_of(x)
     if not names:
         return x
     spec: list[Any] = [None] * x.ndim
-    if axis is not None:
-        if x.shape[axis] % math.prod(mesh.shape[name] for name in names):
+    for axis, over in axes.items():
+        if x.shape[axis] % math.prod(mesh.shape[name] for name in over):
             return x
-        spec[axis] = names
+        spec[axis] = over
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, jax.P(*spec)))
 
 

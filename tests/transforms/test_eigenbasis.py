@@ -122,12 +122,15 @@ def test_what_cannot_work_is_refused_in_a_sentence():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [8, 3])
-def test_no_matrix_is_gathered_on_a_device(layers):
+@pytest.mark.parametrize("layers", [8, 3, 4])
+@pytest.mark.parametrize("axes", [(None, "a", "b"), ("b", None, "a"), ("b", "a", None)])
+def test_no_matrix_is_gathered_on_a_device(layers, axes):
     """With a matrix or more for each of eight devices, and with fewer; at refreshes too."""
     m, n = 160, 128
+    if axes[0] == "b" and layers % 4:
+        layers = 12
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-    place = NamedSharding(mesh, jax.P(None, "a", "b"))
+    place = NamedSharding(mesh, jax.P(*axes))
     params = {"up": jax.ShapeDtypeStruct((layers, m, n), jnp.float32, sharding=place)}
     tx = memopt.soap(1e-3)
     places = memopt.state_sharding(tx, params)
