@@ -69,8 +69,8 @@ class Options:
     model: str = "tiny"
     num_layers: int = 2
     optimizer: str = "adamw"
-    learning_rate: float = 3e-3
-    epochs: int = 40
+    learning_rate: float = 1e-3
+    epochs: int = 60
     every: int = 20
     output: Path = Path(__file__).parent / "results" / "finetune.png"
 
