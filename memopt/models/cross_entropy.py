@@ -155,7 +155,8 @@ class _Parts:
     def _readable(self, kernel: Any) -> Any:
         """The kernel, dequantised at once if its parts cannot be read by themselves."""
         if not isinstance(kernel, Deferred):
-            return kernel
+            # Or XLA keeps the float32 numbers that it was rounded from.
+            return jax.lax.optimization_barrier(kernel)
         stored = kernel.stored
         block = getattr(stored.codec, "block", None) if self.axis == 1 else 1
         counts = {x.shape[self.axis] for x in jax.tree.leaves(stored)}
