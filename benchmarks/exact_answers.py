@@ -68,9 +68,9 @@ class Options:
     prompts: int = 100
     model: str = "tiny"
     num_layers: int = 2
-    optimizer: str = "adamw"
-    learning_rate: float = 1e-3
-    epochs: int = 60
+    optimizer: str = "muon"
+    learning_rate: float = 2e-2
+    epochs: int = 40
     every: int = 20
     output: Path = Path(__file__).parent / "results" / "finetune.png"
 

@@ -19,6 +19,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
@@ -126,7 +127,8 @@ def state_bytes(flags: str) -> int:
 
 def main(options: Options) -> None:
     """Measures, prints and saves."""
-    console, results = Console(), {}
+    console = Console()
+    results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
         prepared = tasks(options, home)

@@ -12,8 +12,7 @@ import pytest
 import memopt
 from memopt.models import llama
 from memopt.models.stacked import StackedModel
-from memopt.training.release import release_step
-from memopt.training.step import init_state, train_step
+from memopt.training import init_state, release_step, train_step
 from tests.training.nano import NANO
 
 RATE = optax.constant_schedule(3e-2)
@@ -57,16 +56,6 @@ def masked():
     return optax.chain(trained, optax.masked(optax.set_to_zero(), is_frozen))
 
 
-def loss_of(model):
-    def loss(params, batch):
-        rest = {name: part for name, part in params.items() if name != "blocks"}
-        step = lambda x, layer: (model.block(layer, x, batch), None)
-        x, _ = jax.lax.scan(step, model.embed(rest, batch), params["blocks"])
-        return model.head(rest, x, batch)
-
-    return loss
-
-
 @pytest.mark.parametrize("make", [partitioned, masked])
 def test_adapters_learn_alike_in_both_steps_and_the_rest_stays_to_the_bit(make):
     (model, params), tx = adapted(), make()
@@ -75,7 +64,7 @@ def test_adapters_learn_alike_in_both_steps_and_the_rest_stays_to_the_bit(make):
     options = {"tx": tx, "learning_rate": RATE}
     steps = (
         functools.partial(release_step, model=model, **options),
-        functools.partial(train_step, loss=loss_of(model), **options),
+        functools.partial(train_step, loss=model.loss, **options),
     )
     found = []
     for step in map(jax.jit, steps):
