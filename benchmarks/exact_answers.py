@@ -71,7 +71,7 @@ class Options:
     optimizer: str = "muon"
     learning_rate: float = 2e-2
     epochs: int = 40
-    every: int = 20
+    every: int = 4
     output: Path = Path(__file__).parent / "results" / "finetune.png"
 
 

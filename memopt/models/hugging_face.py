@@ -1,11 +1,15 @@
-"""LLaMA directories in Hugging Face's layout: `config.json` and safetensors, read and written.
+"""Directories in Hugging Face's layout: `config.json` and safetensors, read and written.
 
-Nothing is ever unpickled. Tensors are read one by one, only the part a device needs, straight into
-the stacked arrays; Hugging Face stores linear weights `(out, in)`, our kernels are `(in, out)`.
+Nothing is ever unpickled, no file's code is run, and an index names only files of its directory;
+links are followed, since Hugging Face's cache consists of them. Tensors are read one by one, only
+the part a device needs, straight into the stacked arrays; Hugging Face stores linear weights
+`(out, in)`, our kernels are `(in, out)`.
 """
 
 import dataclasses
+import itertools
 import json
+import logging
 import math
 import shutil
 import tempfile
@@ -19,16 +23,24 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from memopt.errors import check_choice
-from memopt.models.config import DType, LlamaConfig, RopeScaling
+from memopt.json_files import read_json, shown
+from memopt.models.config import DType, LlamaConfig
+from memopt.models.families import config_json, parse_config, token_ids, token_keys
 
 # Our leaf and their tensor ("{}" is the layer); kernels are stored transposed.
 TENSORS = {
     "embed/embedding": "model.embed_tokens.weight",
     "blocks/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
     "blocks/attention/q/kernel": "model.layers.{}.self_attn.q_proj.weight",
+    "blocks/attention/q/bias": "model.layers.{}.self_attn.q_proj.bias",
     "blocks/attention/k/kernel": "model.layers.{}.self_attn.k_proj.weight",
+    "blocks/attention/k/bias": "model.layers.{}.self_attn.k_proj.bias",
     "blocks/attention/v/kernel": "model.layers.{}.self_attn.v_proj.weight",
+    "blocks/attention/v/bias": "model.layers.{}.self_attn.v_proj.bias",
     "blocks/attention/o/kernel": "model.layers.{}.self_attn.o_proj.weight",
+    "blocks/attention/o/bias": "model.layers.{}.self_attn.o_proj.bias",
+    "blocks/attention/q_norm/scale": "model.layers.{}.self_attn.q_norm.weight",
+    "blocks/attention/k_norm/scale": "model.layers.{}.self_attn.k_norm.weight",
     "blocks/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
     "blocks/mlp/gate/kernel": "model.layers.{}.mlp.gate_proj.weight",
     "blocks/mlp/up/kernel": "model.layers.{}.mlp.up_proj.weight",
@@ -37,34 +49,18 @@ TENSORS = {
     "head/kernel": "lm_head.weight",
 }
 
-# Our field and their key in config.json. The defaults of `LlamaConfig` are transformers'.
-SAME = ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "rope_theta")
-FIELDS = {
-    **{name: name for name in SAME},
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "max_seq_len": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "tied": "tie_word_embeddings",
-}
-ROPE_FIELDS = {
-    **{name: name for name in ("factor", "low_freq_factor", "high_freq_factor")},
-    "original_max_seq_len": "original_max_position_embeddings",
-}
-# Written to config.json; refused where it says otherwise.
-PLAIN_LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-}
+EMBEDDING, HEAD = TENSORS["embed/embedding"], TENSORS["head/kernel"]
+# A buffer of older exports, which transformers computes anew as well.
+BUFFER = "rotary_emb.inv_freq"
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+PICKLED = ("*.bin", "*.pt", "*.pth")
 
 # Files of an earlier export that a new one replaces, or would contradict.
 REPLACED = (CONFIG, "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+
+log = logging.getLogger(__name__)
 
 STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -103,52 +99,52 @@ def tensors(shapes: Mapping[str, Any]) -> Iterator[Tensor]:
 
 
 def read_config(directory: Path) -> LlamaConfig:
-    """Reads `config.json`; the model computes in float32.
+    """The configuration of a directory: what `config.json` says, and what the weights are.
+
+    A head that differs from the embedding it is said to be tied to makes the model an untied one,
+    as in transformers. Where there is a `generation_config.json`, its special tokens count.
 
     Args:
-        directory: Holds `config.json`, of transformers 4 or 5.
+        directory: Holds `config.json`, of transformers 4 or 5, and safetensors.
 
     Returns:
-        The configuration.
+        The configuration, with the narrowest `param_dtype` that holds all weights exactly; the
+        model computes in float32.
 
     Raises:
-        ValueError: If the file is missing or describes something other than a plain LLaMA.
+        ValueError: If a file is missing or damaged, or describes a model that no `LlamaConfig`
+            does.
 
     """
-    path = directory / CONFIG
-    if not path.is_file():
+    path, generation = directory / CONFIG, directory / GENERATION
+    if not path.exists():
         raise ValueError(f"{directory} has no {CONFIG}; give a model directory of Hugging Face.")
-    raw = {key: value for key, value in _read_json(path).items() if value is not None}
-    for key, value in {**PLAIN_LLAMA, "quantization_config": None}.items():
-        if (given := raw.get(key, value)) != value:
-            raise ValueError(f"{path}: {key} is {given!r}; only {value!r} is supported.")
-    # Transformers 5 writes `rope_parameters`, transformers 4 `rope_scaling`.
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{path}: rotary type {rope}; only default and llama3 are known.")
-    required = {f.name for f in dataclasses.fields(LlamaConfig) if f.default is dataclasses.MISSING}
-    try:
-        heads = raw["num_attention_heads"]
-        raw = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads} | raw
-        fields = {o: raw[t] for o, t in FIELDS.items() if t in raw or o in required}
-        if "rope_theta" in rope:
-            fields["rope_theta"] = rope["rope_theta"]
-        if kind == "llama3":
-            fields["rope_scaling"] = RopeScaling(**{o: rope[t] for o, t in ROPE_FIELDS.items()})
-    except KeyError as missing:
-        raise ValueError(f"{path} lacks {missing}.") from None
-    return LlamaConfig(**fields)
+    config = parse_config(path, read_json(path))
+    if generation.exists():
+        config = dataclasses.replace(config, **token_ids(generation, read_json(generation)))
+    stored = open_tensors(directory)
+    dtype = narrowest_dtype(directory, stored)
+    if config.tied and {EMBEDDING, HEAD} <= stored.keys():
+        head = stored.pop(HEAD)
+        tied = _equal(stored[EMBEDDING], head)
+        if tied:
+            dtype = narrowest_dtype(directory, stored)
+        else:
+            log.warning(
+                "%s: %s differs from %s: the model is read as untied.", path, HEAD, EMBEDDING
+            )
+        config = dataclasses.replace(config, tied=tied)
+    return dataclasses.replace(config, param_dtype=dtype)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object.")
-    return content
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two stored matrices hold the same values, read a few megabytes at a time."""
+    shape = first.get_shape()
+    if second.get_shape() != shape or len(shape) != 2:
+        return False
+    rows = max(1, 2**22 // max(1, shape[1]))
+    parts = [slice(i, min(i + rows, shape[0])) for i in range(0, shape[0], rows)]
+    return all(np.array_equal(first[part], second[part]) for part in parts)
 
 
 def open_tensors(directory: Path) -> dict[str, Any]:
@@ -167,29 +163,49 @@ def open_tensors(directory: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open  # training needs none of it
 
     found: dict[str, Any] = {}
+    files: dict[str, Path] = {}
     for path in _weight_files(directory):
         try:
             file = safe_open(path, framework="np")
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read as safetensors: {error}.") from None
-        names = file.keys()  # not a mapping: it has no iterator of its own
-        found |= {name: file.get_slice(name) for name in names}
+            raise ValueError(
+                f"{path} cannot be read as safetensors: {shown(str(error))}."
+            ) from None
+        for name in file.keys():  # noqa: SIM118, not a mapping: it has no iterator of its own
+            if name in files:
+                raise ValueError(
+                    f"{path}: tensor {shown(name)} is also in {shown(files[name].name)}."
+                )
+            files[name] = path
+            if not name.endswith(BUFFER):
+                found[name] = file.get_slice(name)
     return found
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    paths = [directory / WEIGHTS]
-    if (index := directory / INDEX).is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        paths = [directory / Path(name).name for name in names]
+    """The file `model.safetensors`, or without it those of the index, as in transformers."""
+    paths, index = [directory / WEIGHTS], directory / INDEX
+    if not paths[0].exists() and index.exists():
+        names = read_json(index).get("weight_map")
+        if not (isinstance(names, dict) and all(isinstance(x, str) for x in names.values())):
+            raise ValueError(f"{index}: weight_map must hold the name of a file for each tensor.")
+        paths = [directory / name for name in sorted(set(names.values()))]
+        for name, path in zip(sorted(set(names.values())), paths, strict=True):
+            if path.parent != directory or "\\" in name or name in (".", ".."):
+                raise ValueError(
+                    f"{index}: weight_map names {shown(name)}, which must be a file of the "
+                    "same directory."
+                )
     missing = [path.name for path in paths if not path.is_file()]
-    if missing and any(directory.glob("*.bin")):
+    if (missing or not paths) and any(any(directory.glob(pattern)) for pattern in PICKLED):
         raise ValueError(
-            f"{directory} holds pickled *.bin weights, which are never loaded; save the model as "
+            f"{directory} holds pickled weights, which are never loaded; save the model as "
             "safetensors first."
         )
     if missing or not paths:
-        raise ValueError(f"{directory} lacks {', '.join(missing) or 'any weights'}.")
+        raise ValueError(
+            f"{directory} lacks {', '.join(map(shown, missing[:3])) or 'any weights'}."
+        )
     return paths
 
 
@@ -205,31 +221,29 @@ def narrowest_dtype(directory: Path, stored: Mapping[str, Any]) -> DType:
 
     """
     for name, tensor in stored.items():
-        check_choice(f"{directory}: tensor {name}: type", tensor.get_dtype(), STORED)
+        check_choice(f"{directory}: tensor {shown(name)}: type", tensor.get_dtype(), STORED)
     kinds = {STORED[tensor.get_dtype()] for tensor in stored.values()}
     return cast(DType, jnp.result_type(*kinds).name)
 
 
-def _check_tensors(directory: Path, stored: Mapping[str, Any], expected: list[Tensor]) -> None:
-    """Refuses missing, unexpected and misshapen tensors."""
-    known = {tensor.name for tensor in expected}
-    if missing := sorted(known - stored.keys()):
+def _check_tensors(directory: Path, stored: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
+    """Refuses missing, unexpected and misshapen tensors, however many a config asks for."""
+    absent = (tensor.name for tensor in tensors(shapes) if tensor.name not in stored)
+    if missing := list(itertools.islice(absent, 4)):
         raise ValueError(f"{directory} lacks {_enumerate(missing)}.")
-    # Older exports carry buffers, and those of a tied model a copy of its head.
-    others = stored.keys() - known - {TENSORS["head/kernel"]}
-    if unexpected := sorted(name for name in others if not name.endswith("rotary_emb.inv_freq")):
+    expected = {tensor.name: tensor.shape for tensor in tensors(shapes)}
+    # Exports of a tied model may carry a copy of its head.
+    if unexpected := sorted(stored.keys() - expected.keys() - {HEAD}):
         raise ValueError(f"{directory} has unexpected {_enumerate(unexpected)}.")
-    for tensor in expected:
-        if (shape := tuple(stored[tensor.name].get_shape())) != tensor.shape:
+    for name, shape in expected.items():
+        if (given := tuple(stored[name].get_shape())) != shape:
             raise ValueError(
-                f"{directory}: tensor {tensor.name} has shape {shape}, but {CONFIG} makes it "
-                f"{tensor.shape}."
+                f"{directory}: tensor {name} has shape {given}, but {CONFIG} makes it {shape}."
             )
 
 
 def _enumerate(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"tensor {', '.join(names[:3])}{more}"
+    return f"tensor {', '.join(map(shown, names[:3]))}{' and more' if len(names) > 3 else ''}"
 
 
 def read_params(
@@ -252,8 +266,10 @@ def read_params(
     """
     flat = flatten_dict(shapes, sep="/")
     placed = flatten_dict(shardings, sep="/") if shardings else {}
+    if "head/kernel" not in flat and EMBEDDING not in stored and HEAD in stored:
+        stored = {**stored, EMBEDDING: stored[HEAD]}  # a tied model may be stored by its head
+    _check_tensors(directory, stored, flat)
     expected = list(tensors(flat))
-    _check_tensors(directory, stored, expected)
 
     def load(leaf: str) -> jax.Array:
         shape, dtype = flat[leaf].shape, flat[leaf].dtype
@@ -278,7 +294,7 @@ def read_params(
 
 
 def write(directory: Path, config: LlamaConfig, params: Any, max_shard_bytes: int) -> None:
-    """Write `config.json` and safetensors to a directory, all or nothing.
+    """Write the configuration and safetensors to a directory, all or nothing.
 
     Everything is written to a neighbour, which then takes the directory's place. Other files of an
     earlier export, such as a tokenizer, are kept.
@@ -290,9 +306,11 @@ def write(directory: Path, config: LlamaConfig, params: Any, max_shard_bytes: in
         max_shard_bytes: Size at which a new file is begun.
 
     Raises:
-        ValueError: If the directory holds something that is not a model.
+        ValueError: If the directory holds something that is not a model, or if no family of
+            Hugging Face has the configuration's options.
 
     """
+    content = config_json(config)
     directory = directory.expanduser().resolve()
     occupied = directory.is_file() or (directory.is_dir() and any(directory.iterdir()))
     if occupied and not (directory / CONFIG).is_file():
@@ -307,7 +325,8 @@ def write(directory: Path, config: LlamaConfig, params: Any, max_shard_bytes: in
             keep = shutil.ignore_patterns(*REPLACED)
             shutil.copytree(directory, staged, ignore=keep, dirs_exist_ok=True)
         _write_weights(staged, flatten_dict(params, sep="/"), max_shard_bytes)
-        (staged / CONFIG).write_text(json.dumps(_config_json(config), indent=2) + "\n")
+        _write_json(staged / CONFIG, content)
+        _write_generation(staged / GENERATION, config)
         if directory.exists():
             directory.rename(earlier)
         try:
@@ -346,17 +365,18 @@ def _write_weights(directory: Path, params: Mapping[str, Any], max_shard_bytes: 
     if len(shards) > 1:
         total = sum(leaf.nbytes for leaf in params.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        _write_json(directory / INDEX, index)
 
 
-def _config_json(config: LlamaConfig) -> dict[str, Any]:
-    scaling = config.rope_scaling
-    stretch = {theirs: getattr(scaling, ours, None) for ours, theirs in ROPE_FIELDS.items()}
-    return {
-        **PLAIN_LLAMA,
-        **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
-        "rope_scaling": {"rope_type": "llama3", **stretch} if scaling else None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "torch_dtype": config.param_dtype,
-    }
+def _write_generation(path: Path, config: LlamaConfig) -> None:
+    """Writes the special tokens, and keeps what else the file of an earlier export says."""
+    kept = read_json(path) if path.exists() else {}
+    ids = token_keys(config)
+    content = {key: value for key, value in kept.items() if key not in ids}
+    content |= {key: value for key, value in ids.items() if value is not None}
+    if content or kept:
+        _write_json(path, content)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

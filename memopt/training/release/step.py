@@ -13,13 +13,19 @@ from jax.sharding import AxisType
 from memopt.internals import trace
 from memopt.models.stacked import BLOCKS, StackedModel, blocks_of, checked, split_floats
 from memopt.state.precision import bounded, where_applied
-from memopt.state.quantized_params import apply_rounded_updates, dequantize_params, is_quantized
+from memopt.state.quantized_params import (
+    Deferred,
+    apply_rounded_updates,
+    dequantize_params,
+    is_quantized,
+)
 from memopt.training.release import layouts
 from memopt.training.release.layouts import read_layer, write_layer
 from memopt.training.release.per_parameter_update import PerParameterUpdate
 from memopt.training.step import Batch, Metrics, TrainState, cut_batch, finish_step
 from memopt.transforms.microbatches import sum_microbatches
 from memopt.transforms.skip_nonfinite import skips_matrices
+from memopt.trees import leaf_name
 
 
 def release_step(
@@ -165,6 +171,7 @@ class _ReleaseStep:
         rest, piece = self._without_blocks(self.like), jax.tree.map(lambda x: x[0], pieces)
         x = jax.eval_shape(model.embed, rest, piece)
         self.read_by_head = self._reads(model.head, x, piece)
+        self.in_parts = [i for i in self.read_by_head if leaf_name(paths[i][0]) in model.in_parts]
         embedded = self._reads(model.embed, piece)
         # A leaf that both ends read, a tied head, waits for the embedding's gradient.
         self.first = [i for i in self.read_by_head if i not in embedded]
@@ -182,9 +189,7 @@ class _ReleaseStep:
             return _each(lambda *xs: self.model.block(weights, *xs), x, self.pieces), x
 
         x, inputs = jax.lax.scan(forward, x, jnp.arange(self.layers))
-        gradients, (cotangent, totals, counts) = self._head(
-            x, self._reload(params, self.read_by_head, split_floats(x)[0])
-        )
+        gradients, (cotangent, totals, counts) = self._head(x, params)
         self.tokens = jnp.maximum(counts.sum(), 1)
         self.loss = totals.sum() / self.tokens
         back = (inputs, gradients, cotangent)
@@ -281,12 +286,22 @@ class _ReleaseStep:
                 state[k] = write_layer(state[k], where_applied(before, x, old[k]), layer, axes[k])
         return carry._replace(params=stored, state=state)
 
-    def _head(self, x: Any, weights: Leaves) -> tuple[Leaves, tuple[list[Array], Array, Array]]:
+    def _head(
+        self, x: Any, stored: Sequence[Any]
+    ) -> tuple[Leaves, tuple[list[Array], Array, Array]]:
         """Computes gradients of the head's leaves; by micro-batch that of x, loss and tokens."""
+        parts = [i for i in self.in_parts if is_quantized(stored[i])]
+        whole = [i for i in self.read_by_head if i not in parts]
+        weights = self._reload(stored, whole, split_floats(x)[0])
+        kept = {i: layouts.reload_after(stored[i], split_floats(x)[0])[0] for i in parts}
+        weights |= {i: jnp.zeros(self.like[i].shape, self.like[i].dtype) for i in parts}
+
+        def rest(leaves: Leaves) -> dict[str, Any]:
+            deferred = {i: Deferred(kept[i], leaves[i]) for i in parts}
+            return self._without_blocks(leaves | deferred)
 
         def one(x: Any, piece: Batch) -> Any:
             floats, join = split_floats(x)
-            rest = self._without_blocks
             loss = lambda leaves, floats: self.model.head(rest(leaves), join(floats), piece)
             total, pull, tokens = jax.vjp(loss, weights, floats, has_aux=True)
             # Of the mean at once if it is known: no gradient need be scaled into another array.
