@@ -100,6 +100,7 @@ def test_the_same_epochs_come_again_from_a_state_and_rows_are_parts_of_them(corp
         after = [next(batches) for _ in range(3)]
     seen = np.concatenate([batch["inputs"] for batch in before])[: len(found)]
     assert len(np.unique(seen, axis=0)) == len(found)
+    assert not np.array_equal(seen, [row["inputs"] for row in found.once()])
     with contextlib.closing(example_batches(examples(corpus), **options, rows=[2])) as again:
         np.testing.assert_array_equal(next(again)["inputs"], before[0]["inputs"][2:3])
         again.set_state(state)
