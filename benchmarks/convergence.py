@@ -1,4 +1,4 @@
-"""Trains a small LLaMA by methods whose authors' runs are not recorded, and by tuned SGD and AdamW.
+"""Trains a small LLaMA by most optimizers, each with its own grid of learning rates.
 
     nice python -m benchmarks.convergence [--rows sgd soap ...] [--seeds 0]
 
@@ -71,6 +71,21 @@ ROWS = {
     "soap, moments in int8": Row("soap", -7, {}, {"/(mu|nu)/": "int8"}),
     "soap, moments and bases in int8": Row("soap", -7, {}, {f"/(mu|nu|{BASES})/": "int8"}),
     "soap, factors too": Row("soap", -7, {}, {f"/(mu|nu|left|right|{BASES})/": "int8"}),
+    "adafactor": Row("adafactor", -5),
+    "adalomo": Row("adalomo", -5),
+    "apollo": Row("apollo", -6),
+    "apollo_mini": Row("apollo_mini", -7),
+    "flora": Row("flora", -5),
+    "frugal": Row("frugal", -7),
+    "galore": Row("galore", -6),
+    "lamb": Row("lamb", -6),
+    "lars": Row("lars", -2),
+    "lion": Row("lion", -11),
+    "online_subspace_descent": Row("online_subspace_descent", -6),
+    "optax_adafactor": Row("optax_adafactor", -5),
+    "optax_lars": Row("optax_lars", 3),
+    "schedule_free": Row("schedule_free", -7),
+    "sm3": Row("sm3", -3),
 }
 """The rows of the table; the first two are tuned SGD."""
 
@@ -130,7 +145,8 @@ def train(options: Options, row: Row, rate: int, seed: int) -> float:
     @jax.jit
     def run(state: Any, training: Any, validation: Any) -> Array:
         state, _ = jax.lax.scan(setup.step, state, training)
-        losses = jax.lax.map(lambda batch: setup.loss(state.params, batch), validation)
+        params = setup.eval_params(state)
+        losses = jax.lax.map(lambda batch: setup.loss(params, batch), validation)
         return losses[0].sum() / losses[1].sum()
 
     with jax.set_mesh(mesh):
@@ -164,6 +180,22 @@ def next_rate(done: Mapping[int, float], middle: int) -> int | None:
     """
     best = min(done, key=lambda rate: (done[rate], rate), default=middle)
     return next((rate for rate in (best, best - 1, best + 1) if rate not in done), None)
+
+
+def default_rate(best: int) -> float:
+    """The default learning rate of an optimizer: half of its best one here, as 1, 2 or 5 · 10ⁿ.
+
+    `memopt pretrain`'s models are wider, and the best rate falls with the width.
+
+    Args:
+      best: the power of two that is best here.
+
+    Example:
+      >>> default_rate(-7), default_rate(-8), default_rate(1)
+      (0.005, 0.002, 1.0)
+    """
+    rates = [float(f"{digit}e{power}") for digit in (1, 2, 5) for power in range(-8, 3)]
+    return min(rates, key=lambda rate: abs(math.log(rate / 2.0 ** (best - 1))))
 
 
 def markdown(results: Sequence[dict[str, Any]], seeds: Sequence[int] = (0,)) -> str:

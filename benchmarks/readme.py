@@ -22,12 +22,6 @@ HEAD = (
 )
 
 
-def numbers(name: str) -> str:
-    """The formula of a method's state for an m×n matrix, from its docstring."""
-    found = re.search(r"State: (.+?)(?: float32)? numbers", _docstring(name))
-    return found[1] if found else "0"
-
-
 def source(name: str) -> str:
     """The first reference of a method's docstring, as a link."""
     found = re.search(
@@ -54,7 +48,7 @@ def table() -> str:
 
     size = lambda name: kept.get((name, MODELS[-1]), float("inf"))
     ours = [
-        row(f"memopt.{name}", numbers(name), source(name))
+        row(f"memopt.{name}", METHODS[name].state, source(name))
         for name in sorted(available("memopt"), key=size)
     ]
     return "\n".join((*HEAD, *ours, row("optax.adamw", "2mn", "for comparison"), ""))

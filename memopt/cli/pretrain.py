@@ -61,6 +61,29 @@ from memopt.training.writing import why
 #: Seconds for which process 0, through which the others hear of a failure, waits before it ends.
 SECONDS_TO_SPEAK = 2.0
 
+#: Options of other programs that train, and what they are called here.
+HABITS = {
+    **dict.fromkeys(("--lr", "--max-lr", "--peak-lr"), "--learning-rate"),
+    **dict.fromkeys(("--min-lr", "--final-lr"), "--final-learning-rate, a share of the highest"),
+    **dict.fromkeys(("--bs", "--batch", "--per-device-train-batch-size"), "--batch-size"),
+    **dict.fromkeys(("--max-steps", "--num-steps", "--iterations", "--iters"), "--steps"),
+    **dict.fromkeys(("--epochs", "--num-epochs", "--num-train-epochs"), "--steps, of batches"),
+    **dict.fromkeys(("--seq-length", "--max-length", "--max-seq-len", "--context"), "--seq-len"),
+    **dict.fromkeys(("--wd", "--weight-decay"), "--option weight_decay=0.1"),
+    **dict.fromkeys(("--beta1", "--b1"), "--option b1=0.9"),
+    **dict.fromkeys(("--beta2", "--b2"), "--option b2=0.95"),
+    "--rank": "--option rank=128",
+    **dict.fromkeys(("--grad-accum", "--gradient-accumulation-steps"), "--accumulation"),
+    **dict.fromkeys(("--gradient-checkpointing", "--checkpointing"), "--remat full"),
+    **dict.fromkeys(("--bf16", "--fp16"), "--compute-dtype bfloat16"),
+    **dict.fromkeys(("--lr-scheduler", "--lr-scheduler-type", "--scheduler"), "--schedule"),
+    **dict.fromkeys(("--warmup-ratio", "--warmup-steps"), "--warmup, a share of the steps"),
+    **dict.fromkeys(("--output-dir", "--out", "--save-dir"), "--output"),
+    **dict.fromkeys(("--model-name-or-path", "--pretrained", "--checkpoint"), "--init"),
+    **dict.fromkeys(("--dataset", "--train-file"), "--data"),
+    **dict.fromkeys(("--report-to", "--wandb"), "--log wandb"),
+}
+
 #: The options of `memopt pretrain` that is given none.
 DEFAULTS = Config()
 
@@ -160,12 +183,21 @@ def parse(
         inherits: Options that a run has from the one it starts from; None: all.
 
     Raises:
-        ValueError: The config file cannot be read, or there is no run to resume or to start from.
+        ValueError: The config file cannot be read, or there is no run to resume or to start from;
+            an option has another name here.
 
     Example:
+        >>> parse(["--lr=3e-3"])
+        Traceback (most recent call last):
+        ValueError: option --lr is unknown; did you mean --learning-rate?
         >>> parse(["--steps=3"], defaults=Config.from_flat({"optimizer": "lion"})).flat()["steps"]
         3
     """
+    given = [argument.partition("=")[0] for argument in arguments]
+    for option in given:
+        if option.replace("_", "-") in HABITS:
+            meant = HABITS[option.replace("_", "-")]
+            raise ValueError(f"option {option} is unknown; did you mean {meant}?")
     read = functools.partial(
         tyro.cli,
         Config,
@@ -183,10 +215,11 @@ def parse(
     if config.start.init:
         inherited = inherited_options(config.start)
         options |= {k: x for k, x in inherited.items() if inherits is None or k in inherits}
-        if any(argument.partition("=")[0] == "--optimizer" for argument in arguments):
-            options.pop("option", None)  # of the optimizer there
     if config.run.config:
         options |= read_options(config.run.config)
+    if "--optimizer" in given and config.optimization.optimizer != options.get("optimizer"):
+        for name in ("option", "learning_rate"):  # of the optimizer there
+            options.pop(name, None)
     if config.run.resume:
         options |= read_options(choose_directory(config) / "config.json")
         options.pop("schedule", None)  # which goes on, unless one is given

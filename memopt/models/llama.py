@@ -31,7 +31,7 @@ from memopt.models.rotary import rotary_tables, rotate
 from memopt.models.sharding import constrain, partition, shards
 from memopt.models.sharding import param_shardings as param_shardings
 from memopt.models.stacked import Batch, StackedModel
-from memopt.state.quantized_params import dequantize_params
+from memopt.state.quantized_params import dequantize_params, take_rows
 
 INIT = jax.nn.initializers.normal(0.02)
 
@@ -257,7 +257,7 @@ class Llama(nnx.Module):
         devices exchange columns for rows: none holds the whole table, nor its gradient.
         """
         token_ids = constrain(token_ids, "data", None)
-        x = jnp.take(self.embed.embedding[...], token_ids, axis=0).astype(self.config.dtype)
+        x = take_rows(self.embed.embedding.get_value(), token_ids).astype(self.config.dtype)
         if self.config.scale_embedding:
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         return constrain(constrain(x, "data", None, "embed"), "batch", None, None)
@@ -511,8 +511,7 @@ def stacked_model(config: LlamaConfig, *, logits_bytes: int = LOGITS_BYTES) -> S
 
     embed = lambda rest, batch: model(rest).embed_tokens(batch["inputs"])
     head = lambda rest, x, batch: head_loss(model(rest), x, batch, logits_bytes=logits_bytes)
-    in_parts = ("embed/embedding" if config.tied else "head/kernel",)
-    return StackedModel(embed, block, head, in_parts)
+    return StackedModel(embed, block, head, in_parts=("embed/embedding", "head/kernel"))
 
 
 def from_hugging_face(

@@ -39,7 +39,7 @@ class StackedModel(NamedTuple):
         block: Maps (parameters of one layer, x, batch) to the next x, a tree like it, with the same
             shapes and dtypes.
         head: Maps (rest, x, batch) to (summed loss, number of tokens), both scalars.
-        in_parts: Names of matrices, such as "head/kernel", that `head` takes as
+        in_parts: Names of matrices, such as "head/kernel", that `embed` and `head` take as
             `memopt.state.quantized_params.Deferred` if they are quantised, to dequantise a part at
             a time.
 

@@ -21,7 +21,7 @@ def relative_step(count: Array) -> Array:
     return jnp.minimum(1e-2, 1 / jnp.sqrt(count + 1.0))
 
 
-@method()
+@method("least state of the adaptive methods, proven in T5", learning_rate=5e-2)
 @keywords(eps_scale="min_scale")
 def adafactor(
     learning_rate: optax.ScalarOrSchedule = relative_step,

@@ -13,7 +13,7 @@ from memopt.transforms.factored import scale_by_factored_matrix_rms
 from memopt.transforms.matrix_rms import normalize_by_group
 
 
-@method()
+@method("Adafactor's state; made for fine-tuning with --release", learning_rate=5e-2)
 @keywords(eps_scale="min_scale")
 def adalomo(
     learning_rate: optax.ScalarOrSchedule,

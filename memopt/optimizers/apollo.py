@@ -16,7 +16,11 @@ from memopt.transforms.recombine import scale_gradient
 from memopt.transforms.subspace import in_subspace
 
 
-@method(sums_projections=True)
+@method(
+    "AdamW's quality in a fraction of its state, without SVD",
+    learning_rate=1e-2,
+    sums_projections=True,
+)
 def apollo(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -50,7 +54,7 @@ def apollo(
 
     Args:
       learning_rate: a number or a schedule.
-      rank: r, or a fraction of each matrix's shorter side.
+      rank: the rank r of the subspace, or a fraction of each matrix's shorter side.
       scale: the update is multiplied by the square root of this, as in the released code.
       per: "channel" for one scaling factor per channel, "matrix" for one per matrix.
       refresh_every: steps between two projections; the moments are kept.
@@ -121,7 +125,7 @@ def apollo(
     return finish(learning_rate, *steps, others=optax.scale_by_adam(), **common)
 
 
-@method()
+@method("pre-training in SGD's memory; the default", learning_rate=5e-3)
 @options_of(apollo)
 def apollo_mini(
     learning_rate: optax.ScalarOrSchedule,

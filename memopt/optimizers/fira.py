@@ -22,7 +22,11 @@ from memopt.transforms.recombine import lift_and_scaled_residual
 from memopt.transforms.subspace import in_subspace
 
 
-@method(sums_projections=True)
+@method(
+    "GaLore's memory, but no part of the gradient is lost",
+    learning_rate=2e-2,
+    sums_projections=True,
+)
 def fira(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -53,7 +57,7 @@ def fira(
 
     Args:
       learning_rate: a number or a schedule.
-      rank: r, or a fraction of each matrix's shorter side.
+      rank: the rank r of the subspace, or a fraction of each matrix's shorter side.
       scale: the scale of the update, α.
       refresh_every: steps between two refreshes of the subspace; the moments are kept.
       refresh_phase: staggers refreshes over the matrices; see `memopt.in_subspace`.

@@ -17,7 +17,9 @@ from memopt.transforms.recombine import lift, lift_and_residual
 from memopt.transforms.subspace import in_subspace
 
 
-@method(sums_projections=True)
+@method(
+    "fine-tuning: momentum in few numbers over Adafactor", learning_rate=1e-3, sums_projections=True
+)
 @keywords(eps_scale="min_scale")
 def flora(
     learning_rate: optax.ScalarOrSchedule,
@@ -49,7 +51,7 @@ def flora(
 
     Args:
       learning_rate: a number or a schedule.
-      rank: r, or a fraction of each matrix's shorter side.
+      rank: the rank r of the subspace, or a fraction of each matrix's shorter side.
       b1: decay of the momentum.
       refresh_every: steps between two projections, κ.
       decay_rate: the second moment's decay is 1 − t^−decay_rate.

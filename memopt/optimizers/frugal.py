@@ -15,7 +15,7 @@ from memopt.transforms.recombine import lift_and_residual, lift_and_sign
 from memopt.transforms.subspace import in_subspace
 
 
-@method()
+@method("Adam for a share of your choice, signs for the rest", learning_rate=1e-3)
 def frugal(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -17,7 +17,7 @@ from memopt.transforms.recombine import lift
 from memopt.transforms.subspace import in_subspace
 
 
-@method(sums_projections=True)
+@method("Adam in a subspace: the best known of its kind", learning_rate=1e-2, sums_projections=True)
 def galore(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -47,7 +47,7 @@ def galore(
 
     Args:
       learning_rate: a number or a schedule.
-      rank: r, or a fraction of each matrix's shorter side.
+      rank: the rank r of the subspace, or a fraction of each matrix's shorter side.
       scale: the scale of the lifted update, α.
       refresh_every: steps between two refreshes of the subspace.
       refresh_phase: staggers refreshes over the matrices; see `memopt.in_subspace`.

@@ -14,7 +14,7 @@ from memopt.state.precision import in_float32
 from memopt.transforms.trust_ratio import scale_by_matrix_trust_ratio
 
 
-@method()
+@method("large batches, with momentum", learning_rate=5.0)
 def lars(
     learning_rate: optax.ScalarOrSchedule,
     *,

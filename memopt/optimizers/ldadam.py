@@ -14,7 +14,7 @@ from memopt.transforms.recombine import lift, lift_with_error_feedback
 from memopt.transforms.subspace import in_subspace
 
 
-@method()
+@method("Adam in a subspace of each step's own: better than AdamW", learning_rate=5e-3)
 def ldadam(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -48,7 +48,7 @@ def ldadam(
 
     Args:
       learning_rate: a number or a schedule.
-      rank: r, or a fraction of each matrix's shorter side.
+      rank: the rank r of the subspace, or a fraction of each matrix's shorter side.
       rho: ρ, the weight of the momentum in the subspace.
       error_feedback: keep E; without it the part of A outside the subspace is dropped.
       refresh_every: steps between two refreshes of the subspace.

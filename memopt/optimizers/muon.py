@@ -19,7 +19,7 @@ from memopt.transforms.orthogonalization import (
 )
 
 
-@method()
+@method("few steps, with half of AdamW's state", learning_rate=2e-2)
 @keywords(copied_over="replica_axis")
 def muon(
     learning_rate: optax.ScalarOrSchedule,

@@ -13,7 +13,7 @@ from memopt.transforms.hutchinson import scale_by_hutchinson
 from memopt.transforms.oasis import scale_by_oasis
 
 
-@method(needs="obj_fn")
+@method("steps from the curvature, at four gradients a step", learning_rate=1.0, needs="obj_fn")
 def oasis(
     learning_rate: optax.ScalarOrSchedule,
     *,

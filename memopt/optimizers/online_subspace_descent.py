@@ -12,7 +12,7 @@ from memopt.transforms import projectors
 from memopt.transforms.projectors.replay import Replay
 
 
-@method(sums_projections=True)
+@method("GaLore without SVD: its subspace is learnt", learning_rate=2e-3, sums_projections=True)
 def online_subspace_descent(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -47,7 +47,7 @@ def online_subspace_descent(
 
     Args:
       learning_rate: a number or a schedule.
-      rank: r, or a fraction of each matrix's shorter side.
+      rank: the rank r of the subspace, or a fraction of each matrix's shorter side.
       scale: the scale of the lifted update; 0.25 in the authors' scripts.
       projector_learning_rate: the learning rate of P's own Adam, a number or a schedule.
       projector_optimizer: updates P instead, with its own learning rate.

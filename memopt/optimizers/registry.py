@@ -6,6 +6,8 @@ tables) are read from here.
 
 import functools
 import inspect
+import re
+import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
@@ -30,6 +32,10 @@ class Method(NamedTuple):
 
     Attributes:
       make: the function that builds it.
+      learning_rate: the highest learning rate of a run that is given none. It suits LLaMAs of a few
+        million parameters (docs/convergence.md); larger ones want less.
+      state: how many numbers it keeps for an m×n matrix; README's table explains the symbols.
+      when: when to choose it, in a few words.
       library: "memopt", or "optax" for a baseline.
       sums_projections: whether it sums projections of gradients over devices, and so communicates
         less if the shorter sides of matrices are not sharded; see `memopt.unshard_short_side`.
@@ -41,6 +47,9 @@ class Method(NamedTuple):
     """
 
     make: Make
+    learning_rate: float
+    state: str
+    when: str
     library: str = "memopt"
     sums_projections: bool = False
     eval_params: Callable[[Any, Any], Any] | None = None
@@ -54,9 +63,33 @@ class Method(NamedTuple):
         return {name: p.default for name, p in parameters.items() if name != "learning_rate"}
 
     @property
+    def help(self) -> dict[str, str]:
+        """A description of each option, from the docstring."""
+        return argument_help(self.make)
+
+    @property
     def has_free_rank(self) -> bool:
         """Whether the default rank is a fraction of each matrix, so that users may choose it."""
         return isinstance(self.defaults.get("rank"), float)
+
+
+def argument_help(function: Callable) -> dict[str, str]:
+    """Returns the descriptions of a function's arguments, from its docstring.
+
+    Example:
+      >>> argument_help(available)
+      {'library': '"memopt" or "optax", to list the names of one library only.'}
+    """
+    base = getattr(function, "__options_of__", None)
+    found = argument_help(base) if base else {}
+    section = re.search(
+        r"^Args:\n(.*?)(?=^\S|\Z)", inspect.getdoc(function) or "", re.DOTALL | re.MULTILINE
+    )
+    for entry in re.split(r"^(?=\S)", textwrap.dedent(section[1]) if section else "", flags=re.M):
+        name, _, text = entry.partition(":")
+        if text:
+            found[name.partition("(")[0].strip()] = " ".join(text.split())
+    return found
 
 
 @functools.wraps(optax.sm3)
@@ -79,33 +112,111 @@ EXTRA_ARGUMENTS = {
 """Extra arguments of `update` that some methods need; memopt's training step passes them."""
 
 METHODS: dict[str, Method] = {
-    "adam": Method(optax.adam, "optax"),
-    "adamw": Method(optax.adamw, "optax"),
-    "ademamix": Method(optax.contrib.ademamix, "optax"),
-    "cocob": Method(optax.contrib.cocob, "optax", finds_step=True),
-    "dadapt_adamw": Method(optax.contrib.dadapt_adamw, "optax", finds_step=True),
-    "dog": Method(optax.contrib.dog, "optax", finds_step=True),
-    "dowg": Method(optax.contrib.dowg, "optax", finds_step=True),
-    "mechanic": Method(_mechanic, "optax", finds_step=True),
-    "momo": Method(optax.contrib.momo, "optax", needs="value", finds_step=True),
-    "momo_adam": Method(optax.contrib.momo_adam, "optax", needs="value"),
-    "nadamw": Method(optax.nadamw, "optax"),
-    "optax_adafactor": Method(optax.adafactor, "optax"),
-    "optax_adopt": Method(optax.contrib.adopt, "optax"),
-    "optax_amsgrad": Method(optax.amsgrad, "optax"),
-    "optax_lamb": Method(optax.lamb, "optax"),
-    "optax_lars": Method(optax.lars, "optax"),
-    "optax_lion": Method(optax.lion, "optax"),
-    "optax_muon": Method(optax.contrib.muon, "optax"),
-    "optax_sm3": Method(_sm3, "optax"),
-    "prodigy": Method(optax.contrib.prodigy, "optax", finds_step=True),
+    "adam": Method(optax.adam, 2e-3, "2mn", "the baseline without weight decay", "optax"),
+    "adamw": Method(
+        optax.adamw, 2e-3, "2mn", "the baseline that others are compared with", "optax"
+    ),
+    "ademamix": Method(
+        optax.contrib.ademamix,
+        2e-3,
+        "3mn",
+        "AdamW with a slow second momentum, for long runs",
+        "optax",
+    ),
+    "cocob": Method(
+        optax.contrib.cocob,
+        1.0,
+        "5mn",
+        "no learning rate to find: coin betting",
+        "optax",
+        finds_step=True,
+    ),
+    "dadapt_adamw": Method(
+        optax.contrib.dadapt_adamw,
+        1.0,
+        "3mn",
+        "no learning rate to find: estimates AdamW's",
+        "optax",
+        finds_step=True,
+    ),
+    "dog": Method(
+        optax.contrib.dog,
+        1.0,
+        "mn",
+        "no learning rate to find: SGD by distance over gradients",
+        "optax",
+        finds_step=True,
+    ),
+    "dowg": Method(
+        optax.contrib.dowg,
+        1.0,
+        "mn",
+        "no learning rate to find: dog with larger steps",
+        "optax",
+        finds_step=True,
+    ),
+    "mechanic": Method(
+        _mechanic, 1.0, "3mn", "no learning rate to find: tunes AdamW's", "optax", finds_step=True
+    ),
+    "momo": Method(
+        optax.contrib.momo,
+        1.0,
+        "mn",
+        "no learning rate to find: momentum, steps by the loss",
+        "optax",
+        needs="value",
+        finds_step=True,
+    ),
+    "momo_adam": Method(
+        optax.contrib.momo_adam,
+        2e-3,
+        "2mn",
+        "Adam with steps that the loss bounds",
+        "optax",
+        needs="value",
+    ),
+    "nadamw": Method(optax.nadamw, 2e-3, "2mn", "AdamW with Nesterov momentum", "optax"),
+    "optax_adafactor": Method(
+        optax.adafactor, 5e-2, "m + n", "Optax's, to compare with memopt's", "optax"
+    ),
+    "optax_adopt": Method(
+        optax.contrib.adopt, 2e-3, "2mn", "Optax's, to compare with memopt's", "optax"
+    ),
+    "optax_amsgrad": Method(
+        optax.amsgrad, 2e-3, "3mn", "Optax's, to compare with memopt's", "optax"
+    ),
+    "optax_lamb": Method(optax.lamb, 1e-2, "2mn", "Optax's, to compare with memopt's", "optax"),
+    "optax_lars": Method(optax.lars, 5.0, "mn", "Optax's, to compare with memopt's", "optax"),
+    "optax_lion": Method(optax.lion, 5e-4, "mn", "Optax's, to compare with memopt's", "optax"),
+    "optax_muon": Method(
+        optax.contrib.muon, 2e-2, "mn", "Optax's, to compare with memopt's", "optax"
+    ),
+    "optax_sm3": Method(_sm3, 2e-2, "mn + m + n", "Optax's, to compare with memopt's", "optax"),
+    "prodigy": Method(
+        optax.contrib.prodigy,
+        1.0,
+        "4mn",
+        "no learning rate to find: estimates AdamW's, faster",
+        "optax",
+        finds_step=True,
+    ),
     "schedule_free": Method(
         optax.contrib.schedule_free_adamw,
+        2e-3,
+        "2mn",
+        "AdamW that averages instead of decaying: no end to plan",
         "optax",
         eval_params=optax.contrib.schedule_free_eval_params,
     ),
-    "sgd": Method(optax.sgd, "optax"),
-    "sophia": Method(optax.contrib.sophia, "optax", needs="obj_fn"),
+    "sgd": Method(optax.sgd, 5e-2, "0", "no state, for models that plain SGD trains", "optax"),
+    "sophia": Method(
+        optax.contrib.sophia,
+        2e-3,
+        "2mn",
+        "AdamW's quality with a curvature estimate every ten steps",
+        "optax",
+        needs="obj_fn",
+    ),
 }
 """All optimizers by name: Optax's are listed here, memopt's are added by `@method()`."""
 
@@ -148,13 +259,17 @@ class _Signature(inspect.Signature):
         return bound
 
 
-def method(*, sums_projections: bool = False, needs: str = "") -> Callable[[F], F]:
+def method(
+    when: str, *, learning_rate: float, sums_projections: bool = False, needs: str = ""
+) -> Callable[[F], F]:
     """Registers a function in `METHODS` under its own name.
 
     In its signature and docstring, the options of `Common` replace ``**common``. Of its arguments,
     `optax.inject_hyperparams` leaves those in `STATIC` alone.
 
     Args:
+      when: see `Method`.
+      learning_rate: see `Method`.
       sums_projections: see `Method`.
       needs: see `Method`.
     """
@@ -184,7 +299,15 @@ def method(*, sums_projections: bool = False, needs: str = "") -> Callable[[F], 
         options = (inspect.getdoc(Common) or "").partition("Attributes:\n")[2].rstrip()
         line = "  **common: see `memopt.Common`."
         checked.__doc__ = (inspect.getdoc(make) or "").replace(line, options)
-        METHODS[make.__name__] = Method(checked, sums_projections=sums_projections, needs=needs)
+        state = re.search(r"State: (.+?)(?: float32)? numbers", " ".join(checked.__doc__.split()))
+        METHODS[make.__name__] = Method(
+            checked,
+            learning_rate,
+            state[1] if state else "0",
+            when,
+            sums_projections=sums_projections,
+            needs=needs,
+        )
         return cast(F, checked)
 
     return enter
@@ -223,6 +346,7 @@ def options_of(base: Callable[P, R]) -> Callable[[Callable[..., R]], Callable[P,
         own, signature = inspect.signature(function).parameters, inspect.signature(base)
         parameters = [own.get(name, p) for name, p in signature.parameters.items()]
         _set_signature(function, signature.replace(parameters=parameters))
+        setattr(function, "__options_of__", base)  # noqa: B010
         return cast(Callable[P, R], function)
 
     return decorate

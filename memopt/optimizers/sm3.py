@@ -10,7 +10,7 @@ from memopt.state.precision import in_float32
 from memopt.transforms.cover import scale_by_matrix_sm3
 
 
-@method()
+@method("AdaGrad with few numbers, for embeddings and sparse gradients", learning_rate=2e-2)
 def sm3(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -16,7 +16,7 @@ from memopt.transforms.eigenbasis import in_eigenbasis
 from memopt.transforms.projectors.replay import Replay
 
 
-@method()
+@method("fewest steps, if memory allows two squares a matrix", learning_rate=5e-3)
 def soap(
     learning_rate: optax.ScalarOrSchedule,
     *,

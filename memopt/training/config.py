@@ -9,12 +9,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from tyro import conf
 
-from memopt.optimizers.registry import METHODS
+from memopt.errors import check_choice
+from memopt.optimizers.registry import METHODS, available
 
 DType = Annotated[str, conf.arg(metavar="{float32,bfloat16}")]
-
-#: The highest learning rate unless one is given; it suits APOLLO-Mini.
-LEARNING_RATE = 5e-3
 
 #: The schedule of a new run unless one is given.
 SCHEDULE = "cosine"
@@ -134,12 +132,13 @@ class Optimization:
 
     Attributes:
         optimizer: A name that `memopt optimizers` lists.
-        option: Argument of the optimizer, such as rank=128 or weight_decay=0.1.
+        option: Argument of the optimizer, such as rank=128 or weight_decay=0.1;
+            `memopt optimizers NAME` describes them.
         state: Store the optimizer's state in fewer bits.
         release: Update each block while the backward pass runs, so that all gradients are never
             there.
-        learning_rate: Highest learning rate. By default 5e-3, which suits apollo_mini (adamw and
-            lion want less), or 1 for an optimizer that finds the size of its steps itself.
+        learning_rate: Highest learning rate; by default that of the optimizer, which
+            `memopt optimizers` lists.
         schedule: cosine, linear, wsd (warm-up, stable, decay) or constant; cosine by default. With
             --resume, it replaces the schedule for the remaining steps, from the learning rate
             reached, and the learning rate's other options may be given, too; without it, the run's
@@ -199,6 +198,9 @@ class Run:
         process: Which of them this is, from 0, with --coordinator.
         heartbeat_timeout: Seconds of silence after which a process is taken for dead, and all
             others end.
+        log: Programs to show the run: tensorboard, wandb, mlflow, several or none. Where the last
+            two send it to, WANDB_MODE, WANDB_PROJECT, MLFLOW_TRACKING_URI and the other variables
+            of theirs say.
         eval_every: Steps between evaluations.
         checkpoint_every: Steps between checkpoints.
         keep: Latest checkpoints to keep. The one with the best validation loss is kept too.
@@ -215,6 +217,7 @@ class Run:
     processes: Annotated[int | None, conf.arg(metavar="INT")] = None
     process: Annotated[int | None, conf.arg(metavar="INT")] = None
     heartbeat_timeout: int = 60
+    log: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     eval_every: int = 200
     checkpoint_every: int = 200
     keep: int = 3
@@ -254,16 +257,20 @@ class Config:
 
     @property
     def highest_learning_rate(self) -> float:
-        """The `learning_rate`, or what it is by default for the optimizer.
+        """The `learning_rate`, or the optimizer's own.
+
+        Raises:
+            ValueError: There is no such optimizer.
 
         Example:
             >>> Config(optimization=Optimization(optimizer="dog")).flat()["learning_rate"]
             1.0
         """
-        given, method = self.optimization.learning_rate, METHODS.get(self.optimization.optimizer)
-        if given is not None:
-            return given
-        return 1.0 if method is not None and method.finds_step else LEARNING_RATE
+        options = self.optimization
+        if options.learning_rate is not None:
+            return options.learning_rate
+        check_choice("optimizer", options.optimizer, available())
+        return METHODS[options.optimizer].learning_rate
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -313,8 +320,8 @@ class Config:
         flat = {name: x for group in dataclasses.asdict(self).values() for name, x in group.items()}
         flat |= {"learning_rate": self.highest_learning_rate, "schedule": self.phases[-1].schedule}
         options = [f"{name}={value}" for name, value in sorted(self.optimizer_options.items())]
-        flat |= {name: list(flat[name]) for name in ("data", "eval_data")}
         flat |= {"option": options, "phases": list(flat["phases"])}
+        flat |= {name: list(flat[name]) for name in ("data", "eval_data", "log")}
         flat["init"] = None if self.start.init is None else str(self.start.init)
         return {name: x for name, x in flat.items() if name not in NOT_SAVED}
 
@@ -357,9 +364,8 @@ class Config:
 
 def _check_type(name: str, value: Any, expected: Any) -> None:
     if not _is_of_type(value, expected):
-        raise ValueError(
-            f"option {name} must be {getattr(expected, '__name__', expected)}, got {value!r}."
-        )
+        called = expected.__name__ if isinstance(expected, type) else str(expected)
+        raise ValueError(f"option {name} must be {called.replace('typing.', '')}, got {value!r}.")
 
 
 def _is_of_type(value: Any, expected: Any) -> bool:

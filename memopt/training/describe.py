@@ -1,7 +1,8 @@
 """A run's training step from its options, before anything is opened or written."""
 
 import dataclasses
-from typing import Any
+import inspect
+from typing import Any, get_args
 
 import jax
 import optax
@@ -66,6 +67,7 @@ def describe_run(config: Config) -> Setup:
             f"state={options.state} must be left out with optimizer {options.optimizer!r}, whose "
             "state holds weights."
         )
+    _check_words(config)
     mesh = make_mesh(config.run.mesh, config.text.batch_size // options.accumulation)
     try:
         tx = optimizers.optimizer(options.optimizer, learning_rate=rate, **config.optimizer_options)
@@ -90,6 +92,22 @@ def describe_run(config: Config) -> Setup:
             f"optimizer {options.optimizer!r} cannot work with "
             f"option {', '.join(options.option)} ({error})."
         ) from error
+
+
+def _check_words(config: Config) -> None:
+    """Raises if a word is given for an option that takes none, such as nesterov=false."""
+    name = config.optimization.optimizer
+    method = METHODS[name]
+    parameters = inspect.signature(method.make).parameters
+    for option, value in config.optimizer_options.items():
+        check_choice(f"option of {name}:", option, method.defaults)
+        parameter = parameters[option]
+        takes_words = str in (type(parameter.default), *get_args(parameter.annotation))
+        if isinstance(value, str) and not (takes_words or option.endswith("dtype")):
+            raise ValueError(
+                f"option {option}={value} is neither a number nor True, False or None; {option}: "
+                f"{method.help.get(option, 'see Optax').rstrip('.')} (default {parameter.default})."
+            )
 
 
 def _predict(config: Config, learning_rate: optax.Schedule) -> Predict:

@@ -17,7 +17,7 @@ from memopt.training.writing import why, write_whole
 MAY_CHANGE = {
     *("data", "eval_data", "bad_records", "tokenizer", "chat_template"),
     *("steps", "schedule", "phases", "mesh", "max_skipped", "keep"),
-    *("eval_every", "eval_tokens", "checkpoint_every"),
+    *("eval_every", "eval_tokens", "checkpoint_every", "log"),
 }
 
 #: The chat template of a run on chats.

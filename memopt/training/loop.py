@@ -54,7 +54,7 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
         closing(run.lock),
         closing(run.checkpoints),
         closing(run.batches),
-        closing(MetricsLog(run.directory, start))
+        closing(MetricsLog(run.directory, start, run.config))
         if is_main_process()
         else contextlib.nullcontext() as log,
         Display(console, steps, start) as display,

@@ -1,10 +1,8 @@
-"""Records and shows a run: metrics.jsonl, TensorBoard events, progress."""
+"""Records and shows a run: metrics.jsonl, trackers, progress."""
 
 import contextlib
 import json
 import math
-import os
-import socket
 import time
 import warnings
 from collections.abc import Iterator
@@ -14,17 +12,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from memopt.training.config import Config
+from memopt.training.trackers import open_trackers
 from memopt.training.writing import WriteError, why, write_whole
 
 #: Without a terminal, a line of progress at most this often.
 SECONDS_BETWEEN_LINES = 5.0
 
-#: Seconds between flushes of TensorBoard events, tensorboardX's default.
-SECONDS_BETWEEN_FLUSHES = 120.0
-
 
 class MetricsLog:
-    """`metrics.jsonl` and TensorBoard events of a run.
+    """`metrics.jsonl` of a run, and its trackers.
 
     Each step is one line, a JSON object; numbers that are not finite are null. Every line is
     handed to the operating system at once, so that none is lost when the process is killed.
@@ -33,18 +30,21 @@ class MetricsLog:
         directory: The run's directory.
         step: The step the run starts from; lines of later steps are from before a restart, and are
             removed: the steps will be taken again.
+        config: The options of the run, whose `log` names the trackers.
 
     Raises:
         WriteError: `metrics.jsonl` cannot be written.
     """
 
-    def __init__(self, directory: Path, step: int):
+    def __init__(self, directory: Path, step: int, config: Config | None = None):
         self._path = directory / "metrics.jsonl"
         with self._writing():
             kept = [line for line in read_metrics(self._path) if line["step"] <= step]
             write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._file = self._path.open("a")
-        self._events = Events(directory / "tensorboard", step + 1)
+        config = config or Config()
+        self._steps, self._last = config.optimization.steps, step
+        self._trackers = open_trackers(config, directory, step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Writes the metrics of one step.
@@ -56,15 +56,18 @@ class MetricsLog:
         with self._writing():
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
-        self._events.write(step, metrics)
+        self._last = step
+        for tracker in self._trackers:
+            tracker.write(step, metrics)
 
     def close(self) -> None:
-        """Closes the files.
+        """Closes the file and the trackers.
 
         Raises:
             WriteError: `metrics.jsonl` cannot be written.
         """
-        self._events.close()
+        for tracker in self._trackers:
+            tracker.close(done=self._last == self._steps)
         with self._writing():
             self._file.close()
 
@@ -77,70 +80,6 @@ class MetricsLog:
                 f"{str(self._path)!r} cannot be written ({why(error)}): make room or repair the "
                 "disk."
             ) from error
-
-
-class Events:
-    """TensorBoard events. If they cannot be written, that is warned about once, and no more are.
-
-    They are written without a thread: that of tensorboardX's writer ends at a full disk, and then
-    its queue blocks the run.
-
-    Args:
-        directory: Where the file is made.
-        start: The first step to come; TensorBoard drops events of it and later ones from before.
-    """
-
-    def __init__(self, directory: Path, start: int):
-        from tensorboardX import record_writer, summary  # slow to import
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        self._event, self._scalar, self._summary = Event, summary.scalar, summary.Summary
-        self._records: Any = None
-        self._flushed = time.monotonic()
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-        begin = SessionLog(status=SessionLog.START)
-        with self._writing():
-            directory.mkdir(exist_ok=True)
-            self._records = record_writer.RecordWriter(str(directory / name))
-            self._add(file_version="brain.Event:2")
-            self._add(step=start, session_log=begin)
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds the metrics of one step."""
-        values = self._summary()
-        for name, value in metrics.items():
-            values.MergeFrom(self._scalar(name, value))
-        with self._writing():
-            self._add(step=step, summary=values)
-            if time.monotonic() - self._flushed > SECONDS_BETWEEN_FLUSHES:
-                self._flushed = time.monotonic()
-                self._records.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        with self._writing():
-            if self._records:
-                self._records.close()
-
-    def _add(self, **content: Any) -> None:
-        if self._records:
-            event = self._event(wall_time=time.time(), **content)
-            self._records.write(event.SerializeToString())
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            records, self._records = self._records, None
-            with contextlib.suppress(OSError):  # it still holds what it could not write
-                if records:
-                    records.close()
-            warnings.warn(
-                f"TensorBoard events cannot be written ({why(error)}): the run goes on without "
-                "them.",
-                stacklevel=4,
-            )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -51,6 +51,7 @@ from memopt.training.profile import check_profile
 from memopt.training.setup import Setup
 from memopt.training.start import read_origin
 from memopt.training.step import TrainState
+from memopt.training.trackers import check_trackers
 
 #: Embeddings of a model per id of its tokenizer, at most, unless the options give the vocabulary.
 #: It leaves room for rounding up and for a few added ids; bytes in a vocabulary of 32000 have 125.
@@ -132,6 +133,9 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
         raise ValueError("rewarm goes with --resume and --schedule; a new run has --warmup.")
     if config.start.init is None and config.start != Start():
         raise ValueError("grow and carry_state go with --init, the run to start from.")
+    with errors_in_all_processes():
+        if is_main_process():
+            check_trackers(config.run.log)
     check_at_least("eval_tokens", config.text.eval_tokens, config.text.seq_len)
     _check_format(config)
 

@@ -1,16 +1,19 @@
 """The command itself."""
 
 import contextlib
+import json
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import memopt
 from memopt import available
 from memopt.cli.main import COMMANDS, main
+from memopt.optimizers.registry import METHODS
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -35,8 +38,46 @@ def test_each_command_describes_its_options(monkeypatch, capsys, name):
     assert shown.startswith(f"usage: memopt {name} [-h]")
 
 
-def test_optimizers_are_listed(monkeypatch, capsys):
-    assert run(monkeypatch, capsys, "optimizers").split() == list(available())
+def test_optimizers_are_listed_with_tabs_where_there_is_no_terminal(monkeypatch, capsys):
+    rows = [line.split("\t") for line in run(monkeypatch, capsys, "optimizers").splitlines()]
+    assert [row[0] for row in rows] == list(available())
+    assert ["apollo_mini", "2q + 1", "0.005"] in [row[:3] for row in rows]
+    assert {len(row) for row in rows} == {4}
+
+
+def test_optimizers_are_a_table_of_a_hundred_columns_in_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(Console, "is_terminal", True)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("TERM", "dumb")
+    lines = run(monkeypatch, capsys, "optimizers").splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[0].split() == ["name", "state", "rate", "when", "to", "choose", "it"]
+    assert {line.split()[0] for line in lines} >= {*available()}
+
+
+@pytest.mark.parametrize("name", available())
+def test_each_optimizer_is_described(monkeypatch, capsys, name):
+    shown = run(monkeypatch, capsys, "optimizers", name)
+    assert shown.startswith(f"{name}: {METHODS[name].when}\n")
+    found = json.loads(run(monkeypatch, capsys, "optimizers", name, "--json"))
+    assert found["learning_rate"] == METHODS[name].learning_rate
+    assert found["options"].keys() == METHODS[name].defaults.keys()
+
+
+def test_all_optimizers_are_described_in_json(monkeypatch, capsys):
+    found = json.loads(run(monkeypatch, capsys, "optimizers", "--json"))
+    assert list(found) == list(available())
+    assert found["soap"]["state"] == "2mn + 2m² + 2n²"
+
+
+def test_a_list_that_is_cut_short_ends_quietly():
+    """`memopt optimizers | true`."""
+    command = [sys.executable, "-m", "memopt", "optimizers"]
+    listing = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    listing.stdout.close()
+    _, err = listing.communicate()
+    assert listing.returncode == 0
+    assert err == "memopt: nothing more is shown (Broken pipe)\n"
 
 
 def test_the_version_is_the_projects(monkeypatch, capsys):
@@ -50,10 +91,11 @@ def test_python_runs_the_package_as_the_command():
     assert done.stdout.decode() == f"memopt {memopt.__version__}\n"
 
 
-def test_help_does_not_wait_for_what_it_does_not_need():
+@pytest.mark.parametrize("arguments", [["--help"], ["optimizers", "--help"]])
+def test_help_does_not_wait_for_what_it_does_not_need(arguments):
     """JAX is there already, for `import memopt` needs it."""
     program = (
-        "import atexit, sys, memopt.cli.main; sys.argv[1:] = ['--help']; "
+        f"import atexit, sys, memopt.cli.main; sys.argv[1:] = {arguments}; "
         "atexit.register(lambda: print({'flax', 'orbax', 'grain', 'tokenizers'} & {*sys.modules}));"
         "memopt.cli.main.main()"
     )

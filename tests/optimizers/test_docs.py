@@ -105,10 +105,25 @@ def test_the_table_of_methods_in_readme_is_the_generated_one():
 @pytest.mark.parametrize("name", memopt.available("memopt"))
 def test_a_docstring_says_how_many_numbers_its_method_keeps(name):
     p, q = 8, 12
-    formula = re.sub(r"(?<=\w)(?=[a-zρ])", "*", readme.numbers(name)).replace("²", "**2")
+    formula = re.sub(r"(?<=\w)(?=[a-zρ])", "*", METHODS[name].state).replace("²", "**2")
     numbers = eval(formula, {"m": p, "n": q, "p": p, "q": q, "r": p // 4, "ρ": 0.25})
     tree = {"up": {"kernel": jax.ShapeDtypeStruct((p, q), jnp.float32)}}
     assert memopt.state_bytes(memopt.optimizer(name, 1e-3), tree)["up/kernel"] == 4 * numbers
+
+
+@pytest.mark.parametrize("name", memopt.available("optax"))
+def test_the_registry_says_how_many_numbers_optax_keeps(name):
+    m, n = 200, 300
+    numbers = eval(METHODS[name].state.replace("mn", "*m*n").lstrip("*"), {"m": m, "n": n})
+    state = jax.eval_shape(METHODS[name].make(1.0).init, jax.ShapeDtypeStruct((m, n), jnp.float32))
+    assert 0 <= sum(leaf.size for leaf in jax.tree.leaves(state)) - numbers < 30  # scalars
+
+
+@pytest.mark.parametrize("name", memopt.available())
+def test_a_method_says_when_to_choose_it_and_what_its_options_are(name):
+    method = METHODS[name]
+    assert 10 < len(method.when) <= 62
+    assert method.help.keys() >= method.defaults.keys() - {"nesterov"}  # which optax.nadamw lacks
 
 
 @pytest.mark.parametrize("name", memopt.available("memopt"))

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from memopt.training.metrics import Display, Events, MetricsLog, read_metrics
+from memopt.training.metrics import Display, MetricsLog, read_metrics
+from memopt.training.trackers import Events
 from memopt.training.writing import WriteError
 from tests.training.disks import files_of_at_most
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 import memopt
 from memopt.cli.pretrain import parse
+from memopt.optimizers.registry import METHODS
 from memopt.training.loop import train
 from memopt.training.metrics import read_metrics
 from memopt.training.open import open_run
@@ -100,6 +101,7 @@ def test_resumed_it_does_not_need_the_other_run(first, start, tmp_path):
 def test_another_optimizer_and_other_codes_start_from_the_parameters(first, start):
     run = start("--optimizer=adamw", "--weights=int8", "--param-dtype=bfloat16")
     assert run.config.optimizer_options == {}
+    assert run.config.highest_learning_rate == METHODS["adamw"].learning_rate
     chex.assert_trees_all_equal_shapes_and_dtypes(run.state, run.setup.state)
     weights = memopt.dequantize_params(run.state.params)
     chex.assert_trees_all_close(weights, jax.tree.map(jnp.bfloat16, first[1].params), atol=0.01)

@@ -1,5 +1,6 @@
 """A training step that updates each layer while the backward pass runs."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from jax.sharding import AxisType
 
 from memopt.internals import trace
 from memopt.models.stacked import BLOCKS, StackedModel, blocks_of, checked, split_floats
+from memopt.state import layouts
+from memopt.state.layouts import read_layer, write_layer
 from memopt.state.precision import bounded, where_applied
 from memopt.state.quantized_params import (
     Deferred,
@@ -19,8 +22,6 @@ from memopt.state.quantized_params import (
     dequantize_params,
     is_quantized,
 )
-from memopt.training.release import layouts
-from memopt.training.release.layouts import read_layer, write_layer
 from memopt.training.release.per_parameter_update import PerParameterUpdate
 from memopt.training.step import Batch, Metrics, TrainState, cut_batch, finish_step
 from memopt.transforms.microbatches import sum_microbatches
@@ -171,7 +172,9 @@ class _ReleaseStep:
         rest, piece = self._without_blocks(self.like), jax.tree.map(lambda x: x[0], pieces)
         x = jax.eval_shape(model.embed, rest, piece)
         self.read_by_head = self._reads(model.head, x, piece)
-        self.in_parts = [i for i in self.read_by_head if leaf_name(paths[i][0]) in model.in_parts]
+        self.in_parts = [
+            i for i, (path, _) in enumerate(paths) if leaf_name(path) in model.in_parts
+        ]
         embedded = self._reads(model.embed, piece)
         # A leaf that both ends read, a tied head, waits for the embedding's gradient.
         self.first = [i for i in self.read_by_head if i not in embedded]
@@ -181,7 +184,7 @@ class _ReleaseStep:
         """Returns the arguments of `finish_step`: the new state, whether it changed, metrics."""
         optimizer, start = self.optimizer, self.start
         params, state = self.structure.flatten_up_to(start.params), jax.tree.leaves(start.opt_state)
-        rest = self._without_blocks(self._load(params, self.last))
+        rest = self._without_blocks(self._defer(params, self.last))
         x = _each(lambda piece: self.model.embed(rest, piece), self.pieces)
 
         def forward(x: Any, layer: Array) -> tuple[Any, Any]:
@@ -290,15 +293,15 @@ class _ReleaseStep:
         self, x: Any, stored: Sequence[Any]
     ) -> tuple[Leaves, tuple[list[Array], Array, Array]]:
         """Computes gradients of the head's leaves; by micro-batch that of x, loss and tokens."""
-        parts = [i for i in self.in_parts if is_quantized(stored[i])]
-        whole = [i for i in self.read_by_head if i not in parts]
-        weights = self._reload(stored, whole, split_floats(x)[0])
-        kept = {i: layouts.reload_after(stored[i], split_floats(x)[0])[0] for i in parts}
-        weights |= {i: jnp.zeros(self.like[i].shape, self.like[i].dtype) for i in parts}
+        floats = split_floats(x)[0]
+        read = {i: layouts.reload_after(stored[i], floats)[0] for i in self.read_by_head}
+        given = self._defer(read, self.read_by_head)
+        weights = {i: w.change if isinstance(w, Deferred) else w for i, w in given.items()}
 
         def rest(leaves: Leaves) -> dict[str, Any]:
-            deferred = {i: Deferred(kept[i], leaves[i]) for i in parts}
-            return self._without_blocks(leaves | deferred)
+            deferred = {i: w for i, w in given.items() if isinstance(w, Deferred)}
+            changed = {i: dataclasses.replace(w, change=leaves[i]) for i, w in deferred.items()}
+            return self._without_blocks(leaves | changed)
 
         def one(x: Any, piece: Batch) -> Any:
             floats, join = split_floats(x)
@@ -350,6 +353,13 @@ class _ReleaseStep:
         part = jax.tree.map(lambda x: x[0], part)
         part = {i: x if is_quantized(x) else layouts.pin_layout(x) for i, x in part.items()}
         return jax.tree.map(lambda x: x[None], dequantize_params(part))
+
+    def _defer(self, stored: Any, leaves: Sequence[int]) -> Leaves:
+        """Dequantises parameters, but those that the model reads in parts."""
+        parts = [i for i in self.in_parts if i in leaves and is_quantized(stored[i])]
+        zeros = {i: jnp.zeros(self.like[i].shape, self.like[i].dtype) for i in parts}
+        deferred = {i: Deferred(stored[i], zero) for i, zero in zeros.items()}
+        return self._load(stored, [i for i in leaves if i not in parts]) | deferred
 
     def _reload(self, stored: Sequence[Any], leaves: Sequence[int], x: Any) -> Leaves:
         """Does the same, reading the parameters after `x` is computed."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import memopt
-from memopt.training.release import layouts
+from memopt.state import layouts
 
 STACK = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 6)), jnp.float32)
 STACKS = {"dense": STACK, "int8": memopt.quantize_params({"up": STACK}, "int8")["up"]}
