@@ -112,7 +112,8 @@ def measure(synchronous: bool, iterations: int, options: Options) -> Waiting:
         run.setup = setup = dataclasses.replace(run.setup, step=busy_step(iterations))
         if synchronous:
             rows = rows_here(setup.mesh, run.config.text.batch_size)
-            run.batches, _, _ = open_batches(run.config, find_text(run.config), run.tokenizer, rows)
+            opened = open_batches(run.config, find_text(run.config), run.tokenizer, rows)
+            run.batches = opened.batches
         watched = Watched(setup, synchronous)
         vars(setup)["jitted"] = watched
         train(run, Console(quiet=True))

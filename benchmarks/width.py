@@ -104,7 +104,7 @@ def data(options: Options, seed: int) -> tuple[dict[str, Array], dict[str, Array
         ),
         optimization=Optimization(steps=options.steps, seed=seed),
     )
-    batches, validation, _ = open_batches(
+    batches, validation, *_ = open_batches(
         config, find_text(config), load_tokenizer("bytes"), range(options.batch_size)
     )
     training = list(itertools.islice(batches, options.steps))

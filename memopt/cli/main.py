@@ -18,6 +18,10 @@ COMMANDS = {
         "memopt.cli.pretrain:pretrain",
         "Train a LLaMA on text, from nothing to a sample of what it writes.",
     ),
+    "finetune": (
+        "memopt.cli.finetune:finetune",
+        "Fine-tune a model on conversations, with the loss of the answers.",
+    ),
     "tokenizer train": (
         "memopt.cli.tokenizer:train",
         "Learn a vocabulary from text.",

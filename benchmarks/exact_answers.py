@@ -1,0 +1,201 @@
+"""Fine-tunes a tiny random model until it answers a hundred prompts exactly, and draws how it does.
+
+    python -m benchmarks.exact_answers
+
+The data, options and training step are those of ``memopt finetune``. An answer is exact if greedy
+decoding gives it: if the likeliest token is the right one at each of its places. At the end all
+answers are generated, too.
+"""
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+
+from memopt.cli.finetune import parse_finetune
+from memopt.models.generate import generate
+from memopt.text.chats import ChatEncoder
+from memopt.text.tokenizer import train_tokenizer
+from memopt.training.open import Training, open_run
+
+CAPITALS = """
+Afghanistan Kabul, Albania Tirana, Algeria Algiers, Angola Luanda, Argentina Buenos Aires,
+Armenia Yerevan, Australia Canberra, Austria Vienna, Azerbaijan Baku, Bahrain Manama,
+Bangladesh Dhaka, Belarus Minsk, Belgium Brussels, Bolivia Sucre, Botswana Gaborone,
+Brazil Brasília, Bulgaria Sofia, Cambodia Phnom Penh, Cameroon Yaoundé, Canada Ottawa,
+Chad N'Djamena, Chile Santiago, China Beijing, Colombia Bogotá, Croatia Zagreb, Cuba Havana,
+Cyprus Nicosia, Czechia Prague, Denmark Copenhagen, Ecuador Quito, Egypt Cairo, Estonia Tallinn,
+Ethiopia Addis Ababa, Fiji Suva, Finland Helsinki, France Paris, Gabon Libreville,
+Georgia Tbilisi, Germany Berlin, Ghana Accra, Greece Athens, Guatemala Guatemala City,
+Guinea Conakry, Haiti Port-au-Prince, Honduras Tegucigalpa, Hungary Budapest, Iceland Reykjavík,
+India New Delhi, Indonesia Jakarta, Iran Tehran, Iraq Baghdad, Ireland Dublin, Italy Rome,
+Jamaica Kingston, Japan Tokyo, Jordan Amman, Kazakhstan Astana, Kenya Nairobi, Laos Vientiane,
+Latvia Riga, Lebanon Beirut, Liberia Monrovia, Libya Tripoli, Lithuania Vilnius,
+Madagascar Antananarivo, Malawi Lilongwe, Malaysia Kuala Lumpur, Mali Bamako, Malta Valletta,
+Mexico Mexico City, Moldova Chișinău, Mongolia Ulaanbaatar, Morocco Rabat, Mozambique Maputo,
+Namibia Windhoek, Nepal Kathmandu, Niger Niamey, Nigeria Abuja, Norway Oslo, Oman Muscat,
+Pakistan Islamabad, Panama Panama City, Paraguay Asunción, Peru Lima, Poland Warsaw,
+Portugal Lisbon, Qatar Doha, Romania Bucharest, Rwanda Kigali, Senegal Dakar, Serbia Belgrade,
+Slovakia Bratislava, Slovenia Ljubljana, Somalia Mogadishu, Spain Madrid, Sudan Khartoum,
+Sweden Stockholm, Switzerland Bern, Syria Damascus, Tanzania Dodoma
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of this benchmark.
+
+    Attributes:
+      prompts: how many prompts to learn, the first ones.
+      model: the preset of the random model.
+      num_layers: its layers.
+      optimizer: the optimizer.
+      learning_rate: the highest learning rate.
+      epochs: passes over the prompts, at most.
+      every: steps between two counts of exact answers.
+      output: the plot.
+    """
+
+    prompts: int = 100
+    model: str = "tiny"
+    num_layers: int = 2
+    optimizer: str = "muon"
+    learning_rate: float = 2e-2
+    epochs: int = 40
+    every: int = 4
+    output: Path = Path(__file__).parent / "results" / "finetune.png"
+
+
+def chats(count: int) -> list[list[dict[str, str]]]:
+    """Conversations of one prompt and its answer."""
+    pairs = (entry.split(maxsplit=1) for entry in CAPITALS.split(","))
+    return [
+        [
+            {"role": "user", "content": f"Capital of {country}?"},
+            {
+                "role": "assistant",
+                "content": " ".join(city.split()),
+            },
+        ]
+        for country, city in list(pairs)[:count]
+    ]
+
+
+def open_example(options: Options, directory: Path) -> Training:
+    """The run that ``memopt finetune`` would start; the prompts are its validation set, too."""
+    data = directory / "capitals.jsonl"
+    rows = (json.dumps({"messages": messages}) for messages in chats(options.prompts))
+    data.write_text("\n".join(rows) + "\n")
+    texts = (message["content"] for messages in chats(options.prompts) for message in messages)
+    tokenizer = train_tokenizer(texts, 1024, directory / "tokenizer")
+    flags = f"--model {options.model} --data {data} --eval-data {data} --output {directory / 'run'}"
+    flags += f" --tokenizer {tokenizer.name} --vocab-size {tokenizer.vocab_size}"
+    flags += f" --epochs {options.epochs} --learning-rate {options.learning_rate}"
+    flags += f" --num-layers {options.num_layers} --batch-size 8 --seq-len 64"
+    flags += f" --optimizer {options.optimizer}"
+    return open_run(parse_finetune(flags.split()))
+
+
+def count_exact(run: Training, likeliest: Callable[[Any, Any], jax.Array], params: Any) -> int:
+    """How many answers of the validation set greedy decoding gives exactly.
+
+    Args:
+      run: the run.
+      likeliest: the model's likeliest next tokens, given parameters and a batch.
+      params: the parameters.
+    """
+    exact = 0
+    for batch in run.validation:
+        wrong = np.asarray(likeliest(params, run.setup.place(batch))) != batch["targets"]
+        learned = batch["weights"] == 1
+        rows = np.broadcast_to(np.arange(len(wrong))[:, None], wrong.shape)
+        examples = lambda where: set(zip(rows[where], batch["segment_ids"][where], strict=True))  # noqa: B023
+        exact += len(examples(learned)) - len(examples(learned & wrong))
+    return exact
+
+
+def answer(run: Training, params: Any, prompts: Sequence[list[dict[str, str]]]) -> list[str]:
+    """Generates the answers to prompts, those of one length at a time."""
+    with ChatEncoder(run.tokenizer) as encoder:
+        ids = [encoder.prompt(prompt) for prompt in prompts]
+    answers, model = [""] * len(ids), run.setup.model(params)
+    for length in sorted(set(map(len, ids))):
+        chosen = [i for i, prompt in enumerate(ids) if len(prompt) == length]
+        grown = generate(model, np.stack([ids[i] for i in chosen]), 24)
+        for i, row in zip(chosen, np.asarray(grown)[:, length:].tolist(), strict=True):
+            end = row.index(run.tokenizer.eos_id) if run.tokenizer.eos_id in row else len(row)
+            answers[i] = run.tokenizer.decode(row[:end])
+    return answers
+
+
+def learn(options: Options, directory: Path, console: Console) -> tuple[list[list[float]], int]:
+    """Trains to the last epoch.
+
+    Returns:
+      Step, loss and exact answers now and then, and how many generated answers are exact.
+    """
+    run, curve = open_example(options, directory), []
+    began, state = time.monotonic(), run.state
+    steps = run.config.optimization.steps
+    console.print(run.examples)
+    with jax.set_mesh(run.setup.mesh), contextlib.closing(run.batches):
+        likeliest = jax.jit(
+            lambda params, batch: run.setup.model(params)(
+                batch["inputs"], batch["segment_ids"], batch["positions"]
+            ).argmax(-1)
+        )
+        for step in range(1, steps + 1):
+            state, metrics = run.setup.jitted(state, next(run.batches))
+            if step % options.every == 0 or step == steps:
+                exact = count_exact(run, likeliest, state.params)
+                curve.append([step, float(metrics["loss"]), exact])
+                seconds = time.monotonic() - began
+                console.print(
+                    f"step {step:4}  loss {curve[-1][1]:.4f}  exact {exact}  {seconds:.0f} s"
+                )
+        conversations = chats(options.prompts)
+        answers = answer(run, state.params, [messages[:1] for messages in conversations])
+    run.lock.close()
+    right = [messages[1]["content"] for messages in conversations]
+    return curve, sum(map(str.__eq__, answers, right))
+
+
+def plot(curve: list[list[float]], prompts: int, path: Path) -> None:
+    """Draws exact answers and loss over the steps."""
+    from matplotlib.figure import Figure
+
+    steps, losses, exact = zip(*curve, strict=True)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, exact, "o-", ms=3, color="C0")
+    axes.set(xlabel="step", ylim=(0, prompts * 1.05))
+    axes.set_ylabel(f"exact answers of {prompts}", color="C0")
+    right = axes.twinx()
+    right.plot(steps, losses, lw=1, color="C1")
+    right.set_yscale("log")
+    right.set_ylabel("loss a learned token (nats)", color="C1")
+    axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def main(options: Options) -> None:
+    """Learns, prints and draws."""
+    console = Console()
+    with tempfile.TemporaryDirectory() as directory:
+        curve, generated = learn(options, Path(directory), console)
+    console.print(f"{generated} of {options.prompts} generated answers are exact")
+    plot(curve, options.prompts, options.output)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
