@@ -47,7 +47,7 @@ from memopt.models import llama
 from memopt.text.tokenizer import load_tokenizer
 from memopt.training.config import Config, Optimization, Text
 from memopt.training.open import find_text, open_batches
-from memopt.training.setup import build_model
+from memopt.models.llama import build_model
 
 SCHEMES = ("mup", "global", "standard")
 HEAD_DIM = 16

@@ -188,7 +188,14 @@ def parse(
         options |= read_options(choose_directory(config) / "config.json")
         options.pop("schedule", None)  # which goes on, unless one is given
     options.pop("phases", None)  # those of the other run
-    return read(default=Config.from_flat(options, defaults)) if options else config
+    if not options:
+        return config
+    there = Config.from_flat(options, defaults)
+    config = read(default=there)
+    if config.architecture.model == there.architecture.model:
+        return config
+    architecture = dataclasses.replace(config.architecture, shape=None)  # of the model there
+    return dataclasses.replace(config, architecture=architecture)
 
 
 def _introduce(run: Training, console: Console) -> None:

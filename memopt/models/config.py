@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from memopt.errors import check_at_least, check_choice
@@ -108,6 +109,32 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need it even.")
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "LlamaConfig":
+        """Inverts `dataclasses.asdict`, also of values that went through JSON.
+
+        Args:
+            values: Fields by name; those with a default may be missing.
+
+        Raises:
+            ValueError: A field is unknown, as one of a later version is.
+
+        Example:
+            >>> import json
+            >>> config = preset("llama-3.2-1b")
+            >>> text = json.dumps(dataclasses.asdict(config))
+            >>> LlamaConfig.from_json(json.loads(text)) == config
+            True
+
+        """
+        fields = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+        if fields.get("rope_scaling"):
+            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"the shape of the model cannot be read: {error}.") from error
 
 
 def _llama(hidden: int, intermediate: int, layers: int, heads: int, **more: Any) -> LlamaConfig:

@@ -6,7 +6,7 @@ and the rotary stretch of Llama 3 (arXiv 2407.21783).
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from memopt.models.rotary import rotary_tables, rotate
 from memopt.models.sharding import constrain, partition, shards
 from memopt.models.sharding import param_shardings as param_shardings
 from memopt.models.stacked import Batch, StackedModel
-from memopt.state.quantized_params import dequantize_params
+from memopt.state.quantized_params import dequantize_params, quantize_params
 
 INIT = jax.nn.initializers.normal(0.02)
 
@@ -446,6 +446,24 @@ def abstract_params(config: LlamaConfig, mesh: jax.sharding.Mesh | None = None) 
     return jax.tree.map(place, shapes, param_shardings(model, mesh))
 
 
+def build_model(config: LlamaConfig, params: Mapping[str, Any]) -> Llama:
+    """The model with given parameters. It reads quantised blocks one at a time.
+
+    Args:
+        config: Shapes and options.
+        params: Nested dict of arrays or quantised parameters; those outside of the blocks are
+            decoded.
+
+    Example:
+        >>> build_model(preset("tiny"), init_params(preset("tiny"))).config.num_layers
+        4
+
+    """
+    graphdef, _ = nnx.split(abstract_model(config), nnx.Param)
+    rest = {name: part for name, part in params.items() if name != "blocks"}
+    return nnx.merge(graphdef, {**params, **dequantize_params(rest)})
+
+
 def stacked_model(config: LlamaConfig, *, logits_bytes: int = LOGITS_BYTES) -> StackedModel:
     """The model as three functions of its parameters as nested dicts.
 
@@ -501,7 +519,8 @@ def from_hugging_face(
         remat: See `LlamaConfig`.
 
     Returns:
-        The model.
+        The model. Of weights that `memopt export --quantized` wrote, the blocks stay quantised and
+        are read one at a time.
 
     Raises:
         ValueError: If a file or tensor is missing, unexpected, damaged or of another shape, if the
@@ -520,13 +539,13 @@ def from_hugging_face(
     directory = Path(directory)
     config = hugging_face.read_config(directory)
     tensors = hugging_face.open_tensors(directory)
-    stored = param_dtype or hugging_face.narrowest_dtype(directory, tensors)
+    codec, decoded = hugging_face.read_quantization(directory) or (None, None)
+    stored = param_dtype or decoded or hugging_face.narrowest_dtype(directory, tensors)
     config = dataclasses.replace(config, param_dtype=stored, dtype=dtype, remat=remat)
-    model = abstract_model(config)
-    shardings = param_shardings(model, mesh) if mesh else None
-    graphdef, state = nnx.split(model, nnx.Param)
-    params = hugging_face.read_params(directory, tensors, nnx.to_pure_dict(state), shardings)
-    return nnx.merge(graphdef, params)
+    shapes = abstract_params(config, mesh)
+    shapes = quantize_params(shapes, codec) if codec else shapes
+    shardings = jax.tree.map(lambda x: x.sharding, shapes) if mesh else None
+    return build_model(config, hugging_face.read_params(directory, tensors, shapes, shardings))
 
 
 def to_hugging_face(

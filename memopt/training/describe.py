@@ -122,7 +122,7 @@ def _model_config(config: Config) -> llama.LlamaConfig:
                 "zero, since the loss is not scaled."
             )
         check_choice(name, dtype, ("float32", "bfloat16"))
-    model = llama.preset(options.model)
+    model = options.shape or llama.preset(options.model)
     model = dataclasses.replace(
         model,
         vocab_size=options.vocab_size or model.vocab_size,
