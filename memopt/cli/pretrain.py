@@ -181,7 +181,7 @@ def parse(
     if config.start.init:
         options |= inherited_options(config.start)
         if any(argument.partition("=")[0] == "--optimizer" for argument in arguments):
-            del options["option"]  # of the optimizer there
+            options.pop("option", None)  # of the optimizer there
     if config.run.config:
         options |= read_options(config.run.config)
     if config.run.resume:

@@ -266,6 +266,11 @@ def narrowest_dtype(directory: Path, stored: Mapping[str, Any]) -> DType:
     return cast(DType, jnp.result_type(*kinds).name)
 
 
+def check_params(directory: Path, stored: Mapping[str, Any], shapes: dict[str, Any]) -> None:
+    """Raises what `read_params` would raise of these arguments, without reading any tensor."""
+    _check_tensors(directory, stored, list(tensors(flatten_dict(split_parts(shapes), sep="/"))))
+
+
 def _check_tensors(directory: Path, stored: Mapping[str, Any], expected: list[Tensor]) -> None:
     """Refuses missing, unexpected and misshapen tensors."""
     known = {tensor.name for tensor in expected}
@@ -342,6 +347,8 @@ def read_params(
         as_kept = lambda x: flatten_dict(store(unflatten_dict({leaf: x}, sep="/")), sep="/")[leaf]
         shape = jax.ShapeDtypeStruct(flat[leaf].shape, flat[leaf].dtype, sharding=placed.get(leaf))
         like = as_kept(shape)
+        if like == shape:
+            return load(leaf)
         out = jax.tree.map(lambda x: x.sharding, like) if placed else None
         if not leaf.startswith("blocks/"):
             return jax.jit(as_kept, out_shardings=out)(load(leaf))
@@ -351,7 +358,8 @@ def read_params(
             return jax.tree.map(into, kept, as_kept(x))
 
         zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        kept, put = jax.jit(zeros, out_shardings=out)(), jax.jit(put, donate_argnums=0)
+        kept = jax.jit(zeros, out_shardings=out)()
+        put = jax.jit(put, donate_argnums=0, out_shardings=out)
         for layer in range(shape.shape[0]):
             kept = put(kept, load(leaf, layer), layer)
         return kept

@@ -75,6 +75,9 @@ class FileTokenizer:
     Special tokens written out in a text (`"</s>"` in a page about HTML) are encoded as the plain
     text they are, so that no document can end itself.
 
+    Attributes:
+        eos_token: The text of the token that ends a document.
+
     Args:
         path: A `tokenizer.json`, or a directory holding one, such as a Hugging Face model's. A
             `tokenizer_config.json` beside it says which token ends a document; without, the names
@@ -107,7 +110,7 @@ class FileTokenizer:
                 f"{', '.join(END_OF_DOCUMENT)} in its vocabulary, or give `eos_token` in a "
                 "tokenizer_config.json beside it."
             )
-        self.eos_id: int = vocabulary[eos]
+        self.eos_token, self.eos_id = eos, vocabulary[eos]
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of `text`, int32 (tokens,), without special tokens."""
@@ -187,7 +190,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | Path)
 
 
 def _check_format(file: Path) -> None:
-    """Raises if there is no tokenizer.json, but one of the files that can be converted to it."""
+    """Raises if there is no tokenizer.json; says so of files that can be converted to it."""
     if file.exists() and file.name not in OTHER_FORMATS:
         return
     directory = file.parent
@@ -196,6 +199,10 @@ def _check_format(file: Path) -> None:
         raise ValueError(
             f"tokenizer {str(directory)!r} must be given as a tokenizer.json, which "
             f"{load}.save_pretrained({str(directory)!r}) makes of {', '.join(found)} in Python."
+        )
+    if not file.exists():
+        raise ValueError(
+            f"tokenizer {str(directory)!r} holds no tokenizer.json: give another --tokenizer."
         )
 
 
