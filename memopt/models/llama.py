@@ -536,6 +536,29 @@ def from_hugging_face(
         True
 
     """
+    read = read_hugging_face(
+        directory, mesh=mesh, param_dtype=param_dtype, dtype=dtype, remat=remat
+    )
+    return build_model(*read)
+
+
+def read_hugging_face(
+    directory: str | os.PathLike[str],
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    param_dtype: DType | None = None,
+    dtype: DType = "float32",
+    remat: Remat = "none",
+) -> tuple[LlamaConfig, dict[str, Any]]:
+    """The configuration and the parameters that `from_hugging_face` makes a model of.
+
+    Its arguments and errors are those of `from_hugging_face`.
+
+    Returns:
+        The configuration; and nested dicts of arrays or, where the directory is quantised, of
+        quantised parameters.
+
+    """
     directory = Path(directory)
     config = hugging_face.read_config(directory)
     tensors = hugging_face.open_tensors(directory)
@@ -545,7 +568,7 @@ def from_hugging_face(
     shapes = abstract_params(config, mesh)
     shapes = quantize_params(shapes, codec) if codec else shapes
     shardings = jax.tree.map(lambda x: x.sharding, shapes) if mesh else None
-    return build_model(config, hugging_face.read_params(directory, tensors, shapes, shardings))
+    return config, hugging_face.read_params(directory, tensors, shapes, shardings)
 
 
 def to_hugging_face(

@@ -77,6 +77,7 @@ class FileTokenizer:
 
     Attributes:
         eos_token: The text of the token that ends a document.
+        begin_ids: The special tokens that the file itself puts before a text, int32.
 
     Args:
         path: A `tokenizer.json`, or a directory holding one, such as a Hugging Face model's. A
@@ -111,6 +112,9 @@ class FileTokenizer:
                 "tokenizer_config.json beside it."
             )
         self.eos_token, self.eos_id = eos, vocabulary[eos]
+        alone = self._tokenizer.encode("a", add_special_tokens=True)
+        first_of_text = [*alone.special_tokens_mask, 0].index(0)
+        self.begin_ids = np.array(alone.ids[:first_of_text], np.int32)
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of `text`, int32 (tokens,), without special tokens."""

@@ -1,0 +1,60 @@
+"""Continues text by a model."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from memopt.models.generate import generate
+from memopt.training.load import LoadedModel
+
+
+def continue_text(
+    loaded: LoadedModel,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.8,
+    top_p: float = 1.0,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+) -> str:
+    """Returns the continuation of a text, up to an end token, without it.
+
+    Args:
+        loaded: The model, from `load_run` or `load_model`.
+        prompt: The text; it may be empty.
+        max_new_tokens: Tokens to write, at most; fewer where the model's context ends.
+        temperature: See `memopt.models.generate.generate`.
+        top_p: See there.
+        stop: Texts that end the continuation, without them.
+        seed: Decides the sample.
+
+    Raises:
+        ValueError: The prompt fills the model's context, or an option is out of its range.
+    """
+    tokenizer, config = loaded.tokenizer, loaded.model_config
+    ids = np.concatenate([loaded.begin_ids, tokenizer.encode(prompt)])
+    ids = ids if ids.size else np.array([tokenizer.eos_id], np.int32)
+    room = config.max_seq_len - len(ids)
+    if room < 1:
+        raise ValueError(
+            f"prompt has {len(ids)} tokens, but the model reads {config.max_seq_len} at most, its "
+            "continuation included: shorten it."
+        )
+    out = generate(
+        loaded.model,
+        ids,
+        min(max_new_tokens, room),
+        temperature=temperature,
+        top_p=top_p,
+        eos_ids=(tokenizer.eos_id,),
+        key=jax.random.key(seed),
+    )
+    written = np.asarray(out)[len(ids) :]
+    ends = np.flatnonzero(written == tokenizer.eos_id)
+    written = written[: ends[0]] if ends.size else written
+    # A tokenizer may drop the space before what it decodes first.
+    before, whole = tokenizer.decode(ids), tokenizer.decode([*ids, *written])
+    text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(written)
+    return text[: min((text.find(mark) for mark in stop if mark in text), default=len(text))]
