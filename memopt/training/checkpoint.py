@@ -182,22 +182,26 @@ class Checkpoints:
                 f"step must be best, last or one of {', '.join(map(str, sorted(steps)))}, which "
                 f"are saved, got {step!r}."
             )
-        if step == "best":
-            paths.sort(key=_val_loss)
-        elif step != "last":
+        if step not in ("best", "last"):
             paths = [path for path in paths if int(path.name) == step]
-        reason = ""
-        for path in paths:
-            try:
-                with _quiet():
+        found, failed = None, []
+        with _quiet():
+            for path in sorted(paths, key=_val_loss) if step == "best" else paths:
+                try:
                     metadata = _metadata(path)
                     state, _ = _read(path, metadata, like, params_only=params_only)
-                return state, metadata["val_loss"]
-            except Exception as error:  # Orbax raises errors of many kinds for a torn file
-                reason = reason or f"checkpoint {path.name}: {why(error)}"
-            if len(paths) > 1:
-                warnings.warn(f"{reason}: it is left out.", stacklevel=2)
-        raise ValueError(f"no checkpoint in {str(self._directory)!r} can be read ({reason}).")
+                except Exception as error:  # Orbax raises errors of many kinds for a torn file
+                    failed.append(f"checkpoint {path.name}: {why(error)}")
+                else:
+                    found = state, metadata["val_loss"]
+                    break
+        if not found:
+            raise ValueError(
+                f"no checkpoint in {str(self._directory)!r} can be read ({failed[0]})."
+            )
+        for reason in failed:
+            warnings.warn(f"{reason}: it is left out.", stacklevel=2)
+        return found
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Says, as a preservation policy of Orbax, which checkpoints are kept."""
