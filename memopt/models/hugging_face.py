@@ -456,11 +456,11 @@ def _write_weights(
 ) -> None:
     from safetensors.numpy import save_file
 
-    written = lambda leaf: jnp.dtype((not leaf.endswith(PARTS) and dtype) or params[leaf].dtype)
+    written = lambda x: jnp.dtype((not x.dtype and dtype) or params[x.leaf].dtype)
     shards: list[list[Tensor]] = [[]]
     filled = total = 0
     for tensor in tensors(params):
-        size = math.prod(tensor.shape) * jnp.dtype(tensor.dtype or written(tensor.leaf)).itemsize
+        size = math.prod(tensor.shape) * jnp.dtype(tensor.dtype or written(tensor)).itemsize
         if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
             filled = 0
@@ -470,7 +470,7 @@ def _write_weights(
     def values(tensor: Tensor) -> np.ndarray:
         leaf = params[tensor.leaf]
         part = leaf if tensor.layer is None else jax.tree.map(lambda x: x[tensor.layer], leaf)
-        array = np.asarray(dequantize_params(part).astype(written(tensor.leaf)))
+        array = np.asarray(dequantize_params(part).astype(written(tensor)))
         array = array.T if tensor.transposed else array
         return np.ascontiguousarray(pack(array) if array.dtype == jnp.int4 else array)
 
