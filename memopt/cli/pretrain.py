@@ -9,6 +9,7 @@ Examples:
   memopt pretrain --optimizer adamw --learning-rate 3e-3
   memopt pretrain --output runs/first --resume --steps 1200 --schedule cosine --rewarm 0.1
   memopt pretrain --init runs/first --grow 2 --output runs/deeper
+  memopt pretrain --init path/to/SmolLM-135M --data 'books/**/*.txt' --learning-rate 1e-4
   memopt tokenizer train --data 'books/**/*.txt' --vocab-size 32000 --output books.json
   memopt pretrain --model 60m --data 'books/**/*.txt' --tokenizer books.json --optimizer apollo \
     --option rank=128

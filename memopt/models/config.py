@@ -128,10 +128,12 @@ class LlamaConfig:
             True
 
         """
-        fields = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
-        if fields.get("rope_scaling"):
-            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+        fields: dict[str, Any] = {
+            name: tuple(x) if isinstance(x, list) else x for name, x in values.items()
+        }
         try:
+            if fields.get("rope_scaling"):
+                fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
             return cls(**fields)
         except TypeError as error:
             raise ValueError(f"the shape of the model cannot be read: {error}.") from error

@@ -191,8 +191,8 @@ def _read_quantization(path: Path, raw: Mapping[str, Any]) -> tuple[str, DType] 
     method, codec, dtype = known
     if method != QUANTIZED or codec not in SIDE_DATA or dtype not in STORED.values():
         raise ValueError(
-            f"{path}: quantization_config is {given!r}; only memopt's own is supported, with one of "
-            f"the codecs {', '.join(SIDE_DATA)}."
+            f"{path}: quantization_config is {given!r}; only memopt's own is supported, with "
+            f"one of the codecs {', '.join(SIDE_DATA)}."
         )
     return codec, cast(DType, dtype)
 

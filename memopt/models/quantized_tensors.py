@@ -63,7 +63,9 @@ def split_parts(params: Any) -> Any:
     def split(x: Any) -> Any:
         if not is_quantized(x):
             return x
-        return dict(zip(("codes", *SIDE_DATA[codec_of(x) or ""]), (x.codes, *x.scales), strict=True))
+        return dict(
+            zip(("codes", *SIDE_DATA[codec_of(x) or ""]), (x.codes, *x.scales), strict=True)
+        )
 
     return jax.tree.map(split, params, is_leaf=is_quantized)
 

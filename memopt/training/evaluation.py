@@ -120,7 +120,9 @@ def covered_bytes(pieces: Iterable[Piece], tokenizer: Tokenizer, tokens: int) ->
         if not tokens:
             break
         ids = tokenizer.encode(piece.text)
-        first = 0 if piece.begins else 1  # the first token of the rest of a document has none before
+        first = (
+            0 if piece.begins else 1
+        )  # the first token of the rest of a document has none before
         count = min(max(len(ids) - first + piece.ends, 0), tokens)
         is_whole = not first and count >= len(ids)
         text = piece.text if is_whole else tokenizer.decode(ids[first : first + count])

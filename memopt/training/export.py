@@ -1,6 +1,5 @@
 """Writes the model of a run in Hugging Face's layout, with its tokenizer and a model card."""
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,7 +94,9 @@ def _facts(run: LoadedModel) -> Iterator[tuple[str, Any]]:
     lines = [x for x in read_metrics(run.path / "metrics.jsonl") if x["step"] <= step]
     architecture, text, options = config.architecture, config.text, config.optimization
     init, grow = config.start.init, config.start.grow
-    begun = f"the weights of {init.resolve().name}" if init else f"random weights, seed {options.seed}"
+    begun = (
+        f"the weights of {init.resolve().name}" if init else f"random weights, seed {options.seed}"
+    )
     yield "started from", begun + (f", its layers repeated {grow} times" if grow > 1 else "")
     yield "data", ", ".join(f"`{spec}`" for spec in text.data)
     yield "tokenizer", "bytes" if text.tokenizer == "bytes" else Path(text.tokenizer).name

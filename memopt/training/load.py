@@ -52,7 +52,9 @@ class LoadedModel:
         return np.array([self.tokenizer.eos_id], np.int32)
 
 
-def load_run(path: str | Path, step: str | int = "best", *, dequantize: bool = False) -> LoadedModel:
+def load_run(
+    path: str | Path, step: str | int = "best", *, dequantize: bool = False
+) -> LoadedModel:
     """Loads the model of a run on one device, whatever mesh it was trained on.
 
     The parameters are those to evaluate, see `memopt.eval_params`. The optimizer's state is read

@@ -197,9 +197,7 @@ class ModelOrigin(Origin):
 
     def _shapes(self, setup: Setup) -> Any:
         """The parameters as the files have them, on the devices of the new run."""
-        config = dataclasses.replace(
-            setup.model_config, num_layers=self.model_config.num_layers
-        )
+        config = dataclasses.replace(setup.model_config, num_layers=self.model_config.num_layers)
         return store_params(llama.abstract_params(config, setup.mesh), self.codec)
 
 
@@ -260,7 +258,10 @@ def _stored_like(params: Any, setup: Setup) -> Any:
 
 
 def _is_like(params: Any, like: Any) -> bool:
-    describe = lambda tree: (jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)])
+    describe = lambda tree: (
+        jax.tree.structure(tree),
+        [(x.shape, x.dtype) for x in jax.tree.leaves(tree)],
+    )
     return describe(params) == describe(like)
 
 

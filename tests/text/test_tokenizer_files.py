@@ -23,7 +23,11 @@ def as_file(tmp_path_factory):
 def test_the_ids_of_bytes_are_bytes(as_file):
     assert (as_file.vocab_size, as_file.eos_id) == (257, 256)
     low = "".join(map(chr, range(0x800)))  # all bytes but those of longer sequences
-    every = low + "".join(map(chr, range(0x800, 0x11000, 61))) + "\U0010ffff\U00040000\U00080000\U000c0000"
+    every = (
+        low
+        + "".join(map(chr, range(0x800, 0x11000, 61)))
+        + "\U0010ffff\U00040000\U00080000\U000c0000"
+    )
     every = every.encode("utf-8", "replace").decode()
     ids = as_file.encode(every)
     np.testing.assert_array_equal(ids, ByteTokenizer().encode(every))

@@ -377,7 +377,8 @@ def _negate(loaded):
 
 
 @pytest.mark.parametrize(
-    ("step", "says"), [(7, "one of 1, 2, 3, 4, 5, which are saved, got 7"), ("worst", "got 'worst'")]
+    ("step", "says"),
+    [(7, "one of 1, 2, 3, 4, 5, which are saved, got 7"), ("worst", "got 'worst'")],
 )
 def test_a_step_that_is_not_saved_is_refused(evaluated, step, says):
     with pytest.raises(ValueError, match=says):
@@ -385,5 +386,5 @@ def test_a_step_that_is_not_saved_is_refused(evaluated, step, says):
 
 
 def test_a_run_without_a_checkpoint_says_so(tmp_path):
-    with pytest.raises(ValueError, match="there is no checkpoint in .* yet"):
+    with pytest.raises(ValueError, match=r"there is no checkpoint in .* yet"):
         Checkpoints(tmp_path).read("best", abstract(make_state(0)))

@@ -161,7 +161,9 @@ def test_a_model_is_grown_and_its_run_can_be_started_from(start, model, tmp_path
     assert (run.setup.model_config.num_layers, run.config.architecture.num_layers) == (6, 6)
     once = memopt.dequantize_params(memopt.quantize_params(params_of(model)))
     twice = jax.tree.map(lambda x: np.concatenate([x, x]), once["blocks"])
-    chex.assert_trees_all_close(memopt.dequantize_params(run.state.params)["blocks"], twice, atol=1e-6)
+    chex.assert_trees_all_close(
+        memopt.dequantize_params(run.state.params)["blocks"], twice, atol=1e-6
+    )
     run.checkpoints.close()
     shutil.rmtree(tmp_path / "brought")
     options = parse([f"--init={tmp_path / 'run'}", f"--output={tmp_path / 'next'}"])
@@ -180,11 +182,17 @@ def test_every_optimizer_trains_from_a_directory(start, optimizer):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--model=nano"], "has another model, with grow=1: .*vocab_size is 300 there and 264 here"),
+        (
+            ["--model=nano"],
+            "has another model, with grow=1: .*vocab_size is 300 there and 264 here",
+        ),
         (["--num-layers=2"], "num_layers is 3 there and 2 here. Leave out --model"),
         (["--vocab-size=257"], "vocab_size is 300 there and 257 here"),
         (["--carry-state"], "carry_state must be left out, since init .* has no optimizer state"),
-        (["--seq-len=128"], "seq_len=128 is longer than the 64 tokens that model 'brought' accepts"),
+        (
+            ["--seq-len=128"],
+            "seq_len=128 is longer than the 64 tokens that model 'brought' accepts",
+        ),
         (["--init=nowhere"], "init 'nowhere' is neither the directory of a run nor that of a Hugg"),
         (["--rewarm=0.1"], "rewarm goes with --resume and --schedule; a new run has --warmup"),
     ],

@@ -87,9 +87,7 @@ def test_what_transformers_saves_again_starts_a_run_with_the_same_bits(
     dense = memopt.dequantize_params(run.params)
     chex.assert_trees_all_equal(jax.device_get(follows.state.params), jax.device_get(dense))
     for text in TEXTS:
-        np.testing.assert_array_equal(
-            follows.tokenizer.encode(text), run.tokenizer.encode(text)
-        )
+        np.testing.assert_array_equal(follows.tokenizer.encode(text), run.tokenizer.encode(text))
     assert follows.tokenizer.eos_id == run.tokenizer.eos_id
     follows.checkpoints.close()
 
@@ -111,7 +109,7 @@ def test_a_model_of_transformers_is_trained_and_goes_back(torch, transformers, t
     directory, flags = tmp_path / "theirs", FLAGS.split()[1:]
     options = [f"--init={directory}", "--tokenizer=bytes", f"--data={text}", "--weights=int8"]
     run = open_run(parse([*options, *flags, f"--output={tmp_path / 'run'}", "--release"]))
-    weights = memopt.quantize_params(_params(directory))
+    weights = jax.jit(memopt.quantize_params)(_params(directory))
     chex.assert_trees_all_equal(*jax.device_get((run.state.params, weights)))
     train(run, Console(quiet=True))
     export(load_run(tmp_path / "run"), tmp_path / "back", dtype="bfloat16")

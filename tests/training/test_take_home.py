@@ -69,7 +69,11 @@ def test_a_loaded_run_has_the_parameters_of_the_step(run):
     assert (loaded.step, loaded.config.optimization.optimizer) == (4, "lion")
     assert loaded.tokenizer.name == "bytes"
     best = load_run(directory)
-    losses = {x["step"]: x["val_loss"] for x in read_metrics(directory / "metrics.jsonl") if "val_loss" in x}
+    losses = {
+        x["step"]: x["val_loss"]
+        for x in read_metrics(directory / "metrics.jsonl")
+        if "val_loss" in x
+    }
     assert best.val_loss == min(losses.values()) == losses[best.step]
     tokens = jnp.arange(8)[None]
     chex.assert_trees_all_equal(
@@ -104,7 +108,7 @@ def test_a_step_without_a_checkpoint_is_refused(run, step, says):
 
 
 def test_no_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="run .* is neither the directory of a run nor that of a"):
+    with pytest.raises(ValueError, match=r"run .* is neither the directory of a run nor that of a"):
         load_run(tmp_path)
 
 
