@@ -1,5 +1,7 @@
 """Causal attention that never holds the scores of a long sequence all at once."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -15,6 +17,7 @@ def causal_attention(
     segment_ids: Array | None = None,
     offset: Array | int = 0,
     *,
+    window: int | None = None,
     chunked: bool = False,
 ) -> Array:
     """Grouped-query attention of each position to itself and the positions before it.
@@ -30,6 +33,7 @@ def causal_attention(
         segment_ids: Integers `(batch, keys)`, of documents packed in a row: a position attends
             within its own only. Needs `queries == keys`.
         offset: Index, among the keys, of the first query.
+        window: Number of keys each position attends to, its own included. None: all.
         chunked: Score queries in chunks on a GPU, too.
 
     Returns:
@@ -41,15 +45,21 @@ def causal_attention(
         (1, 3, 2, 8)
 
     """
+    keys = jnp.arange(key.shape[1])
     if not chunked and _flash(query, key):
-        same = None if segment_ids is None else _same(segment_ids, segment_ids)
+        mask = None if segment_ids is None else _same(segment_ids, segment_ids)
+        local: Any = {} if window is None else {"local_window_size": (window - 1, 0)}
+        if mask is not None and window is not None:
+            mask, local = mask & (keys[:, None] < keys + window), {}
         return jax.nn.dot_product_attention(
-            query, key, value, mask=same, is_causal=True, implementation="cudnn"
+            query, key, value, mask=mask, is_causal=True, implementation="cudnn", **local
         )
 
     def attend(part: tuple[Array, Array, Array | None]) -> Array:
         query, index, segments = part
-        mask = (index[..., None] >= jnp.arange(key.shape[1]))[:, None]
+        mask = (index[..., None] >= keys)[:, None]
+        if window is not None:
+            mask = mask & (index[..., None] < keys + window)[:, None]
         if segments is not None and segment_ids is not None:
             mask = mask & _same(segments, segment_ids)
         return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")

@@ -5,28 +5,44 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
-from memopt.errors import check_at_least, check_choice
+from memopt.errors import check_above_zero, check_at_least, check_choice
 
 Remat = Literal["none", "dots", "full"]
 DType = Literal["float32", "bfloat16", "float16"]
+RopeKind = Literal["llama3", "linear", "dynamic", "yarn"]
+Activation = Literal["silu", "gelu_tanh"]
+AttentionBias = Literal["none", "qkv", "qkvo"]
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretching of the rotary wavelengths (`rope_type: llama3` at Hugging Face).
+    """A stretch of the rotary wavelengths, for contexts longer than the one first trained on.
 
-    Wavelengths longer than `original_max_seq_len / low_freq_factor` are multiplied by `factor`,
-    those shorter than `original_max_seq_len / high_freq_factor` are kept, those between are
-    blended.
+    `kind` is `rope_type` at Hugging Face:
+
+    - "llama3" multiplies wavelengths longer than `original_max_seq_len / low_freq_factor` by
+      `factor`, keeps those shorter than `original_max_seq_len / high_freq_factor` and blends those
+      between (Llama 3, arXiv 2407.21783).
+    - "linear" multiplies all wavelengths by `factor`.
+    - "yarn" keeps wavelengths of more than `beta_fast` turns within `original_max_seq_len`,
+      multiplies those of fewer than `beta_slow` by `factor`, blends along the channels between, and
+      multiplies scores by the square of an attention factor (YaRN, arXiv 2309.00071).
+    - "dynamic" changes nothing up to `max_seq_len`, and a model takes no longer sequences.
 
     Attributes:
         factor: How many times longer the long wavelengths become.
-        low_freq_factor: Fewer turns than this within the original context: stretched.
-        high_freq_factor: More turns than this within the original context: kept.
-        original_max_seq_len: Context length before the stretch.
+        low_freq_factor: "llama3": fewer turns than this within the original context: stretched.
+        high_freq_factor: "llama3": more turns than this within the original context: kept.
+        original_max_seq_len: "llama3", "yarn": context length before the stretch.
+        kind: One of the four above.
+        attention_factor: "yarn": what queries and keys are multiplied by. None: 0.1 ln(factor) + 1.
+        beta_fast: "yarn": more turns than this: kept.
+        beta_slow: "yarn": fewer turns than this: stretched.
+        truncate: "yarn": whether the blend begins and ends at whole channels.
 
     Raises:
-        ValueError: If the two frequency factors are equal or in the wrong order.
+        ValueError: If the kind is unknown, a number is not positive, or if two factors or betas
+            are equal or in the wrong order.
 
     Example:
         >>> RopeScaling(factor=32.0).original_max_seq_len
@@ -38,13 +54,25 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
+    kind: RopeKind = "llama3"
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(
-                f"low_freq_factor={self.low_freq_factor} must be positive and less than "
-                f"high_freq_factor={self.high_freq_factor}."
-            )
+        check_choice("kind of rope_scaling", self.kind, get_args(RopeKind))
+        check_above_zero("factor of rope_scaling", self.factor)
+        check_at_least("original_max_seq_len", self.original_max_seq_len, 1)
+        ordered = {"llama3": ("low_freq_factor", "high_freq_factor")}
+        ordered["yarn"] = ("beta_slow", "beta_fast")
+        if self.kind in ordered:
+            low, high = ordered[self.kind]
+            if not 0 < getattr(self, low) < getattr(self, high):
+                raise ValueError(
+                    f"{low}={getattr(self, low)} must be positive and less than "
+                    f"{high}={getattr(self, high)}."
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,9 +89,17 @@ class LlamaConfig:
         head_dim: Width of one head; even, usually `hidden_size // num_heads`.
         max_seq_len: Longest sequence the model accepts.
         rope_theta: Base of the rotary wavelengths.
-        rope_scaling: Llama 3's stretch of the wavelengths, or None.
+        rope_scaling: Stretch of the wavelengths, or None.
         norm_eps: Added to the mean square in RMSNorm.
         tied: Whether the output head is the transposed embedding.
+        activation: Of the gate in the MLP: "silu", or "gelu_tanh" (GELU's tanh approximation).
+        attention_bias: Which projections of attention add a bias.
+        qk_norm: Whether each head's queries and keys pass through an RMSNorm before rotation.
+        sliding_window: Number of positions each attends to, itself included. None: all before it.
+        norm_offset: Whether the norms scale by 1 + their parameter, which begins at 0.
+        scale_embedding: Whether the embedding is multiplied by the root of `hidden_size`.
+        bos_id: Token that begins a document, or None; kept for Hugging Face's files.
+        eos_ids: Tokens that end a text; kept for Hugging Face's files.
         param_dtype: Type the parameters are stored in.
         dtype: Type the blocks compute in; norm statistics, softmax and loss are in float32.
         remat: What the backward pass recomputes: "none" keeps every intermediate array, "dots"
@@ -91,11 +127,20 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     tied: bool = False
+    activation: Activation = "silu"
+    attention_bias: AttentionBias = "none"
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    norm_offset: bool = False
+    scale_embedding: bool = False
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
     param_dtype: DType = "float32"
     dtype: DType = "float32"
     remat: Remat = "none"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "eos_ids", tuple(self.eos_ids))  # a list, if read from JSON
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is int:
@@ -109,6 +154,10 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need it even.")
+        if self.sliding_window is not None:
+            check_at_least("sliding_window", self.sliding_window, 1)
+        if not self.rope_theta > 1:
+            raise ValueError(f"rope_theta must be above 1, got {self.rope_theta}.")
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "LlamaConfig":
@@ -128,13 +177,9 @@ class LlamaConfig:
             True
 
         """
-        fields: dict[str, Any] = {
-            name: tuple(x) if isinstance(x, list) else x for name, x in values.items()
-        }
+        scaling = values.get("rope_scaling")
         try:
-            if fields.get("rope_scaling"):
-                fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
-            return cls(**fields)
+            return cls(**{**values, "rope_scaling": scaling and RopeScaling(**scaling)})
         except TypeError as error:
             raise ValueError(f"the shape of the model cannot be read: {error}.") from error
 

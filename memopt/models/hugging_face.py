@@ -1,12 +1,16 @@
-"""LLaMA directories in Hugging Face's layout: `config.json` and safetensors, read and written.
+"""Directories in Hugging Face's layout: `config.json` and safetensors, read and written.
 
-Nothing is ever unpickled. Tensors are read one by one, only the part a device needs, straight into
-the stacked arrays; Hugging Face stores linear weights `(out, in)`, our kernels are `(in, out)`.
+Nothing is ever unpickled, no file's code is run, and an index names only files of its directory;
+links are followed, since Hugging Face's cache consists of them. Tensors are read one by one, only
+the part a device needs, straight into the stacked arrays; Hugging Face stores linear weights
+`(out, in)`, our kernels are `(in, out)`.
 """
 
 import dataclasses
+import itertools
 import json
 import math
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +24,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 
 from memopt.errors import check_choice
-from memopt.models.config import DType, LlamaConfig, RopeScaling
+from memopt.json_files import read_json
+from memopt.models.config import DType, LlamaConfig
+from memopt.models.families import config_json, parse_config, token_ids, token_keys
 from memopt.models.quantized_tensors import PARTS, SIDE_DATA, join_parts, pack, split_parts, unpack
 from memopt.state.quantized_params import dequantize_params
 
@@ -29,9 +35,15 @@ TENSORS = {
     "embed/embedding": "model.embed_tokens.weight",
     "blocks/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
     "blocks/attention/q/kernel": "model.layers.{}.self_attn.q_proj.weight",
+    "blocks/attention/q/bias": "model.layers.{}.self_attn.q_proj.bias",
     "blocks/attention/k/kernel": "model.layers.{}.self_attn.k_proj.weight",
+    "blocks/attention/k/bias": "model.layers.{}.self_attn.k_proj.bias",
     "blocks/attention/v/kernel": "model.layers.{}.self_attn.v_proj.weight",
+    "blocks/attention/v/bias": "model.layers.{}.self_attn.v_proj.bias",
     "blocks/attention/o/kernel": "model.layers.{}.self_attn.o_proj.weight",
+    "blocks/attention/o/bias": "model.layers.{}.self_attn.o_proj.bias",
+    "blocks/attention/q_norm/scale": "model.layers.{}.self_attn.q_norm.weight",
+    "blocks/attention/k_norm/scale": "model.layers.{}.self_attn.k_norm.weight",
     "blocks/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
     "blocks/mlp/gate/kernel": "model.layers.{}.mlp.gate_proj.weight",
     "blocks/mlp/up/kernel": "model.layers.{}.mlp.up_proj.weight",
@@ -40,31 +52,13 @@ TENSORS = {
     "head/kernel": "lm_head.weight",
 }
 
-# Our field and their key in config.json. The defaults of `LlamaConfig` are transformers'.
-SAME = ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "rope_theta")
-FIELDS = {
-    **{name: name for name in SAME},
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "max_seq_len": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "tied": "tie_word_embeddings",
-}
-ROPE_FIELDS = {
-    **{name: name for name in ("factor", "low_freq_factor", "high_freq_factor")},
-    "original_max_seq_len": "original_max_position_embeddings",
-}
-# Written to config.json; refused where it says otherwise.
-PLAIN_LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-}
+EMBEDDING, HEAD = TENSORS["embed/embedding"], TENSORS["head/kernel"]
+# A buffer of older exports, which transformers computes anew as well.
+BUFFER = "rotary_emb.inv_freq"
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+PICKLED = ("*.bin", "*.pt", "*.pth")
 
 # Files of an earlier export that a new one replaces, or would contradict.
 REPLACED = (CONFIG, "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
@@ -72,8 +66,7 @@ REPLACED = (CONFIG, "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin
 STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-#: The method and the arrays' types of quantised weights, as memopt writes them.
-QUANTIZED = "memopt"
+#: Types of the arrays of quantised weights.
 PART_DTYPES = {"int8": "I8", "uint8": "U8", "bfloat16": "BF16"}
 
 
@@ -124,87 +117,87 @@ def tensors(shapes: Mapping[str, Any]) -> Iterator[Tensor]:
 
 
 def read_config(directory: Path) -> LlamaConfig:
-    """Reads `config.json`; the model computes in float32.
+    """The configuration of a directory: what `config.json` says, and what the weights are.
+
+    A head that differs from the embedding it is said to be tied to makes the model an untied one,
+    as in transformers. Where there is a `generation_config.json`, its special tokens count.
 
     Args:
-        directory: Holds `config.json`, of transformers 4 or 5.
+        directory: Holds `config.json`, of transformers 4 or 5, and safetensors.
 
     Returns:
-        The configuration.
+        The configuration, with the narrowest `param_dtype` that holds all weights exactly; the
+        model computes in float32.
 
     Raises:
-        ValueError: If the file is missing or describes something other than a plain LLaMA.
+        ValueError: If a file is missing or damaged, or describes a model that no `LlamaConfig`
+            does.
 
     """
-    path = directory / CONFIG
-    if not path.is_file():
+    path, generation = directory / CONFIG, directory / GENERATION
+    if not path.exists():
         raise ValueError(f"{directory} has no {CONFIG}; give a model directory of Hugging Face.")
-    raw = {key: value for key, value in _read_json(path).items() if value is not None}
-    for key, value in PLAIN_LLAMA.items():
-        if (given := raw.get(key, value)) != value:
-            raise ValueError(f"{path}: {key} is {given!r}; only {value!r} is supported.")
-    _read_quantization(path, raw)
-    # Transformers 5 writes `rope_parameters`, transformers 4 `rope_scaling`.
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{path}: rotary type {rope}; only default and llama3 are known.")
-    required = {f.name for f in dataclasses.fields(LlamaConfig) if f.default is dataclasses.MISSING}
-    try:
-        heads = raw["num_attention_heads"]
-        raw = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads} | raw
-        fields = {o: raw[t] for o, t in FIELDS.items() if t in raw or o in required}
-        if "rope_theta" in rope:
-            fields["rope_theta"] = rope["rope_theta"]
-        if kind == "llama3":
-            fields["rope_scaling"] = RopeScaling(**{o: rope[t] for o, t in ROPE_FIELDS.items()})
-    except KeyError as missing:
-        raise ValueError(f"{path} lacks {missing}.") from None
-    return LlamaConfig(**fields)
+    raw = read_json(path)
+    quantized = _read_quantization(path, raw)
+    config = parse_config(path, {**raw, "quantization_config": None})
+    if generation.exists():
+        config = dataclasses.replace(config, **token_ids(generation, read_json(generation)))
+    if quantized:
+        return dataclasses.replace(config, param_dtype=quantized[1])
+    stored = open_tensors(directory)
+    dtype = narrowest_dtype(directory, stored)
+    if config.tied and {EMBEDDING, HEAD} <= stored.keys():
+        head = stored.pop(HEAD)
+        tied = _equal(stored[EMBEDDING], head)
+        dtype = narrowest_dtype(directory, stored) if tied else dtype
+        config = dataclasses.replace(config, tied=tied)
+    return dataclasses.replace(config, param_dtype=dtype)
 
 
-def read_quantization(directory: Path) -> tuple[str, DType] | None:
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two stored matrices hold the same values, read a few megabytes at a time."""
+    shape = first.get_shape()
+    if second.get_shape() != shape or len(shape) != 2:
+        return False
+    rows = max(1, 2**22 // max(1, shape[1]))
+    parts = [slice(i, min(i + rows, shape[0])) for i in range(0, shape[0], rows)]
+    return all(np.array_equal(first[part], second[part]) for part in parts)
+
+
+def read_codec(directory: Path) -> str | None:
     """Reads how the weights of a directory are quantised.
 
     Args:
         directory: Holds `config.json`.
 
     Returns:
-        The name of the codec, as in `memopt.quantize_params`, and the type of the parameters it
-        decodes to; None if they are arrays of numbers.
+        The name of the codec, as in `memopt.quantize_params`; None if they are not.
 
     Raises:
         ValueError: They are quantised by something else than memopt.
 
     """
-    return _read_quantization(directory / CONFIG, _read_json(directory / CONFIG))
+    path = directory / CONFIG
+    codec, _ = _read_quantization(path, read_json(path)) or (None, None)
+    return codec
 
 
 def _read_quantization(path: Path, raw: Mapping[str, Any]) -> tuple[str, DType] | None:
+    """The codec, and the type of the decoded parameters."""
     given = raw.get("quantization_config")
     if given is None:
         return None
-    try:
-        known = (given["quant_method"], given["codec"], given["dtype"])
-    except (TypeError, KeyError):
-        known = None, None, None
-    method, codec, dtype = known
-    if method != QUANTIZED or codec not in SIDE_DATA or dtype not in STORED.values():
-        raise ValueError(
-            f"{path}: quantization_config is {given!r}; only memopt's own is supported, with "
-            f"one of the codecs {', '.join(SIDE_DATA)}."
-        )
-    return codec, cast(DType, dtype)
+    for codec, dtype in itertools.product(SIDE_DATA, STORED.values()):
+        if given == _quantization(codec, dtype):
+            return codec, cast(DType, dtype)
+    raise ValueError(
+        f"{path}: quantization_config is {reprlib.repr(given)}; only memopt's own is supported, "
+        f"with one of the codecs {', '.join(SIDE_DATA)}."
+    )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object.")
-    return content
+def _quantization(codec: str, dtype: str) -> dict[str, str]:
+    return {"quant_method": "memopt", "codec": codec, "dtype": dtype}
 
 
 def open_tensors(directory: Path) -> dict[str, Any]:
@@ -223,29 +216,43 @@ def open_tensors(directory: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open  # training needs none of it
 
     found: dict[str, Any] = {}
+    files: dict[str, Path] = {}
     for path in _weight_files(directory):
         try:
             file = safe_open(path, framework="np")
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read as safetensors: {error}.") from None
-        names = file.keys()  # not a mapping: it has no iterator of its own
-        found |= {name: file.get_slice(name) for name in names}
+        for name in file.keys():  # noqa: SIM118, not a mapping: it has no iterator of its own
+            if name in files:
+                raise ValueError(f"{path}: tensor {name} is also in {files[name].name}.")
+            files[name] = path
+            if not name.endswith(BUFFER):
+                found[name] = file.get_slice(name)
     return found
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    paths = [directory / WEIGHTS]
-    if (index := directory / INDEX).is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        paths = [directory / Path(name).name for name in names]
+    """The file `model.safetensors`, or without it those of the index, as in transformers."""
+    paths, index = [directory / WEIGHTS], directory / INDEX
+    if not paths[0].exists() and index.exists():
+        names = read_json(index).get("weight_map")
+        if not (isinstance(names, dict) and all(isinstance(x, str) for x in names.values())):
+            raise ValueError(f"{index}: weight_map must hold the name of a file for each tensor.")
+        paths = [directory / name for name in sorted(set(names.values()))]
+        for name, path in zip(sorted(set(names.values())), paths, strict=True):
+            if path.parent != directory or "\\" in name or name in (".", ".."):
+                raise ValueError(
+                    f"{index}: weight_map names {reprlib.repr(name)}, which must be a file of the "
+                    "same directory."
+                )
     missing = [path.name for path in paths if not path.is_file()]
-    if missing and any(directory.glob("*.bin")):
+    if (missing or not paths) and any(any(directory.glob(pattern)) for pattern in PICKLED):
         raise ValueError(
-            f"{directory} holds pickled *.bin weights, which are never loaded; save the model as "
+            f"{directory} holds pickled weights, which are never loaded; save the model as "
             "safetensors first."
         )
     if missing or not paths:
-        raise ValueError(f"{directory} lacks {', '.join(missing) or 'any weights'}.")
+        raise ValueError(f"{directory} lacks {', '.join(missing[:3]) or 'any weights'}.")
     return paths
 
 
@@ -268,35 +275,42 @@ def narrowest_dtype(directory: Path, stored: Mapping[str, Any]) -> DType:
 
 def check_params(directory: Path, stored: Mapping[str, Any], shapes: dict[str, Any]) -> None:
     """Raises what `read_params` would raise of these arguments, without reading any tensor."""
-    _check_tensors(directory, stored, list(tensors(flatten_dict(split_parts(shapes), sep="/"))))
+    flat = flatten_dict(split_parts(shapes), sep="/")
+    _check_tensors(directory, _with_embedding(stored, flat), flat)
 
 
-def _check_tensors(directory: Path, stored: Mapping[str, Any], expected: list[Tensor]) -> None:
-    """Refuses missing, unexpected and misshapen tensors."""
-    known = {tensor.name for tensor in expected}
-    if missing := sorted(known - stored.keys()):
+def _with_embedding(stored: Mapping[str, Any], shapes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tied model may be stored by its head."""
+    if "head/kernel" in shapes or EMBEDDING in stored or HEAD not in stored:
+        return stored
+    return {**stored, EMBEDDING: stored[HEAD]}
+
+
+def _check_tensors(directory: Path, stored: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
+    """Refuses missing, unexpected and misshapen tensors, however many a config asks for."""
+    absent = (tensor.name for tensor in tensors(shapes) if tensor.name not in stored)
+    if missing := list(itertools.islice(absent, 4)):
         raise ValueError(f"{directory} lacks {_enumerate(missing)}.")
-    # Older exports carry buffers, and those of a tied model a copy of its head.
-    others = stored.keys() - known - {TENSORS["head/kernel"]}
-    if unexpected := sorted(name for name in others if not name.endswith("rotary_emb.inv_freq")):
+    expected = {tensor.name: tensor for tensor in tensors(shapes)}
+    # Exports of a tied model may carry a copy of its head.
+    if unexpected := sorted(stored.keys() - expected.keys() - {HEAD}):
         raise ValueError(f"{directory} has unexpected {_enumerate(unexpected)}.")
-    for tensor in expected:
-        if (shape := tuple(stored[tensor.name].get_shape())) != tensor.shape:
+    for name, tensor in expected.items():
+        if (shape := tuple(stored[name].get_shape())) != tensor.shape:
             raise ValueError(
-                f"{directory}: tensor {tensor.name} has shape {shape}, but {CONFIG} makes it "
+                f"{directory}: tensor {name} has shape {shape}, but {CONFIG} makes it "
                 f"{tensor.shape}."
             )
-        given = stored[tensor.name].get_dtype()
-        if tensor.dtype and given != PART_DTYPES[tensor.dtype]:
+        dtype = stored[name].get_dtype()
+        if tensor.dtype and dtype != PART_DTYPES[tensor.dtype]:
             raise ValueError(
-                f"{directory}: tensor {tensor.name} has type {given}, but {CONFIG} makes it "
+                f"{directory}: tensor {name} has type {dtype}, but {CONFIG} makes it "
                 f"{PART_DTYPES[tensor.dtype]}."
             )
 
 
 def _enumerate(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"tensor {', '.join(names[:3])}{more}"
+    return f"tensor {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}"
 
 
 def read_params(
@@ -327,8 +341,9 @@ def read_params(
     """
     flat = flatten_dict(split_parts(shapes), sep="/")
     placed = flatten_dict(split_parts(shardings), sep="/") if shardings else {}
+    stored = _with_embedding(stored, flat)
+    _check_tensors(directory, stored, flat)
     expected = list(tensors(flat))
-    _check_tensors(directory, stored, expected)
 
     def load(leaf: str, layer: int | None = None) -> jax.Array:
         """A leaf, or one layer of it."""
@@ -401,7 +416,7 @@ def write(
     dtype: DType | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write `config.json` and safetensors to a directory, all or nothing.
+    """Write the configuration and safetensors to a directory, all or nothing.
 
     Everything is written to a neighbour, which then takes the directory's place. Other files of an
     earlier export, such as a tokenizer, are kept.
@@ -416,9 +431,13 @@ def write(
         files: Further files by name.
 
     Raises:
-        ValueError: If the directory holds something that is not a model.
+        ValueError: If the directory holds something that is not a model, or if no family of
+            Hugging Face has the configuration's options.
 
     """
+    content = config_json(dataclasses.replace(config, param_dtype=dtype or config.param_dtype))
+    if quantized:
+        content["quantization_config"] = _quantization(quantized, config.param_dtype)
     directory = directory.expanduser().resolve()
     occupied = directory.is_file() or (directory.is_dir() and any(directory.iterdir()))
     if occupied and not (directory / CONFIG).is_file():
@@ -434,13 +453,10 @@ def write(
             shutil.copytree(directory, staged, ignore=keep, dirs_exist_ok=True)
         flat = flatten_dict(split_parts(params) if quantized else params, sep="/")
         _write_weights(staged, flat, max_shard_bytes, dtype)
-        content = _config_json(dataclasses.replace(config, param_dtype=dtype or config.param_dtype))
-        if quantized:
-            decoded = {"codec": quantized, "dtype": config.param_dtype}
-            content["quantization_config"] = {"quant_method": QUANTIZED, **decoded}
-        (staged / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
         for name, data in (files or {}).items():
             (staged / name).write_bytes(data)
+        _write_json(staged / CONFIG, content)
+        _write_generation(staged / GENERATION, config)
         if directory.exists():
             directory.rename(earlier)
         try:
@@ -483,17 +499,18 @@ def _write_weights(
         weight_map.update(dict.fromkeys(content, name))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        _write_json(directory / INDEX, index)
 
 
-def _config_json(config: LlamaConfig) -> dict[str, Any]:
-    scaling = config.rope_scaling
-    stretch = {theirs: getattr(scaling, ours, None) for ours, theirs in ROPE_FIELDS.items()}
-    return {
-        **PLAIN_LLAMA,
-        **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
-        "rope_scaling": {"rope_type": "llama3", **stretch} if scaling else None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "torch_dtype": config.param_dtype,
-    }
+def _write_generation(path: Path, config: LlamaConfig) -> None:
+    """Writes the special tokens, and keeps what else the file of an earlier export says."""
+    kept = read_json(path) if path.exists() else {}
+    ids = token_keys(config)
+    content = {key: value for key, value in kept.items() if key not in ids}
+    content |= {key: value for key, value in ids.items() if value is not None}
+    if content or kept:
+        _write_json(path, content)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -34,6 +34,8 @@ from memopt.state.quantized_params import dequantize_params, quantize_params
 
 INIT = jax.nn.initializers.normal(0.02)
 
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}  # JAX approximates GELU by tanh
+
 # Float32 logits that one device may hold at a time, in bytes.
 LOGITS_BYTES = 2**27
 
@@ -55,67 +57,92 @@ def _dtypes(config: LlamaConfig) -> dict[str, Any]:
     return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 
-def _linear(config: LlamaConfig, rows: str, cols: str, rngs: nnx.Rngs) -> Linear:
+def _linear(
+    config: LlamaConfig, rows: str, cols: str, rngs: nnx.Rngs, bias: bool = False
+) -> Linear:
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     sizes = {"embed": config.hidden_size, "heads": heads, "kv_heads": kv_heads}
     sizes |= {"mlp": config.intermediate_size, "vocab": config.vocab_size}
     options: Any = {"kernel_init": INIT, "kernel_metadata": {"axes": (rows, cols)}}
-    options |= _dtypes(config)
-    return Linear(sizes[rows], sizes[cols], use_bias=False, rngs=rngs, **options)
+    options |= {"use_bias": bias, "bias_metadata": {"axes": (cols,)}}
+    return Linear(sizes[rows], sizes[cols], rngs=rngs, **options, **_dtypes(config))
 
 
-def _norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+class OffsetRMSNorm(nnx.RMSNorm):
+    """Scales by 1 + its parameter, in float32."""
+
+    def __call__(self, x: Array, mask: Any = None) -> Array:
+        """Maps `(..., features)` to the same shape, in the compute dtype."""
+        wide = x.astype(jnp.float32)
+        scale: Any = self.scale
+        mean_square = jnp.mean(wide**2, axis=-1, keepdims=True)
+        factor = jax.lax.rsqrt(mean_square + self.epsilon) * (1 + scale[...].astype(jnp.float32))
+        return (wide * factor).astype(self.dtype)
+
+
+def _norm(config: LlamaConfig, size: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
     options: Any = {"epsilon": config.norm_eps, "scale_metadata": {"axes": (None,)}}
-    return nnx.RMSNorm(config.hidden_size, rngs=rngs, **options, **_dtypes(config))
+    options |= _dtypes(config)
+    if config.norm_offset:
+        return OffsetRMSNorm(size, scale_init=jax.nn.initializers.zeros, rngs=rngs, **options)
+    return nnx.RMSNorm(size, rngs=rngs, **options)
 
 
 class Attention(nnx.Module):
     """Grouped-query attention: `num_heads` queries share `num_kv_heads` keys and values."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.head_dim = config.head_dim
-        self.q = _linear(config, "embed", "heads", rngs)
-        self.k = _linear(config, "embed", "kv_heads", rngs)
-        self.v = _linear(config, "embed", "kv_heads", rngs)
-        self.o = _linear(config, "heads", "embed", rngs)
+        self.config = config
+        inputs, output = config.attention_bias != "none", config.attention_bias == "qkvo"
+        self.q = _linear(config, "embed", "heads", rngs, bias=inputs)
+        self.k = _linear(config, "embed", "kv_heads", rngs, bias=inputs)
+        self.v = _linear(config, "embed", "kv_heads", rngs, bias=inputs)
+        self.o = _linear(config, "heads", "embed", rngs, bias=output)
+        if config.qk_norm:
+            self.q_norm = _norm(config, config.head_dim, rngs)
+            self.k_norm = _norm(config, config.head_dim, rngs)
 
     def __call__(
         self, x: Array, context: Context, cache: Array | None = None, offset: Any = 0
     ) -> tuple[Array, Array | None]:
         """Maps `(batch, seq, hidden)` to the same shape, and updates a cache; see `Block`."""
         query, key, value = (
-            projection(x).reshape(*x.shape[:2], -1, self.head_dim)
+            projection(x).reshape(*x.shape[:2], -1, self.config.head_dim)
             for projection in (self.q, self.k, self.v)
         )
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, context.rotary), rotate(key, context.rotary)
         if cache is not None:
             read = jnp.stack([key, value])
             cache = jax.lax.dynamic_update_slice_in_dim(cache, read, offset, axis=2)
             key, value = cache
-        heads = causal_attention(query, key, value, context.segment_ids, offset)
+        window = self.config.sliding_window
+        heads = causal_attention(query, key, value, context.segment_ids, offset, window=window)
         return self.o(heads.reshape(*heads.shape[:2], -1)), cache
 
 
 class MLP(nnx.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+    """A gated MLP: SwiGLU or GeGLU (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.activation = ACTIVATIONS[config.activation]
         self.gate = _linear(config, "embed", "mlp", rngs)
         self.up = _linear(config, "embed", "mlp", rngs)
         self.down = _linear(config, "mlp", "embed", rngs)
 
     def __call__(self, x: Array) -> Array:
         """Maps `(batch, seq, hidden)` to the same shape."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class Block(nnx.Module):
     """Attention and MLP, each after a norm and added to what came in."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = _norm(config, rngs)
+        self.attention_norm = _norm(config, config.hidden_size, rngs)
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = _norm(config, rngs)
+        self.mlp_norm = _norm(config, config.hidden_size, rngs)
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
@@ -146,7 +173,7 @@ def _parts(
     init: Any = {"embedding_init": INIT, "embedding_metadata": {"axes": ("vocab", "embed")}}
     embed = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs, **init, **_dtypes(config))
     keys = jax.random.split(rngs.params(), config.num_layers)
-    norm = _norm(config, rngs)
+    norm = _norm(config, config.hidden_size, rngs)
     head = None if config.tied else _linear(config, "embed", "vocab", rngs)
     return embed, keys, norm, head
 
@@ -230,6 +257,8 @@ class Llama(nnx.Module):
         """
         token_ids = constrain(token_ids, "data", None)
         x = jnp.take(self.embed.embedding[...], token_ids, axis=0).astype(self.config.dtype)
+        if self.config.scale_embedding:
+            x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         return constrain(constrain(x, "data", None, "embed"), "batch", None, None)
 
     def block_function(self) -> tuple[Callable[..., Array], Any]:
@@ -562,8 +591,8 @@ def read_hugging_face(
     directory = Path(directory)
     config = hugging_face.read_config(directory)
     tensors = hugging_face.open_tensors(directory)
-    codec, decoded = hugging_face.read_quantization(directory) or (None, None)
-    stored = param_dtype or decoded or hugging_face.narrowest_dtype(directory, tensors)
+    codec = hugging_face.read_codec(directory)
+    stored = param_dtype or config.param_dtype
     config = dataclasses.replace(config, param_dtype=stored, dtype=dtype, remat=remat)
     shapes = abstract_params(config, mesh)
     shapes = quantize_params(shapes, codec) if codec else shapes

@@ -1,6 +1,6 @@
 """Writes the model of a run in Hugging Face's layout, with its tokenizer and a model card."""
 
-import json
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import jax
 
 from memopt import __version__
 from memopt.models import hugging_face
-from memopt.models.config import DType
+from memopt.models.config import DType, LlamaConfig
 from memopt.models.quantized_tensors import codec_of
 from memopt.state.quantized_params import dequantize_params
 from memopt.text.tokenizer_files import tokenizer_files
@@ -46,20 +46,14 @@ def export(
         )
     if quantized and dtype:
         raise ValueError("dtype must be left out with quantized, which writes codes as they are.")
-    files = tokenizer_files(run.tokenizer.name)
-    eos_id = run.tokenizer.eos_id
-    ids = {"bos_token_id": eos_id, "eos_token_id": eos_id}
-    generation = ids | json.loads(files.get("generation_config.json", b"{}"))
-    files["generation_config.json"] = _json(generation)
-    files["README.md"] = model_card(run).encode()
     hugging_face.write(
         directory,
-        run.model_config,
+        _with_token_ids(run),
         run.params,
         SHARD_BYTES,
         quantized=codec if quantized else None,
         dtype=dtype,
-        files=files,
+        files={**tokenizer_files(run.tokenizer.name), "README.md": model_card(run).encode()},
     )
 
 
@@ -115,5 +109,11 @@ def _facts(run: LoadedModel) -> Iterator[tuple[str, Any]]:
     yield "computed in", architecture.compute_dtype
 
 
-def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
+def _with_token_ids(run: LoadedModel) -> LlamaConfig:
+    """The model's configuration, with the token that ended documents in training among its own."""
+    config, eos_id = run.model_config, run.tokenizer.eos_id
+    if eos_id not in config.eos_ids:
+        config = dataclasses.replace(config, eos_ids=(eos_id, *config.eos_ids))
+    if run.config and not run.config.architecture.shape:
+        config = dataclasses.replace(config, bos_id=eos_id)  # a new model's texts begin with it
+    return config

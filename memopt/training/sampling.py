@@ -42,18 +42,19 @@ def continue_text(
             f"prompt has {len(ids)} tokens, but the model reads {config.max_seq_len} at most, its "
             "continuation included: shorten it."
         )
+    ends = sorted({tokenizer.eos_id, *config.eos_ids})
     out = generate(
         loaded.model,
         ids,
         min(max_new_tokens, room),
         temperature=temperature,
         top_p=top_p,
-        eos_ids=(tokenizer.eos_id,),
+        eos_ids=ends,
         key=jax.random.key(seed),
     )
     written = np.asarray(out)[len(ids) :]
-    ends = np.flatnonzero(written == tokenizer.eos_id)
-    written = written[: ends[0]] if ends.size else written
+    ended = np.isin(written, ends)
+    written = written[: ended.argmax()] if ended.any() else written
     # A tokenizer may drop the space before what it decodes first.
     before, whole = tokenizer.decode(ids), tokenizer.decode([*ids, *written])
     text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(written)

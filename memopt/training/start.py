@@ -215,8 +215,8 @@ def read_origin(config: Config) -> Origin:
     directory: Any = config.start.init
     if not is_run("init", directory):
         model_config = hugging_face.read_config(directory)
-        codec, _ = hugging_face.read_quantization(directory) or (None, None)
-        return ModelOrigin(model_config, directory, hugging_face.open_tensors(directory), codec)
+        tensors = hugging_face.open_tensors(directory)
+        return ModelOrigin(model_config, directory, tensors, hugging_face.read_codec(directory))
     there = Config.from_flat(read_options(directory / "config.json"))
     # The devices and the batch are those of the new run.
     optimization = dataclasses.replace(

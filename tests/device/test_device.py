@@ -155,8 +155,9 @@ def test_a_mesh_of_one_device_changes_nothing(method):
     jax.tree.map(close, found, expected)
 
 
+@pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("segments", [False, True], ids=["one document", "packed documents"])
-def test_attention_as_trained_is_that_in_chunks(segments):
+def test_attention_as_trained_is_that_in_chunks(segments, window):
     """Runs cuDNN's on a GPU, in bfloat16."""
     draw = np.random.default_rng(0)
     normal = lambda heads: jnp.asarray(draw.normal(size=(2, 640, heads, 64)), jnp.bfloat16)
@@ -164,7 +165,7 @@ def test_attention_as_trained_is_that_in_chunks(segments):
     ids = jnp.asarray(np.sort(draw.integers(0, 4, (2, 640))), jnp.int32) if segments else None
 
     def run(attention):
-        weighted = lambda *qkv: (attention(*qkv, ids).astype(jnp.float32) ** 2).sum()
+        weighted = lambda *qkv: (attention(*qkv, ids, window=window).astype(jnp.float32) ** 2).sum()
         f = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2)))
         compiled = f.lower(query, key, value).compile()
         return compiled(query, key, value), compiled.as_text()

@@ -4,25 +4,22 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file
 
 from memopt.models.llama import Llama, from_hugging_face
-from tests.models.examples import SMALL, YARDSTICK, init
+from tests.models.examples import OPTIONS, SMALL, YARDSTICK, enlarge, init
 
 
 @pytest.fixture(scope="session")
 def model() -> Llama:
-    """Matrices larger than the initial 0.02, so that every path matters."""
-    graphdef, params = nnx.split(init(SMALL), nnx.Param)
+    return enlarge(init(SMALL))
 
-    def enlarge(path, leaf):
-        return leaf if "scale" in jax.tree_util.keystr(path) else 5 * leaf
 
-    return nnx.merge(graphdef, jax.tree.map_with_path(enlarge, params))
+@pytest.fixture(scope="session")
+def with_options() -> Llama:
+    return enlarge(init(OPTIONS))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Models and batches shared by the tests of models."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from memopt.models.hugging_face import tensors
-from memopt.models.llama import Llama, LlamaConfig, loss
+from memopt.models.llama import Llama, LlamaConfig, RopeScaling, loss
 
 YARDSTICK = Path(__file__).parents[1] / "yardstick" / "llama_tiny"
 
@@ -19,6 +20,19 @@ SMALL = LlamaConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=8,
+)
+
+# Every option that a family of Hugging Face has.
+OPTIONS = dataclasses.replace(
+    SMALL,
+    tied=True,
+    activation="gelu_tanh",
+    attention_bias="qkvo",
+    qk_norm=True,
+    sliding_window=3,
+    norm_offset=True,
+    scale_embedding=True,
+    rope_scaling=RopeScaling(kind="yarn", factor=4.0, original_max_seq_len=16),
 )
 
 
@@ -39,6 +53,17 @@ def by_name(params) -> dict[str, np.ndarray]:
 def init(config: LlamaConfig) -> Llama:
     """A new model, compiled: much faster than op by op."""
     return nnx.jit(lambda: Llama(config, rngs=nnx.Rngs(0)))()
+
+
+def enlarge(model: Llama) -> Llama:
+    """Matrices larger than the initial 0.02, so that every path matters; biases that are not 0."""
+    graphdef, params = nnx.split(model, nnx.Param)
+
+    def change(path, leaf):
+        name = jax.tree_util.keystr(path)
+        return leaf if "scale" in name else leaf + 0.1 if "bias" in name else 5 * leaf
+
+    return nnx.merge(graphdef, jax.tree.map_with_path(change, params))
 
 
 def split(model):

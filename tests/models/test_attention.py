@@ -9,13 +9,14 @@ from memopt.models import attention
 from memopt.models.attention import QUERY_CHUNK, causal_attention
 
 
-def textbook(query, key, value, segment_ids=None, offset=0):
+def textbook(query, key, value, segment_ids=None, offset=0, window=None):
     """Every score at once, in float64."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     groups = query.shape[2] // key.shape[2]
     key, value = np.repeat(key, groups, 2), np.repeat(value, groups, 2)
     scores = np.einsum("bqnh,bknh->bnqk", query, key) / np.sqrt(query.shape[-1])
-    allowed = (offset + np.arange(query.shape[1]))[:, None] >= np.arange(key.shape[1])
+    back = (offset + np.arange(query.shape[1]))[:, None] - np.arange(key.shape[1])
+    allowed = (back >= 0) & (back < (window or np.inf))
     allowed = np.broadcast_to(allowed, scores.shape)
     if segment_ids is not None:
         allowed = allowed & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
@@ -44,11 +45,24 @@ def test_attention_is_the_textbooks(length, segmented):
     np.testing.assert_allclose(ours, textbook(query, key, value, segments), atol=2e-6)
 
 
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize(("length", "window"), [(7, 1), (7, 3), (3 * QUERY_CHUNK - 1, 300)])
+def test_a_window_counts_the_position_itself(length, window, segmented):
+    query, key, value = qkv(length)
+    segments = np.sort(np.random.default_rng(0).integers(0, 4, (2, length)))
+    segments = segments if segmented else None
+    ours = causal_attention(query, key, value, segments, window=window)
+    theirs = textbook(query, key, value, segments, window=window)
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("length", [1, 5, 2 * QUERY_CHUNK + 1])
-def test_offset_places_the_queries_among_the_keys(length):
+def test_offset_places_the_queries_among_the_keys(length, window):
     query, key, value = qkv(length, keys=length + 9)
-    ours = causal_attention(query, key, value, offset=jnp.int32(4))
-    np.testing.assert_allclose(ours, textbook(query, key, value, offset=4), atol=2e-6)
+    ours = causal_attention(query, key, value, offset=jnp.int32(4), window=window)
+    theirs = textbook(query, key, value, offset=4, window=window)
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
 def test_chunks_do_not_change_the_gradient(monkeypatch):
@@ -101,3 +115,17 @@ def test_on_a_gpu_half_precision_runs_flash_attention(monkeypatch, dtype, head_d
     causal_attention(query, key, key)
     expected = {"implementation": "cudnn", "is_causal": True, "mask": None}
     assert (calls[0] == expected) == flash
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_flash_attention_has_the_same_window(monkeypatch, segmented):
+    """XLA computes in place of cuDNN what cuDNN was asked for."""
+    attend = jax.nn.dot_product_attention
+    on_xla = lambda *arrays, **options: attend(*arrays, **(options | {"implementation": "xla"}))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_xla)
+    query, key, value = qkv(16, dtype=jnp.bfloat16)
+    segments = jnp.repeat(jnp.arange(2), 8)[None] if segmented else None
+    ours = causal_attention(query, key, value, segments, window=3)
+    chunked = causal_attention(query, key, value, segments, window=3, chunked=True)
+    np.testing.assert_array_equal(ours, chunked)

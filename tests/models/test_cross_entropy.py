@@ -36,7 +36,9 @@ def test_parts_change_neither_loss_nor_gradients(columns):
     """With a part that is left over, of a row of lanes, and one part for all."""
     given = arrays(jnp.float32)
     gradients = lambda f: jax.jit(jax.value_and_grad(f, (0, 1, 2)))(*given)
-    chex.assert_trees_all_close(gradients(in_parts(columns)), gradients(at_once), rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(
+        gradients(in_parts(columns)), gradients(at_once), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_the_gradient_in_bfloat16_is_rounded_once():

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType
 
-from memopt.models.generate import generate
+from memopt.models.generate import generate, read
 from memopt.models.llama import from_hugging_face
 from tests.models.examples import SMALL, init, logits
 
@@ -30,6 +31,19 @@ def test_greedy_continuation_is_the_uncached_one(recorded, count):
     ours = generate(recorded["model"], PROMPT, count)
     np.testing.assert_array_equal(ours, greedy(recorded["model"], PROMPT, count))
     assert len(np.unique(ours[:, 5:])) > 1 or count == 1
+
+
+def test_windows_and_other_options_hold_in_the_cache(with_options):
+    """The window of 3 is shorter than the prompt of 5, and than the 4 tokens that follow."""
+    tokens = np.random.default_rng(0).integers(0, 64, (2, 9), dtype=np.int32)
+    expected = logits(with_options, tokens)
+    config, step = with_options.config, nnx.jit(read)
+    shape = (config.num_layers, 2, *tokens.shape, config.num_kv_heads, config.head_dim)
+    found, cache = step(with_options, tokens[:, :5], jnp.zeros(shape), 0)
+    np.testing.assert_allclose(found, expected[:, 4], atol=1e-5)
+    for position in range(5, 9):
+        found, cache = step(with_options, tokens[:, position, None], cache, position)
+        np.testing.assert_allclose(found, expected[:, position], atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,9 @@ def test_initial_values_are_normal_and_differ_between_layers():
     assert (params["final_norm"]["scale"] == 1).all()
 
 
-def test_packed_documents_do_not_see_each_other(model):
-    batch = packed()
+@pytest.mark.parametrize("name", ["model", "with_options"])
+def test_packed_documents_do_not_see_each_other(request, name):
+    batch, model = packed(), request.getfixturevalue(name)
     together = logits(model, batch["inputs"], batch["segment_ids"], batch["positions"])
     for start, stop in ((0, 5), (5, 10)):
         alone = logits(model, batch["inputs"][:, start:stop])
@@ -127,10 +128,19 @@ def test_chunked_logits_do_not_dominate_memory():
     assert temporary_bytes(2**24) < 0.15 * logits
 
 
-@pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
-def test_remat_does_not_change_the_gradient(model, remat):
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [
+        pytest.param("model", "dots", marks=pytest.mark.slow),
+        pytest.param("model", "full", marks=pytest.mark.slow),
+        pytest.param("with_options", "dots", marks=pytest.mark.slow),
+        ("with_options", "full"),
+    ],
+)
+def test_remat_does_not_change_the_gradient(request, name, remat):
+    model = request.getfixturevalue(name)
     graphdef, params = split(model)
-    again = split(abstract_model(dataclasses.replace(SMALL, remat=remat)))[0]
+    again = split(abstract_model(dataclasses.replace(model.config, remat=remat)))[0]
     plain = value_and_grad(graphdef, params, packed())
     chex.assert_trees_all_close(
         value_and_grad(again, params, packed()), plain, rtol=1e-5, atol=1e-6

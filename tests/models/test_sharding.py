@@ -58,6 +58,22 @@ def test_split_loss_and_gradients_are_the_whole_ones(model, sizes, axis_type):
     chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf.sharding, gradient), shardings)
 
 
+def test_options_of_other_families_are_split_alike(with_options):
+    graphdef, params = split(with_options)
+    tokens = np.random.default_rng(0).integers(0, 64, (8, 13), dtype=np.int32)
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+    whole = jax.device_get(value_and_grad(graphdef, params, batch))
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, AxisType.Explicit)
+    shardings = param_shardings(with_options, mesh)
+    assert shardings["blocks"]["attention"]["q"]["bias"].spec == jax.P(None, "tensor")
+    assert shardings["blocks"]["attention"]["o"]["bias"].spec == jax.P(None, "fsdp")
+    assert shardings["blocks"]["attention"]["k_norm"]["scale"].spec == jax.P(None, None)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings), jax.device_put(batch, jax.P(("data", "fsdp")))
+        found = jax.device_get(value_and_grad(graphdef, *placed))
+    chex.assert_trees_all_close(found, whole, rtol=1e-5, atol=1e-5)
+
+
 @quick_with(AxisType.Explicit)
 def test_split_recorded_model_gives_the_recorded_numbers(recorded, recorded_directory, axis_type):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, axis_type)

@@ -18,6 +18,7 @@ from memopt.models.stacked import StackedModel
 from memopt.optimizers.registry import METHODS
 from memopt.training.release import release_step
 from memopt.training.step import init_state, train_step
+from tests.models.examples import OPTIONS
 from tests.optimizers.kinds import KINDS, slow_unless
 from tests.training.nano import NANO
 
@@ -282,21 +283,36 @@ def test_skipping_matrices_takes_the_place_of_skipping_steps():
     assert jnp.any(state.params["embed"]["embedding"] != params["embed"]["embedding"])
 
 
-def llama_run(step, tx, batches, mesh=None, accumulation=1):
-    params = nnx.to_pure_dict(nnx.state(llama.Llama(CONFIG, rngs=nnx.Rngs(0)), nnx.Param))
+def llama_run(step, tx, batches, mesh=None, accumulation=1, config=CONFIG, store=lambda x: x):
+    params = jax.jit(lambda: llama.init_params(config, store=store))()
     if step is train_step:
-        graph, _ = nnx.split(llama.abstract_model(CONFIG), nnx.Param)
+        graph, _ = nnx.split(llama.abstract_model(config), nnx.Param)
         options = {"loss": lambda params, batch: llama.loss(nnx.merge(graph, params), batch)}
     else:
-        options = {"model": llama.stacked_model(CONFIG)}
+        options = {"model": llama.stacked_model(config)}
     options["accumulation"] = accumulation
     if mesh is None:
         return run(step, tx, params, batches, **options)
-    shardings = llama.param_shardings(llama.abstract_model(CONFIG), mesh)
+    shardings = llama.param_shardings(llama.abstract_model(config), mesh)
     rows = jax.P(tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape))
     with jax.set_mesh(mesh):
         batches = [jax.device_put(b, jax.NamedSharding(mesh, rows)) for b in batches]
         return run(step, tx, jax.device_put(params, shardings), batches, **options)
+
+
+@pytest.mark.parametrize("weights", [pytest.param(None, marks=pytest.mark.slow), "int8"])
+def test_options_of_other_families_are_released(weights):
+    shape = {"hidden_size": 8, "num_layers": 3, "num_kv_heads": 1, "head_dim": 4}
+    config = dataclasses.replace(OPTIONS, vocab_size=VOCAB, num_heads=2, **shape)
+    store = functools.partial(memopt.quantize_params, codec=weights) if weights else lambda x: x
+    batches = [make_batch(seed) for seed in range(3)]
+    ordinary, released = (
+        llama_run(step, optax.sgd(RATE, momentum=0.9), batches, config=config, store=store)
+        for step in (train_step, release_step)
+    )
+    dense = [jax.jit(memopt.dequantize_params)(x[0].params) for x in (ordinary, released)]
+    chex.assert_trees_all_close(*dense, rtol=0, atol=1e-6 if weights is None else 2e-3)
+    chex.assert_trees_all_close(ordinary[1], released[1], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
