@@ -10,15 +10,15 @@ Examples:
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro import conf
 
 from memopt.cli.errors import fail
-from memopt.text.documents import Documents, find_documents
+from memopt.training.config import Config
 from memopt.training.data import read_history
-from memopt.training.evaluation import evaluate_text
+from memopt.training.evaluation import Evaluation, evaluate_chats, evaluate_text
 from memopt.training.load import LoadedModel, load_model
 from memopt.training.open import find_text
 
@@ -29,8 +29,10 @@ class Options:
 
     Attributes:
         run: Directory of a run or of a Hugging Face model.
-        data: Text, as in `memopt pretrain`, all of it. Without it, the text that the run held out,
-            as much as its own validation reads.
+        data: Text or chats, as in `memopt pretrain` and `finetune`, all of it. Without it, what the
+            run held out, as much as its own validation reads.
+        format: What the data holds: text, or chats, of which the answers count; by default as the
+            run was trained, and text for a Hugging Face model.
         batch_size: Rows that are evaluated at a time.
         seq_len: Tokens of a row, which is what the model sees before a token, at most; by default
             that of the run, or the model's longest up to 1024.
@@ -40,6 +42,7 @@ class Options:
 
     run: Annotated[conf.Positional[Path], conf.arg(metavar="RUN")]
     data: Annotated[tuple[str, ...], conf.arg(metavar="SOURCE ...")] = ()
+    format: Annotated[Literal["text", "chats"] | None, conf.arg(metavar="{text,chats}")] = None
     batch_size: int = 8
     seq_len: Annotated[int | None, conf.arg(metavar="INT")] = None
     step: Annotated[Literal["best", "last"] | int, conf.arg(metavar="{best,last,INT}")] = "best"
@@ -50,19 +53,12 @@ def evaluate(arguments: list[str]) -> None:
     options = tyro.cli(Options, prog="memopt evaluate", description=__doc__, args=arguments)
     try:
         loaded = load_model(options.run, options.step)
-        documents, name, max_tokens = _text(loaded, options.data)
-        found = evaluate_text(
-            loaded,
-            documents,
-            batch_size=options.batch_size,
-            seq_len=options.seq_len,
-            max_tokens=max_tokens,
-        )
+        found, name = _evaluate(loaded, options)
     except (ValueError, ImportError, OSError) as error:
         fail(error)
     at_step = "" if loaded.step is None else f", step {loaded.step}"
     print(f"model      {loaded.path}{at_step}")
-    print(f"text       {name}: {found.tokens:,} tokens, {found.bytes:,} bytes")
+    print(f"data       {name}: {found.tokens:,} tokens, {found.bytes:,} bytes")
     print(f"a token    loss {found.loss:.4f}, perplexity {found.perplexity:.3f}")
     print(
         f"a byte     loss {found.loss_per_byte:.4f}, perplexity {found.perplexity_per_byte:.3f}, "
@@ -70,11 +66,20 @@ def evaluate(arguments: list[str]) -> None:
     )
 
 
-def _text(loaded: LoadedModel, data: tuple[str, ...]) -> tuple[Documents, str, int | None]:
-    """The text to evaluate on, its name, and how many tokens of it."""
-    if data:
-        return find_documents(data), " ".join(data), None
-    if loaded.config is None:
-        raise ValueError(f"{str(loaded.path)!r} is a model without text of its own: give --data.")
-    _, held_out = find_text(loaded.config, read_history(loaded.path)).split()
-    return held_out, "what the run held out", loaded.config.text.eval_tokens
+def _evaluate(loaded: LoadedModel, options: Options) -> tuple[Evaluation, str]:
+    """The evaluation, and a name for what it is on."""
+    if not (loaded.config or options.data):
+        raise ValueError(f"{str(loaded.path)!r} is a model without data of its own: give --data.")
+    config = loaded.config or Config()
+    text = dataclasses.replace(config.text, format=options.format or config.text.format)
+    specs = options.data or text.eval_data
+    text = dataclasses.replace(text, data=specs or text.data)
+    history = [] if options.data else read_history(loaded.path)  # names of data that has moved
+    documents = find_text(dataclasses.replace(config, text=text), history)
+    documents = documents if specs else documents.split()[1]
+    name = " ".join(options.data) or "what the run held out"
+    rows: Any = {"batch_size": options.batch_size, "seq_len": options.seq_len}
+    rows |= {"max_tokens": None if options.data else text.eval_tokens}
+    if text.format == "text":
+        return evaluate_text(loaded, documents, **rows), name
+    return evaluate_chats(loaded, documents, long_examples=text.long_examples, **rows), name

@@ -31,7 +31,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
 import jax
@@ -149,6 +149,7 @@ def parse(
     command: str = "pretrain",
     description: str | None = __doc__,
     defaults: Config = DEFAULTS,
+    inherits: Collection[str] | None = None,
 ) -> Config:
     """Returns the options on the command line, over those of a config file or another run.
 
@@ -157,6 +158,7 @@ def parse(
         command: The command's name.
         description: Shown by `--help`.
         defaults: The options of a run that is given none.
+        inherits: Options that a run has from the one it starts from; None: all.
 
     Raises:
         ValueError: The config file cannot be read, or there is no run to resume or to start from.
@@ -180,7 +182,8 @@ def parse(
             "init, grow and carry_state start a new run, --resume continues one: leave one out."
         )
     if config.start.init:
-        options |= inherited_options(config.start)
+        inherited = inherited_options(config.start)
+        options |= {k: x for k, x in inherited.items() if inherits is None or k in inherits}
         if any(argument.partition("=")[0] == "--optimizer" for argument in arguments):
             options.pop("option", None)  # of the optimizer there
     if config.run.config:
@@ -211,6 +214,7 @@ def _introduce(run: Training, console: Console) -> None:
         *(f"{'' if i else 'taken for':<10} {line}" for i, line in enumerate(kinds)),
         f"schedule   {describe_phases(config)}",
         f"text       {' '.join(config.text.data)}, tokenizer {run.tokenizer.name}",
+        *([f"examples   {run.examples}"] if run.examples else []),
         *(
             f"           since step {entry.after} other data than before, in a new pass over it: "
             f"{' '.join(entry.data)}"

@@ -1,6 +1,6 @@
-r"""Continue a text by the model of a run, or by a Hugging Face model.
+r"""Continue a text, or answer a message, by the model of a run or by a Hugging Face model.
 
-The continuation is printed, without the prompt. It ends at an end token.
+What it writes is printed, without the prompt. It ends at an end token.
 
 Examples:
   memopt sample runs/books --prompt 'Once upon a time'
@@ -25,12 +25,14 @@ class Options:
 
     Attributes:
         run: Directory of a run or of a Hugging Face model.
-        prompt: The text to continue.
+        prompt: The text to continue, or the message to answer.
         max_new_tokens: Tokens to write, at most; fewer where the model's context ends.
         temperature: Divides the logits: 0 takes the likeliest token, 1 samples from the model.
         top_p: Sample among the likeliest tokens only, as few as have this probability together.
         stop: Text that ends the continuation, without it.
         seed: Decides the sample.
+        format: text continues the prompt, chats answers it as the message of a user, by the chat
+            template; by default as the run was trained, and text for a Hugging Face model.
         step: Of a run: best (by validation loss), last, or the number of a step that has a
             checkpoint.
     """
@@ -42,6 +44,7 @@ class Options:
     top_p: float = 1.0
     stop: Annotated[tuple[str, ...], conf.UseAppendAction, conf.arg(metavar="TEXT")] = ()
     seed: int = 0
+    format: Annotated[Literal["text", "chats"] | None, conf.arg(metavar="{text,chats}")] = None
     step: Annotated[Literal["best", "last"] | int, conf.arg(metavar="{best,last,INT}")] = "best"
 
 
@@ -57,6 +60,7 @@ def sample(arguments: list[str]) -> None:
             top_p=options.top_p,
             stop=options.stop,
             seed=options.seed,
+            format=options.format,
         )
     except (ValueError, OSError) as error:
         fail(error)

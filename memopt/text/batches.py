@@ -16,7 +16,9 @@ import numpy as np
 
 from memopt import internals
 from memopt.errors import check_at_least
+from memopt.text.chats import ChatEncoder
 from memopt.text.documents import Documents
+from memopt.text.examples import Examples
 from memopt.text.finding import SECONDS_OF_SILENCE
 from memopt.text.packing import Batch, packed
 from memopt.text.tokenizer import Tokenizer
@@ -113,13 +115,64 @@ def train_batches(
         >>> batches.close()
     """
     rows = _check_rows(batch_size, seq_len, rows)
-    if not 0 <= seed < 2**31:
-        raise ValueError(f"seed={seed} must be between 0 and 2147483647.")
+    _check_seed(seed)
     in_order = packed(documents.epochs(seed), tokenizer, seq_len, chunk=documents.chunk)
     dataset = internals.shuffled(in_order, max(1, WINDOW_TOKENS // seq_len), seed)
-    batches = _batch(dataset, batch_size, rows)
-    batches = batches.map(place) if place else batches
-    return Batches(internals.prefetched(batches, PREFETCH), progress)
+    return _ahead(_batch(dataset, batch_size, rows), place, progress)
+
+
+def example_batches(
+    examples: Examples,
+    *,
+    batch_size: int,
+    seed: int,
+    rows: Sequence[int] | None = None,
+    place: Callable[[Batch], Any] | None = None,
+) -> Batches:
+    """Returns endless training batches of examples, as `train_batches` does of documents.
+
+    Args:
+        examples: The examples, which are in rows already.
+        batch_size: As in `train_batches`.
+        seed: As in `train_batches`.
+        rows: As in `train_batches`.
+        place: As in `train_batches`.
+
+    Returns:
+        An iterator of batches, with `weights` of 1 where the target belongs to an answer.
+
+    Raises:
+        ValueError: As `train_batches`.
+    """
+    rows = _check_rows(batch_size, examples.seq_len, rows)
+    _check_seed(seed)
+    return _ahead(_batch(examples.epochs(seed), batch_size, rows), place)
+
+
+def example_validation(
+    examples: Examples,
+    *,
+    batch_size: int,
+    max_tokens: int | None = 2**17,
+    rows: Sequence[int] | None = None,
+) -> list[Batch]:
+    """Returns the same held-out batches at every call, as `validation_batches` does of documents.
+
+    Args:
+        examples: The examples, which are in rows already.
+        batch_size: As in `validation_batches`.
+        max_tokens: As in `validation_batches`; None holds all.
+        rows: As in `validation_batches`.
+
+    Raises:
+        ValueError: As `validation_batches`.
+    """
+    rows = _check_rows(batch_size, examples.seq_len, rows)
+    dataset = examples.once()
+    if max_tokens is not None:
+        check_at_least("max_tokens", max_tokens, examples.seq_len)
+        dataset = internals.limited(dataset, max_tokens // examples.seq_len)
+    return list(_batch(dataset, batch_size, rows))
 
 
 def validation_batches(
@@ -195,7 +248,12 @@ def batches_in_order(
 
 
 def fingerprint(
-    documents: Documents, tokenizer: Tokenizer, *, batch_size: int, seq_len: int, seed: int
+    documents: Documents,
+    tokenizer: Tokenizer | ChatEncoder,
+    *,
+    batch_size: int,
+    seq_len: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Returns everything that decides the order of `train_batches`, JSON-serialisable.
 
@@ -203,7 +261,7 @@ def fingerprint(
 
     Args:
         documents: As given to `train_batches`.
-        tokenizer: As given to `train_batches`.
+        tokenizer: As given to `train_batches`, or what encodes the examples.
         batch_size: As given to `train_batches`.
         seq_len: As given to `train_batches`.
         seed: As given to `train_batches`.
@@ -241,6 +299,21 @@ def _batch(dataset: grain.IterDataset, batch_size: int, rows: Sequence[int]) -> 
         return {name: np.pad(array, missing)[rows] for name, array in batch.items()}
 
     return dataset.batch(batch_size).map(take)
+
+
+def _ahead(
+    batches: grain.IterDataset,
+    place: Callable[[Batch], Any] | None,
+    progress: Callable[[str], None] | None = None,
+) -> Batches:
+    """The batches, made and placed ahead."""
+    batches = batches.map(place) if place else batches
+    return Batches(internals.prefetched(batches, PREFETCH), progress)
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"seed={seed} must be between 0 and 2147483647.")
 
 
 def _check_rows(batch_size: int, seq_len: int, rows: Sequence[int] | None) -> Sequence[int]:

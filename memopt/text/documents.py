@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from memopt.errors import check_choice
-from memopt.text.files import Files
+from memopt.text.files import TEXT, Files, Records
 from memopt.text.finding import read_files
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ Documents: TypeAlias = "Files | Stream"
 def find_documents(
     specs: Sequence[str] = ("python",),
     *,
+    records: Records = TEXT,
     bad_records: str = "skip",
     progress: Callable[[str], None] | None = None,
 ) -> Documents:
@@ -46,6 +47,8 @@ def find_documents(
 
     Args:
         specs: What to read. Files named twice are read once. `hf:` must be the only one.
+        records: What records hold: text or, as `memopt.text.chats.CHATS`, chats; then every file
+            is JSON lines.
         bad_records: What to do about records that are not JSON, not UTF-8, or without text in the
             field: "skip" them with a warning, or "stop" with an error.
         progress: Called with a line to show, now and then if reading takes more than a second.
@@ -72,9 +75,9 @@ def find_documents(
     check_choice("bad_records", bad_records, ("skip", "stop"))
     streams = [spec for spec in specs if spec.startswith("hf:")]
     if not streams:
-        return read_files(specs, bad_records=bad_records, progress=progress)
+        return read_files(specs, records=records, bad_records=bad_records, progress=progress)
     if len(specs) > 1:
         raise ValueError(f"data {streams[0]!r} cannot be mixed with other data: give it alone.")
     from memopt.text.streams import open_stream  # needs Grain, which files do not
 
-    return open_stream(streams[0], bad_records=bad_records)
+    return open_stream(streams[0], records=records, bad_records=bad_records)

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -30,17 +30,36 @@ FEW_DOCUMENTS = 100
 
 
 class Piece(NamedTuple):
-    """Consecutive text of one document.
+    """Consecutive text of one document, or all of another document.
 
     Attributes:
-        text: The text.
+        text: The text, or what `Records.read` returns.
         begins: Whether the document begins here.
         ends: Whether the document ends here.
+        name: The file and line, or the dataset and position, of a record.
     """
 
-    text: str
+    text: Any
     begins: bool
     ends: bool
+    name: str = ""
+
+
+class Records(NamedTuple):
+    """What records hold.
+
+    Attributes:
+        noun: What it is called: "text".
+        field: The field it is in, if no other is named.
+        read: Returns it, given the record and the field; raises `ValueError` if there is none, and
+            says why, after a name for the record.
+        in_every_file: Whether files of any name are JSON lines.
+    """
+
+    noun: str
+    field: str
+    read: Callable[[Any, str], Any]
+    in_every_file: bool = False
 
 
 class File(NamedTuple):
@@ -82,11 +101,13 @@ class Files:
         files: The files.
         pieces: Byte ranges, an array of `PIECE`.
         sources: Where they are read from.
+        records: What their records hold.
     """
 
     files: tuple[File, ...]
     pieces: np.ndarray
     sources: Sources
+    records: Records
 
     def __len__(self) -> int:
         """The number of pieces."""
@@ -105,7 +126,8 @@ class Files:
         if file.field is None:
             return Piece(content.decode("utf-8", "replace"), start == 0, stop == file.size)
         try:
-            return Piece(text_of_line(content, file.field), True, True)
+            document = read_line(content, file.field, self.records)
+            return Piece(document, True, True, f"{file.path}, line {line}")
         except ValueError as error:
             raise ValueError(
                 f"{file.path} has changed since it was found: line {line} {error}"
@@ -269,11 +291,11 @@ def _begins(pieces: np.ndarray) -> np.ndarray:
     return (pieces["line"] > 0) | (pieces["start"] == 0)
 
 
-def text_of_line(line: bytes, field: str) -> str:
-    """Returns the text in a field of a JSON line.
+def read_line(line: bytes, field: str, records: Records) -> Any:
+    """Returns what a JSON line holds.
 
     Raises:
-        ValueError: There is none; says why, after a name for the line.
+        ValueError: It does not; says why, after a name for the line.
     """
     try:
         record = json.loads(line.decode())
@@ -281,7 +303,7 @@ def text_of_line(line: bytes, field: str) -> str:
         raise ValueError(f"is not UTF-8 (byte {error.start} of the line)") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON ({error})") from error
-    return text_of(record, field)
+    return records.read(record, field)
 
 
 def text_of(record: Any, field: str) -> str:
@@ -297,6 +319,10 @@ def text_of(record: Any, field: str) -> str:
         f"{text!r:.20} in it" if field in fields else f"its fields: {', '.join(fields) or 'none'}"
     )
     raise ValueError(f"has no text in the field {field!r} ({found})")
+
+
+#: What data for pretraining holds.
+TEXT = Records("text", "text", text_of)
 
 
 def uniform(key: np.ndarray | int, index: np.ndarray | int) -> np.ndarray:

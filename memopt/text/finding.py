@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from memopt.text.files import PIECE, File, Files, cut_text, text_of_line
+from memopt.text.files import PIECE, TEXT, File, Files, Records, cut_text, read_line
 from memopt.text.sources import CHUNK_BYTES, HEAD_BYTES, Sources, UnreadableError
 
 #: A warning names so many files or records.
@@ -49,6 +49,7 @@ class Found(NamedTuple):
 def read_files(
     specs: Sequence[str],
     *,
+    records: Records = TEXT,
     bad_records: str = "skip",
     progress: Callable[[str], None] | None = None,
 ) -> Files:
@@ -61,20 +62,22 @@ def read_files(
     Warns:
         DataWarning: Files or records are left out.
     """
-    matches = {spec: _match(spec) for spec in specs}
+    matches = {spec: _match(spec, records) for spec in specs}
     found = {real: file for files in matches.values() for real, file in files.items()}
-    reader = _Reader(found, stop=bad_records == "stop", progress=progress)
+    reader = _Reader(found, records, stop=bad_records == "stop", progress=progress)
     pieces = np.fromiter(reader.pieces(), PIECE)
     for spec, files in matches.items():
         if files.keys() <= reader.left_out.keys():
             real, first = next(iter(files.items()))
-            where = "" if spec.startswith(first.path) else f"names no text: {first.path} "
+            where = "" if spec.startswith(first.path) else f"names no {records.noun}: {first.path} "
             raise ValueError(f"data {spec!r} {where}{reader.left_out[real].reason}.")
     if not len(pieces):
-        raise ValueError(f"data {', '.join(map(repr, specs))} holds no text: every file is empty.")
+        raise ValueError(
+            f"data {', '.join(map(repr, specs))} holds no {records.noun}: every file is empty."
+        )
     for line in reader.summary():
         warnings.warn(line, DataWarning, stacklevel=3)
-    return Files(tuple(reader.files), pieces, reader.sources)
+    return Files(tuple(reader.files), pieces, reader.sources, records)
 
 
 class _Reader:
@@ -87,13 +90,19 @@ class _Reader:
     """
 
     def __init__(
-        self, found: dict[str, Found], *, stop: bool, progress: Callable[[str], None] | None
+        self,
+        found: dict[str, Found],
+        records: Records,
+        *,
+        stop: bool,
+        progress: Callable[[str], None] | None,
     ):
         self.sources = Sources()
         self.files: list[File] = []
         self.left_out: dict[str, UnreadableError] = {}
-        self._found, self._stop, self._progress = found, stop, progress
-        self._files_read = self._bytes = self._records = self._skipped = 0
+        self._found, self._records = found, records
+        self._stop, self._progress = stop, progress
+        self._files_read = self._bytes = self._count = self._skipped = 0
         self._named: list[str] = []
         self._due = time.monotonic() + SECONDS_OF_SILENCE
 
@@ -121,7 +130,7 @@ class _Reader:
             parts = ", ".join(counted(names, kind) for kind, names in kinds.items())
             yield f"data: left out {_number(len(self.left_out), 'file')}: {parts}."
         if self._skipped:
-            count = f"{self._skipped:,} of {_number(self._records, 'record')}"
+            count = f"{self._skipped:,} of {_number(self._count, 'record')}"
             more = "; …" * (self._skipped > NAMED)
             yield f"data: skipped {count}: {'; '.join(self._named[:NAMED])}{more}."
 
@@ -146,7 +155,7 @@ class _Reader:
         self, found: Found, stream: BinaryIO, begin: int, decoded: bool
     ) -> Iterator[tuple[int, int, int, int]]:
         digest, size, number, field = hashlib.sha256(), 0, len(self.files), found.field or ""
-        records, skipped = 0, 0
+        count, skipped, noun = 0, 0, self._records.noun
         named: list[str] = []
         for line, content in enumerate(stream, 1):
             digest.update(content)
@@ -154,9 +163,9 @@ class _Reader:
             self._advance(len(content))
             if not content.strip():
                 continue
-            records += 1
+            count += 1
             try:
-                text_of_line(content, field)
+                read_line(content, field, self._records)
             except ValueError as error:
                 skipped += 1
                 if len(named) < NAMED:
@@ -167,16 +176,16 @@ class _Reader:
                     ) from error
             else:
                 yield number, line, start, size
-        if skipped and skipped == records:
+        if skipped and skipped == count:
             raise UnreadableError(
-                f"without text in the field {field!r}",
-                f"holds no text, since {named[0]}; name the field that holds the text after '#', "
-                "as in 'pages.jsonl#content'",
+                f"without {noun} in the field {field!r}",
+                f"holds no {noun}, since {named[0]}; name the field that holds the {noun} after "
+                "'#', as in 'pages.jsonl#content'",
             )
         if size:
             file = File(found.path, found.name, size, field, digest.hexdigest(), begin, decoded)
             self.files.append(file)
-        self._records += records
+        self._count += count
         self._skipped += skipped
         self._named += named
 
@@ -202,7 +211,7 @@ def _number(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-def _match(spec: str) -> dict[str, Found]:
+def _match(spec: str, records: Records) -> dict[str, Found]:
     """The files that a spec names, by their real paths, sorted by name."""
     pattern, _, field = (spec, "", "") if Path(spec).exists() else spec.partition("#")
     path = Path(pattern).expanduser()
@@ -221,8 +230,8 @@ def _match(spec: str) -> dict[str, Found]:
     prefix = os.path.join(root, "")
     found = {}
     for name, file, real in sorted((file.removeprefix(prefix), file, real) for file, real in paths):
-        is_record = bool(field) or _ending(file) in _RECORDS
-        found[real] = Found(file, name, (field or "text") if is_record else None)
+        is_record = records.in_every_file or bool(field) or _ending(file) in _RECORDS
+        found[real] = Found(file, name, (field or records.field) if is_record else None)
     if not found:
         raise ValueError(
             f"data {spec!r} matches no text file: give a file, a directory, a glob, 'python' or "

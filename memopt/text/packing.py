@@ -3,8 +3,9 @@
 Grain's own packing takes a tenth of a millisecond for a document, however short it is.
 """
 
+import bisect
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -140,7 +141,7 @@ class _RowIterator(grain.DatasetIterator[Batch]):
             self._continue(self._pieces.get_state(), 0)
         if room == self._seq_len:
             raise StopIteration
-        return _row(parts, self._seq_len)
+        return row_of(parts, self._seq_len)
 
     def _piece(self) -> np.ndarray | None:
         """The piece that comes next, or what is left of it; None at the end."""
@@ -162,7 +163,16 @@ class _RowIterator(grain.DatasetIterator[Batch]):
             next(self)
 
 
-def _row(parts: list[np.ndarray], seq_len: int) -> Batch:
+def row_of(
+    parts: Sequence[np.ndarray], seq_len: int, learned: Sequence[np.ndarray] | None = None
+) -> Batch:
+    """Returns a row of documents, or parts of them, each a segment; zeros fill it up.
+
+    Args:
+        parts: Ids; each but a part's first is a target.
+        seq_len: Tokens of the row.
+        learned: Whether each id counts as a target; all do, if not given.
+    """
     lengths = [max(len(part) - 1, 0) for part in parts]
     ends = np.cumsum(lengths)
     used = ends[-1]
@@ -171,5 +181,41 @@ def _row(parts: list[np.ndarray], seq_len: int) -> Batch:
     row["targets"][:used] = np.concatenate([part[1:] for part in parts])
     row["segment_ids"][:used] = np.repeat(np.arange(1, len(parts) + 1), lengths)
     row["positions"][:used] = np.arange(used) - np.repeat(ends - lengths, lengths)
-    row["weights"][:used] = 1
+    row["weights"][:used] = 1 if learned is None else np.concatenate([x[1:] for x in learned])
     return row
+
+
+def fitted(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Packs things into bins, each, from the largest on, into the fullest bin that has room.
+
+    Args:
+        lengths: What each takes, at most `room`.
+        room: What a bin holds.
+
+    Returns:
+        The things in each bin, by number.
+
+    Example:
+        >>> fitted([3, 6, 2, 4], room=8)
+        [[1, 2], [3, 0]]
+    """
+    bins: list[list[int]] = []
+    left: dict[int, list[int]] = {}  # bins by the room left in them
+    rooms: list[int] = []  # the keys, sorted
+    for thing in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect.bisect_left(rooms, lengths[thing])
+        if at < len(rooms):
+            space = rooms[at]
+            chosen = left[space].pop()
+            if not left[space]:
+                del left[space], rooms[at]
+        else:
+            space, chosen = room, len(bins)
+            bins.append([])
+        bins[chosen].append(thing)
+        space -= lengths[thing]
+        if space not in left:
+            left[space] = []
+            bisect.insort(rooms, space)
+        left[space].append(chosen)
+    return bins

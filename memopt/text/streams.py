@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import grain
 
 from memopt import internals
-from memopt.text.files import Piece, check_fraction, text_of, uniform
+from memopt.text.files import TEXT, Piece, Records, check_fraction, uniform
 from memopt.text.finding import DataWarning
 
 #: Documents of a stream that are held and mixed before they are packed.
@@ -31,6 +31,7 @@ class Stream:
         dataset: A `datasets.IterableDataset`.
         name: The spec it was opened with.
         field: The column that holds the text.
+        records: What its documents hold.
         validation: The dataset's own validation part, if it has one.
         held_out: Whether this is the validation part of `dataset`; None before it is split.
         fraction: The share of the documents that is held out.
@@ -44,6 +45,7 @@ class Stream:
     dataset: Any
     name: str
     field: str
+    records: Records = TEXT
     validation: Any = None
     held_out: bool | None = None
     fraction: float = 0.0
@@ -120,21 +122,23 @@ class _StreamIterator(grain.DatasetIterator[Piece]):
         self.set_state({"epoch": 0, "index": 0, "found": False, "source": "null"})
 
     def __next__(self) -> Piece:
+        noun = self._stream.records.noun
         while True:
             for example in self._examples:
                 self._index += 1
                 if self._stream.keeps(self._index - 1):
                     try:
-                        text = text_of(example, self._stream.field)
+                        text = self._stream.records.read(example, self._stream.field)
                     except ValueError as error:
                         self._skip(error)
                         continue
                     self._found = True
-                    return Piece(text, True, True)
+                    name = f"{self._stream.name}, document {self._index}"
+                    return Piece(text, True, True, name)
             if not self._endless:
                 raise StopIteration
             if not self._found:
-                raise ValueError(f"data {self._stream.name!r} holds no documents with text.")
+                raise ValueError(f"data {self._stream.name!r} holds no documents with {noun}.")
             self.set_state(
                 self.get_state() | {"epoch": self._epoch + 1, "index": 0, "source": "null"}
             )
@@ -142,13 +146,14 @@ class _StreamIterator(grain.DatasetIterator[Piece]):
     def _skip(self, error: ValueError) -> None:
         """Counts a document without text; refuses it if there is no other."""
         self._skipped += 1
+        noun = self._stream.records.noun
         what = f"{self._stream.name}, document {self._index} {error}"
         if self._stream.bad_records == "stop":
             raise ValueError(f"data: {what}: leave it out with --bad-records skip.") from error
         if self._skipped == MOST_SKIPPED and not self._found:
             raise ValueError(
-                f"data: none of {MOST_SKIPPED} documents has text: {what}; name the field that "
-                "holds the text after '#', as in 'hf:NAME#content'."
+                f"data: none of {MOST_SKIPPED} documents has {noun}: {what}; name the field that "
+                f"holds the {noun} after '#', as in 'hf:NAME#content'."
             ) from error
         if math.log10(self._skipped).is_integer():
             count = f"{self._skipped:,} {'document' if self._skipped == 1 else 'documents'}"
@@ -172,11 +177,12 @@ class _StreamIterator(grain.DatasetIterator[Piece]):
         self._examples: Iterator[dict[str, Any]] = iter(self._dataset)
 
 
-def open_stream(spec: str, *, bad_records: str = "skip") -> Stream:
+def open_stream(spec: str, *, records: Records = TEXT, bad_records: str = "skip") -> Stream:
     """Opens a dataset of the hub, or a local directory, by its spec.
 
     Args:
         spec: `hf:NAME`, `hf:NAME:CONFIG`, with `#FIELD` for another column than `text`.
+        records: What its documents hold.
         bad_records: Whether to "skip" documents without text, or to "stop".
 
     Raises:
@@ -205,7 +211,8 @@ def open_stream(spec: str, *, bad_records: str = "skip") -> Stream:
     return Stream(
         parts["train"],
         spec,
-        field or "text",
+        field or records.field,
+        records,
         parts.get("validation"),
         bad_records=bad_records,
         content=_names_and_sizes(Path(name)) if Path(name).is_dir() else None,

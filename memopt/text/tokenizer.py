@@ -1,15 +1,17 @@
 """Tokenizers: bytes, or a `tokenizer.json` of Hugging Face's `tokenizers`.
 
-A tokenizer is anything with the five members of `Tokenizer`. `load_tokenizer` makes one from a
+A tokenizer is anything with the members of `Tokenizer`. `load_tokenizer` makes one from a
 name or a path, `train_tokenizer` learns a new one from text.
 """
 
 import difflib
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable
+import types
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
@@ -29,18 +31,35 @@ class Tokenizer(Protocol):
         digest: A hash of everything that decides which ids a text becomes.
         vocab_size: One more than the largest id.
         eos_id: The id that ends a document.
+        begin_ids: The ids before a prompt: as its file says or, without, `eos_id`, as before every
+            document.
+        special_tokens: Ids of the tokens that stand for no text, by name, that of `eos_id` among
+            them.
+        variables: What chat templates find, such as `eos_token`.
+        chat_template: Its own chat template, if any.
     """
 
     name: str
     digest: str
     vocab_size: int
     eos_id: int
+    begin_ids: tuple[int, ...]
+    special_tokens: Mapping[str, int]
+    variables: Mapping[str, Any]
+    chat_template: str | None
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of `text`, int32 (tokens,), without special tokens."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`. Never raises: ids that stand for no text are dropped."""
+
+    def encoder_with(self, stand_ins: Mapping[str, str]) -> Callable[[str], np.ndarray]:
+        """Returns an `encode` in which some strings stand for special tokens.
+
+        Args:
+            stand_ins: The strings, by the names of the tokens.
+        """
 
 
 class ByteTokenizer:
@@ -58,6 +77,10 @@ class ByteTokenizer:
     digest = "bytes"
     vocab_size = 257
     eos_id = 256
+    begin_ids: tuple[int, ...] = (256,)
+    special_tokens: Mapping[str, int] = types.MappingProxyType({END_OF_DOCUMENT[0]: 256})
+    variables: Mapping[str, Any] = types.MappingProxyType({"eos_token": END_OF_DOCUMENT[0]})
+    chat_template: str | None = None
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the UTF-8 bytes of `text`, int32 (bytes,)."""
@@ -68,16 +91,23 @@ class ByteTokenizer:
         """Returns the text of `ids`; bytes that are no UTF-8 become U+FFFD, other ids vanish."""
         return bytes(int(i) for i in ids if 0 <= i < 256).decode("utf-8", "replace")
 
+    def encoder_with(self, stand_ins: Mapping[str, str]) -> Callable[[str], np.ndarray]:
+        """Returns an `encode` in which some strings stand for special tokens."""
+        [stand_in] = stand_ins.values()
+        eos = np.array([self.eos_id], np.int32)
+
+        def encode(text: str) -> np.ndarray:
+            first, *rest = map(self.encode, text.split(stand_in))
+            return np.concatenate([first, *(part for ids in rest for part in (eos, ids))])
+
+        return encode
+
 
 class FileTokenizer:
     """A `tokenizer.json`, as `tokenizers` and Hugging Face models write it.
 
     Special tokens written out in a text (`"</s>"` in a page about HTML) are encoded as the plain
     text they are, so that no document can end itself.
-
-    Attributes:
-        eos_token: The text of the token that ends a document.
-        begin_ids: The special tokens that the file itself puts before a text, int32.
 
     Args:
         path: A `tokenizer.json`, or a directory holding one, such as a Hugging Face model's. A
@@ -103,7 +133,8 @@ class FileTokenizer:
         self.name = str(path)
         self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        candidates = (_configured_eos(file.parent), *END_OF_DOCUMENT)
+        named = _named_tokens(file.parent)
+        candidates = (named.get("eos_token"), *END_OF_DOCUMENT)
         eos = next((token for token in candidates if token in vocabulary), None)
         if eos is None:
             raise ValueError(
@@ -111,10 +142,15 @@ class FileTokenizer:
                 f"{', '.join(END_OF_DOCUMENT)} in its vocabulary, or give `eos_token` in a "
                 "tokenizer_config.json beside it."
             )
-        self.eos_token, self.eos_id = eos, vocabulary[eos]
-        alone = self._tokenizer.encode("a", add_special_tokens=True)
-        first_of_text = [*alone.special_tokens_mask, 0].index(0)
-        self.begin_ids = np.array(alone.ids[:first_of_text], np.int32)
+        self.eos_id: int = vocabulary[eos]
+        self.variables: Mapping[str, Any] = {**named, "eos_token": eos}
+        self.chat_template = _chat_template(file.parent)
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        special = {token.content: number for number, token in added if token.special}
+        self.special_tokens: Mapping[str, int] = special | {eos: self.eos_id}
+        example = self._tokenizer.encode("a", add_special_tokens=True)
+        before = itertools.takewhile(bool, example.special_tokens_mask)
+        self.begin_ids = tuple(example.ids[: len(list(before))]) or (self.eos_id,)
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of `text`, int32 (tokens,), without special tokens."""
@@ -126,6 +162,30 @@ class FileTokenizer:
         """Returns the text of `ids`; special tokens and unknown ids vanish."""
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]
         return self._tokenizer.decode(known, skip_special_tokens=True)
+
+    def encoder_with(self, stand_ins: Mapping[str, str]) -> Callable[[str], np.ndarray]:
+        """Returns an `encode` in which some strings stand for special tokens.
+
+        Spaces beside a token vanish if the file says so, as when the token itself is parsed.
+        """
+        inner: Any = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        inner.encode_special_tokens = True
+        added = {token.content: token for token in inner.get_added_tokens_decoder().values()}
+        copies = []
+        for name, stand_in in stand_ins.items():
+            strip = {side: getattr(added.get(name), side, False) for side in ("lstrip", "rstrip")}
+            copies.append(tokenizers.AddedToken(stand_in, normalized=False, **strip))
+        inner.add_tokens(copies)
+        numbers = {name: inner.token_to_id(stand_in) for name, stand_in in stand_ins.items()}
+        meant = np.arange(max(self.vocab_size, *(x + 1 for x in numbers.values())), dtype=np.int32)
+        for name, number in numbers.items():
+            meant[number] = self.special_tokens[name]
+
+        def encode(text: str) -> np.ndarray:
+            clean = text.encode("utf-8", "replace").decode("utf-8")
+            return meant[np.array(inner.encode(clean, add_special_tokens=False).ids, np.int32)]
+
+        return encode
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
@@ -210,13 +270,54 @@ def _check_format(file: Path) -> None:
         )
 
 
-def _configured_eos(directory: Path) -> str | None:
-    """The `eos_token` of the tokenizer_config.json in `directory`, if it names one."""
-    file = directory / "tokenizer_config.json"
-    if not file.is_file():
-        return None
+def _named_tokens(directory: Path) -> dict[str, Any]:
+    """The tokens by their use, as in `eos_token`, that tokenizer_config.json names."""
+    names: dict[str, Any] = {}
+    for name, token in _read_json(directory / "tokenizer_config.json").items():
+        token = token.get("content") if isinstance(token, dict) else token
+        if name.endswith("_token") and isinstance(token, str):
+            names[name] = token
+    return names
+
+
+def _chat_template(directory: Path) -> str | None:
+    """The chat template in `directory`: that in a file of its own first, as in transformers."""
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return read_template(file)
+    template = _read_json(directory / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several by name
+        named = {entry.get("name"): entry for entry in template if isinstance(entry, dict)}
+        template = named.get("default", {}).get("template")
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"chat_template in {str(directory)!r} must be text, got {template!r:.40}.")
+    return template
+
+
+def read_template(file: Path) -> str:
+    """Reads a chat template.
+
+    Raises:
+        ValueError: It cannot be read, or is not text.
+    """
     try:
-        token = json.loads(file.read_text("utf-8")).get("eos_token")
-    except (ValueError, AttributeError) as error:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"chat_template {str(file)!r} is not text: {error.reason}.") from error
+    except OSError as error:
+        raise ValueError(
+            f"chat_template {str(file)!r} cannot be read: {error.strerror}."
+        ) from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file, empty if there is none."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {content!r:.20}")
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{str(file)!r} is not a JSON object: {error}.") from error
-    return token.get("content") if isinstance(token, dict) else token
+    return content

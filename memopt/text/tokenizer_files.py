@@ -6,7 +6,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from memopt.text.tokenizer import END_OF_DOCUMENT, ByteTokenizer, FileTokenizer
+from memopt.text.tokenizer import END_OF_DOCUMENT, ByteTokenizer, load_tokenizer
 
 #: Files of a model directory that say how text becomes ids, and how a model speaks.
 BESIDE = (
@@ -33,15 +33,16 @@ def tokenizer_files(spec: str) -> dict[str, bytes]:
     """
     if spec == "bytes":
         files = {"tokenizer.json": _bytes_as_json()}
-        eos = END_OF_DOCUMENT[0]
     else:
         path = Path(spec)
         file = path / "tokenizer.json" if path.is_dir() else path
         found = [name for name in BESIDE if (file.parent / name).is_file()]
         files = {"tokenizer.json": file.read_bytes()}
         files |= {name: (file.parent / name).read_bytes() for name in found}
-        eos = FileTokenizer(spec).eos_token
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": load_tokenizer(spec).variables["eos_token"],
+    }
     content = json.dumps({**config, "clean_up_tokenization_spaces": False}, indent=2)
     return {"tokenizer_config.json": content.encode()} | files
 

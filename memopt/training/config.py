@@ -22,7 +22,7 @@ SCHEDULE = "cosine"
 
 #: Options that `config.json` does not hold.
 NOT_SAVED = (
-    *("output", "resume", "accept_data_change", "config", "rewarm", "profile"),
+    *("output", "resume", "accept_data_change", "config", "rewarm", "profile", "epochs"),
     *("coordinator", "processes", "process", "heartbeat_timeout"),
 )
 
@@ -77,13 +77,18 @@ class Start:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text:
-    """The text that it is trained on. 5% of the documents are held out for validation.
+    """What it is trained on. 5% of the documents are held out for validation.
 
     Attributes:
-        data: Text files, directories, globs; JSON lines, as FILE.jsonl or FILE.jsonl#FIELD;
-            hf:NAME. `python` is the source of Python's standard library.
-        bad_records: Skip records that are not JSON, not UTF-8 or without text, with a warning, or
-            stop.
+        data: Files, directories, globs; JSON lines, as FILE.jsonl or FILE.jsonl#FIELD; hf:NAME.
+            `python` is the source of Python's standard library.
+        format: What the data holds: text, or chats in JSON lines, of which only the answers are
+            learned.
+        chat_template: A file with a chat template in Jinja, in place of the tokenizer's own.
+        long_examples: Skip chats that are longer than a row, with a warning, or truncate them.
+        eval_data: What to evaluate on, in place of a part of `data`, as in `data`.
+        bad_records: Skip records that are not JSON, not UTF-8, or without text or chat, with a
+            warning, or stop.
         tokenizer: A tokenizer.json, a directory holding one (a Hugging Face model's), or bytes.
         batch_size: Rows of a batch, over all devices and micro-batches.
         seq_len: Tokens of a row.
@@ -91,6 +96,10 @@ class Text:
     """
 
     data: Annotated[tuple[str, ...], conf.arg(metavar="SOURCE ...")] = ("python",)
+    format: Literal["text", "chats"] = "text"
+    chat_template: Annotated[str | None, conf.arg(metavar="FILE")] = None
+    long_examples: Literal["skip", "truncate"] = "skip"
+    eval_data: Annotated[tuple[str, ...], conf.arg(metavar="SOURCE ...")] = ()
     bad_records: Literal["skip", "stop"] = "skip"
     tokenizer: str = "bytes"
     batch_size: int = 8
@@ -149,6 +158,7 @@ class Optimization:
         phases: The schedules of a run that was resumed, or that took over a state. `config.json`
             holds them; they are no flag.
         steps: Batches to train on.
+        epochs: Passes over the chats to train for; decides `steps`.
         predict_steps: Take gradients where the weights will be after so many steps, by the
             optimizer's state alone, as XGrad does.
         accumulation: Micro-batches that a batch is worked through in, to save memory.
@@ -169,6 +179,7 @@ class Optimization:
     final_learning_rate: float = 0.1
     phases: conf.SuppressFixed[tuple[Phase, ...]] = ()
     steps: int = 600
+    epochs: Annotated[float | None, conf.arg(metavar="FLOAT")] = None
     predict_steps: Annotated[int | None, conf.arg(metavar="INT")] = None
     accumulation: int = 1
     max_skipped: int = 10
@@ -297,12 +308,19 @@ class Config:
             self, optimization=dataclasses.replace(self.optimization, phases=phases)
         )
 
+    def with_steps(self, steps: int) -> "Config":
+        """Returns these options with another number of steps."""
+        return dataclasses.replace(
+            self, optimization=dataclasses.replace(self.optimization, steps=steps)
+        )
+
     def flat(self) -> dict[str, Any]:
         """All options by name, JSON-serialisable, without those of one invocation only."""
         flat = {name: x for group in dataclasses.asdict(self).values() for name, x in group.items()}
         flat |= {"learning_rate": self.highest_learning_rate, "schedule": self.phases[-1].schedule}
         options = [f"{name}={value}" for name, value in sorted(self.optimizer_options.items())]
-        flat |= {"data": list(self.text.data), "option": options, "phases": list(flat["phases"])}
+        flat |= {name: list(flat[name]) for name in ("data", "eval_data")}
+        flat |= {"option": options, "phases": list(flat["phases"])}
         flat["init"] = None if self.start.init is None else str(self.start.init)
         return {name: x for name, x in flat.items() if name not in NOT_SAVED}
 

@@ -17,13 +17,19 @@ from memopt.training.writing import why, write_whole
 #: Options that may change when a run is resumed; all others decide what its checkpoints mean. The
 #: contents of `data` and `tokenizer` are checked apart from their places.
 MAY_CHANGE = {
-    *("data", "bad_records", "tokenizer"),
+    *("data", "eval_data", "bad_records", "tokenizer", "chat_template"),
     *("steps", "schedule", "phases", "mesh", "max_skipped", "keep"),
     *("eval_every", "eval_tokens", "checkpoint_every"),
 }
 
+#: The chat template of a run on chats.
+TEMPLATE = "chat_template.jinja"
+
 #: Files that are there before `config.json` makes a directory that of a run.
-BEFORE_CONFIG = {LOCK, "data.tmp", "data.jsonl", "config.tmp", "tokenizer"}
+BEFORE_CONFIG = {
+    *(LOCK, "data.tmp", "data.jsonl", "config.tmp", "tokenizer"),
+    *(TEMPLATE, "chat_template.tmp"),
+}
 
 
 def choose_directory(config: Config) -> Path:
@@ -137,9 +143,21 @@ def write_config(directory: Path, config: Config) -> None:
     Raises:
         ValueError: It cannot be written.
     """
-    content = json.dumps(config.flat(), indent=2) + "\n"
-    with _writing(directory, "make room or repair it"):
-        write_whole(directory / "config.json", content.encode())
+    _write(directory / "config.json", json.dumps(config.flat(), indent=2) + "\n")
+
+
+def write_template(directory: Path, template: str) -> None:
+    """Writes a run's chat template, which it keeps whatever becomes of its tokenizer's.
+
+    Raises:
+        ValueError: It cannot be written.
+    """
+    _write(directory / TEMPLATE, template)
+
+
+def _write(path: Path, content: str) -> None:
+    with _writing(path.parent, "make room or repair it"):
+        write_whole(path, content.encode())
 
 
 @contextlib.contextmanager

@@ -1,15 +1,17 @@
 """Evaluates a model on text."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
 
 from memopt.models import llama
-from memopt.text.batches import batches_in_order
+from memopt.text.batches import batches_in_order, example_validation
 from memopt.text.documents import Documents
+from memopt.text.examples import encode_examples
 from memopt.text.files import Piece
+from memopt.text.packing import Batch
 from memopt.text.tokenizer import Tokenizer
 from memopt.training.load import LoadedModel
 
@@ -65,7 +67,6 @@ def evaluate_text(
     batch_size: int = 8,
     seq_len: int | None = None,
     max_tokens: int | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Evaluates a model on documents, packed into rows as for training.
 
@@ -76,35 +77,79 @@ def evaluate_text(
         seq_len: Tokens of a row, which is what the model sees before a token, at most; by default
             that of the run, or the model's longest up to 1024.
         max_tokens: Evaluate on so many tokens at most, in whole rows; None: on all.
-        progress: Called after each batch with the tokens so far.
 
     Raises:
         ValueError: There is no text, or the rows are longer than the model accepts.
     """
-    config = loaded.model_config
-    if seq_len is None:
-        seq_len = loaded.config.text.seq_len if loaded.config else min(config.max_seq_len, 1024)
-    if seq_len > config.max_seq_len:
-        raise ValueError(
-            f"seq_len={seq_len} is longer than the {config.max_seq_len} tokens that the model "
-            "accepts: choose a shorter --seq-len."
-        )
-    loss = jax.jit(lambda params, batch: llama.loss(llama.build_model(config, params), batch))
-    total, tokens = 0.0, 0
-    for batch in batches_in_order(
+    tokenizer = loaded.tokenizer
+    batches = batches_in_order(
         documents,
-        loaded.tokenizer,
+        tokenizer,
         batch_size=batch_size,
-        seq_len=seq_len,
+        seq_len=_row_length(loaded, seq_len),
         max_tokens=max_tokens,
-    ):
+    )
+    total, tokens, _ = _evaluate(loaded, batches)
+    return Evaluation(total, tokens, covered_bytes(documents.once(), tokenizer, tokens))
+
+
+def evaluate_chats(
+    loaded: LoadedModel,
+    documents: Documents,
+    *,
+    batch_size: int = 8,
+    seq_len: int | None = None,
+    max_tokens: int | None = None,
+    long_examples: str = "skip",
+) -> Evaluation:
+    """Evaluates a model on the answers in chats, packed into rows as for fine-tuning.
+
+    Args:
+        loaded: As in `evaluate_text`.
+        documents: The chats, of `find_documents(…, records=CHATS)`, or a part of them.
+        batch_size: As in `evaluate_text`.
+        seq_len: As in `evaluate_text`.
+        max_tokens: As in `evaluate_text`.
+        long_examples: "skip" chats that are longer than a row, or "truncate" them.
+
+    Returns:
+        The evaluation; its bytes are those that the answers decode to.
+
+    Raises:
+        ValueError: There is no chat, or the rows are longer than the model accepts.
+    """
+    length = _row_length(loaded, seq_len)
+    encoder = loaded.chat_encoder()
+    examples = encode_examples(documents, encoder, length, long_examples=long_examples)
+    batches = example_validation(examples, batch_size=batch_size, max_tokens=max_tokens)
+    return Evaluation(*_evaluate(loaded, batches))
+
+
+def _row_length(loaded: LoadedModel, seq_len: int | None) -> int:
+    longest = loaded.model_config.max_seq_len
+    if seq_len is None:
+        return loaded.config.text.seq_len if loaded.config else min(longest, 1024)
+    if seq_len > longest:
+        raise ValueError(
+            f"seq_len={seq_len} is longer than the {longest} tokens that the model accepts: choose "
+            "a shorter --seq-len."
+        )
+    return seq_len
+
+
+def _evaluate(loaded: LoadedModel, batches: Iterable[Batch]) -> tuple[float, int, int]:
+    """Returns the summed loss, the tokens, and the bytes they decode to, row by row."""
+    config, decode = loaded.model_config, loaded.tokenizer.decode
+    loss = jax.jit(lambda params, batch: llama.loss(llama.build_model(config, params), batch))
+    total, tokens, size = 0.0, 0, 0
+    for batch in batches:
         summed, counted = loss(loaded.params, batch)
         total, tokens = total + float(summed), tokens + int(counted)
-        if progress:
-            progress(tokens)
+        for targets, weights in zip(batch["targets"], batch["weights"], strict=True):
+            size += len(decode(targets[weights == 1]).encode("utf-8", "replace"))
     if not tokens:
-        raise ValueError("the data holds no text to evaluate on: give more.")
-    return Evaluation(total, tokens, covered_bytes(documents.once(), loaded.tokenizer, tokens))
+        raise ValueError("the data holds nothing to evaluate on: give more.")
+    return total, tokens, size
 
 
 def covered_bytes(pieces: Iterable[Piece], tokenizer: Tokenizer, tokens: int) -> int:

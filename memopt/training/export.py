@@ -13,6 +13,7 @@ from memopt.models.config import DType, LlamaConfig
 from memopt.models.quantized_tensors import codec_of
 from memopt.state.quantized_params import dequantize_params
 from memopt.text.tokenizer_files import tokenizer_files
+from memopt.training.directory import TEMPLATE
 from memopt.training.load import LoadedModel
 from memopt.training.metrics import read_metrics
 from memopt.training.phases import describe_phases
@@ -46,6 +47,9 @@ def export(
         )
     if quantized and dtype:
         raise ValueError("dtype must be left out with quantized, which writes codes as they are.")
+    files = {**tokenizer_files(run.tokenizer.name), "README.md": model_card(run).encode()}
+    if (template := run.path / TEMPLATE).is_file():
+        files[TEMPLATE] = template.read_bytes()
     hugging_face.write(
         directory,
         _with_token_ids(run),
@@ -53,7 +57,7 @@ def export(
         SHARD_BYTES,
         quantized=codec if quantized else None,
         dtype=dtype,
-        files={**tokenizer_files(run.tokenizer.name), "README.md": model_card(run).encode()},
+        files=files,
     )
 
 
@@ -110,10 +114,8 @@ def _facts(run: LoadedModel) -> Iterator[tuple[str, Any]]:
 
 
 def _with_token_ids(run: LoadedModel) -> LlamaConfig:
-    """The model's configuration, with the token that ended documents in training among its own."""
-    config, eos_id = run.model_config, run.tokenizer.eos_id
-    if eos_id not in config.eos_ids:
-        config = dataclasses.replace(config, eos_ids=(eos_id, *config.eos_ids))
-    if run.config and not run.config.architecture.shape:
-        config = dataclasses.replace(config, bos_id=eos_id)  # a new model's texts begin with it
+    """The model's configuration, with the tokens that ended texts in training among its own."""
+    config = dataclasses.replace(run.model_config, eos_ids=run.end_ids)
+    if run.config and not run.config.architecture.shape:  # a new model's texts begin with an end
+        return dataclasses.replace(config, bos_id=run.tokenizer.eos_id)
     return config

@@ -1,19 +1,19 @@
 """Loads the model of a run, or of a Hugging Face directory, on one device."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from memopt.models import llama
 from memopt.optimizers.registry import METHODS
 from memopt.state.quantized_params import dequantize_params
-from memopt.text.tokenizer import FileTokenizer, Tokenizer, load_tokenizer
+from memopt.text.chats import ANSWERS, Chat, ChatEncoder
+from memopt.text.tokenizer import Tokenizer, load_tokenizer, read_template
 from memopt.training.checkpoint import Checkpoints
 from memopt.training.config import Config, read_options
 from memopt.training.describe import describe_run
-from memopt.training.directory import is_run, kept_tokenizer
+from memopt.training.directory import TEMPLATE, is_run, kept_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,11 +45,26 @@ class LoadedModel:
         return llama.build_model(self.model_config, self.params)
 
     @property
-    def begin_ids(self) -> np.ndarray:
-        """The ids before a text, int32: of a run, the end of the document before."""
-        if self.config is None and isinstance(self.tokenizer, FileTokenizer):
-            return self.tokenizer.begin_ids
-        return np.array([self.tokenizer.eos_id], np.int32)
+    def format(self) -> str:
+        """What its run was trained on, "text" or "chats"; "text" if it is not from a run."""
+        return self.config.text.format if self.config else "text"
+
+    @functools.cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a text or, of a run on chats, an answer; the most usual one first."""
+        ends = [self.tokenizer.eos_id, *self.model_config.eos_ids]
+        if self.format == "chats":
+            with self.chat_encoder() as encoder:
+                turns = [{"role": "user", "content": "a"}, {"role": ANSWERS, "content": "a"}]
+                ids, learned = encoder.encode(Chat(turns))
+            last = int(ids[learned][-1])
+            ends = [last, *ends] if last in self.tokenizer.special_tokens.values() else ends
+        return tuple(dict.fromkeys(ends))
+
+    def chat_encoder(self) -> ChatEncoder:
+        """Returns what makes ids of chats, by the template of its directory, for use in `with`."""
+        template = self.path / TEMPLATE
+        return ChatEncoder(self.tokenizer, read_template(template) if template.is_file() else None)
 
 
 def load_run(

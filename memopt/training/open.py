@@ -1,31 +1,45 @@
 """A run with its files: the directory, the text, the checkpoints, and the state to begin with."""
 
 import dataclasses
+import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from memopt.errors import check_at_least
 from memopt.optimizers.registry import FORMERLY_OPTAX
-from memopt.text.batches import Batches, fingerprint, train_batches, validation_batches
+from memopt.text.batches import (
+    Batches,
+    example_batches,
+    example_validation,
+    fingerprint,
+    train_batches,
+    validation_batches,
+)
+from memopt.text.chats import CHATS, ChatEncoder
 from memopt.text.documents import Documents, find_documents
+from memopt.text.examples import Examples, encode_examples
+from memopt.text.files import TEXT
 from memopt.text.packing import Batch
-from memopt.text.tokenizer import Tokenizer, load_tokenizer
+from memopt.text.tokenizer import Tokenizer, load_tokenizer, read_template
 from memopt.training.checkpoint import Checkpoints, Record
 from memopt.training.config import Config, Start, read_options
 from memopt.training.data import Data, continue_history, read_history, write_history
 from memopt.training.describe import describe_run
 from memopt.training.directory import (
     MAY_CHANGE,
+    TEMPLATE,
     check_same,
     choose_directory,
     keep_tokenizer,
     kept_tokenizer,
     lock_directory,
     write_config,
+    write_template,
 )
 from memopt.training.lock import Lock
 from memopt.training.phases import WITH_SCHEDULE, resume
@@ -62,6 +76,7 @@ class Training:
         checkpoints: Its checkpoints.
         lock: The lock of its directory, held until it is trained.
         state: The state to begin with.
+        examples: How many examples there are and how they fill the rows, "" for text.
         origin: What it took over from another run, "" for nothing.
         history: What it was trained on so far.
     """
@@ -76,6 +91,7 @@ class Training:
     checkpoints: Checkpoints
     lock: Lock
     state: TrainState
+    examples: str = ""
     origin: str = ""
     history: Sequence[Data] = ()
 
@@ -120,14 +136,17 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
     if config.start.init is None and config.start != Start():
         raise ValueError("grow and carry_state go with --init, the model to start from.")
     check_at_least("eval_tokens", config.text.eval_tokens, config.text.seq_len)
+    _check_format(config)
 
     spec = config.text.tokenizer
     if config.run.resume and spec == there.text.tokenizer:
         spec = kept_tokenizer(directory, spec)
     tokenizer = load_tokenizer(spec)
+    encoder = chat_encoder(config, tokenizer, directory if config.run.resume else None)
     checkpoints = Checkpoints(directory / "checkpoints", config.run.keep)
     origin = read_origin(config) if config.start.init and checkpoints.newest() is None else None
-    config = origin.schedule(config) if origin else config
+    planned = origin.schedule if origin else lambda config: config
+    config, unplanned = planned(config), config
     setup = describe_run(config)
     if origin:
         origin.check(config, setup)
@@ -136,9 +155,12 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
     with errors_in_all_processes():
         history = read_history(directory) if config.run.resume else []
         documents = find_text(config, history, progress)
-        batches, validation, identity = open_batches(
-            config, documents, tokenizer, rows, setup.place, progress
-        )
+        opened = open_batches(config, documents, encoder or tokenizer, rows, setup.place, progress)
+        batches, validation, identity, examples = opened
+    if examples and config.optimization.epochs is not None:
+        steps = math.ceil(config.optimization.epochs * len(examples) / config.text.batch_size)
+        given, config = given.with_steps(steps), planned(unplanned.with_steps(steps))
+        setup = describe_run(config)
     check_same_on_all_processes(
         {"output": str(directory), **config.flat(), "content of the data": identity}
         | {name: getattr(config.optimization, name) for name in ("schedule", "rewarm")}
@@ -178,6 +200,8 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
                 lock_directory(directory, lock, new=True)
             keep_tokenizer(directory, spec)
             write_history(directory, history)
+            if encoder:
+                write_template(directory, encoder.template)
             write_config(directory, config)
     if origin:
         state = origin.start(config, setup)
@@ -195,6 +219,7 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
         checkpoints=checkpoints,
         lock=lock,
         state=state,
+        examples=examples.summary(config.text.batch_size) if examples else "",
         origin=origin.taken_over(config) if origin else "",
         history=history,
     )
@@ -233,46 +258,118 @@ def find_text(
     Raises:
         ValueError: There is no such text.
     """
-    bad_records = config.text.bad_records
-    documents = find_documents(config.text.data, bad_records=bad_records, progress=progress)
+    documents = _find(config, config.text.data, progress)
     for entry in reversed(history):
         if (renamed := documents.renamed(entry.files)) is not None:
             return renamed
     return documents
 
 
+def _find(
+    config: Config, specs: Sequence[str], progress: Callable[[str], None] | None
+) -> Documents:
+    records = CHATS if config.text.format == "chats" else TEXT
+    bad_records = config.text.bad_records
+    return find_documents(specs, records=records, bad_records=bad_records, progress=progress)
+
+
+def _check_format(config: Config) -> None:
+    """Raises if an option that goes with chats is given without."""
+    options = {"chat_template": config.text.chat_template, "epochs": config.optimization.epochs}
+    given = [name for name, value in options.items() if value is not None]
+    if given and config.text.format != "chats":
+        raise ValueError(f"{' and '.join(given)} must be left out with text: see memopt finetune.")
+    epochs = config.optimization.epochs
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise ValueError(f"epochs must be positive, got {epochs}.")
+
+
+def chat_encoder(
+    config: Config, tokenizer: Tokenizer, directory: Path | None = None
+) -> ChatEncoder | None:
+    """Returns what makes ids of a run's chats.
+
+    Args:
+        config: The options of the run.
+        tokenizer: Its tokenizer.
+        directory: Its directory, which holds its template; None: a run that begins.
+
+    Returns:
+        The encoder; None for a run on text.
+
+    Raises:
+        ValueError: Its template cannot be read.
+    """
+    if config.text.format != "chats":
+        return None
+    file = directory / TEMPLATE if directory else config.text.chat_template
+    return ChatEncoder(tokenizer, read_template(Path(file)) if file else None)
+
+
+class Opened(NamedTuple):
+    """A run's data.
+
+    Attributes:
+        batches: The training batches.
+        validation: The held-out batches.
+        identity: What identifies the data.
+        examples: The examples that the training batches are made of; None for text.
+    """
+
+    batches: Batches
+    validation: list[Batch]
+    identity: Record
+    examples: Examples | None
+
+
 def open_batches(
     config: Config,
     documents: Documents,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | ChatEncoder,
     rows: Sequence[int],
     place: Callable[[Batch], Any] | None = None,
     progress: Callable[[str], None] | None = None,
-) -> tuple[Batches, list[Batch], Record]:
-    """Cuts a run's text into batches.
+) -> Opened:
+    """Cuts a run's text into batches, or packs its examples.
 
     Args:
         config: The options of the run.
         documents: Its text.
-        tokenizer: Makes ids of the text.
+        tokenizer: Makes ids of the text; for examples, what `chat_encoder` returns.
         rows: The rows of a batch that this process holds.
         place: Applied to each training batch, ahead of its step.
         progress: Called with a line to show if a part of it takes long.
 
-    Returns:
-        The training batches, the held-out batches, and what identifies the data.
-
     Raises:
         ValueError: There is too little text.
     """
-    training, held_out = documents.split()
+    if config.text.eval_data:
+        training, held_out = documents, _find(config, config.text.eval_data, progress)
+    else:
+        training, held_out = documents.split()
     shape: Any = {"batch_size": config.text.batch_size, "seq_len": config.text.seq_len}
     seed, eval_tokens = config.optimization.seed, config.text.eval_tokens
-    here: Any = {"rows": rows, "progress": progress}
-    batches = train_batches(training, tokenizer, **shape, seed=seed, place=place, **here)
-    validation = validation_batches(held_out, tokenizer, **shape, max_tokens=eval_tokens, **here)
+    examples = None
+    if isinstance(tokenizer, ChatEncoder):
+        encode = functools.partial(
+            encode_examples,
+            encoder=tokenizer,
+            seq_len=config.text.seq_len,
+            long_examples=config.text.long_examples,
+            bad_records=config.text.bad_records,
+            progress=progress,
+        )
+        examples, others = encode(training), encode(held_out)
+        size: Any = {"batch_size": config.text.batch_size, "rows": rows}
+        batches = example_batches(examples, seed=seed, place=place, **size)
+        validation = example_validation(others, max_tokens=eval_tokens, **size)
+    else:
+        here: Any = {**shape, "rows": rows, "progress": progress}
+        batches = train_batches(training, tokenizer, seed=seed, place=place, **here)
+        validation = validation_batches(held_out, tokenizer, max_tokens=eval_tokens, **here)
     identity = fingerprint(training, tokenizer, **shape, seed=seed)
-    return batches, validation, {f"data {name}": value for name, value in identity.items()}
+    known = {f"data {name}": value for name, value in identity.items()}
+    return Opened(batches, validation, known, examples)
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: Config, vocab_size: int) -> None:

@@ -44,23 +44,33 @@ def plot_loss(metrics: Path, image: Path) -> None:
 def sample_text(
     run: Training, params: Any, prompt_tokens: int = 64, new_tokens: int = 192
 ) -> tuple[str, str]:
-    """Continues the beginning of the held-out text.
+    """Continues the beginning of the held-out text, or answers the first held-out prompt.
 
     Args:
         run: The run.
         params: The parameters to use.
-        prompt_tokens: How much of the text to read.
-        new_tokens: How much to write.
+        prompt_tokens: How much of the text to read; of chats, all before the first answer.
+        new_tokens: How much to write, at most.
 
     Returns:
         The prompt and its continuation.
     """
-    prompt = multihost_utils.broadcast_one_to_all(run.validation[0]["inputs"][0])
-    prompt = prompt[prompt != run.tokenizer.eos_id][:prompt_tokens]
-    new_tokens = min(new_tokens, run.setup.model_config.max_seq_len - len(prompt))
+    first = {name: array[0] for name, array in run.validation[0].items()}
+    row = {name: np.asarray(x) for name, x in multihost_utils.broadcast_one_to_all(first).items()}
+    longest = run.setup.model_config.max_seq_len
+    if is_chat := run.config.text.format == "chats":
+        prompt = row["inputs"][: row["weights"].argmax() + 1][: longest - 1]
+    else:
+        prompt = row["inputs"]
+        prompt = prompt[prompt != run.tokenizer.eos_id][:prompt_tokens]
+    new_tokens = min(new_tokens, longest - len(prompt))
     with jax.set_mesh(run.setup.mesh):
         ids = generate(
             run.setup.model(params), prompt, new_tokens, temperature=0.8, key=jax.random.key(0)
         )
-    decode = run.tokenizer.decode
-    return decode(prompt), decode(np.asarray(ids)[len(prompt) :])
+    new = np.asarray(ids)[len(prompt) :]
+    if is_chat:  # up to the token that ends the held-out answer
+        answers = (row["weights"] == 1) & (row["segment_ids"] == 1)
+        ends = np.flatnonzero(new == row["targets"][answers][-1])
+        new = new[: ends[0]] if ends.size else new
+    return run.tokenizer.decode(prompt), run.tokenizer.decode(new)

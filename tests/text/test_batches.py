@@ -16,10 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memopt.text import streams
 from memopt.text.batches import fingerprint, train_batches, validation_batches
 from memopt.text.documents import find_documents
-from memopt.text.files import Piece
+from memopt.text.files import TEXT, Piece
 from memopt.text.packing import packed
 from memopt.text.tokenizer import load_tokenizer
 from tests.text.corpora import texts, write_files, write_lines
@@ -395,9 +394,8 @@ def test_a_line_is_shown_if_the_first_batch_takes_long(tmp_path, monkeypatch):
         shown.set()
 
     monkeypatch.setattr("memopt.text.batches.SECONDS_OF_SILENCE", 0)
-    real = streams.text_of
-    monkeypatch.setattr(streams, "text_of", lambda *args: shown.wait(60) and real(*args))
-    train, held = find_documents([f"hf:{tmp_path / 'saved'}"]).split()
+    slow = TEXT._replace(read=lambda *args: shown.wait(60) and TEXT.read(*args))
+    train, held = find_documents([f"hf:{tmp_path / 'saved'}"], records=slow).split()
     options = {"batch_size": 1, "seq_len": 4, "progress": progress}
     validation_batches(held, BYTES, **options)
     shown.clear()

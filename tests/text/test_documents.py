@@ -49,7 +49,9 @@ def test_json_lines(tmp_path, field):
     path.write_text(f'{{"{field}": "one\\n\\u00e9"}}\n\n  \n{{"{field}": "two", "other": 3}}')
     spec = str(path) if field == "text" else f"{path}#content"
     corpus = find_documents([spec])
-    assert list(corpus) == [Piece("one\né", True, True), Piece("two", True, True)]
+    names = [f"{path}, line 1", f"{path}, line 4"]
+    pairs = zip(["one\né", "two"], names, strict=True)
+    assert list(corpus) == [Piece(text, True, True, name) for text, name in pairs]
 
 
 def test_bytes_that_are_no_utf8_are_replaced(tmp_path):
@@ -211,7 +213,7 @@ def test_the_same_content_by_other_names_is_split_and_ordered_as_before(tmp_path
     known = new.renamed(old.listing())
     assert known.describe() == old.describe() != new.describe()
     for one, other in zip(known.split(), old.split(), strict=True):
-        assert list(one) == list(other)
+        assert [piece.text for piece in one] == [piece.text for piece in other]
     (tmp_path / "new" / "z.jsonl").write_text('{"text": "other"}\n')
     assert find_documents([str(tmp_path / "new")]).renamed(old.listing()) is None
 

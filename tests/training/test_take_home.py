@@ -336,11 +336,11 @@ def test_the_commands_print_what_the_functions_return(run, tmp_path, capsys):
     lines = shown(capsys, evaluate, directory, "--step=last").splitlines()
     loss = load_run(directory, "last").val_loss
     assert lines[0] == f"model      {directory}, step 4"
-    assert lines[1].startswith("text       what the run held out: 512 tokens, ")
+    assert lines[1].startswith("data       what the run held out: 512 tokens, ")
     assert lines[2] == f"a token    loss {loss:.4f}, perplexity {math.exp(loss):.3f}"
     assert lines[3].endswith(" bits")
     whole = shown(capsys, evaluate, model, "--data", text, "--seq-len=64").splitlines()
-    assert whole[1] == f"text       {text}: 892 tokens, 891 bytes"
+    assert whole[1] == f"data       {text}: 892 tokens, 891 bytes"
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_the_commands_print_what_the_functions_return(run, tmp_path, capsys):
         (sample, ["nowhere", "--prompt=a"], "is neither the directory of a run nor that of"),
         (sample, ["RUN", "--prompt=a", "--top-p=0"], "top_p is 0.0; it must be above 0"),
         (sample, ["RUN", "--prompt=a", "--max-new-tokens=0"], "max_new_tokens must be at least 1"),
-        (evaluate, ["MODEL"], "is a model without text of its own: give --data"),
+        (evaluate, ["MODEL"], "is a model without data of its own: give --data"),
         (evaluate, ["RUN", "--data=nowhere"], "matches no text file"),
         (evaluate, ["RUN", "--seq-len=65"], "seq_len=65 is longer than the 64 tokens"),
     ],
