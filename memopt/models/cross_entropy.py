@@ -2,21 +2,27 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from memopt.models.sharding import shards
+from memopt.state.quantized_params import Deferred, dequantize_params
 
 #: Columns of a part are a multiple of this: a row of a TPU's tiles, and a block of int8 weights.
 LANES = 128
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def chunked_cross_entropy(
-    x: Array, kernel: Array, targets: Array, weights: Array, logits_bytes: int
+    x: Array,
+    kernel: Array | Deferred,
+    targets: Array,
+    weights: Array,
+    logits_bytes: int,
+    vocab_axis: int = 1,
 ) -> Array:
     """Cross-entropy of `x @ kernel`, summed with weights, without holding all logits.
 
@@ -25,10 +31,12 @@ def chunked_cross_entropy(
 
     Args:
         x: `(batch, seq, hidden)`.
-        kernel: `(hidden, vocab)`, used in the dtype of `x`.
+        kernel: `(hidden, vocab)`, used in the dtype of `x`; `(vocab, hidden)` with a `vocab_axis`
+            of 0. Of a deferred one a part is dequantised at a time.
         targets: Integers `(batch, seq)`.
         weights: float32 `(batch, seq)`.
         logits_bytes: Float32 logits to hold at a time, at most.
+        vocab_axis: The axis of the vocabulary.
 
     Returns:
         A float32 scalar.
@@ -44,20 +52,20 @@ def chunked_cross_entropy(
         >>> round(float(total / 2 - jnp.log(300)), 5)
         0.0
     """
-    return _forward(x, kernel, targets, weights, logits_bytes)[0]
+    return _forward(x, kernel, targets, weights, logits_bytes, vocab_axis)[0]
 
 
 def _forward(
-    x: Array, kernel: Array, targets: Array, weights: Array, logits_bytes: int
+    x: Array, kernel: Any, targets: Array, weights: Array, logits_bytes: int, vocab_axis: int
 ) -> tuple[Array, Any]:
-    parts = _Parts(x, kernel, logits_bytes)
+    parts = _Parts(x, kernel, logits_bytes, vocab_axis)
 
     def read(carry: tuple[Array, Array, Array], start: Array | int, size: int) -> Any:
         highest, total, chosen = carry
-        logits, ids = parts.logits(x, kernel, start, size)
-        new = jnp.maximum(highest, logits.max((-2, -1)))
-        total = total * jnp.exp(highest - new) + jnp.exp(logits - _wide(new)).sum((-2, -1))
-        chosen += jnp.where(ids == _wide(targets), logits, 0).sum((-2, -1))
+        logits, ids = parts.logits(x, parts.columns(start, size), start)
+        new = jnp.maximum(highest, logits.max((1, 3)))
+        total = total * jnp.exp(highest - new) + jnp.exp(logits - _wide(new)).sum((1, 3))
+        chosen += jnp.where(ids == _wide(targets), logits, 0).sum((1, 3))
         return new, total, chosen
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
@@ -67,61 +75,98 @@ def _forward(
     return (losses * weights).sum(), (x, kernel, targets, weights, normalizer, losses)
 
 
-def _backward(logits_bytes: int, kept: Any, cotangent: Array) -> tuple[Array, Array, None, Array]:
+def _backward(
+    logits_bytes: int, vocab_axis: int, kept: Any, cotangent: Array
+) -> tuple[Array, Any, None, Array]:
     x, kernel, targets, weights, normalizer, losses = kept
-    parts = _Parts(x, kernel, logits_bytes)
+    parts = _Parts(x, kernel, logits_bytes, vocab_axis)
     scale = _wide(cotangent * weights)
 
     def read(carry: tuple[Array, Array], start: Array | int, size: int) -> Any:
         dx, dkernel = carry
-        logits, ids = parts.logits(x, kernel, start, size)
+        columns = parts.columns(start, size)
+        logits, ids = parts.logits(x, columns, start)
         d = (jnp.exp(logits - _wide(normalizer)) - (ids == _wide(targets))) * scale
         d = d.astype(x.dtype)
-        columns = parts.columns(kernel, start, size).astype(x.dtype)
         wide = {"preferred_element_type": jnp.float32}
-        dx += jnp.einsum("bstc,htc->bsh", d, columns, **wide)
-        new = jnp.einsum("bsh,bstc->htc", x, d, **wide).astype(dkernel.dtype)
-        return dx, jax.lax.dynamic_update_slice_in_dim(dkernel, new, start, axis=2)
+        dx += jnp.einsum(f"btsc,{parts.axes}->bsh", d, columns, **wide)
+        new = jnp.einsum(f"bsh,btsc->{parts.axes}", x, d, **wide).astype(dkernel.dtype)
+        return dx, jax.lax.dynamic_update_slice_in_dim(dkernel, new, start, vocab_axis + 1)
 
-    zeros = jnp.zeros(x.shape, jnp.float32), jnp.zeros(parts.shape, kernel.dtype)
-    dx, dkernel = parts.scan(read, zeros)
-    return dx.astype(x.dtype), dkernel.reshape(kernel.shape), None, cotangent * losses
+    zeros = jnp.zeros(kernel.shape, kernel.dtype)
+    carry = jnp.zeros(x.shape, jnp.float32), parts.on_devices(zeros)
+    dx, new = parts.scan(read, carry)
+    dkernel: Any = parts.from_devices(new)
+    if isinstance(kernel, Deferred):
+        dkernel = Deferred(cast(Any, None), dkernel)
+    return dx.astype(x.dtype), dkernel, None, cotangent * losses
 
 
 chunked_cross_entropy.defvjp(_forward, _backward)
 
 
 class _Parts:
-    """Equal parts of the columns of each device, and what is left of them."""
+    """Equal parts of the vocabulary on each device, and what is left of it."""
 
-    def __init__(self, x: Array, kernel: Array, logits_bytes: int):
-        hidden, vocab = kernel.shape
-        devices = shards("vocab", vocab)
-        self.shape = hidden, devices, vocab // devices
+    def __init__(self, x: Array, kernel: Any, logits_bytes: int, vocab_axis: int):
+        self.axis, self.dtype, vocab = vocab_axis, x.dtype, kernel.shape[vocab_axis]
+        self.devices = shards("vocab", vocab)
+        self.length = vocab // self.devices
+        self.axes, self.shape = ("tch", "thc")[vocab_axis], kernel.shape
         positions = x.shape[0] * x.shape[1] // shards("batch", x.shape[0])
         fitting = max(1, logits_bytes // (4 * positions))
-        size = fitting // LANES * LANES or fitting
-        self.size = min(size, self.shape[2])
+        self.size = min(fitting // LANES * LANES or fitting, self.length)
+        self.kernel = self._readable(kernel)
 
-    def columns(self, kernel: Array, start: Array | int, size: int) -> Array:
-        """The columns of a part, (hidden, devices, size)."""
-        kernel = kernel.reshape(self.shape)
-        return jax.lax.dynamic_slice_in_dim(kernel, start, size, axis=2)
+    def columns(self, start: Array | int, size: int) -> Array:
+        """A part of the kernel, (devices, hidden, size) or (devices, size, hidden)."""
 
-    def logits(self, x: Array, kernel: Array, start: Array | int, size: int) -> tuple[Array, Array]:
-        """Float32 logits of a part, (batch, seq, devices, size), and the ids of its columns."""
-        columns = self.columns(kernel, start, size).astype(x.dtype)
-        logits = jnp.einsum("bsh,htc->bstc", x, columns, preferred_element_type=jnp.float32)
-        _, devices, length = self.shape
-        return logits, start + length * jnp.arange(devices)[:, None] + jnp.arange(size)
+        def cut(x: Array) -> Array:
+            x, axis = self.on_devices(x), self.axis + 1
+            block = self.length // x.shape[axis]  # numbers for each scale
+            return jax.lax.dynamic_slice_in_dim(x, start // block, size // block, axis)
+
+        return dequantize_params(jax.tree.map(cut, self.kernel)).astype(self.dtype)
+
+    def logits(self, x: Array, columns: Array, start: Array | int) -> tuple[Array, Array]:
+        """Float32 logits of a part, (batch, devices, seq, size), and the ids of its columns."""
+        wide = {"preferred_element_type": jnp.float32}
+        logits = jnp.einsum(f"bsh,{self.axes}->btsc", x, columns, **wide)
+        ids = start + jnp.arange(logits.shape[-1])
+        return logits, ids + self.length * jnp.arange(self.devices)[:, None, None]
 
     def scan(self, read: Callable[..., Any], carry: Any) -> Any:
         """Calls `read(carry, start, size)` for each part."""
-        whole, left = divmod(self.shape[2], self.size)
+        whole, left = divmod(self.length, self.size)
         step = lambda carry, part: (read(carry, self.size * part, self.size), None)
         carry, _ = jax.lax.scan(step, carry, jnp.arange(whole))
         return read(carry, self.size * whole, left) if left else carry
 
+    def on_devices(self, x: Array) -> Array:
+        """Splits the vocabulary into an axis of devices, the first, and one inside of them."""
+        shape = list(x.shape)
+        shape[self.axis : self.axis + 1] = self.devices, x.shape[self.axis] // self.devices
+        return jnp.moveaxis(x.reshape(shape), self.axis, 0)
+
+    def from_devices(self, x: Array) -> Array:
+        """Inverts `on_devices` for the kernel."""
+        return jnp.moveaxis(x, 0, self.axis).reshape(self.shape)
+
+    def _readable(self, kernel: Any) -> Any:
+        """The kernel, dequantised at once if its parts cannot be read by themselves."""
+        if not isinstance(kernel, Deferred):
+            # Or XLA keeps the float32 numbers that it was rounded from.
+            return jax.lax.optimization_barrier(kernel)
+        stored = kernel.stored
+        block = getattr(stored.codec, "block", None) if self.axis == 1 else 1
+        counts = {x.shape[self.axis] for x in jax.tree.leaves(stored)}
+        whole = block and self.length % block == self.size % block == 0
+        vocab = self.length * self.devices
+        if whole and counts <= {vocab, vocab // block}:
+            return stored
+        return stored.dequantize()
+
 
 def _wide(x: Array) -> Array:
-    return x[..., None, None]
+    """Adds axes of devices and columns to (batch, seq)."""
+    return x[:, None, :, None]

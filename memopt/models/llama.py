@@ -315,12 +315,13 @@ class Llama(nnx.Module):
     def unembed(self, x: Array) -> Array:
         """Final norm and head: `(..., hidden)` to float32 logits `(..., vocab)`."""
         x = self.final_norm(x)
-        kernel = self.head_kernel().astype(x.dtype)
-        return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
+        kernel = dequantize_params(self.head_kernel().get_value())
+        kernel = kernel.T if self.config.tied else kernel
+        return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
 
-    def head_kernel(self) -> Array:
-        """The output head, `(hidden, vocab)`."""
-        return self.embed.embedding[...].T if self.config.tied else self.head.kernel[...]
+    def head_kernel(self) -> nnx.Param:
+        """The head's matrix, `(hidden, vocab)`, or the embedding, `(vocab, hidden)`."""
+        return self.embed.embedding if self.config.tied else self.head.kernel
 
 
 def loss(
@@ -394,8 +395,9 @@ def head_loss(
         losses = optax.softmax_cross_entropy_with_integer_labels(model.unembed(x), targets)
         total = (losses * weights).sum()
     else:
-        x, kernel = model.final_norm(x), model.head_kernel()
-        total = chunked_cross_entropy(x, kernel, targets, weights, logits_bytes)
+        kernel, axis = model.head_kernel().get_value(), 0 if model.config.tied else 1
+        x = model.final_norm(x)
+        total = chunked_cross_entropy(x, kernel, targets, weights, logits_bytes, axis)
     return total, weights.sum()
 
 

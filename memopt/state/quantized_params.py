@@ -42,6 +42,36 @@ class Quantized:
         return self.codec.decode(Coded(self.codes, self.scales)).astype(self.dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+    """A quantised matrix for a function that dequantises a part of it at a time.
+
+    Its gradient is that of `change`, which is zero and need not be read.
+
+    Attributes:
+      stored: the matrix.
+      change: zeros of its shape and dtype, added to it.
+    """
+
+    stored: Quantized
+    change: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix."""
+        return self.change.shape
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the dequantised matrix."""
+        return self.change.dtype
+
+    def dequantize(self) -> Array:
+        """Decodes the whole matrix."""
+        return self.stored.dequantize() + self.change
+
+
 def is_quantized(x: Any) -> bool:
     """Whether a node of a tree is a `Quantized`."""
     return isinstance(x, Quantized)
@@ -96,8 +126,8 @@ def dequantize_params(params: Any) -> Any:
     Args:
       params: a tree from `quantize_params`, or any part of it.
     """
-    read = lambda x: x.dequantize() if is_quantized(x) else x
-    return jax.tree.map(read, params, is_leaf=is_quantized)
+    is_stored = lambda x: isinstance(x, Quantized | Deferred)
+    return jax.tree.map(lambda x: x.dequantize() if is_stored(x) else x, params, is_leaf=is_stored)
 
 
 def apply_rounded_updates(

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import sys
 import time
 import warnings
@@ -44,8 +45,8 @@ class Checkpoints:
         keep: How many of the newest to keep. The one with the lowest validation loss is kept too.
     """
 
-    def __init__(self, directory: Path, keep: int = 3):
-        self._directory = directory.absolute()
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 3):
+        self._directory = Path(directory).absolute()
         self._keep = keep
         self._val_loss: dict[int, float | None] = {}
         self._saving: Any = None  # Orbax's response to the last save
@@ -125,7 +126,8 @@ class Checkpoints:
         that is removed while it is read, by a run that goes on, is not damaged.
 
         Args:
-            like: Shapes, dtypes and shardings of the state, as `ShapeDtypeStruct`s.
+            like: A state of the same shapes, dtypes and shardings, of arrays (such as the first
+                state) or `ShapeDtypeStruct`s.
             set_aside: Whether to do so; otherwise they are left out, and nothing is written.
 
         Returns:

@@ -10,7 +10,7 @@ import re
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -18,7 +18,9 @@ from jax.experimental import multihost_utils
 
 from memopt.errors import check_at_least
 from memopt.internals import clusters
-from memopt.training.config import Run
+
+if TYPE_CHECKING:  # else checkpoints, which need no options, would need tyro
+    from memopt.training.config import Run
 
 #: The processes agree on signals about so often, and after so many steps at the latest.
 SECONDS_TO_STOP, STEPS_TO_STOP = 1.0, 16
@@ -26,7 +28,7 @@ SECONDS_TO_STOP, STEPS_TO_STOP = 1.0, 16
 LONGEST_MESSAGE = 2000
 
 
-def init_distributed(options: Run) -> None:
+def init_distributed(options: "Run") -> None:
     """Starts `jax.distributed`, if there is more than one process; before any use of a device.
 
     Args:
@@ -37,6 +39,7 @@ def init_distributed(options: Run) -> None:
         ValueError: Some of the three are missing, are impossible or contradict the cluster.
 
     Example:
+        >>> from memopt.training.config import Run
         >>> init_distributed(Run())  # a laptop
         >>> init_distributed(Run(processes=2))
         Traceback (most recent call last):

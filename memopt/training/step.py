@@ -66,6 +66,7 @@ def train_step(
     tx: optax.GradientTransformation,
     learning_rate: optax.Schedule,
     accumulation: int = 1,
+    rng: jax.Array | None = None,
     predict: Predict | None = None,
     observe: bool = False,
 ) -> tuple[TrainState, Metrics]:
@@ -86,6 +87,9 @@ def train_step(
         learning_rate: The schedule `tx` follows, a function of the number of updates applied.
         accumulation: In how many micro-batches the batch is worked through, one after another;
             it divides the batch.
+        rng: A key for dropout and the like, such as ``jax.random.key(0)``: `loss` then finds
+            another one for each step and micro-batch as ``batch["rng"]``. It may be the same for
+            all steps, since their number is folded into it.
         predict: Maps (optimizer state, parameters) to the parameters at which loss and gradient are
             taken, such as `memopt.predict_parameters` with an optimizer and a number of steps;
             the update is applied to the parameters themselves.
@@ -109,18 +113,20 @@ def train_step(
     """
     dense = dequantize_params(state.params)
     at = dense if predict is None else predict(state.opt_state, dense)
+    pieces = cut_batch(batch, accumulation, rng, state.step)
+    whole = batch if rng is None else {**batch, "rng": pieces["rng"][0]}
     point, gradient_of = (at, None), lambda pair, batch: loss(pair[0], batch)
     if observe:
         point = at, zero_statistics(at)
         gradient_of = lambda pair, batch: loss(pair[0], batch, statistics=pair[1])
-    mean_loss, found, tokens = _mean_gradient(gradient_of, point, batch, accumulation)
+    mean_loss, found, tokens = _mean_gradient(gradient_of, point, pieces)
     gradients, statistics = found
     norm = global_norm(gradients)
     applied = jnp.isfinite(mean_loss)
     if not skips_matrices(state.opt_state):
         applied &= all_finite(gradients)
 
-    objective = lambda params: loss(params, batch)[0] / tokens
+    objective = lambda params: loss(params, whole)[0] / tokens
     extra = {"value": mean_loss, "obj_fn": objective, "gradient_norm": norm}
     extra |= {"statistics": statistics} if observe else {}
     update = optax.with_extra_args_support(tx).update
@@ -166,16 +172,27 @@ def evaluate(params: Any, batches: Any, loss: Loss) -> float:
     return total / tokens
 
 
-def _mean_gradient(
-    loss: Loss, params: Any, batch: Batch, accumulation: int
-) -> tuple[jax.Array, Any, jax.Array]:
+def cut_batch(batch: Batch, accumulation: int, rng: jax.Array | None, step: jax.Array) -> Any:
+    """Cuts a batch into micro-batches, as arrays of shape (accumulation, rows, ...).
+
+    Args:
+        batch: Arrays of shape (batch, ...).
+        accumulation: How many.
+        rng: As in `train_step`; each micro-batch has a key of its own, ``"rng"``.
+        step: The number of the step, folded into `rng`.
+    """
+    pieces = split_microbatches(batch, accumulation)
+    if rng is None:
+        return pieces
+    if "rng" in batch:
+        raise ValueError("rng must be left out if the batch has an array 'rng' of its own.")
+    return {**pieces, "rng": jax.random.split(jax.random.fold_in(rng, step), accumulation)}
+
+
+def _mean_gradient(loss: Loss, params: Any, pieces: Any) -> tuple[jax.Array, Any, jax.Array]:
     """Returns the mean loss a token, its gradient in the parameters' dtypes, and the tokens."""
     gradient = jax.value_and_grad(loss, has_aux=True)
-    one = lambda micro_batch: (gradient(params, micro_batch), None)
-    if accumulation == 1:
-        sums, _ = one(batch)
-    else:
-        sums, _ = sum_microbatches(one, split_microbatches(batch, accumulation))
+    sums, _ = sum_microbatches(lambda piece: (gradient(params, piece), None), pieces)
     (total, tokens), gradients = sums
     tokens = jnp.maximum(tokens, 1)
     gradients = jax.tree.map(lambda g, p: (g / tokens).astype(p.dtype), gradients, params)

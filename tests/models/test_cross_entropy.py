@@ -7,7 +7,9 @@ import numpy as np
 import optax
 import pytest
 
+import memopt
 from memopt.models.cross_entropy import chunked_cross_entropy
+from memopt.state.quantized_params import Deferred
 
 DRAW = np.random.default_rng(0)
 TARGETS = jnp.asarray(DRAW.integers(0, 300, (2, 5)))
@@ -19,9 +21,9 @@ def arrays(dtype):
     return jnp.asarray(x, dtype), jnp.asarray(kernel, dtype), WEIGHTS
 
 
-def in_parts(columns):
+def in_parts(columns, axis=1):
     def total(x, kernel, weights):
-        return chunked_cross_entropy(x, kernel, TARGETS, weights, 4 * 10 * columns)
+        return chunked_cross_entropy(x, kernel, TARGETS, weights, 4 * 10 * columns, axis)
 
     return total
 
@@ -66,3 +68,25 @@ def test_the_gradient_can_be_differentiated_forwards():
         return jax.jvp(gradient, (kernel,), (direction,))[1]
 
     chex.assert_trees_all_close(curvature(in_parts(128)), curvature(at_once), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4", "bfloat16+8"])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("vocab", [384, 300])
+def test_a_deferred_kernel_is_its_dense_one(codec, axis, vocab):
+    """With blocks of a scale that parts can be cut by, and with others."""
+    targets, weights = TARGETS % vocab, WEIGHTS
+    x = jnp.asarray(DRAW.normal(size=(2, 5, 256)) / 16, jnp.float32)
+    shape = (256, vocab) if axis else (vocab, 256)
+    stored = memopt.quantize_params({"w": jnp.asarray(DRAW.normal(size=shape), "f4")}, codec)["w"]
+
+    def loss(kernel, x):
+        return chunked_cross_entropy(x, kernel, targets, weights, 4 * 10 * 128, axis)
+
+    dense = stored.dequantize()
+    deferred = lambda change, x: loss(Deferred(stored, change), x)
+    chex.assert_trees_all_close(
+        jax.jit(jax.value_and_grad(deferred, (0, 1)))(jnp.zeros_like(dense), x),
+        jax.jit(jax.value_and_grad(loss, (0, 1)))(dense, x),
+        rtol=1e-6,
+    )

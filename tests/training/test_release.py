@@ -58,18 +58,6 @@ def toy(*, tied=False):
     return StackedModel(embed, block, head), params
 
 
-def loss_of(model):
-    """The same model as one function, for the ordinary step."""
-
-    def loss(params, batch):
-        x = model.embed(params, batch)
-        step = lambda x, layer: (model.block(layer, x, batch), None)
-        x, _ = jax.lax.scan(step, x, params["blocks"])
-        return model.head(params, x, batch)
-
-    return loss
-
-
 def make_batch(seed):
     first, second = jax.random.split(jax.random.key(seed))
     tokens = jax.random.randint(first, (ROWS, LENGTH + 1), 0, VOCAB)
@@ -90,7 +78,7 @@ def both(tx, steps=20, released=None, tied=False, **options):
     """States and metrics of the ordinary and the released step."""
     model, params = toy(tied=tied)
     batches = [make_batch(seed) for seed in range(steps)]
-    ordinary = run(train_step, tx, params, batches, loss=loss_of(model), **options)
+    ordinary = run(train_step, tx, params, batches, loss=model.loss, **options)
     return ordinary, run(release_step, released or tx, params, batches, model=model, **options)
 
 
@@ -272,7 +260,7 @@ def test_skipping_matrices_takes_the_place_of_skipping_steps():
     batches = [make_batch(seed) for seed in range(3)]
     adam = memopt.quantize_state(optax.adam(RATE), min_size=16)
     tx = memopt.skip_nonfinite(optax.chain(memopt.clip_by_gradient_norm(1e-1), adam))
-    ordinary = run(train_step, tx, params, batches, loss=loss_of(model))
+    ordinary = run(train_step, tx, params, batches, loss=model.loss)
     released = run(release_step, tx, params, batches, model=model)
     chex.assert_trees_all_close(ordinary[0], released[0], rtol=1e-4, atol=1e-5)
     state, _ = released
@@ -355,7 +343,7 @@ def test_state_is_donated_and_no_stack_is_held_twice():
     temporaries = {}
     for step in (
         functools.partial(release_step, model=model),
-        functools.partial(train_step, loss=loss_of(model)),
+        functools.partial(train_step, loss=model.loss),
     ):
         step = functools.partial(step, tx=tx, learning_rate=RATE)
         memory = jax.jit(step, donate_argnums=0).lower(state, batch).compile().memory_analysis()
@@ -405,7 +393,7 @@ def test_quantised_weights_and_state():
         optax.scale_by_learning_rate(RATE),
     )
     batches = [make_batch(seed) for seed in range(5)]
-    ordinary, _ = run(train_step, tx, stored, batches, loss=loss_of(model))
+    ordinary, _ = run(train_step, tx, stored, batches, loss=model.loss)
     released, _ = run(release_step, tx, stored, batches, model=model)
     chex.assert_trees_all_equal_shapes_and_dtypes(ordinary, released)
     for a, b in zip(*map(jax.tree.leaves, (ordinary, released)), strict=True):

@@ -36,7 +36,7 @@ def test_without_a_layer_or_an_axis_the_whole_array_is_read_and_written(stack):
 @pytest.mark.parametrize("flag", [True, False])
 @pytest.mark.parametrize("x", [1.0, np.nan, np.inf, -np.inf])
 def test_a_delayed_flag_is_the_flag(flag, x):
-    assert jax.jit(layouts.delay_flag)(jnp.array([0.5, x]), jnp.array(flag)) == flag
+    assert jax.jit(layouts.delay_flag)(jnp.array(flag), jnp.array([0.5, x])) == flag
 
 
 @pytest.mark.parametrize("condition", [True, False])

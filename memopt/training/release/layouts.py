@@ -45,7 +45,7 @@ def with_layout(x: Array, spec: jax.P | None, *, by_columns: bool = False) -> Ar
     return x if spec is None else jax.shard_map(constrain, in_specs=spec, out_specs=spec)(x)
 
 
-def reload_after(stored: Any, x: Array, layer: Array | None = None) -> tuple[Any, Array | None]:
+def reload_after(stored: Any, x: Any, layer: Array | None = None) -> tuple[Any, Array | None]:
     """Reads a parameter, or one layer of it, after `x` is computed.
 
     The read waits for the scales of quantised parameters, and for the index of a dense layer.
@@ -63,7 +63,7 @@ def reload_after(stored: Any, x: Array, layer: Array | None = None) -> tuple[Any
     return part, layer
 
 
-def delay_flag(x: Array, flag: Array) -> Array:
+def delay_flag(flag: Array, x: Array) -> Array:
     """Returns `flag`; on CPUs XLA does not know it before `x` is computed.
 
     Without this XLA for CPUs does not see that all reads of a stack come before the write, and
@@ -71,11 +71,11 @@ def delay_flag(x: Array, flag: Array) -> Array:
     cotangent of the block's input does.
     """
 
-    def known(x: Array, flag: Array) -> Array:
+    def known(flag: Array, x: Array) -> Array:
         largest = x.max()
         return flag & ((largest <= jnp.inf) | jnp.isnan(largest))  # always true; XLA cannot tell
 
-    return jax.lax.platform_dependent(x, flag, cpu=known, default=lambda x, flag: flag)
+    return jax.lax.platform_dependent(flag, x, cpu=known, default=lambda flag, x: flag)
 
 
 def read_layer(tree: Any, layer: Array | None, axis: int | None) -> Any:

@@ -1,5 +1,6 @@
 """A training step that updates each layer while the backward pass runs."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,17 +11,15 @@ from jax import Array
 from jax.sharding import AxisType
 
 from memopt.internals import trace
-from memopt.models.stacked import StackedModel
+from memopt.models.stacked import BLOCKS, StackedModel, blocks_of, checked, split_floats
 from memopt.state.precision import bounded, where_applied
 from memopt.state.quantized_params import apply_rounded_updates, dequantize_params, is_quantized
 from memopt.training.release import layouts
 from memopt.training.release.layouts import read_layer, write_layer
 from memopt.training.release.per_parameter_update import PerParameterUpdate
-from memopt.training.step import Batch, Metrics, TrainState, finish_step
-from memopt.transforms.microbatches import split_microbatches, sum_microbatches
+from memopt.training.step import Batch, Metrics, TrainState, cut_batch, finish_step
+from memopt.transforms.microbatches import sum_microbatches
 from memopt.transforms.skip_nonfinite import skips_matrices
-
-BLOCKS = "blocks"
 
 
 def release_step(
@@ -31,6 +30,7 @@ def release_step(
     tx: optax.GradientTransformation,
     learning_rate: optax.Schedule,
     accumulation: int = 1,
+    rng: Array | None = None,
     shardings: Any = None,
 ) -> tuple[TrainState, Metrics]:
     """Takes one step without ever holding all gradients; to be jitted with the state donated.
@@ -60,6 +60,8 @@ def release_step(
             `train_step`, but no `obj_fn`.
         learning_rate: As in `train_step`.
         accumulation: As in `train_step`.
+        rng: As in `train_step`; the three functions find the key as ``batch["rng"]``. A block is
+            computed twice, with the same key: one for each layer goes in what it is given.
         shardings: The parameters' `NamedSharding`s, a tree like them. On a mesh of Auto axes,
             whose types do not tell, they keep XLA from copying whole stacks to change their
             layout in memory.
@@ -69,10 +71,11 @@ def release_step(
 
     Raises:
         ValueError: The optimizer needs more than one gradient at a time; says what to take instead.
+            Or the model returns what it may not, see `StackedModel`.
 
     Example:
         >>> import functools
-        >>> from memopt.training.step import init_state
+        >>> from memopt.training import init_state
         >>> model = StackedModel(
         ...     embed=lambda rest, batch: batch["x"] @ rest["in"],
         ...     block=lambda w, x, batch: x + jnp.tanh(x @ w),
@@ -89,11 +92,12 @@ def release_step(
     explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
     specs = state_specs.params if explicit else jax.tree.map(lambda x: x.spec, shardings)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        new, applied, metrics = _ReleaseStep(state, batch, model, tx, accumulation, specs).run()
+    def step(state: TrainState, batch: Batch, rng: Array | None) -> tuple[TrainState, Metrics]:
+        pieces = cut_batch(batch, accumulation, rng, state.step)
+        new, applied, metrics = _ReleaseStep(state, pieces, model, tx, accumulation, specs).run()
         return finish_step(new, applied, learning_rate, metrics)
 
-    return jax.sharding.auto_axes(step, out_sharding=(state_specs, jax.P()))(state, batch)
+    return jax.sharding.auto_axes(step, out_sharding=(state_specs, jax.P()))(state, batch, rng)
 
 
 Leaves = dict[int, Any]
@@ -138,14 +142,15 @@ class _ReleaseStep:
     def __init__(
         self,
         start: TrainState,
-        batch: Batch,
+        pieces: Any,
         model: StackedModel,
         tx: optax.GradientTransformation,
         accumulation: int,
         specs: Any,
     ) -> None:
-        self.start, self.model, self.accumulation = start, model, accumulation
-        self.pieces = split_microbatches(batch, accumulation)
+        self.start, self.pieces, self.accumulation = start, pieces, accumulation
+        self.model = model = checked(model)
+        blocks_of(start.params)
         dense = jax.eval_shape(dequantize_params, start.params)
         structure: Any
         paths, structure = jax.tree_util.tree_flatten_with_path(dense)
@@ -157,7 +162,7 @@ class _ReleaseStep:
         self.blocks = [i for i in self.like if stacked[i]]
         self.layers = self.like[self.blocks[0]].shape[0]
 
-        rest, piece = self._without_blocks(self.like), jax.tree.map(lambda x: x[0], self.pieces)
+        rest, piece = self._without_blocks(self.like), jax.tree.map(lambda x: x[0], pieces)
         x = jax.eval_shape(model.embed, rest, piece)
         self.read_by_head = self._reads(model.head, x, piece)
         embedded = self._reads(model.embed, piece)
@@ -172,13 +177,13 @@ class _ReleaseStep:
         rest = self._without_blocks(self._load(params, self.last))
         x = _each(lambda piece: self.model.embed(rest, piece), self.pieces)
 
-        def forward(x: Array, layer: Array) -> tuple[Array, Array]:
+        def forward(x: Any, layer: Array) -> tuple[Any, Any]:
             weights = self._one_block(self._load(params, self.blocks, layer))
             return _each(lambda *xs: self.model.block(weights, *xs), x, self.pieces), x
 
         x, inputs = jax.lax.scan(forward, x, jnp.arange(self.layers))
         gradients, (cotangent, totals, counts) = self._head(
-            x, self._reload(params, self.read_by_head, x)
+            x, self._reload(params, self.read_by_head, split_floats(x)[0])
         )
         self.tokens = jnp.maximum(counts.sum(), 1)
         self.loss = totals.sum() / self.tokens
@@ -200,7 +205,7 @@ class _ReleaseStep:
         return new, carry.finite, {"loss": self.loss, "gradient_norm": norm, "tokens": self.tokens}
 
     def _backward(
-        self, carry: _Carry, inputs: Array, gradients: Leaves, cotangent: Array, visit: Any
+        self, carry: _Carry, inputs: Any, gradients: Leaves, cotangent: list[Array], visit: Any
     ) -> _Carry:
         """Walks from the head to the embedding.
 
@@ -208,19 +213,22 @@ class _ReleaseStep:
             carry: What `visit` changes.
             inputs: What entered each block, (layers, micro-batches, ...).
             gradients: Of what the head reads.
-            cotangent: Of what leaves the last block, (micro-batches, ...).
+            cotangent: Of the floating-point arrays that leave the last block, (micro-batches, ...).
             visit: Maps (carry, gradients, layer) to carry.
         """
         if self.first:
             carry = visit(carry, self._means({i: gradients[i] for i in self.first}), None)
 
-        def block(back: tuple[_Carry, Array], xs: tuple[Array, Array]) -> Any:
+        def block(back: tuple[_Carry, list[Array]], xs: tuple[Array, Any]) -> Any:
             (inside, cotangent), (layer, x) = back, xs
             around = _fill(inside, carry)
             weights = self._load(around.params, self.blocks, layer)
-            gradients, cotangent = self._block(weights, layouts.pin_layout(x), cotangent)
+            floats, join = split_floats(x)
+            x = join([layouts.pin_layout(x) for x in floats])
+            gradients, cotangent = self._block(weights, x, cotangent)
             means = self._means(gradients)
-            around = around._replace(finite=layouts.delay_flag(cotangent, around.finite))
+            finite = functools.reduce(layouts.delay_flag, cotangent, around.finite)
+            around = around._replace(finite=finite)
             return (self._only_layers(visit(around, means, layer)), cotangent), None
 
         back, order = (self._only_layers(carry), cotangent), (jnp.arange(self.layers), inputs)
@@ -273,12 +281,14 @@ class _ReleaseStep:
                 state[k] = write_layer(state[k], where_applied(before, x, old[k]), layer, axes[k])
         return carry._replace(params=stored, state=state)
 
-    def _head(self, x: Array, weights: Leaves) -> tuple[Leaves, tuple[Array, Array, Array]]:
+    def _head(self, x: Any, weights: Leaves) -> tuple[Leaves, tuple[list[Array], Array, Array]]:
         """Computes gradients of the head's leaves; by micro-batch that of x, loss and tokens."""
 
-        def one(x: Array, piece: Batch) -> Any:
-            loss = lambda leaves, x: self.model.head(self._without_blocks(leaves), x, piece)
-            total, pull, tokens = jax.vjp(loss, weights, x, has_aux=True)
+        def one(x: Any, piece: Batch) -> Any:
+            floats, join = split_floats(x)
+            rest = self._without_blocks
+            loss = lambda leaves, floats: self.model.head(rest(leaves), join(floats), piece)
+            total, pull, tokens = jax.vjp(loss, weights, floats, has_aux=True)
             # Of the mean at once if it is known: no gradient need be scaled into another array.
             mean = jnp.maximum(tokens, 1) if self.accumulation == 1 else jnp.ones(())
             gradients, cotangent = pull((1 / mean).astype(total.dtype))
@@ -286,21 +296,28 @@ class _ReleaseStep:
 
         return sum_microbatches(one, x, self.pieces)
 
-    def _block(self, weights: Leaves, x: Array, cotangent: Array) -> tuple[Leaves, Array]:
+    def _block(self, weights: Leaves, x: Any, cotangent: list[Array]) -> Any:
         """Computes the gradients of a block's leaves, and by micro-batch that of its input."""
 
-        def one(x: Array, cotangent: Array, piece: Batch) -> Any:
-            run = lambda weights, x: self.model.block(self._one_block(weights), x, piece)
-            return jax.vjp(run, weights, x)[1](cotangent)
+        def one(x: Any, cotangent: list[Array], piece: Batch) -> Any:
+            floats, join = split_floats(x)
+
+            def run(weights: Leaves, floats: list[Array]) -> list[Array]:
+                return split_floats(
+                    self.model.block(self._one_block(weights), join(floats), piece)
+                )[0]
+
+            return jax.vjp(run, weights, floats)[1](cotangent)
 
         return sum_microbatches(one, x, cotangent, self.pieces)
 
-    def _embed(self, cotangent: Array, weights: Leaves) -> Leaves:
+    def _embed(self, cotangent: list[Array], weights: Leaves) -> Leaves:
         """Computes the gradients of leaves that are neither in blocks nor only in the head."""
 
-        def one(cotangent: Array, piece: Batch) -> Any:
+        def one(cotangent: list[Array], piece: Batch) -> Any:
             run = lambda leaves: self.model.embed(self._without_blocks(leaves), piece)
-            return jax.vjp(run, weights)[1](cotangent)[0], None
+            floats = lambda leaves: split_floats(run(leaves))[0]
+            return jax.vjp(floats, weights)[1](cotangent)[0], None
 
         return sum_microbatches(one, cotangent, self.pieces)[0]
 
@@ -319,7 +336,7 @@ class _ReleaseStep:
         part = {i: x if is_quantized(x) else layouts.pin_layout(x) for i, x in part.items()}
         return jax.tree.map(lambda x: x[None], dequantize_params(part))
 
-    def _reload(self, stored: Sequence[Any], leaves: Sequence[int], x: Array) -> Leaves:
+    def _reload(self, stored: Sequence[Any], leaves: Sequence[int], x: Any) -> Leaves:
         """Does the same, reading the parameters after `x` is computed."""
         return self._load({i: layouts.reload_after(stored[i], x)[0] for i in leaves}, leaves)
 
@@ -341,7 +358,7 @@ class _ReleaseStep:
         return self._tree({i: x[0] for i, x in leaves.items()})[BLOCKS]
 
 
-def _each(f: Callable[..., Array], *xs: Any) -> Array:
+def _each(f: Callable[..., Any], *xs: Any) -> Any:
     """Applies `f` to every micro-batch."""
     return sum_microbatches(lambda *xs: ((), f(*xs)), *xs)[1]
 
