@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import shutil
 
 import chex
@@ -17,6 +18,7 @@ from rich.console import Console
 import memopt
 from memopt.cli.evaluate import evaluate
 from memopt.cli.export import export_run
+from memopt.cli.finetune import parse_finetune
 from memopt.cli.pretrain import parse
 from memopt.cli.sample import sample
 from memopt.models import llama
@@ -314,6 +316,84 @@ def test_a_model_directory_is_sampled_and_evaluated_like_a_run(run, tmp_path, te
     _, held_out = find_text(own.config).split()
     compared = [evaluate_text(x, held_out, seq_len=32, max_tokens=512) for x in (brought, own)]
     assert compared[0] == compared[1]
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A run on chats, with a template of its own."""
+    directory = tmp_path_factory.mktemp("tuned")
+    turns = lambda i: [{"role": "user", "content": f"{i}+1"}, {"role": "assistant", "content": "é"}]
+    rows = [json.dumps({"messages": turns(i)}) for i in range(60)]
+    (directory / "chats.jsonl").write_text("\n".join(rows))
+    (directory / "mine.jinja").write_text(TEMPLATE)
+    flags = (
+        f"--model=nano --data={directory / 'chats.jsonl'} --seq-len=64 --eval-tokens=6400 "
+        f"--chat-template={directory / 'mine.jinja'} --steps=4 --eval-every=4 --optimizer=lion "
+        f"--mesh=data=1 --output={directory / 'run'}"
+    )
+    train(open_run(parse_finetune(flags.split())), Console(quiet=True))
+    (directory / "mine.jinja").unlink()
+    return directory
+
+
+def test_a_run_on_chats_answers_by_its_template(tuned, tmp_path):
+    loaded = load_run(tuned / "run")
+    ids = [*b"user: 7+1", 256, *b"assistant: "]
+    expected = np.asarray(generate(loaded.model, np.array(ids), 8))[len(ids) :]
+    assert continue_text(loaded, "7+1", temperature=0, max_new_tokens=8) == (
+        loaded.tokenizer.decode(expected[: np.argmax(expected == 256)] if 256 in expected else expected)
+    )
+    plain = np.asarray(generate(loaded.model, np.array([256, *b"7+1"]), 8))[4:]
+    assert continue_text(loaded, "7+1", temperature=0, max_new_tokens=8, format="text") == (
+        loaded.tokenizer.decode(plain[: np.argmax(plain == 256)] if 256 in plain else plain)
+    )
+    export(loaded, tmp_path / "model")
+    assert (tmp_path / "model" / "chat_template.jinja").read_text() == TEMPLATE
+    brought = load_model(tmp_path / "model")
+    answers = [continue_text(x, "7+1", seed=1, format="chats") for x in (loaded, brought)]
+    assert answers[0] == answers[1]
+
+
+def test_chats_are_evaluated_by_their_answers(tuned, capsys):
+    loaded = load_run(tuned / "run")
+    lines = shown(capsys, evaluate, tuned / "run").splitlines()
+    tokens, size = (int(x) for x in re.findall(r"(\d+) (?:tokens|bytes)", lines[1]))
+    assert (tokens % 3, size) == (0, tokens // 3 * 2)  # "é" is two bytes, and an end follows
+    assert lines[2].startswith(f"a token    loss {loaded.val_loss:.4f}, ")
+    whole = shown(capsys, evaluate, tuned / "run", "--data", tuned / "chats.jsonl").splitlines()
+    assert whole[1] == f"data       {tuned / 'chats.jsonl'}: 180 tokens, 120 bytes"
+
+
+class EndOfTurn(ByteTokenizer):
+    """Bytes, and a token that ends turns only."""
+
+    special_tokens = {**ByteTokenizer.special_tokens, "<|end|>": 257}
+    vocab_size = 258
+
+    def encoder_with(self, stand_ins):
+        ids = {stand_in: self.special_tokens[name] for name, stand_in in stand_ins.items()}
+        pattern = "|".join(map(re.escape, ids))
+
+        def encode(text):
+            parts = re.split(f"({pattern})", text)
+            parts = [[ids[x]] if x in ids else self.encode(x) for x in parts]
+            return np.concatenate(parts).astype(np.int32)
+
+        return encode
+
+
+def test_the_token_that_ends_an_answer_ends_it_whatever_ends_documents(tuned, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE.replace("{{ eos_token }}", "<|end|>"))
+    run = load_run(tuned / "run")
+    assert run.end_ids == (256,)
+    other = dataclasses.replace(run, path=tmp_path, tokenizer=EndOfTurn())
+    assert other.end_ids == (257, 256)
 
 
 def shown(capsys, command, *arguments):
