@@ -16,6 +16,7 @@ import memopt
 from memopt.cli.pretrain import parse
 from memopt.models import hugging_face, llama
 from memopt.text.tokenizer_files import tokenizer_files
+from memopt.training import start as start_module
 from memopt.training.loop import train
 from memopt.training.metrics import read_metrics
 from memopt.training.open import open_run
@@ -131,6 +132,14 @@ def test_the_dense_model_is_never_there_beside_the_quantised_one(start, monkeypa
             live.append(sum(x.nbytes for x in jax.live_arrays()))
             return self.tensor[index]
 
+    quantised, store = [], start_module.store_params
+
+    def watched(params, weights):
+        arrays = [x for x in jax.tree.leaves(params) if not isinstance(x, jax.ShapeDtypeStruct)]
+        quantised.extend(x.size for x in arrays)
+        return store(params, weights)
+
+    monkeypatch.setattr(start_module, "store_params", watched)
     opened = hugging_face.open_tensors
     watch = lambda directory: {name: Watched(x) for name, x in opened(directory).items()}
     monkeypatch.setattr(hugging_face, "open_tensors", watch)
@@ -138,6 +147,7 @@ def test_the_dense_model_is_never_there_beside_the_quantised_one(start, monkeypa
     run = start(f"--init={directory}", "--weights=int8")
     kept = sum(x.nbytes for x in jax.tree.leaves(run.state.params))
     one_layer = 4 * wide.hidden_size * wide.intermediate_size
+    assert max(quantised) == max(wide.vocab_size, wide.intermediate_size) * wide.hidden_size
     assert len(live) > 16 * 7
     assert max(live) - before < kept + 2 * one_layer < 2 * kept
     run.checkpoints.close()
