@@ -35,7 +35,6 @@ def train(
     directory: str | os.PathLike[str],
     *,
     steps: int,
-    learning_rate: float = 3e-3,
 ) -> tuple[TrainState, list[float]]:
     """Trains with int8 weights and 8-bit state, from the newest checkpoint if there is one.
 
@@ -45,12 +44,11 @@ def train(
         make_batch: Maps the number of a step to its batch.
         directory: Holds the checkpoints.
         steps: Where to stop.
-        learning_rate: The highest, after a warm-up of five steps.
 
     Returns:
         The state after the last step, and the loss of each step taken.
     """
-    rate = optax.warmup_constant_schedule(0.0, learning_rate, 5)
+    rate = optax.warmup_constant_schedule(0.0, 3e-3, 5)
     tx = make_optimizer(rate)
     step = functools.partial(release_step, model=model, tx=tx, learning_rate=rate)
     step = jax.jit(functools.partial(step, rng=jax.random.key(0)), donate_argnums=0)
@@ -71,6 +69,8 @@ def run(
     model: StackedModel, params: Any, make_batch: Callable[[int], dict[str, Any]], steps: int = 100
 ) -> None:
     """Trains in the directory that the command line names; prints the state's bytes and losses."""
+    if len(sys.argv) != 2:
+        sys.exit("Give one argument, the directory to keep checkpoints in.")
     tx = make_optimizer(optax.constant_schedule(0.0))
     kept = memopt.state_bytes(tx, params).total
     print(f"state: {kept:,} bytes for {sum(x.size for x in jax.tree.leaves(params)):,} parameters")
@@ -80,9 +80,15 @@ def run(
     print(f"loss of steps {[round(loss, 2) for loss in losses[::20]]}, on other data {loss:.2f}")
 
 
+@functools.cache
+def read_text() -> bytes:
+    """Reads memopt's documentation."""
+    return b"".join(path.read_bytes() for path in sorted(ROOT.glob("docs/*.md")))
+
+
 def text_batch(number: int, *, rows: int, length: int) -> dict[str, np.ndarray]:
-    """Cuts rows of bytes from memopt's documentation, at places drawn by the number of the step."""
-    text = b"".join(path.read_bytes() for path in sorted(ROOT.glob("docs/*.md")))
+    """Cuts rows of bytes from the text, at places that the number of the step decides."""
+    text = read_text()
     starts = np.random.default_rng(number).integers(0, len(text) - length, rows)
     tokens = np.stack([np.frombuffer(text, np.uint8, length + 1, start) for start in starts])
     return {"inputs": tokens[:, :-1].astype(np.int32), "targets": tokens[:, 1:].astype(np.int32)}

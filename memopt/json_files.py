@@ -1,6 +1,7 @@
-"""JSON files of strangers: read with limits, and refused in one sentence."""
+"""JSON files of strangers: read with limits, refused in one sentence, and shown harmlessly."""
 
 import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object.")
     return content
+
+
+def shown(value: Any) -> str:
+    r"""Text for an error message: on one line, short, without control characters.
+
+    Args:
+        value: A name from a file, or any value of JSON.
+
+    Example:
+        >>> print(shown("model.norm.weight"), shown("\x1b[2J"), shown([1, "a"]))
+        model.norm.weight '\x1b[2J' [1, 'a']
+
+    """
+    if isinstance(value, str) and value.isprintable() and len(value) <= 100:
+        return value
+    return reprlib.repr(value)
 
 
 def _refuse(constant: str) -> None:

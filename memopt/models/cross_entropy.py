@@ -1,7 +1,6 @@
 """Cross-entropy over a large vocabulary, a part of the vocabulary at a time."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -60,16 +59,18 @@ def _forward(
 ) -> tuple[Array, Any]:
     parts = _Parts(x, kernel, logits_bytes, vocab_axis)
 
-    def read(carry: tuple[Array, Array, Array], start: Array | int, size: int) -> Any:
+    def read(carry: tuple[Array, Array, Array], part: Array) -> Any:
         highest, total, chosen = carry
-        logits, ids = parts.logits(x, parts.columns(start, size), start)
+        logits, ids, is_new = parts.logits(x, parts.columns(part), part)
+        logits = jnp.where(is_new, logits, -jnp.inf)
         new = jnp.maximum(highest, logits.max((1, 3)))
         total = total * jnp.exp(highest - new) + jnp.exp(logits - _wide(new)).sum((1, 3))
-        chosen += jnp.where(ids == _wide(targets), logits, 0).sum((1, 3))
-        return new, total, chosen
+        chosen += jnp.where(is_new & (ids == _wide(targets)), logits, 0).sum((1, 3))
+        return (new, total, chosen), None
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
-    highest, total, chosen = parts.scan(read, (zeros - jnp.inf, zeros, zeros))
+    carry = zeros - jnp.inf, zeros, zeros
+    (highest, total, chosen), _ = jax.lax.scan(read, carry, jnp.arange(parts.count))
     normalizer = highest + jnp.log(total)
     losses = normalizer - chosen
     return (losses * weights).sum(), (x, kernel, targets, weights, normalizer, losses)
@@ -82,20 +83,23 @@ def _backward(
     parts = _Parts(x, kernel, logits_bytes, vocab_axis)
     scale = _wide(cotangent * weights)
 
-    def read(carry: tuple[Array, Array], start: Array | int, size: int) -> Any:
+    def read(carry: tuple[Array, Array], part: Array) -> Any:
         dx, dkernel = carry
-        columns = parts.columns(start, size)
-        logits, ids = parts.logits(x, columns, start)
+        columns = parts.columns(part)
+        logits, ids, is_new = parts.logits(x, columns, part)
         d = (jnp.exp(logits - _wide(normalizer)) - (ids == _wide(targets))) * scale
         d = d.astype(x.dtype)
         wide = {"preferred_element_type": jnp.float32}
-        dx += jnp.einsum(f"btsc,{parts.axes}->bsh", d, columns, **wide)
+        dx += jnp.einsum(f"btsc,{parts.axes}->bsh", jnp.where(is_new, d, 0), columns, **wide)
+        # Columns that the part before has, too, are written again as they are.
         new = jnp.einsum(f"bsh,btsc->{parts.axes}", x, d, **wide).astype(dkernel.dtype)
-        return dx, jax.lax.dynamic_update_slice_in_dim(dkernel, new, start, vocab_axis + 1)
+        start = parts.start(part)
+        dkernel = jax.lax.dynamic_update_slice_in_dim(dkernel, new, start, vocab_axis + 1)
+        return (dx, dkernel), None
 
     zeros = jnp.zeros(kernel.shape, kernel.dtype)
     carry = jnp.zeros(x.shape, jnp.float32), parts.on_devices(zeros)
-    dx, new = parts.scan(read, carry)
+    (dx, new), _ = jax.lax.scan(read, carry, jnp.arange(parts.count))
     dkernel: Any = parts.from_devices(new)
     if isinstance(kernel, Deferred):
         dkernel = Deferred(cast(Any, None), dkernel)
@@ -106,7 +110,7 @@ chunked_cross_entropy.defvjp(_forward, _backward)
 
 
 class _Parts:
-    """Equal parts of the vocabulary on each device, and what is left of it."""
+    """Equal parts of the vocabulary on each device; the last one may overlap the one before."""
 
     def __init__(self, x: Array, kernel: Any, logits_bytes: int, vocab_axis: int):
         self.axis, self.dtype, vocab = vocab_axis, x.dtype, kernel.shape[vocab_axis]
@@ -116,31 +120,34 @@ class _Parts:
         positions = x.shape[0] * x.shape[1] // shards("batch", x.shape[0])
         fitting = max(1, logits_bytes // (4 * positions))
         self.size = min(fitting // LANES * LANES or fitting, self.length)
+        self.count = -(-self.length // self.size)
         self.kernel = self._readable(kernel)
 
-    def columns(self, start: Array | int, size: int) -> Array:
+    def start(self, part: Array) -> Array:
+        """The first of a device's columns that a part has."""
+        return jnp.minimum(self.size * part, self.length - self.size)
+
+    def columns(self, part: Array) -> Array:
         """A part of the kernel, (devices, hidden, size) or (devices, size, hidden)."""
 
         def cut(x: Array) -> Array:
             x, axis = self.on_devices(x), self.axis + 1
             block = self.length // x.shape[axis]  # numbers for each scale
-            return jax.lax.dynamic_slice_in_dim(x, start // block, size // block, axis)
+            start = self.start(part) // block
+            return jax.lax.dynamic_slice_in_dim(x, start, self.size // block, axis)
 
         return dequantize_params(jax.tree.map(cut, self.kernel)).astype(self.dtype)
 
-    def logits(self, x: Array, columns: Array, start: Array | int) -> tuple[Array, Array]:
-        """Float32 logits of a part, (batch, devices, seq, size), and the ids of its columns."""
+    def logits(self, x: Array, columns: Array, part: Array) -> tuple[Array, Array, Array]:
+        """Float32 logits of a part, the ids of its columns, and which no part before has.
+
+        Logits are (batch, devices, seq, size), the others (devices, 1, size) and (size,).
+        """
         wide = {"preferred_element_type": jnp.float32}
         logits = jnp.einsum(f"bsh,{self.axes}->btsc", x, columns, **wide)
-        ids = start + jnp.arange(logits.shape[-1])
-        return logits, ids + self.length * jnp.arange(self.devices)[:, None, None]
-
-    def scan(self, read: Callable[..., Any], carry: Any) -> Any:
-        """Calls `read(carry, start, size)` for each part."""
-        whole, left = divmod(self.length, self.size)
-        step = lambda carry, part: (read(carry, self.size * part, self.size), None)
-        carry, _ = jax.lax.scan(step, carry, jnp.arange(whole))
-        return read(carry, self.size * whole, left) if left else carry
+        places = self.start(part) + jnp.arange(self.size)
+        ids = places + self.length * jnp.arange(self.devices)[:, None, None]
+        return logits, ids, places >= self.size * part
 
     def on_devices(self, x: Array) -> Array:
         """Splits the vocabulary into an axis of devices, the first, and one inside of them."""

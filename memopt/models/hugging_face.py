@@ -9,8 +9,8 @@ the part a device needs, straight into the stacked arrays; Hugging Face stores l
 import dataclasses
 import itertools
 import json
+import logging
 import math
-import reprlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 
 from memopt.errors import check_choice
-from memopt.json_files import read_json
+from memopt.json_files import read_json, shown
 from memopt.models.config import DType, LlamaConfig
 from memopt.models.families import config_json, parse_config, token_ids, token_keys
 from memopt.models.quantized_tensors import PARTS, SIDE_DATA, join_parts, pack, split_parts, unpack
@@ -62,6 +62,8 @@ PICKLED = ("*.bin", "*.pt", "*.pth")
 
 # Files of an earlier export that a new one replaces, or would contradict.
 REPLACED = (CONFIG, "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+
+log = logging.getLogger(__name__)
 
 STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -149,7 +151,12 @@ def read_config(directory: Path) -> LlamaConfig:
     if config.tied and {EMBEDDING, HEAD} <= stored.keys():
         head = stored.pop(HEAD)
         tied = _equal(stored[EMBEDDING], head)
-        dtype = narrowest_dtype(directory, stored) if tied else dtype
+        if tied:
+            dtype = narrowest_dtype(directory, stored)
+        else:
+            log.warning(
+                "%s: %s differs from %s: the model is read as untied.", path, HEAD, EMBEDDING
+            )
         config = dataclasses.replace(config, tied=tied)
     return dataclasses.replace(config, param_dtype=dtype)
 
@@ -221,10 +228,14 @@ def open_tensors(directory: Path) -> dict[str, Any]:
         try:
             file = safe_open(path, framework="np")
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read as safetensors: {error}.") from None
+            raise ValueError(
+                f"{path} cannot be read as safetensors: {shown(str(error))}."
+            ) from None
         for name in file.keys():  # noqa: SIM118, not a mapping: it has no iterator of its own
             if name in files:
-                raise ValueError(f"{path}: tensor {name} is also in {files[name].name}.")
+                raise ValueError(
+                    f"{path}: tensor {shown(name)} is also in {shown(files[name].name)}."
+                )
             files[name] = path
             if not name.endswith(BUFFER):
                 found[name] = file.get_slice(name)
@@ -242,7 +253,7 @@ def _weight_files(directory: Path) -> list[Path]:
         for name, path in zip(sorted(set(names.values())), paths, strict=True):
             if path.parent != directory or "\\" in name or name in (".", ".."):
                 raise ValueError(
-                    f"{index}: weight_map names {reprlib.repr(name)}, which must be a file of the "
+                    f"{index}: weight_map names {shown(name)}, which must be a file of the "
                     "same directory."
                 )
     missing = [path.name for path in paths if not path.is_file()]
@@ -252,7 +263,9 @@ def _weight_files(directory: Path) -> list[Path]:
             "safetensors first."
         )
     if missing or not paths:
-        raise ValueError(f"{directory} lacks {', '.join(missing[:3]) or 'any weights'}.")
+        raise ValueError(
+            f"{directory} lacks {', '.join(map(shown, missing[:3])) or 'any weights'}."
+        )
     return paths
 
 
@@ -268,7 +281,7 @@ def narrowest_dtype(directory: Path, stored: Mapping[str, Any]) -> DType:
 
     """
     for name, tensor in stored.items():
-        check_choice(f"{directory}: tensor {name}: type", tensor.get_dtype(), STORED)
+        check_choice(f"{directory}: tensor {shown(name)}: type", tensor.get_dtype(), STORED)
     kinds = {STORED[tensor.get_dtype()] for tensor in stored.values()}
     return cast(DType, jnp.result_type(*kinds).name)
 
@@ -310,7 +323,7 @@ def _check_tensors(directory: Path, stored: Mapping[str, Any], shapes: Mapping[s
 
 
 def _enumerate(names: list[str]) -> str:
-    return f"tensor {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}"
+    return f"tensor {', '.join(map(shown, names[:3]))}{' and more' if len(names) > 3 else ''}"
 
 
 def read_params(

@@ -1,7 +1,8 @@
 """LLaMA in Flax NNX: embedding, a stack of equal scanned blocks, output head, and its loss.
 
 The architecture is that of Touvron et al. 2023 (arXiv 2302.13971) with the grouped-query attention
-and the rotary stretch of Llama 3 (arXiv 2407.21783).
+and the rotary stretch of Llama 3 (arXiv 2407.21783). Options of `LlamaConfig` make it a Mistral
+(arXiv 2310.06825), Qwen2 (arXiv 2407.10671), Qwen3 (arXiv 2505.09388) or Gemma (arXiv 2403.08295).
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from memopt.models.rotary import rotary_tables, rotate
 from memopt.models.sharding import constrain, partition, shards
 from memopt.models.sharding import param_shardings as param_shardings
 from memopt.models.stacked import Batch, StackedModel
-from memopt.state.quantized_params import dequantize_params, quantize_params
+from memopt.state.quantized_params import dequantize_params, quantize_params, take_rows
 
 INIT = jax.nn.initializers.normal(0.02)
 
@@ -256,7 +257,7 @@ class Llama(nnx.Module):
         devices exchange columns for rows: none holds the whole table, nor its gradient.
         """
         token_ids = constrain(token_ids, "data", None)
-        x = jnp.take(self.embed.embedding[...], token_ids, axis=0).astype(self.config.dtype)
+        x = take_rows(self.embed.embedding.get_value(), token_ids).astype(self.config.dtype)
         if self.config.scale_embedding:
             x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
         return constrain(constrain(x, "data", None, "embed"), "batch", None, None)
@@ -528,7 +529,7 @@ def stacked_model(config: LlamaConfig, *, logits_bytes: int = LOGITS_BYTES) -> S
 
     embed = lambda rest, batch: model(rest).embed_tokens(batch["inputs"])
     head = lambda rest, x, batch: head_loss(model(rest), x, batch, logits_bytes=logits_bytes)
-    return StackedModel(embed, block, head)
+    return StackedModel(embed, block, head, in_parts=("embed/embedding", "head/kernel"))
 
 
 def from_hugging_face(
@@ -539,7 +540,9 @@ def from_hugging_face(
     dtype: DType = "float32",
     remat: Remat = "none",
 ) -> Llama:
-    """A LLaMA from a Hugging Face directory: `config.json` and one or many safetensors.
+    """A model from a Hugging Face directory: `config.json` and one or many safetensors.
+
+    LLaMA, Mistral, Qwen2, Qwen3 and Gemma (the first); docs/hugging_face.md has their options.
 
     Args:
         directory: As written by transformers 4 or 5, or by `to_hugging_face`.
@@ -555,7 +558,7 @@ def from_hugging_face(
 
     Raises:
         ValueError: If a file or tensor is missing, unexpected, damaged or of another shape, if the
-            weights are pickled, or if the model is not a plain LLaMA.
+            weights are pickled, or if no `LlamaConfig` describes the model.
 
     Example:
         >>> import tempfile
@@ -605,7 +608,7 @@ def read_hugging_face(
 def to_hugging_face(
     model: Llama, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9
 ) -> None:
-    """Write `config.json` and safetensors that transformers loads.
+    """Write `config.json` and safetensors that transformers loads, in the layout of their family.
 
     The directory appears complete or not at all: an earlier export in its place stays until the
     new one is written, and its other files (a tokenizer) are kept.
@@ -616,7 +619,8 @@ def to_hugging_face(
         max_shard_bytes: Size at which a new file is begun; with more than one, an index is added.
 
     Raises:
-        ValueError: If the directory holds something that is not a model.
+        ValueError: If the directory holds something that is not a model, or if no family of
+            Hugging Face has the model's options.
 
     """
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))

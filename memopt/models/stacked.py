@@ -39,6 +39,9 @@ class StackedModel(NamedTuple):
         block: Maps (parameters of one layer, x, batch) to the next x, a tree like it, with the same
             shapes and dtypes.
         head: Maps (rest, x, batch) to (summed loss, number of tokens), both scalars.
+        in_parts: Names of matrices, such as "head/kernel", that `embed` and `head` take as
+            `memopt.state.quantized_params.Deferred` if they are quantised, to dequantise a part at
+            a time.
 
     Example:
         >>> model = StackedModel(
@@ -53,6 +56,7 @@ class StackedModel(NamedTuple):
     embed: Callable[[Any, Batch], Any]
     block: Callable[[Any, Any, Batch], Any]
     head: Callable[[Any, Any, Batch], tuple[Array, Array]]
+    in_parts: tuple[str, ...] = ()
 
     def loss(self, params: Any, batch: Batch, *, remat: bool = False) -> tuple[Array, Array]:
         """Returns the summed loss of a batch and its number of tokens, both scalars.
@@ -76,7 +80,7 @@ class StackedModel(NamedTuple):
             >>> print(total, tokens)  # of inputs that are 1, 2 and 4
             14.0 2
         """
-        embed, block, head = checked(self)
+        embed, block, head, _ = checked(self)
         stacked = blocks_of(params)
         rest = dequantize_params({k: v for k, v in params.items() if k != BLOCKS})
         run = lambda layer, x: block(dequantize_params(layer), x, batch)
@@ -154,7 +158,7 @@ def checked(model: StackedModel) -> StackedModel:
         total, tokens = leaves
         return total, tokens
 
-    return StackedModel(embed, block, head)
+    return model._replace(embed=embed, block=block, head=head)
 
 
 def split_floats(tree: Any) -> tuple[list[Array], Callable[[list[Array]], Any]]:

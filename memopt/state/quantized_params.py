@@ -72,6 +72,29 @@ class Deferred:
         return self.stored.dequantize() + self.change
 
 
+def take_rows(matrix: Array | Deferred, indices: Array) -> Array:
+    """Returns rows of a matrix; of a deferred one only these are dequantised.
+
+    Args:
+      matrix: ``(rows, cols)``.
+      indices: integers of any shape.
+
+    Returns:
+      ``(*indices.shape, cols)``.
+
+    Example:
+      >>> stored = quantize_params({"w": jnp.arange(512.0).reshape(2, 256)})["w"]
+      >>> rows = take_rows(Deferred(stored, jnp.zeros((2, 256))), jnp.array([1, 1, 0]))
+      >>> rows.shape, bool((rows[0] == stored.dequantize()[1]).all())
+      ((3, 256), True)
+    """
+    if not isinstance(matrix, Deferred):
+        return jnp.take(matrix, indices, axis=0)
+    if any(x.shape[:1] != matrix.shape[:1] for x in jax.tree.leaves(matrix.stored)):
+        return jnp.take(matrix.dequantize(), indices, axis=0)
+    return jax.tree.map(lambda x: jnp.take(x, indices, axis=0), matrix.stored).dequantize()
+
+
 def is_quantized(x: Any) -> bool:
     """Whether a node of a tree is a `Quantized`."""
     return isinstance(x, Quantized)

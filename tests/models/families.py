@@ -42,7 +42,13 @@ CASES = {
     "yarn-options": {
         "model_type": "llama",
         "rope_scaling": YARN
-        | {"beta_fast": 4, "beta_slow": 2, "truncate": False, "mscale": 2.0, "mscale_all_dim": 0.5},
+        | {
+            "beta_fast": 2,
+            "beta_slow": 0.05,
+            "truncate": False,
+            "mscale": 2.0,
+            "mscale_all_dim": 0.5,
+        },
     },
     "mistral": {"model_type": "mistral", "sliding_window": 5},
     "qwen2": {"model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": True},

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import chex
+import jax
 import numpy as np
 import pytest
 
 from memopt.models.families import FAMILIES, config_json, parse_config
-from memopt.models.llama import from_hugging_face, to_hugging_face
+from memopt.models.llama import abstract_params, from_hugging_face, to_hugging_face
 from tests.models.examples import OPTIONS, init, logits, split
 from tests.models.families import (
     CASES,
@@ -43,6 +44,15 @@ def test_a_family_keeps_its_layout_on_the_way_through(tmp_path, name):
     family = CASES[name]["model_type"]
     assert written["model_type"] == family
     assert written["architectures"] == [FAMILIES[family].architecture]
+
+
+def test_biases_and_norms_are_read_in_parts(tmp_path):
+    directory = write_directory("qwen3-window", tmp_path / "model")
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
+    parts = split(from_hugging_face(directory, mesh=mesh))[1]
+    assert parts["blocks"]["attention"]["k"]["bias"].sharding.spec == jax.P(None, "tensor")
+    whole = split(from_hugging_face(directory))[1]
+    chex.assert_trees_all_equal(jax.device_get(parts), jax.device_get(whole))
 
 
 def test_options_that_no_family_has_are_not_written(tmp_path):
@@ -132,3 +142,50 @@ def test_defaults_are_those_of_the_family():
     assert (config.head_dim, config.num_kv_heads, config.tied) == (8, 4, True)
     assert (config.bos_id, config.eos_ids) == (2, (1,))
     assert config_json(config)["attention_bias"] is False
+
+
+def published(*sizes, **more):
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    names += ("num_attention_heads", "num_key_value_heads")
+    return dict(zip(names, sizes, strict=True)) | {"rope_scaling": None} | more
+
+
+# The keys that decide something, as the files on the hub have them, and the published counts.
+PUBLISHED = {
+    "Mistral-7B-v0.1": (
+        published(32000, 4096, 14336, 32, 32, 8, model_type="mistral", sliding_window=4096),
+        7_241_732_096,
+    ),
+    "Qwen2.5-0.5B": (
+        published(151936, 896, 4864, 24, 14, 2, model_type="qwen2", tie_word_embeddings=True)
+        | {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 24},
+        494_032_768,
+    ),
+    "Qwen3-0.6B": (
+        published(151936, 1024, 3072, 28, 16, 8, model_type="qwen3", tie_word_embeddings=True)
+        | {"head_dim": 128, "attention_bias": False, "use_sliding_window": False}
+        | {"sliding_window": None, "max_window_layers": 28},
+        596_049_920,
+    ),
+    "gemma-2b": (
+        published(256000, 2048, 16384, 18, 8, 1, model_type="gemma", hidden_act="gelu")
+        | {"head_dim": 256, "attention_bias": False},
+        2_506_172_416,
+    ),
+    "TinyLlama-1.1B": (
+        published(32000, 2048, 5632, 22, 32, 4, model_type="llama", pretraining_tp=1),
+        1_100_048_384,
+    ),
+    "SmolLM2-135M": (
+        published(49152, 576, 1536, 30, 9, 3, model_type="llama", tie_word_embeddings=True)
+        | {"rope_interleaved": False, "is_llama_config": True},
+        134_515_008,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_size(name):
+    raw, count = PUBLISHED[name]
+    params = abstract_params(parse_config(Path("config.json"), raw))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count

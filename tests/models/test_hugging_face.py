@@ -211,12 +211,13 @@ def test_a_tied_model_may_carry_a_copy_of_its_head(tied, dtype):
     chex.assert_trees_all_equal(split(found)[1], split(expected)[1])
 
 
-def test_a_stored_head_that_differs_makes_the_model_untied(tied):
+def test_a_stored_head_that_differs_makes_the_model_untied(tied, caplog):
     head = stored_embedding(tied)
     head[-1, -1] += 1
     rewrite(tied, lm_head__weight=head)
     found = from_hugging_face(tied)
     assert not found.config.tied
+    assert "lm_head.weight differs from model.embed_tokens.weight" in caplog.text
     np.testing.assert_array_equal(found.head.kernel[...], head.T)
     np.testing.assert_array_equal(found.embed.embedding[...], stored_embedding(tied))
 

@@ -20,6 +20,7 @@ from memopt.training import Checkpoints, evaluate, init_state, release_step, tra
 
 RATE = optax.constant_schedule(1e-2)
 NAMES = ("nnx_dropout", "linen_experts", "equinox_vision")
+STEPS = {"equinox_vision": 60}  # until it has learnt something
 examples = pytest.mark.parametrize(
     "name", [*NAMES[:2], pytest.param(NAMES[2], marks=pytest.mark.integrations)]
 )
@@ -54,7 +55,7 @@ def test_released_steps_are_the_ordinary_ones(name):
 @examples
 def test_it_learns_in_few_bytes_and_is_saved(name, tmp_path):
     model, params, make_batch = load(name)
-    state, losses = train(model, params, make_batch, tmp_path, steps=16)
+    state, losses = train(model, params, make_batch, tmp_path, steps=STEPS.get(name, 16))
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
     held_out = [make_batch(1000), make_batch(1001)]
     assert evaluate(state.params, held_out, jax.jit(model.loss)) < 0.9 * losses[0]

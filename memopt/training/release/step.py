@@ -1,5 +1,6 @@
 """A training step that updates each layer while the backward pass runs."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,13 +14,19 @@ from jax.sharding import AxisType
 from memopt.internals import trace
 from memopt.models.stacked import BLOCKS, StackedModel, blocks_of, checked, split_floats
 from memopt.state.precision import bounded, where_applied
-from memopt.state.quantized_params import apply_rounded_updates, dequantize_params, is_quantized
+from memopt.state.quantized_params import (
+    Deferred,
+    apply_rounded_updates,
+    dequantize_params,
+    is_quantized,
+)
 from memopt.training.release import layouts
 from memopt.training.release.layouts import read_layer, write_layer
 from memopt.training.release.per_parameter_update import PerParameterUpdate
 from memopt.training.step import Batch, Metrics, TrainState, cut_batch, finish_step
 from memopt.transforms.microbatches import sum_microbatches
 from memopt.transforms.skip_nonfinite import skips_matrices
+from memopt.trees import leaf_name
 
 
 def release_step(
@@ -165,6 +172,9 @@ class _ReleaseStep:
         rest, piece = self._without_blocks(self.like), jax.tree.map(lambda x: x[0], pieces)
         x = jax.eval_shape(model.embed, rest, piece)
         self.read_by_head = self._reads(model.head, x, piece)
+        self.in_parts = [
+            i for i, (path, _) in enumerate(paths) if leaf_name(path) in model.in_parts
+        ]
         embedded = self._reads(model.embed, piece)
         # A leaf that both ends read, a tied head, waits for the embedding's gradient.
         self.first = [i for i in self.read_by_head if i not in embedded]
@@ -174,7 +184,7 @@ class _ReleaseStep:
         """Returns the arguments of `finish_step`: the new state, whether it changed, metrics."""
         optimizer, start = self.optimizer, self.start
         params, state = self.structure.flatten_up_to(start.params), jax.tree.leaves(start.opt_state)
-        rest = self._without_blocks(self._load(params, self.last))
+        rest = self._without_blocks(self._defer(params, self.last))
         x = _each(lambda piece: self.model.embed(rest, piece), self.pieces)
 
         def forward(x: Any, layer: Array) -> tuple[Any, Any]:
@@ -182,9 +192,7 @@ class _ReleaseStep:
             return _each(lambda *xs: self.model.block(weights, *xs), x, self.pieces), x
 
         x, inputs = jax.lax.scan(forward, x, jnp.arange(self.layers))
-        gradients, (cotangent, totals, counts) = self._head(
-            x, self._reload(params, self.read_by_head, split_floats(x)[0])
-        )
+        gradients, (cotangent, totals, counts) = self._head(x, params)
         self.tokens = jnp.maximum(counts.sum(), 1)
         self.loss = totals.sum() / self.tokens
         back = (inputs, gradients, cotangent)
@@ -281,12 +289,22 @@ class _ReleaseStep:
                 state[k] = write_layer(state[k], where_applied(before, x, old[k]), layer, axes[k])
         return carry._replace(params=stored, state=state)
 
-    def _head(self, x: Any, weights: Leaves) -> tuple[Leaves, tuple[list[Array], Array, Array]]:
+    def _head(
+        self, x: Any, stored: Sequence[Any]
+    ) -> tuple[Leaves, tuple[list[Array], Array, Array]]:
         """Computes gradients of the head's leaves; by micro-batch that of x, loss and tokens."""
+        floats = split_floats(x)[0]
+        read = {i: layouts.reload_after(stored[i], floats)[0] for i in self.read_by_head}
+        given = self._defer(read, self.read_by_head)
+        weights = {i: w.change if isinstance(w, Deferred) else w for i, w in given.items()}
+
+        def rest(leaves: Leaves) -> dict[str, Any]:
+            deferred = {i: w for i, w in given.items() if isinstance(w, Deferred)}
+            changed = {i: dataclasses.replace(w, change=leaves[i]) for i, w in deferred.items()}
+            return self._without_blocks(leaves | changed)
 
         def one(x: Any, piece: Batch) -> Any:
             floats, join = split_floats(x)
-            rest = self._without_blocks
             loss = lambda leaves, floats: self.model.head(rest(leaves), join(floats), piece)
             total, pull, tokens = jax.vjp(loss, weights, floats, has_aux=True)
             # Of the mean at once if it is known: no gradient need be scaled into another array.
@@ -335,6 +353,13 @@ class _ReleaseStep:
         part = jax.tree.map(lambda x: x[0], part)
         part = {i: x if is_quantized(x) else layouts.pin_layout(x) for i, x in part.items()}
         return jax.tree.map(lambda x: x[None], dequantize_params(part))
+
+    def _defer(self, stored: Any, leaves: Sequence[int]) -> Leaves:
+        """Dequantises parameters, but those that the model reads in parts."""
+        parts = [i for i in self.in_parts if i in leaves and is_quantized(stored[i])]
+        zeros = {i: jnp.zeros(self.like[i].shape, self.like[i].dtype) for i in parts}
+        deferred = {i: Deferred(stored[i], zero) for i, zero in zeros.items()}
+        return self._load(stored, [i for i in leaves if i not in parts]) | deferred
 
     def _reload(self, stored: Sequence[Any], leaves: Sequence[int], x: Any) -> Leaves:
         """Does the same, reading the parameters after `x` is computed."""
