@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import math
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
