@@ -31,11 +31,11 @@ import memopt
 from benchmarks.machine import versions
 from benchmarks.report import save
 from memopt.models import llama
+from memopt.models.llama import build_model
 from memopt.state.codecs import Codec, Coded, Dynamic, Integers, named
 from memopt.text.batches import train_batches
 from memopt.text.documents import find_documents
 from memopt.text.tokenizer import load_tokenizer
-from memopt.training.setup import build_model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,10 +44,10 @@ from benchmarks.machine import core_count, cpu_model, versions
 from benchmarks.report import save
 from memopt.errors import check_choice
 from memopt.models import llama
+from memopt.models.llama import build_model
 from memopt.text.tokenizer import load_tokenizer
 from memopt.training.config import Config, Optimization, Text
 from memopt.training.open import find_text, open_batches
-from memopt.training.setup import build_model
 
 SCHEMES = ("mup", "global", "standard")
 HEAD_DIM = 16

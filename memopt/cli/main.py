@@ -22,6 +22,18 @@ COMMANDS = {
         "memopt.cli.finetune:finetune",
         "Fine-tune a model on conversations, with the loss of the answers.",
     ),
+    "evaluate": (
+        "memopt.cli.evaluate:evaluate",
+        "Show the loss of a model on text, a token and a byte.",
+    ),
+    "sample": (
+        "memopt.cli.sample:sample",
+        "Continue a text by a model.",
+    ),
+    "export": (
+        "memopt.cli.export:export_run",
+        "Write the model of a run as a directory that transformers loads.",
+    ),
     "tokenizer train": (
         "memopt.cli.tokenizer:train",
         "Learn a vocabulary from text.",

@@ -9,6 +9,7 @@ Examples:
   memopt pretrain --optimizer adamw --learning-rate 3e-3
   memopt pretrain --output runs/first --resume --steps 1200 --schedule cosine --rewarm 0.1
   memopt pretrain --init runs/first --grow 2 --output runs/deeper
+  memopt pretrain --init path/to/SmolLM-135M --data 'books/**/*.txt' --learning-rate 1e-4
   memopt tokenizer train --data 'books/**/*.txt' --vocab-size 32000 --output books.json
   memopt pretrain --model 60m --data 'books/**/*.txt' --tokenizer books.json --optimizer apollo \
     --option rank=128
@@ -224,7 +225,14 @@ def parse(
         options |= read_options(choose_directory(config) / "config.json")
         options.pop("schedule", None)  # which goes on, unless one is given
     options.pop("phases", None)  # those of the other run
-    return read(default=Config.from_flat(options, defaults)) if options else config
+    if not options:
+        return config
+    there = Config.from_flat(options, defaults)
+    config = read(default=there)
+    if config.architecture.model == there.architecture.model:
+        return config
+    architecture = dataclasses.replace(config.architecture, shape=None)  # of the model there
+    return dataclasses.replace(config, architecture=architecture)
 
 
 def _introduce(run: Training, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from memopt.errors import check_above_zero, check_at_least, check_choice
@@ -157,6 +158,30 @@ class LlamaConfig:
             check_at_least("sliding_window", self.sliding_window, 1)
         if not self.rope_theta > 1:
             raise ValueError(f"rope_theta must be above 1, got {self.rope_theta}.")
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "LlamaConfig":
+        """Inverts `dataclasses.asdict`, also of values that went through JSON.
+
+        Args:
+            values: Fields by name; those with a default may be missing.
+
+        Raises:
+            ValueError: A field is unknown, as one of a later version is.
+
+        Example:
+            >>> import json
+            >>> config = preset("llama-3.2-1b")
+            >>> text = json.dumps(dataclasses.asdict(config))
+            >>> LlamaConfig.from_json(json.loads(text)) == config
+            True
+
+        """
+        scaling = values.get("rope_scaling")
+        try:
+            return cls(**{**values, "rope_scaling": scaling and RopeScaling(**scaling)})
+        except TypeError as error:
+            raise ValueError(f"the shape of the model cannot be read: {error}.") from error
 
 
 def _llama(hidden: int, intermediate: int, layers: int, heads: int, **more: Any) -> LlamaConfig:

@@ -11,9 +11,10 @@ import itertools
 import json
 import logging
 import math
+import reprlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -21,11 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding
 
 from memopt.errors import check_choice
 from memopt.json_files import read_json, shown
 from memopt.models.config import DType, LlamaConfig
 from memopt.models.families import config_json, parse_config, token_ids, token_keys
+from memopt.models.quantized_tensors import PARTS, SIDE_DATA, join_parts, pack, split_parts, unpack
+from memopt.state.quantized_params import dequantize_params
 
 # Our leaf and their tensor ("{}" is the layer); kernels are stored transposed.
 TENSORS = {
@@ -65,21 +69,30 @@ log = logging.getLogger(__name__)
 STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
+#: Types of the arrays of quantised weights.
+PART_DTYPES = {"int8": "I8", "uint8": "U8", "bfloat16": "BF16"}
+
+
 class Tensor(NamedTuple):
-    """One tensor of a directory: its name and shape there, and our parameter with its values."""
+    """One tensor of a directory: its name and shape there, and our parameter with its values.
+
+    `dtype` is that of a part of a quantised parameter, None for a whole one of any type.
+    """
 
     name: str
     leaf: str
     layer: int | None
     transposed: bool
     shape: tuple[int, ...]
+    dtype: str | None = None
 
 
 def tensors(shapes: Mapping[str, Any]) -> Iterator[Tensor]:
     """The tensors of a directory that holds the given parameters, in order of appearance.
 
     Args:
-        shapes: Leaf name to something with a `shape`, with one leading axis of layers in blocks.
+        shapes: Leaf name to something with a `shape` and a `dtype`, with one leading axis of layers
+            in blocks. The name of a quantised parameter's array ends with that of the part.
 
     Yields:
         Each tensor once, with its shape in the directory.
@@ -89,13 +102,21 @@ def tensors(shapes: Mapping[str, Any]) -> Iterator[Tensor]:
         (256, 8)
 
     """
-    for leaf in filter(shapes.__contains__, TENSORS):
-        shape, transposed = shapes[leaf].shape, leaf.endswith("kernel")
+    parts = [(base, part) for base in TENSORS for part in ("", *PARTS)]
+    for base, part in parts:
+        leaf, suffix = (f"{base}/{part}", f".{part}") if part else (base, "")
+        if leaf not in shapes:
+            continue
+        shape, transposed = shapes[leaf].shape, base.endswith("kernel")
         stacked = leaf.startswith("blocks/")
         shape, layers = (shape[1:], range(shape[0])) if stacked else (shape, [None])
         shape = shape[::-1] if transposed else shape
+        dtype = shapes[leaf].dtype.name if part else None
+        if dtype == "int4":
+            shape, dtype = (*shape[:-1], -(-shape[-1] // 2)), "uint8"
         for layer in layers:
-            yield Tensor(TENSORS[leaf].format(layer), leaf, layer, transposed, shape)
+            name = TENSORS[base].format(layer) + suffix
+            yield Tensor(name, leaf, layer, transposed, shape, dtype)
 
 
 def read_config(directory: Path) -> LlamaConfig:
@@ -119,9 +140,13 @@ def read_config(directory: Path) -> LlamaConfig:
     path, generation = directory / CONFIG, directory / GENERATION
     if not path.exists():
         raise ValueError(f"{directory} has no {CONFIG}; give a model directory of Hugging Face.")
-    config = parse_config(path, read_json(path))
+    raw = read_json(path)
+    quantized = _read_quantization(path, raw)
+    config = parse_config(path, {**raw, "quantization_config": None})
     if generation.exists():
         config = dataclasses.replace(config, **token_ids(generation, read_json(generation)))
+    if quantized:
+        return dataclasses.replace(config, param_dtype=quantized[1])
     stored = open_tensors(directory)
     dtype = narrowest_dtype(directory, stored)
     if config.tied and {EMBEDDING, HEAD} <= stored.keys():
@@ -145,6 +170,42 @@ def _equal(first: Any, second: Any) -> bool:
     rows = max(1, 2**22 // max(1, shape[1]))
     parts = [slice(i, min(i + rows, shape[0])) for i in range(0, shape[0], rows)]
     return all(np.array_equal(first[part], second[part]) for part in parts)
+
+
+def read_codec(directory: Path) -> str | None:
+    """Reads how the weights of a directory are quantised.
+
+    Args:
+        directory: Holds `config.json`.
+
+    Returns:
+        The name of the codec, as in `memopt.quantize_params`; None if they are not.
+
+    Raises:
+        ValueError: They are quantised by something else than memopt.
+
+    """
+    path = directory / CONFIG
+    codec, _ = _read_quantization(path, read_json(path)) or (None, None)
+    return codec
+
+
+def _read_quantization(path: Path, raw: Mapping[str, Any]) -> tuple[str, DType] | None:
+    """The codec, and the type of the decoded parameters."""
+    given = raw.get("quantization_config")
+    if given is None:
+        return None
+    for codec, dtype in itertools.product(SIDE_DATA, STORED.values()):
+        if given == _quantization(codec, dtype):
+            return codec, cast(DType, dtype)
+    raise ValueError(
+        f"{path}: quantization_config is {reprlib.repr(given)}; only memopt's own is supported, "
+        f"with one of the codecs {', '.join(SIDE_DATA)}."
+    )
+
+
+def _quantization(codec: str, dtype: str) -> dict[str, str]:
+    return {"quant_method": "memopt", "codec": codec, "dtype": dtype}
 
 
 def open_tensors(directory: Path) -> dict[str, Any]:
@@ -226,19 +287,39 @@ def narrowest_dtype(directory: Path, stored: Mapping[str, Any]) -> DType:
     return cast(DType, jnp.result_type(*kinds).name)
 
 
+def check_params(directory: Path, stored: Mapping[str, Any], shapes: dict[str, Any]) -> None:
+    """Raises what `read_params` would raise of these arguments, without reading any tensor."""
+    flat = flatten_dict(split_parts(shapes), sep="/")
+    _check_tensors(directory, _with_embedding(stored, flat), flat)
+
+
+def _with_embedding(stored: Mapping[str, Any], shapes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tied model may be stored by its head."""
+    if "head/kernel" in shapes or EMBEDDING in stored or HEAD not in stored:
+        return stored
+    return {**stored, EMBEDDING: stored[HEAD]}
+
+
 def _check_tensors(directory: Path, stored: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
     """Refuses missing, unexpected and misshapen tensors, however many a config asks for."""
     absent = (tensor.name for tensor in tensors(shapes) if tensor.name not in stored)
     if missing := list(itertools.islice(absent, 4)):
         raise ValueError(f"{directory} lacks {_enumerate(missing)}.")
-    expected = {tensor.name: tensor.shape for tensor in tensors(shapes)}
+    expected = {tensor.name: tensor for tensor in tensors(shapes)}
     # Exports of a tied model may carry a copy of its head.
     if unexpected := sorted(stored.keys() - expected.keys() - {HEAD}):
         raise ValueError(f"{directory} has unexpected {_enumerate(unexpected)}.")
-    for name, shape in expected.items():
-        if (given := tuple(stored[name].get_shape())) != shape:
+    for name, tensor in expected.items():
+        if (shape := tuple(stored[name].get_shape())) != tensor.shape:
             raise ValueError(
-                f"{directory}: tensor {name} has shape {given}, but {CONFIG} makes it {shape}."
+                f"{directory}: tensor {name} has shape {shape}, but {CONFIG} makes it "
+                f"{tensor.shape}."
+            )
+        dtype = stored[name].get_dtype()
+        if tensor.dtype and dtype != PART_DTYPES[tensor.dtype]:
+            raise ValueError(
+                f"{directory}: tensor {name} has type {dtype}, but {CONFIG} makes it "
+                f"{PART_DTYPES[tensor.dtype]}."
             )
 
 
@@ -247,53 +328,108 @@ def _enumerate(names: list[str]) -> str:
 
 
 def read_params(
-    directory: Path, stored: Mapping[str, Any], shapes: dict[str, Any], shardings: Any
+    directory: Path,
+    stored: Mapping[str, Any],
+    shapes: dict[str, Any],
+    shardings: Any,
+    store: Callable[[Any], Any] | None = None,
 ) -> Any:
     """Parameters of an opened directory, each device reading only its own part.
 
     Args:
         directory: Named in errors.
         stored: From `open_tensors`.
-        shapes: Nested dict of `jax.ShapeDtypeStruct`: what the model holds.
+        shapes: Nested dict of `jax.ShapeDtypeStruct`: what the model holds. Where the directory is
+            quantised, as `memopt.quantize_params` makes it of that.
         shardings: Like `shapes`, of `NamedSharding`; None puts everything on the default device.
+        store: Maps parts of the parameters, nested dicts, to the form they are kept in, such as
+            `memopt.quantize_params`. Never more than one layer of one parameter, or one of
+            embedding and head, exists before it has seen it.
 
     Returns:
-        Like `shapes`, of arrays.
+        Like `shapes`, of arrays, in the form that `store` gives them.
 
     Raises:
         ValueError: If a tensor is missing, unexpected or of another shape.
 
     """
-    flat = flatten_dict(shapes, sep="/")
-    placed = flatten_dict(shardings, sep="/") if shardings else {}
-    if "head/kernel" not in flat and EMBEDDING not in stored and HEAD in stored:
-        stored = {**stored, EMBEDDING: stored[HEAD]}  # a tied model may be stored by its head
+    flat = flatten_dict(split_parts(shapes), sep="/")
+    placed = flatten_dict(split_parts(shardings), sep="/") if shardings else {}
+    stored = _with_embedding(stored, flat)
     _check_tensors(directory, stored, flat)
     expected = list(tensors(flat))
 
-    def load(leaf: str) -> jax.Array:
-        shape, dtype = flat[leaf].shape, flat[leaf].dtype
+    def load(leaf: str, layer: int | None = None) -> jax.Array:
+        """A leaf, or one layer of it."""
+        like, sharding = flat[leaf], placed.get(leaf)
         parts = [tensor for tensor in expected if tensor.leaf == leaf]
+        if layer is not None:
+            like, parts = jax.ShapeDtypeStruct(like.shape[1:], like.dtype), [parts[layer]]
+            sharding = sharding and NamedSharding(sharding.mesh, jax.P(*sharding.spec[1:]))
+        stacked = leaf.startswith("blocks/") and layer is None
+        read = lambda index: _read_part(stored, parts, like, index, stacked=stacked)
+        if sharding:
+            return jax.make_array_from_callback(like.shape, sharding, read, dtype=like.dtype)
+        return jnp.asarray(read((slice(None),) * len(like.shape)))
 
-        def read_part(index: Any) -> np.ndarray:
-            sizes = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
-            part = np.empty(sizes, dtype)
-            rows: Any = [(part, parts[0])]
-            if leaf.startswith("blocks/"):
-                rows, index = zip(part, parts[index[0]], strict=True), index[1:]
-            for row, tensor in rows:
-                values = stored[tensor.name]
-                row[...] = values[index[::-1]].T if tensor.transposed else values[index]
-            return part
+    def load_stored(leaf: str, store: Callable[[Any], Any]) -> Any:
+        as_kept = lambda x: flatten_dict(store(unflatten_dict({leaf: x}, sep="/")), sep="/")[leaf]
+        shape = jax.ShapeDtypeStruct(flat[leaf].shape, flat[leaf].dtype, sharding=placed.get(leaf))
+        like = as_kept(shape)
+        if like == shape:
+            return load(leaf)
+        out = jax.tree.map(lambda x: x.sharding, like) if placed else None
+        if not leaf.startswith("blocks/"):
+            return jax.jit(as_kept, out_shardings=out)(load(leaf))
 
-        if leaf in placed:
-            return jax.make_array_from_callback(shape, placed[leaf], read_part, dtype=dtype)
-        return jnp.asarray(read_part((slice(None),) * len(shape)))
+        def put(kept: Any, x: jax.Array, layer: int) -> Any:
+            into = lambda kept, x: jax.lax.dynamic_update_index_in_dim(kept, x, layer, 0)
+            return jax.tree.map(into, kept, as_kept(x))
 
-    return unflatten_dict({leaf: load(leaf) for leaf in flat}, sep="/")
+        zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        kept = jax.jit(zeros, out_shardings=out)()
+        put = jax.jit(put, donate_argnums=0, out_shardings=out)
+        for layer in range(shape.shape[0]):
+            kept = put(kept, load(leaf, layer), layer)
+        return kept
+
+    if store is None:
+        return join_parts(unflatten_dict({leaf: load(leaf) for leaf in flat}, sep="/"), shapes)
+    ends_first = sorted(flat, key=lambda leaf: leaf.startswith("blocks/"))
+    return unflatten_dict({leaf: load_stored(leaf, store) for leaf in ends_first}, sep="/")
 
 
-def write(directory: Path, config: LlamaConfig, params: Any, max_shard_bytes: int) -> None:
+def _read_part(
+    stored: Mapping[str, Any], tensors: list[Tensor], like: Any, index: Any, *, stacked: bool
+) -> np.ndarray:
+    """The part of a parameter that `index` names; of one that is not stacked, of one tensor."""
+    bounds = [s.indices(n) for s, n in zip(index, like.shape, strict=True)]
+    part = np.empty([len(range(*bound)) for bound in bounds], like.dtype)
+    rows: Any = [(part, tensors[0])]
+    if stacked:
+        rows, index, bounds = zip(part, tensors[index[0]], strict=True), index[1:], bounds[1:]
+    for row, tensor in rows:
+        index_there, bounds_there = (x[::-1] if tensor.transposed else x for x in (index, bounds))
+        if like.dtype == jnp.int4:
+            start, stop, _ = bounds_there[-1]
+            packed = stored[tensor.name][(*index_there[:-1], slice(start // 2, -(-stop // 2)))]
+            values = unpack(packed, start, stop)
+        else:
+            values = stored[tensor.name][index_there]
+        row[...] = values.T if tensor.transposed else values
+    return part
+
+
+def write(
+    directory: Path,
+    config: LlamaConfig,
+    params: Any,
+    max_shard_bytes: int,
+    *,
+    quantized: str | None = None,
+    dtype: DType | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> None:
     """Write the configuration and safetensors to a directory, all or nothing.
 
     Everything is written to a neighbour, which then takes the directory's place. Other files of an
@@ -302,15 +438,20 @@ def write(directory: Path, config: LlamaConfig, params: Any, max_shard_bytes: in
     Args:
         directory: New, empty, or an earlier export.
         config: The model's configuration.
-        params: Nested dict of arrays.
+        params: Nested dict of arrays or quantised parameters.
         max_shard_bytes: Size at which a new file is begun.
+        quantized: The codec whose arrays are written as they are; None: numbers are written.
+        dtype: Type to write numbers in; None: their own.
+        files: Further files by name.
 
     Raises:
         ValueError: If the directory holds something that is not a model, or if no family of
             Hugging Face has the configuration's options.
 
     """
-    content = config_json(config)
+    content = config_json(dataclasses.replace(config, param_dtype=dtype or config.param_dtype))
+    if quantized:
+        content["quantization_config"] = _quantization(quantized, config.param_dtype)
     directory = directory.expanduser().resolve()
     occupied = directory.is_file() or (directory.is_dir() and any(directory.iterdir()))
     if occupied and not (directory / CONFIG).is_file():
@@ -324,7 +465,10 @@ def write(directory: Path, config: LlamaConfig, params: Any, max_shard_bytes: in
         if directory.exists():
             keep = shutil.ignore_patterns(*REPLACED)
             shutil.copytree(directory, staged, ignore=keep, dirs_exist_ok=True)
-        _write_weights(staged, flatten_dict(params, sep="/"), max_shard_bytes)
+        flat = flatten_dict(split_parts(params) if quantized else params, sep="/")
+        _write_weights(staged, flat, max_shard_bytes, dtype)
+        for name, data in (files or {}).items():
+            (staged / name).write_bytes(data)
         _write_json(staged / CONFIG, content)
         _write_generation(staged / GENERATION, config)
         if directory.exists():
@@ -337,23 +481,28 @@ def write(directory: Path, config: LlamaConfig, params: Any, max_shard_bytes: in
             raise
 
 
-def _write_weights(directory: Path, params: Mapping[str, Any], max_shard_bytes: int) -> None:
+def _write_weights(
+    directory: Path, params: Mapping[str, Any], max_shard_bytes: int, dtype: DType | None
+) -> None:
     from safetensors.numpy import save_file
 
+    written = lambda x: jnp.dtype((not x.dtype and dtype) or params[x.leaf].dtype)
     shards: list[list[Tensor]] = [[]]
-    filled = 0
+    filled = total = 0
     for tensor in tensors(params):
-        size = math.prod(tensor.shape) * params[tensor.leaf].dtype.itemsize
+        size = math.prod(tensor.shape) * jnp.dtype(tensor.dtype or written(tensor)).itemsize
         if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(tensor)
-        filled += size
+        filled, total = filled + size, total + size
 
     def values(tensor: Tensor) -> np.ndarray:
         leaf = params[tensor.leaf]
-        array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
-        return np.ascontiguousarray(array.T if tensor.transposed else array)
+        part = leaf if tensor.layer is None else jax.tree.map(lambda x: x[tensor.layer], leaf)
+        array = np.asarray(dequantize_params(part).astype(written(tensor)))
+        array = array.T if tensor.transposed else array
+        return np.ascontiguousarray(pack(array) if array.dtype == jnp.int4 else array)
 
     weight_map = {}
     for number, shard in enumerate(shards, 1):
@@ -363,7 +512,6 @@ def _write_weights(directory: Path, params: Mapping[str, Any], max_shard_bytes: 
         save_file(content, directory / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(content, name))
     if len(shards) > 1:
-        total = sum(leaf.nbytes for leaf in params.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(directory / INDEX, index)
 

@@ -7,7 +7,7 @@ and the rotary stretch of Llama 3 (arXiv 2407.21783). Options of `LlamaConfig` m
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from memopt.models.rotary import rotary_tables, rotate
 from memopt.models.sharding import constrain, partition, shards
 from memopt.models.sharding import param_shardings as param_shardings
 from memopt.models.stacked import Batch, StackedModel
-from memopt.state.quantized_params import dequantize_params, take_rows
+from memopt.state.quantized_params import dequantize_params, quantize_params, take_rows
 
 INIT = jax.nn.initializers.normal(0.02)
 
@@ -478,6 +478,24 @@ def abstract_params(config: LlamaConfig, mesh: jax.sharding.Mesh | None = None) 
     return jax.tree.map(place, shapes, param_shardings(model, mesh))
 
 
+def build_model(config: LlamaConfig, params: Mapping[str, Any]) -> Llama:
+    """The model with given parameters. It reads quantised blocks one at a time.
+
+    Args:
+        config: Shapes and options.
+        params: Nested dict of arrays or quantised parameters; those outside of the blocks are
+            decoded.
+
+    Example:
+        >>> build_model(preset("tiny"), init_params(preset("tiny"))).config.num_layers
+        4
+
+    """
+    graphdef, _ = nnx.split(abstract_model(config), nnx.Param)
+    rest = {name: part for name, part in params.items() if name != "blocks"}
+    return nnx.merge(graphdef, {**params, **dequantize_params(rest)})
+
+
 def stacked_model(config: LlamaConfig, *, logits_bytes: int = LOGITS_BYTES) -> StackedModel:
     """The model as three functions of its parameters as nested dicts.
 
@@ -535,7 +553,8 @@ def from_hugging_face(
         remat: See `LlamaConfig`.
 
     Returns:
-        The model.
+        The model. Of weights that `memopt export --quantized` wrote, the blocks stay quantised and
+        are read one at a time.
 
     Raises:
         ValueError: If a file or tensor is missing, unexpected, damaged or of another shape, if the
@@ -551,16 +570,39 @@ def from_hugging_face(
         True
 
     """
+    read = read_hugging_face(
+        directory, mesh=mesh, param_dtype=param_dtype, dtype=dtype, remat=remat
+    )
+    return build_model(*read)
+
+
+def read_hugging_face(
+    directory: str | os.PathLike[str],
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    param_dtype: DType | None = None,
+    dtype: DType = "float32",
+    remat: Remat = "none",
+) -> tuple[LlamaConfig, dict[str, Any]]:
+    """The configuration and the parameters that `from_hugging_face` makes a model of.
+
+    Its arguments and errors are those of `from_hugging_face`.
+
+    Returns:
+        The configuration; and nested dicts of arrays or, where the directory is quantised, of
+        quantised parameters.
+
+    """
     directory = Path(directory)
     config = hugging_face.read_config(directory)
     tensors = hugging_face.open_tensors(directory)
+    codec = hugging_face.read_codec(directory)
     stored = param_dtype or config.param_dtype
     config = dataclasses.replace(config, param_dtype=stored, dtype=dtype, remat=remat)
-    model = abstract_model(config)
-    shardings = param_shardings(model, mesh) if mesh else None
-    graphdef, state = nnx.split(model, nnx.Param)
-    params = hugging_face.read_params(directory, tensors, nnx.to_pure_dict(state), shardings)
-    return nnx.merge(graphdef, params)
+    shapes = abstract_params(config, mesh)
+    shapes = quantize_params(shapes, codec) if codec else shapes
+    shardings = jax.tree.map(lambda x: x.sharding, shapes) if mesh else None
+    return config, hugging_face.read_params(directory, tensors, shapes, shardings)
 
 
 def to_hugging_face(

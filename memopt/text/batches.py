@@ -153,7 +153,7 @@ def example_validation(
     examples: Examples,
     *,
     batch_size: int,
-    max_tokens: int = 2**17,
+    max_tokens: int | None = 2**17,
     rows: Sequence[int] | None = None,
 ) -> list[Batch]:
     """Returns the same held-out batches at every call, as `validation_batches` does of documents.
@@ -161,15 +161,17 @@ def example_validation(
     Args:
         examples: The examples, which are in rows already.
         batch_size: As in `validation_batches`.
-        max_tokens: As in `validation_batches`.
+        max_tokens: As in `validation_batches`; None holds all.
         rows: As in `validation_batches`.
 
     Raises:
         ValueError: As `validation_batches`.
     """
     rows = _check_rows(batch_size, examples.seq_len, rows)
-    check_at_least("max_tokens", max_tokens, examples.seq_len)
-    dataset = internals.limited(examples.once(), max_tokens // examples.seq_len)
+    dataset = examples.once()
+    if max_tokens is not None:
+        check_at_least("max_tokens", max_tokens, examples.seq_len)
+        dataset = internals.limited(dataset, max_tokens // examples.seq_len)
     return list(_batch(dataset, batch_size, rows))
 
 
@@ -204,15 +206,45 @@ def validation_batches(
     Raises:
         ValueError: As `train_batches`; `max_tokens` below `seq_len`; or no text is held out.
     """
-    rows = _check_rows(batch_size, seq_len, rows)
-    check_at_least("max_tokens", max_tokens, seq_len)
-    dataset = packed(documents.once(), tokenizer, seq_len, chunk=documents.chunk)
-    dataset = internals.limited(dataset, max_tokens // seq_len)
+    shape: Any = {"batch_size": batch_size, "seq_len": seq_len, "max_tokens": max_tokens}
     with _told_if_slow(progress, "reading the held-out text …"):
-        batches = list(_batch(dataset, batch_size, rows))
+        batches = list(batches_in_order(documents, tokenizer, **shape, rows=rows))
     if not batches:
         raise ValueError("the validation part of the data holds no text: give more data.")
     return batches
+
+
+def batches_in_order(
+    documents: Documents,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    seq_len: int,
+    max_tokens: int | None = None,
+    rows: Sequence[int] | None = None,
+) -> Iterator[Batch]:
+    """Reads documents once, in order.
+
+    Args:
+        documents: Any part of `find_documents(...)`.
+        tokenizer: Makes ids of text.
+        batch_size: Rows of the global batch; rows of weight 0 fill up the last one.
+        seq_len: Tokens of a row.
+        max_tokens: Read at most this many tokens, in whole rows; None reads all.
+        rows: Which rows of the global batch to return; all, if not given.
+
+    Returns:
+        The batches, as `train_batches` describes them.
+
+    Raises:
+        ValueError: As `train_batches`; `max_tokens` below `seq_len`.
+    """
+    rows = _check_rows(batch_size, seq_len, rows)
+    dataset = packed(documents.once(), tokenizer, seq_len, chunk=documents.chunk)
+    if max_tokens is not None:
+        check_at_least("max_tokens", max_tokens, seq_len)
+        dataset = internals.limited(dataset, max_tokens // seq_len)
+    return iter(_batch(dataset, batch_size, rows))
 
 
 def fingerprint(

@@ -254,7 +254,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, path: str | Path)
 
 
 def _check_format(file: Path) -> None:
-    """Raises if there is no tokenizer.json, but one of the files that can be converted to it."""
+    """Raises if there is no tokenizer.json; says so of files that can be converted to it."""
     if file.exists() and file.name not in OTHER_FORMATS:
         return
     directory = file.parent
@@ -263,6 +263,10 @@ def _check_format(file: Path) -> None:
         raise ValueError(
             f"tokenizer {str(directory)!r} must be given as a tokenizer.json, which "
             f"{load}.save_pretrained({str(directory)!r}) makes of {', '.join(found)} in Python."
+        )
+    if not file.exists():
+        raise ValueError(
+            f"tokenizer {str(directory)!r} holds no tokenizer.json: give another --tokenizer."
         )
 
 

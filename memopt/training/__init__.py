@@ -1,7 +1,7 @@
 """The training step, its compilation, the loop and checkpoints.
 
 `train_step` and `release_step` train any model, see `memopt.models.StackedModel`. Nothing here
-imports Flax; `Checkpoints` need Orbax.
+imports Flax; `Checkpoints` need Orbax, and `load_run` all that `memopt pretrain` needs.
 """
 
 import importlib
@@ -15,9 +15,10 @@ from memopt.training.step import train_step as train_step
 
 if TYPE_CHECKING:
     from memopt.training.checkpoint import Checkpoints as Checkpoints
+    from memopt.training.load import load_run as load_run
 
 #: What needs more than JAX and Optax, imported when it is asked for: its module.
-_LATE = {"Checkpoints": "memopt.training.checkpoint"}
+_LATE = {"Checkpoints": "memopt.training.checkpoint", "load_run": "memopt.training.load"}
 
 
 def __getattr__(name: str) -> Any:

@@ -81,6 +81,7 @@ class Checkpoints:
             self._val_loss[step] = val_loss
             checksum = _checksum(state, record)
             metadata = {"record": record, "val_loss": val_loss, "checksum": checksum}
+            metadata["params_checksum"] = int(_sum_of_leaves(state.params))
             self._saving = self._checkpointer.save_checkpointables_async(
                 step, {"state": state}, force=True, custom_metadata=metadata
             )
@@ -155,6 +156,53 @@ class Checkpoints:
             )
         for path, reason in damaged.items() if set_aside and is_main_process() else ():
             _set_aside(path, self._directory.parent / "damaged", reason)
+        return found
+
+    def read(
+        self, step: str | int, like: TrainState, *, params_only: bool = False
+    ) -> tuple[TrainState, float | None]:
+        """Reads one checkpoint; writes nothing.
+
+        Args:
+            step: Which one: "last"; "best", with the lowest validation loss, or the last if none
+                is known; or its step. A damaged one is left out with a warning, unless it is named.
+            like: Shapes, dtypes and shardings of the state, as `ShapeDtypeStruct`s.
+            params_only: Leave out the optimizer's state, which is then not read.
+
+        Returns:
+            The state and its validation loss, None if it was not evaluated.
+
+        Raises:
+            ValueError: There is no such checkpoint, or none is whole and has the arrays of `like`.
+        """
+        paths = sorted(self._steps(), key=lambda path: -int(path.name))
+        steps = [int(path.name) for path in paths]
+        if not paths:
+            raise ValueError(f"there is no checkpoint in {str(self._directory)!r} yet.")
+        if step not in ("best", "last", *steps):
+            raise ValueError(
+                f"step must be best, last or one of {', '.join(map(str, sorted(steps)))}, which "
+                f"are saved, got {step!r}."
+            )
+        if step not in ("best", "last"):
+            paths = [path for path in paths if int(path.name) == step]
+        found, failed = None, []
+        with _quiet():
+            for path in sorted(paths, key=_val_loss) if step == "best" else paths:
+                try:
+                    metadata = _metadata(path)
+                    state, _ = _read(path, metadata, like, params_only=params_only)
+                except Exception as error:  # Orbax raises errors of many kinds for a torn file
+                    failed.append(f"checkpoint {path.name}: {why(error)}")
+                else:
+                    found = state, metadata["val_loss"]
+                    break
+        if not found:
+            raise ValueError(
+                f"no checkpoint in {str(self._directory)!r} can be read ({failed[0]})."
+            )
+        for reason in failed:
+            warnings.warn(f"{reason}: it is left out.", stacklevel=2)
         return found
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
@@ -241,13 +289,32 @@ def _metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def _read(path: Path, metadata: dict[str, Any], like: TrainState) -> tuple[TrainState, Record]:
+def _val_loss(path: Path) -> float:
+    """The validation loss of a checkpoint, to sort by; infinite if it is not known."""
+    try:
+        loss = _metadata(path)["val_loss"]
+    except Exception:  # of a torn file, which is then found out
+        return math.inf
+    return loss if loss is not None and math.isfinite(loss) else math.inf
+
+
+def _read(
+    path: Path, metadata: dict[str, Any], like: TrainState, *, params_only: bool = False
+) -> tuple[TrainState, Record]:
     arrays = ocp.checkpointables_metadata(path).metadata["state"]
     if arrays is None:
         raise OSError("the description of its arrays is missing")
     _check_same_arrays(arrays, like)
+    if params_only:
+        left_out = jax.tree.map(lambda _: ocp.PLACEHOLDER, like.opt_state)
+        like = like._replace(opt_state=left_out)
     state = ocp.load_checkpointables(path, {"state": like})["state"]
-    if metadata["checksum"] != _checksum(state, metadata["record"]):
+    if params_only:
+        there = metadata.get("params_checksum")  # release 0.1 has none
+        is_same = there in (None, int(_sum_of_leaves(state.params)))
+    else:
+        is_same = metadata["checksum"] == _checksum(state, metadata["record"])
+    if not is_same:
         raise OSError("the checksum does not agree with the content")
     return state, metadata["record"]
 

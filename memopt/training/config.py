@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from tyro import conf
 
 from memopt.errors import check_choice
+from memopt.models.config import LlamaConfig
 from memopt.optimizers.registry import METHODS, available
 
 DType = Annotated[str, conf.arg(metavar="{float32,bfloat16}")]
@@ -40,6 +41,8 @@ class Architecture:
         compute_dtype: Type the blocks compute in. Norms, softmax and loss are in float32.
         remat: What the backward pass computes again: nothing, all but matmuls, or all inside a
             block.
+        shape: Its sizes, if it is no preset but that of a Hugging Face directory, which `model` is
+            then the name of. `config.json` holds them; they are no flag.
     """
 
     model: str = "tiny"
@@ -49,17 +52,20 @@ class Architecture:
     weights: Literal["int8", "int4", "bfloat16+8"] | None = None
     compute_dtype: DType = "float32"
     remat: Literal["none", "dots", "full"] = "none"
+    shape: conf.SuppressFixed[conf.AvoidSubcommands[conf.Fixed[LlamaConfig | None]]] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Start:
-    """The run to start from, if any: a new run with its own steps and schedule.
+    """The model to start from, if any: a new run with its own steps and schedule.
 
     Attributes:
-        init: Directory of a run, to start from the parameters of its newest checkpoint. Options
-            that are not given are as they were there.
+        init: Directory of a Hugging Face model, to start from its weights, shapes and tokenizer; or
+            of a run, to start from the parameters of its newest checkpoint, and options that are
+            not given are as they were there.
         grow: How often its layers are repeated, to start with a deeper model (G_stack).
-        carry_state: Take over its optimizer's state, too. Without it, the optimizer starts anew.
+        carry_state: Take over the state of the run's optimizer, too. Without it, the optimizer
+            starts anew.
     """
 
     init: Annotated[Path | None, conf.arg(metavar="DIRECTORY")] = None
@@ -347,6 +353,8 @@ class Config:
         given |= {name: tuple(x) for name, x in options.items() if isinstance(x, list)}
         if given.get("init") is not None:
             given["init"] = Path(given["init"])
+        if isinstance(given.get("shape"), Mapping):
+            given["shape"] = LlamaConfig.from_json(given["shape"])
         if "phases" in given:
             given["phases"] = tuple(Phase(**phase) for phase in given["phases"])
         groups: dict[str, Any] = {}

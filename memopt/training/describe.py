@@ -29,11 +29,12 @@ LEAST = {
 }
 
 
-def describe_run(config: Config) -> Setup:
+def describe_run(config: Config, *, trace: bool = True) -> Setup:
     """Returns a run's model, mesh, optimizer and training step; touches no file and makes no array.
 
     Args:
         config: The options of the run.
+        trace: Whether to trace the step, which finds what cannot work in it.
 
     Returns:
         All that the step is compiled from.
@@ -83,7 +84,8 @@ def describe_run(config: Config) -> Setup:
             accumulation=options.accumulation,
             predict=_predict(config, rate) if options.predict_steps else None,
         )
-        _check_step(setup)
+        if trace:
+            _check_step(setup)
         return setup
     except TypeError as error:  # of an option of another type
         if not options.option:
@@ -140,7 +142,7 @@ def _model_config(config: Config) -> llama.LlamaConfig:
                 "zero, since the loss is not scaled."
             )
         check_choice(name, dtype, ("float32", "bfloat16"))
-    model = llama.preset(options.model)
+    model = options.shape or llama.preset(options.model)
     model = dataclasses.replace(
         model,
         vocab_size=options.vocab_size or model.vocab_size,

@@ -4,10 +4,12 @@ import contextlib
 import itertools
 import json
 import reprlib
+import shutil
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from memopt.text.tokenizer_files import tokenizer_files
 from memopt.training.config import Config
 from memopt.training.lock import LOCK, Lock
 from memopt.training.writing import why, write_whole
@@ -24,7 +26,10 @@ MAY_CHANGE = {
 TEMPLATE = "chat_template.jinja"
 
 #: Files that are there before `config.json` makes a directory that of a run.
-BEFORE_CONFIG = {LOCK, "data.tmp", "data.jsonl", "config.tmp", TEMPLATE, "chat_template.tmp"}
+BEFORE_CONFIG = {
+    *(LOCK, "data.tmp", "data.jsonl", "config.tmp", "tokenizer"),
+    *(TEMPLATE, "chat_template.tmp"),
+}
 
 
 def choose_directory(config: Config) -> Path:
@@ -55,6 +60,61 @@ def choose_directory(config: Config) -> Path:
     numbered = (Path(f"{default}-{number}") for number in itertools.count(2))
     candidates = itertools.chain([default], numbered)
     return output or next(path for path in candidates if not _taken(path))
+
+
+def is_run(name: str, directory: Path | None) -> bool:
+    """Whether a directory holds a run; otherwise it holds a Hugging Face model.
+
+    Args:
+        name: The option that names it.
+        directory: The directory.
+
+    Raises:
+        ValueError: It holds neither.
+    """
+    try:
+        content = json.loads(Path(directory or "", "config.json").read_bytes())
+    except (OSError, ValueError):
+        content = None
+    keys = content.keys() if isinstance(content, dict) else set()
+    if not keys & {"optimizer", "model_type", "architectures"}:
+        raise ValueError(
+            f"{name} {str(directory)!r} is neither the directory of a run nor that of a Hugging "
+            "Face model: each holds a config.json that says so."
+        )
+    return "optimizer" in keys
+
+
+def kept_tokenizer(directory: Path, spec: str) -> str:
+    """Returns what names the tokenizer of a run: its own copy, or `spec` if it has none.
+
+    Args:
+        directory: The directory of the run.
+        spec: The tokenizer it was started with, as `load_tokenizer` takes it.
+    """
+    copy = directory / "tokenizer"
+    return str(copy) if spec != "bytes" and (copy / "tokenizer.json").is_file() else spec
+
+
+def keep_tokenizer(directory: Path, spec: str) -> None:
+    """Copies the files of a tokenizer into the directory of a run, unless they are there.
+
+    Args:
+        directory: The directory of the run.
+        spec: The tokenizer, as `load_tokenizer` takes it; bytes have no files.
+
+    Raises:
+        ValueError: They cannot be written.
+    """
+    copy = directory / "tokenizer"
+    if spec == "bytes" or Path(spec) == copy:
+        return
+    with _writing(directory, "make room or repair it"):
+        if copy.exists():
+            shutil.rmtree(copy)  # left by a start that was killed
+        copy.mkdir()
+        for name, content in tokenizer_files(spec).items():
+            write_whole(copy / name, content)
 
 
 def lock_directory(directory: Path, lock: Lock, *, new: bool) -> None:

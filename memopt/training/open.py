@@ -35,6 +35,8 @@ from memopt.training.directory import (
     TEMPLATE,
     check_same,
     choose_directory,
+    keep_tokenizer,
+    kept_tokenizer,
     lock_directory,
     write_config,
     write_template,
@@ -116,7 +118,8 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
 
     Returns:
         The run, at its first step or, resumed, at that of its newest whole checkpoint. One that
-        starts from another run has saved its first state, so that it does not need that run again.
+        starts from another run, or from a model, has saved its first state, so that it does not
+        need that again.
 
     Raises:
         ValueError: An option, or a combination of them, cannot work, or another process trains the
@@ -132,20 +135,25 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
     if config.optimization.rewarm and not (config.run.resume and config.optimization.schedule):
         raise ValueError("rewarm goes with --resume and --schedule; a new run has --warmup.")
     if config.start.init is None and config.start != Start():
-        raise ValueError("grow and carry_state go with --init, the run to start from.")
+        raise ValueError("grow and carry_state go with --init, the model to start from.")
     with errors_in_all_processes():
         if is_main_process():
             check_trackers(config.run.log)
     check_at_least("eval_tokens", config.text.eval_tokens, config.text.seq_len)
     _check_format(config)
 
-    tokenizer = load_tokenizer(config.text.tokenizer)
+    spec = config.text.tokenizer
+    if config.run.resume and spec == there.text.tokenizer:
+        spec = kept_tokenizer(directory, spec)
+    tokenizer = load_tokenizer(spec)
     encoder = chat_encoder(config, tokenizer, directory if config.run.resume else None)
     checkpoints = Checkpoints(directory / "checkpoints", config.run.keep)
     origin = read_origin(config) if config.start.init and checkpoints.newest() is None else None
     planned = origin.schedule if origin else lambda config: config
     config, unplanned = planned(config), config
     setup = describe_run(config)
+    if origin:
+        origin.check(config, setup)
     check_vocabulary(tokenizer, config, setup.model_config.vocab_size)
     rows = rows_here(setup.mesh, config.text.batch_size)
     with errors_in_all_processes():
@@ -194,6 +202,7 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
         if is_main_process():
             if not config.run.resume:
                 lock_directory(directory, lock, new=True)
+            keep_tokenizer(directory, spec)
             write_history(directory, history)
             if encoder:
                 write_template(directory, encoder.template)
@@ -371,6 +380,7 @@ def check_vocabulary(tokenizer: Tokenizer, config: Config, vocab_size: int) -> N
     """Raises unless a model's vocabulary fits a tokenizer's.
 
     A run that was begun with too large a vocabulary, by an earlier version, is warned about only.
+    The models of others have what they have.
 
     Args:
         tokenizer: The tokenizer.
@@ -382,11 +392,16 @@ def check_vocabulary(tokenizer: Tokenizer, config: Config, vocab_size: int) -> N
     """
     model, ids = config.architecture.model, tokenizer.vocab_size
     if ids > vocab_size:
+        advice = f"add --vocab-size {ids}"
+        if config.start.init:
+            advice = "leave out --tokenizer, or give one with fewer ids"
         raise ValueError(
             f"tokenizer {tokenizer.name!r} has {ids} ids, but model {model!r} only {vocab_size}: "
-            f"add --vocab-size {ids}."
+            f"{advice}."
         )
-    if config.architecture.vocab_size is None and vocab_size > MOST_ROWS_PER_ID * ids:
+    if config.architecture.shape or config.architecture.vocab_size:
+        return
+    if vocab_size > MOST_ROWS_PER_ID * ids:
         mismatch = f"model {model!r} has {vocab_size} ids, tokenizer {tokenizer.name!r} only {ids}"
         if not (config.run.resume or config.start.init):
             raise ValueError(

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 
 from memopt.models import llama
@@ -52,7 +51,7 @@ class Setup:
 
     def model(self, params: Any) -> llama.Llama:
         """Returns the model with these parameters, stored as in the state."""
-        return build_model(self.model_config, params)
+        return llama.build_model(self.model_config, params)
 
     def loss(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Returns the summed loss of a batch and its number of tokens."""
@@ -178,19 +177,12 @@ def set_up(
         step = functools.partial(release_step, model=model, shardings=_shardings(params), **options)
     else:
         loss = lambda params, batch, **given: llama.loss(
-            build_model(model_config, params), batch, **given
+            llama.build_model(model_config, params), batch, **given
         )
         observe = METHODS[optimizer].needs == "statistics"
         step = functools.partial(train_step, loss=loss, predict=predict, observe=observe, **options)
     state = abstract_state(params, tx, mesh, places)
     return Setup(model_config, mesh, tx, learning_rate, weights, state, batch, step, optimizer)
-
-
-def build_model(model_config: llama.LlamaConfig, params: Any) -> llama.Llama:
-    """Returns a LLaMA with these parameters. It reads quantised ones a block at a time."""
-    graphdef, _ = nnx.split(llama.abstract_model(model_config), nnx.Param)
-    rest = {name: part for name, part in params.items() if name != "blocks"}
-    return nnx.merge(graphdef, params | dequantize_params(rest))
 
 
 def store_params(params: Any, weights: str | None) -> Any:

@@ -1,18 +1,23 @@
-"""Starts a run from the parameters of another one, with its layers repeated if wanted."""
+"""Starts a run from the weights of another one, or of a Hugging Face model, grown if wanted."""
 
+import abc
 import dataclasses
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from memopt.models.config import preset
+from memopt.models import hugging_face, llama
+from memopt.models.config import LlamaConfig, preset
 from memopt.state.growth import grow_depth
 from memopt.state.quantized_params import dequantize_params
 from memopt.state.sharding import dense_like
 from memopt.training.checkpoint import Checkpoints
 from memopt.training.config import Config, Start, read_options
 from memopt.training.describe import describe_run
+from memopt.training.directory import is_run, kept_tokenizer
 from memopt.training.setup import Setup, store_params
 from memopt.training.step import TrainState, init_state
 
@@ -24,75 +29,56 @@ FREE = ("param_dtype", "dtype", "remat")
 
 
 def inherited_options(start: Start) -> dict[str, Any]:
-    """Returns the options that a new run has from the one it starts from, unless it has others.
+    """Returns the options that a new run has from what it starts from, unless it has others.
+
+    Of a Hugging Face model, these are its name, its shapes and its tokenizer.
 
     Args:
-        start: The run to start from.
+        start: The run or the model to start from.
 
     Raises:
         ValueError: There is none.
     """
-    options = _options(start.init)
-    there = Config.from_flat(options).architecture
-    layers = there.num_layers or preset(there.model).num_layers
-    own = {"num_layers": layers * start.grow} if start.grow > 1 else {}
-    return {"option": [], **{name: x for name, x in options.items() if name not in OWN}, **own}
+    directory: Any = start.init
+    if is_run("init", directory):
+        options = read_options(directory / "config.json")
+        there = Config.from_flat(options).architecture
+        layers = there.num_layers or (there.shape or preset(there.model)).num_layers
+        tokenizer = kept_tokenizer(directory, options.get("tokenizer", "bytes"))
+        options = {name: x for name, x in options.items() if name not in OWN}
+        options = {"option": [], **options, "tokenizer": tokenizer}
+    else:
+        shape = hugging_face.read_config(directory)
+        layers = shape.num_layers
+        options = {
+            "model": directory.resolve().name,
+            "shape": dataclasses.asdict(shape),
+            "tokenizer": str(directory),
+        }
+    return options | ({"num_layers": layers * start.grow} if start.grow > 1 else {})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Origin:
-    """A run that another one starts from.
+class Origin(abc.ABC):
+    """A model that a run starts from.
 
     Attributes:
-        config: Its options.
-        setup: Its training step, on the devices of the new run.
-        state: Its newest state.
+        model_config: Its shapes.
     """
 
-    config: Config
-    setup: Setup
-    state: TrainState
+    model_config: LlamaConfig
 
     def schedule(self, config: Config) -> Config:
         """The options of the new run, whose schedule starts after the updates that are counted."""
-        counted = self.config.phases[0].count + int(self.state.step - self.state.skipped)
-        first, *more = config.phases
-        count = counted if config.start.carry_state else 0
-        return config.with_phases(dataclasses.replace(first, count=count), *more)
+        return config
 
-    def start(self, config: Config, setup: Setup) -> TrainState:
-        """Returns the first state of the new run, with the shardings of its setup.
+    def check(self, config: Config, setup: Setup) -> None:
+        """Raises unless a run with these options can start from it.
 
         Raises:
-            ValueError: Its model differs in more than depth, or its optimizer from the one whose
-                state it should take over.
+            ValueError: Its model differs in more than depth, or it lacks what should be taken over.
         """
-        self._check_model(config, setup)
-        carries = config.start.carry_state
-        if carries:
-            self._check_optimizer(config)
-
-        def grown(state: TrainState) -> TrainState:
-            params = state.params if carries else self.setup.eval_params(state)
-            kept = state.opt_state if carries else ()
-            params, kept = grow_depth(params, kept, config.start.grow, tx=self.setup.tx)
-            first = init_state(_stored_like(params, setup), setup.tx)
-            return first._replace(opt_state=kept) if carries else first
-
-        shardings = jax.tree.map(lambda x: x.sharding, setup.state)
-        with jax.set_mesh(setup.mesh):
-            return jax.jit(grown, out_shardings=shardings)(self.state)
-
-    def taken_over(self, config: Config) -> str:
-        """Says what the new run has from this one."""
-        layers = self.setup.model_config.num_layers
-        grows = f", its {layers} layers {config.start.grow} times" if config.start.grow > 1 else ""
-        state = "is taken over, too" if config.start.carry_state else "starts anew"
-        where = f"step {int(self.state.step)} of {config.start.init}"
-        return f"from {where}{grows}; the optimizer's state {state}"
-
-    def _check_model(self, config: Config, setup: Setup) -> None:
-        there, here = self.setup.model_config, setup.model_config
+        there, here = self.model_config, setup.model_config
         there = dataclasses.replace(there, num_layers=there.num_layers * config.start.grow)
         names = [field.name for field in dataclasses.fields(here) if field.name not in FREE]
         differing = [
@@ -106,32 +92,132 @@ class Origin:
                 f" {'; '.join(differing)}. Leave out --model, --num-layers and --vocab-size."
             )
 
-    def _check_optimizer(self, config: Config) -> None:
+    @abc.abstractmethod
+    def start(self, config: Config, setup: Setup) -> TrainState:
+        """Returns the first state of the new run, with the shardings of its setup."""
+
+    @abc.abstractmethod
+    def taken_over(self, config: Config) -> str:
+        """Says what the new run has from it."""
+
+    def _grows(self, config: Config) -> str:
+        layers, times = self.model_config.num_layers, config.start.grow
+        return f", its {layers} layers {times} times" if times > 1 else ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RunOrigin(Origin):
+    """A run that another one starts from.
+
+    Attributes:
+        config: Its options.
+        setup: Its training step, on the devices of the new run.
+        state: Its newest state.
+    """
+
+    config: Config
+    setup: Setup
+    state: TrainState
+
+    def schedule(self, config: Config) -> Config:  # noqa: D102
+        counted = self.config.phases[0].count + int(self.state.step - self.state.skipped)
+        first, *more = config.phases
+        count = counted if config.start.carry_state else 0
+        return config.with_phases(dataclasses.replace(first, count=count), *more)
+
+    def check(self, config: Config, setup: Setup) -> None:  # noqa: D102
+        super().check(config, setup)
         there, here = self.config, config
         pairs = {
             "optimizer": (there.optimization.optimizer, here.optimization.optimizer),
             "option": (there.optimizer_options, here.optimizer_options),
             "state": (there.optimization.state, here.optimization.state),
         }
-        for name, (a, b) in pairs.items():
+        for name, (a, b) in pairs.items() if config.start.carry_state else ():
             if a != b:
                 raise ValueError(
                     f"carry_state must be left out, since {name} is {a!r} in "
                     f"{str(config.start.init)!r} and {b!r} here."
                 )
 
+    def start(self, config: Config, setup: Setup) -> TrainState:  # noqa: D102
+        if not config.start.carry_state:
+            return _first_state(self.setup.eval_params(self.state), config, setup)
+
+        def grown(state: TrainState) -> TrainState:
+            params, kept = grow_depth(
+                state.params, state.opt_state, config.start.grow, tx=self.setup.tx
+            )
+            first = init_state(_stored_like(params, setup), setup.tx)
+            return first._replace(opt_state=kept)
+
+        with jax.set_mesh(setup.mesh):
+            return jax.jit(grown, out_shardings=_shardings(setup.state))(self.state)
+
+    def taken_over(self, config: Config) -> str:  # noqa: D102
+        state = "is taken over, too" if config.start.carry_state else "starts anew"
+        where = f"step {int(self.state.step)} of {config.start.init}"
+        return f"from {where}{self._grows(config)}; the optimizer's state {state}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelOrigin(Origin):
+    """A Hugging Face model that a run starts from.
+
+    Attributes:
+        directory: Its directory.
+        tensors: Its opened weights.
+        codec: How they are quantised, see `memopt.quantize_params`; None: they are not.
+    """
+
+    directory: Path
+    tensors: Mapping[str, Any]
+    codec: str | None
+
+    def check(self, config: Config, setup: Setup) -> None:  # noqa: D102
+        super().check(config, setup)
+        if config.start.carry_state:
+            raise ValueError(
+                f"carry_state must be left out, since init {str(self.directory)!r} is a model, "
+                "which has no optimizer state."
+            )
+        hugging_face.check_params(self.directory, self.tensors, self._shapes(setup))
+
+    def start(self, config: Config, setup: Setup) -> TrainState:  # noqa: D102
+        shapes = self._shapes(setup)
+        quantizes = setup.weights and not self.codec
+        store = functools.partial(store_params, weights=setup.weights) if quantizes else None
+        params = hugging_face.read_params(
+            self.directory, self.tensors, shapes, _shardings(shapes), store
+        )
+        return _first_state(params, config, setup)
+
+    def taken_over(self, config: Config) -> str:  # noqa: D102
+        return f"from the weights of {self.directory}{self._grows(config)}"
+
+    def _shapes(self, setup: Setup) -> Any:
+        """The parameters as the files have them, on the devices of the new run."""
+        config = dataclasses.replace(setup.model_config, num_layers=self.model_config.num_layers)
+        return store_params(llama.abstract_params(config, setup.mesh), self.codec)
+
 
 def read_origin(config: Config) -> Origin:
-    """Reads the newest checkpoint of the run that a new one starts from; writes nothing.
+    """Reads what a new run starts from; writes nothing.
+
+    Of a run, the newest checkpoint; of a model, its shapes.
 
     Args:
         config: The options of the new run, on whose devices the state is read.
 
     Raises:
-        ValueError: There is no such run, or no whole checkpoint of it.
+        ValueError: There is no such run or model, or no whole checkpoint of it.
     """
     directory: Any = config.start.init
-    there = Config.from_flat(_options(directory))
+    if not is_run("init", directory):
+        model_config = hugging_face.read_config(directory)
+        tensors = hugging_face.open_tensors(directory)
+        return ModelOrigin(model_config, directory, tensors, hugging_face.read_codec(directory))
+    there = Config.from_flat(read_options(directory / "config.json"))
     # The devices and the batch are those of the new run.
     optimization = dataclasses.replace(
         there.optimization, accumulation=config.optimization.accumulation
@@ -142,20 +228,42 @@ def read_origin(config: Config) -> Origin:
     restored = Checkpoints(directory / "checkpoints").restore(setup.state, set_aside=False)
     if restored is None:
         raise ValueError(f"init {str(directory)!r} has no checkpoint to start from yet.")
-    return Origin(there, setup, restored[0])
+    return RunOrigin(setup.model_config, there, setup, restored[0])
 
 
-def _options(directory: Path | None) -> dict[str, Any]:
-    if directory is None or not (directory / "config.json").is_file():
-        raise ValueError(f"init {str(directory)!r} is not the directory of a run.")
-    return read_options(directory / "config.json")
+def _first_state(params: Any, config: Config, setup: Setup) -> TrainState:
+    """The state of a new run with these parameters, grown and stored as its setup says."""
+
+    def stored(params: Any) -> Any:
+        return _stored_like(grow_depth(params, (), config.start.grow)[0], setup)
+
+    def rest(params: Any) -> TrainState:
+        return init_state(params, setup.tx)._replace(params=())
+
+    shardings = _shardings(setup.state)
+    with jax.set_mesh(setup.mesh):
+        if config.start.grow > 1 or not _is_like(params, setup.state.params):
+            params = jax.jit(stored, out_shardings=shardings.params)(params)
+        first = jax.jit(rest, out_shardings=shardings._replace(params=()))(params)
+    return first._replace(params=params)
 
 
 def _stored_like(params: Any, setup: Setup) -> Any:
     """Parameters as they are stored in the state of `setup`."""
-    describe = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
-    if describe(params) == describe(setup.state.params):
+    if _is_like(params, setup.state.params):
         return params
     cast = lambda x, like: x.astype(like.dtype)
     dense = jax.tree.map(cast, dequantize_params(params), dense_like(setup.state.params))
     return store_params(dense, setup.weights)
+
+
+def _is_like(params: Any, like: Any) -> bool:
+    describe = lambda tree: (
+        jax.tree.structure(tree),
+        [(x.shape, x.dtype) for x in jax.tree.leaves(tree)],
+    )
+    return describe(params) == describe(like)
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)

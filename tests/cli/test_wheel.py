@@ -16,6 +16,10 @@ COMMANDS = (
     "tokenizer train --help",
     "pretrain --steps 2 --eval-tokens 2048 --output run",
     "pretrain --resume --steps 4 --output run",
+    "sample run --prompt import --max-new-tokens 9",
+    "evaluate run",
+    "export run model",
+    "pretrain --init model --steps 2 --eval-tokens 2048 --output tuned",
     "tokenizer train --vocab-size 300 --output vocabulary.json",
     "pretrain --tokenizer vocabulary.json --vocab-size 300 --steps 2 --eval-tokens 2048",
 )

@@ -73,8 +73,8 @@ def weights(config: LlamaConfig) -> dict[str, np.ndarray]:
     shapes = flatten_dict(abstract_params(config), sep="/")
     centre = lambda leaf: leaf.endswith("scale") and not config.norm_offset
     return {
-        name: np.float32(rng.normal(size=shape) * 0.2 + centre(leaf))
-        for name, leaf, _, _, shape in tensors(shapes)
+        tensor.name: np.float32(rng.normal(size=tensor.shape) * 0.2 + centre(tensor.leaf))
+        for tensor in tensors(shapes)
     }
 
 

@@ -1,6 +1,7 @@
 """Generation with a cache says what the model without one says."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,35 @@ def test_samples_follow_the_models_probabilities(model):
     assert chi_square < 63 + 4 * np.sqrt(2 * 63)
 
 
+def test_top_p_leaves_out_the_unlikely_tokens(model):
+    temperature, prompt = 2.0, np.tile(PROMPT[:1], (1500, 1))
+    probabilities = np.asarray(jax.nn.softmax(logits(model, PROMPT[:1])[0, -1] / temperature))
+    likeliest = np.argsort(-probabilities)
+    count = int((np.cumsum(probabilities[likeliest]) < 0.5).sum()) + 1
+    options = {"temperature": temperature, "key": jax.random.key(0)}
+    samples = generate(model, prompt, 1, top_p=0.5, **options)[:, -1]
+    assert 1 < count < 64
+    assert set(samples.tolist()) == set(likeliest[:count].tolist())
+    expected = probabilities[likeliest[:count]] / probabilities[likeliest[:count]].sum()
+    counts = np.bincount(samples, minlength=64)[likeliest[:count]]
+    chi_square = ((counts - 1500 * expected) ** 2 / (1500 * expected)).sum()
+    assert chi_square < count + 4 * np.sqrt(2 * count)
+    least = generate(model, PROMPT, 3, top_p=1e-6, temperature=1.0, key=jax.random.key(0))
+    np.testing.assert_array_equal(least, generate(model, PROMPT, 3))
+
+
+def test_after_an_end_token_there_are_only_end_tokens(model):
+    draw = functools.partial(generate, model, PROMPT, 8, temperature=3.0, key=jax.random.key(1))
+    free = np.asarray(draw())
+    ends = [int(free[0, 7]), int(free[0, 9])]  # of the first row, whose second end is not reached
+    assert not set(free[0, 5:7]) & set(ends)
+    ended = np.asarray(draw(eos_ids=ends))
+    np.testing.assert_array_equal(ended[0], [*free[0, :8], *[ends[0]] * 5])
+    other = [*free[1]]
+    first = next((i for i in range(5, 13) if other[i] in ends), 13)
+    np.testing.assert_array_equal(ended[1], [*other[: first + 1], *[ends[0]] * (12 - first)][:13])
+
+
 def test_the_key_decides_the_sample(model):
     draw = lambda seed: generate(model, PROMPT, 8, temperature=1.0, key=jax.random.key(seed))
     np.testing.assert_array_equal(draw(0), draw(0))
@@ -84,6 +114,8 @@ def test_the_key_decides_the_sample(model):
         ({"prompt_ids": np.zeros((1, 0))}, "the length of prompt_ids must be at least 1, got 0"),
         ({"temperature": 1.0}, "temperature is 1.0; it must be 0, or positive with a random key"),
         ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
         ({"max_new_tokens": 12}, "17 tokens is longer than max_seq_len=16"),
     ],
 )

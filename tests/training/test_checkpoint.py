@@ -318,3 +318,73 @@ def test_where_nothing_was_saved_closing_does_not_start_orbax(tmp_path, monkeypa
     """Its start waits for all processes, of which others may have ended."""
     monkeypatch.setattr(ocp.training, "Checkpointer", None)
     Checkpoints(tmp_path).close()
+
+
+LOSSES = {1: 3.0, 2: 1.0, 3: 2.0, 4: math.nan}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("evaluated")
+    write(directory, range(1, 6), keep=5, losses=LOSSES)
+    return directory
+
+
+@pytest.mark.parametrize(("step", "expected"), [("best", 2), ("last", 5), (3, 3)])
+def test_one_checkpoint_is_read_by_its_step_or_its_loss(evaluated, step, expected):
+    state, val_loss = Checkpoints(evaluated).read(step, abstract(make_state(0)))
+    chex.assert_trees_all_equal(state, make_state(expected))
+    assert val_loss == LOSSES.get(expected)
+
+
+def test_the_best_is_the_last_where_none_was_evaluated(tmp_path):
+    write(tmp_path, [1, 2])
+    state, val_loss = Checkpoints(tmp_path).read("best", abstract(make_state(0)))
+    assert (int(state.step), val_loss) == (2, None)
+
+
+def test_parameters_are_read_without_the_state_of_the_optimizer(evaluated):
+    state, _ = Checkpoints(evaluated).read(3, abstract(make_state(0)), params_only=True)
+    chex.assert_trees_all_equal(state.params, make_state(3).params)
+    assert all(leaf is ... for leaf in jax.tree.leaves(state.opt_state))
+    assert len(jax.tree.leaves(state.opt_state)) > 0
+
+
+def test_a_damaged_checkpoint_is_left_out_unless_it_is_named(evaluated, tmp_path):
+    shutil.copytree(evaluated, tmp_path / "copy")
+    for path in (tmp_path / "copy" / "2").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[:10])
+    checkpoints, like = Checkpoints(tmp_path / "copy"), abstract(make_state(0))
+    with pytest.warns(UserWarning, match="checkpoint 2: .*: it is left out"):
+        state, _ = checkpoints.read("best", like, params_only=True)
+    assert int(state.step) == 3
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read \(checkpoint 2: "):
+        checkpoints.read(2, like, params_only=True)
+    assert kept(tmp_path / "copy") == [1, 2, 3, 4, 5]
+
+
+def test_changed_parameters_are_noticed_also_without_the_state(evaluated, monkeypatch):
+    load = ocp.load_checkpointables
+    monkeypatch.setattr(ocp, "load_checkpointables", lambda *arguments: _negate(load(*arguments)))
+    with pytest.raises(ValueError, match="checksum does not agree"):
+        Checkpoints(evaluated).read(3, abstract(make_state(0)), params_only=True)
+
+
+def _negate(loaded):
+    params = loaded["state"].params | {"byte": -loaded["state"].params["byte"]}
+    return {"state": loaded["state"]._replace(params=params)}
+
+
+@pytest.mark.parametrize(
+    ("step", "says"),
+    [(7, "one of 1, 2, 3, 4, 5, which are saved, got 7"), ("worst", "got 'worst'")],
+)
+def test_a_step_that_is_not_saved_is_refused(evaluated, step, says):
+    with pytest.raises(ValueError, match=says):
+        Checkpoints(evaluated).read(step, abstract(make_state(0)))
+
+
+def test_a_run_without_a_checkpoint_says_so(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no checkpoint in .* yet"):
+        Checkpoints(tmp_path).read("best", abstract(make_state(0)))

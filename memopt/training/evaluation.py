@@ -1,0 +1,179 @@
+"""Evaluates a model on text."""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+
+from memopt.models import llama
+from memopt.text.batches import batches_in_order, example_validation
+from memopt.text.documents import Documents
+from memopt.text.examples import encode_examples
+from memopt.text.files import Piece
+from memopt.text.packing import Batch
+from memopt.text.tokenizer import Tokenizer
+from memopt.training.load import LoadedModel
+
+
+class Evaluation(NamedTuple):
+    """The loss of a model on text.
+
+    Attributes:
+        total: Summed loss in nats.
+        tokens: Tokens that were predicted, ends of documents among them.
+        bytes: Bytes of text, in UTF-8, that they stand for.
+
+    Example:
+        >>> found = Evaluation(total=200.0, tokens=100, bytes=400)
+        >>> found.loss, f"{found.perplexity:.2f}", f"{found.bits_per_byte:.3f}"
+        (2.0, '7.39', '0.721')
+    """
+
+    total: float
+    tokens: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.total / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the loss a token."""
+        return _exp(self.loss)
+
+    @property
+    def loss_per_byte(self) -> float:
+        """Nats a byte."""
+        return self.total / self.bytes
+
+    @property
+    def perplexity_per_byte(self) -> float:
+        """The exponential of the loss a byte."""
+        return _exp(self.loss_per_byte)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The loss a byte in bits."""
+        return self.loss_per_byte / math.log(2)
+
+
+def evaluate_text(
+    loaded: LoadedModel,
+    documents: Documents,
+    *,
+    batch_size: int = 8,
+    seq_len: int | None = None,
+    max_tokens: int | None = None,
+) -> Evaluation:
+    """Evaluates a model on documents, packed into rows as for training.
+
+    Args:
+        loaded: The model, from `load_run` or `load_model`.
+        documents: The text, or a part of it.
+        batch_size: Rows that are evaluated at a time.
+        seq_len: Tokens of a row, which is what the model sees before a token, at most; by default
+            that of the run, or the model's longest up to 1024.
+        max_tokens: Evaluate on so many tokens at most, in whole rows; None: on all.
+
+    Raises:
+        ValueError: There is no text, or the rows are longer than the model accepts.
+    """
+    tokenizer = loaded.tokenizer
+    batches = batches_in_order(
+        documents,
+        tokenizer,
+        batch_size=batch_size,
+        seq_len=_row_length(loaded, seq_len),
+        max_tokens=max_tokens,
+    )
+    total, tokens, _ = _evaluate(loaded, batches)
+    return Evaluation(total, tokens, covered_bytes(documents.once(), tokenizer, tokens))
+
+
+def evaluate_chats(
+    loaded: LoadedModel,
+    documents: Documents,
+    *,
+    batch_size: int = 8,
+    seq_len: int | None = None,
+    max_tokens: int | None = None,
+    long_examples: str = "skip",
+) -> Evaluation:
+    """Evaluates a model on the answers in chats, packed into rows as for fine-tuning.
+
+    Args:
+        loaded: As in `evaluate_text`.
+        documents: The chats, of `find_documents(…, records=CHATS)`, or a part of them.
+        batch_size: As in `evaluate_text`.
+        seq_len: As in `evaluate_text`.
+        max_tokens: As in `evaluate_text`.
+        long_examples: "skip" chats that are longer than a row, or "truncate" them.
+
+    Returns:
+        The evaluation; its bytes are those that the answers decode to.
+
+    Raises:
+        ValueError: There is no chat, or the rows are longer than the model accepts.
+    """
+    length = _row_length(loaded, seq_len)
+    encoder = loaded.chat_encoder()
+    examples = encode_examples(documents, encoder, length, long_examples=long_examples)
+    batches = example_validation(examples, batch_size=batch_size, max_tokens=max_tokens)
+    return Evaluation(*_evaluate(loaded, batches))
+
+
+def _row_length(loaded: LoadedModel, seq_len: int | None) -> int:
+    longest = loaded.model_config.max_seq_len
+    if seq_len is None:
+        return loaded.config.text.seq_len if loaded.config else min(longest, 1024)
+    if seq_len > longest:
+        raise ValueError(
+            f"seq_len={seq_len} is longer than the {longest} tokens that the model accepts: choose "
+            "a shorter --seq-len."
+        )
+    return seq_len
+
+
+def _evaluate(loaded: LoadedModel, batches: Iterable[Batch]) -> tuple[float, int, int]:
+    """Returns the summed loss, the tokens, and the bytes they decode to, row by row."""
+    config, decode = loaded.model_config, loaded.tokenizer.decode
+    loss = jax.jit(lambda params, batch: llama.loss(llama.build_model(config, params), batch))
+    total, tokens, size = 0.0, 0, 0
+    for batch in batches:
+        summed, counted = loss(loaded.params, batch)
+        total, tokens = total + float(summed), tokens + int(counted)
+        for targets, weights in zip(batch["targets"], batch["weights"], strict=True):
+            size += len(decode(targets[weights == 1]).encode("utf-8", "replace"))
+    if not tokens:
+        raise ValueError("the data holds nothing to evaluate on: give more.")
+    return total, tokens, size
+
+
+def covered_bytes(pieces: Iterable[Piece], tokenizer: Tokenizer, tokens: int) -> int:
+    """Counts the bytes of text that the first predicted tokens stand for.
+
+    Args:
+        pieces: The text.
+        tokenizer: Makes ids of it.
+        tokens: How many are predicted, ends of documents among them.
+    """
+    total = 0
+    for piece in pieces:
+        if not tokens:
+            break
+        ids = tokenizer.encode(piece.text)
+        first = (
+            0 if piece.begins else 1
+        )  # the first token of the rest of a document has none before
+        count = min(max(len(ids) - first + piece.ends, 0), tokens)
+        is_whole = not first and count >= len(ids)
+        text = piece.text if is_whole else tokenizer.decode(ids[first : first + count])
+        total, tokens = total + len(text.encode("utf-8", "replace")), tokens - count
+    return total
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700))

@@ -1,0 +1,129 @@
+"""Loads the model of a run, or of a Hugging Face directory, on one device."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+from memopt.models import llama
+from memopt.optimizers.registry import METHODS
+from memopt.state.quantized_params import dequantize_params
+from memopt.text.chats import ANSWERS, Chat, ChatEncoder
+from memopt.text.tokenizer import Tokenizer, load_tokenizer, read_template
+from memopt.training.checkpoint import Checkpoints
+from memopt.training.config import Config, read_options
+from memopt.training.describe import describe_run
+from memopt.training.directory import TEMPLATE, is_run, kept_tokenizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model with its tokenizer.
+
+    Attributes:
+        path: The directory it is from.
+        model_config: Its shapes and options.
+        params: Its parameters as nested dicts; those of a run that stores weights in fewer bits are
+            quantised, see `memopt.quantize_params`.
+        tokenizer: Its tokenizer.
+        config: The options of its run; None if it is not from a run.
+        step: The step that the parameters are of; None if it is not from a run.
+        val_loss: The validation loss at that step, if it was evaluated then.
+    """
+
+    path: Path
+    model_config: llama.LlamaConfig
+    params: Any
+    tokenizer: Tokenizer
+    config: Config | None = None
+    step: int | None = None
+    val_loss: float | None = None
+
+    @property
+    def model(self) -> llama.Llama:
+        """The model. It reads quantised blocks one at a time."""
+        return llama.build_model(self.model_config, self.params)
+
+    @property
+    def format(self) -> str:
+        """What its run was trained on, "text" or "chats"; "text" if it is not from a run."""
+        return self.config.text.format if self.config else "text"
+
+    @functools.cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a text or, of a run on chats, an answer; the most usual one first."""
+        ends = [self.tokenizer.eos_id, *self.model_config.eos_ids]
+        if self.format == "chats":
+            with self.chat_encoder() as encoder:
+                turns = [{"role": "user", "content": "a"}, {"role": ANSWERS, "content": "a"}]
+                ids, learned = encoder.encode(Chat(turns))
+            last = int(ids[learned][-1])
+            ends = [last, *ends] if last in self.tokenizer.special_tokens.values() else ends
+        return tuple(dict.fromkeys(ends))
+
+    def chat_encoder(self) -> ChatEncoder:
+        """Returns what makes ids of chats, by the template of its directory, for use in `with`."""
+        template = self.path / TEMPLATE
+        return ChatEncoder(self.tokenizer, read_template(template) if template.is_file() else None)
+
+
+def load_run(
+    path: str | Path, step: str | int = "best", *, dequantize: bool = False
+) -> LoadedModel:
+    """Loads the model of a run on one device, whatever mesh it was trained on.
+
+    The parameters are those to evaluate, see `memopt.eval_params`. The optimizer's state is read
+    only if they are made of it.
+
+    Args:
+        path: The directory of the run; it may still be trained.
+        step: "best", with the lowest validation loss (the last one if none is known); "last"; or a
+            step that has a checkpoint.
+        dequantize: Decode quantised weights.
+
+    Returns:
+        The model, its tokenizer and the options of the run.
+
+    Raises:
+        ValueError: There is no such run or checkpoint, or it is damaged.
+    """
+    path = Path(path)
+    config_file = path / "config.json"
+    if not is_run("run", path):
+        raise ValueError(
+            f"{str(path)!r} is a Hugging Face model, not a run: load it by "
+            "memopt.models.llama.from_hugging_face."
+        )
+    config = Config.from_flat(read_options(config_file))
+    on_one_device = dataclasses.replace(config.run, mesh="data=1")
+    setup = describe_run(dataclasses.replace(config, run=on_one_device), trace=False)
+    params_only = METHODS[setup.optimizer].eval_params is None
+    checkpoints = Checkpoints(path / "checkpoints")
+    state, val_loss = checkpoints.read(step, setup.state, params_only=params_only)
+    params = setup.eval_params(state)
+    return LoadedModel(
+        path=path,
+        model_config=setup.model_config,
+        params=dequantize_params(params) if dequantize else params,
+        tokenizer=load_tokenizer(kept_tokenizer(path, config.text.tokenizer)),
+        config=config,
+        step=int(state.step),
+        val_loss=val_loss,
+    )
+
+
+def load_model(path: str | Path, step: str | int = "best") -> LoadedModel:
+    """Loads the model of a run, as `load_run` does, or of a Hugging Face directory.
+
+    Args:
+        path: The directory.
+        step: Of a run, see `load_run`.
+
+    Raises:
+        ValueError: It is neither, or cannot be loaded.
+    """
+    path = Path(path)
+    if is_run("run", path):
+        return load_run(path, step)
+    model_config, params = llama.read_hugging_face(path)
+    return LoadedModel(path, model_config, params, load_tokenizer(str(path)))
