@@ -42,8 +42,6 @@ METHODS = {
     "muon": ("--optimizer muon", (3e-3, 1e-2, 3e-2)),
     "muon, int8 state": ("--optimizer muon --state int8", (3e-3, 1e-2, 3e-2)),
     "apollo_mini": ("--optimizer apollo_mini", (3e-3, 1e-2, 3e-2)),
-    "adafactor": ("--optimizer adafactor", (1e-3, 3e-3, 1e-2)),
-    "lion": ("--optimizer lion", (3e-5, 1e-4, 3e-4)),
 }
 
 

@@ -68,7 +68,7 @@ HABITS = {
     **dict.fromkeys(("--min-lr", "--final-lr"), "--final-learning-rate, a share of the highest"),
     **dict.fromkeys(("--bs", "--batch", "--per-device-train-batch-size"), "--batch-size"),
     **dict.fromkeys(("--max-steps", "--num-steps", "--iterations", "--iters"), "--steps"),
-    **dict.fromkeys(("--epochs", "--num-epochs", "--num-train-epochs"), "--steps, of batches"),
+    **dict.fromkeys(("--num-epochs", "--num-train-epochs"), "--epochs"),
     **dict.fromkeys(("--seq-length", "--max-length", "--max-seq-len", "--context"), "--seq-len"),
     **dict.fromkeys(("--wd", "--weight-decay"), "--option weight_decay=0.1"),
     **dict.fromkeys(("--beta1", "--b1"), "--option b1=0.9"),
