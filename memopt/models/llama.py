@@ -398,7 +398,8 @@ def head_loss(
     else:
         kernel, axis = model.head_kernel().get_value(), 0 if model.config.tied else 1
         x = model.final_norm(x)
-        total = chunked_cross_entropy(x, kernel, targets, weights, logits_bytes, axis)
+        # In quarters: a part of the gradient in float32, too, takes memory.
+        total = chunked_cross_entropy(x, kernel, targets, weights, logits_bytes // 4, axis)
     return total, weights.sum()
 
 

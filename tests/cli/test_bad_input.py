@@ -99,7 +99,7 @@ def pretrain(complain, tmp_path):
         (["--output=full"], "is taken: continue the run in it with --resume"),
         (["--resume"], "there is no run to resume in"),
         (["--resume", "--output=full"], "there is no run to resume in 'full'"),
-        (["--init=full"], "init 'full' is not the directory of a run"),
+        (["--init=full"], "init 'full' is neither the directory of a run nor that of a Hugging"),
         (["--grow=2"], "grow and carry_state go with --init"),
         (["--resume", "--init=full"], "leave one out"),
         (["--config=nowhere.json"], "config 'nowhere.json' cannot be read"),
