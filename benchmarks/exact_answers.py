@@ -9,7 +9,6 @@ answers are generated, too.
 
 import contextlib
 import dataclasses
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,33 +20,11 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from examples.capitals import chats, make
 from memopt.cli.finetune import parse_finetune
 from memopt.models.generate import generate
 from memopt.text.chats import ChatEncoder
-from memopt.text.tokenizer import train_tokenizer
 from memopt.training.open import Training, open_run
-
-CAPITALS = """
-Afghanistan Kabul, Albania Tirana, Algeria Algiers, Angola Luanda, Argentina Buenos Aires,
-Armenia Yerevan, Australia Canberra, Austria Vienna, Azerbaijan Baku, Bahrain Manama,
-Bangladesh Dhaka, Belarus Minsk, Belgium Brussels, Bolivia Sucre, Botswana Gaborone,
-Brazil Brasília, Bulgaria Sofia, Cambodia Phnom Penh, Cameroon Yaoundé, Canada Ottawa,
-Chad N'Djamena, Chile Santiago, China Beijing, Colombia Bogotá, Croatia Zagreb, Cuba Havana,
-Cyprus Nicosia, Czechia Prague, Denmark Copenhagen, Ecuador Quito, Egypt Cairo, Estonia Tallinn,
-Ethiopia Addis Ababa, Fiji Suva, Finland Helsinki, France Paris, Gabon Libreville,
-Georgia Tbilisi, Germany Berlin, Ghana Accra, Greece Athens, Guatemala Guatemala City,
-Guinea Conakry, Haiti Port-au-Prince, Honduras Tegucigalpa, Hungary Budapest, Iceland Reykjavík,
-India New Delhi, Indonesia Jakarta, Iran Tehran, Iraq Baghdad, Ireland Dublin, Italy Rome,
-Jamaica Kingston, Japan Tokyo, Jordan Amman, Kazakhstan Astana, Kenya Nairobi, Laos Vientiane,
-Latvia Riga, Lebanon Beirut, Liberia Monrovia, Libya Tripoli, Lithuania Vilnius,
-Madagascar Antananarivo, Malawi Lilongwe, Malaysia Kuala Lumpur, Mali Bamako, Malta Valletta,
-Mexico Mexico City, Moldova Chișinău, Mongolia Ulaanbaatar, Morocco Rabat, Mozambique Maputo,
-Namibia Windhoek, Nepal Kathmandu, Niger Niamey, Nigeria Abuja, Norway Oslo, Oman Muscat,
-Pakistan Islamabad, Panama Panama City, Paraguay Asunción, Peru Lima, Poland Warsaw,
-Portugal Lisbon, Qatar Doha, Romania Bucharest, Rwanda Kigali, Senegal Dakar, Serbia Belgrade,
-Slovakia Bratislava, Slovenia Ljubljana, Somalia Mogadishu, Spain Madrid, Sudan Khartoum,
-Sweden Stockholm, Switzerland Bern, Syria Damascus, Tanzania Dodoma
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +33,7 @@ class Options:
 
     Attributes:
       prompts: how many prompts to learn, the first ones.
-      model: the preset of the random model.
-      num_layers: its layers.
+      model: the preset whose sizes the random model has.
       optimizer: the optimizer.
       learning_rate: the highest learning rate.
       epochs: passes over the prompts, at most.
@@ -67,7 +43,6 @@ class Options:
 
     prompts: int = 100
     model: str = "tiny"
-    num_layers: int = 2
     optimizer: str = "muon"
     learning_rate: float = 2e-2
     epochs: int = 40
@@ -75,33 +50,12 @@ class Options:
     output: Path = Path(__file__).parent / "results" / "finetune.png"
 
 
-def chats(count: int) -> list[list[dict[str, str]]]:
-    """Conversations of one prompt and its answer."""
-    pairs = (entry.split(maxsplit=1) for entry in CAPITALS.split(","))
-    return [
-        [
-            {"role": "user", "content": f"Capital of {country}?"},
-            {
-                "role": "assistant",
-                "content": " ".join(city.split()),
-            },
-        ]
-        for country, city in list(pairs)[:count]
-    ]
-
-
 def open_example(options: Options, directory: Path) -> Training:
     """The run that ``memopt finetune`` would start; the prompts are its validation set, too."""
-    data = directory / "capitals.jsonl"
-    rows = (json.dumps({"messages": messages}) for messages in chats(options.prompts))
-    data.write_text("\n".join(rows) + "\n")
-    texts = (message["content"] for messages in chats(options.prompts) for message in messages)
-    tokenizer = train_tokenizer(texts, 1024, directory / "tokenizer")
-    flags = f"--model {options.model} --data {data} --eval-data {data} --output {directory / 'run'}"
-    flags += f" --tokenizer {tokenizer.name} --vocab-size {tokenizer.vocab_size}"
+    model, data = make(directory, options.prompts, options.model)
+    flags = f"--init {model} --data {data} --eval-data {data} --output {directory / 'run'}"
     flags += f" --epochs {options.epochs} --learning-rate {options.learning_rate}"
-    flags += f" --num-layers {options.num_layers} --batch-size 8 --seq-len 64"
-    flags += f" --optimizer {options.optimizer}"
+    flags += f" --optimizer {options.optimizer} --batch-size 8 --seq-len 64"
     return open_run(parse_finetune(flags.split()))
 
 

@@ -25,8 +25,8 @@ import tyro
 from rich.console import Console
 
 import memopt
-from benchmarks import exact_answers
 from benchmarks.report import save
+from examples.capitals import chats
 from memopt.cli.finetune import parse_finetune
 from memopt.cli.pretrain import parse
 from memopt.models.llama import abstract_params, preset
@@ -88,7 +88,7 @@ def last_loss(directory: Path, flags: str) -> float:
 def tasks(options: Options, home: Path) -> dict[str, str]:
     """Prepares the two tasks; returns the options of each."""
     answers = home / "answers.jsonl"
-    conversations = exact_answers.chats(100)
+    conversations = chats()
     answers.write_text("\n".join(json.dumps({"messages": m}) for m in conversations) + "\n")
     texts = (message["content"] for messages in conversations for message in messages)
     vocabulary = train_tokenizer(texts, 1024, home / "answers")

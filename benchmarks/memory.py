@@ -59,6 +59,15 @@ LIST: list[tuple[str, dict[str, Any]]] = [
     ("adafactor", FSDP),
     ("adafactor", RELEASED | FSDP),
 ]
+LLAMA_3: dict[str, Any] = INT8 | {"model": "llama-3-8b"}  # a vocabulary of 128256
+LISTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "methods": LIST,
+    "fine-tuning": [
+        ("adafactor", LLAMA_3),
+        ("apollo_mini", LLAMA_3 | {"state": "int8"}),
+        ("adafactor", LLAMA_3 | {"weights": "int4"}),
+    ],
+}
 
 
 class Options(NamedTuple):
@@ -66,7 +75,7 @@ class Options(NamedTuple):
 
     Attributes:
       model: a preset.
-      optimizer: a name known to `memopt.optimizer`; by default a list of them, one by one.
+      optimizer: a name known to `memopt.optimizer`; by default those of `rows`, one by one.
       release: update each block while the backward pass runs.
       weights: how the parameters are stored; by default not quantised.
       state: how the optimizer's state is stored; by default as in the method.
@@ -81,6 +90,7 @@ class Options(NamedTuple):
       json: print one JSON object instead of a table.
       dump: a file for the compiled program.
       output: the JSON file of a list; the plot has the same name.
+      rows: the list of configurations, of all methods or of llama-3-8b to fine-tune.
     """
 
     model: str = "7b"
@@ -98,6 +108,7 @@ class Options(NamedTuple):
     json: bool = False
     dump: Path | None = None
     output: Path = Path(__file__).parent / "results" / "memory.json"
+    rows: Literal["methods", "fine-tuning"] = "methods"
 
 
 def step(optimizer: str, options: Options) -> TrainingStep:
@@ -226,7 +237,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Measures, prints and, for a list, writes the files."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
-    chosen = [(options.optimizer, {})] if options.optimizer else LIST
+    chosen = [(options.optimizer, {})] if options.optimizer else LISTS[options.rows]
     results: list[dict[str, Any]] = []
     command = shlex.join(["python", "-m", "benchmarks.memory", *arguments])
     try:

@@ -14,9 +14,10 @@ import tyro
 import yaml
 
 from memopt.cli import pretrain
+from memopt.cli.finetune import parse_finetune
 from memopt.cli.pretrain import parse
 from memopt.cli.tokenizer import Options
-from memopt.models.llama import preset
+from memopt.models.llama import from_hugging_face, preset
 from memopt.text.tokenizer import load_tokenizer
 from memopt.training.open import check_vocabulary
 from memopt.training.placement import parse_mesh
@@ -70,6 +71,34 @@ def test_each_command_of_the_documentation_trains_a_model_that_fits_its_tokenize
             if config.text.tokenizer == "bytes":
                 size = preset(config.architecture.model).vocab_size
                 check_vocabulary(load_tokenizer("bytes"), config, size)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_each_command_of_the_documentation_that_fine_tunes_can_be_read(path):
+    for command in commands(DOCS[path](), "memopt finetune"):
+        if {"--resume", "--help"}.isdisjoint(command):
+            # The model that it names is not there; all else is checked.
+            command[command.index("--init") : command.index("--init") + 2] = []
+            assert parse_finetune(command).text.data
+
+
+@pytest.mark.slow
+def test_the_readme_brings_a_model_fine_tunes_it_and_takes_it_home(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    [block] = [part for part in text.split("```") if "examples.capitals" in part]
+    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": ROOT}
+    done = subprocess.run(
+        ["bash", "-ec", block.removeprefix("sh\n")],
+        cwd=tmp_path,
+        env=os.environ | {name: str(value) for name, value in paths.items()},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-2] == "Paris"
+    model = from_hugging_face(tmp_path / "capitals" / "tuned")
+    assert model.config.vocab_size == 1024
+    assert load_tokenizer(str(tmp_path / "capitals" / "tuned")).encode("Paris").size
 
 
 def test_the_readme_learns_the_tokenizer_of_its_first_large_model():
