@@ -155,8 +155,15 @@ class FileTokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of `text`, int32 (tokens,), without special tokens."""
         clean = text.encode("utf-8", "replace").decode("utf-8")
-        encoding = self._tokenizer.encode(clean, add_special_tokens=False)
-        return np.array(encoding.ids, np.int32)
+        ids = self._tokenizer.encode(clean, add_special_tokens=False).ids
+        if self.eos_id in ids:  # of a token that the file does not call special
+            eos = self.variables["eos_token"]
+            first, *rest = clean.split(eos)
+            pieces = [first, *(eos[1:] + piece for piece in rest)]
+            pieces = [*(piece + eos[:1] for piece in pieces[:-1]), pieces[-1]]
+            batch = self._tokenizer.encode_batch(pieces, add_special_tokens=False)
+            ids = [number for encoding in batch for number in encoding.ids]
+        return np.array(ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`; special tokens and unknown ids vanish."""

@@ -91,6 +91,18 @@ def test_known_ends_of_document_are_found(tmp_path, token):
     assert load_tokenizer(str(tmp_path / "t.json")).eos_id == 1
 
 
+def test_an_end_of_document_that_no_file_calls_special_is_text_too(tmp_path):
+    letters = {letter: i for i, letter in enumerate("ab</s>")}
+    inner = tokenizers.Tokenizer(models.BPE({**letters, "</s>": 9}, []))
+    inner.add_tokens([tokenizers.AddedToken("</s>", special=False)])
+    assert inner.encode("a</s>b").ids == [0, 9, 1]
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.eos_id == 9
+    ids = tokenizer.encode("a</s>b</s></s>")
+    assert [*"a</s>b</s></s>"] == [tokenizer.decode([i]) for i in ids]
+
+
 @pytest.mark.parametrize("value", ["stop", {"content": "stop", "special": True}])
 def test_the_configured_end_of_document_comes_first(tmp_path, value):
     vocabulary = {"a": 0, "</s>": 1, "stop": 2}
