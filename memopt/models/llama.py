@@ -530,7 +530,8 @@ def stacked_model(config: LlamaConfig, *, logits_bytes: int = LOGITS_BYTES) -> S
 
     embed = lambda rest, batch: model(rest).embed_tokens(batch["inputs"])
     head = lambda rest, x, batch: head_loss(model(rest), x, batch, logits_bytes=logits_bytes)
-    return StackedModel(embed, block, head, in_parts=("embed/embedding", "head/kernel"))
+    in_parts = ("embed/embedding", *([] if config.tied else ["head/kernel"]))
+    return StackedModel(embed, block, head, in_parts)
 
 
 def from_hugging_face(

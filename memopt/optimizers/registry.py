@@ -299,11 +299,16 @@ def method(
         options = (inspect.getdoc(Common) or "").partition("Attributes:\n")[2].rstrip()
         line = "  **common: see `memopt.Common`."
         checked.__doc__ = (inspect.getdoc(make) or "").replace(line, options)
-        state = re.search(r"State: (.+?)(?: float32)? numbers", " ".join(checked.__doc__.split()))
+        described = " ".join(checked.__doc__.split())
+        state = re.search(r"State: (none\b|.+?(?=(?: float32)? numbers))", described)
+        if state is None:
+            raise TypeError(
+                f"The docstring of {make.__name__} must say 'State: … numbers' or 'State: none'."
+            )
         METHODS[make.__name__] = Method(
             checked,
             learning_rate,
-            state[1] if state else "0",
+            "0" if state[1] == "none" else state[1],
             when,
             sums_projections=sums_projections,
             needs=needs,

@@ -185,7 +185,9 @@ def apply_rounded_updates(
         bits = lambda: rounding_bits(p.shape, name, step, seed)
         if is_quantized(p):
             new = p.codec.decode(Coded(p.codes, p.scales)) + to_float32(u)
-            coded = p.codec.encode(new, bits(), Coded(p.codes, p.scales))
+            # A number that nothing is added to keeps its code, although its quotient is inexact.
+            rounding = jnp.where(u == 0, NEAREST, bits())
+            coded = p.codec.encode(new, rounding, Coded(p.codes, p.scales))
             return dataclasses.replace(p, codes=coded.codes, scales=coded.side_data)
         if p.dtype == jnp.bfloat16:
             return BFloat16().encode(to_float32(p) + to_float32(u), bits()).codes

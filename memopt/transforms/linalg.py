@@ -62,13 +62,13 @@ def by_matrix(f: Callable[..., Array], x: Array, *others: Array) -> Array:
         return f(x, *others, across=lambda x, axis=None: x)
     stack = x.shape[:-2]
     count, devices = math.prod(stack), math.prod(mesh.shape[name] for name in names)
-    path = _to_whole(names) if count % devices == 0 else _to_rows(names)
-    flat = [_along(path, a.reshape(count, *a.shape[len(stack) :])) for a in (x, *others)]
+    steps = _steps_to_matrices(names) if count % devices == 0 else _steps_to_rows(names)
+    flat = [_reshard(a.reshape(count, *a.shape[len(stack) :]), steps) for a in (x, *others)]
     if count % devices == 0:
         done = f(*flat, across=lambda x, axis=None: x)
     else:
         done = jax.lax.map(lambda each: f(*each, across=_place), flat)
-    return _along(path[::-1], done).reshape(*stack, *done.shape[1:])
+    return _reshard(done, steps[::-1]).reshape(*stack, *done.shape[1:])
 
 
 def distributed(f: Callable[..., Any], *stacks: Array) -> Any:
@@ -87,16 +87,16 @@ def distributed(f: Callable[..., Any], *stacks: Array) -> Any:
         return f(*stacks)
     stack, side = stacks[0].shape[:-2], stacks[0].shape[-1]
     count, devices = math.prod(stack), math.prod(mesh.shape[name] for name in names)
-    rows = _to_rows(names)
+    steps = _steps_to_rows(names)
 
     def share(x: Array) -> Array:
-        x = _along(rows, x.reshape(count, side, side))
+        x = _reshard(x.reshape(count, side, side), steps)
         return _place(jnp.pad(x, ((0, -count % devices), (0, 0), (0, 0))), 0)
 
     local = jax.shard_map(
         f, mesh=mesh, in_specs=jax.P(names), out_specs=jax.P(names), axis_names=set(names)
     )
-    back = lambda x: _along(rows[::-1], _place(x, 1)[:count]).reshape(*stack, *x.shape[1:])
+    back = lambda x: _reshard(_place(x, 1)[:count], steps[::-1]).reshape(*stack, *x.shape[1:])
     return jax.tree.map(back, local(*map(share, stacks)))
 
 
@@ -107,27 +107,30 @@ def _mesh_of(x: Array) -> tuple[Any, tuple[str, ...]]:
     return mesh, tuple(a for a, kind in kinds if kind == AxisType.Auto and mesh.shape[a] > 1)
 
 
-def _to_whole(names: tuple[str, ...]) -> "_Path":
+_Split = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+"""The axes of a mesh over which stack, rows and columns are split."""
+
+
+def _steps_to_matrices(names: tuple[str, ...]) -> Sequence[_Split]:
     """Splits a stack over all devices, so that each has whole matrices.
 
     It takes two steps, because XLA gathers an array whole on each device where one of its axes
     gains or loses two axes of the mesh to two others. Of stacks on two axes of the mesh, this one
-    still gathers those whose columns are split over both; `_to_rows` gathers none.
+    still gathers those whose columns are split over both.
     """
     return (names[:1], names[1:], ()), (names, (), ())
 
 
-def _to_rows(names: tuple[str, ...]) -> "_Path":
-    """Splits the rows of each matrix over all devices."""
+def _steps_to_rows(names: tuple[str, ...]) -> Sequence[_Split]:
+    """Splits the rows of each matrix over all devices.
+
+    It gathers only stacks that are split over all devices.
+    """
     return ((), names[:1], names[1:]), ((), names, ())
 
 
-_Path = Sequence[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]]
-"""The axes of a mesh over which stack, rows and columns are split, step by step."""
-
-
-def _along(path: _Path, x: Array) -> Array:
-    for stack, rows, cols in path:
+def _reshard(x: Array, steps: Sequence[_Split]) -> Array:
+    for stack, rows, cols in steps:
         x = _split(x, {0: stack, -2: rows, -1: cols})
     return x
 

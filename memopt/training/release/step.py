@@ -11,6 +11,7 @@ import optax
 from jax import Array
 from jax.sharding import AxisType
 
+from memopt.errors import check_choice
 from memopt.internals import trace
 from memopt.models.stacked import BLOCKS, StackedModel, blocks_of, checked, split_floats
 from memopt.state import layouts
@@ -172,9 +173,10 @@ class _ReleaseStep:
         rest, piece = self._without_blocks(self.like), jax.tree.map(lambda x: x[0], pieces)
         x = jax.eval_shape(model.embed, rest, piece)
         self.read_by_head = self._reads(model.head, x, piece)
-        self.in_parts = [
-            i for i, (path, _) in enumerate(paths) if leaf_name(path) in model.in_parts
-        ]
+        names = {leaf_name(path): i for i, (path, _) in enumerate(paths) if not stacked[i]}
+        for name in model.in_parts:
+            check_choice("in_parts", name, names)
+        self.in_parts = [names[name] for name in model.in_parts]
         embedded = self._reads(model.embed, piece)
         # A leaf that both ends read, a tied head, waits for the embedding's gradient.
         self.first = [i for i in self.read_by_head if i not in embedded]
@@ -227,10 +229,10 @@ class _ReleaseStep:
         if self.first:
             carry = visit(carry, self._means({i: gradients[i] for i in self.first}), None)
             # The head is updated before the loop, or its gradient would be kept through it.
-            updated = [carry.params[i] for i in self.first]
+            updated = {i: carry.params[i] for i in self.first}
             cotangent, updated = jax.lax.optimization_barrier((cotangent, updated))
-            for i, node in zip(self.first, updated, strict=True):
-                carry.params[i] = node
+            params = [updated.get(i, node) for i, node in enumerate(carry.params)]
+            carry = carry._replace(params=params)
 
         def block(back: tuple[_Carry, list[Array]], xs: tuple[Array, Any]) -> Any:
             (inside, cotangent), (layer, x) = back, xs
