@@ -1,5 +1,6 @@
 """Chat templates: where a tokenizer has one, and a process that renders it within limits."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -22,6 +23,12 @@ PLAIN = """\
 #: What a template may use, for all renderings of one conversation: bytes of memory, of which Python
 #: takes some 50 MiB; seconds of computing; and characters of its result, a million tokens or so.
 MEMORY, SECONDS, CHARACTERS = 2**28, 10, 2**22
+
+#: Bytes of JSON that a conversation may be: what is longer renders more than `CHARACTERS`, too.
+QUESTION = 8 * CHARACTERS
+
+#: Conversations on which a template may use up its limits before no other one is tried.
+PATIENCE = 3
 
 #: Characters that no text is given a meaning for, not even upper and lower case.
 _PRIVATE = range(0xE000, 0xF900)
@@ -63,6 +70,12 @@ class Template:
 
         del jinja2
         self.name, self.marks = name, (unforgeable_mark(), unforgeable_mark())
+        limits = {"memory": MEMORY, "seconds": SECONDS, "characters": CHARACTERS}
+        given = {"template": source, "variables": dict(variables), "marks": self.marks}
+        self._first, self._patience = given | limits, PATIENCE
+        self._start()
+
+    def _start(self) -> None:
         program = Path(__file__).with_name("rendering.py")
         self._process = subprocess.Popen(
             [sys.executable, "-P", program],
@@ -72,13 +85,11 @@ class Template:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             start_new_session=True,  # Ctrl-C is for the parent, which then closes this one
         )
-        limits = {"memory": MEMORY, "seconds": SECONDS, "characters": CHARACTERS}
-        given = {"template": source, "variables": dict(variables), "marks": self.marks}
         try:
-            self._ask(given | limits)
+            self._ask(self._first)
         except RenderError as error:
             self.close()
-            raise UnusableTemplateError(f"{name} is no template: {error}.") from error
+            raise UnusableTemplateError(f"{self.name} is no template: {error}.") from error
         except UnusableTemplateError:
             self.close()
             raise
@@ -90,15 +101,27 @@ class Template:
             conversations: `messages` and, optionally, `add_generation_prompt` and `tools`.
 
         Raises:
-            RenderError: The template refuses one of them, or renders too much.
-            UnusableTemplateError: It needs too much time; no other rendering follows.
+            RenderError: The template refuses one of them, or needs or renders too much.
+            UnusableTemplateError: It has needed too much time for several; no other rendering
+                follows.
         """
-        return self._ask(list(conversations))
+        try:
+            return self._ask(list(conversations))
+        except UnusableTemplateError as error:
+            self._patience -= 1
+            if not self._patience:
+                raise
+            self.close()
+            self._start()
+            raise RenderError(f"{error}".removesuffix(".")) from error
 
     def _ask(self, question: Any) -> list[str]:
         pipes: Any = self._process
+        line = json.dumps(question).encode()
+        if len(line) > QUESTION:
+            raise RenderError(f"it is longer than {CHARACTERS:,} characters")
         try:
-            pipes.stdin.write(json.dumps(question).encode() + b"\n")
+            pipes.stdin.write(line + b"\n")
             pipes.stdin.flush()
             reply = pipes.stdout.readline()
         except BrokenPipeError:
@@ -119,7 +142,8 @@ class Template:
         pipes: Any = self._process
         self._process.kill()
         self._process.wait()
-        pipes.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            pipes.stdin.close()
         pipes.stdout.close()
 
     def __enter__(self) -> "Template":

@@ -62,8 +62,28 @@ def test_a_template_that_wants_too_much_is_refused_in_a_sentence(name):
 
 @pytest.mark.parametrize("source", [LOOP, "{{ 3 ** (3 ** (3 ** 3)) }}"])
 def test_a_template_that_computes_for_hours_is_ended(source):
-    with pytest.raises(UnusableTemplateError, match=r"computes for more than 0\.5 seconds"):
+    with pytest.raises(
+        (RenderError, UnusableTemplateError), match=r"computes for more than 0\.5 seconds"
+    ):
         render(source)
+
+
+def test_a_conversation_that_takes_too_long_is_one_and_the_third_ends_all():
+    source = f"{{% if messages %}}{LOOP}{{% endif %}}fine"
+    with Template(source, {}) as template:
+        for error in (RenderError, RenderError, UnusableTemplateError):
+            with pytest.raises(error, match="computes for more than"):
+                template.render([{"messages": MESSAGES}])
+            if error is RenderError:
+                assert template.render([{"messages": []}]) == ["fine"]
+
+
+def test_a_conversation_too_long_for_the_process_is_refused_alone(monkeypatch):
+    monkeypatch.setattr(templates, "QUESTION", 1000)
+    with Template(PLAIN, {"eos_token": "|"}) as template:
+        with pytest.raises(RenderError, match="longer than"):
+            template.render([{"messages": [{"role": "user", "content": "é" * 200}]}])
+        assert template.render([{"messages": MESSAGES}])
 
 
 @pytest.mark.parametrize("source", ["{% if %}", "{{", "{% unknown %}", "{{" + "(" * 20_000])
