@@ -156,8 +156,8 @@ class ChatEncoder:
         conversation up to there alone, as the model will see it.
 
         Raises:
-            ValueError: The template refuses it, or renders a beginning of it otherwise than the
-                whole; says why, after a name for the example.
+            ValueError: The template refuses it, renders a beginning of it otherwise than the whole,
+                or leaves nothing to learn; says why, after a name for the example.
         """
         if isinstance(example, Completion):
             return self._encode_completion(example)
@@ -167,6 +167,8 @@ class ChatEncoder:
         for before, through in answers:
             begin, end = (self._tokens_of(part, text, ids) for part in (before, through))
             learned[begin:end] = True
+        if not learned[1:].any():  # nothing predicts the first token
+            raise ValueError(f"{BROKEN}: it renders no token of them")
         return ids, learned
 
     def prompt(self, messages: Sequence[dict[str, Any]], tools: Any = None) -> np.ndarray:
@@ -203,7 +205,8 @@ class ChatEncoder:
         through = lambda count: {"messages": messages[:count], "tools": chat.tools}
         if _GENERATION.search(self.template):
             [text] = self._texts([through(len(messages))])
-            return self._unmarked(text), self._marked_answers(text)
+            count = sum(message["role"] == ANSWERS for message in messages)
+            return self._unmarked(text), self._marked_answers(text, count)
         wanted = []
         for number, message in enumerate(messages):
             if message["role"] == ANSWERS:
@@ -218,12 +221,14 @@ class ChatEncoder:
         *_, last = [0, *(match.end() for match in self._pattern.finditer(through))]
         return through if last <= len(before) or through[last:].strip() else through[:last]
 
-    def _marked_answers(self, text: str) -> list[tuple[str, str]]:
-        """The beginnings of a text up to the marks around each answer."""
+    def _marked_answers(self, text: str, count: int) -> list[tuple[str, str]]:
+        """The beginnings of a text up to the marks around each of so many answers."""
         begin, end = self._renderer.marks
         parts = re.split(f"({begin}|{end})", text)
         if parts[1::2] != [begin, end] * (len(parts) // 4):
             raise ValueError(f"{BROKEN}: its generation blocks are cut, or one in another")
+        if len(parts) // 4 < count:
+            raise ValueError(f"{BROKEN}: {len(parts) // 4} generation blocks for {count} answers")
         texts = ["".join(parts[: i + 1 : 2]) for i in range(0, len(parts) - 1, 2)]
         return list(zip(texts[::2], texts[1::2], strict=True))
 

@@ -157,6 +157,10 @@ BREAKING = {
     "generation blocks are cut": (
         "{% set x %}{% generation %}a{% endgeneration %}{% endset %}{{ x[:-8] }}"
     ),
+    "0 generation blocks for 1 answers": (
+        "{# {% generation %} #}{% for m in messages %}{{ m.content }}{% endfor %}"
+    ),
+    "it renders no token of them": "{{ messages[0].content }}",
     "is refused by the chat template: no, thanks": "{{ raise_exception('no, thanks') }}",
     "is refused by the chat template: 'dict object' has no": "{{ messages[0].nothing.more }}",
 }
