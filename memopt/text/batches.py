@@ -1,7 +1,7 @@
 """Batches for pretraining: documents tokenized, packed into rows, mixed and split by rows.
 
-The pipeline is Grain's from end to end. A document becomes `[eos] text [eos]`; every token but the
-first is predicted once. Documents are packed one after another into rows of `seq_len`, cut where a
+The pipeline is Grain's from end to end. A document becomes `[bos] text [eos]`, or `[eos] text
+[eos]` where the tokenizer has no token that begins one; every token but the first is predicted once. Documents are packed one after another into rows of `seq_len`, cut where a
 row ends, so that a row holds no padding. Rows are mixed within windows of 2^18 tokens.
 """
 
@@ -268,10 +268,12 @@ def fingerprint(
 
     Returns:
         A flat dict: files, bytes, a digest of names and pieces and one of the content (or the
-        stream's name), the tokenizer's digest and the id that ends a document, `batch_size`,
-        `seq_len`, `seed`.
+        stream's name), the tokenizer's digest, the id that ends a document and, if that does not
+        begin it, those that do, `batch_size`, `seq_len`, `seed`.
     """
     ids = {"tokenizer": tokenizer.digest, "eos_id": tokenizer.eos_id}
+    if tokenizer.begin_ids != (tokenizer.eos_id,):  # earlier runs began documents with eos_id
+        ids["begin_ids"] = list(tokenizer.begin_ids)
     options = {"batch_size": batch_size, "seq_len": seq_len, "seed": seed}
     return {**documents.describe(), **ids, **options}
 

@@ -127,6 +127,11 @@ class ChatEncoder:
         self._names = names
         self._process: Template | None = None
 
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """The ids that begin a prompt without template."""
+        return self.tokenizer.begin_ids
+
     def __enter__(self) -> "ChatEncoder":
         return self
 

@@ -31,8 +31,7 @@ class Tokenizer(Protocol):
         digest: A hash of everything that decides which ids a text becomes.
         vocab_size: One more than the largest id.
         eos_id: The id that ends a document.
-        begin_ids: The ids before a prompt: as its file says or, without, `eos_id`, as before every
-            document.
+        begin_ids: The ids that begin a document: as its file says or, without, `eos_id`.
         special_tokens: Ids of the tokens that stand for no text, by name, that of `eos_id` among
             them.
         variables: What chat templates find, such as `eos_token`.

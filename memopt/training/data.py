@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from memopt.text.finding import counted
+from memopt.text.tokenizer import Tokenizer
 from memopt.training.writing import why, write_whole
 
 #: Another reason for a difference, if the run has no history.
@@ -41,6 +42,17 @@ def read_history(directory: Path) -> list[Data]:
     path = directory / "data.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [Data(**json.loads(line)) for line in lines]
+
+
+def begin_as_before(tokenizer: Tokenizer, history: Sequence[Data]) -> None:
+    """Lets a tokenizer begin documents as those that a run was trained on.
+
+    Args:
+        tokenizer: The tokenizer of the run.
+        history: What the run was trained on; earlier versions began all with `eos_id`.
+    """
+    if not any("data begin_ids" in entry.identity for entry in history):
+        tokenizer.begin_ids = (tokenizer.eos_id,)
 
 
 def write_history(directory: Path, history: Sequence[Data]) -> None:

@@ -11,7 +11,7 @@ from memopt.text.batches import batches_in_order, example_validation
 from memopt.text.documents import Documents
 from memopt.text.examples import encode_examples
 from memopt.text.files import Piece
-from memopt.text.packing import Batch
+from memopt.text.packing import Batch, piece_ids
 from memopt.text.tokenizer import Tokenizer
 from memopt.training.load import LoadedModel
 
@@ -164,14 +164,13 @@ def covered_bytes(pieces: Iterable[Piece], tokenizer: Tokenizer, tokens: int) ->
     for piece in pieces:
         if not tokens:
             break
-        ids = tokenizer.encode(piece.text)
-        first = (
-            0 if piece.begins else 1
-        )  # the first token of the rest of a document has none before
-        count = min(max(len(ids) - first + piece.ends, 0), tokens)
-        is_whole = not first and count >= len(ids)
-        text = piece.text if is_whole else tokenizer.decode(ids[first : first + count])
-        total, tokens = total + len(text.encode("utf-8", "replace")), tokens - count
+        # No token is before the first one.
+        ids = piece_ids(piece, tokenizer)[1:]
+        predicted = ids[:tokens]
+        is_whole = piece.begins and len(predicted) == len(ids)
+        shown = predicted[predicted != tokenizer.eos_id]  # which not every file calls special
+        text = piece.text if is_whole else tokenizer.decode(shown)
+        total, tokens = total + len(text.encode("utf-8", "replace")), tokens - len(predicted)
     return total
 
 

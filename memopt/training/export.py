@@ -114,8 +114,8 @@ def _facts(run: LoadedModel) -> Iterator[tuple[str, Any]]:
 
 
 def _with_token_ids(run: LoadedModel) -> LlamaConfig:
-    """The model's configuration, with the tokens that ended texts in training among its own."""
+    """The model's configuration, with the tokens around texts in training among its own."""
     config = dataclasses.replace(run.model_config, eos_ids=run.end_ids)
-    if run.config and not run.config.architecture.shape:  # a new model's texts begin with an end
-        return dataclasses.replace(config, bos_id=run.tokenizer.eos_id)
+    if run.config and not run.config.architecture.shape:  # a model that was brought has its own
+        return dataclasses.replace(config, bos_id=run.tokenizer.begin_ids[0])
     return config

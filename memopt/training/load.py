@@ -12,6 +12,7 @@ from memopt.text.chats import ANSWERS, Chat, ChatEncoder
 from memopt.text.tokenizer import Tokenizer, load_tokenizer, read_template
 from memopt.training.checkpoint import Checkpoints
 from memopt.training.config import Config, read_options
+from memopt.training.data import begin_as_before, read_history
 from memopt.training.describe import describe_run
 from memopt.training.directory import TEMPLATE, is_run, kept_tokenizer
 
@@ -101,11 +102,13 @@ def load_run(
     checkpoints = Checkpoints(path / "checkpoints")
     state, val_loss = checkpoints.read(step, setup.state, params_only=params_only)
     params = setup.eval_params(state)
+    tokenizer = load_tokenizer(kept_tokenizer(path, config.text.tokenizer))
+    begin_as_before(tokenizer, read_history(path))
     return LoadedModel(
         path=path,
         model_config=setup.model_config,
         params=dequantize_params(params) if dequantize else params,
-        tokenizer=load_tokenizer(kept_tokenizer(path, config.text.tokenizer)),
+        tokenizer=tokenizer,
         config=config,
         step=int(state.step),
         val_loss=val_loss,

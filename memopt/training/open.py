@@ -28,7 +28,13 @@ from memopt.text.packing import Batch
 from memopt.text.tokenizer import Tokenizer, load_tokenizer, read_template
 from memopt.training.checkpoint import Checkpoints, Record
 from memopt.training.config import Config, Start, read_options
-from memopt.training.data import Data, continue_history, read_history, write_history
+from memopt.training.data import (
+    Data,
+    begin_as_before,
+    continue_history,
+    read_history,
+    write_history,
+)
 from memopt.training.describe import describe_run
 from memopt.training.directory import (
     MAY_CHANGE,
@@ -158,6 +164,8 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
     rows = rows_here(setup.mesh, config.text.batch_size)
     with errors_in_all_processes():
         history = read_history(directory) if config.run.resume else []
+        if config.run.resume:
+            begin_as_before(tokenizer, history)
         documents = find_text(config, history, progress)
         opened = open_batches(config, documents, encoder or tokenizer, rows, setup.place, progress)
         batches, validation, identity, examples = opened

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from flax import nnx
 from rich.console import Console
+from tokenizers import processors
 
 import memopt
 from memopt.cli.evaluate import evaluate
@@ -34,6 +36,7 @@ from memopt.training.loop import train
 from memopt.training.metrics import read_metrics
 from memopt.training.open import find_text, open_run
 from memopt.training.sampling import continue_text
+from tests.text import chat_tokenizers
 from tests.training.nano import NANO
 
 FLAGS = (
@@ -244,6 +247,59 @@ def test_a_run_keeps_the_files_of_its_tokenizer(tmp_path, text):
     resumed = open_run(parse(["--resume", f"--output={tmp_path / 'run'}", "--steps=6"]))
     assert resumed.tokenizer.digest == before.digest
     resumed.batches.close()
+
+
+@pytest.fixture
+def with_bos(tmp_path):
+    """A tokenizer that begins a prompt with <s>, id 1, and ends a document with </s>."""
+    directory = chat_tokenizers.write(tmp_path / "with_bos")
+    file = str(directory / "tokenizer.json")
+    tokenizer = tokenizers.Tokenizer.from_file(file)
+    bos = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    tokenizer.save(file)
+    return directory, (bos,), (tokenizer.token_to_id("</s>"),)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_prompts_begin_as_the_documents_of_the_run_did(with_bos, tmp_path, monkeypatch, is_old):
+    directory, bos, eos = with_bos
+    (tmp_path / "lines.jsonl").write_text('{"text": "The capital"}\n' * 200)
+    options = ("--optimizer=lion", "--mesh=data=1", f"--tokenizer={directory}", "--vocab-size=600")
+    with monkeypatch.context() as patch:
+        if is_old:  # earlier versions began documents with the token that ends them
+            patch.setattr("memopt.training.open.load_tokenizer", ends_first)
+        trained(tmp_path / "run", tmp_path / "lines.jsonl", *options)
+    expected = eos if is_old else bos
+    resumed = open_run(parse(["--resume", f"--output={tmp_path / 'run'}", "--steps=6"]))
+    began = {ids[0] for ids in documents_of(resumed.validation)}
+    assert began == set(expected)
+    assert len(resumed.history) == 1
+    resumed.batches.close()
+    loaded = load_run(tmp_path / "run", "last")
+    assert loaded.tokenizer.begin_ids == expected
+    _, held_out = find_text(loaded.config).split()
+    assert evaluate_text(loaded, held_out, max_tokens=512).loss == pytest.approx(
+        loaded.val_loss, rel=1e-5
+    )
+    export(loaded, tmp_path / "model")
+    generation = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert (generation["bos_token_id"], generation["eos_token_id"]) == (*expected, *eos)
+
+
+def ends_first(spec):
+    tokenizer = load_tokenizer(spec)
+    tokenizer.begin_ids = (tokenizer.eos_id,)
+    return tokenizer
+
+
+def documents_of(batches):
+    """The inputs of all documents but the first in their rows, which may begin earlier."""
+    for batch in batches:
+        for ids, numbers in zip(batch["inputs"], batch["segment_ids"], strict=True):
+            yield from (ids[numbers == number] for number in range(2, numbers.max() + 1))
 
 
 def test_the_evaluation_of_the_held_out_text_is_the_run_s_own(run):
