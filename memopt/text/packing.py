@@ -44,7 +44,6 @@ def packed(
         Rows, dicts of int32 arrays (seq_len,), as `train_batches` describes them; zeros fill up the
         last.
     """
-
     encode = functools.partial(piece_ids, tokenizer=tokenizer)
     if isinstance(pieces, grain.MapDataset):
         return _Rows(_Mapped(pieces, encode, chunk), seq_len)

@@ -58,6 +58,9 @@ class Tokenizer(Protocol):
 
         Args:
             stand_ins: The strings, by the names of the tokens.
+
+        Raises:
+            ValueError: Ids without token leave no room for them.
         """
 
 
@@ -132,6 +135,11 @@ class FileTokenizer:
         self.name = str(path)
         self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if self.vocab_size >= 2**31:
+            raise ValueError(
+                f"tokenizer {str(file)!r} has the id {self.vocab_size - 1}, but ids are below 2^31."
+            )
+        self._ids = set(vocabulary.values())
         named = _named_tokens(file.parent)
         candidates = (named.get("eos_token"), *END_OF_DOCUMENT)
         eos = next((token for token in candidates if token in vocabulary), None)
@@ -183,13 +191,16 @@ class FileTokenizer:
             copies.append(tokenizers.AddedToken(stand_in, normalized=False, **strip))
         inner.add_tokens(copies)
         numbers = {name: inner.token_to_id(stand_in) for name, stand_in in stand_ins.items()}
-        meant = np.arange(max(self.vocab_size, *(x + 1 for x in numbers.values())), dtype=np.int32)
-        for name, number in numbers.items():
-            meant[number] = self.special_tokens[name]
+        if not self._ids.isdisjoint(numbers.values()):
+            raise ValueError(f"cannot be encoded: tokenizer {self.name!r} leaves out ids")
+        pairs = sorted((number, self.special_tokens[name]) for name, number in numbers.items())
+        found, meant = np.array(pairs, np.int32).T
 
         def encode(text: str) -> np.ndarray:
             clean = text.encode("utf-8", "replace").decode("utf-8")
-            return meant[np.array(inner.encode(clean, add_special_tokens=False).ids, np.int32)]
+            ids = np.array(inner.encode(clean, add_special_tokens=False).ids, np.int32)
+            near = np.searchsorted(found, ids).clip(max=len(found) - 1)
+            return np.where(found[near] == ids, meant[near], ids)
 
         return encode
 
@@ -293,8 +304,9 @@ def _chat_template(directory: Path) -> str | None:
         return read_template(file)
     template = _read_json(directory / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several by name
-        named = {entry.get("name"): entry for entry in template if isinstance(entry, dict)}
-        template = named.get("default", {}).get("template")
+        named = [entry for entry in template if isinstance(entry, dict)]
+        default = (entry.get("template") for entry in named if entry.get("name") == "default")
+        template = next(default, None)
     if template is not None and not isinstance(template, str):
         raise ValueError(f"chat_template in {str(directory)!r} must be text, got {template!r:.40}.")
     return template

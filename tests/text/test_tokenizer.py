@@ -1,6 +1,7 @@
 """Tokenizers: what goes in comes out, and nothing that comes in can break them."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -110,6 +111,49 @@ def test_the_configured_end_of_document_comes_first(tmp_path, value):
     assert load_tokenizer(str(tmp_path)).eos_id == 1
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": value}))
     assert load_tokenizer(str(tmp_path)).eos_id == 2
+
+
+def with_large_id(path, largest):
+    tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "b": 2}, "a")).save(str(path))
+    path.write_text(path.read_text().replace('"b": 2', f'"b": {largest}'))
+    return load_tokenizer(str(path))
+
+
+def test_a_large_id_takes_no_memory(tmp_path):
+    tokenizer = with_large_id(tmp_path / "t.json", 2**24)
+    tracemalloc.start()
+    encode = tokenizer.encoder_with({"</s>": "xyz"})
+    assert (encode("b").tolist(), encode("xyz").tolist()) == ([2**24], [1])
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+def test_an_id_that_no_array_holds_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="has the id 4294967295, but ids are below 2"
+    ):
+        with_large_id(tmp_path / "t.json", 2**32 - 1)
+
+
+def test_an_id_is_not_taken_for_a_special_token(tmp_path):
+    vocabulary = {"</s>": 0, "a": 2}  # the next free id seems to be 2
+    tokenizers.Tokenizer(models.WordLevel(vocabulary, "a")).save(str(tmp_path / "t.json"))
+    with pytest.raises(ValueError, match="leaves out ids"):
+        load_tokenizer(str(tmp_path / "t.json")).encoder_with({"</s>": "xyz"})
+
+
+@pytest.mark.parametrize(
+    ("templates", "expected"),
+    [
+        ([{"name": ["x"], "template": "x"}, {"name": "default", "template": "y"}], "y"),
+        ([{"name": "other", "template": "x"}, "z"], None),
+    ],
+)
+def test_the_default_of_several_chat_templates_is_taken(tmp_path, templates, expected):
+    vocabulary = {"a": 0, "</s>": 1}
+    tokenizers.Tokenizer(models.WordLevel(vocabulary, "a")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    assert load_tokenizer(str(tmp_path)).chat_template == expected
 
 
 def test_a_tokenizer_without_end_of_document_is_refused(tmp_path):
