@@ -22,9 +22,9 @@ from rich.console import Console
 
 from examples.capitals import chats, make
 from memopt.cli.finetune import parse_finetune
-from memopt.models.generate import generate
 from memopt.text.chats import ChatEncoder
 from memopt.training.open import Training, open_run
+from memopt.training.sampling import continuations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +84,10 @@ def answer(run: Training, params: Any, prompts: Sequence[list[dict[str, str]]]) 
     answers, model = [""] * len(ids), run.setup.model(params)
     for length in sorted(set(map(len, ids))):
         chosen = [i for i, prompt in enumerate(ids) if len(prompt) == length]
-        grown = generate(model, np.stack([ids[i] for i in chosen]), 24)
-        for i, row in zip(chosen, np.asarray(grown)[:, length:].tolist(), strict=True):
-            end = row.index(run.tokenizer.eos_id) if run.tokenizer.eos_id in row else len(row)
-            answers[i] = run.tokenizer.decode(row[:end])
+        stacked = np.stack([ids[i] for i in chosen])
+        written = continuations(model, stacked, 24, end_ids=[run.tokenizer.eos_id])
+        for i, row in zip(chosen, written, strict=True):
+            answers[i] = run.tokenizer.decode(row)
     return answers
 
 

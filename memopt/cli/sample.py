@@ -29,7 +29,7 @@ class Options:
         max_new_tokens: Tokens to write, at most; fewer where the model's context ends.
         temperature: Divides the logits: 0 takes the likeliest token, 1 samples from the model.
         top_p: Sample among the likeliest tokens only, as few as have this probability together.
-        stop: Text that ends the continuation, without it.
+        stop: Text that ends the continuation, without it; not empty.
         seed: Decides the sample.
         format: text continues the prompt, chats answers it as the message of a user, by the chat
             template; by default as the run was trained, and text for a Hugging Face model.

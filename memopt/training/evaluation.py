@@ -79,7 +79,7 @@ def evaluate_text(
         max_tokens: Evaluate on so many tokens at most, in whole rows; None: on all.
 
     Raises:
-        ValueError: There is no text, or the rows are longer than the model accepts.
+        ValueError: There is no text or it is empty, or the rows are longer than the model accepts.
     """
     tokenizer = loaded.tokenizer
     batches = batches_in_order(
@@ -89,8 +89,8 @@ def evaluate_text(
         seq_len=_row_length(loaded, seq_len),
         max_tokens=max_tokens,
     )
-    total, tokens, _ = _evaluate(loaded, batches)
-    return Evaluation(total, tokens, covered_bytes(documents.once(), tokenizer, tokens))
+    total, tokens = _evaluate(loaded, batches)
+    return _checked(total, tokens, covered_bytes(documents.once(), tokenizer, tokens))
 
 
 def evaluate_chats(
@@ -116,13 +116,20 @@ def evaluate_chats(
         The evaluation; its bytes are those that the answers decode to.
 
     Raises:
-        ValueError: There is no chat, or the rows are longer than the model accepts.
+        ValueError: There is no chat or all answers are empty, or the rows are longer than the model
+            accepts.
     """
     length = _row_length(loaded, seq_len)
     encoder = loaded.chat_encoder()
     examples = encode_examples(documents, encoder, length, long_examples=long_examples)
     batches = example_validation(examples, batch_size=batch_size, max_tokens=max_tokens)
-    return Evaluation(*_evaluate(loaded, batches))
+    decode = loaded.tokenizer.decode
+    texts = (
+        decode(targets[weights == 1])
+        for batch in batches
+        for targets, weights in zip(batch["targets"], batch["weights"], strict=True)
+    )
+    return _checked(*_evaluate(loaded, batches), sum(map(_size, texts)))
 
 
 def _row_length(loaded: LoadedModel, seq_len: int | None) -> int:
@@ -137,19 +144,25 @@ def _row_length(loaded: LoadedModel, seq_len: int | None) -> int:
     return seq_len
 
 
-def _evaluate(loaded: LoadedModel, batches: Iterable[Batch]) -> tuple[float, int, int]:
-    """Returns the summed loss, the tokens, and the bytes they decode to, row by row."""
-    config, decode = loaded.model_config, loaded.tokenizer.decode
+def _evaluate(loaded: LoadedModel, batches: Iterable[Batch]) -> tuple[float, int]:
+    """Returns the summed loss and the tokens."""
+    config = loaded.model_config
     loss = jax.jit(lambda params, batch: llama.loss(llama.build_model(config, params), batch))
-    total, tokens, size = 0.0, 0, 0
+    total, tokens = 0.0, 0
     for batch in batches:
         summed, counted = loss(loaded.params, batch)
         total, tokens = total + float(summed), tokens + int(counted)
-        for targets, weights in zip(batch["targets"], batch["weights"], strict=True):
-            size += len(decode(targets[weights == 1]).encode("utf-8", "replace"))
-    if not tokens:
-        raise ValueError("the data holds nothing to evaluate on: give more.")
-    return total, tokens, size
+    return total, tokens
+
+
+def _checked(total: float, tokens: int, size: int) -> Evaluation:
+    if not size:  # of documents or answers that are all empty, too
+        raise ValueError("the data holds no text to evaluate on: give more.")
+    return Evaluation(total, tokens, size)
+
+
+def _size(text: str) -> int:
+    return len(text.encode("utf-8", "replace"))
 
 
 def covered_bytes(pieces: Iterable[Piece], tokenizer: Tokenizer, tokens: int) -> int:
@@ -169,8 +182,8 @@ def covered_bytes(pieces: Iterable[Piece], tokenizer: Tokenizer, tokens: int) ->
         predicted = ids[:tokens]
         is_whole = piece.begins and len(predicted) == len(ids)
         shown = predicted[predicted != tokenizer.eos_id]  # which not every file calls special
-        text = piece.text if is_whole else tokenizer.decode(shown)
-        total, tokens = total + len(text.encode("utf-8", "replace")), tokens - len(predicted)
+        text = piece.content if is_whole else tokenizer.decode(shown)
+        total, tokens = total + _size(text), tokens - len(predicted)
     return total
 
 

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from memopt.models.generate import generate
 from memopt.training.metrics import read_metrics
 from memopt.training.open import Training
+from memopt.training.sampling import continuations
 from memopt.training.writing import write_whole
 
 
@@ -58,19 +58,17 @@ def sample_text(
     first = {name: array[0] for name, array in run.validation[0].items()}
     row = {name: np.asarray(x) for name, x in multihost_utils.broadcast_one_to_all(first).items()}
     longest = run.setup.model_config.max_seq_len
-    if is_chat := run.config.text.format == "chats":
+    ends = [run.tokenizer.eos_id, *run.setup.model_config.eos_ids]
+    if run.config.text.format == "chats":
         prompt = row["inputs"][: row["weights"].argmax() + 1][: longest - 1]
+        last = int(row["targets"][(row["weights"] == 1) & (row["segment_ids"] == 1)][-1])
+        # Of an answer that was cut it is any token.
+        ends = [last, *ends] if last in run.tokenizer.special_tokens.values() else ends
     else:
         prompt = row["inputs"]
         prompt = prompt[prompt != run.tokenizer.eos_id][:prompt_tokens]
     new_tokens = min(new_tokens, longest - len(prompt))
     with jax.set_mesh(run.setup.mesh):
-        ids = generate(
-            run.setup.model(params), prompt, new_tokens, temperature=0.8, key=jax.random.key(0)
-        )
-    new = np.asarray(ids)[len(prompt) :]
-    if is_chat:  # up to the token that ends the held-out answer
-        answers = (row["weights"] == 1) & (row["segment_ids"] == 1)
-        ends = np.flatnonzero(new == row["targets"][answers][-1])
-        new = new[: ends[0]] if ends.size else new
+        options: Any = {"temperature": 0.8, "key": jax.random.key(0), "end_ids": ends}
+        [new] = continuations(run.setup.model(params), prompt[None], new_tokens, **options)
     return run.tokenizer.decode(prompt), run.tokenizer.decode(new)

@@ -1,11 +1,13 @@
 """Continues text by a model."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from memopt.models.generate import generate
+from memopt.models.llama import Llama
 from memopt.training.load import LoadedModel
 
 
@@ -42,25 +44,48 @@ def continue_text(
     else:
         begin = np.array(tokenizer.begin_ids, np.int32)
         ids = np.concatenate([begin, tokenizer.encode(prompt)])
+    if "" in stop:
+        raise ValueError("stop must not be empty: no text would be left.")
     room = config.max_seq_len - len(ids)
     if room < 1:
         raise ValueError(
             f"prompt has {len(ids)} tokens, but the model reads {config.max_seq_len} at most, its "
             "continuation included: shorten it."
         )
-    out = generate(
+    [written] = continuations(
         loaded.model,
-        ids,
+        ids[None],
         min(max_new_tokens, room),
         temperature=temperature,
         top_p=top_p,
-        eos_ids=loaded.end_ids,
+        end_ids=loaded.end_ids,
         key=jax.random.key(seed),
     )
-    written = np.asarray(out)[len(ids) :]
-    ended = np.isin(written, loaded.end_ids)
-    written = written[: ended.argmax()] if ended.any() else written
     # A tokenizer may drop the space before what it decodes first.
     before, whole = tokenizer.decode(ids), tokenizer.decode([*ids, *written])
     text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(written)
     return text[: min((text.find(mark) for mark in stop if mark in text), default=len(text))]
+
+
+def continuations(
+    model: Llama,
+    prompts: np.ndarray,
+    max_new_tokens: int,
+    *,
+    end_ids: Sequence[int],
+    **options: Any,
+) -> list[np.ndarray]:
+    """Returns the ids that a model writes after each prompt, up to an end.
+
+    Args:
+        model: The model.
+        prompts: Ids, (prompts, tokens).
+        max_new_tokens: Tokens to write, at most.
+        end_ids: Tokens that end a continuation, without them.
+        options: See `memopt.models.generate.generate`.
+    """
+    ids = generate(model, prompts, max_new_tokens, eos_ids=end_ids, **options)
+    written = np.asarray(ids)[:, prompts.shape[1] :]
+    ended = np.isin(written, end_ids)
+    lengths = np.where(ended.any(1), ended.argmax(1), written.shape[1])
+    return [row[:length] for row, length in zip(written, lengths, strict=True)]

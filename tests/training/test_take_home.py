@@ -26,10 +26,11 @@ from memopt.cli.pretrain import parse
 from memopt.cli.sample import sample
 from memopt.models import llama
 from memopt.models.generate import generate
+from memopt.text.chats import CHATS
 from memopt.text.documents import find_documents
 from memopt.text.files import Piece
 from memopt.text.tokenizer import ByteTokenizer, load_tokenizer, train_tokenizer
-from memopt.training.evaluation import covered_bytes, evaluate_text
+from memopt.training.evaluation import covered_bytes, evaluate_chats, evaluate_text
 from memopt.training.export import export, model_card
 from memopt.training.load import LoadedModel, load_model, load_run
 from memopt.training.loop import train
@@ -349,12 +350,22 @@ def test_a_continuation_ends_at_a_stop_or_an_end_token(loaded):
     text = draw(temperature=1.0)
     assert draw(temperature=1.0) == text != draw(temperature=1.0, seed=1)
     assert draw(temperature=1.0, stop=[text[9:11], text[5:7]]) == text[: text.index(text[5:7])]
-    ended = dataclasses.replace(loaded, tokenizer=EndsAtB())
-    assert continue_text(ended, "ab", max_new_tokens=40, temperature=5.0).count("b") == 0
+    tokenizer = ByteTokenizer()
+    tokenizer.eos_id = ord(next(x for x in text[3:] if x.isascii()))
+    ended = continue_text(
+        dataclasses.replace(loaded, tokenizer=tokenizer), "ab", max_new_tokens=40, temperature=1.0
+    )
+    assert 0 < len(ended) < len(text)
+    assert ended == text[: text.index(chr(tokenizer.eos_id))]
+    with pytest.raises(ValueError, match="stop must not be empty"):
+        draw(stop=["", "a"])
 
 
-class EndsAtB(ByteTokenizer):
-    eos_id = ord("b")
+def test_answers_without_text_are_not_evaluated_on(tuned, tmp_path):
+    (tmp_path / "empty.jsonl").write_text('{"prompt": "a", "completion": ""}\n' * 2)
+    documents = find_documents([str(tmp_path / "empty.jsonl")], records=CHATS)
+    with pytest.raises(ValueError, match="holds no text to evaluate on"):
+        evaluate_chats(load_run(tuned / "run"), documents)
 
 
 def test_a_continuation_ends_with_the_model_s_context(loaded):
