@@ -27,7 +27,7 @@ def batches(
     tokens = np.zeros(0, np.int32)
     count = batch_size * (seq_len + 1)
     for i in itertools.cycle(order):
-        ids = tokenizer.encode(documents[i].text)
+        ids = tokenizer.encode(documents[i].content)
         tokens = np.concatenate([tokens, [tokenizer.eos_id], ids]).astype(np.int32)
         while len(tokens) >= count:
             rows, tokens = tokens[:count].reshape(batch_size, -1), tokens[count:]
@@ -46,5 +46,5 @@ def _tokenizer(vocab_size: int) -> Tokenizer:
     documents = _documents()
     learned_from = np.random.default_rng(0).permutation(len(documents))[:LEARNED_FROM].tolist()
     with tempfile.TemporaryDirectory() as directory:
-        texts = (documents[i].text for i in learned_from)
+        texts = (documents[i].content for i in learned_from)
         return train_tokenizer(texts, VOCABULARY, Path(directory))

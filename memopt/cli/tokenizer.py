@@ -30,7 +30,7 @@ def train(arguments: list[str]) -> None:
     options = tyro.cli(Options, prog="memopt tokenizer train", args=arguments)
     try:
         training, _ = find_documents(options.data).split()
-        texts = (piece.text for piece in training.once())
+        texts = (piece.content for piece in training.once())
         tokenizer = train_tokenizer(texts, options.vocab_size, options.output)
     except (ValueError, ImportError, OSError) as error:
         fail(error)

@@ -1,9 +1,9 @@
 """Batches for pretraining: documents tokenized, packed into rows, mixed and split by rows.
 
-The pipeline is Grain's from end to end. A document becomes `[bos] text [eos]`, or `[eos] text [eos]`
-where the tokenizer has no token that begins one; every token but the first is predicted once.
-Documents are packed one after another into rows of `seq_len`, cut where a row ends, so that a row
-holds no padding. Rows are mixed within windows of 2^18 tokens.
+The pipeline is Grain's from end to end. A document becomes `[bos] text [eos]`, or
+`[eos] text [eos]` where the tokenizer has no token that begins one; every token but the first is
+predicted once. Documents are packed one after another into rows of `seq_len`, cut where a row ends,
+so that a row holds no padding. Rows are mixed within windows of 2^18 tokens.
 """
 
 import contextlib

@@ -85,6 +85,7 @@ def encode_examples(
     encoder: ChatEncoder,
     seq_len: int,
     *,
+    name: str = "data",
     long_examples: str = "skip",
     bad_records: str = "skip",
     progress: Callable[[str], None] | None = None,
@@ -95,6 +96,7 @@ def encode_examples(
         documents: The examples, found as `memopt.text.chats.CHATS`.
         encoder: Makes ids of them.
         seq_len: Tokens of a row.
+        name: What errors and warnings call the examples.
         long_examples: What to do about those that are longer: "skip" them or "truncate" them, with
             a warning.
         bad_records: What to do about those that the chat template refuses: "skip" them with a
@@ -119,9 +121,9 @@ def encode_examples(
         for count, piece in enumerate(documents.once(), 1):
             if progress and time.monotonic() > due:
                 due = time.monotonic() + SECONDS_BETWEEN_LINES
-                progress(f"tokenizing the data: {count:,} examples")
+                progress(f"tokenizing the {name}: {count:,} examples")
             try:
-                own, of_answers = encoder.encode(piece.text)
+                own, of_answers = encoder.encode(piece.content)
             except UnusableTemplateError:
                 raise
             except (ValueError, RecursionError) as error:
@@ -129,7 +131,7 @@ def encode_examples(
                 what = f"{piece.name} {'is nested too deeply' if deep else error}"
                 if bad_records == "stop":
                     raise ValueError(
-                        f"data: {what}: repair it, or leave it out with --bad-records skip."
+                        f"{name}: {what}: repair it, or leave it out with --bad-records skip."
                     ) from error
                 bad.add(what)
                 continue
@@ -143,15 +145,17 @@ def encode_examples(
     too_long = f"longer than the {seq_len + 1:,} tokens that seq_len={seq_len} has room for"
     if not ids:
         why = f"all are {too_long}: {long}" if long.count else f"{bad}" if bad.count else "empty"
-        raise ValueError(f"data holds no example to train on: {why}.")
+        raise ValueError(f"{name} holds no example that can be used: {why}.")
     if bad.count:
         warnings.warn(
-            f"data: skipped {bad.count:,} of {count:,} examples: {bad}.", DataWarning, stacklevel=2
+            f"{name}: skipped {bad.count:,} of {count:,} examples: {bad}.",
+            DataWarning,
+            stacklevel=2,
         )
     if long.count:
         done = {"skip": "skipped", "truncate": "truncated"}[long_examples]
         warnings.warn(
-            f"data: {done} {long.count:,} of {count:,} examples, {too_long}: {long}.",
+            f"{name}: {done} {long.count:,} of {count:,} examples, {too_long}: {long}.",
             DataWarning,
             stacklevel=2,
         )

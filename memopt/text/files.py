@@ -30,27 +30,27 @@ FEW_DOCUMENTS = 100
 
 
 class Piece(NamedTuple):
-    """Consecutive text of one document, or all of another document.
+    """A part of a document.
 
     Attributes:
-        text: The text, or what `Records.read` returns.
+        content: Text or, of a record, what `Records.read` returns.
         begins: Whether the document begins here.
         ends: Whether the document ends here.
         name: The file and line, or the dataset and position, of a record.
     """
 
-    text: Any
+    content: Any
     begins: bool
     ends: bool
     name: str = ""
 
 
 class Records(NamedTuple):
-    """What records hold.
+    """How records are read.
 
     Attributes:
-        noun: What it is called: "text".
-        field: The field it is in, if no other is named.
+        noun: Name of what they hold: "text".
+        field: The field that holds it, if no other is named.
         read: Returns it, given the record and the field; raises `ValueError` if there is none, and
             says why, after a name for the record.
         in_every_file: Whether files of any name are JSON lines.

@@ -54,7 +54,7 @@ def piece_ids(piece: Piece, tokenizer: Tokenizer) -> np.ndarray:
     """Returns the ids of a piece of text, with those that begin and end its document, int32."""
     begin = np.array(tokenizer.begin_ids if piece.begins else (), np.int32)
     end = np.array([tokenizer.eos_id] if piece.ends else (), np.int32)
-    return np.concatenate([begin, tokenizer.encode(piece.text), end])
+    return np.concatenate([begin, tokenizer.encode(piece.content), end])
 
 
 class _Mapped(grain.IterDataset[np.ndarray]):

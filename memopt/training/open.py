@@ -371,7 +371,8 @@ def open_batches(
             bad_records=config.text.bad_records,
             progress=progress,
         )
-        examples, others = encode(training), encode(held_out)
+        other = "eval_data" if config.text.eval_data else "the held-out part of the data"
+        examples, others = encode(training), encode(held_out, name=other)
         size: Any = {"batch_size": config.text.batch_size, "rows": rows}
         batches = example_batches(examples, seed=seed, place=place, **size)
         validation = example_validation(others, max_tokens=eval_tokens, **size)

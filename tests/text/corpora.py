@@ -18,4 +18,4 @@ def write_lines(path, count, field="text"):
 
 
 def texts(corpus):
-    return sorted(piece.text for piece in corpus.once())
+    return sorted(piece.content for piece in corpus.once())

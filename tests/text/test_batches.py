@@ -101,7 +101,7 @@ def test_rows_and_states_of_release_0_1_are_those_of_today(pieces, seq_len, chun
 
     def pair(piece):
         eos = np.array([256], np.int32)
-        tokens = [eos[: piece.begins], BYTES.encode(piece.text), eos[: piece.ends]]
+        tokens = [eos[: piece.begins], BYTES.encode(piece.content), eos[: piece.ends]]
         tokens = np.concatenate(tokens)
         return {"inputs": tokens[:-1], "targets": tokens[1:]}
 

@@ -70,7 +70,7 @@ def test_pieces_of_a_long_file_join_to_the_file(tmp_path_factory, content, piece
         patch.setattr(files, "PIECE_BYTES", piece)
         corpus = find_documents([str(path)])
     pieces = list(corpus)
-    assert "".join(piece.text for piece in pieces) == content
+    assert "".join(piece.content for piece in pieces) == content
     assert [p.begins for p in pieces] == [True] + [False] * (len(pieces) - 1)
     assert [p.ends for p in pieces] == [False] * (len(pieces) - 1) + [True]
 
@@ -79,7 +79,9 @@ def test_long_files_are_cut_at_lines(tmp_path):
     (tmp_path / "book.txt").write_text("".join(f"line {i}\n" for i in range(40_000)))
     pieces = list(find_documents([str(tmp_path)]))
     assert len(pieces) == 7
-    assert all(piece.text.startswith("line ") and piece.text.endswith("\n") for piece in pieces)
+    assert all(
+        piece.content.startswith("line ") and piece.content.endswith("\n") for piece in pieces
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,18 +154,18 @@ def test_few_files_hold_out_their_tails(tmp_path, fraction):
     (tmp_path / "book.txt").write_text(content)
     (tmp_path / "tiny.txt").write_text("x")
     train, held = find_documents([str(tmp_path)]).split(fraction)
-    book = [piece for piece in train if piece.text != "x"]
+    book = [piece for piece in train if piece.content != "x"]
     assert len(train) == len(book) + 1
-    assert "".join(p.text for p in book) + "".join(p.text for p in held) == content
-    assert sum(len(p.text) for p in held) / len(content) == pytest.approx(fraction, abs=0.001)
-    assert all(piece.text.startswith("line") for piece in held)
+    assert "".join(p.content for p in book) + "".join(p.content for p in held) == content
+    assert sum(len(p.content) for p in held) / len(content) == pytest.approx(fraction, abs=0.001)
+    assert all(piece.content.startswith("line") for piece in held)
     assert held[len(held) - 1].ends
     assert not any(piece.begins for piece in held)
 
 
 def test_few_lines_hold_out_the_last(tmp_path):
     train, held = find_documents([write_lines(tmp_path / "a.jsonl", 10)]).split(0.15)
-    assert [piece.text.split()[1] for piece in held] == ["8", "9"]
+    assert [piece.content.split()[1] for piece in held] == ["8", "9"]
     assert len(train) == 8
 
 
@@ -183,8 +185,8 @@ def test_a_few_files_of_one_line_each_are_held_out_whole(tmp_path, count):
 def test_the_end_of_a_single_line_is_held_out_at_a_character(tmp_path):
     (tmp_path / "line.txt").write_text("→" * 500 + "\n")
     train, held = find_documents([str(tmp_path)]).split()
-    assert "".join(p.text for p in [*train, *held]) == "→" * 500 + "\n"
-    assert 20 <= len(held[0].text) <= 30
+    assert "".join(p.content for p in [*train, *held]) == "→" * 500 + "\n"
+    assert 20 <= len(held[0].content) <= 30
 
 
 def test_too_little_text_to_split_is_refused(tmp_path):
@@ -197,10 +199,10 @@ def test_too_little_text_to_split_is_refused(tmp_path):
 
 def test_every_epoch_has_every_piece_in_a_new_order(tmp_path):
     corpus = find_documents([write_files(tmp_path, 20)])
-    pieces = [corpus.epochs(3)[i].text for i in range(40)]
+    pieces = [corpus.epochs(3)[i].content for i in range(40)]
     assert sorted(pieces[:20]) == sorted(pieces[20:]) == texts(corpus)
     assert pieces[:20] != pieces[20:]
-    assert pieces != [corpus.epochs(4)[i].text for i in range(40)]
+    assert pieces != [corpus.epochs(4)[i].content for i in range(40)]
 
 
 def test_the_same_content_by_other_names_is_split_and_ordered_as_before(tmp_path):
@@ -213,7 +215,7 @@ def test_the_same_content_by_other_names_is_split_and_ordered_as_before(tmp_path
     known = new.renamed(old.listing())
     assert known.describe() == old.describe() != new.describe()
     for one, other in zip(known.split(), old.split(), strict=True):
-        assert [piece.text for piece in one] == [piece.text for piece in other]
+        assert [piece.content for piece in one] == [piece.content for piece in other]
     (tmp_path / "new" / "z.jsonl").write_text('{"text": "other"}\n')
     assert find_documents([str(tmp_path / "new")]).renamed(old.listing()) is None
 
@@ -238,7 +240,7 @@ def test_two_readers_of_a_stream_do_not_disturb_each_other(tmp_path):
     table = datasets.Dataset.from_dict({"text": [f"document {i}" for i in range(60)]})
     table.save_to_disk(tmp_path / "saved")
     corpus = find_documents([f"hf:{tmp_path / 'saved'}"])
-    alone = [piece.text for piece in corpus.once()]
+    alone = [piece.content for piece in corpus.once()]
     one, other = iter(corpus.once()), iter(corpus.once())
     for _ in range(25):
         next(one)
@@ -246,7 +248,7 @@ def test_two_readers_of_a_stream_do_not_disturb_each_other(tmp_path):
         next(other, None)
         next(other, None)
     one.set_state(state)
-    assert [piece.text for piece in one] == alone[25:]
+    assert [piece.content for piece in one] == alone[25:]
 
 
 def test_a_dataset_without_text_in_some_documents_leaves_them_out_wherever_it_continues(tmp_path):
@@ -268,7 +270,7 @@ def test_a_dataset_without_text_in_some_documents_leaves_them_out_wherever_it_co
     for number in (0, 3, 19):
         reader.set_state(json.loads(json.dumps(states[number])))
         with warnings.catch_warnings(action="ignore"):
-            assert [piece.text for piece in reader] == expected[number:]
+            assert [piece.content for piece in reader] == expected[number:]
         assert reader.get_state()["skipped"] == 6
     with pytest.raises(ValueError, match=r"document 4 has no text .*leave it out with --bad-rec"):
         list(find_documents([spec], bad_records="stop").once())

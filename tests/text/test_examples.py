@@ -91,6 +91,14 @@ def test_long_examples_are_skipped_or_truncated_and_counted(tmp_path, long_examp
         assert BYTES.decode(found.ids[found.learned]) == "ab" + "c" * 7
 
 
+def test_errors_and_warnings_say_which_part_they_are_of(tmp_path):
+    documents = find(write(tmp_path / "pairs.jsonl", map(pair, range(9))))
+    with pytest.warns(DataWarning, match=r"^eval_data: skipped 2 of 9 examples"):
+        examples(documents, 15, name="eval_data")
+    with pytest.raises(ValueError, match=r"^eval_data holds no example that can be used: all are"):
+        examples(documents, 2, name="eval_data")
+
+
 def test_the_same_epochs_come_again_from_a_state_and_rows_are_parts_of_them(corpus):
     options = {"batch_size": 4, "seed": 3}
     found = examples(corpus)

@@ -129,9 +129,7 @@ def test_a_large_id_takes_no_memory(tmp_path):
 
 
 def test_an_id_that_no_array_holds_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match="has the id 4294967295, but ids are below 2"
-    ):
+    with pytest.raises(ValueError, match="has the id 4294967295, but ids are below 2"):
         with_large_id(tmp_path / "t.json", 2**32 - 1)
 
 
