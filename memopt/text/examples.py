@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from memopt.errors import check_choice
-from memopt.text.chats import ChatEncoder
+from memopt.text.chats import Chat, ChatEncoder
 from memopt.text.documents import Documents
 from memopt.text.finding import NAMED, SECONDS_BETWEEN_LINES, SECONDS_OF_SILENCE, DataWarning
 from memopt.text.packing import AHEAD, THREADS, Batch, fitted, row_of
@@ -28,12 +28,14 @@ class Examples:
         learned: Whether each is of an answer, bool (tokens,).
         ends: Where each example ends.
         seq_len: Tokens of a row.
+        has_chats: Whether any is a `Chat`; otherwise all are prompts with completions.
     """
 
     ids: np.ndarray
     learned: np.ndarray
     ends: np.ndarray
     seq_len: int
+    has_chats: bool
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -116,6 +118,7 @@ def encode_examples(
     bad, long = _Named(), _Named()
     ids: list[np.ndarray] = []
     learned: list[np.ndarray] = []
+    has_chats = False
     due, count = time.monotonic() + SECONDS_OF_SILENCE, 0
     with encoder:
         for count, piece in enumerate(documents.once(), 1):
@@ -140,6 +143,7 @@ def encode_examples(
                 own, of_answers = own[: seq_len + 1], of_answers[: seq_len + 1]
                 if long_examples == "skip" or not of_answers[1:].any():
                     continue
+            has_chats |= isinstance(piece.content, Chat)
             ids.append(own)
             learned.append(of_answers)
     too_long = f"longer than the {seq_len + 1:,} tokens that seq_len={seq_len} has room for"
@@ -160,7 +164,7 @@ def encode_examples(
             stacklevel=2,
         )
     ends = np.cumsum(list(map(len, ids)))
-    return Examples(np.concatenate(ids), np.concatenate(learned), ends, seq_len)
+    return Examples(np.concatenate(ids), np.concatenate(learned), ends, seq_len, has_chats)
 
 
 class _Named:

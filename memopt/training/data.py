@@ -21,6 +21,10 @@ BEGUN_EARLIER = (
 )
 
 
+#: Part of the identity of examples that are all prompts with completions: no chat template is used.
+COMPLETIONS = "data is_completions"
+
+
 class Data(NamedTuple):
     """The data that a run was trained on from some step on.
 

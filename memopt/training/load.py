@@ -12,7 +12,7 @@ from memopt.text.chats import ANSWERS, Chat, ChatEncoder
 from memopt.text.tokenizer import Tokenizer, load_tokenizer, read_template
 from memopt.training.checkpoint import Checkpoints
 from memopt.training.config import Config, read_options
-from memopt.training.data import begin_as_before, read_history
+from memopt.training.data import COMPLETIONS, begin_as_before, read_history
 from memopt.training.describe import describe_run
 from memopt.training.directory import TEMPLATE, is_run, kept_tokenizer
 
@@ -27,6 +27,8 @@ class LoadedModel:
         params: Its parameters as nested dicts; those of a run that stores weights in fewer bits are
             quantised, see `memopt.quantize_params`.
         tokenizer: Its tokenizer.
+        format: How it is asked: "text", for a continuation, or "chats", by the chat template, which
+            is that of a run on chats.
         config: The options of its run; None if it is not from a run.
         step: The step that the parameters are of; None if it is not from a run.
         val_loss: The validation loss at that step, if it was evaluated then.
@@ -36,6 +38,7 @@ class LoadedModel:
     model_config: llama.LlamaConfig
     params: Any
     tokenizer: Tokenizer
+    format: str = "text"
     config: Config | None = None
     step: int | None = None
     val_loss: float | None = None
@@ -44,11 +47,6 @@ class LoadedModel:
     def model(self) -> llama.Llama:
         """The model. It reads quantised blocks one at a time."""
         return llama.build_model(self.model_config, self.params)
-
-    @property
-    def format(self) -> str:
-        """What its run was trained on, "text" or "chats"; "text" if it is not from a run."""
-        return self.config.text.format if self.config else "text"
 
     @functools.cached_property
     def end_ids(self) -> tuple[int, ...]:
@@ -103,12 +101,15 @@ def load_run(
     state, val_loss = checkpoints.read(step, setup.state, params_only=params_only)
     params = setup.eval_params(state)
     tokenizer = load_tokenizer(kept_tokenizer(path, config.text.tokenizer))
-    begin_as_before(tokenizer, read_history(path))
+    history = read_history(path)
+    begin_as_before(tokenizer, history)
+    is_completions = history and COMPLETIONS in history[-1].identity
     return LoadedModel(
         path=path,
         model_config=setup.model_config,
         params=dequantize_params(params) if dequantize else params,
         tokenizer=tokenizer,
+        format="text" if is_completions else config.text.format,
         config=config,
         step=int(state.step),
         val_loss=val_loss,

@@ -29,6 +29,7 @@ from memopt.text.tokenizer import Tokenizer, load_tokenizer, read_template
 from memopt.training.checkpoint import Checkpoints, Record
 from memopt.training.config import Config, Start, read_options
 from memopt.training.data import (
+    COMPLETIONS,
     Data,
     begin_as_before,
     continue_history,
@@ -382,6 +383,8 @@ def open_batches(
         validation = validation_batches(held_out, tokenizer, max_tokens=eval_tokens, **here)
     identity = fingerprint(training, tokenizer, **shape, seed=seed)
     known = {f"data {name}": value for name, value in identity.items()}
+    if examples and not examples.has_chats:
+        known[COMPLETIONS] = True
     return Opened(batches, validation, known, examples)
 
 

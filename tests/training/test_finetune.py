@@ -12,6 +12,7 @@ from rich.console import Console
 from benchmarks import exact_answers
 from memopt.cli.finetune import parse_finetune
 from memopt.training.directory import TEMPLATE
+from memopt.training.load import load_run
 from memopt.training.loop import train
 from memopt.training.metrics import read_metrics
 from memopt.training.open import open_run
@@ -120,6 +121,26 @@ def test_the_sample_is_an_answer_to_a_held_out_prompt(tuned):
     prompt, continuation = sample_text(run, state.params, new_tokens=8)
     assert re.fullmatch(r"user: \d+\+1assistant: ", prompt)
     assert len(continuation) <= 8
+
+
+def test_a_run_on_completions_continues_a_prompt(fixed, tmp_path):
+    rows = [json.dumps({"prompt": f"{i}+1=", "completion": f"{i + 1}"}) for i in range(40)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(rows))
+    run = open_run(
+        parse_finetune(
+            [
+                *fixed,
+                f"--data={tmp_path / 'sums.jsonl'}",
+                f"--output={tmp_path / 'run'}",
+                "--steps=1",
+            ]
+        )
+    )
+    state, _ = train(run, QUIET)
+    prompt, _ = sample_text(run, state.params, new_tokens=1)
+    assert re.fullmatch(r"\d+\+1=", prompt)
+    loaded = load_run(tmp_path / "run")
+    assert (loaded.format, loaded.config.text.format, loaded.end_ids) == ("text", "chats", (256,))
 
 
 @pytest.mark.slow
