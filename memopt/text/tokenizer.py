@@ -19,6 +19,9 @@ import tokenizers
 #: Names of the token that ends a document in well-known models, most specific first.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>")
 
+#: Files beside a tokenizer.json: which token ends a document, and a chat template.
+SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+
 #: Files of tokenizers that do not say all that a tokenizer.json says.
 OTHER_FORMATS = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 
@@ -147,7 +150,7 @@ class FileTokenizer:
             raise ValueError(
                 f"tokenizer {str(file)!r} has no token that ends a document; name one of "
                 f"{', '.join(END_OF_DOCUMENT)} in its vocabulary, or give `eos_token` in a "
-                "tokenizer_config.json beside it."
+                f"{SETTINGS} beside it."
             )
         self.eos_id: int = vocabulary[eos]
         self.variables: Mapping[str, Any] = {**named, "eos_token": eos}
@@ -290,7 +293,7 @@ def _check_format(file: Path) -> None:
 def _named_tokens(directory: Path) -> dict[str, Any]:
     """The tokens by their use, as in `eos_token`, that tokenizer_config.json names."""
     names: dict[str, Any] = {}
-    for name, token in _read_json(directory / "tokenizer_config.json").items():
+    for name, token in _read_json(directory / SETTINGS).items():
         token = token.get("content") if isinstance(token, dict) else token
         if name.endswith("_token") and isinstance(token, str):
             names[name] = token
@@ -299,10 +302,10 @@ def _named_tokens(directory: Path) -> dict[str, Any]:
 
 def _chat_template(directory: Path) -> str | None:
     """The chat template in `directory`: that in a file of its own first, as in transformers."""
-    file = directory / "chat_template.jinja"
+    file = directory / TEMPLATE
     if file.is_file():
         return read_template(file)
-    template = _read_json(directory / "tokenizer_config.json").get("chat_template")
+    template = _read_json(directory / SETTINGS).get("chat_template")
     if isinstance(template, list):  # several by name
         named = [entry for entry in template if isinstance(entry, dict)]
         default = (entry.get("template") for entry in named if entry.get("name") == "default")

@@ -6,13 +6,16 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from memopt.text.tokenizer import END_OF_DOCUMENT, ByteTokenizer, load_tokenizer
+from memopt.text.tokenizer import (
+    END_OF_DOCUMENT,
+    SETTINGS,
+    TEMPLATE,
+    ByteTokenizer,
+    load_tokenizer,
+)
 
 #: Files of a model directory that say how text becomes ids, and how a model speaks.
-BESIDE = (
-    *("tokenizer_config.json", "special_tokens_map.json"),
-    *("chat_template.jinja", "generation_config.json"),
-)
+BESIDE = (SETTINGS, "special_tokens_map.json", TEMPLATE, "generation_config.json")
 
 
 def tokenizer_files(spec: str) -> dict[str, bytes]:
@@ -44,7 +47,7 @@ def tokenizer_files(spec: str) -> dict[str, bytes]:
         "eos_token": load_tokenizer(spec).variables["eos_token"],
     }
     content = json.dumps({**config, "clean_up_tokenization_spaces": False}, indent=2)
-    return {"tokenizer_config.json": content.encode()} | files
+    return {SETTINGS: content.encode()} | files
 
 
 def _bytes_as_json() -> bytes:

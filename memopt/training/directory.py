@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from memopt.text.tokenizer import TEMPLATE
 from memopt.text.tokenizer_files import tokenizer_files
 from memopt.training.config import Config
 from memopt.training.lock import LOCK, Lock
@@ -21,9 +22,6 @@ MAY_CHANGE = {
     *("steps", "schedule", "phases", "mesh", "max_skipped", "keep"),
     *("eval_every", "eval_tokens", "checkpoint_every", "log"),
 }
-
-#: The chat template of a run on chats.
-TEMPLATE = "chat_template.jinja"
 
 #: Files that are there before `config.json` makes a directory that of a run.
 BEFORE_CONFIG = {

@@ -12,8 +12,8 @@ from memopt.models import hugging_face
 from memopt.models.config import DType, LlamaConfig
 from memopt.models.quantized_tensors import codec_of
 from memopt.state.quantized_params import dequantize_params
+from memopt.text.tokenizer import TEMPLATE
 from memopt.text.tokenizer_files import tokenizer_files
-from memopt.training.directory import TEMPLATE
 from memopt.training.load import LoadedModel
 from memopt.training.metrics import read_metrics
 from memopt.training.phases import describe_phases

@@ -9,12 +9,12 @@ from memopt.models import llama
 from memopt.optimizers.registry import METHODS
 from memopt.state.quantized_params import dequantize_params
 from memopt.text.chats import ANSWERS, Chat, ChatEncoder
-from memopt.text.tokenizer import Tokenizer, load_tokenizer, read_template
+from memopt.text.tokenizer import TEMPLATE, Tokenizer, load_tokenizer, read_template
 from memopt.training.checkpoint import Checkpoints
 from memopt.training.config import Config, read_options
 from memopt.training.data import COMPLETIONS, begin_as_before, read_history
 from memopt.training.describe import describe_run
-from memopt.training.directory import TEMPLATE, is_run, kept_tokenizer
+from memopt.training.directory import is_run, kept_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

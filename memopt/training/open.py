@@ -25,7 +25,7 @@ from memopt.text.documents import Documents, find_documents
 from memopt.text.examples import Examples, encode_examples
 from memopt.text.files import TEXT
 from memopt.text.packing import Batch
-from memopt.text.tokenizer import Tokenizer, load_tokenizer, read_template
+from memopt.text.tokenizer import TEMPLATE, Tokenizer, load_tokenizer, read_template
 from memopt.training.checkpoint import Checkpoints, Record
 from memopt.training.config import Config, Start, read_options
 from memopt.training.data import (
@@ -39,7 +39,6 @@ from memopt.training.data import (
 from memopt.training.describe import describe_run
 from memopt.training.directory import (
     MAY_CHANGE,
-    TEMPLATE,
     check_same,
     choose_directory,
     keep_tokenizer,

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from benchmarks import exact_answers
 from memopt.cli.finetune import parse_finetune
-from memopt.training.directory import TEMPLATE
+from memopt.text.tokenizer import TEMPLATE
 from memopt.training.load import load_run
 from memopt.training.loop import train
 from memopt.training.metrics import read_metrics
