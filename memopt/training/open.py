@@ -142,11 +142,14 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
     check_at_least("eval_tokens", config.text.eval_tokens, config.text.seq_len)
     _check_format(config)
 
-    spec = config.text.tokenizer
+    spec, template = config.text.tokenizer, config.text.chat_template
     if config.run.resume and spec == there.text.tokenizer:
         spec = kept_tokenizer(directory, spec)
+    if config.run.resume and template == there.text.chat_template:
+        template = str(directory / TEMPLATE)
     tokenizer = load_tokenizer(spec)
-    encoder = chat_encoder(config, tokenizer, directory if config.run.resume else None)
+    is_chats = config.text.format == "chats"
+    encoder = ChatEncoder(tokenizer, template and read_template(Path(template))) if is_chats else None
     checkpoints = Checkpoints(directory / "checkpoints", config.run.keep)
     origin = read_origin(config) if config.start.init and checkpoints.newest() is None else None
     planned = origin.schedule if origin else lambda config: config
@@ -288,28 +291,6 @@ def _check_format(config: Config) -> None:
         raise ValueError(f"epochs must be positive, got {epochs}.")
 
 
-def chat_encoder(
-    config: Config, tokenizer: Tokenizer, directory: Path | None = None
-) -> ChatEncoder | None:
-    """Returns what makes ids of a run's chats.
-
-    Args:
-        config: The options of the run.
-        tokenizer: Its tokenizer.
-        directory: Its directory, which holds its template; None: a run that begins.
-
-    Returns:
-        The encoder; None for a run on text.
-
-    Raises:
-        ValueError: Its template cannot be read.
-    """
-    if config.text.format != "chats":
-        return None
-    file = directory / TEMPLATE if directory else config.text.chat_template
-    return ChatEncoder(tokenizer, read_template(Path(file)) if file else None)
-
-
 class Opened(NamedTuple):
     """A run's data.
 
@@ -339,7 +320,7 @@ def open_batches(
     Args:
         config: The options of the run.
         documents: Its text.
-        tokenizer: Makes ids of the text; for examples, what `chat_encoder` returns.
+        tokenizer: Makes ids of the text; for examples, a `ChatEncoder`.
         rows: The rows of a batch that this process holds.
         place: Applied to each training batch, ahead of its step.
         progress: Called with a line to show if a part of it takes long.
