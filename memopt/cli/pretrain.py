@@ -221,6 +221,8 @@ def parse(
     if "--optimizer" in given and config.optimization.optimizer != options.get("optimizer"):
         for name in ("option", "learning_rate"):  # of the optimizer there
             options.pop(name, None)
+    if "--format" in given and config.text.format == "text":
+        options.pop("chat_template", None)
     if config.run.resume:
         options |= read_options(choose_directory(config) / "config.json")
         options.pop("schedule", None)  # which goes on, unless one is given

@@ -17,7 +17,7 @@ from memopt.state.sharding import dense_like
 from memopt.training.checkpoint import Checkpoints
 from memopt.training.config import Config, Start, read_options
 from memopt.training.describe import describe_run
-from memopt.training.directory import is_run, kept_tokenizer
+from memopt.training.directory import TEMPLATE, is_run, kept_tokenizer
 from memopt.training.setup import Setup, store_params
 from memopt.training.step import TrainState, init_state
 
@@ -31,7 +31,8 @@ FREE = ("param_dtype", "dtype", "remat")
 def inherited_options(start: Start) -> dict[str, Any]:
     """Returns the options that a new run has from what it starts from, unless it has others.
 
-    Of a Hugging Face model, these are its name, its shapes and its tokenizer.
+    Of a Hugging Face model, these are its name, its shapes and its tokenizer. The chat template of a
+    run on chats is its copy.
 
     Args:
         start: The run or the model to start from.
@@ -47,6 +48,8 @@ def inherited_options(start: Start) -> dict[str, Any]:
         tokenizer = kept_tokenizer(directory, options.get("tokenizer", "bytes"))
         options = {name: x for name, x in options.items() if name not in OWN}
         options = {"option": [], **options, "tokenizer": tokenizer}
+        if options.get("format") == "chats":
+            options["chat_template"] = str(directory / TEMPLATE)
     else:
         shape = hugging_face.read_config(directory)
         layers = shape.num_layers
