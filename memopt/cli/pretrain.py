@@ -214,7 +214,7 @@ def parse(
             "init, grow and carry_state start a new run, --resume continues one: leave one out."
         )
     if config.start.init:
-        inherited = inherited_options(config.start)
+        inherited = inherited_options(config.start.init, config.start.grow)
         options |= {k: x for k, x in inherited.items() if inherits is None or k in inherits}
     if config.run.config:
         options |= read_options(config.run.config)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from memopt.json_files import read_json
 from memopt.text.tokenizer_files import tokenizer_files
 from memopt.training.config import Config
 from memopt.training.lock import LOCK, Lock
@@ -62,7 +63,7 @@ def choose_directory(config: Config) -> Path:
     return output or next(path for path in candidates if not _taken(path))
 
 
-def is_run(name: str, directory: Path | None) -> bool:
+def is_run(name: str, directory: Path) -> bool:
     """Whether a directory holds a run; otherwise it holds a Hugging Face model.
 
     Args:
@@ -73,10 +74,9 @@ def is_run(name: str, directory: Path | None) -> bool:
         ValueError: It holds neither.
     """
     try:
-        content = json.loads(Path(directory or "", "config.json").read_bytes())
-    except (OSError, ValueError):
-        content = None
-    keys = content.keys() if isinstance(content, dict) else set()
+        keys = set(read_json(directory / "config.json"))
+    except ValueError:
+        keys = set()
     if not keys & {"optimizer", "model_type", "architectures"}:
         raise ValueError(
             f"{name} {str(directory)!r} is neither the directory of a run nor that of a Hugging "

@@ -149,9 +149,12 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
         template = str(directory / TEMPLATE)
     tokenizer = load_tokenizer(spec)
     is_chats = config.text.format == "chats"
-    encoder = ChatEncoder(tokenizer, template and read_template(Path(template))) if is_chats else None
+    encoder = (
+        ChatEncoder(tokenizer, template and read_template(Path(template))) if is_chats else None
+    )
     checkpoints = Checkpoints(directory / "checkpoints", config.run.keep)
-    origin = read_origin(config) if config.start.init and checkpoints.newest() is None else None
+    init = config.start.init if checkpoints.newest() is None else None
+    origin = read_origin(init, config) if init else None
     planned = origin.schedule if origin else lambda config: config
     config, unplanned = planned(config), config
     setup = describe_run(config)

@@ -9,6 +9,7 @@ from memopt.text.tokenizer import train_tokenizer
 from memopt.training.config import Config, Run, read_options
 from memopt.training.directory import (
     choose_directory,
+    is_run,
     keep_tokenizer,
     kept_tokenizer,
     lock_directory,
@@ -57,6 +58,24 @@ def test_a_written_config_is_read_back():
     options = read_options(FIRST / "config.json")
     assert Config.from_flat(options).flat() == Config().flat() == options
     assert options.keys().isdisjoint({"resume", "output", "config"})
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"steps": NaN}', "NaN is no number"),
+        (b"\xff", "not UTF-8"),
+        (b"[]", "must hold a JSON object"),
+    ],
+)
+def test_a_config_that_is_none_is_refused(content, says):
+    path = Path("config.json")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^config 'config.json' cannot be read: .*{says}"):
+        read_options(path)
+    with pytest.raises(ValueError, match=r"run '\.' is neither the directory of a run nor"):
+        is_run("run", Path())
 
 
 @pytest.fixture
