@@ -39,7 +39,7 @@ class LoadedModel:
     step: int | None = None
     val_loss: float | None = None
 
-    @property
+    @functools.cached_property
     def model(self) -> llama.Llama:
         """The model. It reads quantised blocks one at a time."""
         return llama.build_model(self.model_config, self.params)

@@ -84,6 +84,11 @@ def test_a_loaded_run_has_the_parameters_of_the_step(run):
     )
 
 
+def test_the_model_is_built_once(run):
+    loaded = load_run(run[0])
+    assert loaded.model is loaded.model
+
+
 def test_a_quantised_run_of_a_mesh_is_loaded_on_one_device_as_it_is(quantized):
     directory, state = quantized
     loaded = load_run(directory, 4)
