@@ -120,10 +120,16 @@ def load_model(path: str | Path, step: str | int = "best") -> LoadedModel:
         step: Of a run, see `load_run`.
 
     Raises:
-        ValueError: It is neither, or cannot be loaded.
+        ValueError: It is neither, cannot be loaded, or its tokenizer has ids that the model lacks.
     """
     path = Path(path)
     if is_run("run", path):
         return load_run(path, step)
+    tokenizer = load_tokenizer(str(path))
     model_config, params = llama.read_hugging_face(path)
-    return LoadedModel(path, model_config, params, load_tokenizer(str(path)))
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {str(path)!r} has {tokenizer.vocab_size} ids, but the model only "
+            f"{model_config.vocab_size}: give it the tokenizer that it was trained with."
+        )
+    return LoadedModel(path, model_config, params, tokenizer)

@@ -313,6 +313,16 @@ def test_a_continuation_ends_with_the_model_s_context(loaded):
         continue_text(loaded, "a" * 100)
 
 
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(run, tmp_path):
+    loaded = load_run(run[0])
+    export(loaded, tmp_path)
+    train_tokenizer(["ab abc abcd abcde bcd cde dea eab"] * 9, 280, tmp_path)
+    ids = load_tokenizer(str(tmp_path)).vocab_size
+    says = f"has {ids} ids, but the model only {loaded.model_config.vocab_size}"
+    with pytest.raises(ValueError, match=f"the tokenizer in .* {says}"):
+        load_model(tmp_path)
+
+
 def test_a_model_directory_is_sampled_and_evaluated_like_a_run(run, tmp_path, text):
     export(load_run(run[0], "last"), tmp_path / "model")
     brought, own = load_model(tmp_path / "model"), load_model(run[0], "last")
