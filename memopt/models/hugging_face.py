@@ -7,13 +7,14 @@ the part a device needs, straight into the stacked arrays; Hugging Face stores l
 """
 
 import dataclasses
+import functools
 import itertools
 import json
-import logging
 import math
 import reprlib
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -63,8 +64,6 @@ PICKLED = ("*.bin", "*.pt", "*.pth")
 
 # Files of an earlier export that a new one replaces, or would contradict.
 REPLACED = (CONFIG, "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
-
-log = logging.getLogger(__name__)
 
 STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -150,16 +149,26 @@ def read_config(directory: Path) -> LlamaConfig:
     stored = open_tensors(directory)
     dtype = narrowest_dtype(directory, stored)
     if config.tied and {EMBEDDING, HEAD} <= stored.keys():
-        head = stored.pop(HEAD)
-        tied = _equal(stored[EMBEDDING], head)
-        if tied:
+        stats = [path.stat() for path in _weight_files(directory)]
+        files = tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
+        config = dataclasses.replace(config, tied=_has_equal_head(directory, files))
+        if config.tied:
+            del stored[HEAD]
             dtype = narrowest_dtype(directory, stored)
-        else:
-            log.warning(
-                "%s: %s differs from %s: the model is read as untied.", path, HEAD, EMBEDDING
-            )
-        config = dataclasses.replace(config, tied=tied)
     return dataclasses.replace(config, param_dtype=dtype)
+
+
+@functools.lru_cache(maxsize=1)  # a command reads its options and then the model, both large
+def _has_equal_head(directory: Path, files: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether head and embedding are the same; warns if not. `files` tells changed weights."""
+    stored = open_tensors(directory)
+    equal = _equal(stored[EMBEDDING], stored[HEAD])
+    if not equal:
+        path = directory / CONFIG
+        warnings.warn(
+            f"{path}: {HEAD} differs from {EMBEDDING}: the model is read as untied.", stacklevel=3
+        )
+    return equal
 
 
 def _equal(first: Any, second: Any) -> bool:
