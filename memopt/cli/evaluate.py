@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro import conf
 
+from memopt.cli.arguments import Step
 from memopt.cli.errors import fail
 from memopt.training.config import Config
 from memopt.training.data import read_history
@@ -36,8 +37,6 @@ class Options:
         batch_size: Rows that are evaluated at a time.
         seq_len: Tokens of a row, which is what the model sees before a token, at most; by default
             that of the run, or the model's longest up to 1024.
-        step: Of a run: best (by validation loss), last, or the number of a step that has a
-            checkpoint.
     """
 
     run: Annotated[conf.Positional[Path], conf.arg(metavar="RUN")]
@@ -45,7 +44,7 @@ class Options:
     format: Annotated[Literal["text", "chats"] | None, conf.arg(metavar="{text,chats}")] = None
     batch_size: int = 8
     seq_len: Annotated[int | None, conf.arg(metavar="INT")] = None
-    step: Annotated[Literal["best", "last"] | int, conf.arg(metavar="{best,last,INT}")] = "best"
+    step: Step = "best"
 
 
 def evaluate(arguments: list[str]) -> None:

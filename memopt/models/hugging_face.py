@@ -438,35 +438,38 @@ def write(
     quantized: str | None = None,
     dtype: DType | None = None,
     files: Mapping[str, bytes] | None = None,
+    replace: bool = False,
 ) -> None:
     """Write the configuration and safetensors to a directory, all or nothing.
 
-    Everything is written to a neighbour, which then takes the directory's place. Other files of an
-    earlier export, such as a tokenizer, are kept.
+    Everything is written to a neighbour, which then takes the directory's place.
 
     Args:
-        directory: New, empty, or an earlier export.
+        directory: New or empty.
         config: The model's configuration.
         params: Nested dict of arrays or quantised parameters.
         max_shard_bytes: Size at which a new file is begun.
         quantized: The codec whose arrays are written as they are; None: numbers are written.
         dtype: Type to write numbers in; None: their own.
         files: Further files by name.
+        replace: The directory may be an earlier export, whose other files, such as a tokenizer, are
+            kept.
 
     Raises:
-        ValueError: If the directory holds something that is not a model, or if no family of
-            Hugging Face has the configuration's options.
+        ValueError: If the directory is taken, or if no family of Hugging Face has the
+            configuration's options.
 
     """
     content = config_json(dataclasses.replace(config, param_dtype=dtype or config.param_dtype))
     if quantized:
         content["quantization_config"] = _quantization(quantized, config.param_dtype)
     directory = directory.expanduser().resolve()
-    occupied = directory.is_file() or (directory.is_dir() and any(directory.iterdir()))
-    if occupied and not (directory / CONFIG).is_file():
-        raise ValueError(
-            f"{directory} exists and is not a model directory; give a new or an empty one."
+    taken = directory.is_file() or (directory.is_dir() and any(directory.iterdir()))
+    if taken and not (replace and (directory / CONFIG).is_file()):
+        allowed = (
+            "a new, an empty or a model directory" if replace else "a new or an empty directory"
         )
+        raise ValueError(f"{str(directory)!r} is taken: give {allowed}.")
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
         staged, earlier = Path(scratch, "new"), Path(scratch, "earlier")

@@ -75,7 +75,7 @@ class Start:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text:
-    """What it is trained on. 5% of the documents are held out for validation.
+    """The text or the chats to train on. 5% of the documents are held out for validation.
 
     Attributes:
         data: Files, directories, globs; JSON lines, as FILE.jsonl or FILE.jsonl#FIELD; hf:NAME.

@@ -46,7 +46,7 @@ class LoadedModel:
 
     @property
     def format(self) -> str:
-        """What its run was trained on, "text" or "chats"; "text" if it is not from a run."""
+        """The format of the data of its run, "text" or "chats"; "text" if it is not from a run."""
         return self.config.text.format if self.config else "text"
 
     @functools.cached_property

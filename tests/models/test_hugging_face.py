@@ -330,7 +330,7 @@ def test_a_new_export_replaces_the_earlier_and_keeps_the_tokenizer(model, direct
 
 def test_a_directory_of_something_else_is_not_replaced(model, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="exists and is not a model directory"):
+    with pytest.raises(ValueError, match="is taken: give a new, an empty or a model directory"):
         to_hugging_face(model, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
