@@ -26,7 +26,6 @@ first.
 
 import dataclasses
 import functools
-import math
 import os
 import sys
 import time
@@ -49,6 +48,7 @@ from memopt.text.finding import DataWarning
 from memopt.training.config import Config, Start, read_options
 from memopt.training.describe import describe_run
 from memopt.training.directory import choose_directory
+from memopt.training.evaluation import perplexity
 from memopt.training.loop import Stopped, train
 from memopt.training.metrics import read_metrics
 from memopt.training.open import Training, open_run
@@ -276,8 +276,8 @@ def _conclude(run: Training, state: TrainState, step: Compiled, console: Console
     lines = read_metrics(run.directory / "metrics.jsonl")
     losses = [line["val_loss"] for line in lines if line.get("val_loss")]
     if losses:
-        perplexity = math.exp(min(losses[-1], 700))
-        console.print(f"validation loss {losses[-1]:.4f}, perplexity {perplexity:.3f} a token")
+        shown = f"validation loss {losses[-1]:.4f}, perplexity {perplexity(losses[-1]):.3f} a token"
+        console.print(shown)
     console.print(f"everything is in {run.directory}", markup=False, highlight=False)
 
 
