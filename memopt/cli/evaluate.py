@@ -10,17 +10,15 @@ Examples:
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from tyro import conf
 
+from memopt.cli.arguments import Step
 from memopt.cli.errors import fail
-from memopt.training.config import Config
-from memopt.training.data import read_history
-from memopt.training.evaluation import Evaluation, evaluate_chats, evaluate_text
-from memopt.training.load import LoadedModel, load_model
-from memopt.training.open import find_text
+from memopt.training.evaluation import evaluate_data
+from memopt.training.load import load_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,8 +34,6 @@ class Options:
         batch_size: Rows that are evaluated at a time.
         seq_len: Tokens of a row, which is what the model sees before a token, at most; by default
             that of the run, or the model's longest up to 1024.
-        step: Of a run: best (by validation loss), last, or the number of a step that has a
-            checkpoint.
     """
 
     run: Annotated[conf.Positional[Path], conf.arg(metavar="RUN")]
@@ -45,7 +41,7 @@ class Options:
     format: Annotated[Literal["text", "chats"] | None, conf.arg(metavar="{text,chats}")] = None
     batch_size: int = 8
     seq_len: Annotated[int | None, conf.arg(metavar="INT")] = None
-    step: Annotated[Literal["best", "last"] | int, conf.arg(metavar="{best,last,INT}")] = "best"
+    step: Step = "best"
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -53,33 +49,21 @@ def evaluate(arguments: list[str]) -> None:
     options = tyro.cli(Options, prog="memopt evaluate", description=__doc__, args=arguments)
     try:
         loaded = load_model(options.run, options.step)
-        found, name = _evaluate(loaded, options)
+        found = evaluate_data(
+            loaded,
+            options.data,
+            format=options.format,
+            batch_size=options.batch_size,
+            seq_len=options.seq_len,
+        )
     except (ValueError, ImportError, OSError) as error:
         fail(error)
     at_step = "" if loaded.step is None else f", step {loaded.step}"
     print(f"model      {loaded.path}{at_step}")
+    name = " ".join(options.data) or "what the run held out"
     print(f"data       {name}: {found.tokens:,} tokens, {found.bytes:,} bytes")
     print(f"a token    loss {found.loss:.4f}, perplexity {found.perplexity:.3f}")
     print(
         f"a byte     loss {found.loss_per_byte:.4f}, perplexity {found.perplexity_per_byte:.3f}, "
         f"{found.bits_per_byte:.4f} bits"
     )
-
-
-def _evaluate(loaded: LoadedModel, options: Options) -> tuple[Evaluation, str]:
-    """The evaluation, and a name for what it is on."""
-    if not (loaded.config or options.data):
-        raise ValueError(f"{str(loaded.path)!r} is a model without data of its own: give --data.")
-    config = loaded.config or Config()
-    text = dataclasses.replace(config.text, format=options.format or config.text.format)
-    specs = options.data or text.eval_data
-    text = dataclasses.replace(text, data=specs or text.data)
-    history = [] if options.data else read_history(loaded.path)  # names of data that has moved
-    documents = find_text(dataclasses.replace(config, text=text), history)
-    documents = documents if specs else documents.split()[1]
-    name = " ".join(options.data) or "what the run held out"
-    rows: Any = {"batch_size": options.batch_size, "seq_len": options.seq_len}
-    rows |= {"max_tokens": None if options.data else text.eval_tokens}
-    if text.format == "text":
-        return evaluate_text(loaded, documents, **rows), name
-    return evaluate_chats(loaded, documents, long_examples=text.long_examples, **rows), name

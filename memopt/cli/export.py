@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro import conf
 
+from memopt.cli.arguments import Step
 from memopt.cli.errors import fail
 from memopt.training.export import export
 from memopt.training.load import load_run
@@ -26,7 +27,6 @@ class Options:
     Attributes:
         run: Directory of a run.
         directory: Where to write: a new or an empty directory.
-        step: best (by validation loss), last, or the number of a step that has a checkpoint.
         dtype: Type of the weights, if not that of the run's parameters.
         quantized: Write weights that the run stores in fewer bits as they are, to be read by memopt
             alone. Without it, they are decoded.
@@ -34,7 +34,7 @@ class Options:
 
     run: Annotated[conf.Positional[Path], conf.arg(metavar="RUN")]
     directory: Annotated[conf.Positional[Path], conf.arg(metavar="DIRECTORY")]
-    step: Annotated[Literal["best", "last"] | int, conf.arg(metavar="{best,last,INT}")] = "best"
+    step: Step = "best"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     quantized: conf.FlagCreatePairsOff[bool] = False
 

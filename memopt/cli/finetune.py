@@ -26,8 +26,11 @@ DEFAULTS = Config(
     run=Run(eval_every=100),
 )
 
-#: Options that are those of a run to start from: its model and tokenizer.
-INHERITED = ("tokenizer", *(field.name for field in dataclasses.fields(Architecture)))
+#: Options that are those of a run to start from: its model, tokenizer and chat template.
+INHERITED = (
+    *("tokenizer", "chat_template"),
+    *(field.name for field in dataclasses.fields(Architecture)),
+)
 
 
 def finetune(arguments: list[str]) -> None:

@@ -26,7 +26,6 @@ first.
 
 import dataclasses
 import functools
-import math
 import os
 import sys
 import time
@@ -49,6 +48,7 @@ from memopt.text.finding import DataWarning
 from memopt.training.config import Config, Start, read_options
 from memopt.training.describe import describe_run
 from memopt.training.directory import choose_directory
+from memopt.training.evaluation import perplexity
 from memopt.training.loop import Stopped, train
 from memopt.training.metrics import read_metrics
 from memopt.training.open import Training, open_run
@@ -214,13 +214,15 @@ def parse(
             "init, grow and carry_state start a new run, --resume continues one: leave one out."
         )
     if config.start.init:
-        inherited = inherited_options(config.start)
+        inherited = inherited_options(config.start.init, config.start.grow)
         options |= {k: x for k, x in inherited.items() if inherits is None or k in inherits}
     if config.run.config:
         options |= read_options(config.run.config)
     if "--optimizer" in given and config.optimization.optimizer != options.get("optimizer"):
         for name in ("option", "learning_rate"):  # of the optimizer there
             options.pop(name, None)
+    if "--format" in given and config.text.format == "text":
+        options.pop("chat_template", None)
     if config.run.resume:
         options |= read_options(choose_directory(config) / "config.json")
         options.pop("schedule", None)  # which goes on, unless one is given
@@ -274,8 +276,8 @@ def _conclude(run: Training, state: TrainState, step: Compiled, console: Console
     lines = read_metrics(run.directory / "metrics.jsonl")
     losses = [line["val_loss"] for line in lines if line.get("val_loss")]
     if losses:
-        perplexity = math.exp(min(losses[-1], 700))
-        console.print(f"validation loss {losses[-1]:.4f}, perplexity {perplexity:.3f} a token")
+        shown = f"validation loss {losses[-1]:.4f}, perplexity {perplexity(losses[-1]):.3f} a token"
+        console.print(shown)
     console.print(f"everything is in {run.directory}", markup=False, highlight=False)
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro import conf
 
+from memopt.cli.arguments import Step
 from memopt.cli.errors import fail
 from memopt.training.load import load_model
 from memopt.training.sampling import continue_text
@@ -33,8 +34,6 @@ class Options:
         seed: Decides the sample.
         format: text continues the prompt, chats answers it as the message of a user, by the chat
             template; by default as the run was trained, and text for a Hugging Face model.
-        step: Of a run: best (by validation loss), last, or the number of a step that has a
-            checkpoint.
     """
 
     run: Annotated[conf.Positional[Path], conf.arg(metavar="RUN")]
@@ -45,7 +44,7 @@ class Options:
     stop: Annotated[tuple[str, ...], conf.UseAppendAction, conf.arg(metavar="TEXT")] = ()
     seed: int = 0
     format: Annotated[Literal["text", "chats"] | None, conf.arg(metavar="{text,chats}")] = None
-    step: Annotated[Literal["best", "last"] | int, conf.arg(metavar="{best,last,INT}")] = "best"
+    step: Step = "best"
 
 
 def sample(arguments: list[str]) -> None:

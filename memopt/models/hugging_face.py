@@ -7,13 +7,14 @@ the part a device needs, straight into the stacked arrays; Hugging Face stores l
 """
 
 import dataclasses
+import functools
 import itertools
 import json
-import logging
 import math
 import reprlib
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -63,8 +64,6 @@ PICKLED = ("*.bin", "*.pt", "*.pth")
 
 # Files of an earlier export that a new one replaces, or would contradict.
 REPLACED = (CONFIG, "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
-
-log = logging.getLogger(__name__)
 
 STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -150,16 +149,26 @@ def read_config(directory: Path) -> LlamaConfig:
     stored = open_tensors(directory)
     dtype = narrowest_dtype(directory, stored)
     if config.tied and {EMBEDDING, HEAD} <= stored.keys():
-        head = stored.pop(HEAD)
-        tied = _equal(stored[EMBEDDING], head)
-        if tied:
+        stats = [path.stat() for path in _weight_files(directory)]
+        files = tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
+        config = dataclasses.replace(config, tied=_has_equal_head(directory, files))
+        if config.tied:
+            del stored[HEAD]
             dtype = narrowest_dtype(directory, stored)
-        else:
-            log.warning(
-                "%s: %s differs from %s: the model is read as untied.", path, HEAD, EMBEDDING
-            )
-        config = dataclasses.replace(config, tied=tied)
     return dataclasses.replace(config, param_dtype=dtype)
+
+
+@functools.lru_cache(maxsize=1)  # a command reads its options and then the model, both large
+def _has_equal_head(directory: Path, files: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether head and embedding are the same; warns if not. `files` tells changed weights."""
+    stored = open_tensors(directory)
+    equal = _equal(stored[EMBEDDING], stored[HEAD])
+    if not equal:
+        path = directory / CONFIG
+        warnings.warn(
+            f"{path}: {HEAD} differs from {EMBEDDING}: the model is read as untied.", stacklevel=3
+        )
+    return equal
 
 
 def _equal(first: Any, second: Any) -> bool:
@@ -429,35 +438,38 @@ def write(
     quantized: str | None = None,
     dtype: DType | None = None,
     files: Mapping[str, bytes] | None = None,
+    replace: bool = False,
 ) -> None:
     """Write the configuration and safetensors to a directory, all or nothing.
 
-    Everything is written to a neighbour, which then takes the directory's place. Other files of an
-    earlier export, such as a tokenizer, are kept.
+    Everything is written to a neighbour, which then takes the directory's place.
 
     Args:
-        directory: New, empty, or an earlier export.
+        directory: New or empty.
         config: The model's configuration.
         params: Nested dict of arrays or quantised parameters.
         max_shard_bytes: Size at which a new file is begun.
         quantized: The codec whose arrays are written as they are; None: numbers are written.
         dtype: Type to write numbers in; None: their own.
         files: Further files by name.
+        replace: The directory may be an earlier export, whose other files, such as a tokenizer, are
+            kept.
 
     Raises:
-        ValueError: If the directory holds something that is not a model, or if no family of
-            Hugging Face has the configuration's options.
+        ValueError: If the directory is taken, or if no family of Hugging Face has the
+            configuration's options.
 
     """
     content = config_json(dataclasses.replace(config, param_dtype=dtype or config.param_dtype))
     if quantized:
         content["quantization_config"] = _quantization(quantized, config.param_dtype)
     directory = directory.expanduser().resolve()
-    occupied = directory.is_file() or (directory.is_dir() and any(directory.iterdir()))
-    if occupied and not (directory / CONFIG).is_file():
-        raise ValueError(
-            f"{directory} exists and is not a model directory; give a new or an empty one."
+    taken = directory.is_file() or (directory.is_dir() and any(directory.iterdir()))
+    if taken and not (replace and (directory / CONFIG).is_file()):
+        allowed = (
+            "a new, an empty or a model directory" if replace else "a new or an empty directory"
         )
+        raise ValueError(f"{str(directory)!r} is taken: give {allowed}.")
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
         staged, earlier = Path(scratch, "new"), Path(scratch, "earlier")

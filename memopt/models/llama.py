@@ -626,4 +626,4 @@ def to_hugging_face(
 
     """
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    hugging_face.write(Path(directory), model.config, params, max_shard_bytes)
+    hugging_face.write(Path(directory), model.config, params, max_shard_bytes, replace=True)

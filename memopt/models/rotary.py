@@ -80,7 +80,7 @@ def rotary_tables(config: LlamaConfig, positions: Array) -> tuple[Array, Array]:
 
 
 def attention_factor(config: LlamaConfig) -> float:
-    """What yarn multiplies queries and keys by; 1 for all others.
+    """The factor that yarn multiplies queries and keys by; 1 for all others.
 
     Args:
         config: Gives `rope_scaling`.

@@ -167,7 +167,7 @@ class Checkpoints:
             step: Which one: "last"; "best", with the lowest validation loss, or the last if none
                 is known; or its step. A damaged one is left out with a warning, unless it is named.
             like: Shapes, dtypes and shardings of the state, as `ShapeDtypeStruct`s.
-            params_only: Leave out the optimizer's state, which is then not read.
+            params_only: Leave out the optimizer's state, which is not read and may be another.
 
         Returns:
             The state and its validation loss, None if it was not evaluated.
@@ -304,10 +304,12 @@ def _read(
     arrays = ocp.checkpointables_metadata(path).metadata["state"]
     if arrays is None:
         raise OSError("the description of its arrays is missing")
-    _check_same_arrays(arrays, like)
-    if params_only:
-        left_out = jax.tree.map(lambda _: ocp.PLACEHOLDER, like.opt_state)
+    if params_only:  # beside whatever an optimizer of another version has kept
+        _check_same_arrays({"params": arrays["params"]}, {"params": like.params})
+        left_out = jax.tree.map(lambda _: ocp.PLACEHOLDER, arrays["opt_state"])
         like = like._replace(opt_state=left_out)
+    else:
+        _check_same_arrays(arrays, like)
     state = ocp.load_checkpointables(path, {"state": like})["state"]
     if params_only:
         there = metadata.get("params_checksum")  # release 0.1 has none
@@ -329,7 +331,7 @@ def _set_aside(path: Path, folder: Path, reason: str) -> None:
     )
 
 
-def _check_same_arrays(saved: Any, like: TrainState) -> None:
+def _check_same_arrays(saved: Any, like: Any) -> None:
     """Raises a sentence naming the first arrays that differ from those of the run."""
     there, here = _describe(saved), _describe(like)
     names = sorted(there.keys() | here.keys())

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -10,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from tyro import conf
 
 from memopt.errors import check_choice
+from memopt.json_files import read_json
 from memopt.models.config import LlamaConfig
 from memopt.optimizers.registry import METHODS, available
 
@@ -75,7 +75,7 @@ class Start:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text:
-    """What it is trained on. 5% of the documents are held out for validation.
+    """The text or the chats to train on. 5% of the documents are held out for validation.
 
     Attributes:
         data: Files, directories, globs; JSON lines, as FILE.jsonl or FILE.jsonl#FIELD; hf:NAME.
@@ -405,9 +405,6 @@ def read_options(path: Path) -> dict[str, Any]:
         ValueError: There is no such file, or it holds no JSON object.
     """
     try:
-        options = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"config {str(path)!r} cannot be read: {error}.") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"config {str(path)!r} must hold a JSON object of options.")
-    return options
+        return read_json(path)
+    except ValueError as error:
+        raise ValueError(f"config {str(path)!r} cannot be read: {error}") from None

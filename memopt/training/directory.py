@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from memopt.json_files import read_json
 from memopt.text.tokenizer import TEMPLATE
 from memopt.text.tokenizer_files import tokenizer_files
 from memopt.training.config import Config
@@ -25,7 +26,7 @@ MAY_CHANGE = {
 
 #: Files that are there before `config.json` makes a directory that of a run.
 BEFORE_CONFIG = {
-    *(LOCK, "data.tmp", "data.jsonl", "config.tmp", "tokenizer"),
+    *(LOCK, "data.tmp", "data.jsonl", "config.tmp", "tokenizer", "tokenizer.tmp"),
     *(TEMPLATE, "chat_template.tmp"),
 }
 
@@ -60,7 +61,7 @@ def choose_directory(config: Config) -> Path:
     return output or next(path for path in candidates if not _taken(path))
 
 
-def is_run(name: str, directory: Path | None) -> bool:
+def is_run(name: str, directory: Path) -> bool:
     """Whether a directory holds a run; otherwise it holds a Hugging Face model.
 
     Args:
@@ -71,10 +72,9 @@ def is_run(name: str, directory: Path | None) -> bool:
         ValueError: It holds neither.
     """
     try:
-        content = json.loads(Path(directory or "", "config.json").read_bytes())
-    except (OSError, ValueError):
-        content = None
-    keys = content.keys() if isinstance(content, dict) else set()
+        keys = set(read_json(directory / "config.json"))
+    except ValueError:
+        keys = set()
     if not keys & {"optimizer", "model_type", "architectures"}:
         raise ValueError(
             f"{name} {str(directory)!r} is neither the directory of a run nor that of a Hugging "
@@ -97,22 +97,32 @@ def kept_tokenizer(directory: Path, spec: str) -> str:
 def keep_tokenizer(directory: Path, spec: str) -> None:
     """Copies the files of a tokenizer into the directory of a run, unless they are there.
 
+    A process that is killed at any moment leaves no half copy.
+
     Args:
         directory: The directory of the run.
         spec: The tokenizer, as `load_tokenizer` takes it; bytes have no files.
 
     Raises:
+        OSError: They cannot be read.
         ValueError: They cannot be written.
     """
-    copy = directory / "tokenizer"
-    if spec == "bytes" or Path(spec) == copy:
+    if spec == "bytes":
         return
+    files = tokenizer_files(spec)
+    copy, draft = directory / "tokenizer", directory / "tokenizer.tmp"
     with _writing(directory, "make room or repair it"):
+        if copy.is_dir() and {x.name: x.read_bytes() for x in copy.iterdir()} == files:
+            return
+        if draft.exists():
+            shutil.rmtree(draft)  # left by a process that was killed
+        (draft / "new").mkdir(parents=True)
+        for name, content in files.items():
+            (draft / "new" / name).write_bytes(content)
         if copy.exists():
-            shutil.rmtree(copy)  # left by a start that was killed
-        copy.mkdir()
-        for name, content in tokenizer_files(spec).items():
-            write_whole(copy / name, content)
+            copy.rename(draft / "old")
+        (draft / "new").rename(copy)
+        shutil.rmtree(draft)
 
 
 def lock_directory(directory: Path, lock: Lock, *, new: bool) -> None:

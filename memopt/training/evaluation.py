@@ -1,8 +1,9 @@
 """Evaluates a model on text."""
 
+import dataclasses
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -13,7 +14,10 @@ from memopt.text.examples import encode_examples
 from memopt.text.files import Piece
 from memopt.text.packing import Batch, piece_ids
 from memopt.text.tokenizer import Tokenizer
+from memopt.training.config import Config
+from memopt.training.data import read_history
 from memopt.training.load import LoadedModel
+from memopt.training.open import find_text
 
 
 class Evaluation(NamedTuple):
@@ -42,7 +46,7 @@ class Evaluation(NamedTuple):
     @property
     def perplexity(self) -> float:
         """The exponential of the loss a token."""
-        return _exp(self.loss)
+        return perplexity(self.loss)
 
     @property
     def loss_per_byte(self) -> float:
@@ -52,12 +56,60 @@ class Evaluation(NamedTuple):
     @property
     def perplexity_per_byte(self) -> float:
         """The exponential of the loss a byte."""
-        return _exp(self.loss_per_byte)
+        return perplexity(self.loss_per_byte)
 
     @property
     def bits_per_byte(self) -> float:
         """The loss a byte in bits."""
         return self.loss_per_byte / math.log(2)
+
+
+def perplexity(nats: float) -> float:
+    """The exponential of a loss, at most that of 700, which a float still holds.
+
+    Example:
+        >>> perplexity(0.0), perplexity(1e4) < math.inf
+        (1.0, True)
+    """
+    return math.exp(min(nats, 700))
+
+
+def evaluate_data(
+    loaded: LoadedModel,
+    data: Sequence[str] = (),
+    *,
+    format: Literal["text", "chats"] | None = None,
+    batch_size: int = 8,
+    seq_len: int | None = None,
+) -> Evaluation:
+    """Evaluates a model on data or, without, on what its run held out.
+
+    Args:
+        loaded: The model, from `load_run` or `load_model`.
+        data: Text or chats, as in `memopt.training.config.Text`, all of it; empty: what the run
+            held out, as much as its own validation reads.
+        format: "text" or "chats"; None: as the model was trained.
+        batch_size: As in `evaluate_text`.
+        seq_len: As in `evaluate_text`.
+
+    Raises:
+        ValueError: There is no such data, none is given for a model that is not from a run, or the
+            rows are longer than the model accepts.
+    """
+    if not (loaded.config or data):
+        raise ValueError(f"{str(loaded.path)!r} is a model without data of its own: give --data.")
+    config = loaded.config or Config()
+    text = dataclasses.replace(config.text, format=format or config.text.format)
+    specs = tuple(data) or text.eval_data
+    text = dataclasses.replace(text, data=specs or text.data)
+    history = [] if data else read_history(loaded.path)  # names of data that has moved
+    documents = find_text(dataclasses.replace(config, text=text), history)
+    documents = documents if specs else documents.split()[1]
+    rows: Any = {"batch_size": batch_size, "seq_len": seq_len}
+    rows |= {"max_tokens": None if data else text.eval_tokens}
+    if text.format == "text":
+        return evaluate_text(loaded, documents, **rows)
+    return evaluate_chats(loaded, documents, long_examples=text.long_examples, **rows)
 
 
 def evaluate_text(
@@ -185,7 +237,3 @@ def covered_bytes(pieces: Iterable[Piece], tokenizer: Tokenizer, tokens: int) ->
         text = piece.content if is_whole else tokenizer.decode(shown)
         total, tokens = total + _size(text), tokens - len(predicted)
     return total
-
-
-def _exp(nats: float) -> float:
-    return math.exp(min(nats, 700))

@@ -39,8 +39,6 @@ def export(
         OSError: It cannot be written.
     """
     directory, codec = Path(directory), codec_of(run.params)
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-        raise ValueError(f"{str(directory)!r} is taken: give a new or an empty directory.")
     if quantized and not codec:
         raise ValueError(
             f"quantized must be left out, since the weights of {str(run.path)!r} are not quantised."

@@ -43,7 +43,7 @@ class LoadedModel:
     step: int | None = None
     val_loss: float | None = None
 
-    @property
+    @functools.cached_property
     def model(self) -> llama.Llama:
         """The model. It reads quantised blocks one at a time."""
         return llama.build_model(self.model_config, self.params)
@@ -124,10 +124,16 @@ def load_model(path: str | Path, step: str | int = "best") -> LoadedModel:
         step: Of a run, see `load_run`.
 
     Raises:
-        ValueError: It is neither, or cannot be loaded.
+        ValueError: It is neither, cannot be loaded, or its tokenizer has ids that the model lacks.
     """
     path = Path(path)
     if is_run("run", path):
         return load_run(path, step)
+    tokenizer = load_tokenizer(str(path))
     model_config, params = llama.read_hugging_face(path)
-    return LoadedModel(path, model_config, params, load_tokenizer(str(path)))
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {str(path)!r} has {tokenizer.vocab_size} ids, but the model only "
+            f"{model_config.vocab_size}: give it the tokenizer that it was trained with."
+        )
+    return LoadedModel(path, model_config, params, tokenizer)

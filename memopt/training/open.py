@@ -57,7 +57,7 @@ from memopt.training.processes import (
 )
 from memopt.training.profile import check_profile
 from memopt.training.setup import Setup
-from memopt.training.start import read_origin
+from memopt.training.start import Origin, read_origin
 from memopt.training.step import TrainState
 from memopt.training.trackers import check_trackers
 
@@ -132,29 +132,15 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
             run; says what to change.
     """
     with errors_in_all_processes():
-        directory, given = choose_directory(config), config
+        directory, given, there = choose_directory(config), config, None
     if config.run.resume:
         there = Config.from_flat(read_options(directory / "config.json"))
-        may_change = MAY_CHANGE | (WITH_SCHEDULE if given.optimization.schedule else set())
-        check_same(directory, there.flat(), given.flat(), may_change=may_change)
-        config = given.with_phases(*there.phases)
-    if config.optimization.rewarm and not (config.run.resume and config.optimization.schedule):
-        raise ValueError("rewarm goes with --resume and --schedule; a new run has --warmup.")
-    if config.start.init is None and config.start != Start():
-        raise ValueError("grow and carry_state go with --init, the model to start from.")
-    with errors_in_all_processes():
-        if is_main_process():
-            check_trackers(config.run.log)
-    check_at_least("eval_tokens", config.text.eval_tokens, config.text.seq_len)
-    _check_format(config)
-
-    spec = config.text.tokenizer
-    if config.run.resume and spec == there.text.tokenizer:
-        spec = kept_tokenizer(directory, spec)
-    tokenizer = load_tokenizer(spec)
-    encoder = chat_encoder(config, tokenizer, directory if config.run.resume else None)
+        config = _resumed_options(directory, there, given)
+    _check_options(config)
+    spec, tokenizer, encoder = _open_tokenizer(config, directory, there)
     checkpoints = Checkpoints(directory / "checkpoints", config.run.keep)
-    origin = read_origin(config) if config.start.init and checkpoints.newest() is None else None
+    init = config.start.init if checkpoints.newest() is None else None
+    origin = read_origin(init, config) if init else None
     planned = origin.schedule if origin else lambda config: config
     config, unplanned = planned(config), config
     setup = describe_run(config)
@@ -186,21 +172,11 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
             if is_main_process():
                 lock_directory(directory, lock, new=False)  # before damaged checkpoints are moved
         restored = _restore(checkpoints, setup)
+    state = restored[0] if restored else None
     with errors_in_all_processes():
-        if restored:
-            state, record = restored
-            then = record["identity"]
-            both = identity | then, identity  # release 0.1 knew less of it
-            check_same(directory, *({name: x[name] for name in PASS} for x in both))
-            data = data._replace(after=int(state.step))
-            accept = config.run.accept_data_change
-            history, is_same = continue_history(directory, history, then, data, accept=accept)
-            if is_same:
-                batches.set_state(record["batches"])
-        else:
-            history = [data]
-        step, skipped = (int(state.step), int(state.skipped)) if restored else (0, 0)
-        if config.run.resume:
+        history = _continue_data(directory, config, history, data, batches, restored)
+        step, skipped = (int(state.step), int(state.skipped)) if state else (0, 0)
+        if there:
             before = there.with_phases(*config.phases)
             config = resume(before, given, step=step, updates=step - skipped)
             setup = describe_run(config) if config.phases != before.phases else setup
@@ -210,16 +186,7 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
         if is_main_process():
             if not config.run.resume:
                 lock_directory(directory, lock, new=True)
-            keep_tokenizer(directory, spec)
-            write_history(directory, history)
-            if encoder:
-                write_template(directory, encoder.template)
-            write_config(directory, config)
-    if origin:
-        state = origin.start(config, setup)
-    elif not restored:
-        with jax.set_mesh(setup.mesh):
-            state = setup.jit_init(config.optimization.seed)()
+            _write_files(directory, config, history, spec, encoder)
     run = Training(
         config=config,
         setup=setup,
@@ -230,14 +197,100 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
         identity=identity,
         checkpoints=checkpoints,
         lock=lock,
-        state=state,
+        state=_first_state(config, setup, origin) if state is None else state,
         examples=examples.summary(config.text.batch_size) if examples else "",
         origin=origin.taken_over(config) if origin else "",
         history=history,
     )
     if origin:
-        run.save(state)
+        run.save(run.state)
     return run
+
+
+def _resumed_options(directory: Path, there: Config, given: Config) -> Config:
+    """The options of a resumed run, with the schedules it had; raises if others have changed."""
+    may_change = MAY_CHANGE | (WITH_SCHEDULE if given.optimization.schedule else set())
+    check_same(directory, there.flat(), given.flat(), may_change=may_change)
+    return given.with_phases(*there.phases)
+
+
+def _check_options(config: Config) -> None:
+    """Raises if options do not go together, before anything is read."""
+    if config.optimization.rewarm and not (config.run.resume and config.optimization.schedule):
+        raise ValueError("rewarm goes with --resume and --schedule; a new run has --warmup.")
+    if config.start.init is None and config.start != Start():
+        raise ValueError("grow and carry_state go with --init, the model to start from.")
+    with errors_in_all_processes():
+        if is_main_process():
+            check_trackers(config.run.log)
+    check_at_least("eval_tokens", config.text.eval_tokens, config.text.seq_len)
+    _check_format(config)
+
+
+def _open_tokenizer(
+    config: Config, directory: Path, there: Config | None
+) -> tuple[str, Tokenizer, ChatEncoder | None]:
+    """The tokenizer with its name, and for chats their encoder; both a resumed run's own copies.
+
+    Args:
+        config: The options of the run.
+        directory: Its directory.
+        there: The options it was started with, if it is resumed; it has no copy of what is new.
+    """
+    spec, template = config.text.tokenizer, config.text.chat_template
+    if there and spec == there.text.tokenizer:
+        spec = kept_tokenizer(directory, spec)
+    if there and template == there.text.chat_template:
+        template = str(directory / TEMPLATE)
+    tokenizer = load_tokenizer(spec)
+    if config.text.format != "chats":
+        return spec, tokenizer, None
+    return spec, tokenizer, ChatEncoder(tokenizer, template and read_template(Path(template)))
+
+
+def _continue_data(
+    directory: Path,
+    config: Config,
+    history: Sequence[Data],
+    data: Data,
+    batches: Batches,
+    restored: tuple[TrainState, Record] | None,
+) -> list[Data]:
+    """Moves the batches to where the run was in its data; returns what it is trained on by then."""
+    if not restored:
+        return [data]
+    state, record = restored
+    identity, then = data.identity, record["identity"]
+    both = identity | then, identity  # release 0.1 knew less of it
+    check_same(directory, *({name: x[name] for name in PASS} for x in both))
+    data = data._replace(after=int(state.step))
+    accept = config.run.accept_data_change
+    history, is_same = continue_history(directory, history, then, data, accept=accept)
+    if is_same:
+        batches.set_state(record["batches"])
+    return history
+
+
+def _write_files(
+    directory: Path,
+    config: Config,
+    history: Sequence[Data],
+    spec: str,
+    encoder: ChatEncoder | None,
+) -> None:
+    """Writes what the run needs to be resumed; its config.json, which makes it a run, last."""
+    keep_tokenizer(directory, spec)
+    write_history(directory, history)
+    if encoder:
+        write_template(directory, encoder.template)
+    write_config(directory, config)
+
+
+def _first_state(config: Config, setup: Setup, origin: Origin | None) -> TrainState:
+    if origin:
+        return origin.start(config, setup)
+    with jax.set_mesh(setup.mesh):
+        return setup.jit_init(config.optimization.seed)()
 
 
 def _restore(checkpoints: Checkpoints, setup: Setup) -> tuple[TrainState, Record] | None:
@@ -296,28 +349,6 @@ def _check_format(config: Config) -> None:
         raise ValueError(f"epochs must be positive, got {epochs}.")
 
 
-def chat_encoder(
-    config: Config, tokenizer: Tokenizer, directory: Path | None = None
-) -> ChatEncoder | None:
-    """Returns what makes ids of a run's chats.
-
-    Args:
-        config: The options of the run.
-        tokenizer: Its tokenizer.
-        directory: Its directory, which holds its template; None: a run that begins.
-
-    Returns:
-        The encoder; None for a run on text.
-
-    Raises:
-        ValueError: Its template cannot be read.
-    """
-    if config.text.format != "chats":
-        return None
-    file = directory / TEMPLATE if directory else config.text.chat_template
-    return ChatEncoder(tokenizer, read_template(Path(file)) if file else None)
-
-
 class Opened(NamedTuple):
     """A run's data.
 
@@ -347,7 +378,7 @@ def open_batches(
     Args:
         config: The options of the run.
         documents: Its text.
-        tokenizer: Makes ids of the text; for examples, what `chat_encoder` returns.
+        tokenizer: Makes ids of the text; for examples, a `ChatEncoder`.
         rows: The rows of a batch that this process holds.
         place: Applied to each training batch, ahead of its step.
         progress: Called with a line to show if a part of it takes long.

@@ -15,9 +15,9 @@ from memopt.state.growth import grow_depth
 from memopt.state.quantized_params import dequantize_params
 from memopt.state.sharding import dense_like
 from memopt.training.checkpoint import Checkpoints
-from memopt.training.config import Config, Start, read_options
+from memopt.training.config import Config, read_options
 from memopt.training.describe import describe_run
-from memopt.training.directory import is_run, kept_tokenizer
+from memopt.training.directory import TEMPLATE, is_run, kept_tokenizer
 from memopt.training.setup import Setup, store_params
 from memopt.training.step import TrainState, init_state
 
@@ -28,18 +28,19 @@ OWN = ("init", "grow", "carry_state", "phases")
 FREE = ("param_dtype", "dtype", "remat")
 
 
-def inherited_options(start: Start) -> dict[str, Any]:
+def inherited_options(directory: Path, grow: int) -> dict[str, Any]:
     """Returns the options that a new run has from what it starts from, unless it has others.
 
-    Of a Hugging Face model, these are its name, its shapes and its tokenizer.
+    Of a Hugging Face model, these are its name, its shapes and its tokenizer. The chat template
+    of a run on chats is its copy.
 
     Args:
-        start: The run or the model to start from.
+        directory: The run or the model to start from.
+        grow: How often its layers are repeated.
 
     Raises:
         ValueError: There is none.
     """
-    directory: Any = start.init
     if is_run("init", directory):
         options = read_options(directory / "config.json")
         there = Config.from_flat(options).architecture
@@ -47,6 +48,8 @@ def inherited_options(start: Start) -> dict[str, Any]:
         tokenizer = kept_tokenizer(directory, options.get("tokenizer", "bytes"))
         options = {name: x for name, x in options.items() if name not in OWN}
         options = {"option": [], **options, "tokenizer": tokenizer}
+        if options.get("format") == "chats":
+            options["chat_template"] = str(directory / TEMPLATE)
     else:
         shape = hugging_face.read_config(directory)
         layers = shape.num_layers
@@ -55,7 +58,7 @@ def inherited_options(start: Start) -> dict[str, Any]:
             "shape": dataclasses.asdict(shape),
             "tokenizer": str(directory),
         }
-    return options | ({"num_layers": layers * start.grow} if start.grow > 1 else {})
+    return options | ({"num_layers": layers * grow} if grow > 1 else {})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -201,18 +204,18 @@ class ModelOrigin(Origin):
         return store_params(llama.abstract_params(config, setup.mesh), self.codec)
 
 
-def read_origin(config: Config) -> Origin:
+def read_origin(directory: Path, config: Config) -> Origin:
     """Reads what a new run starts from; writes nothing.
 
     Of a run, the newest checkpoint; of a model, its shapes.
 
     Args:
+        directory: The run or the model.
         config: The options of the new run, on whose devices the state is read.
 
     Raises:
         ValueError: There is no such run or model, or no whole checkpoint of it.
     """
-    directory: Any = config.start.init
     if not is_run("init", directory):
         model_config = hugging_face.read_config(directory)
         tensors = hugging_face.open_tensors(directory)

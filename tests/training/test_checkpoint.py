@@ -343,6 +343,15 @@ def test_the_best_is_the_last_where_none_was_evaluated(tmp_path):
     assert (int(state.step), val_loss) == (2, None)
 
 
+def test_the_params_are_read_beside_another_state_of_the_optimizer(evaluated):
+    other = optax.chain(optax.sgd(1e-3, momentum=0.9), optax.ema(0.9))
+    state, _ = Checkpoints(evaluated).read(3, abstract(make_state(0, other)), params_only=True)
+    chex.assert_trees_all_equal(state.params, make_state(3).params)
+    half = abstract(make_state(0, other, jnp.bfloat16))
+    with pytest.raises(ValueError, match=r"params/kernel is float32\[40, 60\] in the checkpoint"):
+        Checkpoints(evaluated).read(3, half, params_only=True)
+
+
 def test_parameters_are_read_without_the_state_of_the_optimizer(evaluated):
     state, _ = Checkpoints(evaluated).read(3, abstract(make_state(0)), params_only=True)
     chex.assert_trees_all_equal(state.params, make_state(3).params)

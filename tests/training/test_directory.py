@@ -5,8 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from memopt.text.tokenizer import train_tokenizer
 from memopt.training.config import Config, Run, read_options
-from memopt.training.directory import choose_directory, lock_directory, write_config
+from memopt.training.directory import (
+    choose_directory,
+    is_run,
+    keep_tokenizer,
+    kept_tokenizer,
+    lock_directory,
+    write_config,
+)
 from memopt.training.lock import Lock
 
 FIRST, SECOND = Path("runs/tiny-apollo_mini"), Path("runs/tiny-apollo_mini-2")
@@ -50,3 +58,62 @@ def test_a_written_config_is_read_back():
     options = read_options(FIRST / "config.json")
     assert Config.from_flat(options).flat() == Config().flat() == options
     assert options.keys().isdisjoint({"resume", "output", "config"})
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"steps": NaN}', "NaN is no number"),
+        (b"\xff", "not UTF-8"),
+        (b"[]", "must hold a JSON object"),
+    ],
+)
+def test_a_config_that_is_none_is_refused(content, says):
+    path = Path("config.json")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^config 'config.json' cannot be read: .*{says}"):
+        read_options(path)
+    with pytest.raises(ValueError, match=r"run '\.' is neither the directory of a run nor"):
+        is_run("run", Path())
+
+
+@pytest.fixture
+def kept():
+    """A run's copy of a tokenizer, and its files."""
+    train_tokenizer(["ab abc"] * 9, 260, "words.json")
+    FIRST.mkdir(parents=True)
+    keep_tokenizer(FIRST, "words.json")
+    copy = FIRST / "tokenizer"
+    assert kept_tokenizer(FIRST, "words.json") == str(copy)
+    return copy, files_of(copy)
+
+
+def files_of(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_a_run_s_only_tokenizer_survives_under_any_name_of_its_place(kept):
+    copy, files = kept
+    Path("link").symlink_to(copy, target_is_directory=True)
+    for spec in (str(copy), str(copy.absolute()), "link", str(copy / "tokenizer.json")):
+        keep_tokenizer(FIRST, spec)
+        assert files_of(copy) == files
+
+
+def test_a_copy_of_a_tokenizer_that_fails_leaves_the_one_before(kept, monkeypatch):
+    copy, files = kept
+    train_tokenizer(["cd cde"] * 9, 262, "others.json")
+
+    def fail(path, content):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", fail)
+        with pytest.raises(ValueError, match="cannot be written"):
+            keep_tokenizer(FIRST, "others.json")
+    assert files_of(copy) == files
+    assert choose_directory(Config(run=Run(output=FIRST))) == FIRST  # nothing but its beginnings
+    keep_tokenizer(FIRST, "others.json")
+    assert files_of(copy)["tokenizer.json"] == Path("others.json").read_bytes()
+    assert [path.name for path in FIRST.iterdir()] == ["tokenizer"]

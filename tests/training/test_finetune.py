@@ -11,6 +11,7 @@ from rich.console import Console
 
 from benchmarks import exact_answers
 from memopt.cli.finetune import parse_finetune
+from memopt.cli.pretrain import parse
 from memopt.text.tokenizer import TEMPLATE
 from memopt.training.load import load_run
 from memopt.training.loop import train
@@ -105,15 +106,36 @@ def test_more_epochs_lengthen_a_resumed_run(tuned, tmp_path):
     close(run)
 
 
+def test_another_chat_template_is_refused_and_the_same_one_elsewhere_is_not(tuned, tmp_path):
+    before, _ = tuned
+    (tmp_path / "other.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    other = f"--chat-template={tmp_path / 'other.jinja'}"
+    with pytest.raises(ValueError, match="cannot be resumed like this: data tokenizer is"):
+        resume(before, tmp_path / "run", other)
+    same = shutil.copy(before.directory / TEMPLATE, tmp_path / "same.jinja")
+    close(resume(before, tmp_path / "again", f"--chat-template={same}"))
+
+
 def test_a_run_is_fine_tuned_with_its_model_and_tokenizer_and_nothing_else(tuned, options):
     before, last = tuned
     config = options(f"--init={before.directory}", "--epochs=1", "--optimizer=lion")
     assert config.architecture == before.config.architecture
-    assert config.text.chat_template is None
+    assert config.text.format == "chats"
     run = open_run(config)
+    template = (before.directory / TEMPLATE).read_text()
+    assert (run.directory / TEMPLATE).read_text() == template
     chex.assert_trees_all_equal(run.state.params, last.params)
     assert run.config.phases[0].steps == run.config.optimization.steps < int(last.step)
     close(run)
+
+
+def test_a_run_on_chats_may_be_followed_by_one_on_text(tuned):
+    follows = parse([f"--init={tuned[0].directory}", "--format=text"])
+    assert follows.text.chat_template is None
+    again = parse([f"--init={tuned[0].directory}"])
+    assert again.text.chat_template == str(tuned[0].directory / TEMPLATE)
 
 
 def test_the_sample_is_an_answer_to_a_held_out_prompt(tuned):

@@ -88,6 +88,11 @@ def test_a_loaded_run_has_the_parameters_of_the_step(run):
     )
 
 
+def test_the_model_is_built_once(run):
+    loaded = load_run(run[0])
+    assert loaded.model is loaded.model
+
+
 def test_a_quantised_run_of_a_mesh_is_loaded_on_one_device_as_it_is(quantized):
     directory, state = quantized
     loaded = load_run(directory, 4)
@@ -373,6 +378,16 @@ def test_a_continuation_ends_with_the_model_s_context(loaded):
     assert 0 < len(text.encode()) <= 13 * 3
     with pytest.raises(ValueError, match="prompt has 101 tokens, but the model reads 64 at most"):
         continue_text(loaded, "a" * 100)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(run, tmp_path):
+    loaded = load_run(run[0])
+    export(loaded, tmp_path)
+    train_tokenizer(["ab abc abcd abcde bcd cde dea eab"] * 9, 280, tmp_path)
+    ids = load_tokenizer(str(tmp_path)).vocab_size
+    says = f"has {ids} ids, but the model only {loaded.model_config.vocab_size}"
+    with pytest.raises(ValueError, match=f"the tokenizer in .* {says}"):
+        load_model(tmp_path)
 
 
 def test_a_model_directory_is_sampled_and_evaluated_like_a_run(run, tmp_path, text):
