@@ -45,6 +45,6 @@ def export_run(arguments: list[str]) -> None:
     try:
         loaded = load_run(options.run, options.step)
         export(loaded, options.directory, dtype=options.dtype, quantized=options.quantized)
-    except (ValueError, OSError) as error:
+    except (ValueError, ImportError, OSError) as error:
         fail(error)
     print(f"step {loaded.step} of {options.run} is in {options.directory}")

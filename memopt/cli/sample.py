@@ -61,6 +61,6 @@ def sample(arguments: list[str]) -> None:
             seed=options.seed,
             format=options.format,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, ImportError, OSError) as error:
         fail(error)
     print(text)

@@ -67,7 +67,8 @@ def model_card(run: LoadedModel) -> str:
     """
     dense = jax.eval_shape(dequantize_params, run.params)
     size = sum(leaf.size for leaf in jax.tree.leaves(dense))
-    rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(run))
+    cell = lambda value: f"{value}".replace("|", r"\|")
+    rows = "\n".join(f"| {name} | {cell(value)} |" for name, value in _facts(run))
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

@@ -1,5 +1,6 @@
 """Loads the model of a run, or of a Hugging Face directory, on one device."""
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -52,13 +53,20 @@ class LoadedModel:
     def end_ids(self) -> tuple[int, ...]:
         """The ids that end a text or, of a run on chats, an answer; the most usual one first."""
         ends = [self.tokenizer.eos_id, *self.model_config.eos_ids]
-        if self.format == "chats":
-            with self.chat_encoder() as encoder:
-                turns = [{"role": "user", "content": "a"}, {"role": ANSWERS, "content": "a"}]
-                ids, learned = encoder.encode(Chat(turns))
-            last = int(ids[learned][-1])
-            ends = [last, *ends] if last in self.tokenizer.special_tokens.values() else ends
+        last = self._end_of_an_answer() if self.format == "chats" else None
+        if last is not None and last in self.tokenizer.special_tokens.values():
+            ends = [last, *ends]
         return tuple(dict.fromkeys(ends))
+
+    def _end_of_an_answer(self) -> int | None:
+        """The last id of an answer; None if the template refuses all examples of one."""
+        system, *turns = ({"role": role, "content": "a"} for role in ("system", "user", ANSWERS))
+        with self.chat_encoder() as encoder:
+            for messages in (turns, [system, *turns]):
+                with contextlib.suppress(ValueError):
+                    ids, learned = encoder.encode(Chat(messages))
+                    return int(ids[learned][-1])
+        return None
 
     def chat_encoder(self) -> ChatEncoder:
         """Returns what makes ids of chats, by the template of its directory, for use in `with`."""

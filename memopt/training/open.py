@@ -436,7 +436,10 @@ def check_vocabulary(tokenizer: Tokenizer, config: Config, vocab_size: int) -> N
     if ids > vocab_size:
         advice = f"add --vocab-size {ids}"
         if config.start.init:
+            own = Path(config.text.tokenizer) == config.start.init
             advice = "leave out --tokenizer, or give one with fewer ids"
+            if own:
+                advice = "give another --tokenizer, or resize its embeddings in transformers"
         raise ValueError(
             f"tokenizer {tokenizer.name!r} has {ids} ids, but model {model!r} only {vocab_size}: "
             f"{advice}."

@@ -69,7 +69,10 @@ def resume(there: Config, here: Config, *, step: int, updates: int) -> Config:
     options, phases = here.optimization, there.phases
     last, count = phases[-1], phases[0].count + updates
     if options.steps < step:
-        raise ValueError(f"steps must be at least {step}, which were taken, got {options.steps}.")
+        asked = f"{options.steps}"
+        if options.epochs is not None:
+            asked += f", which is what epochs={options.epochs:g} makes"
+        raise ValueError(f"steps must be at least {step}, which were taken, got {asked}.")
     rewarms = bool(options.rewarm and step and not last.step)
     if options.schedule and (rewarms or _replace(last, here) != last):
         if options.steps == step:

@@ -14,10 +14,11 @@ from memopt.models.config import LlamaConfig, preset
 from memopt.state.growth import grow_depth
 from memopt.state.quantized_params import dequantize_params
 from memopt.state.sharding import dense_like
+from memopt.text.tokenizer import TEMPLATE
 from memopt.training.checkpoint import Checkpoints
 from memopt.training.config import Config, read_options
 from memopt.training.describe import describe_run
-from memopt.training.directory import TEMPLATE, is_run, kept_tokenizer
+from memopt.training.directory import is_run, kept_tokenizer
 from memopt.training.setup import Setup, store_params
 from memopt.training.step import TrainState, init_state
 

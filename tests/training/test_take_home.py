@@ -481,6 +481,15 @@ def test_the_token_that_ends_an_answer_ends_it_whatever_ends_documents(tuned, tm
     assert other.end_ids == (257, 256)
 
 
+@pytest.mark.parametrize(("wants", "ends"), [("system", (257, 256)), ("nobody", (256,))])
+def test_a_template_that_wants_more_than_a_user_has_an_end_too(tuned, tmp_path, wants, ends):
+    refuse = "{% if messages[0].role != '" + wants + "' %}{{ raise_exception('no') }}{% endif %}"
+    template = TEMPLATE.replace("{{ eos_token }}", "<|end|>")
+    (tmp_path / "chat_template.jinja").write_text(refuse + template)
+    run = dataclasses.replace(load_run(tuned / "run"), path=tmp_path, tokenizer=EndOfTurn())
+    assert run.end_ids == ends
+
+
 def shown(capsys, command, *arguments):
     command([str(argument) for argument in arguments])
     return capsys.readouterr().out
