@@ -16,7 +16,7 @@ The run directory is that of memopt pretrain, and holds the chat template, too.
 
 import dataclasses
 
-from memopt.cli.pretrain import parse, train_command
+from memopt.cli.pretrain import given_options, parse, train_command
 from memopt.training.config import Architecture, Config, Optimization, Run, Text
 
 #: The options of `memopt finetune` that is given none; docs/fine_tuning.md says why.
@@ -42,11 +42,16 @@ def parse_finetune(arguments: list[str]) -> Config:
     """Returns the options on the command line; see `memopt.cli.pretrain.parse`.
 
     Raises:
-        ValueError: As there; or both steps and epochs are given.
+        ValueError: As there; both steps and epochs are given; or no model is.
     """
-    given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    given = set(given_options(arguments))
     if {"--steps", "--epochs"} <= given:
         raise ValueError("steps and epochs both say how long to train: give one.")
+    if not given & {"--init", "--model", "--resume", "--config", "--help", "-h"}:
+        raise ValueError(
+            "init must name the model to fine-tune, a Hugging Face directory or a run; --model NAME"
+            " begins with random weights."
+        )
     defaults = DEFAULTS
     if given & {"--steps", "--resume", "--config"}:  # of which the others hold steps
         optimization = dataclasses.replace(DEFAULTS.optimization, epochs=None)

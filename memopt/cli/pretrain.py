@@ -30,7 +30,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -41,6 +41,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memopt.cli.errors import fail
+from memopt.models.config import preset
 from memopt.planning.step_memory import step_memory
 from memopt.state.describe import describe
 from memopt.state.quantized_params import dequantize_params
@@ -61,6 +62,9 @@ from memopt.training.writing import why
 
 #: Seconds for which process 0, through which the others hear of a failure, waits before it ends.
 SECONDS_TO_SPEAK = 2.0
+
+#: With fewer steps, epochs are too few to learn from, or batches too large.
+FEW_STEPS = 20
 
 #: Options of other programs that train, and what they are called here.
 HABITS = {
@@ -166,6 +170,16 @@ def _end(message: object, exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
+def given_options(arguments: list[str]) -> list[str]:
+    """Returns the options on a command line, without their values.
+
+    Example:
+        >>> given_options(["--seq_len=64", "--resume"])
+        ['--seq-len', '--resume']
+    """
+    return [argument.partition("=")[0].replace("_", "-") for argument in arguments]
+
+
 def parse(
     arguments: list[str],
     *,
@@ -194,10 +208,10 @@ def parse(
         >>> parse(["--steps=3"], defaults=Config.from_flat({"optimizer": "lion"})).flat()["steps"]
         3
     """
-    given = [argument.partition("=")[0] for argument in arguments]
+    given = given_options(arguments)
     for option in given:
-        if option.replace("_", "-") in HABITS:
-            meant = HABITS[option.replace("_", "-")]
+        if option in HABITS:
+            meant = HABITS[option]
             raise ValueError(f"option {option} is unknown; did you mean {meant}?")
     read = functools.partial(
         tyro.cli,
@@ -227,14 +241,20 @@ def parse(
         options |= read_options(choose_directory(config) / "config.json")
         options.pop("schedule", None)  # which goes on, unless one is given
     options.pop("phases", None)  # those of the other run
-    if not options:
-        return config
-    there = Config.from_flat(options, defaults)
-    config = read(default=there)
-    if config.architecture.model == there.architecture.model:
-        return config
-    architecture = dataclasses.replace(config.architecture, shape=None)  # of the model there
-    return dataclasses.replace(config, architecture=architecture)
+    if options:
+        there = Config.from_flat(options, defaults)
+        config = read(default=there)
+        if config.architecture.model != there.architecture.model:
+            shapeless = dataclasses.replace(config.architecture, shape=None)  # of the model there
+            config = dataclasses.replace(config, architecture=shapeless)
+    return config if "--seq-len" in given or "seq_len" in options else _in_context(config)
+
+
+def _in_context(config: Config) -> Config:
+    """Options whose rows, of a length that nobody gave, are no longer than the model accepts."""
+    longest = (config.architecture.shape or preset(config.architecture.model)).max_seq_len
+    text = dataclasses.replace(config.text, seq_len=min(config.text.seq_len, longest))
+    return dataclasses.replace(config, text=text)
 
 
 def _introduce(run: Training, console: Console) -> None:
@@ -246,9 +266,11 @@ def _introduce(run: Training, console: Console) -> None:
     lines = (
         f"model      {config.architecture.model}, {parameters:,} parameters",
         f"optimizer  {config.optimization.optimizer} {' '.join(config.optimization.option)}",
-        *(f"{'' if i else 'taken for':<10} {line}" for i, line in enumerate(kinds)),
+        "state      of each kind of parameter: how many, what keeps it, its size",
+        *(f"           {line}" for line in kinds),
         f"schedule   {describe_phases(config)}",
-        f"text       {' '.join(config.text.data)}, tokenizer {run.tokenizer.name}",
+        f"text       {' '.join(config.text.data)}, tokenizer {run.tokenizer.name}, "
+        f"rows of {config.text.seq_len} tokens",
         *([f"examples   {run.examples}"] if run.examples else []),
         *(
             f"           since step {entry.after} other data than before, in a new pass over it: "
@@ -261,6 +283,12 @@ def _introduce(run: Training, console: Console) -> None:
         f"output     {run.directory}" + (f", resumed at step {step}" if step else ""),
     )
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    steps = config.optimization.steps
+    if config.optimization.epochs is not None and steps < FEW_STEPS and is_main_process():
+        warnings.warn(
+            f"only {steps} step{'s' * (steps > 1)}: lower --batch-size or raise --epochs.",
+            stacklevel=1,
+        )
 
 
 def _conclude(run: Training, state: TrainState, step: Compiled, console: Console) -> None:
@@ -273,12 +301,23 @@ def _conclude(run: Training, state: TrainState, step: Compiled, console: Console
     if not is_main_process():
         return
     _plot(run)
+    for line in _losses(run):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"everything is in {run.directory}", markup=False, highlight=False)
+
+
+def _losses(run: Training) -> Iterator[str]:
+    """Says the last validation loss, and the lowest if that is another one."""
     lines = read_metrics(run.directory / "metrics.jsonl")
     losses = [line["val_loss"] for line in lines if line.get("val_loss")]
     if losses:
-        shown = f"validation loss {losses[-1]:.4f}, perplexity {perplexity(losses[-1]):.3f} a token"
-        console.print(shown)
-    console.print(f"everything is in {run.directory}", markup=False, highlight=False)
+        yield f"validation loss {losses[-1]:.4f}, perplexity {perplexity(losses[-1]):.3f} a token"
+    best = run.checkpoints.best()
+    if best and best.step != run.checkpoints.newest():
+        yield (
+            f"lowest validation loss {best.val_loss:.4f} at step {best.step}: sample, evaluate "
+            "and export take it, unless --step last"
+        )
 
 
 def _plot(run: Training) -> None:

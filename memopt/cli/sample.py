@@ -8,6 +8,7 @@ Examples:
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -51,8 +52,9 @@ def sample(arguments: list[str]) -> None:
     """Runs `memopt sample` with these arguments."""
     options = tyro.cli(Options, prog="memopt sample", description=__doc__, args=arguments)
     try:
+        loaded = load_model(options.run, options.step)
         text = continue_text(
-            load_model(options.run, options.step),
+            loaded,
             options.prompt,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
@@ -63,4 +65,8 @@ def sample(arguments: list[str]) -> None:
         )
     except (ValueError, ImportError, OSError) as error:
         fail(error)
+    if loaded.step is not None:
+        print(f"memopt: step {loaded.step} of {loaded.path}", file=sys.stderr)
+    if not text:
+        print("(the model ended its answer at once)", file=sys.stderr)
     print(text)

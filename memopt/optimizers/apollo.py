@@ -54,7 +54,8 @@ def apollo(
 
     Args:
       learning_rate: a number or a schedule.
-      rank: the rank r of the subspace, or a fraction of each matrix's shorter side.
+      rank: the rank r of the subspace, a whole number from 1; below 1, a fraction of each matrix's
+        shorter side.
       scale: the update is multiplied by the square root of this, as in the released code.
       per: "channel" for one scaling factor per channel, "matrix" for one per matrix.
       refresh_every: steps between two projections; the moments are kept.

@@ -57,7 +57,8 @@ def fira(
 
     Args:
       learning_rate: a number or a schedule.
-      rank: the rank r of the subspace, or a fraction of each matrix's shorter side.
+      rank: the rank r of the subspace, a whole number from 1; below 1, a fraction of each matrix's
+        shorter side.
       scale: the scale of the update, α.
       refresh_every: steps between two refreshes of the subspace; the moments are kept.
       refresh_phase: staggers refreshes over the matrices; see `memopt.in_subspace`.

@@ -51,7 +51,8 @@ def flora(
 
     Args:
       learning_rate: a number or a schedule.
-      rank: the rank r of the subspace, or a fraction of each matrix's shorter side.
+      rank: the rank r of the subspace, a whole number from 1; below 1, a fraction of each matrix's
+        shorter side.
       b1: decay of the momentum.
       refresh_every: steps between two projections, κ.
       decay_rate: the second moment's decay is 1 − t^−decay_rate.

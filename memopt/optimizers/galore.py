@@ -47,7 +47,8 @@ def galore(
 
     Args:
       learning_rate: a number or a schedule.
-      rank: the rank r of the subspace, or a fraction of each matrix's shorter side.
+      rank: the rank r of the subspace, a whole number from 1; below 1, a fraction of each matrix's
+        shorter side.
       scale: the scale of the lifted update, α.
       refresh_every: steps between two refreshes of the subspace.
       refresh_phase: staggers refreshes over the matrices; see `memopt.in_subspace`.

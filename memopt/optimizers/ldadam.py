@@ -48,7 +48,8 @@ def ldadam(
 
     Args:
       learning_rate: a number or a schedule.
-      rank: the rank r of the subspace, or a fraction of each matrix's shorter side.
+      rank: the rank r of the subspace, a whole number from 1; below 1, a fraction of each matrix's
+        shorter side.
       rho: ρ, the weight of the momentum in the subspace.
       error_feedback: keep E; without it the part of A outside the subspace is dropped.
       refresh_every: steps between two refreshes of the subspace.

@@ -47,7 +47,8 @@ def online_subspace_descent(
 
     Args:
       learning_rate: a number or a schedule.
-      rank: the rank r of the subspace, or a fraction of each matrix's shorter side.
+      rank: the rank r of the subspace, a whole number from 1; below 1, a fraction of each matrix's
+        shorter side.
       scale: the scale of the lifted update; 0.25 in the authors' scripts.
       projector_learning_rate: the learning rate of P's own Adam, a number or a schedule.
       projector_optimizer: updates P instead, with its own learning rate.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from memopt.text.files import Records
+from memopt.text.files import OtherKindError, Records
 from memopt.text.templates import PLAIN, RenderError, Template, unforgeable_mark
 from memopt.text.tokenizer import Tokenizer
 
@@ -44,6 +44,7 @@ def chat_of(record: Any, field: str) -> Chat | Completion:
     """Returns the conversation in a field of a record, or its `prompt` and `completion`.
 
     Raises:
+        OtherKindError: It is a conversation as ShareGPT writes it.
         ValueError: There is neither; says why, after a name for the record.
 
     Example:
@@ -51,6 +52,13 @@ def chat_of(record: Any, field: str) -> Chat | Completion:
         Completion(prompt='1 + 1 =', completion=' 2')
     """
     fields = record if isinstance(record, dict) else {}
+    match fields.get(field, fields.get("conversations")):
+        case [{"from": _, "value": _}, *_]:
+            name = "" if field in fields else f" and 'conversations' to {field!r}"
+            raise OtherKindError(
+                "is of ShareGPT: messages need 'role' and 'content'; rename 'from' and 'value' "
+                f"(human → user, gpt → assistant){name}"
+            )
     if field in fields:
         return _conversation(fields[field], fields.get("tools"))
     if not {"prompt", "completion"} <= fields.keys():

@@ -45,6 +45,10 @@ class Piece(NamedTuple):
     name: str = ""
 
 
+class OtherKindError(ValueError):
+    """A record holds something else than what is asked for; says what to do about it."""
+
+
 class Records(NamedTuple):
     """How records are read.
 
@@ -193,7 +197,7 @@ class Files:
         if not 0 < cut < size:
             raise ValueError(
                 f"data is too small to hold out a validation part of {fraction:g}: it is a single "
-                "document; give another file or record."
+                "document; give another file or record, or --eval-data."
             )
         return self._part(self._cut(number, 0, cut)), self._part(self._cut(number, cut, size))
 
@@ -310,11 +314,14 @@ def text_of(record: Any, field: str) -> str:
     """Returns the text in a field of a record.
 
     Raises:
+        OtherKindError: It holds a chat.
         ValueError: There is none; says why, after a name for the record.
     """
     fields = record if isinstance(record, dict) else {}
     if isinstance(text := fields.get(field), str):
         return text
+    if isinstance(fields.get("messages", fields.get("conversations")), list):
+        raise OtherKindError("looks like a chat: add --format chats")
     found = (
         f"{text!r:.20} in it" if field in fields else f"its fields: {', '.join(fields) or 'none'}"
     )

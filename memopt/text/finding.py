@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from memopt.text.files import PIECE, TEXT, File, Files, Records, cut_text, read_line
+from memopt.text.files import PIECE, TEXT, File, Files, OtherKindError, Records, cut_text, read_line
 from memopt.text.sources import CHUNK_BYTES, HEAD_BYTES, Sources, UnreadableError
 
 #: A warning names so many files or records.
@@ -156,6 +156,7 @@ class _Reader:
     ) -> Iterator[tuple[int, int, int, int]]:
         digest, size, number, field = hashlib.sha256(), 0, len(self.files), found.field or ""
         count, skipped, noun = 0, 0, self._records.noun
+        advice = f"; name the field that holds the {noun} after '#', as in 'pages.jsonl#content'"
         named: list[str] = []
         for line, content in enumerate(stream, 1):
             digest.update(content)
@@ -168,6 +169,7 @@ class _Reader:
                 read_line(content, field, self._records)
             except ValueError as error:
                 skipped += 1
+                advice = "" if isinstance(error, OtherKindError) else advice
                 if len(named) < NAMED:
                     named.append(f"{found.path}, line {line} {error}")
                 if self._stop:
@@ -179,8 +181,7 @@ class _Reader:
         if skipped and skipped == count:
             raise UnreadableError(
                 f"without {noun} in the field {field!r}",
-                f"holds no {noun}, since {named[0]}; name the field that holds the {noun} after "
-                "'#', as in 'pages.jsonl#content'",
+                f"holds no {noun}, since {named[0]}{advice}",
             )
         if size:
             file = File(found.path, found.name, size, field, digest.hexdigest(), begin, decoded)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import grain
 
 from memopt import internals
-from memopt.text.files import TEXT, Piece, Records, check_fraction, uniform
+from memopt.text.files import TEXT, OtherKindError, Piece, Records, check_fraction, uniform
 from memopt.text.finding import DataWarning
 
 #: Documents of a stream that are held and mixed before they are packed.
@@ -151,9 +151,10 @@ class _StreamIterator(grain.DatasetIterator[Piece]):
         if self._stream.bad_records == "stop":
             raise ValueError(f"data: {what}: leave it out with --bad-records skip.") from error
         if self._skipped == MOST_SKIPPED and not self._found:
+            advice = f"; name the field that holds the {noun} after '#', as in 'hf:NAME#content'"
+            advice = "" if isinstance(error, OtherKindError) else advice
             raise ValueError(
-                f"data: none of {MOST_SKIPPED} documents has {noun}: {what}; name the field that "
-                f"holds the {noun} after '#', as in 'hf:NAME#content'."
+                f"data: none of {MOST_SKIPPED} documents has {noun}: {what}{advice}."
             ) from error
         if math.log10(self._skipped).is_integer():
             count = f"{self._skipped:,} {'document' if self._skipped == 1 else 'documents'}"

@@ -15,7 +15,7 @@ import weakref
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,13 @@ Record = dict[str, Any]
 
 #: Seconds between looks for a failure while a save is waited for.
 SECONDS_BETWEEN_LOOKS = 0.5
+
+
+class Best(NamedTuple):
+    """A checkpoint with the lowest validation loss."""
+
+    val_loss: float
+    step: int
 
 
 class Checkpoints:
@@ -116,6 +123,12 @@ class Checkpoints:
     def newest(self) -> int | None:
         """The step of the newest checkpoint, whole or damaged; None if there is none."""
         return max((int(path.name) for path in self._steps()), default=None)
+
+    def best(self) -> Best | None:
+        """The newest checkpoint with the lowest validation loss; None if no loss is known."""
+        found = [Best(_val_loss(path), int(path.name)) for path in self._steps()]
+        best = min(found, key=lambda best: (best.val_loss, -best.step), default=None)
+        return best if best and best.val_loss < math.inf else None
 
     def restore(
         self, like: TrainState, *, set_aside: bool = True

@@ -156,7 +156,7 @@ class Optimization:
         final_learning_rate: Learning rate at the end, as a share of the highest.
         phases: The schedules of a run that was resumed, or that took over a state. `config.json`
             holds them; they are no flag.
-        steps: Batches to train on.
+        steps: Batches to train on, unless `epochs` is given or has a default, which then decides.
         epochs: Passes over the chats to train for; decides `steps`.
         predict_steps: Take gradients where the weights will be after so many steps, by the
             optimizer's state alone, as XGrad does.

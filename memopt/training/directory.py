@@ -71,6 +71,14 @@ def is_run(name: str, directory: Path) -> bool:
     Raises:
         ValueError: It holds neither.
     """
+    if directory and not directory.exists():
+        advice = ""
+        if len(directory.parts) == 2 and not directory.parent.exists():
+            advice = (
+                "; a model of the Hugging Face hub is downloaded first: "
+                f"hf download {directory} --local-dir {directory.name}"
+            )
+        raise ValueError(f"{name}: there is no directory {str(directory)!r}{advice}.")
     try:
         keys = set(read_json(directory / "config.json"))
     except ValueError:

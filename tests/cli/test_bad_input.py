@@ -56,7 +56,7 @@ def pretrain(complain, tmp_path):
         (["--option=rnk=2"], "did you mean 'rank'?"),
         (["--option=rank"], "must be NAME=VALUE"),
         (["--optimizer=apollo", "--option=rank=64"], "rank"),
-        (["--optimizer=apollo", "--option=rank=x"], "rank: the rank r of the subspace, or"),
+        (["--optimizer=apollo", "--option=rank=x"], "rank: the rank r of the subspace, a whole"),
         (["--optimizer=adamw", "--option=nesterov=false"], "nor True, False or None; nesterov: "),
         (["--optimizer=apollo", "--option=b1=(1,)"], "'apollo' cannot work with option b1=(1,)"),
         (["--optimizer=mkor", "--release"], "'mkor' needs statistics"),

@@ -1,6 +1,7 @@
 """Lost output does not stop a command, and it says in one sentence how it ended."""
 
 import io
+import json
 import os
 import sys
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 from memopt.cli import pretrain
 from memopt.cli.main import main
 from memopt.cli.output import lasting_output
+from memopt.training.checkpoint import Best
 from memopt.training.loop import Stopped
 from memopt.training.writing import WriteError
 
@@ -82,6 +84,21 @@ def test_an_end_before_the_end_is_one_sentence_about_what_is_saved(
     said = capfd.readouterr().err
     assert said.startswith(f"memopt: {says}")
     assert said.count("\n") == 1
+
+
+def test_the_end_names_the_step_with_the_lowest_loss_unless_it_is_the_last(tmp_path):
+    losses = ({"step": 2, "loss": 2.0, "val_loss": 5.57}, {"step": 57, "loss": 1.0, "val_loss": 6})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in losses))
+    said = {}
+    for newest in (2, 57):
+        checkpoints = SimpleNamespace(best=lambda: Best(5.57, 2), newest=lambda at=newest: at)
+        run = SimpleNamespace(directory=tmp_path, checkpoints=checkpoints)
+        said[newest] = list(pretrain._losses(run))
+    assert said[57][1] == (
+        "lowest validation loss 5.5700 at step 2: sample, evaluate and export take it, unless "
+        "--step last"
+    )
+    assert said[2] == said[57][:1] == ["validation loss 6.0000, perplexity 403.429 a token"]
 
 
 def test_a_plot_that_cannot_be_written_is_warned_about(tmp_path):

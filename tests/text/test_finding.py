@@ -12,8 +12,10 @@ import types
 import pytest
 
 from memopt.text import finding, sources
+from memopt.text.chats import CHATS
 from memopt.text.documents import find_documents
-from memopt.text.finding import DataWarning
+from memopt.text.files import TEXT
+from memopt.text.finding import DataWarning, read_files
 from tests.text.corpora import texts
 
 LINES = '{"text": "one"}\n{"text": "two", "other": 3}\n'
@@ -207,3 +209,24 @@ def test_progress_is_shown_if_reading_takes_long(tmp_path, monkeypatch):
     monkeypatch.setattr(finding, "SECONDS_OF_SILENCE", -1)
     find_documents([str(tmp_path)], progress=lines.append)
     assert lines == ["reading the data: 0 of 3 files, 0 MB"]
+
+
+ROLES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+SHARE_GPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("records", "row", "says"),
+    [
+        (TEXT, {"messages": ROLES}, "line 1 looks like a chat: add --format chats.$"),
+        (TEXT, {"conversations": SHARE_GPT}, "line 1 looks like a chat: add --format chats.$"),
+        (CHATS, {"conversations": SHARE_GPT}, "assistant\\) and 'conversations' to 'messages'.$"),
+        (CHATS, {"messages": SHARE_GPT}, "'role' and 'content'; rename .* gpt → assistant\\).$"),
+        (CHATS, {"conversations": ROLES}, "name the field that holds the chat after '#'"),
+        (CHATS, {"dialogue": ROLES}, "name the field that holds the chat after '#'"),
+    ],
+)
+def test_records_of_another_kind_are_told_from_those_in_another_field(tmp_path, records, row, says):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=says):
+        read_files([str(tmp_path / "rows.jsonl")], records=records)

@@ -330,6 +330,12 @@ def evaluated(tmp_path_factory):
     return directory
 
 
+def test_the_best_is_known_with_its_loss(evaluated, tmp_path):
+    assert Checkpoints(evaluated).best() == (LOSSES[2], 2)
+    write(tmp_path, [1])
+    assert Checkpoints(tmp_path).best() is None
+
+
 @pytest.mark.parametrize(("step", "expected"), [("best", 2), ("last", 5), (3, 3)])
 def test_one_checkpoint_is_read_by_its_step_or_its_loss(evaluated, step, expected):
     state, val_loss = Checkpoints(evaluated).read(step, abstract(make_state(0)))

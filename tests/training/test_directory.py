@@ -117,3 +117,12 @@ def test_a_copy_of_a_tokenizer_that_fails_leaves_the_one_before(kept, monkeypatc
     keep_tokenizer(FIRST, "others.json")
     assert files_of(copy)["tokenizer.json"] == Path("others.json").read_bytes()
     assert [path.name for path in FIRST.iterdir()] == ["tokenizer"]
+
+
+def test_a_name_on_the_hub_that_is_not_downloaded_is_told_from_a_directory(tmp_path):
+    with pytest.raises(ValueError, match=r"hf download some-org/Model-1B --local-dir Model-1B\.$"):
+        is_run("init", Path("some-org/Model-1B"))
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/books", "books", "/some-org/Model-1B"):
+        with pytest.raises(ValueError, match=f"init: there is no directory '{name}'.$"):
+            is_run("init", Path(name))

@@ -1,5 +1,6 @@
 """Fine-tuning: the loop, the files and the options of `memopt finetune`."""
 
+import dataclasses
 import json
 import math
 import re
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from benchmarks import exact_answers
 from memopt.cli.finetune import parse_finetune
-from memopt.cli.pretrain import parse
+from memopt.cli.pretrain import _introduce, parse
 from memopt.text.tokenizer import TEMPLATE
 from memopt.training.load import load_run
 from memopt.training.loop import train
@@ -212,6 +213,29 @@ def test_options_that_cannot_work_are_refused_before_anything_is_written(
 def test_without_data_there_is_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="data is empty: name a file"):
         open_run(parse_finetune(["--model=nano", f"--output={tmp_path / 'run'}", "--seq-len=64"]))
+
+
+def test_a_model_must_be_named():
+    with pytest.raises(ValueError, match="init must name the model to fine-tune"):
+        parse_finetune(["--data=chats.jsonl"])
+
+
+def test_rows_are_not_longer_than_the_context_unless_a_length_is_given(tuned):
+    length = lambda *flags: parse_finetune([*flags, "--data=x"]).text.seq_len
+    assert length("--model=nano") == length(f"--init={tuned[0].directory}") == 64
+    assert length("--model=tiny") == 512
+    assert length("--model=nano", "--seq_len=128") == 128
+    assert parse(["--model=nano"]).text.seq_len == 64
+    assert parse([]).text.seq_len == 128
+
+
+def test_few_steps_are_warned_about_unless_they_are_given(options):
+    run = open_run(options("--epochs=0.3"))
+    steps = run.config.optimization.steps
+    with pytest.warns(UserWarning, match=f"only {steps} steps: lower --batch-size or raise --ep"):
+        _introduce(run, QUIET)
+    _introduce(dataclasses.replace(run, config=options(f"--steps={steps}")), QUIET)
+    close(run)
 
 
 def test_five_prompts_are_answered_exactly(tmp_path):

@@ -203,7 +203,7 @@ def test_every_optimizer_trains_from_a_directory(start, optimizer):
             ["--seq-len=128"],
             "seq_len=128 is longer than the 64 tokens that model 'brought' accepts",
         ),
-        (["--init=nowhere"], "init 'nowhere' is neither the directory of a run nor that of a Hugg"),
+        (["--init=nowhere"], "init: there is no directory 'nowhere'.$"),
         (["--rewarm=0.1"], "rewarm goes with --resume and --schedule; a new run has --warmup"),
     ],
 )

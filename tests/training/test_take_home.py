@@ -506,7 +506,12 @@ def test_the_commands_print_what_the_functions_return(run, tmp_path, capsys):
     expected = continue_text(
         load_run(directory, 2), "ab", max_new_tokens=9, temperature=2.0, seed=3, stop=["zzz"]
     )
-    assert shown(capsys, sample, directory, *options, "--step=2") == f"{expected}\n"
+    sample([str(directory), *options, "--step=2"])
+    printed = capsys.readouterr()
+    assert printed.out == f"{expected}\n"
+    assert printed.err == f"memopt: step 2 of {directory}\n"
+    sample([str(directory), "--prompt=ab", "--stop="])
+    assert "(the model ended its answer at once)" in capsys.readouterr().err
     lines = shown(capsys, evaluate, directory, "--step=last").splitlines()
     loss = load_run(directory, "last").val_loss
     assert lines[0] == f"model      {directory}, step 4"
@@ -524,7 +529,7 @@ def test_the_commands_print_what_the_functions_return(run, tmp_path, capsys):
         (export_run, ["RUN", "new", "--step=7"], "step must be best, last or one of 2, 4"),
         (export_run, ["TAKEN", "new"], "is neither the directory of a run nor that of a Hugging"),
         (export_run, ["MODEL", "new"], "is a Hugging Face model, not a run"),
-        (sample, ["nowhere", "--prompt=a"], "is neither the directory of a run nor that of"),
+        (sample, ["nowhere", "--prompt=a"], "run: there is no directory 'nowhere'."),
         (sample, ["RUN", "--prompt=a", "--top-p=0"], "top_p is 0.0; it must be above 0"),
         (sample, ["RUN", "--prompt=a", "--max-new-tokens=0"], "max_new_tokens must be at least 1"),
         (evaluate, ["MODEL"], "is a model without data of its own: give --data"),
