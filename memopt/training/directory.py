@@ -71,7 +71,7 @@ def is_run(name: str, directory: Path) -> bool:
     Raises:
         ValueError: It holds neither.
     """
-    if directory and not directory.exists():
+    if not directory.exists():
         advice = ""
         if len(directory.parts) == 2 and not directory.parent.exists():
             advice = (

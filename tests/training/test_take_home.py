@@ -510,8 +510,6 @@ def test_the_commands_print_what_the_functions_return(run, tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.out == f"{expected}\n"
     assert printed.err == f"memopt: step 2 of {directory}\n"
-    sample([str(directory), "--prompt=ab", "--stop="])
-    assert "(the model ended its answer at once)" in capsys.readouterr().err
     lines = shown(capsys, evaluate, directory, "--step=last").splitlines()
     loss = load_run(directory, "last").val_loss
     assert lines[0] == f"model      {directory}, step 4"
@@ -520,6 +518,12 @@ def test_the_commands_print_what_the_functions_return(run, tmp_path, capsys):
     assert lines[3].endswith(" bits")
     whole = shown(capsys, evaluate, model, "--data", text, "--seq-len=64").splitlines()
     assert whole[1] == f"data       {text}: 892 tokens, 891 bytes"
+
+
+def test_an_empty_answer_is_told(run, monkeypatch, capsys):
+    monkeypatch.setattr("memopt.cli.sample.continue_text", lambda *_, **__: "")
+    sample([str(run[0]), "--prompt=ab"])
+    assert capsys.readouterr().err.endswith("\n(the model ended its answer at once)\n")
 
 
 @pytest.mark.parametrize(
