@@ -21,8 +21,9 @@ from memopt.training import Checkpoints, evaluate, init_state, release_step, tra
 RATE = optax.constant_schedule(1e-2)
 NAMES = ("nnx_dropout", "linen_experts", "equinox_vision")
 STEPS = {"equinox_vision": 60}  # until it has learnt something
+MARKS = {"nnx_dropout": pytest.mark.slow, "equinox_vision": pytest.mark.integrations}
 examples = pytest.mark.parametrize(
-    "name", [*NAMES[:2], pytest.param(NAMES[2], marks=pytest.mark.integrations)]
+    "name", [pytest.param(name, marks=MARKS.get(name, ())) for name in NAMES]
 )
 
 

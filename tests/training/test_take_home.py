@@ -272,6 +272,7 @@ def with_bos(tmp_path):
 @pytest.mark.parametrize("is_old", [False, True])
 def test_prompts_begin_as_the_documents_of_the_run_did(with_bos, tmp_path, monkeypatch, is_old):
     directory, bos, eos = with_bos
+    monkeypatch.setattr("memopt.text.batches.WINDOW_TOKENS", 2**12)  # of short lines
     (tmp_path / "lines.jsonl").write_text('{"text": "The capital"}\n' * 200)
     options = ("--optimizer=lion", "--mesh=data=1", f"--tokenizer={directory}", "--vocab-size=600")
     with monkeypatch.context() as patch:
