@@ -1,4 +1,4 @@
-"""What the examples share: text, and a loop of released steps with checkpoints."""
+"""Text, and a loop of released steps with checkpoints, for all examples."""
 
 import contextlib
 import functools

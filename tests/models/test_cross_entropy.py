@@ -59,7 +59,7 @@ def test_a_loss_that_is_not_finite_stays_so():
 
 
 def test_the_gradient_can_be_differentiated_forwards():
-    """As estimates of the Hessian's diagonal do."""
+    """Estimates of the Hessian's diagonal do that."""
     x, kernel, weights = arrays(jnp.float32)
     direction = jnp.asarray(DRAW.choice([-1.0, 1.0], kernel.shape), jnp.float32)
 

@@ -27,16 +27,6 @@ SCALING = RopeScaling(
 )
 
 
-@pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip("torch")
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    return pytest.importorskip("transformers")
-
-
 def enlarged(config) -> Llama:
     """Weights far from zero, in the parameters' type."""
     model = init(config)

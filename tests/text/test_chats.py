@@ -42,7 +42,7 @@ def encoded(directory, messages, template=None):
 
 
 def spans(answers):
-    """Where answers begin and end."""
+    """The positions at which answers begin, and those after their ends."""
     return np.flatnonzero(np.diff(answers, prepend=False, append=False)).reshape(-1, 2).tolist()
 
 

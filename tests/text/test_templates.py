@@ -1,4 +1,4 @@
-"""What a stranger's chat template may do: nothing but render, within limits."""
+"""A chat template from a stranger can only render, within limits."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What goes from block to block may be any tree, with keys for dropout and auxiliary losses."""
+"""Blocks pass on any tree, with keys for dropout and auxiliary losses."""
 
 import contextlib
 import functools

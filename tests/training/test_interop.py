@@ -22,16 +22,6 @@ TEXTS = ["one two  three\n\nthree ", "größer 🙂 ", " \t x<y> '", "a" * 50]
 FLAGS = "--model=nano --batch-size=8 --seq-len=32 --eval-tokens=512 --steps=2 --mesh=data=1"
 
 
-@pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip("torch")
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    return pytest.importorskip("transformers")
-
-
 def trained(directory, text, *options):
     flags = [*FLAGS.split(), f"--data={text}", f"--output={directory}", "--optimizer=lion"]
     train(open_run(parse([*flags, *options])), Console(quiet=True))

@@ -1,4 +1,4 @@
-"""What a run leaves: a model that is loaded, exported, sampled from and evaluated."""
+"""The model of a run is loaded, exported, sampled from and evaluated."""
 
 import dataclasses
 import functools
