@@ -1,0 +1,48 @@
+"""The table of controllers."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from memopt.errors import check_choice
+from memopt.training.control import Controller, Plan
+
+
+class Entry(NamedTuple):
+    """A controller that can be chosen by name.
+
+    Attributes:
+        make: Maps a `Plan`, and options by keyword, to a `Controller`.
+        when: When to choose it, and when it does not pay.
+    """
+
+    make: Callable[..., Controller]
+    when: str
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The options with their defaults."""
+        _, *options = inspect.signature(self.make).parameters.values()
+        return {option.name: option.default for option in options}
+
+
+#: Every controller by name.
+CONTROLLERS: dict[str, Entry] = {}
+
+
+def controller(name: str, plan: Plan, options: Mapping[str, Any]) -> Controller:
+    """Returns a controller by name.
+
+    Args:
+        name: One of `CONTROLLERS`.
+        plan: The run.
+        options: Its options by keyword.
+
+    Raises:
+        ValueError: There is no such controller or option, or it cannot work in this run.
+    """
+    check_choice("controller", name, CONTROLLERS)
+    entry = CONTROLLERS[name]
+    for option in options:
+        check_choice(f"option of {name}:", option, entry.defaults)
+    return entry.make(plan, **options)
