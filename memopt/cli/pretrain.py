@@ -258,7 +258,7 @@ def _in_context(config: Config) -> Config:
 
 
 def _introduce(run: Training, console: Console) -> None:
-    config, step = run.config, int(run.state.step)
+    config, step, own = run.config, int(run.state.step), run.config.optimization
     dense = jax.eval_shape(dequantize_params, run.state.params)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(dense))
     kinds = describe(run.setup.tx, dense).by_kind()
@@ -269,6 +269,11 @@ def _introduce(run: Training, console: Console) -> None:
         "state      of each kind of parameter: how many, what keeps it, its size",
         *(f"           {line}" for line in kinds),
         f"schedule   {describe_phases(config)}",
+        *(
+            [f"controller {own.controller} {' '.join(own.controller_option)}"]
+            if own.controller
+            else []
+        ),
         f"text       {' '.join(config.text.data)}, tokenizer {run.tokenizer.name}, "
         f"rows of {config.text.seq_len} tokens",
         *([f"examples   {run.examples}"] if run.examples else []),

@@ -2,7 +2,7 @@
 
 import ast
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -161,6 +161,9 @@ class Optimization:
         predict_steps: Take gradients where the weights will be after so many steps, by the
             optimizer's state alone, as XGrad does.
         accumulation: Micro-batches that a batch is worked through in, to save memory.
+        controller: Let the run itself choose its learning rate, its batch or its mixture of data,
+            as one of those that `memopt controllers` lists.
+        controller_option: Argument of the controller; `memopt controllers NAME` describes them.
         max_skipped: Stop after so many steps in a row that were not finite. Such steps change
             nothing.
         seed: Decides the initial parameters and the order of the data.
@@ -181,6 +184,10 @@ class Optimization:
     epochs: Annotated[float | None, conf.arg(metavar="FLOAT")] = None
     predict_steps: Annotated[int | None, conf.arg(metavar="INT")] = None
     accumulation: int = 1
+    controller: Annotated[str | None, conf.arg(metavar="NAME")] = None
+    controller_option: Annotated[
+        tuple[str, ...], conf.UseAppendAction, conf.arg(metavar="NAME=VALUE")
+    ] = ()
     max_skipped: int = 10
     seed: int = 0
 
@@ -253,13 +260,17 @@ class Config:
         Raises:
             ValueError: One is not of the form NAME=VALUE.
         """
-        options = {}
-        for option in self.optimization.option:
-            name, equals, value = option.partition("=")
-            if not (name.isidentifier() and equals):
-                raise ValueError(f"option {option!r} must be NAME=VALUE, such as rank=128.")
-            options[name] = _value(value)
-        return options
+        return _named("option", self.optimization.option, such_as="rank=128")
+
+    @property
+    def controller_options(self) -> dict[str, Any]:
+        """The `controller_option`s as keyword arguments; of two with the same name, the later.
+
+        Raises:
+            ValueError: One is not of the form NAME=VALUE.
+        """
+        given = self.optimization.controller_option
+        return _named("controller_option", given, such_as="every=10")
 
     @property
     def highest_learning_rate(self) -> float:
@@ -325,8 +336,12 @@ class Config:
         """All options by name, JSON-serialisable, without those of one invocation only."""
         flat = {name: x for group in dataclasses.asdict(self).values() for name, x in group.items()}
         flat |= {"learning_rate": self.highest_learning_rate, "schedule": self.phases[-1].schedule}
-        options = [f"{name}={value}" for name, value in sorted(self.optimizer_options.items())]
-        flat |= {"option": options, "phases": list(flat["phases"])}
+        named = {"option": self.optimizer_options, "controller_option": self.controller_options}
+        flat |= {
+            kind: [f"{name}={value}" for name, value in sorted(options.items())]
+            for kind, options in named.items()
+        }
+        flat |= {"phases": list(flat["phases"])}
         flat |= {name: list(flat[name]) for name in ("data", "eval_data", "log")}
         flat["init"] = None if self.start.init is None else str(self.start.init)
         return {name: x for name, x in flat.items() if name not in NOT_SAVED}
@@ -388,6 +403,17 @@ def _is_of_type(value: Any, expected: Any) -> bool:
     if isinstance(value, bool):
         return expected is bool
     return isinstance(value, (int, float) if expected is float else expected)
+
+
+def _named(kind: str, options: Iterable[str], *, such_as: str) -> dict[str, Any]:
+    """Options of the form NAME=VALUE as keyword arguments."""
+    named = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not (name.isidentifier() and equals):
+            raise ValueError(f"{kind} {option!r} must be NAME=VALUE, such as {such_as}.")
+        named[name] = _value(value)
+    return named
 
 
 def _value(text: str) -> Any:

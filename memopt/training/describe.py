@@ -1,6 +1,7 @@
 """A run's training step from its options, before anything is opened or written."""
 
 import dataclasses
+import functools
 import inspect
 from typing import Any, get_args
 
@@ -14,6 +15,8 @@ from memopt.optimizers.registry import METHODS
 from memopt.state.quantized_state import quantize_state
 from memopt.text.packing import FIELDS
 from memopt.training.config import Config
+from memopt.training.control import Controller, Plan
+from memopt.training.controllers import controller
 from memopt.training.phases import follow
 from memopt.training.placement import make_mesh
 from memopt.training.setup import Setup, abstract_batch, set_up
@@ -70,19 +73,23 @@ def describe_run(config: Config, *, trace: bool = True) -> Setup:
         )
     _check_words(config)
     mesh = make_mesh(config.run.mesh, config.text.batch_size // options.accumulation)
+    found = describe_controller(config)
+    make = functools.partial(_make_optimizer, config)
     try:
-        tx = optimizers.optimizer(options.optimizer, learning_rate=rate, **config.optimizer_options)
+        tx, predict = make(rate)
         setup = set_up(
             model_config,
             mesh,
-            quantize_state(tx, options.state) if options.state else tx,
+            tx,
             abstract_batch(mesh, config.text.batch_size, config.text.seq_len, FIELDS),
             optimizer=options.optimizer,
             learning_rate=learning_rate,
             weights=config.architecture.weights,
             release=options.release,
             accumulation=options.accumulation,
-            predict=_predict(config, rate) if options.predict_steps else None,
+            predict=predict,
+            remake=make if found else None,
+            measure=found.measure if found else None,
         )
         if trace:
             _check_step(setup)
@@ -112,22 +119,65 @@ def _check_words(config: Config) -> None:
             )
 
 
-def _predict(config: Config, learning_rate: optax.Schedule) -> Predict:
-    """Predicts parameters without decay, as XGrad does; the optimizer's state is the same."""
+def describe_controller(config: Config) -> Controller | None:
+    """Returns a run's controller, if its options name one.
+
+    Args:
+        config: The options of the run.
+
+    Raises:
+        ValueError: There is no such controller, or it cannot work in this run; says what to change.
+    """
+    options, named = config.optimization, config.controller_options
+    if options.controller is None:
+        if named:
+            raise ValueError("controller_option goes with --controller.")
+        return None
+    phase = config.phases[-1]
+    plan = Plan(
+        steps=options.steps,
+        warmup_steps=phase.step + phase.warmup_steps,
+        learning_rate=phase.highest,
+        batch_size=config.text.batch_size,
+        accumulation=options.accumulation,
+        seq_len=config.text.seq_len,
+        eval_every=config.run.eval_every,
+        sources={"": 1.0},
+    )
+    try:
+        return controller(options.controller, plan, named)
+    except TypeError as error:  # of an option of another type
+        raise ValueError(
+            f"controller {options.controller!r} cannot work with controller_option "
+            f"{', '.join(options.controller_option)} ({error})."
+        ) from error
+
+
+def _make_optimizer(
+    config: Config, learning_rate: optax.Schedule
+) -> tuple[optax.GradientTransformation, Predict | None]:
+    """A run's optimizer, and what predicts its parameters: without decay, as XGrad does."""
     options, named = config.optimization, config.optimizer_options
-    if "weight_decay" in METHODS[options.optimizer].defaults:
-        named |= {"weight_decay": 0.0}
-    tx = optimizers.optimizer(options.optimizer, learning_rate=learning_rate, **named)
-    tx = quantize_state(tx, options.state) if options.state else tx
-    steps = options.predict_steps or 0
-    return lambda state, params: predict_parameters(tx, state, params, steps)
+
+    def make(**named: Any) -> optax.GradientTransformation:
+        tx = optimizers.optimizer(options.optimizer, learning_rate=learning_rate, **named)
+        return quantize_state(tx, options.state) if options.state else tx
+
+    steps = options.predict_steps
+    if not steps:
+        return make(**named), None
+    undecayed = (
+        {"weight_decay": 0.0} if "weight_decay" in METHODS[options.optimizer].defaults else {}
+    )
+    other = make(**(named | undecayed))
+    return make(**named), lambda state, params: predict_parameters(other, state, params, steps)
 
 
 def _check_step(setup: Setup) -> None:
     """Traces the step, which compiling it then needs not do, to refuse what cannot be released."""
     try:
         with jax.set_mesh(setup.mesh):
-            setup.jitted.eval_shape(setup.state, setup.batch)
+            setup.jitted.eval_shape(*setup.arguments)
     except ValueError as error:
         raise ValueError(f"optimizer {setup.optimizer!r} cannot work like this: {error}") from error
 

@@ -1,18 +1,23 @@
 """The training loop."""
 
 import contextlib
+import functools
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 
+from memopt.training.control import Losses
 from memopt.training.metrics import Display, MetricsLog
 from memopt.training.open import Training
 from memopt.training.processes import StopAgreement, is_main_process
 from memopt.training.profile import Profile
+from memopt.training.steering import Steering, Trials, describe_change
 from memopt.training.step import Metrics, TrainState, evaluate
 from memopt.training.writing import closing
 
@@ -45,10 +50,8 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
         Stopped: A signal, steps that are not finite, or data that cannot be read ended it earlier.
         WriteError: Its metrics or a checkpoint cannot be written.
     """
-    setup, options, steps = run.setup, run.config.run, run.config.optimization.steps
-    state, start = run.state, int(run.state.step)
-    max_skipped = run.config.optimization.max_skipped
-    traced = options.profile if is_main_process() else 0
+    setup, start = run.setup, int(run.state.step)
+    traced = run.config.run.profile if is_main_process() else 0
     with (
         jax.set_mesh(setup.mesh),
         closing(run.lock),
@@ -57,39 +60,142 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
         closing(MetricsLog(run.directory, start, run.config))
         if is_main_process()
         else contextlib.nullcontext() as log,
-        Display(console, steps, start) as display,
+        Display(console, run.config.optimization.steps, run.batches_used) as display,
         contextlib.closing(Profile(run.directory / "profile", console, start, traced)) as profile,
         _signals() as caught,
     ):
-        metrics = LateMetrics(log, display, int(state.skipped_in_row), max_skipped)
-        agree = StopAgreement()
-        compiled, loss = setup.compile(), jax.jit(setup.loss)
-        validate = lambda: evaluate(
-            setup.eval_params(state), map(setup.place, run.validation), loss
-        )
+        compiled = setup.compile()
+        loop = _Loop(run, log, display, profile, caught)
         try:
-            for number in range(start + 1, steps + 1):
-                if signum := agree(caught[0] if caught else 0):
-                    reason = f"stopped by {signal.Signals(signum).name} after step {number - 1}."
-                    raise Stopped(reason, 128 + signum)
-                run.checkpoints.check()
-                profile.before(number, metrics.read)
-                began, batch = time.perf_counter(), _next_batch(run)
-                with jax.profiler.StepTraceAnnotation("train", step_num=number):
-                    state, outcome = setup.jitted(state, batch)
-                evaluates = number % options.eval_every == 0 or number == steps
-                metrics.add(number, outcome, began, validate if evaluates else None)
-                if number % options.checkpoint_every == 0 or number == steps:
-                    metrics.read()
-                    run.save(state, metrics.latest.get("val_loss"))
+            loop.run()
         except Stopped as stopped:
-            metrics.read()
+            loop.metrics.read()
             if stopped.saved:
-                run.save(state)
+                run.save(loop.state)
                 run.checkpoints.wait()
             raise
         run.checkpoints.wait()  # while signals do not end the process
-    return state, compiled
+    return loop.state, compiled
+
+
+class _Loop:
+    """Takes the steps of a run.
+
+    Attributes:
+        state: The state after the last step.
+        step: Steps taken.
+        batches: Batches used up in them.
+        metrics: Reads the metrics.
+    """
+
+    def __init__(
+        self,
+        run: Training,
+        log: MetricsLog | None,
+        display: Display,
+        profile: Profile,
+        caught: list[signal.Signals],
+    ):
+        self._training, self._display, self._profile, self._caught = run, display, profile, caught
+        self._agree, self._loss = StopAgreement(), jax.jit(run.setup.loss)
+        self.state, self.step, self.batches = run.state, int(run.state.step), run.batches_used
+        skipped = int(run.state.skipped_in_row)
+        self.metrics = LateMetrics(log, display, skipped, run.config.optimization.max_skipped)
+
+    def run(self) -> None:
+        """Takes all steps; in a controlled run each by what the metrics of the last have led to."""
+        run, options = self._training, self._training.config.run
+        steering, length = run.steering, run.config.optimization.steps
+        if steering and self.batches < length:
+            self._decide(steering)
+        while self.batches < length:
+            self._check_signals()
+            run.checkpoints.check()
+            count = min(steering.control.batches, length - self.batches) if steering else 1
+            before = self.batches
+            self._profile.before(self.step + 1, self.metrics.read)
+            began = time.perf_counter()
+            with jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1):
+                outcome = self._take(count, steering.learning_rate if steering else None)
+            self.step, self.batches = self.step + 1, before + count
+            is_due = lambda every, before=before: (
+                self.batches // every > before // every or self.batches == length
+            )
+            validate = self._validate if is_due(options.eval_every) else None
+            if steering:
+                outcome = {**outcome, **steering.metrics(self.batches)}
+            self.metrics.add(self.step, outcome, began, validate)
+            if steering:
+                self.metrics.read()
+                steering.see(self.step, self.batches, self.metrics.latest)
+            if is_due(options.checkpoint_every):
+                self.metrics.read()
+                run.save(self.state, self.metrics.latest.get("val_loss"))
+            if steering and self.batches < length:
+                self._decide(steering)
+
+    def _check_signals(self) -> None:
+        if signum := self._agree(self._caught[0] if self._caught else 0):
+            reason = f"stopped by {signal.Signals(signum).name} after step {self.step}."
+            raise Stopped(reason, 128 + signum)
+
+    def _take(self, count: int, learning_rate: np.float32 | None) -> Metrics:
+        """Takes a step with so many batches; without a controller, with one and the schedule."""
+        batches = tuple(_next_batch(self._training) for _ in range(count))
+        inputs = batches if learning_rate is None else (batches, learning_rate)
+        self.state, outcome = self._training.setup.jitted(self.state, *inputs)
+        return outcome
+
+    def _validate(self) -> float:
+        setup, validation = self._training.setup, self._training.validation
+        return evaluate(setup.eval_params(self.state), map(setup.place, validation), self._loss)
+
+    def _decide(self, steering: Steering) -> None:
+        before = steering.control
+        steering.decide(functools.partial(self._try, steering.trials))
+        if change := describe_change(before, steering.control):
+            self._display.note(self.batches, change)
+
+    def _try(
+        self,
+        trials: Trials,
+        learning_rate: float,
+        steps: int,
+        *,
+        validate_every: int | None = None,
+    ) -> Losses:
+        """Runs a `Trial` from a checkpoint of the present state."""
+        run, key = self._training, (self.step, learning_rate, steps, validate_every)
+        if found := trials.find(key):
+            return found
+        run.save(self.state, self.metrics.latest.get("val_loss"))
+        run.checkpoints.wait()
+        position = run.batches.get_state()
+        try:
+            found = self._losses(learning_rate, steps, validate_every)
+        finally:
+            del self.state  # frees its memory
+            self.state, _ = run.checkpoints.read(self.step, run.setup.state)
+            run.batches.set_state(position)
+        trials.add(key, found, write=is_main_process())
+        last = found.losses[-1] if found.losses else math.nan
+        tried = f"tried learning rate {learning_rate:.3g} for {steps} steps: loss {last:.4f}"
+        self._display.note(self.batches, tried)
+        return found
+
+    def _losses(self, learning_rate: float, steps: int, validate_every: int | None) -> Losses:
+        """Takes steps with a learning rate until one is not applied."""
+        at, losses = [], []
+        for count in range(1, steps + 1):
+            self._check_signals()
+            outcome = self._take(1, np.float32(learning_rate))
+            loss = outcome["loss"].item() if outcome["skipped_in_row"].item() == 0 else math.nan
+            if math.isnan(loss) or validate_every is None or count % validate_every == 0:
+                at.append(count)
+                losses.append(self._validate() if validate_every and loss == loss else loss)
+            if math.isnan(loss):
+                break
+        return Losses(at, losses)
 
 
 class LateMetrics:

@@ -43,7 +43,8 @@ class MetricsLog:
             write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._file = self._path.open("a")
         config = config or Config()
-        self._steps, self._last = config.optimization.steps, step
+        self._steps = config.optimization.steps
+        self._last = kept[-1].get("batches", step) if kept else step
         self._trackers = open_trackers(config, directory, step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -56,7 +57,7 @@ class MetricsLog:
         with self._writing():
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
-        self._last = step
+        self._last = metrics.get("batches", step)
         for tracker in self._trackers:
             tracker.write(step, metrics)
 
@@ -116,8 +117,9 @@ class Display(Progress):
         self.add_task("", total=steps, completed=start, line="compiling …")
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
-        """Shows the metrics of a step."""
+        """Shows the metrics of a step; a controlled run counts batches."""
         (task,) = self.tasks
+        step = int(metrics.get("batches", step))
         line = (
             f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  "
             f"|g| {metrics['gradient_norm']:.2f}  {metrics['tokens_per_second']:,.0f} tokens/s"
@@ -132,6 +134,10 @@ class Display(Progress):
             self._print(step, line)
         if "val_loss" in metrics:
             self._print(step, f"validation loss {metrics['val_loss']:.4f}")
+
+    def note(self, step: int, line: str) -> None:
+        """Shows a line about a step."""
+        self._print(step, line)
 
     def _print(self, step: int, line: str) -> None:
         line = f"step {step}/{self.tasks[0].total}  {line}"

@@ -36,7 +36,7 @@ from memopt.training.data import (
     read_history,
     write_history,
 )
-from memopt.training.describe import describe_run
+from memopt.training.describe import describe_controller, describe_run
 from memopt.training.directory import (
     MAY_CHANGE,
     check_same,
@@ -58,6 +58,7 @@ from memopt.training.processes import (
 from memopt.training.profile import check_profile
 from memopt.training.setup import Setup
 from memopt.training.start import Origin, read_origin
+from memopt.training.steering import Steering, Trials
 from memopt.training.step import TrainState
 from memopt.training.trackers import check_trackers
 
@@ -86,6 +87,7 @@ class Training:
         examples: How many examples there are and how they fill the rows, "" for text.
         origin: What it took over from another run, "" for nothing.
         history: What it was trained on so far.
+        steering: Its controller, if it has one.
     """
 
     config: Config
@@ -101,6 +103,12 @@ class Training:
     examples: str = ""
     origin: str = ""
     history: Sequence[Data] = ()
+    steering: Steering | None = None
+
+    @property
+    def batches_used(self) -> int:
+        """Batches used up so far; without a controller, as many as steps were taken."""
+        return self.steering.seen.batches if self.steering else int(self.state.step)
 
     def save(self, state: TrainState, val_loss: float | None = None) -> None:
         """Starts to save a checkpoint: the state, the position in the data, options, identity."""
@@ -109,6 +117,8 @@ class Training:
             "identity": self.identity,
             "batches": self.batches.get_state(),
         }
+        if self.steering:
+            record["steering"] = self.steering.record()
         self.lock.check()
         self.checkpoints.save(state, record, val_loss)
 
@@ -175,11 +185,15 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
     state = restored[0] if restored else None
     with errors_in_all_processes():
         history = _continue_data(directory, config, history, data, batches, restored)
-        step, skipped = (int(state.step), int(state.skipped)) if state else (0, 0)
+        step, updates = (int(state.step), int(state.step - state.skipped)) if state else (0, 0)
+        steered = restored[1].get("steering") if restored else None
+        if steered:
+            step, updates = steered["seen"]["batches"], steered["applied"]
         if there:
             before = there.with_phases(*config.phases)
-            config = resume(before, given, step=step, updates=step - skipped)
+            config = resume(before, given, step=step, updates=updates)
             setup = describe_run(config) if config.phases != before.phases else setup
+        steering = _steering(config, setup, directory, history, restored)
         left = config.optimization.steps - step
         check_profile(config.run.profile, left, resumed=bool(restored))
     with errors_in_all_processes():
@@ -201,6 +215,7 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
         examples=examples.summary(config.text.batch_size) if examples else "",
         origin=origin.taken_over(config) if origin else "",
         history=history,
+        steering=steering,
     )
     if origin:
         run.save(run.state)
@@ -269,6 +284,25 @@ def _continue_data(
     if is_same:
         batches.set_state(record["batches"])
     return history
+
+
+def _steering(
+    config: Config,
+    setup: Setup,
+    directory: Path,
+    history: Sequence[Data],
+    restored: tuple[TrainState, Record] | None,
+) -> Steering | None:
+    """The run's controller, where it was at the checkpoint."""
+    controller = describe_controller(config)
+    if not controller:
+        return None
+    step = int(restored[0].step) if restored else 0
+    trials = Trials(directory / "trials.jsonl", step, keep=not step or history[-1].after < step)
+    steering = Steering(controller, setup.learning_rate, trials, controller.init())
+    if restored:
+        steering.restore(restored[1]["steering"])
+    return steering
 
 
 def _write_files(

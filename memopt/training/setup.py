@@ -6,21 +6,24 @@ knows.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
 from memopt.models import llama
 from memopt.optimizers.registry import METHODS, eval_params
 from memopt.state.quantized_params import dequantize_params, quantize_params
+from memopt.training.control import Measure
 from memopt.training.placement import abstract_state, batch_sharding, place_update
 from memopt.training.release import release_step
 from memopt.training.step import Batch, Metrics, Predict, TrainState, init_state, train_step
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Step = Callable[..., tuple[TrainState, Metrics]]
+Remake = Callable[[optax.Schedule], tuple[optax.GradientTransformation, Predict | None]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,8 +38,10 @@ class Setup:
         weights: How matrices are stored, see `memopt.quantize_params`; None: as they are.
         state: The shapes, dtypes and shardings of the state.
         batch: The shapes, dtypes and shardings of a batch.
-        step: `train_step` or `release_step` with this model and optimizer, a pure function.
+        step: `train_step` or `release_step` with this model and optimizer, a pure function. That of
+            a controlled run takes a tuple of batches and the learning rate, in place of a batch.
         optimizer: The optimizer's name in `memopt.available()`.
+        controlled: Whether the run has a controller.
     """
 
     model_config: llama.LlamaConfig
@@ -48,6 +53,7 @@ class Setup:
     batch: dict[str, jax.ShapeDtypeStruct]
     step: Step
     optimizer: str
+    controlled: bool = False
 
     def model(self, params: Any) -> llama.Llama:
         """Returns the model with these parameters, stored as in the state."""
@@ -78,6 +84,13 @@ class Setup:
         """`step`, jitted, with the state donated and returned with the shardings of `state`."""
         return jax.jit(self.step, donate_argnums=0, out_shardings=(_shardings(self.state), None))
 
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The shapes and shardings of what `step` takes, with one batch."""
+        if not self.controlled:
+            return self.state, self.batch
+        return self.state, (self.batch,), jax.ShapeDtypeStruct((), "float32")
+
     def compile(self, compiler_options: dict[str, Any] | None = None) -> jax.stages.Compiled:
         """Compiles `jitted`.
 
@@ -88,7 +101,7 @@ class Setup:
             compiler_options: XLA's options.
         """
         with jax.set_mesh(self.mesh):
-            return self.jitted.lower(self.state, self.batch).compile(compiler_options)
+            return self.jitted.lower(*self.arguments).compile(compiler_options)
 
     def jit_init(self, seed: int) -> Any:
         """Returns a jitted function without arguments that makes the first state.
@@ -124,6 +137,8 @@ def set_up(
     release: bool = False,
     accumulation: int = 1,
     predict: Predict | None = None,
+    remake: Remake | None = None,
+    measure: Measure | None = None,
 ) -> Setup:
     """Places parameters and optimizer state on a mesh, abstractly, and puts the step together.
 
@@ -138,6 +153,8 @@ def set_up(
         release: Whether to update each block while the backward pass runs.
         accumulation: In how many micro-batches a batch is worked through.
         predict: Where to take the gradient, see `train_step`; None: at the parameters.
+        remake: For a controlled run: returns `tx` and `predict` with another schedule.
+        measure: What to measure of the micro-batches' gradients, see `train_step`.
 
     Returns:
         The step and all that it is compiled from.
@@ -163,26 +180,72 @@ def set_up(
         >>> metrics["loss"].shape
         ()
     """
-    params = store_params(llama.abstract_params(model_config, mesh), weights)
-    tx, places = place_update(tx, optimizer, params, one_layer_at_a_time=release)
-    options: Any = {"tx": tx, "learning_rate": learning_rate, "accumulation": accumulation}
-    step: Step
     if release and predict:
         raise ValueError(
             "predict_steps must be left out with release, whose step never holds a second copy of "
             "all parameters."
         )
+    params = store_params(llama.abstract_params(model_config, mesh), weights)
+    place = functools.partial(
+        place_update, name=optimizer, params=params, one_layer_at_a_time=release
+    )
+    given: dict[str, Any] = {"measure": measure} if measure else {}
     if release:
-        model = llama.stacked_model(model_config)
-        step = functools.partial(release_step, model=model, shardings=_shardings(params), **options)
+        given |= {"model": llama.stacked_model(model_config), "shardings": _shardings(params)}
     else:
-        loss = lambda params, batch, **given: llama.loss(
+        given["observe"] = METHODS[optimizer].needs == "statistics"
+        given["loss"] = lambda params, batch, **given: llama.loss(
             llama.build_model(model_config, params), batch, **given
         )
-        observe = METHODS[optimizer].needs == "statistics"
-        step = functools.partial(train_step, loss=loss, predict=predict, observe=observe, **options)
+
+    def bind(
+        tx: optax.GradientTransformation, rate: optax.Schedule, predict: Predict | None, pieces: int
+    ) -> Step:
+        options: Any = {"tx": tx, "learning_rate": rate, "accumulation": pieces}
+        if release:
+            return functools.partial(release_step, **given, **options)
+        return functools.partial(train_step, **given, **options, predict=predict)
+
+    def controlled_step(
+        state: TrainState, batches: Sequence[Batch], rate: jax.Array, *, remake: Remake
+    ) -> tuple[TrainState, Metrics]:
+        schedule = lambda _: rate
+        tx, predict = remake(schedule)
+        step = bind(place(tx)[0], schedule, predict, accumulation * len(batches))
+        return step(state, interleave(batches))
+
+    tx, places = place(tx)
     state = abstract_state(params, tx, mesh, places)
-    return Setup(model_config, mesh, tx, learning_rate, weights, state, batch, step, optimizer)
+    if remake:
+        step: Step = functools.partial(controlled_step, remake=remake)
+    else:
+        step = bind(tx, learning_rate, predict, accumulation)
+    return Setup(
+        model_config,
+        mesh,
+        tx,
+        learning_rate,
+        weights,
+        state,
+        batch,
+        step,
+        optimizer,
+        controlled=remake is not None,
+    )
+
+
+def interleave(batches: Sequence[Batch]) -> Batch:
+    """Returns the rows of all batches in one, those of each device from its own rows.
+
+    Example:
+        >>> import numpy as np
+        >>> interleave([{"x": np.array([[0], [1]])}, {"x": np.array([[10], [11]])}])["x"].tolist()
+        [[0], [10], [1], [11]]
+    """
+    if len(batches) == 1:
+        return batches[0]
+    join = lambda *xs: jnp.stack(xs, axis=1).reshape(-1, *xs[0].shape[1:])
+    return jax.tree.map(join, *batches)
 
 
 def store_params(params: Any, weights: str | None) -> Any:
