@@ -46,8 +46,8 @@ from memopt.errors import check_choice
 from memopt.models import llama
 from memopt.models.llama import build_model
 from memopt.text.tokenizer import load_tokenizer
+from memopt.training.batches import find_text, open_batches
 from memopt.training.config import Config, Optimization, Text
-from memopt.training.open import find_text, open_batches
 
 SCHEMES = ("mup", "global", "standard")
 HEAD_DIM = 16

@@ -14,10 +14,10 @@ from memopt.text.examples import encode_examples
 from memopt.text.files import Piece
 from memopt.text.packing import Batch, piece_ids
 from memopt.text.tokenizer import Tokenizer
+from memopt.training.batches import find_text
 from memopt.training.config import Config
 from memopt.training.data import read_history
 from memopt.training.load import LoadedModel
-from memopt.training.open import find_text
 
 
 class Evaluation(NamedTuple):

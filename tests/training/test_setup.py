@@ -12,9 +12,9 @@ from jax.sharding import AxisType, Mesh
 
 import memopt
 from memopt.text.tokenizer import load_tokenizer
+from memopt.training.batches import check_vocabulary, find_text, open_batches
 from memopt.training.config import Architecture, Config, Optimization, Run, Start, Text
 from memopt.training.describe import describe_run
-from memopt.training.open import check_vocabulary, find_text, open_batches
 from memopt.training.release import release_step
 from memopt.training.setup import abstract_batch, set_up
 from memopt.training.step import train_step

@@ -30,12 +30,13 @@ from memopt.text.chats import CHATS
 from memopt.text.documents import find_documents
 from memopt.text.files import Piece
 from memopt.text.tokenizer import ByteTokenizer, load_tokenizer, train_tokenizer
+from memopt.training.batches import find_text
 from memopt.training.evaluation import covered_bytes, evaluate_chats, evaluate_text
 from memopt.training.export import export, model_card
 from memopt.training.load import LoadedModel, load_model, load_run
 from memopt.training.loop import train
 from memopt.training.metrics import read_metrics
-from memopt.training.open import find_text, open_run
+from memopt.training.open import open_run
 from memopt.training.sampling import continue_text
 from tests.text import chat_tokenizers
 from tests.training.nano import NANO
