@@ -4,7 +4,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from rich.console import Console
@@ -13,8 +13,11 @@ from memopt.training.metrics import Display, MetricsLog
 from memopt.training.open import Training
 from memopt.training.processes import StopAgreement, is_main_process
 from memopt.training.profile import Profile
-from memopt.training.step import Metrics, TrainState, evaluate
+from memopt.training.step import Metrics, TrainState, evaluate_sources
 from memopt.training.writing import closing
+
+#: Returns validation losses by name.
+Validate: TypeAlias = Callable[[], dict[str, float]]
 
 
 class Stopped(Exception):
@@ -64,8 +67,11 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
         metrics = LateMetrics(log, display, int(state.skipped_in_row), max_skipped)
         agree = StopAgreement()
         compiled, loss = setup.compile(), jax.jit(setup.loss)
-        validate = lambda: evaluate(
-            setup.eval_params(state), map(setup.place, run.validation), loss
+        validate = lambda: evaluate_sources(
+            setup.eval_params(state),
+            {name: map(setup.place, batches) for name, batches in run.validation.items()},
+            run.shares,
+            loss,
         )
         try:
             for number in range(start + 1, steps + 1):
@@ -109,7 +115,7 @@ class LateMetrics:
         self, log: MetricsLog | None, display: Display, skipped_in_row: int, max_skipped: int
     ):
         self._log, self._display, self._max_skipped = log, display, max_skipped
-        self._unread: tuple[int, Metrics, float, Callable[[], float] | None] | None = None
+        self._unread: tuple[int, Metrics, float, Validate | None] | None = None
         self._read_at = 0.0
         self.latest: dict[str, float] = {"skipped_in_row": skipped_in_row}
 
@@ -118,7 +124,7 @@ class LateMetrics:
         number: int,
         outcome: Metrics,
         began: float,
-        validate: Callable[[], float] | None = None,
+        validate: Validate | None = None,
     ) -> None:
         """Takes the metrics of a step that was dispatched, and reads those of the one before.
 
@@ -126,7 +132,7 @@ class LateMetrics:
             number: The step.
             outcome: Its metrics, on the devices.
             began: When the host began with it, in seconds of `time.perf_counter`.
-            validate: Returns the validation loss after it, which is then waited for.
+            validate: Returns the validation losses after it, which are then waited for.
 
         Raises:
             Stopped: Too many steps in a row were skipped. It is noticed before another is taken.
@@ -152,13 +158,13 @@ class LateMetrics:
         number: int,
         outcome: Metrics,
         began: float,
-        validate: Callable[[], float] | None,
+        validate: Validate | None,
     ) -> None:
         metrics = {name: value.item() for name, value in outcome.items()}
         began, self._read_at = max(began, self._read_at), time.perf_counter()
         metrics["tokens_per_second"] = metrics["tokens"] / (self._read_at - began)
         if validate:
-            metrics["val_loss"] = validate()
+            metrics |= validate()
         self.latest = metrics
         if self._log:
             self._log.write(number, metrics)

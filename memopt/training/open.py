@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -11,9 +11,17 @@ from memopt.errors import check_at_least
 from memopt.optimizers.registry import FORMERLY_OPTAX
 from memopt.text.batches import Batches
 from memopt.text.chats import ChatEncoder
+from memopt.text.examples import Examples
+from memopt.text.mixtures import mixture_shares
 from memopt.text.packing import Batch
 from memopt.text.tokenizer import TEMPLATE, Tokenizer, load_tokenizer, read_template
-from memopt.training.batches import check_vocabulary, find_text, open_batches
+from memopt.training.batches import (
+    check_vocabulary,
+    describe_mixture,
+    find_text,
+    open_batches,
+    shares,
+)
 from memopt.training.checkpoint import Checkpoints, Record
 from memopt.training.config import Config, Start, read_options
 from memopt.training.data import (
@@ -62,11 +70,13 @@ class Training:
         directory: The directory it writes to.
         tokenizer: Turns text into ids and back.
         batches: The training batches, from the step of `state` on, placed on the devices.
-        validation: The held-out batches.
+        validation: The held-out batches of each source; of one without a name, under "".
         identity: What identifies the data.
         checkpoints: Its checkpoints.
         lock: The lock of its directory, held until it is trained.
         state: The state to begin with.
+        shares: The share of each source that its validation loss is weighted by.
+        mixture: The share of each named source and how often it is read, in words.
         examples: How many examples there are and how they fill the rows, "" for text.
         origin: What it took over from another run, "" for nothing.
         history: What it was trained on so far.
@@ -77,11 +87,13 @@ class Training:
     directory: Path
     tokenizer: Tokenizer
     batches: Batches
-    validation: list[Batch]
+    validation: dict[str, list[Batch]]
     identity: Record
     checkpoints: Checkpoints
     lock: Lock
     state: TrainState
+    shares: dict[str, float]
+    mixture: Sequence[str] = ()
     examples: str = ""
     origin: str = ""
     history: Sequence[Data] = ()
@@ -130,6 +142,7 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
     setup = describe_run(config)
     if origin:
         origin.check(config, setup)
+    weights = shares(config)
     check_vocabulary(tokenizer, config, setup.model_config.vocab_size)
     rows = rows_here(setup.mesh, config.text.batch_size)
     with errors_in_all_processes():
@@ -138,9 +151,10 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
             begin_as_before(tokenizer, history)
         documents = find_text(config, history, progress)
         opened = open_batches(config, documents, encoder or tokenizer, rows, setup.place, progress)
-        batches, validation, identity, examples = opened
+        batches, validation, identity, examples, rows_of_a_pass = opened
     if examples and config.optimization.epochs is not None:
-        steps = math.ceil(config.optimization.epochs * len(examples) / config.text.batch_size)
+        epoch = sum(map(len, examples.values()))
+        steps = math.ceil(config.optimization.epochs * epoch / config.text.batch_size)
         given, config = given.with_steps(steps), planned(unplanned.with_steps(steps))
         setup = describe_run(config)
     check_same_on_all_processes(
@@ -182,13 +196,20 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
         checkpoints=checkpoints,
         lock=lock,
         state=_first_state(config, setup, origin) if state is None else state,
-        examples=examples.summary(config.text.batch_size) if examples else "",
+        shares=weights,
+        mixture=describe_mixture(config, rows_of_a_pass),
+        examples=_summary(examples, config.text.batch_size),
         origin=origin.taken_over(config) if origin else "",
         history=history,
     )
     if origin:
         run.save(run.state)
     return run
+
+
+def _summary(examples: Mapping[str, Examples], batch_size: int) -> str:
+    summaries = {name: part.summary(batch_size) for name, part in examples.items()}
+    return "; ".join(f"{name}: {text}" if name else text for name, text in summaries.items())
 
 
 def _resumed_options(directory: Path, there: Config, given: Config) -> Config:
@@ -252,6 +273,9 @@ def _continue_data(
     history, is_same = continue_history(directory, history, then, data, accept=accept)
     if is_same:
         batches.set_state(record["batches"])
+        now, then = shares(config), record["config"].get("mixture", ())
+        if now != mixture_shares(list(now), then):  # otherwise a controller may have changed them
+            batches.set_weights(now)
     return history
 
 

@@ -115,9 +115,8 @@ def test_an_option_that_an_optimizer_cannot_take_is_named():
 def test_text_is_opened_alone(text):
     tokenizer = load_tokenizer("bytes")
     options = Config(text=Text(data=(str(text),), batch_size=8, seq_len=32, eval_tokens=512))
-    batches, validation, identity, _ = open_batches(
-        options, find_text(options), tokenizer, rows=[2, 5]
-    )
+    opened = open_batches(options, find_text(options), tokenizer, rows=[2, 5])
+    batches, validation, identity = opened.batches, opened.validation[""], opened.identity
     assert next(batches)["inputs"].shape == (2, 32)
     assert [batch["inputs"].shape for batch in validation] == [(2, 32)] * 2
     assert identity["data tokenizer"] == "bytes"
