@@ -68,7 +68,7 @@ def count_exact(run: Training, likeliest: Callable[[Any, Any], jax.Array], param
       params: the parameters.
     """
     exact = 0
-    for batch in run.validation:
+    for batch in run.validation[""]:
         wrong = np.asarray(likeliest(params, run.setup.place(batch))) != batch["targets"]
         learned = batch["weights"] == 1
         rows = np.broadcast_to(np.arange(len(wrong))[:, None], wrong.shape)

@@ -34,9 +34,10 @@ from rich.console import Console
 from benchmarks.machine import core_count, cpu_model, versions
 from benchmarks.report import milliseconds, save
 from memopt.errors import check_at_least
+from memopt.training.batches import find_text, open_batches
 from memopt.training.config import Architecture, Config, Optimization, Run, Text
 from memopt.training.loop import train
-from memopt.training.open import find_text, open_batches, open_run
+from memopt.training.open import open_run
 from memopt.training.placement import rows_here
 from memopt.training.setup import Setup, Step
 from memopt.training.step import Batch, Metrics, TrainState

@@ -99,7 +99,7 @@ def train(run: Training, case: Case, seed: int) -> dict[str, float]:
     step = jax.jit(functools.partial(train_step, **options))
     for _ in range(run.config.optimization.steps):
         state, _ = step(state, next(run.batches))
-    loss = evaluate(state.params, map(setup.place, run.validation), jax.jit(setup.loss))
+    loss = evaluate(state.params, map(setup.place, run.validation[""]), jax.jit(setup.loss))
     sizes = {"state_bytes": kept(state.opt_state), "weight_bytes": kept(state.params)}
     return {"loss": loss, **sizes}
 

@@ -46,8 +46,8 @@ from memopt.errors import check_choice
 from memopt.models import llama
 from memopt.models.llama import build_model
 from memopt.text.tokenizer import load_tokenizer
+from memopt.training.batches import find_text, open_batches
 from memopt.training.config import Config, Optimization, Text
-from memopt.training.open import find_text, open_batches
 
 SCHEMES = ("mup", "global", "standard")
 HEAD_DIM = 16
@@ -104,13 +104,13 @@ def data(options: Options, seed: int) -> tuple[dict[str, Array], dict[str, Array
         ),
         optimization=Optimization(steps=options.steps, seed=seed),
     )
-    batches, validation, *_ = open_batches(
+    opened = open_batches(
         config, find_text(config), load_tokenizer("bytes"), range(options.batch_size)
     )
-    training = list(itertools.islice(batches, options.steps))
-    batches.close()
+    training = list(itertools.islice(opened.batches, options.steps))
+    opened.batches.close()
     stack = lambda parts: jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *parts)
-    return stack(training), stack(validation)
+    return stack(training), stack(opened.validation[""])
 
 
 def optimizer(scheme: str, base: Any) -> optax.GradientTransformation:

@@ -17,7 +17,7 @@ from tyro import conf
 
 from memopt.cli.arguments import Step
 from memopt.cli.errors import fail
-from memopt.training.evaluation import evaluate_data
+from memopt.training.evaluation import evaluate_data, pooled
 from memopt.training.load import load_model
 
 
@@ -27,8 +27,9 @@ class Options:
 
     Attributes:
         run: Directory of a run or of a Hugging Face model.
-        data: Text or chats, as in `memopt pretrain` and `finetune`, all of it. Without it, what the
-            run held out, as much as its own validation reads.
+        data: Text or chats, as in `memopt pretrain` and `finetune`, all of it; each source that is
+            given as NAME=SOURCE has a line of its own. Without it, what the run held out, as much
+            as its own validation reads.
         format: What the data holds: text, or chats, of which the answers count; by default as the
             run was trained, and text for a Hugging Face model.
         batch_size: Rows that are evaluated at a time.
@@ -49,7 +50,7 @@ def evaluate(arguments: list[str]) -> None:
     options = tyro.cli(Options, prog="memopt evaluate", description=__doc__, args=arguments)
     try:
         loaded = load_model(options.run, options.step)
-        found = evaluate_data(
+        sources = evaluate_data(
             loaded,
             options.data,
             format=options.format,
@@ -58,10 +59,17 @@ def evaluate(arguments: list[str]) -> None:
         )
     except (ValueError, ImportError, OSError) as error:
         fail(error)
+    found = pooled(sources.values())
     at_step = "" if loaded.step is None else f", step {loaded.step}"
     print(f"model      {loaded.path}{at_step}")
     name = " ".join(options.data) or "what the run held out"
     print(f"data       {name}: {found.tokens:,} tokens, {found.bytes:,} bytes")
+    for source, own in sources.items():
+        if source:
+            print(
+                f"           {source}: {own.tokens:,} tokens, {own.bytes:,} bytes, loss "
+                f"{own.loss:.4f} a token, {own.loss_per_byte:.4f} a byte"
+            )
     print(f"a token    loss {found.loss:.4f}, perplexity {found.perplexity:.3f}")
     print(
         f"a byte     loss {found.loss_per_byte:.4f}, perplexity {found.perplexity_per_byte:.3f}, "

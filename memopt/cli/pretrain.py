@@ -86,6 +86,7 @@ HABITS = {
     **dict.fromkeys(("--output-dir", "--out", "--save-dir"), "--output"),
     **dict.fromkeys(("--model-name-or-path", "--pretrained", "--checkpoint"), "--init"),
     **dict.fromkeys(("--dataset", "--train-file"), "--data"),
+    **dict.fromkeys(("--mix", "--data-mix", "--data-weights"), "--mixture NAME=WEIGHT"),
     **dict.fromkeys(("--report-to", "--wandb"), "--log wandb"),
 }
 
@@ -276,6 +277,7 @@ def _introduce(run: Training, console: Console) -> None:
         ),
         f"text       {' '.join(config.text.data)}, tokenizer {run.tokenizer.name}, "
         f"rows of {config.text.seq_len} tokens",
+        *(f"{'mixture' * (not i):11}{line}" for i, line in enumerate(run.mixture)),
         *([f"examples   {run.examples}"] if run.examples else []),
         *(
             f"           since step {entry.after} other data than before, in a new pass over it: "

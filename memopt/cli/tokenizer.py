@@ -6,7 +6,7 @@ from pathlib import Path
 import tyro
 
 from memopt.cli.errors import fail
-from memopt.text.documents import find_documents
+from memopt.text.mixtures import find_mixture, named_sources
 from memopt.text.tokenizer import train_tokenizer
 
 
@@ -29,8 +29,8 @@ def train(arguments: list[str]) -> None:
     """Runs `memopt tokenizer train` with these arguments."""
     options = tyro.cli(Options, prog="memopt tokenizer train", args=arguments)
     try:
-        training, _ = find_documents(options.data).split()
-        texts = (piece.content for piece in training.once())
+        training, _ = find_mixture(named_sources(options.data)).split()
+        texts = (piece.content for part in training.sources.values() for piece in part.once())
         tokenizer = train_tokenizer(texts, options.vocab_size, options.output)
     except (ValueError, ImportError, OSError) as error:
         fail(error)

@@ -6,10 +6,12 @@ predicted once. Documents are packed one after another into rows of `seq_len`, c
 so that a row holds no padding. Rows are mixed within windows of 2^18 tokens.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -21,6 +23,8 @@ from memopt.text.chats import ChatEncoder
 from memopt.text.documents import Documents
 from memopt.text.examples import Examples
 from memopt.text.finding import SECONDS_OF_SILENCE
+from memopt.text.mixing import Mixed
+from memopt.text.mixtures import Mixture, normalized
 from memopt.text.packing import Batch, packed
 from memopt.text.tokenizer import Tokenizer
 
@@ -54,6 +58,28 @@ class Batches(Iterator[Any]):
         """Continues from a state that `get_state` returned, here or in another process."""
         self._iterator.set_state(state)
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The share of each named source; empty if there are none."""
+        return dict(self._iterator.get_state().get("weights", {}))
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Changes the shares of the sources, from the next batch on.
+
+        Batches that were made ahead are made anew, for which a window of each source is read again.
+
+        Args:
+            weights: A positive weight for each source; their sum does not matter.
+
+        Raises:
+            ValueError: They are not that, or the data has no named sources.
+        """
+        before = self.weights
+        if not before:
+            raise ValueError("data must have named sources, NAME=SOURCE, to be weighted.")
+        if (weights := normalized(weights, list(before))) != before:
+            self.set_state(self.get_state() | {"weights": weights})
+
     def close(self) -> None:
         """Stops the thread that makes batches ahead; no batch follows."""
         if self._iterator is not None:  # freed here: at exit, Grain's could not be
@@ -62,28 +88,33 @@ class Batches(Iterator[Any]):
 
 
 def train_batches(
-    documents: Documents,
+    documents: Documents | Mixture,
     tokenizer: Tokenizer,
     *,
     batch_size: int,
     seq_len: int,
     seed: int,
+    weights: Mapping[str, float] | None = None,
     rows: Sequence[int] | None = None,
     place: Callable[[Batch], Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Batches:
     """Returns endless training batches, shuffled anew in each epoch.
 
-    The order is a function of the documents, tokenizer, `batch_size`, `seq_len` and `seed` alone.
+    The order is a function of the documents, tokenizer, `batch_size`, `seq_len`, `seed` and
+    `weights` alone.
     With `rows` a process gets these rows of every batch, so any number of processes together see
     the same batches (each of them tokenizes all the text for that).
 
     Args:
-        documents: The training part of `find_documents(...).split()`.
+        documents: The training part of `find_documents(...).split()`, or of a
+            `memopt.text.mixtures.Mixture`, whose sources are packed, shuffled and repeated each for
+            itself.
         tokenizer: Makes ids of text.
         batch_size: Rows of the global batch, B.
         seq_len: Tokens of a row, S.
         seed: Decides the order.
+        weights: The share of each named source in the rows of the batches; None: equal shares.
         rows: Which rows of the global batch to return, R of them; all, if not given.
         place: Applied to each batch by the thread that makes them ahead, to put it on devices.
         progress: Called with a line to show if the first batch takes longer than a second.
@@ -117,25 +148,34 @@ def train_batches(
     """
     rows = _check_rows(batch_size, seq_len, rows)
     _check_seed(seed)
-    in_order = packed(documents.epochs(seed), tokenizer, seq_len, chunk=documents.chunk)
-    dataset = internals.shuffled(in_order, max(1, WINDOW_TOKENS // seq_len), seed)
-    return _ahead(_batch(dataset, batch_size, rows), place, progress)
+
+    def shuffled(part: Documents) -> grain.IterDataset:
+        in_order = packed(part.epochs(seed), tokenizer, seq_len, chunk=part.chunk)
+        return internals.shuffled(in_order, max(1, WINDOW_TOKENS // seq_len), seed)
+
+    sources = documents.sources if isinstance(documents, Mixture) else {"": documents}
+    datasets = {name: shuffled(part) for name, part in sources.items()}
+    dataset = _mixed(datasets, batch_size, seed, weights)
+    return _ahead(dataset.map(_take(batch_size, rows)), place, progress)
 
 
 def example_batches(
-    examples: Examples,
+    examples: Mapping[str, Examples],
     *,
     batch_size: int,
     seed: int,
+    weights: Mapping[str, float] | None = None,
     rows: Sequence[int] | None = None,
     place: Callable[[Batch], Any] | None = None,
 ) -> Batches:
     """Returns endless training batches of examples, as `train_batches` does of documents.
 
     Args:
-        examples: The examples, which are in rows already.
+        examples: The examples of each source, which are in rows already; of one without a name,
+            under "".
         batch_size: As in `train_batches`.
         seed: As in `train_batches`.
+        weights: As in `train_batches`.
         rows: As in `train_batches`.
         place: As in `train_batches`.
 
@@ -145,9 +185,11 @@ def example_batches(
     Raises:
         ValueError: As `train_batches`.
     """
-    rows = _check_rows(batch_size, examples.seq_len, rows)
+    rows = _check_rows(batch_size, next(iter(examples.values())).seq_len, rows)
     _check_seed(seed)
-    return _ahead(_batch(examples.epochs(seed), batch_size, rows), place)
+    datasets = {name: part.epochs(seed) for name, part in examples.items()}
+    dataset = _mixed(datasets, batch_size, seed, weights)
+    return _ahead(dataset.map(_take(batch_size, rows)), place)
 
 
 def example_validation(
@@ -173,7 +215,7 @@ def example_validation(
     if max_tokens is not None:
         check_at_least("max_tokens", max_tokens, examples.seq_len)
         dataset = internals.limited(dataset, max_tokens // examples.seq_len)
-    return list(_batch(dataset, batch_size, rows))
+    return list(dataset.batch(batch_size).map(_take(batch_size, rows)))
 
 
 def validation_batches(
@@ -245,11 +287,11 @@ def batches_in_order(
     if max_tokens is not None:
         check_at_least("max_tokens", max_tokens, seq_len)
         dataset = internals.limited(dataset, max_tokens // seq_len)
-    return iter(_batch(dataset, batch_size, rows))
+    return iter(dataset.batch(batch_size).map(_take(batch_size, rows)))
 
 
 def fingerprint(
-    documents: Documents,
+    documents: Documents | Mixture,
     tokenizer: Tokenizer | ChatEncoder,
     *,
     batch_size: int,
@@ -269,8 +311,9 @@ def fingerprint(
 
     Returns:
         A flat dict: files, bytes, a digest of names and pieces and one of the content (or the
-        stream's name), the tokenizer's digest, the id that ends a document and, if that does not
-        begin it, those that do, `batch_size`, `seq_len`, `seed`.
+        stream's name), of named sources all this by their names, as `sources`; the tokenizer's
+        digest, the id that ends a document and, if that does not begin it, those that do,
+        `batch_size`, `seq_len`, `seed`.
     """
     ids = {"tokenizer": tokenizer.digest, "eos_id": tokenizer.eos_id}
     if tokenizer.begin_ids != (tokenizer.eos_id,):  # earlier runs began documents with eos_id
@@ -294,14 +337,26 @@ def _told_if_slow(progress: Callable[[str], None] | None, line: str) -> Iterator
         timer.cancel()
 
 
-def _batch(dataset: grain.IterDataset, batch_size: int, rows: Sequence[int]) -> grain.IterDataset:
-    """These rows of each batch; rows of zeros fill up the last one."""
+def _mixed(
+    sources: Mapping[str, grain.IterDataset],
+    batch_size: int,
+    seed: int,
+    weights: Mapping[str, float] | None,
+) -> grain.IterDataset:
+    """Batches of the rows of each source; one without a name is not mixed."""
+    if "" in sources:
+        return sources[""].batch(batch_size)
+    return Mixed(sources, weights or dict.fromkeys(sources, 1.0), batch_size, seed)
+
+
+def _take(batch_size: int, rows: Sequence[int]) -> Callable[[Batch], Batch]:
+    """Returns what takes these rows of each batch; rows of zeros fill up the last one."""
 
     def take(batch: Batch) -> Batch:
         missing = [(0, batch_size - len(batch["inputs"])), (0, 0)]
         return {name: np.pad(array, missing)[rows] for name, array in batch.items()}
 
-    return dataset.batch(batch_size).map(take)
+    return take
 
 
 def _ahead(

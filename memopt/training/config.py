@@ -79,21 +79,26 @@ class Text:
 
     Attributes:
         data: Files, directories, globs; JSON lines, as FILE.jsonl or FILE.jsonl#FIELD; hf:NAME.
-            `python` is the source of Python's standard library.
+            `python` is the source of Python's standard library. As NAME=SOURCE, sources with names
+            are mixed.
+        mixture: The share of each named source in the rows of the batches, positive numbers of any
+            sum; equal shares by default.
         format: What the data holds: text, or chats in JSON lines, of which only the answers are
             learned.
         chat_template: A file with a chat template in Jinja, in place of the tokenizer's own.
         long_examples: Skip chats that are longer than a row, with a warning, or truncate them.
-        eval_data: What to evaluate on, in place of a part of `data`, as in `data`.
+        eval_data: What to evaluate on, in place of a part of `data`, as in `data`; of named
+            sources, some or all.
         bad_records: Skip records that are not JSON, not UTF-8, or without text or chat, with a
             warning, or stop.
         tokenizer: A tokenizer.json, a directory holding one (a Hugging Face model's), or bytes.
         batch_size: Rows of a batch, over all devices and micro-batches.
         seq_len: Tokens of a row.
-        eval_tokens: Held-out tokens to evaluate on, at most.
+        eval_tokens: Held-out tokens of each source to evaluate on, at most.
     """
 
     data: Annotated[tuple[str, ...], conf.arg(metavar="SOURCE ...")] = ("python",)
+    mixture: Annotated[tuple[str, ...], conf.arg(metavar="NAME=WEIGHT ...")] = ()
     format: Literal["text", "chats"] = "text"
     chat_template: Annotated[str | None, conf.arg(metavar="FILE")] = None
     long_examples: Literal["skip", "truncate"] = "skip"
@@ -342,7 +347,7 @@ class Config:
             for kind, options in named.items()
         }
         flat |= {"phases": list(flat["phases"])}
-        flat |= {name: list(flat[name]) for name in ("data", "eval_data", "log")}
+        flat |= {name: list(flat[name]) for name in ("data", "mixture", "eval_data", "log")}
         flat["init"] = None if self.start.init is None else str(self.start.init)
         return {name: x for name, x in flat.items() if name not in NOT_SAVED}
 

@@ -14,6 +14,7 @@ from memopt.models import llama
 from memopt.optimizers.registry import METHODS
 from memopt.state.quantized_state import quantize_state
 from memopt.text.packing import FIELDS
+from memopt.training.batches import shares
 from memopt.training.config import Config
 from memopt.training.control import Controller, Plan
 from memopt.training.controllers import controller
@@ -142,7 +143,7 @@ def describe_controller(config: Config) -> Controller | None:
         accumulation=options.accumulation,
         seq_len=config.text.seq_len,
         eval_every=config.run.eval_every,
-        sources={"": 1.0},
+        sources=shares(config),
     )
     try:
         return controller(options.controller, plan, named)

@@ -19,7 +19,7 @@ from memopt.training.writing import why, write_whole
 #: Options that may change when a run is resumed; all others decide what its checkpoints mean. The
 #: contents of `data` and `tokenizer` are checked apart from their places.
 MAY_CHANGE = {
-    *("data", "eval_data", "bad_records", "tokenizer", "chat_template"),
+    *("data", "mixture", "eval_data", "bad_records", "tokenizer", "chat_template"),
     *("steps", "schedule", "phases", "mesh", "max_skipped", "keep"),
     *("eval_every", "eval_tokens", "checkpoint_every", "log"),
 }

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -12,12 +12,13 @@ from memopt.text.batches import batches_in_order, example_validation
 from memopt.text.documents import Documents
 from memopt.text.examples import encode_examples
 from memopt.text.files import Piece
+from memopt.text.mixtures import errors_of_source
 from memopt.text.packing import Batch, piece_ids
 from memopt.text.tokenizer import Tokenizer
+from memopt.training.batches import find_held_out, find_text
 from memopt.training.config import Config
 from memopt.training.data import read_history
 from memopt.training.load import LoadedModel
-from memopt.training.open import find_text
 
 
 class Evaluation(NamedTuple):
@@ -64,6 +65,16 @@ class Evaluation(NamedTuple):
         return self.loss_per_byte / math.log(2)
 
 
+def pooled(evaluations: Iterable[Evaluation]) -> Evaluation:
+    """Returns the evaluation of all tokens together.
+
+    Example:
+        >>> pooled([Evaluation(10.0, 5, 20), Evaluation(30.0, 5, 10)]).loss
+        4.0
+    """
+    return Evaluation(*map(sum, zip(*evaluations, strict=True)))
+
+
 def perplexity(nats: float) -> float:
     """The exponential of a loss, at most that of 700, which a float still holds.
 
@@ -81,7 +92,7 @@ def evaluate_data(
     format: Literal["text", "chats"] | None = None,
     batch_size: int = 8,
     seq_len: int | None = None,
-) -> Evaluation:
+) -> dict[str, Evaluation]:
     """Evaluates a model on data or, without, on what its run held out.
 
     Args:
@@ -92,6 +103,9 @@ def evaluate_data(
         batch_size: As in `evaluate_text`.
         seq_len: As in `evaluate_text`.
 
+    Returns:
+        The evaluation of each source of the data; of one without a name, under "".
+
     Raises:
         ValueError: There is no such data, none is given for a model that is not from a run, or the
             rows are longer than the model accepts.
@@ -100,16 +114,22 @@ def evaluate_data(
         raise ValueError(f"{str(loaded.path)!r} is a model without data of its own: give --data.")
     config = loaded.config or Config()
     text = dataclasses.replace(config.text, format=format or config.text.format)
-    specs = tuple(data) or text.eval_data
-    text = dataclasses.replace(text, data=specs or text.data)
-    history = [] if data else read_history(loaded.path)  # names of data that has moved
-    documents = find_text(dataclasses.replace(config, text=text), history)
-    documents = documents if specs else documents.split()[1]
+    if data:
+        text = dataclasses.replace(text, data=tuple(data))
+        documents = find_text(dataclasses.replace(config, text=text))
+    else:
+        history = read_history(loaded.path)  # names of data that has moved
+        documents = find_held_out(dataclasses.replace(config, text=text), history)
     rows: Any = {"batch_size": batch_size, "seq_len": seq_len}
     rows |= {"max_tokens": None if data else text.eval_tokens}
-    if text.format == "text":
-        return evaluate_text(loaded, documents, **rows)
-    return evaluate_chats(loaded, documents, long_examples=text.long_examples, **rows)
+    evaluate: Callable[..., Evaluation] = evaluate_text
+    if text.format == "chats":
+        evaluate, rows = evaluate_chats, rows | {"long_examples": text.long_examples}
+    found = {}
+    for name, part in documents.sources.items():
+        with errors_of_source(name):
+            found[name] = evaluate(loaded, part, **rows)
+    return found
 
 
 def evaluate_text(

@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -18,8 +18,11 @@ from memopt.training.open import Training
 from memopt.training.processes import StopAgreement, is_main_process
 from memopt.training.profile import Profile
 from memopt.training.steering import Steering, Trials, describe_change
-from memopt.training.step import Metrics, TrainState, evaluate
+from memopt.training.step import Metrics, TrainState, evaluate_sources
 from memopt.training.writing import closing
+
+#: Returns validation losses by name.
+Validate: TypeAlias = Callable[[], dict[str, float]]
 
 
 class Stopped(Exception):
@@ -146,13 +149,16 @@ class _Loop:
         self.state, outcome = self._training.setup.jitted(self.state, *inputs)
         return outcome
 
-    def _validate(self) -> float:
-        setup, validation = self._training.setup, self._training.validation
-        return evaluate(setup.eval_params(self.state), map(setup.place, validation), self._loss)
+    def _validate(self) -> dict[str, float]:
+        run, setup = self._training, self._training.setup
+        batches = {name: map(setup.place, found) for name, found in run.validation.items()}
+        return evaluate_sources(setup.eval_params(self.state), batches, run.shares, self._loss)
 
     def _decide(self, steering: Steering) -> None:
         before = steering.control
         steering.decide(functools.partial(self._try, steering.trials))
+        if weights := steering.control.weights:
+            self._training.batches.set_weights(weights)
         if change := describe_change(before, steering.control):
             self._display.note(self.batches, change)
 
@@ -192,7 +198,9 @@ class _Loop:
             loss = outcome["loss"].item() if outcome["skipped_in_row"].item() == 0 else math.nan
             if math.isnan(loss) or validate_every is None or count % validate_every == 0:
                 at.append(count)
-                losses.append(self._validate() if validate_every and loss == loss else loss)
+                losses.append(
+                    self._validate()["val_loss"] if validate_every and loss == loss else loss
+                )
             if math.isnan(loss):
                 break
         return Losses(at, losses)
@@ -215,7 +223,7 @@ class LateMetrics:
         self, log: MetricsLog | None, display: Display, skipped_in_row: int, max_skipped: int
     ):
         self._log, self._display, self._max_skipped = log, display, max_skipped
-        self._unread: tuple[int, Metrics, float, Callable[[], float] | None] | None = None
+        self._unread: tuple[int, Metrics, float, Validate | None] | None = None
         self._read_at = 0.0
         self.latest: dict[str, float] = {"skipped_in_row": skipped_in_row}
 
@@ -224,7 +232,7 @@ class LateMetrics:
         number: int,
         outcome: Metrics,
         began: float,
-        validate: Callable[[], float] | None = None,
+        validate: Validate | None = None,
     ) -> None:
         """Takes the metrics of a step that was dispatched, and reads those of the one before.
 
@@ -232,7 +240,7 @@ class LateMetrics:
             number: The step.
             outcome: Its metrics, on the devices.
             began: When the host began with it, in seconds of `time.perf_counter`.
-            validate: Returns the validation loss after it, which is then waited for.
+            validate: Returns the validation losses after it, which are then waited for.
 
         Raises:
             Stopped: Too many steps in a row were skipped. It is noticed before another is taken.
@@ -258,13 +266,13 @@ class LateMetrics:
         number: int,
         outcome: Metrics,
         began: float,
-        validate: Callable[[], float] | None,
+        validate: Validate | None,
     ) -> None:
         metrics = {name: value.item() for name, value in outcome.items()}
         began, self._read_at = max(began, self._read_at), time.perf_counter()
         metrics["tokens_per_second"] = metrics["tokens"] / (self._read_at - began)
         if validate:
-            metrics["val_loss"] = validate()
+            metrics |= validate()
         self.latest = metrics
         if self._log:
             self._log.write(number, metrics)

@@ -23,7 +23,8 @@ SECONDS_BETWEEN_LINES = 5.0
 class MetricsLog:
     """`metrics.jsonl` of a run, and its trackers.
 
-    Each step is one line, a JSON object; numbers that are not finite are null. Every line is
+    Each step is one line, a JSON object; numbers that are not finite are null. Metrics of one
+    source of the data have its name after a space, which trackers get as "/". Every line is
     handed to the operating system at once, so that none is lost when the process is killed.
 
     Args:
@@ -58,8 +59,9 @@ class MetricsLog:
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
         self._last = metrics.get("batches", step)
+        grouped = {name.replace(" ", "/"): value for name, value in metrics.items()}
         for tracker in self._trackers:
-            tracker.write(step, metrics)
+            tracker.write(step, grouped)
 
     def close(self) -> None:
         """Closes the file and the trackers.
@@ -133,7 +135,13 @@ class Display(Progress):
             line += f"  {left:.0f} s left" if left is not None else ""
             self._print(step, line)
         if "val_loss" in metrics:
-            self._print(step, f"validation loss {metrics['val_loss']:.4f}")
+            named = [
+                f"{name.removeprefix('val_loss ')} {loss:.4f}"
+                for name, loss in metrics.items()
+                if name.startswith("val_loss ")
+            ]
+            of_sources = f" ({', '.join(named)})" if named else ""
+            self._print(step, f"validation loss {metrics['val_loss']:.4f}{of_sources}")
 
     def note(self, step: int, line: str) -> None:
         """Shows a line about a step."""

@@ -1,35 +1,30 @@
 """A run with its files: the directory, the text, the checkpoints, and the state to begin with."""
 
 import dataclasses
-import functools
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 
 from memopt.errors import check_at_least
 from memopt.optimizers.registry import FORMERLY_OPTAX
-from memopt.text.batches import (
-    Batches,
-    example_batches,
-    example_validation,
-    fingerprint,
-    train_batches,
-    validation_batches,
-)
-from memopt.text.chats import CHATS, ChatEncoder
-from memopt.text.documents import Documents, find_documents
-from memopt.text.examples import Examples, encode_examples
-from memopt.text.files import TEXT
+from memopt.text.batches import Batches
+from memopt.text.chats import ChatEncoder
+from memopt.text.examples import Examples
+from memopt.text.mixtures import mixture_shares
 from memopt.text.packing import Batch
 from memopt.text.tokenizer import TEMPLATE, Tokenizer, load_tokenizer, read_template
+from memopt.training.batches import (
+    check_vocabulary,
+    describe_mixture,
+    find_text,
+    open_batches,
+    shares,
+)
 from memopt.training.checkpoint import Checkpoints, Record
 from memopt.training.config import Config, Start, read_options
 from memopt.training.data import (
-    COMPLETIONS,
     Data,
     begin_as_before,
     continue_history,
@@ -62,9 +57,6 @@ from memopt.training.steering import Steering, Trials
 from memopt.training.step import TrainState
 from memopt.training.trackers import check_trackers
 
-#: Embeddings of a model per id of its tokenizer, at most, unless the options give the vocabulary.
-#: It leaves room for rounding up and for a few added ids; bytes in a vocabulary of 32000 have 125.
-MOST_ROWS_PER_ID = 1.25
 #: What decides the order of the data besides its content; it never changes.
 PASS = ("data tokenizer", "data eos_id", "data batch_size", "data seq_len", "data seed")
 
@@ -79,11 +71,13 @@ class Training:
         directory: The directory it writes to.
         tokenizer: Turns text into ids and back.
         batches: The training batches, from the step of `state` on, placed on the devices.
-        validation: The held-out batches.
+        validation: The held-out batches of each source; of one without a name, under "".
         identity: What identifies the data.
         checkpoints: Its checkpoints.
         lock: The lock of its directory, held until it is trained.
         state: The state to begin with.
+        shares: The share of each source that its validation loss is weighted by.
+        mixture: The share of each named source and how often it is read, in words.
         examples: How many examples there are and how they fill the rows, "" for text.
         origin: What it took over from another run, "" for nothing.
         history: What it was trained on so far.
@@ -95,11 +89,13 @@ class Training:
     directory: Path
     tokenizer: Tokenizer
     batches: Batches
-    validation: list[Batch]
+    validation: dict[str, list[Batch]]
     identity: Record
     checkpoints: Checkpoints
     lock: Lock
     state: TrainState
+    shares: dict[str, float]
+    mixture: Sequence[str] = ()
     examples: str = ""
     origin: str = ""
     history: Sequence[Data] = ()
@@ -156,6 +152,7 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
     setup = describe_run(config)
     if origin:
         origin.check(config, setup)
+    weights = shares(config)
     check_vocabulary(tokenizer, config, setup.model_config.vocab_size)
     rows = rows_here(setup.mesh, config.text.batch_size)
     with errors_in_all_processes():
@@ -164,9 +161,10 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
             begin_as_before(tokenizer, history)
         documents = find_text(config, history, progress)
         opened = open_batches(config, documents, encoder or tokenizer, rows, setup.place, progress)
-        batches, validation, identity, examples = opened
+        batches, validation, identity, examples, rows_of_a_pass = opened
     if examples and config.optimization.epochs is not None:
-        steps = math.ceil(config.optimization.epochs * len(examples) / config.text.batch_size)
+        epoch = sum(map(len, examples.values()))
+        steps = math.ceil(config.optimization.epochs * epoch / config.text.batch_size)
         given, config = given.with_steps(steps), planned(unplanned.with_steps(steps))
         setup = describe_run(config)
     check_same_on_all_processes(
@@ -212,7 +210,9 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
         checkpoints=checkpoints,
         lock=lock,
         state=_first_state(config, setup, origin) if state is None else state,
-        examples=examples.summary(config.text.batch_size) if examples else "",
+        shares=weights,
+        mixture=describe_mixture(config, rows_of_a_pass),
+        examples=_summary(examples, config.text.batch_size),
         origin=origin.taken_over(config) if origin else "",
         history=history,
         steering=steering,
@@ -220,6 +220,11 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
     if origin:
         run.save(run.state)
     return run
+
+
+def _summary(examples: Mapping[str, Examples], batch_size: int) -> str:
+    summaries = {name: part.summary(batch_size) for name, part in examples.items()}
+    return "; ".join(f"{name}: {text}" if name else text for name, text in summaries.items())
 
 
 def _resumed_options(directory: Path, there: Config, given: Config) -> Config:
@@ -283,6 +288,9 @@ def _continue_data(
     history, is_same = continue_history(directory, history, then, data, accept=accept)
     if is_same:
         batches.set_state(record["batches"])
+        now, then = shares(config), record["config"].get("mixture", ())
+        if now != mixture_shares(list(now), then):  # otherwise a controller may have changed them
+            batches.set_weights(now)
     return history
 
 
@@ -339,39 +347,6 @@ def _restore(checkpoints: Checkpoints, setup: Setup) -> tuple[TrainState, Record
         ) from error
 
 
-def find_text(
-    config: Config,
-    history: Sequence[Data] = (),
-    progress: Callable[[str], None] | None = None,
-) -> Documents:
-    """Finds a run's text.
-
-    Args:
-        config: The options of the run.
-        history: What it was trained on so far: the same content has its names again.
-        progress: Called with a line to show, now and then if it takes long.
-
-    Returns:
-        The documents.
-
-    Raises:
-        ValueError: There is no such text.
-    """
-    documents = _find(config, config.text.data, progress)
-    for entry in reversed(history):
-        if (renamed := documents.renamed(entry.files)) is not None:
-            return renamed
-    return documents
-
-
-def _find(
-    config: Config, specs: Sequence[str], progress: Callable[[str], None] | None
-) -> Documents:
-    records = CHATS if config.text.format == "chats" else TEXT
-    bad_records = config.text.bad_records
-    return find_documents(specs, records=records, bad_records=bad_records, progress=progress)
-
-
 def _check_format(config: Config) -> None:
     """Raises if an option that goes with chats is given without."""
     options = {"chat_template": config.text.chat_template, "epochs": config.optimization.epochs}
@@ -381,111 +356,3 @@ def _check_format(config: Config) -> None:
     epochs = config.optimization.epochs
     if epochs is not None and not 0 < epochs < math.inf:
         raise ValueError(f"epochs must be positive, got {epochs}.")
-
-
-class Opened(NamedTuple):
-    """A run's data.
-
-    Attributes:
-        batches: The training batches.
-        validation: The held-out batches.
-        identity: What identifies the data.
-        examples: The examples that the training batches are made of; None for text.
-    """
-
-    batches: Batches
-    validation: list[Batch]
-    identity: Record
-    examples: Examples | None
-
-
-def open_batches(
-    config: Config,
-    documents: Documents,
-    tokenizer: Tokenizer | ChatEncoder,
-    rows: Sequence[int],
-    place: Callable[[Batch], Any] | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> Opened:
-    """Cuts a run's text into batches, or packs its examples.
-
-    Args:
-        config: The options of the run.
-        documents: Its text.
-        tokenizer: Makes ids of the text; for examples, a `ChatEncoder`.
-        rows: The rows of a batch that this process holds.
-        place: Applied to each training batch, ahead of its step.
-        progress: Called with a line to show if a part of it takes long.
-
-    Raises:
-        ValueError: There is too little text.
-    """
-    if config.text.eval_data:
-        training, held_out = documents, _find(config, config.text.eval_data, progress)
-    else:
-        training, held_out = documents.split()
-    shape: Any = {"batch_size": config.text.batch_size, "seq_len": config.text.seq_len}
-    seed, eval_tokens = config.optimization.seed, config.text.eval_tokens
-    examples = None
-    if isinstance(tokenizer, ChatEncoder):
-        encode = functools.partial(
-            encode_examples,
-            encoder=tokenizer,
-            seq_len=config.text.seq_len,
-            long_examples=config.text.long_examples,
-            bad_records=config.text.bad_records,
-            progress=progress,
-        )
-        other = "eval_data" if config.text.eval_data else "the held-out part of the data"
-        examples, others = encode(training), encode(held_out, name=other)
-        size: Any = {"batch_size": config.text.batch_size, "rows": rows}
-        batches = example_batches(examples, seed=seed, place=place, **size)
-        validation = example_validation(others, max_tokens=eval_tokens, **size)
-    else:
-        here: Any = {**shape, "rows": rows, "progress": progress}
-        batches = train_batches(training, tokenizer, seed=seed, place=place, **here)
-        validation = validation_batches(held_out, tokenizer, max_tokens=eval_tokens, **here)
-    identity = fingerprint(training, tokenizer, **shape, seed=seed)
-    known = {f"data {name}": value for name, value in identity.items()}
-    if examples and not examples.has_chats:
-        known[COMPLETIONS] = True
-    return Opened(batches, validation, known, examples)
-
-
-def check_vocabulary(tokenizer: Tokenizer, config: Config, vocab_size: int) -> None:
-    """Raises unless a model's vocabulary fits a tokenizer's.
-
-    A run that was begun with too large a vocabulary, by an earlier version, is warned about only.
-    The models of others have what they have.
-
-    Args:
-        tokenizer: The tokenizer.
-        config: The options of the run.
-        vocab_size: The ids that its model has embeddings for.
-
-    Raises:
-        ValueError: The tokenizer has more ids; or too few, unless the options give the vocabulary.
-    """
-    model, ids = config.architecture.model, tokenizer.vocab_size
-    if ids > vocab_size:
-        advice = f"add --vocab-size {ids}"
-        if config.start.init:
-            own = Path(config.text.tokenizer) == config.start.init
-            advice = "leave out --tokenizer, or give one with fewer ids"
-            if own:
-                advice = "give another --tokenizer, or resize its embeddings in transformers"
-        raise ValueError(
-            f"tokenizer {tokenizer.name!r} has {ids} ids, but model {model!r} only {vocab_size}: "
-            f"{advice}."
-        )
-    if config.architecture.shape or config.architecture.vocab_size:
-        return
-    if vocab_size > MOST_ROWS_PER_ID * ids:
-        mismatch = f"model {model!r} has {vocab_size} ids, tokenizer {tokenizer.name!r} only {ids}"
-        if not (config.run.resume or config.start.init):
-            raise ValueError(
-                f"{mismatch}: choose another --tokenizer, such as one from `memopt tokenizer train "
-                f"--vocab-size {vocab_size}`, or give --vocab-size {ids}."
-            )
-        if is_main_process():
-            warnings.warn(f"{mismatch}; the other embeddings are never used.", stacklevel=2)

@@ -44,7 +44,7 @@ def plot_loss(metrics: Path, image: Path) -> None:
 def sample_text(
     run: Training, params: Any, prompt_tokens: int = 64, new_tokens: int = 192
 ) -> tuple[str, str]:
-    """Continues the beginning of the held-out text, or answers the first held-out prompt.
+    """Continues the first held-out text, or answers the first held-out prompt.
 
     Args:
         run: The run.
@@ -55,7 +55,8 @@ def sample_text(
     Returns:
         The prompt and its continuation.
     """
-    first = {name: array[0] for name, array in run.validation[0].items()}
+    held_out = next(iter(run.validation.values()))
+    first = {name: array[0] for name, array in held_out[0].items()}
     row = {name: np.asarray(x) for name, x in multihost_utils.broadcast_one_to_all(first).items()}
     longest = run.setup.model_config.max_seq_len
     ends = [run.tokenizer.eos_id, *run.setup.model_config.eos_ids]

@@ -1,6 +1,7 @@
 """One training step and one evaluation, as pure functions of the state and a batch."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -170,6 +171,26 @@ def evaluate(params: Any, batches: Any, loss: Loss) -> float:
     sums = [tuple(map(float, loss(params, batch))) for batch in batches]
     total, tokens = map(sum, zip(*sums, strict=True))
     return total / tokens
+
+
+def evaluate_sources(
+    params: Any, sources: Mapping[str, Any], shares: Mapping[str, float], loss: Loss
+) -> dict[str, float]:
+    """Returns the loss of each source as `val_loss NAME`, and their mean as `val_loss`.
+
+    The mean is weighted by the shares: it estimates the loss that training on such a mixture
+    minimises, and stays comparable when a controller changes the mixture.
+
+    Args:
+        params: The parameters.
+        sources: Iterables of batches by the name of the source; one without a name is "".
+        shares: The share of each source, of sum 1.
+        loss: As in `train_step`, jitted.
+    """
+    losses = {name: evaluate(params, batches, loss) for name, batches in sources.items()}
+    mean = math.fsum(shares[name] * value for name, value in losses.items())
+    named = {f"val_loss {name}": value for name, value in losses.items() if name}
+    return {"val_loss": mean, **named}
 
 
 def cut_batch(batch: Batch, accumulation: int, rng: jax.Array | None, step: jax.Array) -> Any:

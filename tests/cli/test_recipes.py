@@ -19,7 +19,7 @@ from memopt.cli.pretrain import parse
 from memopt.cli.tokenizer import Options
 from memopt.models.llama import from_hugging_face, preset
 from memopt.text.tokenizer import load_tokenizer
-from memopt.training.open import check_vocabulary
+from memopt.training.batches import check_vocabulary
 from memopt.training.placement import parse_mesh
 from tests.cli.runs import PROGRAM, ROOT, free_port, metrics, wait_for_step
 from tests.training import nano

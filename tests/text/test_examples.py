@@ -102,14 +102,14 @@ def test_errors_and_warnings_say_which_part_they_are_of(tmp_path):
 def test_the_same_epochs_come_again_from_a_state_and_rows_are_parts_of_them(corpus):
     options = {"batch_size": 4, "seed": 3}
     found = examples(corpus)
-    with contextlib.closing(example_batches(found, **options)) as batches:
+    with contextlib.closing(example_batches({"": found}, **options)) as batches:
         before = [next(batches) for _ in range(12)]  # an epoch and two rows more
         state = json.loads(json.dumps(batches.get_state()))
         after = [next(batches) for _ in range(3)]
     seen = np.concatenate([batch["inputs"] for batch in before])[: len(found)]
     assert len(np.unique(seen, axis=0)) == len(found)
     assert not np.array_equal(seen, [row["inputs"] for row in found.once()])
-    with contextlib.closing(example_batches(examples(corpus), **options, rows=[2])) as again:
+    with contextlib.closing(example_batches({"": examples(corpus)}, **options, rows=[2])) as again:
         np.testing.assert_array_equal(next(again)["inputs"], before[0]["inputs"][2:3])
         again.set_state(state)
         for batch in after:

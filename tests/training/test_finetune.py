@@ -181,7 +181,7 @@ def test_chats_are_learned_in_less_memory_and_on_a_mesh(options, tmp_path, flags
 def test_evaluation_data_of_its_own_leaves_all_of_the_data_to_training(options, chats):
     run = open_run(options(f"--eval-data={chats}"))
     assert run.examples.startswith("100 examples")
-    learned = sum(int(batch["weights"].sum()) for batch in run.validation)
+    learned = sum(int(batch["weights"].sum()) for batch in run.validation[""])
     assert learned == sum(len(f"{i + 1}") + 1 for i in range(100))
     close(run)
 

@@ -137,7 +137,7 @@ def test_parameters_to_evaluate_may_be_others_than_those_trained(config):
     """A schedule-free optimizer averages another point than the one it takes gradients at."""
     changed = change(config, optimizer="schedule_free", release=True, steps=4)
     opened = open_run(changed)
-    batches, setup = [*opened.validation], opened.setup
+    batches, setup = [*opened.validation[""]], opened.setup
     state, _ = train(opened, Console(quiet=True))
     averaged = memopt.eval_params("schedule_free", state.opt_state, state.params)
     with jax.set_mesh(setup.mesh):
@@ -220,7 +220,7 @@ def test_a_validation_loss_is_of_its_step_however_soon_its_metrics_are_read(max_
     log = SimpleNamespace(write=lambda step, metrics: written.append(metrics.get("val_loss")))
     display = SimpleNamespace(show=lambda *_: None)
     late = LateMetrics(log, display, 0, max_skipped)
-    for number, validate in ((1, None), (2, lambda: 3.0), (3, None)):
+    for number, validate in ((1, None), (2, lambda: {"val_loss": 3.0}), (3, None)):
         late.add(number, values, 0.0, validate)
         assert len(written) == (number if validate or max_skipped == 1 else number - 1)
     assert written[:2] == [None, 3.0]

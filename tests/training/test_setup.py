@@ -12,9 +12,9 @@ from jax.sharding import AxisType, Mesh
 
 import memopt
 from memopt.text.tokenizer import load_tokenizer
+from memopt.training.batches import check_vocabulary, find_text, open_batches
 from memopt.training.config import Architecture, Config, Optimization, Run, Start, Text
 from memopt.training.describe import describe_run
-from memopt.training.open import check_vocabulary, find_text, open_batches
 from memopt.training.release import release_step
 from memopt.training.setup import abstract_batch, set_up
 from memopt.training.step import train_step
@@ -115,9 +115,8 @@ def test_an_option_that_an_optimizer_cannot_take_is_named():
 def test_text_is_opened_alone(text):
     tokenizer = load_tokenizer("bytes")
     options = Config(text=Text(data=(str(text),), batch_size=8, seq_len=32, eval_tokens=512))
-    batches, validation, identity, _ = open_batches(
-        options, find_text(options), tokenizer, rows=[2, 5]
-    )
+    opened = open_batches(options, find_text(options), tokenizer, rows=[2, 5])
+    batches, validation, identity = opened.batches, opened.validation[""], opened.identity
     assert next(batches)["inputs"].shape == (2, 32)
     assert [batch["inputs"].shape for batch in validation] == [(2, 32)] * 2
     assert identity["data tokenizer"] == "bytes"

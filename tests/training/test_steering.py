@@ -104,7 +104,7 @@ def test_a_grown_batch_is_the_sum_of_its_batches_and_length_and_schedule_count_b
     config, release
 ):
     config = change(config, controller="grows", accumulation=2, release=release)
-    state, opened = run(config)
+    _, opened = run(config)
     found = lines(config)
     assert [line["batches"] for line in found] == [1, 2, 4, 6, 10, 12]  # 1 1 2 2 4, and the rest
     assert [line["tokens"] for line in found] == [128 * n for n in (1, 1, 2, 2, 4, 2)]
@@ -124,9 +124,9 @@ def test_a_step_of_two_batches_is_that_of_one_batch_with_all_rows(config):
         batches = next(opened.batches), next(opened.batches)
         opened.batches.close()
         rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-        expected, metrics = jax.jit(twice.step)(state, rows)
+        _, metrics = jax.jit(twice.step)(state, rows)
         rate = np.float32(metrics["learning_rate"])
-        found, own = setup.jitted(state, batches, rate)
+        _, own = setup.jitted(state, batches, rate)
     np.testing.assert_allclose(own["loss"], metrics["loss"], rtol=1e-6)
     np.testing.assert_allclose(own["gradient_norm"], metrics["gradient_norm"], rtol=1e-5)
 

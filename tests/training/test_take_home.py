@@ -30,12 +30,13 @@ from memopt.text.chats import CHATS
 from memopt.text.documents import find_documents
 from memopt.text.files import Piece
 from memopt.text.tokenizer import ByteTokenizer, load_tokenizer, train_tokenizer
+from memopt.training.batches import find_held_out
 from memopt.training.evaluation import covered_bytes, evaluate_chats, evaluate_text
 from memopt.training.export import export, model_card
 from memopt.training.load import LoadedModel, load_model, load_run
 from memopt.training.loop import train
 from memopt.training.metrics import read_metrics
-from memopt.training.open import find_text, open_run
+from memopt.training.open import open_run
 from memopt.training.sampling import continue_text
 from tests.text import chat_tokenizers
 from tests.training.nano import NANO
@@ -281,13 +282,13 @@ def test_prompts_begin_as_the_documents_of_the_run_did(with_bos, tmp_path, monke
         trained(tmp_path / "run", tmp_path / "lines.jsonl", *options)
     expected = eos if is_old else bos
     resumed = open_run(parse(["--resume", f"--output={tmp_path / 'run'}", "--steps=6"]))
-    began = {ids[0] for ids in documents_of(resumed.validation)}
+    began = {ids[0] for ids in documents_of(resumed.validation[""])}
     assert began == set(expected)
     assert len(resumed.history) == 1
     resumed.batches.close()
     loaded = load_run(tmp_path / "run", "last")
     assert loaded.tokenizer.begin_ids == expected
-    _, held_out = find_text(loaded.config).split()
+    held_out = find_held_out(loaded.config).sources[""]
     assert evaluate_text(loaded, held_out, max_tokens=512).loss == pytest.approx(
         loaded.val_loss, rel=1e-5
     )
@@ -311,7 +312,7 @@ def documents_of(batches):
 
 def test_the_evaluation_of_the_held_out_text_is_the_run_s_own(run):
     loaded = load_run(run[0], "last")
-    _, held_out = find_text(loaded.config).split()
+    held_out = find_held_out(loaded.config).sources[""]
     found = evaluate_text(loaded, held_out, max_tokens=512, batch_size=3)
     assert found.loss == pytest.approx(loaded.val_loss, rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(loaded.val_loss), rel=1e-4)
@@ -397,7 +398,7 @@ def test_a_model_directory_is_sampled_and_evaluated_like_a_run(run, tmp_path, te
     assert (brought.config, brought.step) == (None, None)
     shutil.rmtree(tmp_path / "model")
     assert continue_text(brought, "ab") == continue_text(own, "ab")
-    _, held_out = find_text(own.config).split()
+    held_out = find_held_out(own.config).sources[""]
     compared = [evaluate_text(x, held_out, seq_len=32, max_tokens=512) for x in (brought, own)]
     assert compared[0] == compared[1]
 
