@@ -1,0 +1,28 @@
+"""Reads descriptions from docstrings, which are where they are written once."""
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+
+
+def argument_help(function: Callable) -> dict[str, str]:
+    """Returns the descriptions of a function's arguments, from its docstring.
+
+    Args:
+      function: a function with a docstring of Google's style.
+
+    Example:
+      >>> argument_help(argument_help)
+      {'function': "a function with a docstring of Google's style."}
+    """
+    base = getattr(function, "__options_of__", None)
+    found = argument_help(base) if base else {}
+    section = re.search(
+        r"^Args:\n(.*?)(?=^\S|\Z)", inspect.getdoc(function) or "", re.DOTALL | re.MULTILINE
+    )
+    for entry in re.split(r"^(?=\S)", textwrap.dedent(section[1]) if section else "", flags=re.M):
+        name, _, text = entry.partition(":")
+        if text:
+            found[name.partition("(")[0].strip()] = " ".join(text.split())
+    return found
