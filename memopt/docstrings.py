@@ -1,9 +1,10 @@
-"""Reads descriptions from docstrings, which are where they are written once."""
+"""Reads the arguments of functions, with the descriptions in their docstrings."""
 
 import inspect
 import re
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 
 def argument_help(function: Callable) -> dict[str, str]:
@@ -26,3 +27,17 @@ def argument_help(function: Callable) -> dict[str, str]:
         if text:
             found[name.partition("(")[0].strip()] = " ".join(text.split())
     return found
+
+
+def keyword_defaults(function: Callable) -> dict[str, Any]:
+    """Returns the keyword-only arguments of a function with their defaults.
+
+    Args:
+      function: the function.
+
+    Example:
+      >>> keyword_defaults(sorted)
+      {'key': None, 'reverse': False}
+    """
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
