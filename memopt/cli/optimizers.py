@@ -6,15 +6,10 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
-from memopt.cli.errors import fail
-from memopt.errors import check_choice
+from memopt.cli import listing
 from memopt.optimizers import available
 from memopt.optimizers.registry import EXTRA_ARGUMENTS, METHODS
-
-#: Columns of what is shown, also in a wider terminal.
-WIDTH = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,30 +32,17 @@ def optimizers(arguments: list[str]) -> None:
     """Runs `memopt optimizers` with these arguments."""
     config = (tyro.conf.FlagCreatePairsOff,)
     options = tyro.cli(Options, prog="memopt optimizers", args=arguments, config=config)
-    if options.name is not None:
-        try:
-            check_choice("optimizer", options.name, available())
-        except ValueError as error:
-            fail(error)
     names = available() if options.name is None else (options.name,)
+    listing.choose("optimizer", names, available())
     described = {name: describe(name) for name in names}
+    console = listing.make_console()
     if options.json:
         print(json.dumps(described if options.name is None else described[options.name], indent=2))
-        return
-    console = Console(highlight=False, markup=False)
-    console.width = min(console.width, WIDTH)
-    if options.name is not None:
+    elif options.name is not None:
         _show(options.name, described[options.name], console)
-    elif console.is_terminal:
-        table = Table(box=None, pad_edge=False)
-        for column in ("name", "state", "rate", "when to choose it"):
-            table.add_column(column, no_wrap=column != "when to choose it")
-        for row in _rows(described):
-            table.add_row(*row)
-        console.print(table)
     else:
-        for row in _rows(described):
-            print("\t".join(row))
+        columns = ("name", "state", "rate", "when to choose it")
+        listing.print_list(columns, _rows(described), console)
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -72,22 +54,14 @@ def describe(name: str) -> dict[str, Any]:
         ('mn', {'default': 0.99, 'help': 'the decay of the momentum.'})
     """
     method = METHODS[name]
-    plain = lambda x: x if x is None or isinstance(x, bool | int | float | str) else _called(x)
     return {
         "library": method.library,
         "state": method.state,
         "learning_rate": method.learning_rate,
         "when": method.when,
         "needs": EXTRA_ARGUMENTS.get(method.needs, ""),
-        "options": {
-            option: {"default": plain(default), "help": method.help.get(option, "")}
-            for option, default in method.defaults.items()
-        },
+        "options": listing.describe_options(method.defaults, method.help),
     }
-
-
-def _called(x: Any) -> str:
-    return getattr(x, "__name__", None) or repr(x)
 
 
 def _rows(described: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -102,10 +76,4 @@ def _show(name: str, described: dict[str, Any], console: Console) -> None:
     console.print(f"default learning rate: {described['learning_rate']:g}")
     if described["needs"]:
         console.print(f"needs {described['needs']}, which the training step passes")
-    console.print("\noptions, as --option NAME=VALUE for numbers, words, True, False and None:")
-    table = Table(box=None, pad_edge=False)
-    for column in ("name", "default", "meaning"):
-        table.add_column(column, no_wrap=column == "name")
-    for option, found in described["options"].items():
-        table.add_row(option, str(found["default"]), found["help"])
-    console.print(table)
+    listing.print_options("--option", described["options"], console)

@@ -7,7 +7,6 @@ tables) are read from here.
 import functools
 import inspect
 import re
-import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
@@ -17,6 +16,7 @@ import optax
 import optax.contrib
 
 from memopt import renamed
+from memopt.docstrings import argument_help
 from memopt.errors import check_choice, check_precision
 from memopt.optimizers.by_partition import Common, finish
 from memopt.state.precision import with_gradient_dtypes
@@ -71,25 +71,6 @@ class Method(NamedTuple):
     def has_free_rank(self) -> bool:
         """Whether the default rank is a fraction of each matrix, so that users may choose it."""
         return isinstance(self.defaults.get("rank"), float)
-
-
-def argument_help(function: Callable) -> dict[str, str]:
-    """Returns the descriptions of a function's arguments, from its docstring.
-
-    Example:
-      >>> argument_help(available)
-      {'library': '"memopt" or "optax", to list the names of one library only.'}
-    """
-    base = getattr(function, "__options_of__", None)
-    found = argument_help(base) if base else {}
-    section = re.search(
-        r"^Args:\n(.*?)(?=^\S|\Z)", inspect.getdoc(function) or "", re.DOTALL | re.MULTILINE
-    )
-    for entry in re.split(r"^(?=\S)", textwrap.dedent(section[1]) if section else "", flags=re.M):
-        name, _, text = entry.partition(":")
-        if text:
-            found[name.partition("(")[0].strip()] = " ".join(text.split())
-    return found
 
 
 @functools.wraps(optax.sm3)

@@ -1,0 +1,102 @@
+"""Lists what can be chosen by name, and describes one of it with its options."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from memopt.cli.errors import fail
+from memopt.errors import check_choice
+
+#: Columns of what is shown, also in a wider terminal.
+WIDTH = 100
+
+
+def choose(kind: str, given: Iterable[str], available: Sequence[str]) -> None:
+    """Ends the command with a sentence if a given name is unknown.
+
+    Args:
+        kind: What is named, such as "optimizer".
+        given: The given names.
+        available: Those that are known.
+    """
+    try:
+        for name in given:
+            check_choice(kind, name, available)
+    except ValueError as error:
+        fail(error)
+
+
+def describe_options(
+    defaults: Mapping[str, Any], help: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Returns options with their defaults and descriptions, JSON-serialisable.
+
+    Args:
+        defaults: The default of each option.
+        help: Their descriptions; may be incomplete.
+
+    Example:
+        >>> describe_options({"rank": 4, "projector": max}, {"rank": "the rank."})["projector"]
+        {'default': 'max', 'help': ''}
+    """
+    return {
+        option: {"default": _plain(default), "help": help.get(option, "")}
+        for option, default in defaults.items()
+    }
+
+
+def _plain(x: Any) -> Any:
+    if x is None or isinstance(x, bool | int | float | str):
+        return x
+    return getattr(x, "__name__", None) or repr(x)
+
+
+def make_console() -> Console:
+    """Returns a console that shows text as it is, no wider than `WIDTH`."""
+    console = Console(highlight=False, markup=False)
+    console.width = min(console.width, WIDTH)
+    return console
+
+
+def print_list(columns: Sequence[str], rows: Iterable[Sequence[str]], console: Console) -> None:
+    """Prints a table whose last column is wrapped.
+
+    In a file or a pipe, each row is a line with tabs between its columns, without a header.
+
+    Args:
+        columns: Titles of the columns.
+        rows: A text for each column.
+        console: Where to print it.
+    """
+    if not console.is_terminal:
+        for row in rows:
+            print("\t".join(row))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=column != columns[-1])
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_options(flag: str, options: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """Prints a table of options, as `describe_options` returns them.
+
+    Args:
+        flag: The flag that takes them, such as "--option".
+        options: The options.
+        console: Where to print it.
+    """
+    if not options:
+        console.print(f"\nno options for {flag}")
+        return
+    console.print(f"\noptions, as {flag} NAME=VALUE for numbers, words, True, False and None:")
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "default", "meaning"):
+        table.add_column(column, no_wrap=column == "name")
+    for option, found in options.items():
+        table.add_row(option, str(found["default"]), found["help"])
+    console.print(table)

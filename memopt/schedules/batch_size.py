@@ -1,0 +1,107 @@
+"""Schedules of the batch size, by name."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from memopt.docstrings import keyword_defaults
+from memopt.errors import check_at_least, check_choice
+
+#: Maps batches used up, of the first size of the data, to batches that the next step takes.
+BatchSchedule = Callable[[int], int]
+
+
+class BatchShape(NamedTuple):
+    """How a batch grows.
+
+    Attributes:
+      make: maps first, last, length, and options by keyword, to a function of the batches used up.
+      when: when to choose it.
+      source: where it is from.
+    """
+
+    make: Callable[..., BatchSchedule]
+    when: str
+    source: str
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The options with their defaults."""
+        return keyword_defaults(self.make)
+
+
+def ramp(first: int, last: int, length: int) -> BatchSchedule:
+    """Grows linearly, rounded down."""
+    return lambda used: first + (last - first) * min(used, length) // length
+
+
+def doubling(first: int, last: int, length: int) -> BatchSchedule:
+    """Doubles after equal parts of the length, the last time at its end."""
+    doublings = ((last - 1) // first).bit_length()
+    return lambda used: min(last, first << min(used, length) * doublings // length)
+
+
+#: Every schedule of the batch size by name.
+BATCH_SHAPES: dict[str, BatchShape] = {
+    "ramp": BatchShape(
+        ramp,
+        "small batches suffice early, when gradients agree; each new size is compiled for",
+        "GPT-3, 2020, https://arxiv.org/abs/2005.14165, appendix B",
+    ),
+    "doubling": BatchShape(
+        doubling,
+        "as ramp, with few sizes to compile for",
+        "Smith et al., 2018, https://arxiv.org/abs/1711.00489, with a factor of 2",
+    ),
+}
+
+
+def batch_names() -> tuple[str, ...]:
+    """Returns the names that `batch_schedule` knows.
+
+    Example:
+      >>> batch_names()
+      ('ramp', 'doubling')
+    """
+    return tuple(BATCH_SHAPES)
+
+
+def batch_schedule(
+    name: str, first: int, last: int, length: int, **options: Any
+) -> Callable[[int], int]:
+    """A batch that grows, in batches of the data.
+
+    Args:
+      name: one of `batch_names()`: "ramp" grows linearly, "doubling" doubles.
+      first: how many batches a step takes at the beginning.
+      last: how many it takes from `length` on.
+      length: how many batches are used up until then.
+      **options: those of the named schedule; neither of ours has any.
+
+    Returns:
+      A function that maps how many batches are used up to how many the next step takes; both are
+      whole numbers.
+
+    Raises:
+      ValueError: the name or an option is unknown, or a number is too small.
+
+    Example:
+      >>> grow = batch_schedule("ramp", 1, 5, 100)
+      >>> [grow(used) for used in (0, 24, 25, 99, 100, 1000)]
+      [1, 1, 2, 4, 5, 5]
+      >>> grow = batch_schedule("doubling", 1, 8, 90)
+      >>> [grow(used) for used in (0, 29, 30, 60, 90)]
+      [1, 1, 2, 4, 8]
+    """
+    check_choice("batch schedule", name, BATCH_SHAPES)
+    shape = BATCH_SHAPES[name]
+    for option in options:
+        check_choice(f"option of {name}:", option, shape.defaults)
+    for argument, given, least in (
+        ("first", first, 1),
+        ("last", last, first),
+        ("length", length, 1),
+    ):
+        if not isinstance(given, int):
+            raise ValueError(f"{argument} must be a whole number, got {given!r}.")
+        check_at_least(argument, given, least)
+    return shape.make(first, last, length, **options)
