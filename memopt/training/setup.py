@@ -189,7 +189,7 @@ def set_up(
     place = functools.partial(
         place_update, name=optimizer, params=params, one_layer_at_a_time=release
     )
-    given: dict[str, Any] = {"measure": measure} if measure else {}
+    given: dict[str, Any] = {"measure": measure}
     if release:
         given |= {"model": llama.stacked_model(model_config), "shardings": _shardings(params)}
     else:

@@ -11,9 +11,11 @@ import optax
 
 from memopt.state.precision import where_applied
 from memopt.state.quantized_params import apply_rounded_updates, dequantize_params
+from memopt.training.control import Measure
+from memopt.training.measure import check_measure, measured_metrics, sum_measured
 from memopt.transforms.gradient_norm import global_norm
 from memopt.transforms.layer_statistics import zero_statistics
-from memopt.transforms.microbatches import split_microbatches, sum_microbatches
+from memopt.transforms.microbatches import split_microbatches
 from memopt.transforms.skip_nonfinite import all_finite, skips_matrices
 from memopt.trees import named_leaves, open_box
 
@@ -70,6 +72,7 @@ def train_step(
     rng: jax.Array | None = None,
     predict: Predict | None = None,
     observe: bool = False,
+    measure: Measure | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Takes one step; meant to be jitted with the state donated.
 
@@ -96,10 +99,18 @@ def train_step(
             the update is applied to the parameters themselves.
         observe: Whether to give `tx` the layers' `statistics` too; `loss` is then called with zeros
             from `memopt.zero_statistics` as `statistics`, to give them to `memopt.observe`.
+        measure: "norms" or "inner_products", to tell from the gradients of at least two
+            micro-batches how noisy theirs mean is. The inner products take a second pass over the
+            micro-batches, the norms none; neither holds more gradients.
 
     Returns:
         The state after the step, and scalars: `loss`, `learning_rate`, `gradient_norm`, `tokens`,
-        `skipped_in_row`.
+        `skipped_in_row`. With `measure` also `micro_square`, the mean over micro-batches, by
+        tokens, of ‖g_j‖², g_j the gradient of micro-batch j's own mean loss, and, with
+        "inner_products", `micro_dot_square`, that of ⟨g_j, ḡ⟩², ḡ the gradient of the whole batch.
+
+    Raises:
+        ValueError: There is nothing to measure, since `accumulation` is 1.
 
     Example:
         >>> import functools, jax, jax.numpy as jnp, optax
@@ -112,6 +123,7 @@ def train_step(
         >>> print(state.params, metrics["loss"])
         [0.1 0.1] 1.0
     """
+    check_measure(measure, accumulation)
     dense = dequantize_params(state.params)
     at = dense if predict is None else predict(state.opt_state, dense)
     pieces = cut_batch(batch, accumulation, rng, state.step)
@@ -120,7 +132,7 @@ def train_step(
     if observe:
         point = at, zero_statistics(at)
         gradient_of = lambda pair, batch: loss(pair[0], batch, statistics=pair[1])
-    mean_loss, found, tokens = _mean_gradient(gradient_of, point, pieces)
+    mean_loss, found, tokens, measured = _mean_gradient(gradient_of, point, pieces, measure)
     gradients, statistics = found
     norm = global_norm(gradients)
     applied = jnp.isfinite(mean_loss)
@@ -136,7 +148,7 @@ def train_step(
     choose = functools.partial(where_applied, applied)
     params, opt_state = jax.tree.map(choose, new, (state.params, state.opt_state))
     state = state._replace(params=params, opt_state=opt_state)
-    metrics = {"loss": mean_loss, "gradient_norm": norm, "tokens": tokens}
+    metrics = {"loss": mean_loss, "gradient_norm": norm, "tokens": tokens, **measured}
     return finish_step(state, applied, learning_rate, metrics)
 
 
@@ -149,7 +161,7 @@ def finish_step(
         state: The counters before the step; parameters and optimizer state after it.
         applied: Whether the step was applied, bool.
         learning_rate: As in `train_step`.
-        metrics: `loss`, `gradient_norm` and `tokens`.
+        metrics: The others, such as `loss`.
     """
     skipped_in_row = jnp.where(applied, 0, state.skipped_in_row + 1)
     rate = jnp.asarray(learning_rate(state.step - state.skipped), jnp.float32)
@@ -210,11 +222,27 @@ def cut_batch(batch: Batch, accumulation: int, rng: jax.Array | None, step: jax.
     return {**pieces, "rng": jax.random.split(jax.random.fold_in(rng, step), accumulation)}
 
 
-def _mean_gradient(loss: Loss, params: Any, pieces: Any) -> tuple[jax.Array, Any, jax.Array]:
-    """Returns the mean loss a token, its gradient in the parameters' dtypes, and the tokens."""
+def _mean_gradient(
+    loss: Loss, point: Any, pieces: Any, measure: Measure | None
+) -> tuple[jax.Array, Any, jax.Array, Metrics]:
+    """Returns the mean loss a token, its gradient in dtypes of the point, tokens, measurements.
+
+    Args:
+        loss: Maps (point, micro-batch) to (summed loss, number of tokens).
+        point: A pair, of the parameters and what else the gradient is taken by.
+        pieces: The micro-batches.
+        measure: What to measure of the parameters' gradients.
+    """
     gradient = jax.value_and_grad(loss, has_aux=True)
-    sums, _ = sum_microbatches(lambda piece: (gradient(params, piece), None), pieces)
+
+    def one(piece: Any) -> tuple[Any, Any]:
+        (total, tokens), gradients = gradient(point, piece)
+        return ((total, tokens), gradients), tokens if measure else None
+
+    sums, counts, measured = sum_measured(
+        one, pieces, measure=measure, gradients_of=lambda sums: sums[1][0]
+    )
     (total, tokens), gradients = sums
     tokens = jnp.maximum(tokens, 1)
-    gradients = jax.tree.map(lambda g, p: (g / tokens).astype(p.dtype), gradients, params)
-    return total / tokens, gradients, tokens
+    gradients = jax.tree.map(lambda g, p: (g / tokens).astype(p.dtype), gradients, point)
+    return total / tokens, gradients, tokens, measured_metrics(measured, counts)

@@ -271,14 +271,13 @@ def test_skipping_matrices_takes_the_place_of_skipping_steps():
     assert jnp.any(state.params["embed"]["embedding"] != params["embed"]["embedding"])
 
 
-def llama_run(step, tx, batches, mesh=None, accumulation=1, config=CONFIG, store=lambda x: x):
+def llama_run(step, tx, batches, mesh=None, config=CONFIG, store=lambda x: x, **options):
     params = jax.jit(lambda: llama.init_params(config, store=store))()
     if step is train_step:
         graph, _ = nnx.split(llama.abstract_model(config), nnx.Param)
-        options = {"loss": lambda params, batch: llama.loss(nnx.merge(graph, params), batch)}
+        options |= {"loss": lambda params, batch: llama.loss(nnx.merge(graph, params), batch)}
     else:
-        options = {"model": llama.stacked_model(config)}
-    options["accumulation"] = accumulation
+        options |= {"model": llama.stacked_model(config)}
     if mesh is None:
         return run(step, tx, params, batches, **options)
     shardings = llama.param_shardings(llama.abstract_model(config), mesh)

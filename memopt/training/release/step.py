@@ -23,6 +23,8 @@ from memopt.state.quantized_params import (
     dequantize_params,
     is_quantized,
 )
+from memopt.training.control import Measure
+from memopt.training.measure import Measured, check_measure, measured_metrics, sum_measured
 from memopt.training.release.per_parameter_update import PerParameterUpdate
 from memopt.training.step import Batch, Metrics, TrainState, cut_batch, finish_step
 from memopt.transforms.microbatches import sum_microbatches
@@ -40,6 +42,7 @@ def release_step(
     accumulation: int = 1,
     rng: Array | None = None,
     shardings: Any = None,
+    measure: Measure | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Takes one step without ever holding all gradients; to be jitted with the state donated.
 
@@ -73,13 +76,18 @@ def release_step(
         shardings: The parameters' `NamedSharding`s, a tree like them. On a mesh of Auto axes,
             whose types do not tell, they keep XLA from copying whole stacks to change their
             layout in memory.
+        measure: As in `train_step`. Inner products take a second backward pass through each block,
+            and the head, for each micro-batch. If the head is tied to the embedding, its gradient
+            is computed once more behind the last block, with the embedding's; until then what
+            enters the head is kept, as much again as what enters a block.
 
     Returns:
         As `train_step`.
 
     Raises:
-        ValueError: The optimizer needs more than one gradient at a time; says what to take instead.
-            Or the model returns what it may not, see `StackedModel`.
+        ValueError: There is nothing to measure, since `accumulation` is 1. The optimizer needs more
+            than one gradient at a time; says what to take instead. Or the model returns what it
+            may not, see `StackedModel`.
 
     Example:
         >>> import functools
@@ -96,13 +104,15 @@ def release_step(
         >>> int(state.step), state.params["blocks"].shape
         (1, (4, 3, 3))
     """
+    check_measure(measure, accumulation)
     state_specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, state)
     explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
     specs = state_specs.params if explicit else jax.tree.map(lambda x: x.spec, shardings)
 
     def step(state: TrainState, batch: Batch, rng: Array | None) -> tuple[TrainState, Metrics]:
         pieces = cut_batch(batch, accumulation, rng, state.step)
-        new, applied, metrics = _ReleaseStep(state, pieces, model, tx, accumulation, specs).run()
+        one = _ReleaseStep(state, pieces, model, tx, accumulation, specs, measure)
+        new, applied, metrics = one.run()
         return finish_step(new, applied, learning_rate, metrics)
 
     return jax.sharding.auto_axes(step, out_sharding=(state_specs, jax.P()))(state, batch, rng)
@@ -120,12 +130,18 @@ class _Carry(NamedTuple):
         state: The arrays of the optimizer's state.
         finite: Whether the loss and all gradients so far that may stop others are finite, bool.
         squares: The sum of the gradients' squares so far, float32.
+        measured: The micro-batches' gradients so far, measured; None if they are not.
     """
 
     params: list[Any]
     state: list[Any]
     finite: Array
     squares: Array
+    measured: Measured | None
+
+    def measure(self, new: Measured | None) -> "_Carry":
+        """Adds measurements."""
+        return self._replace(measured=jax.tree.map(jnp.add, self.measured, new))
 
     def add(self, gradients: Leaves, *, by_matrix: bool) -> "tuple[_Carry, Leaves]":
         """Adds gradients; also returns for each whether it may be applied.
@@ -155,7 +171,9 @@ class _ReleaseStep:
         tx: optax.GradientTransformation,
         accumulation: int,
         specs: Any,
+        measure: Measure | None,
     ) -> None:
+        self.measure = measure
         self.start, self.pieces, self.accumulation = start, pieces, accumulation
         self.model = model = checked(model)
         blocks_of(start.params)
@@ -180,6 +198,10 @@ class _ReleaseStep:
         embedded = self._reads(model.embed, piece)
         # A leaf that both ends read, a tied head, waits for the embedding's gradient.
         self.first = [i for i in self.read_by_head if i not in embedded]
+        # To measure it, a micro-batch's two gradients are added before any is summed.
+        self.head_again = measure is not None and len(self.first) < len(self.read_by_head)
+        if self.head_again:
+            self.first = []
         self.last = [i for i in self.like if i not in self.blocks and i not in self.first]
 
     def run(self) -> tuple[TrainState, Array, Metrics]:
@@ -194,16 +216,20 @@ class _ReleaseStep:
             return _each(lambda *xs: self.model.block(weights, *xs), x, self.pieces), x
 
         x, inputs = jax.lax.scan(forward, x, jnp.arange(self.layers))
-        gradients, (cotangent, totals, counts) = self._head(x, params)
+        head = self._head(params, split_floats(x)[0], [] if self.head_again else self.read_by_head)
+        gradients, (cotangent, totals, counts), measured = sum_measured(
+            head, x, self.pieces, measure=self.measure, gradients_of=self._of_first
+        )
         self.tokens = jnp.maximum(counts.sum(), 1)
         self.loss = totals.sum() / self.tokens
-        back = (inputs, gradients, cotangent)
+        back = (inputs, x if self.head_again else None, gradients, cotangent)
 
         self.norm = jnp.float32(jnp.nan)  # read by nothing
-        carry = _Carry(params, state, jnp.isfinite(self.loss), jnp.zeros((), jnp.float32))
+        finite, zero = jnp.isfinite(self.loss), jnp.zeros((), jnp.float32)
+        carry = _Carry(params, state, finite, zero, measured)
         if optimizer.needs_norm:
             add = lambda carry, gradients, _: carry.add(gradients, by_matrix=self.by_matrix)[0]
-            sums = self._backward(carry, *back, add)
+            sums = self._backward(carry._replace(measured=None), *back, add)
             self.norm = jnp.sqrt(sums.squares)
             carry = carry._replace(finite=sums.finite)
         carry = self._backward(carry, *back, self._update)
@@ -212,22 +238,31 @@ class _ReleaseStep:
             carry.state[k] = where_applied(carry.finite, x, state[k])
         opt_state = jax.tree.unflatten(jax.tree.structure(start.opt_state), carry.state)
         new = start._replace(params=self.structure.unflatten(carry.params), opt_state=opt_state)
-        return new, carry.finite, {"loss": self.loss, "gradient_norm": norm, "tokens": self.tokens}
+        metrics = {"loss": self.loss, "gradient_norm": norm, "tokens": self.tokens}
+        return new, carry.finite, metrics | measured_metrics(carry.measured, counts)
 
     def _backward(
-        self, carry: _Carry, inputs: Any, gradients: Leaves, cotangent: list[Array], visit: Any
+        self,
+        carry: _Carry,
+        inputs: Any,
+        last_input: Any,
+        gradients: Leaves,
+        cotangent: list[Array],
+        visit: Any,
     ) -> _Carry:
         """Walks from the head to the embedding.
 
         Args:
             carry: What `visit` changes.
             inputs: What entered each block, (layers, micro-batches, ...).
+            last_input: What entered the head, (micro-batches, ...), if it is needed once more.
             gradients: Of what the head reads.
             cotangent: Of the floating-point arrays that leave the last block, (micro-batches, ...).
             visit: Maps (carry, gradients, layer) to carry.
         """
+        measure = None if carry.measured is None else self.measure
         if self.first:
-            carry = visit(carry, self._means({i: gradients[i] for i in self.first}), None)
+            carry = visit(carry, self._means(self._of_first(gradients)), None)
             # The head is updated before the loop, or its gradient would be kept through it.
             updated = {i: carry.params[i] for i in self.first}
             cotangent, updated = jax.lax.optimization_barrier((cotangent, updated))
@@ -240,10 +275,13 @@ class _ReleaseStep:
             weights = self._load(around.params, self.blocks, layer)
             floats, join = split_floats(x)
             x = join([layouts.pin_layout(x) for x in floats])
-            gradients, cotangent = self._block(weights, x, cotangent)
+            gradients, cotangent, measured = sum_measured(
+                self._block(weights), x, cotangent, self.pieces, measure=measure
+            )
             means = self._means(gradients)
-            finite = functools.reduce(layouts.delay_flag, cotangent, around.finite)
-            around = around._replace(finite=finite)
+            known = [*cotangent, *jax.tree.leaves(measured)]
+            finite = functools.reduce(layouts.delay_flag, known, around.finite)
+            around = around._replace(finite=finite).measure(measured)
             return (self._only_layers(visit(around, means, layer)), cotangent), None
 
         back, order = (self._only_layers(carry), cotangent), (jnp.arange(self.layers), inputs)
@@ -251,10 +289,13 @@ class _ReleaseStep:
         carry = _fill(inside, carry)
         if self.last:
             # Reloaded after the loop, so that they need not be kept dense through it.
-            last = self._embed(cotangent, self._reload(carry.params, self.last, cotangent))
-            for i in set(self.read_by_head) & set(self.last):
+            embed = self._embed(carry.params, cotangent)
+            last, _, measured = sum_measured(
+                embed, cotangent, last_input, self.pieces, measure=measure
+            )
+            for i in set(gradients) & set(self.last):
                 last[i] += gradients[i]
-            carry = visit(carry, self._means(last), None)
+            carry = visit(carry.measure(measured), self._means(last), None)
         return carry
 
     def _only_layers(self, carry: _Carry) -> _Carry:
@@ -296,12 +337,19 @@ class _ReleaseStep:
                 state[k] = write_layer(state[k], where_applied(before, x, old[k]), layer, axes[k])
         return carry._replace(params=stored, state=state)
 
-    def _head(
-        self, x: Any, stored: Sequence[Any]
-    ) -> tuple[Leaves, tuple[list[Array], Array, Array]]:
-        """Computes gradients of the head's leaves; by micro-batch that of x, loss and tokens."""
-        floats = split_floats(x)[0]
-        read = {i: layouts.reload_after(stored[i], floats)[0] for i in self.read_by_head}
+    def _head(self, stored: Sequence[Any], after: list[Array], leaves: Sequence[int]) -> Any:
+        """Returns a function that computes, for a micro-batch, gradients of the head.
+
+        Args:
+            stored: The stored parameters.
+            after: What is computed before they are read.
+            leaves: Those whose gradients are wanted.
+
+        Returns:
+            Maps what enters the head, and a micro-batch, to the gradients, and (that of the head's
+            input, loss, tokens).
+        """
+        read = {i: layouts.reload_after(stored[i], after)[0] for i in self.read_by_head}
         given = self._defer(read, self.read_by_head)
         weights = {i: w.change if isinstance(w, Deferred) else w for i, w in given.items()}
 
@@ -317,12 +365,15 @@ class _ReleaseStep:
             # Of the mean at once if it is known: no gradient need be scaled into another array.
             mean = jnp.maximum(tokens, 1) if self.accumulation == 1 else jnp.ones(())
             gradients, cotangent = pull((1 / mean).astype(total.dtype))
-            return gradients, (cotangent, total, tokens)
+            return {i: gradients[i] for i in leaves}, (cotangent, total, tokens)
 
-        return sum_microbatches(one, x, self.pieces)
+        return one
 
-    def _block(self, weights: Leaves, x: Any, cotangent: list[Array]) -> Any:
-        """Computes the gradients of a block's leaves, and by micro-batch that of its input."""
+    def _block(self, weights: Leaves) -> Any:
+        """Returns a function that computes a block's gradients, and that of its input.
+
+        It maps what entered the block, the gradient of what left it, and a micro-batch to these.
+        """
 
         def one(x: Any, cotangent: list[Array], piece: Batch) -> Any:
             floats, join = split_floats(x)
@@ -334,17 +385,29 @@ class _ReleaseStep:
 
             return jax.vjp(run, weights, floats)[1](cotangent)
 
-        return sum_microbatches(one, x, cotangent, self.pieces)
+        return one
 
-    def _embed(self, cotangent: list[Array], weights: Leaves) -> Leaves:
-        """Computes the gradients of leaves that are neither in blocks nor only in the head."""
+    def _embed(self, stored: Sequence[Any], after: list[Array]) -> Any:
+        """Returns a function that computes the gradients that come last.
 
-        def one(cotangent: list[Array], piece: Batch) -> Any:
+        It maps the gradient of what the embedding returned, what entered the head if its gradients
+        are computed here too, and a micro-batch to them. Parameters are read after `after`.
+        """
+        weights = self._reload(stored, self.last, after)
+        head = self._head(stored, after, self.read_by_head) if self.head_again else None
+
+        def one(cotangent: list[Array], x: Any, piece: Batch) -> Any:
             run = lambda leaves: self.model.embed(self._without_blocks(leaves), piece)
             floats = lambda leaves: split_floats(run(leaves))[0]
-            return jax.vjp(floats, weights)[1](cotangent)[0], None
+            gradients = jax.vjp(floats, weights)[1](cotangent)[0]
+            again = head(x, piece)[0] if head else {}
+            return gradients | {i: gradients[i] + g for i, g in again.items()}, None
 
-        return sum_microbatches(one, cotangent, self.pieces)[0]
+        return one
+
+    def _of_first(self, gradients: Leaves) -> Leaves:
+        """Picks those that are complete behind the head."""
+        return {i: gradients[i] for i in self.first}
 
     def _means(self, gradients: Leaves) -> Leaves:
         """Divides sums of gradients by the tokens, unless `_head` has."""
