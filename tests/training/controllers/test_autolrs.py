@@ -1,4 +1,4 @@
-"""AutoLRS's decisions: with stubs of what it tries and of what it asks, and with the real search."""
+"""AutoLRS's decisions: with stubs of its trials and of the search, and with the real search."""
 
 import importlib
 import json
@@ -47,7 +47,7 @@ def rates(monkeypatch):
 
 
 def run(made, plan, trial, state=None, first=0):
-    """Updates a controller before each batch; returns the states and what applied to the batches."""
+    """Updates a controller before each batch; returns its states and what it said."""
     state = made.init() if state is None else state
     states, controls = [], []
     for batch in range(first, plan.steps):
@@ -157,9 +157,13 @@ def spread(rates, low=1e-4, high=1e-1):
 
 @pytest.mark.parametrize(
     "losses",
-    [lambda rate: 3.0, lambda rate: 1e6, lambda rate: 1e6 if rate > 0.01 else 3 + rate]
-    + [lambda rate: abs(math.log(rate / 0.005)), lambda rate: 3 + math.sin(1e6 * rate)],
-    ids=["constant", "none finite", "some finite", "valley", "noise"],
+    [
+        pytest.param(lambda rate: 3.0, id="constant"),
+        pytest.param(lambda rate: 1e6, id="none finite"),
+        pytest.param(lambda rate: 1e6 if rate > 0.01 else 3 + rate, id="some finite"),
+        pytest.param(lambda rate: abs(math.log(rate / 0.005)), id="valley"),
+        pytest.param(lambda rate: 3 + math.sin(1e6 * rate), id="noise"),
+    ],
 )
 def test_with_kappa_1e6_candidates_spread_evenly_whatever_the_scores(losses):
     tried = []
