@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from memopt.training.control import Control, Losses, Plan, Seen
-from memopt.training.controllers import CONTROLLERS, controller
+from memopt.training.controllers import controller
 
 module = importlib.import_module("memopt.training.controllers.autolrs")
 PLAN = Plan(
@@ -225,7 +225,3 @@ def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.gaussian_process", None)
     with pytest.raises(ImportError, match=r"scikit-learn: pip install 'memopt\[autolrs\]'"):
         controller("autolrs", PLAN, {})
-
-
-def test_its_entry_says_when_it_does_not_pay():
-    assert "does not pay" in CONTROLLERS["autolrs"].when
