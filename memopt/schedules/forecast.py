@@ -60,7 +60,7 @@ def forecast(
       The forecast; NaN if a loss is not finite.
 
     Raises:
-      ValueError: if there are fewer than 4 losses, or not as many steps.
+      ValueError: if there are fewer than 4 losses, all finite, or not as many as steps.
 
     References:
       Jin et al., AutoLRS, 2021, https://arxiv.org/abs/2105.10762, and their code.
@@ -73,10 +73,10 @@ def forecast(
       nan
     """
     x, y = np.asarray(steps, float), np.asarray(losses, float)
-    if len(x) != len(y) or len(y) < 4:
-        raise ValueError(f"losses must be at least 4, one a step, got {len(y)} of {len(x)} steps.")
     if not np.isfinite(y).all():
         return math.nan
+    if len(x) != len(y) or len(y) < 4:
+        raise ValueError(f"losses must be at least 4, one a step, got {len(y)} of {len(x)} steps.")
     return fit_exponential(*drop_outliers(x, y, validation=validation))(at)
 
 

@@ -114,7 +114,8 @@ def autolrs(
         for _ in range(candidates):
             rate = next_rate(tried, low, high, kappa=kappa, seed=(seed, number))
             losses = trial(rate, tried_for, validate_every=every)
-            tried.append([rate, score(losses, steps, validation=validates)])
+            whole = len(losses.losses) == tried_for // (every or 1)
+            tried.append([rate, score(losses, steps, validation=validates) if whole else WORST])
         best, least = min(tried, key=lambda x: x[1])
         state = {
             "stage": number,

@@ -121,6 +121,19 @@ def test_a_candidate_that_does_not_stay_finite_is_not_taken(rates):
     assert control.learning_rate == 0.2
 
 
+def test_a_trial_that_ends_early_counts_as_one_that_does_not_stay_finite(rates):
+    falling = Trials(lambda rate: 1 + rate)
+
+    def trial(rate, steps, **options):
+        found = falling(rate, steps, **options)
+        return Losses(found.steps[:3], (*found.losses[:2], math.nan)) if rate == 0.1 else found
+
+    made = controller("autolrs", PLAN, SMALL)
+    state, control = made.update(made.init(), Seen(10, 10, {}), trial)
+    assert control.learning_rate == 0.2
+    assert state["tried"][1] == [0.1, 1e6]
+
+
 def test_a_run_that_goes_on_from_any_state_makes_the_same_decisions():
     """The states are those of a checkpoint, and the search is the real one."""
     limit = lambda rate: 1 + abs(math.log(rate / 0.03))
