@@ -121,12 +121,15 @@ def test_a_candidate_that_does_not_stay_finite_is_not_taken(rates):
     assert control.learning_rate == 0.2
 
 
-def test_a_trial_that_ends_early_counts_as_one_that_does_not_stay_finite(rates):
+@pytest.mark.parametrize("end", [(math.nan,), ()])
+def test_a_trial_that_ends_early_counts_as_one_that_does_not_stay_finite(rates, end):
     falling = Trials(lambda rate: 1 + rate)
 
     def trial(rate, steps, **options):
         found = falling(rate, steps, **options)
-        return Losses(found.steps[:3], (*found.losses[:2], math.nan)) if rate == 0.1 else found
+        if rate != 0.1:
+            return found
+        return Losses(found.steps[: 2 + len(end)], (*found.losses[:2], *end))
 
     made = controller("autolrs", PLAN, SMALL)
     state, control = made.update(made.init(), Seen(10, 10, {}), trial)
@@ -139,6 +142,7 @@ def test_a_run_that_goes_on_from_any_state_makes_the_same_decisions():
     limit = lambda rate: 1 + abs(math.log(rate / 0.03))
     made = controller("autolrs", PLAN, SMALL)
     whole, trials = run(made, PLAN, Trials(limit)), Trials(limit)
+    assert len({state["tried"][0][0] for state in whole[0] if state["tried"]}) == 4
     for kill in (5, 10, 11, 34, 70):
         made = controller("autolrs", PLAN, SMALL)
         states, controls = run(made, PLAN, trials, whole[0][kill - 1], kill)
