@@ -42,6 +42,10 @@ COMMANDS = {
         "memopt.cli.optimizers:optimizers",
         "List the optimizers, or describe one of them.",
     ),
+    "controllers": (
+        "memopt.cli.controllers:controllers",
+        "List the controllers of a run, or describe one of them.",
+    ),
 }
 
 

@@ -148,6 +148,7 @@ def test_resuming_with_another_optimizer_says_what_differs(pretrain, tmp_path):
         (["tokenizer", "train", "--output=t", "--data", "nowhere"], "matches no text file"),
         (["tokenizer", "train", "--output=t", "--vocab-size=9"], "vocab_size=9 is too small"),
         (["optimizers", "Lyon"], "did you mean 'lion'?"),
+        (["controllers", "autolr"], "did you mean 'autolrs'?"),
         (["pretrain", "--stpes", "3"], "--steps"),
         (["pretrain", "--lr", "3"], "option --lr is unknown; did you mean --learning-rate?"),
         (["pretrain", "--batch=3"], "option --batch is unknown; did you mean --batch-size?"),

@@ -14,6 +14,7 @@ import memopt
 from memopt import available
 from memopt.cli.main import COMMANDS, main
 from memopt.optimizers.registry import METHODS
+from memopt.training.controllers import CONTROLLERS
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -70,6 +71,24 @@ def test_all_optimizers_are_described_in_json(monkeypatch, capsys):
     assert found["soap"]["state"] == "2mn + 2m² + 2n²"
 
 
+def test_controllers_are_listed_with_tabs_where_there_is_no_terminal(monkeypatch, capsys):
+    rows = [line.split("\t") for line in run(monkeypatch, capsys, "controllers").splitlines()]
+    assert rows == [[name, CONTROLLERS[name].when] for name in sorted(CONTROLLERS)]
+
+
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_each_controller_says_when_it_does_not_pay_and_describes_its_options(
+    monkeypatch, capsys, name
+):
+    shown = run(monkeypatch, capsys, "controllers", name)
+    assert " ".join(shown.split()).startswith(f"{name}: {CONTROLLERS[name].when}")
+    assert "does not pay" in CONTROLLERS[name].when
+    found = json.loads(run(monkeypatch, capsys, "controllers", name, "--json"))
+    assert found == json.loads(run(monkeypatch, capsys, "controllers", "--json"))[name]
+    assert found["options"].keys() == CONTROLLERS[name].defaults.keys()
+    assert all(option["help"] for option in found["options"].values())
+
+
 def test_a_list_that_is_cut_short_ends_quietly():
     """`memopt optimizers | true`."""
     command = [sys.executable, "-m", "memopt", "optimizers"]
@@ -91,7 +110,7 @@ def test_python_runs_the_package_as_the_command():
     assert done.stdout.decode() == f"memopt {memopt.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["optimizers", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["optimizers", "--help"], ["controllers"]])
 def test_help_does_not_wait_for_what_it_does_not_need(arguments):
     """JAX is there already, for `import memopt` needs it."""
     program = (

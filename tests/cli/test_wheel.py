@@ -12,6 +12,7 @@ COMMANDS = (
     "--help",
     "--version",
     "optimizers",
+    "controllers",
     "pretrain --help",
     "tokenizer train --help",
     "pretrain --steps 2 --eval-tokens 2048 --output run",

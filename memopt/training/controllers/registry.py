@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from memopt.errors import check_choice
 from memopt.training.control import Controller, Plan
+from memopt.training.controllers.autolrs import autolrs
 
 
 class Entry(NamedTuple):
@@ -27,7 +28,14 @@ class Entry(NamedTuple):
 
 
 #: Every controller by name.
-CONTROLLERS: dict[str, Entry] = {}
+CONTROLLERS: dict[str, Entry] = {
+    "autolrs": Entry(
+        autolrs,
+        "Choose it if no schedule is known to suit the model or the data: it finds the learning "
+        "rate of each stage by trials. It does not pay if one is known, since it doubles the "
+        "steps, nor in runs of fewer than some thousand steps.",
+    ),
+}
 
 
 def controller(name: str, plan: Plan, options: Mapping[str, Any]) -> Controller:

@@ -1,0 +1,279 @@
+"""Trains a small LLaMA with each controller, and without, on the same tokens.
+
+    nice python -m benchmarks.controllers [--rows cosine autolrs ...] [--seeds 0 1 2]
+
+Three questions, each with rows of its own:
+
+- rate: AutoLRS against a cosine schedule, both from a good learning rate, an eighth and eight times
+  of it; and the cosine schedule with twice the steps, which is what the search costs.
+- batch: controllers of the batch against small batches and large ones.
+- mixture: dynamic batch loading against equal shares of three sources: Python's standard library,
+  licences of installed packages, and C headers.
+
+The text is Python's standard library where nothing else is said. Every run is saved as soon as it
+is finished, and not repeated when the command is given again. Prints a table, writes it into
+docs/controllers.md, and all as JSON with a plot of the same name.
+"""
+
+import dataclasses
+import json
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import tyro
+from rich.console import Console
+
+from benchmarks import width
+from benchmarks.machine import core_count, cpu_model, versions
+from benchmarks.report import replace_table, save
+from memopt.errors import check_choice
+from memopt.training.config import Architecture, Config, Optimization, Run, Text
+from memopt.training.loop import train
+from memopt.training.metrics import read_metrics
+from memopt.training.open import open_run
+
+#: The best learning rate of AdamW for this model and constant batches of 8 rows, of powers of two.
+RATE = 2.0**-7
+
+#: Evaluations of a run, and the metrics that are kept of each.
+POINTS = 40
+KEPT = ("step", "val_loss", "learning_rate", "batches", "weight")
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs" / "controllers.md"
+
+
+class Row(NamedTuple):
+    """A run.
+
+    Attributes:
+      question: what it is compared for.
+      options: its options.
+      times: how many times as many batches as others it is trained on.
+    """
+
+    question: str
+    options: Mapping[str, Any]
+    times: int = 1
+
+
+def _autolrs(times_rate: float) -> Row:
+    """AutoLRS with the authors' ratios, and stages a fifth as long."""
+    options = ["trial_steps=20", "stage_steps=200", "most_stage_steps=1600"]
+    rate = times_rate * RATE
+    return Row(
+        "rate", {"controller": "autolrs", "controller_option": options, "learning_rate": rate}
+    )
+
+
+ROWS = {
+    "cosine": Row("rate", {"learning_rate": RATE}),
+    "cosine, rate / 8": Row("rate", {"learning_rate": RATE / 8}),
+    "cosine, rate × 8": Row("rate", {"learning_rate": RATE * 8}),
+    "cosine, twice the steps": Row("rate", {"learning_rate": RATE}, times=2),
+    "autolrs": _autolrs(1),
+    "autolrs, rate / 8": _autolrs(1 / 8),
+    "autolrs, rate × 8": _autolrs(8),
+}
+"""The rows of the table."""
+
+
+class Panel(NamedTuple):
+    """A panel of the plot.
+
+    Attributes:
+      across: what is summed along the x axis.
+      up: what is shown along the y axis.
+    """
+
+    across: tuple[str, ...]
+    up: str
+
+
+PANELS = {
+    "rate": (
+        Panel(("step",), "val_loss"),
+        Panel(("step", "search_steps"), "val_loss"),
+        Panel(("step",), "learning_rate"),
+    ),
+    "batch": (
+        Panel(("tokens",), "val_loss"),
+        Panel(("step",), "val_loss"),
+        Panel(("tokens",), "batches"),
+    ),
+}
+"""The panels of each question."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of this benchmark.
+
+    Attributes:
+      rows: the rows to train; by default all of them.
+      seeds: the seeds of initial weights and order of the data.
+      hidden_size: the width of the model.
+      layers: the number of blocks.
+      steps: batches of most rows.
+      seq_len: tokens per row.
+      batch_size: rows per batch.
+      eval_tokens: held-out tokens for the validation loss.
+      output: the JSON file.
+    """
+
+    rows: tuple[str, ...] = tuple(ROWS)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    hidden_size: int = 64
+    layers: int = 2
+    steps: int = 1000
+    seq_len: int = 64
+    batch_size: int = 8
+    eval_tokens: int = 2**14
+    output: Path = ROOT / "benchmarks" / "results" / "controllers.json"
+
+
+SETTINGS = ("hidden_size", "layers", "steps", "seq_len", "batch_size", "eval_tokens")
+
+
+def describe(options: Options, row: Row, seed: int, directory: Path) -> Config:
+    """The options of a run."""
+    steps = options.steps * row.times
+    task = width.Options(layers=options.layers)
+    shape = width.model_config(task, options.hidden_size)
+    config = Config(
+        architecture=Architecture(model="small", shape=shape),
+        optimization=Optimization(optimizer="adamw", option=("b2=0.95",), steps=steps, seed=seed),
+        text=Text(
+            batch_size=options.batch_size, seq_len=options.seq_len, eval_tokens=options.eval_tokens
+        ),
+        run=Run(
+            output=directory,
+            mesh="data=1",
+            log=(),
+            eval_every=max(1, steps // POINTS),
+            checkpoint_every=steps,
+        ),
+    )
+    return Config.from_flat(row.options, config)
+
+
+def run(config: Config) -> list[dict[str, float]]:
+    """Trains; returns what was measured where it was evaluated, with what was used up by then."""
+    assert config.run.output is not None
+    train(open_run(config), Console(quiet=True))
+    trials = config.run.output / "trials.jsonl"
+    lines = trials.read_text().splitlines() if trials.exists() else []
+    searched = [(step, steps) for step, _, steps, *_ in map(json.loads, lines)]
+    points, tokens = [], 0
+    for line in read_metrics(config.run.output / "metrics.jsonl"):
+        tokens += line["tokens"]
+        if "val_loss" in line:
+            point = {name: x for name, x in line.items() if name.startswith(KEPT)}
+            used = sum(steps for step, steps in searched if step < line["step"])
+            points.append({**point, "tokens": tokens, "search_steps": used})
+    return points
+
+
+def last(results: Sequence[dict[str, Any]], row: str) -> list[dict[str, float]]:
+    """What was measured at the end of a row's runs."""
+    return [result["points"][-1] for result in results if result["row"] == row]
+
+
+def loss(results: Sequence[dict[str, Any]], row: str) -> str:
+    """The validation loss of a row, with its standard deviation over seeds."""
+    found = [point["val_loss"] for point in last(results, row)]
+    spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""
+    return f"{statistics.mean(found):.3f}{spread}"
+
+
+def markdown(results: Sequence[dict[str, Any]], question: str) -> str:
+    """The rows of a question as a table for the docs."""
+    lines = ["| row | validation loss | tokens | steps | search steps |", "|---|--:|--:|--:|--:|"]
+    for name, row in ROWS.items():
+        ends = last(results, name)
+        if row.question == question and ends:
+            used = [
+                f"{statistics.mean(end[key] for end in ends):,.0f}"
+                for key in ("tokens", "step", "search_steps")
+            ]
+            lines.append(f"| {' | '.join((name, loss(results, name), *used))} |")
+    return "\n".join((*lines, ""))
+
+
+def curve(results: Sequence[dict[str, Any]], row: str) -> list[dict[str, float]]:
+    """What was measured in a row's first run; nothing if there is none."""
+    return next((result["points"] for result in results if result["row"] == row), [])
+
+
+def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws the first run of each row: a line of panels for each question."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4 * len(PANELS)), layout="constrained")
+    for question, axes in zip(PANELS, figure.subplots(len(PANELS), 3), strict=True):
+        names = [name for name, row in ROWS.items() if row.question == question]
+        for panel, ax in zip(PANELS[question], axes, strict=True):
+            heights = []
+            for name in names:
+                points = [point for point in curve(results, name) if panel.up in point]
+                heights += [point[panel.up] for point in points]
+                across = [sum(point[key] for key in panel.across) for point in points]
+                ax.plot(across, [point[panel.up] for point in points], label=name)
+            ax.set_xlabel(" + ".join(panel.across).replace("_", " "))
+            ax.set_ylabel(panel.up.replace("_", " "))
+            if panel.up.startswith("val_loss") and heights:
+                ax.set_ylim(min(heights) - 0.05, min(heights) + 1.0)
+            else:
+                ax.set_yscale("log", base=2)
+        axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Trains what is missing, prints the table and writes the files."""
+    options = tyro.cli(Options, args=arguments, description=__doc__)
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    try:
+        for name in options.rows:
+            check_choice("row", name, ROWS)
+        results = width.finished(options.output, settings)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "benchmarks.controllers", *arguments]),
+        **settings,
+        "device": jax.devices()[0].device_kind,
+        "cpu": cpu_model(),
+        "cores": core_count(),
+        "versions": versions(("memopt", "jax", "jaxlib", "optax")),
+        "results": results,
+    }
+    console = Console()
+    done = {(result["row"], result["seed"]) for result in results}
+    for seed in options.seeds:
+        for name in options.rows:
+            if (name, seed) in done:
+                continue
+            began = time.perf_counter()
+            with tempfile.TemporaryDirectory() as home:
+                points = run(describe(options, ROWS[name], seed, Path(home) / "run"))
+            results.append({"row": name, "seed": seed, "points": points})
+            taken = time.perf_counter() - began
+            console.print(f"{name:32} seed {seed}  {points[-1]['val_loss']:.4f}  {taken:.0f} s")
+            save(report, options.output)
+    save(report, options.output, lambda path: plot(results, path))
+    for question in PANELS:
+        table = markdown(results, question)
+        console.print(table, markup=False)
+        replace_table(DOCS, rf"<!-- {question} -->\n(?:\|.*\n)*", f"<!-- {question} -->\n{table}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

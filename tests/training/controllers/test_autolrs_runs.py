@@ -1,0 +1,79 @@
+"""Runs that AutoLRS steers, of a model small enough to train here."""
+
+import json
+
+import chex
+import numpy as np
+import pytest
+
+from memopt.training.config import Architecture, Config, Optimization, Run, Text
+from memopt.training.loop import Stopped
+from tests.training.test_loop import change
+from tests.training.test_steering import lines, resumed, run
+
+OPTIONS = ("candidates=2", "trial_steps=4", "stage_steps=8", "most_stage_steps=8")
+
+
+@pytest.fixture
+def config(tmp_path, text):
+    """Two batches of warm-up, and stages that end after 10 and 18; the second is validated."""
+    return Config(
+        architecture=Architecture(model="nano"),
+        text=Text(data=(str(text),), batch_size=4, seq_len=32, eval_tokens=256),
+        optimization=Optimization(
+            steps=18,
+            warmup=1 / 9,
+            learning_rate=1e-2,
+            optimizer="lion",
+            controller="autolrs",
+            controller_option=OPTIONS,
+        ),
+        run=Run(output=tmp_path / "run", mesh="data=1", eval_every=8, checkpoint_every=5),
+    )
+
+
+def trials(config):
+    path = config.run.output / "trials.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"release": True, "accumulation": 2, "state": "int8"}, marks=pytest.mark.slow),
+        pytest.param({"weights": "int8", "mesh": "data=2,fsdp=2"}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_was_killed_in_a_search_makes_the_same_decisions_and_no_trial_twice(
+    config, tmp_path, options
+):
+    config = change(config, **options)
+    whole, opened = run(config)
+    found, tried = lines(config), trials(config)
+    assert [(step, steps, every) for step, _, steps, every, *_ in tried] == [
+        *[(2, 4, None)] * 2,
+        *[(10, 4, 1)] * 2,
+    ]
+    chosen = opened.steering.state["learning_rate"]
+    assert chosen in [rate for step, rate, *_ in tried if step == 10]
+    np.testing.assert_allclose([line["learning_rate"] for line in found[10:]], chosen, rtol=1e-6)
+    again = change(config, output=tmp_path / "again")
+    with pytest.raises(Stopped):
+        run(again, stop_after=2 + 2 * 4 + 8 + 4 + 2)  # in the last trial
+    assert trials(again) == tried[:3]
+    state, _ = run(resumed(again))
+    chex.assert_trees_all_equal(state, whole)
+    assert lines(again) == found
+    assert trials(again) == tried
+
+
+@pytest.mark.slow
+def test_a_run_whose_candidates_all_overflow_keeps_its_schedule(config):
+    options = ("lr_min=1e29", "lr_max=1e30", *OPTIONS)
+    _, opened = run(change(config, controller_option=options, steps=10))
+    assert opened.steering.state["learning_rate"] is None
+    assert [score for _, score in opened.steering.state["tried"]] == [1e6] * 2
+    rates = [line["learning_rate"] for line in lines(config)]
+    expected = [float(opened.setup.learning_rate(step)) for step in range(10)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
