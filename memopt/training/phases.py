@@ -34,8 +34,8 @@ def follow(phases: Sequence[Phase]) -> optax.Schedule:
             phase.steps,
             init_value=phase.first,
             warmup_steps=phase.warmup_steps,
-            decay_steps=phase.decay_steps,
             end_value=phase.final,
+            **({} if phase.decay_steps is None else {"decay_steps": phase.decay_steps}),
         )
         for phase in phases
     ]
