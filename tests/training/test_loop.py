@@ -320,14 +320,14 @@ def test_a_checkpoint_that_cannot_be_written_ends_a_run_and_the_one_before_is_wh
 
 def test_a_closed_terminal_is_a_signal_to_save_unless_it_is_ignored():
     """The shell and the kernel send a SIGHUP each; nohup has it ignored."""
-    for ignored in (False, True):
-        usual = signal.signal(signal.SIGHUP, signal.SIG_IGN) if ignored else None
+    usual = signal.getsignal(signal.SIGHUP)  # ignored, if nohup runs the tests
+    for handler, expected in ((signal.SIG_DFL, [signal.SIGHUP] * 2), (signal.SIG_IGN, [])):
+        signal.signal(signal.SIGHUP, handler)
         with _signals() as caught:
             signal.raise_signal(signal.SIGHUP)
             signal.raise_signal(signal.SIGHUP)
-        assert caught == ([] if ignored else [signal.SIGHUP] * 2)
-        if ignored:
-            assert signal.signal(signal.SIGHUP, usual) == signal.SIG_IGN
+        assert caught == expected
+        assert signal.signal(signal.SIGHUP, usual) == handler
 
 
 def test_on_a_mesh_the_numbers_are_the_same_and_the_state_is_split(finished, config):
