@@ -43,6 +43,7 @@ from rich.table import Table
 from memopt.cli.errors import fail
 from memopt.models.config import preset
 from memopt.planning.step_memory import step_memory
+from memopt.schedules import SHAPES
 from memopt.state.describe import describe
 from memopt.state.quantized_params import dequantize_params
 from memopt.text.finding import DataWarning
@@ -88,6 +89,15 @@ HABITS = {
     **dict.fromkeys(("--dataset", "--train-file"), "--data"),
     **dict.fromkeys(("--mix", "--data-mix", "--data-weights"), "--mixture NAME=WEIGHT"),
     **dict.fromkeys(("--report-to", "--wandb"), "--log wandb"),
+}
+
+#: Schedules of other programs that train, and what they are called here.
+HABITUAL_SCHEDULES = {
+    "cosine_with_restarts": "restarts",
+    "cosine_with_min_lr": "cosine",
+    "constant_with_warmup": "constant",
+    "polynomial": "linear",
+    **dict.fromkeys(("warmup_stable_decay", "trapezoidal"), "wsd"),
 }
 
 #: The options of `memopt pretrain` that is given none.
@@ -223,6 +233,10 @@ def parse(
         config=(tyro.conf.OmitArgPrefixes,),
     )
     config: Config = read(default=defaults)
+    schedule = config.optimization.schedule
+    if schedule in HABITUAL_SCHEDULES.keys() - SHAPES.keys():
+        meant = HABITUAL_SCHEDULES[schedule]
+        raise ValueError(f"schedule {schedule!r} is unknown; did you mean {meant!r}?")
     options: dict[str, Any] = {}
     if config.start != Start() and config.run.resume:
         raise ValueError(
@@ -240,6 +254,9 @@ def parse(
         options.pop("chat_template", None)
     if config.run.resume:
         options |= read_options(choose_directory(config) / "config.json")
+    if schedule not in (None, options.get("schedule")):
+        options.pop("schedule_option", None)  # of the schedule there
+    if config.run.resume:
         options.pop("schedule", None)  # which goes on, unless one is given
     options.pop("phases", None)  # those of the other run
     if options:

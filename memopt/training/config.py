@@ -12,6 +12,7 @@ from memopt.errors import check_choice
 from memopt.json_files import read_json
 from memopt.models.config import LlamaConfig
 from memopt.optimizers.registry import METHODS, available
+from memopt.schedules import SHAPES
 
 DType = Annotated[str, conf.arg(metavar="{float32,bfloat16}")]
 
@@ -120,10 +121,11 @@ class Phase:
         schedule: The schedule's name.
         steps: Steps of the schedule; from then on, the final learning rate is kept.
         warmup_steps: Steps in which the learning rate moves from `first` to `highest`.
-        decay_steps: Steps in which wsd decays; None for the other schedules.
+        decay_steps: Steps in which wsd and others with this option decay; None for the rest.
         first: Learning rate at the beginning of the warm-up.
         highest: Learning rate after the warm-up.
         final: Learning rate at the end.
+        options: The schedule's other options: those given, and those that the run decides.
     """
 
     step: int
@@ -135,6 +137,7 @@ class Phase:
     first: float
     highest: float
     final: float
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,14 +153,16 @@ class Optimization:
             there.
         learning_rate: Highest learning rate; by default that of the optimizer, which
             `memopt optimizers` lists.
-        schedule: cosine, linear, wsd (warm-up, stable, decay) or constant; cosine by default. With
-            --resume, it replaces the schedule for the remaining steps, from the learning rate
-            reached, and the learning rate's other options may be given, too; without it, the run's
-            schedule goes on.
+        schedule: A name that `memopt schedules` lists; cosine by default. With --resume, it
+            replaces the schedule for the remaining steps, from the learning rate reached, and the
+            learning rate's other options may be given, too; without it, the run's schedule goes on.
+        schedule_option: Argument of the schedule, such as cycles=3; `memopt schedules NAME`
+            describes them.
         rewarm: With --resume and --schedule, share of the remaining steps in which the learning
             rate first moves back to the highest one.
         warmup: Share of the steps in which the learning rate rises from 0.
-        decay: Share of the steps in which wsd decays. The others decay from warm-up to end.
+        decay: Share of the steps in which wsd, wsd_exponential, wsd_sqrt and power decay. The
+            others decay from warm-up to end.
         final_learning_rate: Learning rate at the end, as a share of the highest.
         phases: The schedules of a run that was resumed, or that took over a state. `config.json`
             holds them; they are no flag.
@@ -180,6 +185,9 @@ class Optimization:
     release: bool = False
     learning_rate: Annotated[float | None, conf.arg(metavar="FLOAT")] = None
     schedule: Annotated[str | None, conf.arg(metavar="NAME")] = None
+    schedule_option: Annotated[
+        tuple[str, ...], conf.UseAppendAction, conf.arg(metavar="NAME=VALUE")
+    ] = ()
     rewarm: float = 0.0
     warmup: float = 0.1
     decay: float = 0.2
@@ -268,6 +276,15 @@ class Config:
         return _named("option", self.optimization.option, such_as="rank=128")
 
     @property
+    def schedule_options(self) -> dict[str, Any]:
+        """The `schedule_option`s as keyword arguments; of two with the same name, the later.
+
+        Raises:
+            ValueError: One is not of the form NAME=VALUE.
+        """
+        return _named("schedule_option", self.optimization.schedule_option, such_as="cycles=3")
+
+    @property
     def controller_options(self) -> dict[str, Any]:
         """The `controller_option`s as keyword arguments; of two with the same name, the later.
 
@@ -305,24 +322,49 @@ class Config:
         """
         return self.optimization.phases or (self.first_phase(),)
 
-    def first_phase(self, count: int = 0) -> Phase:
+    def first_phase(self, *, step: int = 0, count: int = 0) -> Phase:
         """Returns the schedule of a new run with these options.
 
+        A schedule's options `tokens_per_step` and `tokens_seen` are those of the run, unless they
+        are given.
+
         Args:
+            step: Steps of the run taken before it.
             count: Updates that the optimizer's state counts before it.
+
+        Raises:
+            ValueError: There is no such schedule, or an option of it that has a flag of its own.
+
+        Example:
+            >>> power = Config(optimization=Optimization(schedule="power"))
+            >>> power.first_phase(step=10).options
+            {'tokens_per_step': 1024, 'tokens_seen': 10240}
         """
-        options, highest = self.optimization, self.highest_learning_rate
+        options, highest, given = (
+            self.optimization,
+            self.highest_learning_rate,
+            self.schedule_options,
+        )
         schedule = options.schedule or SCHEDULE
+        check_choice("schedule", schedule, SHAPES)
+        own = SHAPES[schedule].defaults
+        if "decay_steps" in given and "decay_steps" in own:
+            raise ValueError(
+                "schedule_option decay_steps is given as --decay, a share of the steps."
+            )
+        tokens = self.text.batch_size * self.text.seq_len
+        of_run = {"tokens_per_step": tokens, "tokens_seen": step * tokens}
         return Phase(
-            step=0,
+            step=step,
             count=count,
             schedule=schedule,
             steps=options.steps,
             warmup_steps=round(options.warmup * options.steps),
-            decay_steps=round(options.decay * options.steps) if schedule == "wsd" else None,
+            decay_steps=round(options.decay * options.steps) if "decay_steps" in own else None,
             first=0.0,
             highest=highest,
             final=options.final_learning_rate * highest,
+            options={name: x for name, x in of_run.items() if name in own} | given,
         )
 
     def with_phases(self, *phases: Phase) -> "Config":
@@ -341,7 +383,11 @@ class Config:
         """All options by name, JSON-serialisable, without those of one invocation only."""
         flat = {name: x for group in dataclasses.asdict(self).values() for name, x in group.items()}
         flat |= {"learning_rate": self.highest_learning_rate, "schedule": self.phases[-1].schedule}
-        named = {"option": self.optimizer_options, "controller_option": self.controller_options}
+        named = {
+            "option": self.optimizer_options,
+            "schedule_option": self.schedule_options,
+            "controller_option": self.controller_options,
+        }
         flat |= {
             kind: [f"{name}={value}" for name, value in sorted(options.items())]
             for kind, options in named.items()
@@ -386,7 +432,7 @@ class Config:
             groups[name] = dataclasses.replace(group, **own)
         config = cls(**groups)
         if options.get("schedule_start"):  # in which earlier versions kept the first phase's count
-            return config.with_phases(config.first_phase(options["schedule_start"]))
+            return config.with_phases(config.first_phase(count=options["schedule_start"]))
         return config
 
 

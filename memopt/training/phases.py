@@ -9,7 +9,7 @@ from memopt import schedules
 from memopt.training.config import Config, Phase
 
 #: Options that may change with the schedule of a resumed run.
-WITH_SCHEDULE = {"learning_rate", "final_learning_rate", "decay"}
+WITH_SCHEDULE = {"learning_rate", "final_learning_rate", "decay", "schedule_option"}
 
 
 def follow(phases: Sequence[Phase]) -> optax.Schedule:
@@ -27,27 +27,17 @@ def follow(phases: Sequence[Phase]) -> optax.Schedule:
         >>> [f"{rate(count):.2g}" for count in (0, 60, 599, 600, 660)]
         ['0', '0.005', '0.0005', '0', '0.005']
     """
-    parts = [
-        schedules.schedule(
-            phase.schedule,
-            phase.highest,
-            phase.steps,
-            init_value=phase.first,
-            warmup_steps=phase.warmup_steps,
-            end_value=phase.final,
-            **({} if phase.decay_steps is None else {"decay_steps": phase.decay_steps}),
-        )
-        for phase in phases
-    ]
     before = optax.constant_schedule(0.0)
-    return optax.join_schedules([before, *parts], [phase.count for phase in phases])
+    parts = [before, *map(_schedule, phases)]
+    return optax.join_schedules(parts, [phase.count for phase in phases])
 
 
 def resume(there: Config, here: Config, *, step: int, updates: int) -> Config:
     """Returns the options of a resumed run, with the schedules that it follows.
 
-    The schedule it was begun with goes on: after its last step, with the final learning rate. The
-    decay of wsd, unless it has begun, moves to the new last step. A schedule that `here` names, and
+    The schedule it was begun with goes on: after its last step, with the final learning rate. One
+    that extends (`memopt.schedules.Shape`) goes on to the new last step, and so does its decay,
+    unless it has begun. A schedule that `here` names, and
     that is not the run's already, applies to the remaining steps, from the learning rate reached.
 
     Args:
@@ -82,11 +72,11 @@ def resume(there: Config, here: Config, *, step: int, updates: int) -> Config:
         reached = float(follow(phases)(count))
         now = dataclasses.replace(last, step=step if updates else 0, count=count, first=reached)
         phases = (*(phase for phase in phases if phase.count < count), _replace(now, here))
-    elif options.steps != there.optimization.steps and last.decay_steps:
+    elif options.steps != there.optimization.steps and schedules.SHAPES[last.schedule].extends:
         length, done = options.steps - last.step, count - last.count
         room = length - max(done, last.warmup_steps)
-        if done <= last.steps - last.decay_steps and room > 0:
-            decay = min(max(1, round(options.decay * length)), room)
+        if done <= last.steps - (last.decay_steps or 0) and room > 0:
+            decay = min(max(1, round(options.decay * length)), room) if last.decay_steps else None
             last = dataclasses.replace(last, steps=length, decay_steps=decay)
             phases = (*phases[:-1], last)
     changed = (options.steps, phases) != (there.optimization.steps, there.phases)
@@ -113,12 +103,29 @@ def describe_phases(config: Config) -> str:
     return "; ".join(_describe(phase, stop) for phase, stop in zip(phases, stops, strict=True))
 
 
+def _schedule(phase: Phase) -> optax.Schedule:
+    decay = {} if phase.decay_steps is None else {"decay_steps": phase.decay_steps}
+    return schedules.schedule(
+        phase.schedule,
+        phase.highest,
+        phase.steps,
+        init_value=phase.first,
+        warmup_steps=phase.warmup_steps,
+        end_value=phase.final,
+        **decay,
+        **phase.options,
+    )
+
+
 def _describe(phase: Phase, stop: int) -> str:
+    rate = _schedule(phase)
     text = f"{phase.schedule} of {phase.steps} steps"
+    if phase.options:
+        text += f" ({', '.join(f'{name}={x}' for name, x in phase.options.items())})"
     if phase.step:
-        first = phase.first if phase.warmup_steps else phase.highest
-        text = f"from step {phase.step + 1} {text}, from {first:.3g}"
-        text += f" to {phase.highest:.3g} in {phase.warmup_steps}" if phase.warmup_steps else ""
+        text = f"from step {phase.step + 1} {text}, from {rate(0):.3g}"
+        if phase.warmup_steps:
+            text += f" to {rate(phase.warmup_steps):.3g} in {phase.warmup_steps}"
     end = phase.step + phase.steps
     if end < stop:
         text += f", then {_kept_rate(phase, stop):.3g} until step {stop}"
@@ -127,18 +134,20 @@ def _describe(phase: Phase, stop: int) -> str:
 
 def _kept_rate(phase: Phase, stop: int) -> float:
     """The learning rate kept from a schedule's end to step `stop`; its highest if it ends later."""
-    ends = phase.schedule != "constant" and phase.step + phase.steps < stop
-    return phase.final if ends else phase.highest
+    ends = phase.step + phase.steps < stop
+    return float(_schedule(phase)(phase.steps)) if ends else phase.highest
 
 
 def _replace(phase: Phase, config: Config) -> Phase:
     """The schedule that `config` names, in place of a phase, to the last step."""
     if not phase.step:
-        return config.first_phase(phase.count)
+        return config.first_phase(count=phase.count)
     options = config.optimization
     rest = dataclasses.replace(options, steps=options.steps - phase.step, warmup=options.rewarm)
-    new = dataclasses.replace(config, optimization=rest).first_phase(phase.count)
+    new = dataclasses.replace(config, optimization=rest).first_phase(
+        step=phase.step, count=phase.count
+    )
     if not new.warmup_steps:
         highest = min(new.highest, phase.first)
         new = dataclasses.replace(new, highest=highest, final=min(new.final, highest))
-    return dataclasses.replace(new, step=phase.step, first=phase.first)
+    return dataclasses.replace(new, first=phase.first)

@@ -5,12 +5,14 @@ import json
 import shutil
 
 import chex
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
+from memopt import schedules
 from memopt.cli.pretrain import parse
-from memopt.training.config import Config, Optimization
+from memopt.training.config import Config, Optimization, Text
 from memopt.training.describe import describe_run
 from memopt.training.loop import train
 from memopt.training.metrics import read_metrics
@@ -20,8 +22,12 @@ from memopt.training.phases import describe_phases, follow, resume
 BEGUN = {"steps": 20, "learning_rate": 5e-3}
 
 
-def options(**given):
-    return Config(optimization=Optimization(**{"schedule": None, **given}))
+def options(batch=(8, 128), **given):
+    batch_size, seq_len = batch
+    return Config(
+        text=Text(batch_size=batch_size, seq_len=seq_len),
+        optimization=Optimization(**{"schedule": None, **given}),
+    )
 
 
 def begun(schedule, **given):
@@ -35,17 +41,93 @@ def go_on(there, step=20, updates=None, **given):
 
 
 def rates(config, counts=range(401)):
-    return np.array([float(follow(config.phases)(count)) for count in counts])
+    return np.array(jax.jit(jax.vmap(follow(config.phases)))(np.array(counts)), float)
 
 
 @pytest.mark.parametrize("step", [10, 20])
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize(
+    "schedule",
+    [name for name in schedules.names() if name not in ("constant", "inverse_sqrt", "power")],
+)
 def test_the_schedule_a_run_was_begun_with_goes_on_with_its_last_rate(schedule, step):
     there = begun(schedule, decay=0.9)
     extended = go_on(there, step, steps=40)
     np.testing.assert_array_equal(rates(extended, range(60)), rates(there, range(60)))
-    held = {"constant": "0.005"}.get(schedule, "0.0005")
-    assert describe_phases(extended) == f"{schedule} of 20 steps, then {held} until step 40"
+    assert describe_phases(extended) == f"{schedule} of 20 steps, then 0.0005 until step 40"
+
+
+@pytest.mark.parametrize("schedule", ["constant", "inverse_sqrt"])
+def test_a_schedule_without_a_decay_goes_on(schedule):
+    there = begun(schedule)
+    extended = go_on(there, 20, steps=40)
+    np.testing.assert_array_equal(rates(extended, range(21)), rates(there, range(21)))
+    whole = begun(schedule, steps=40, warmup=0.05)
+    np.testing.assert_array_equal(rates(extended, range(60)), rates(whole, range(60)))
+    assert describe_phases(extended) == f"{schedule} of 40 steps"
+    if schedule == "inverse_sqrt":
+        assert rates(extended, [40]) == pytest.approx(5e-3 * (2 / 40) ** 0.5)
+
+
+@pytest.mark.parametrize("rewarm", [0.0, 0.1])
+@pytest.mark.parametrize("schedule", schedules.names())
+def test_each_schedule_replaces_another_for_the_remaining_steps(schedule, rewarm):
+    """Without --rewarm never above the rate reached, with it up to the highest one."""
+    given = {"schedule": schedule, "rewarm": rewarm, "steps": 120, "batch": (8, 4096)}
+    named = go_on(begun("cosine"), **given)
+    found = rates(named, range(130))
+    np.testing.assert_allclose(found[:20], rates(begun("cosine"), range(20)), rtol=1e-6)
+    assert found[20:].max() <= (5e-3 if rewarm else 5e-4) * (1 + 1e-6)
+    assert np.isfinite(found).all()
+    if rewarm and schedules.SHAPES[schedule].starts_at_peak:
+        np.testing.assert_allclose(found[[20, 30]], [5e-4, 5e-3], rtol=1e-5)
+    assert go_on(named, 70, **given).phases == named.phases
+
+
+def test_power_counts_the_tokens_of_the_steps_before_it():
+    there = begun("constant")
+    named = go_on(there, schedule="power", steps=120, batch=(8, 4096))
+    assert named.phases[-1].options == {"tokens_per_step": 2**15, "tokens_seen": 20 * 2**15}
+    law = 8 * 4 * (60 * 2**15) ** -0.51
+    lower = go_on(
+        there, schedule="power", steps=120, batch=(8, 4096), learning_rate=1.0, rewarm=0.1
+    )
+    np.testing.assert_allclose(rates(lower, [60]), law, rtol=1e-5)
+    assert "power of 100 steps (tokens_per_step=32768, tokens_seen=655360)" in describe_phases(
+        named
+    )
+    given = options(schedule="power", schedule_option=("tokens_seen=5e6", "a=2"))
+    assert given.phases[0].options == {"tokens_per_step": 1024, "tokens_seen": 5e6, "a": 2}
+
+
+def test_power_moves_its_decay_to_the_new_last_step():
+    power = {"steps": 100, "learning_rate": 1.0}
+    there = begun("power", **power)
+    extended = go_on(there, step=60, steps=200)
+    whole = begun("power", **power | {"steps": 200, "warmup": 0.05})
+    np.testing.assert_array_equal(rates(extended, range(220)), rates(whole, range(220)))
+    with pytest.raises(ValueError, match="would have a learning rate of 0"):
+        go_on(there, step=100, steps=200)
+
+
+def test_options_of_a_schedule_are_kept_and_replaced_with_it():
+    there = begun("restarts", schedule_option=("cycles=2", "cycles=5"))
+    assert describe_phases(there) == "restarts of 20 steps (cycles=5)"
+    assert Config.from_flat(json.loads(json.dumps(there.flat()))).phases == there.phases
+    same = go_on(there, 10, schedule="restarts", schedule_option=("cycles=5",))
+    assert same.phases == there.phases
+    other = go_on(there, 10, schedule="restarts", schedule_option=("cycles=3",))
+    assert [phase.options for phase in other.phases] == [{"cycles": 5}, {"cycles": 3}]
+
+
+def test_a_schedule_of_ones_own_extends_as_its_row_says(monkeypatch):
+    def late(span, *, decay_steps=None):
+        return lambda count: span.peak * (count < span.rest - decay_steps)
+
+    shape = schedules.Shape(late, "to see", end=None, extends=True)
+    monkeypatch.setitem(schedules.SHAPES, "late", shape)
+    extended = go_on(begun("late"), step=10, steps=40)
+    assert describe_phases(extended) == "late of 40 steps"
+    np.testing.assert_allclose(rates(extended, [31, 32]), [5e-3, 0], rtol=1e-6)
 
 
 def test_before_its_decay_wsd_goes_on_as_if_begun_with_the_new_steps():
@@ -150,7 +232,7 @@ def test_another_choice_at_the_same_step_replaces_the_last():
 
 def test_a_state_that_was_taken_over_counts_on():
     there = begun("cosine")
-    there = there.with_phases(there.first_phase(100))
+    there = there.with_phases(there.first_phase(count=100))
     named = go_on(there, schedule="linear", rewarm=0.1, steps=120)
     assert [phase.count for phase in named.phases] == [100, 120]
     setup = describe_run(dataclasses.replace(Config(), optimization=named.optimization))
@@ -164,6 +246,11 @@ def test_a_state_that_was_taken_over_counts_on():
         ({}, {"steps": 19}, "steps must be at least 20, which were taken, got 19"),
         ({}, {"schedule": "linear"}, "schedule 'linear' has no steps left: give more --steps than"),
         ({}, {"schedule": "cosin", "steps": 30}, "did you mean 'cosine'"),
+        (
+            {},
+            {"schedule": "restarts", "schedule_option": ("cycle=3",), "steps": 30},
+            "option of restarts: 'cycle' is unknown; did you mean 'cycles'",
+        ),
         ({"final_learning_rate": 0.0}, {"steps": 30}, "a learning rate of 0, .* --rewarm"),
         (
             {"final_learning_rate": 0.0},
@@ -179,11 +266,15 @@ def test_what_cannot_go_on_is_refused(there, given, says):
 
 def test_options_of_earlier_versions_resume_as_they_say():
     old = begun("linear").flat()
-    del old["phases"]
+    del old["phases"], old["schedule_option"]
     assert Config.from_flat(old).phases == begun("linear").phases
     carried = Config.from_flat(old | {"schedule_start": 7})
     assert [phase.count for phase in carried.phases] == [7]
     assert Config.from_flat(carried.flat()).phases == carried.phases
+    saved = begun("linear").flat()
+    [phase] = saved["phases"] = [dict(vars(begun("linear").first_phase()))]
+    del phase["options"], saved["schedule_option"]
+    assert Config.from_flat(saved).phases == begun("linear").phases
 
 
 @pytest.mark.slow
@@ -218,5 +309,12 @@ def test_only_the_command_line_names_a_new_schedule(tmp_path):
     assert (resumed.optimization.schedule, resumed.optimization.rewarm) == (None, 0)
     named = parse(["--resume", f"--output={tmp_path}", "--schedule=linear"])
     assert named.optimization.schedule == "linear"
+    (tmp_path / "config.json").write_text(
+        json.dumps(begun("restarts", schedule_option=("cycles=3",)).flat())
+    )
+    assert parse(["--resume", f"--output={tmp_path}"]).schedule_options == {"cycles": 3}
+    other = parse(["--resume", f"--output={tmp_path}", "--schedule=rex"])
+    assert other.schedule_options == {}
+    (tmp_path / "config.json").write_text(json.dumps(there.flat()))
     copied = parse([f"--config={tmp_path / 'config.json'}"])
     assert copied.optimization.schedule == "linear"
