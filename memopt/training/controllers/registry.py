@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from memopt.errors import check_choice
 from memopt.training.control import Controller, Plan
+from memopt.training.controllers.adadagrad import adadagrad
+from memopt.training.controllers.noise_ramp import noise_ramp
 
 
 class Entry(NamedTuple):
@@ -27,7 +29,18 @@ class Entry(NamedTuple):
 
 
 #: Every controller by name.
-CONTROLLERS: dict[str, Entry] = {}
+CONTROLLERS: dict[str, Entry] = {
+    "adadagrad": Entry(
+        adadagrad,
+        "Choose it if many devices share a step and the batch should grow as soon as its gradient "
+        "is too noisy; it does not pay on one device, where a larger batch only takes longer.",
+    ),
+    "noise_ramp": Entry(
+        noise_ramp,
+        "Choose it if many devices share a step and the batch should stay near the critical one; "
+        "it does not pay if the run's batch is above that throughout, nor on one device.",
+    ),
+}
 
 
 def controller(name: str, plan: Plan, options: Mapping[str, Any]) -> Controller:
