@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 from memopt.errors import check_choice
 from memopt.training.control import Controller, Plan
+from memopt.training.controllers.adadagrad import adadagrad
 from memopt.training.controllers.autolrs import autolrs
+from memopt.training.controllers.noise_ramp import noise_ramp
 
 
 class Entry(NamedTuple):
@@ -29,11 +31,21 @@ class Entry(NamedTuple):
 
 #: Every controller by name.
 CONTROLLERS: dict[str, Entry] = {
+    "adadagrad": Entry(
+        adadagrad,
+        "Choose it if many devices share a step and the batch should grow as soon as its gradient "
+        "is too noisy; it does not pay on one device, where a larger batch only takes longer.",
+    ),
     "autolrs": Entry(
         autolrs,
         "Choose it if no schedule is known to suit the model or the data: it finds the learning "
         "rate of each stage by trials. It does not pay if one is known, since it doubles the "
         "steps, nor in runs of fewer than some thousand steps.",
+    ),
+    "noise_ramp": Entry(
+        noise_ramp,
+        "Choose it if many devices share a step and the batch should stay near the critical one; "
+        "it does not pay if the run's batch is above that throughout, nor on one device.",
     ),
 }
 
