@@ -151,33 +151,36 @@ class Mixture:
             for entry in documents.listing()
         ]
 
-    def renamed(self, listing: Sequence[Sequence[Any]]) -> Mixture | None:
-        """Returns the same documents with the names and in the order of a listing.
+    def renamed(self, listings: Sequence[Sequence[Sequence[Any]]]) -> Mixture:
+        """Returns the same documents, each source with the names that it has in a listing.
 
         Args:
-            listing: What `listing` returned; of other sources, too.
-
-        Returns:
-            The documents, or None if the content of a source is not the same.
+            listings: What `listing` returned, of whatever mixtures. The last one that has the same
+                content of a source counts; without any, the source keeps its names.
         """
-        found = {}
-        for name, documents in self.sources.items():
-            prefix = f"{name}=" if name else ""
-            own = [
-                [entry[0].removeprefix(prefix), *entry[1:]]
-                for entry in listing
-                if entry[0].startswith(prefix)
-            ]
-            renamed = documents.renamed(own)
-            if renamed is None:
-                return None
-            found[name] = renamed
-        return Mixture(found)
+        return Mixture(
+            {name: _renamed(name, part, listings) for name, part in self.sources.items()}
+        )
 
     def describe(self) -> dict[str, Any]:
         """Returns what identifies the documents, JSON-serialisable."""
         described = {name: documents.describe() for name, documents in self.sources.items()}
         return described.get("", {"sources": described})
+
+
+def _renamed(
+    name: str, documents: Documents, listings: Sequence[Sequence[Sequence[Any]]]
+) -> Documents:
+    prefix = f"{name}=" if name else ""
+    for listing in reversed(listings):
+        own = [
+            [entry[0].removeprefix(prefix), *entry[1:]]
+            for entry in listing
+            if entry[0].startswith(prefix)
+        ]
+        if (renamed := documents.renamed(own)) is not None:
+            return renamed
+    return documents
 
 
 def find_mixture(

@@ -91,10 +91,9 @@ def _find(
 
 
 def _as_before(documents: Mixture, history: Sequence[Data]) -> Mixture:
-    for entry in reversed(history):
-        if (renamed := documents.renamed(entry.files)) is not None:
-            return renamed
-    return documents
+    is_named = "" not in documents.sources
+    listings = [x.files for x in history if ("data sources" in x.identity) == is_named]
+    return documents.renamed(listings)
 
 
 def shares(config: Config) -> dict[str, float]:

@@ -288,10 +288,21 @@ def _continue_data(
     history, is_same = continue_history(directory, history, then, data, accept=accept)
     if is_same:
         batches.set_state(record["batches"])
-        now, then = shares(config), record["config"].get("mixture", ())
-        if now != mixture_shares(list(now), then):  # otherwise a controller may have changed them
-            batches.set_weights(now)
+        _change_weights(config, batches, record["config"].get("mixture", ()))
     return history
+
+
+def _change_weights(config: Config, batches: Batches, mixture: Sequence[str]) -> None:
+    """Changes the weights of a resumed run if its options say others than they did."""
+    now = shares(config)
+    if now == mixture_shares(list(now), mixture):
+        return
+    if controller := config.optimization.controller:
+        raise ValueError(
+            f"mixture must stay as it was in a run that controller {controller!r} steers: leave it "
+            "out, or begin a new run with --init."
+        )
+    batches.set_weights(now)
 
 
 def _steering(

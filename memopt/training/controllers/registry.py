@@ -8,6 +8,7 @@ from memopt.errors import check_choice
 from memopt.training.control import Controller, Plan
 from memopt.training.controllers.adadagrad import adadagrad
 from memopt.training.controllers.autolrs import autolrs
+from memopt.training.controllers.dynamic_mixture import dynamic_mixture
 from memopt.training.controllers.noise_ramp import noise_ramp
 
 
@@ -41,6 +42,11 @@ CONTROLLERS: dict[str, Entry] = {
         "Choose it if no schedule is known to suit the model or the data: it finds the learning "
         "rate of each stage by trials. It does not pay if one is known, since it doubles the "
         "steps, nor in runs of fewer than some thousand steps.",
+    ),
+    "dynamic_mixture": Entry(
+        dynamic_mixture,
+        "Choose it if the data has several sources and you know what loss each should reach; it "
+        "does not pay without such references, or if one source alone matters.",
     ),
     "noise_ramp": Entry(
         noise_ramp,
