@@ -196,3 +196,5 @@ def test_a_change_is_said_in_words():
     assert describe_change(after, Control(weights=after.weights)) == (
         "the schedule's learning rate, 1 batch a step, which is compiled"
     )
+    assert describe_change(Control(note="one"), Control(note="two")) == "two"
+    assert describe_change(Control(note="one"), Control(note="one")) == ""
