@@ -233,6 +233,8 @@ def test_candidates_lie_about_the_runs_learning_rate_unless_bounds_are_given(mon
         ({"most_stage_steps": 500}, "most_stage_steps must be at least 1000, got 500"),
         ({"kappa": -1.0}, "kappa must be at least 0, got -1.0"),
         ({"trial_steps": 4}, "needs at least 1000 steps after the warm-up, got 90"),
+        ({"candidates": 2.5}, "option candidates must be int, got 2.5"),
+        ({"lr_min": "low"}, r"option lr_min must be float \| None, got 'low'"),
         ({"taps": 4}, "option of autolrs: 'taps' is unknown"),
     ],
 )
