@@ -43,8 +43,8 @@ from memopt.training.open import open_run
 RATE = 2.0**-7
 
 #: Evaluations of a run, and the metrics that are kept of each.
-POINTS = 40
-KEPT = ("step", "val_loss", "learning_rate", "batches", "weight")
+POINTS = 20
+KEPT = ("step", "val_loss", "learning_rate", "weight")
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "controllers.md"
@@ -177,7 +177,8 @@ def run(config: Config) -> list[dict[str, float]]:
         if "val_loss" in line:
             point = {name: x for name, x in line.items() if name.startswith(KEPT)}
             used = sum(steps for step, steps in searched if step < line["step"])
-            points.append({**point, "tokens": tokens, "search_steps": used})
+            batches = line["tokens"] / (config.text.batch_size * config.text.seq_len)
+            points.append({**point, "tokens": tokens, "search_steps": used, "batches": batches})
     return points
 
 

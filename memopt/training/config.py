@@ -428,7 +428,7 @@ class Config:
             types = get_type_hints(type(group))
             own = {key: x for key, x in given.items() if key in types}
             for key, value in own.items():
-                _check_type(key, value, types[key])
+                check_type(key, value, types[key])
             groups[name] = dataclasses.replace(group, **own)
         config = cls(**groups)
         if options.get("schedule_start"):  # in which earlier versions kept the first phase's count
@@ -436,7 +436,12 @@ class Config:
         return config
 
 
-def _check_type(name: str, value: Any, expected: Any) -> None:
+def check_type(name: str, value: Any, expected: Any) -> None:
+    """Raises unless an option is of the type that it is annotated with.
+
+    Raises:
+        ValueError: Names the option, the type and the given value.
+    """
     if not _is_of_type(value, expected):
         called = expected.__name__ if isinstance(expected, type) else str(expected)
         raise ValueError(f"option {name} must be {called.replace('typing.', '')}, got {value!r}.")

@@ -64,11 +64,13 @@ class Control(NamedTuple):
         batches: Batches that a step uses; each in as many micro-batches as before. A new number is
             compiled for once.
         weights: Share of each named source of the data, of sum 1; None: as before.
+        note: A line for the user, shown when it changes.
     """
 
     learning_rate: float | None = None
     batches: int = 1
     weights: Mapping[str, float] | None = None
+    note: str = ""
 
 
 class Losses(NamedTuple):

@@ -145,13 +145,7 @@ def describe_controller(config: Config) -> Controller | None:
         eval_every=config.run.eval_every,
         sources=shares(config),
     )
-    try:
-        return controller(options.controller, plan, named)
-    except TypeError as error:  # of an option of another type
-        raise ValueError(
-            f"controller {options.controller!r} cannot work with controller_option "
-            f"{', '.join(options.controller_option)} ({error})."
-        ) from error
+    return controller(options.controller, plan, named)
 
 
 def _make_optimizer(

@@ -103,6 +103,8 @@ def describe_change(before: Control, after: Control) -> str:
         parts.append(f"{after.batches} batch{plural} a step, which is compiled")
     if after.weights is not None and after.weights != before.weights:
         parts.append(" ".join(f"{name} {share:.1%}" for name, share in after.weights.items()))
+    if after.note and after.note != before.note:
+        parts.append(after.note)
     return ", ".join(parts)
 
 

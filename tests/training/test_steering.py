@@ -36,7 +36,9 @@ def grows(plan: Plan, *, every: int = 2) -> Controller:
     return Controller(lambda: {"sizes": []}, update)
 
 
-def tries(plan: Plan, *, rates=(1e-3, 1e-2), validate_every=None) -> Controller:
+def tries(
+    plan: Plan, *, rates: tuple = (1e-3, 1e-2), validate_every: int | None = None
+) -> Controller:
     """Before step 1 and after step 4, tries learning rates for 3 steps and takes the best."""
 
     def update(state, seen, trial):
@@ -180,6 +182,10 @@ def test_a_trial_ends_where_a_step_is_not_applied_and_harms_nothing(config):
         ({"controller": "grow"}, "controller 'grow' is unknown; did you mean 'grows'?"),
         ({"controller_option": ("every=3",)}, "controller_option goes with --controller."),
         ({"controller": "grows", "controller_option": ("evry=3",)}, "did you mean 'every'"),
+        (
+            {"controller": "grows", "controller_option": ("every=often",)},
+            "option every must be int, got 'often'",
+        ),
     ],
 )
 def test_an_unknown_controller_or_option_is_refused(config, options, sentence):
@@ -196,3 +202,5 @@ def test_a_change_is_said_in_words():
     assert describe_change(after, Control(weights=after.weights)) == (
         "the schedule's learning rate, 1 batch a step, which is compiled"
     )
+    assert describe_change(Control(note="one"), Control(note="two")) == "two"
+    assert describe_change(Control(note="one"), Control(note="one")) == ""

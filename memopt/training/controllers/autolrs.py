@@ -107,7 +107,7 @@ def autolrs(
         steps = min(length(number), plan.steps - seen.batches)
         tried_for = trial_length(number, steps)
         if seen.batches < begins or tried_for < FEWEST:
-            return state, Control(state["learning_rate"])
+            return state, control(state)
         validates = number > 1 and length(number - 1) == most_stage_steps
         every = max(1, tried_for // VALIDATIONS) if validates else None
         tried: list[list[float]] = []
@@ -124,7 +124,17 @@ def autolrs(
             "tried": tried,
             "search_steps": state["search_steps"] + candidates * tried_for,
         }
-        return state, Control(state["learning_rate"])
+        return state, control(state)
+
+    def control(state: State) -> Control:
+        if not state["stage"]:
+            return Control()
+        failed = all(found >= WORST for _, found in state["tried"])
+        note = (
+            f"stage {state['stage']} up to batch {state['ends']}, searched for "
+            f"{state['search_steps']} steps so far" + ", no candidate stays finite" * failed
+        )
+        return Control(state["learning_rate"], note=note)
 
     return Controller(init, update)
 

@@ -2,9 +2,10 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from memopt.errors import check_choice
+from memopt.training.config import check_type
 from memopt.training.control import Controller, Plan
 from memopt.training.controllers.adadagrad import adadagrad
 from memopt.training.controllers.autolrs import autolrs
@@ -16,7 +17,8 @@ class Entry(NamedTuple):
     """A controller that can be chosen by name.
 
     Attributes:
-        make: Maps a `Plan`, and options by keyword, to a `Controller`.
+        make: Maps a `Plan`, and options by keyword, to a `Controller`; its options' types are
+            annotated.
         when: When to choose it, and when it does not pay.
     """
 
@@ -65,10 +67,13 @@ def controller(name: str, plan: Plan, options: Mapping[str, Any]) -> Controller:
         options: Its options by keyword.
 
     Raises:
-        ValueError: There is no such controller or option, or it cannot work in this run.
+        ValueError: There is no such controller or option, one is of another type, or it cannot work
+            in this run.
     """
     check_choice("controller", name, CONTROLLERS)
     entry = CONTROLLERS[name]
-    for option in options:
+    types = get_type_hints(entry.make)
+    for option, value in options.items():
         check_choice(f"option of {name}:", option, entry.defaults)
+        check_type(option, value, types[option])
     return entry.make(plan, **options)

@@ -80,7 +80,9 @@ def test_the_best_forecast_at_the_end_of_the_stage_decides(rates):
     trial = lambda rate, steps, **_: Losses(range(1, 5), [curves[rate](t) for t in range(1, 5)])
     made = controller("autolrs", PLAN, SMALL)
     state, control = made.update(made.init(), Seen(10, 10, {}), trial)
-    assert control == Control(learning_rate=0.1)
+    assert control == Control(
+        learning_rate=0.1, note="stage 1 up to batch 18, searched for 12 steps so far"
+    )
     (_, first), (_, second), (_, third) = state.pop("tried")
     assert (first, third) == (pytest.approx(curves[0.3](8)), pytest.approx(2.5))
     assert second == pytest.approx(curves[0.1](8))
@@ -108,7 +110,8 @@ def test_if_no_candidate_stays_finite_the_learning_rate_stays(rates, before):
     made = controller("autolrs", PLAN, SMALL)
     first = {**made.init(), "learning_rate": before}
     state, control = made.update(first, Seen(10, 10, {}), trials)
-    assert control == Control(learning_rate=before)
+    assert control.learning_rate == before
+    assert control.note.endswith("12 steps so far, no candidate stays finite")
     assert state["tried"] == [[rate, 1e6] for rate in rates]
     assert state["ends"] == 18
     json.dumps(state, allow_nan=False)
@@ -230,6 +233,8 @@ def test_candidates_lie_about_the_runs_learning_rate_unless_bounds_are_given(mon
         ({"most_stage_steps": 500}, "most_stage_steps must be at least 1000, got 500"),
         ({"kappa": -1.0}, "kappa must be at least 0, got -1.0"),
         ({"trial_steps": 4}, "needs at least 1000 steps after the warm-up, got 90"),
+        ({"candidates": 2.5}, "option candidates must be int, got 2.5"),
+        ({"lr_min": "low"}, r"option lr_min must be float \| None, got 'low'"),
         ({"taps": 4}, "option of autolrs: 'taps' is unknown"),
     ],
 )
