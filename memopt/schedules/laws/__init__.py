@@ -1,0 +1,5 @@
+"""Laws of learning rate, batch and loss, each with its source and its range of validity."""
+
+from memopt.schedules.laws.noise_scale import NoiseScale as NoiseScale
+from memopt.schedules.laws.noise_scale import noise_scale as noise_scale
+from memopt.schedules.laws.noise_scale import noise_scale_by_sizes as noise_scale_by_sizes
