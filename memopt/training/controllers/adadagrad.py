@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from memopt.errors import check_above_zero, check_at_least, check_choice
 from memopt.schedules.laws import noise_scale
-from memopt.training.control import Control, Controller, Plan, Seen, State, Trial
+from memopt.training.control import Control, Controller, Measure, Plan, Seen, State, Trial
 from memopt.training.controllers.whole_batches import (
     check_micro_batches,
     is_measured,
@@ -86,7 +86,7 @@ def adadagrad(
             batches = max(batches, whole_batches(rows, plan, most))
         return {"batches": batches, "used": seen.batches}, Control(batches=batches)
 
-    measure = "norms" if test == "norm" else "inner_products"
+    measure: Measure = "norms" if test == "norm" else "inner_products"
     return Controller(lambda: {"batches": 1, "used": 0}, update, measure)
 
 

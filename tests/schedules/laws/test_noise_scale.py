@@ -37,7 +37,9 @@ def squares(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_both_parts_are_unbiased_over_all_batches(draws, exact) -> None:
-    found = [noise_scale(*of, MICRO_ROWS, MICRO_BATCHES) for of in zip(*squares(draws))]
+    found = [
+        noise_scale(*of, MICRO_ROWS, MICRO_BATCHES) for of in zip(*squares(draws), strict=True)
+    ]
     np.testing.assert_allclose(np.mean([n.trace for n in found]), exact[0], rtol=1e-12)
     np.testing.assert_allclose(np.mean([n.square for n in found]), exact[1], rtol=1e-12)
 
@@ -46,7 +48,9 @@ def test_the_ratio_of_averages_is_the_noise_scale_and_the_average_ratio_is_not(d
     micro, whole = squares(draws)
     found = noise_scale(micro.mean(), whole.mean(), MICRO_ROWS, MICRO_BATCHES)
     np.testing.assert_allclose(found.batch, exact[0] / exact[1], rtol=1e-12)
-    ratios = [noise_scale(*of, MICRO_ROWS, MICRO_BATCHES).batch for of in zip(micro, whole)]
+    ratios = [
+        noise_scale(*of, MICRO_ROWS, MICRO_BATCHES).batch for of in zip(micro, whole, strict=True)
+    ]
     assert not np.isfinite(np.mean(ratios)) or abs(np.mean(ratios) / found.batch - 1) > 0.1
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from memopt.schedules.laws import noise_scale
 
+from memopt.schedules.laws import noise_scale
 from memopt.training.control import Plan, Seen
 from memopt.training.controllers import controller
 from memopt.training.controllers.adadagrad import inner_product_test, norm_test
