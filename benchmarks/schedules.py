@@ -38,7 +38,7 @@ class Shape(NamedTuple):
     """A schedule to train with.
 
     Attributes:
-      name: its name in `memopt.schedules.available()`.
+      name: its name in `memopt.schedules.names()`.
       steps: how many of `Options.steps` it lasts.
       end: the last learning rate, as a part of the highest.
       decay: the length of the decay of "wsd", as a part of `steps`.
@@ -121,7 +121,7 @@ def _schedule(settings: Mapping[str, Any], name: str) -> optax.Schedule:
         steps,
         warmup_steps=settings["warmup"],
         end_value=shape.end * settings["peak"],
-        decay_steps=None if shape.decay is None else round(shape.decay * steps),
+        **({} if shape.decay is None else {"decay_steps": round(shape.decay * steps)}),
     )
 
 

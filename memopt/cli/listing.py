@@ -90,9 +90,6 @@ def print_options(flag: str, options: Mapping[str, Mapping[str, Any]], console: 
         options: The options.
         console: Where to print it.
     """
-    if not options:
-        console.print(f"\nno options for {flag}")
-        return
     console.print(f"\noptions, as {flag} NAME=VALUE for numbers, words, True, False and None:")
     table = Table(box=None, pad_edge=False)
     for column in ("name", "default", "meaning"):

@@ -42,6 +42,10 @@ COMMANDS = {
         "memopt.cli.optimizers:optimizers",
         "List the optimizers, or describe one of them.",
     ),
+    "schedules": (
+        "memopt.cli.schedules:schedules",
+        "List the schedules of the learning rate and the batch, or plot them.",
+    ),
     "controllers": (
         "memopt.cli.controllers:controllers",
         "List the controllers of a run, or describe one of them.",

@@ -134,7 +134,7 @@ def wsd(span: Span, *, decay_steps: int | None = None) -> optax.Schedule:
 
     Args:
       span: what it is made for.
-      decay_steps: length of the decay; by default a fifth of the steps.
+      decay_steps: length of the decay; by default a fifth of the steps. A run has --decay instead.
     """
     decay = lambda length: optax.linear_schedule(span.peak, span.end, length)
     return _then_decay(span, decay_steps, constant(span), decay)
@@ -148,7 +148,7 @@ def wsd_exponential(span: Span, *, decay_steps: int | None = None) -> optax.Sche
 
     Args:
       span: what it is made for.
-      decay_steps: length of the decay; by default a fifth of the steps.
+      decay_steps: length of the decay; by default a fifth of the steps. A run has --decay instead.
     """
     if span.peak:
         check_above_zero("end_value of wsd_exponential", span.end)
@@ -165,7 +165,7 @@ def wsd_sqrt(span: Span, *, decay_steps: int | None = None) -> optax.Schedule:
 
     Args:
       span: what it is made for.
-      decay_steps: length of the decay; by default a fifth of the steps.
+      decay_steps: length of the decay; by default a fifth of the steps. A run has --decay instead.
     """
 
     def decay(length: float) -> optax.Schedule:
@@ -221,7 +221,7 @@ def power(
         constants were fitted with sequences of 4096 tokens.
       tokens_seen: tokens trained on before the first step. A run that changes to this schedule
         fills in those of its steps so far.
-      decay_steps: length of the decay; by default a fifth of the steps.
+      decay_steps: length of the decay; by default a fifth of the steps. A run has --decay instead.
     """
     check_above_zero("tokens_per_step", tokens_per_step)
     check_at_least("tokens_seen", tokens_seen, 0)
@@ -312,8 +312,8 @@ def restarts(
 
     Args:
       span: what it is made for.
-      cycles: how many there are. The first steps of the cycles are rounded; a cycle of less than
-        half a step is left out.
+      cycles: how many there are. Their first steps are rounded; a cycle of less than half a step
+        is left out.
       length_factor: length of a cycle divided by that of the one before (T_mult).
       peak_factor: peak of a cycle divided by that of the one before.
     """

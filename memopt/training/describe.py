@@ -18,7 +18,7 @@ from memopt.training.batches import shares
 from memopt.training.config import Config
 from memopt.training.control import Controller, Plan
 from memopt.training.controllers import controller
-from memopt.training.phases import follow
+from memopt.training.phases import check_shares, follow
 from memopt.training.placement import make_mesh
 from memopt.training.setup import Setup, abstract_batch, set_up
 from memopt.training.step import Predict
@@ -55,9 +55,7 @@ def describe_run(config: Config, *, trace: bool = True) -> Setup:
     options, flat = config.optimization, config.flat()
     for name, least in LEAST.items():
         check_at_least(name, flat[name], least)
-    for name in ("warmup", "decay", "rewarm", "final_learning_rate"):
-        if not 0 <= getattr(options, name) <= 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {getattr(options, name)}.")
+    check_shares(options)
     model_config = _model_config(config)
     rate, carried = follow(config.phases), config.phases[0].count
     learning_rate = (lambda updates: rate(updates + carried)) if carried else rate

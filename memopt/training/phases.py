@@ -6,10 +6,21 @@ from collections.abc import Sequence
 import optax
 
 from memopt import schedules
-from memopt.training.config import Config, Phase
+from memopt.training.config import Config, Optimization, Phase
 
 #: Options that may change with the schedule of a resumed run.
 WITH_SCHEDULE = {"learning_rate", "final_learning_rate", "decay", "schedule_option"}
+
+
+def check_shares(options: Optimization) -> None:
+    """Raises unless the options of a schedule that are shares are between 0 and 1.
+
+    Raises:
+        ValueError: Names the option.
+    """
+    for name in ("warmup", "decay", "rewarm", "final_learning_rate"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {getattr(options, name)}.")
 
 
 def follow(phases: Sequence[Phase]) -> optax.Schedule:

@@ -1,6 +1,5 @@
 """Reports a run that has ended: a plot of the loss and a sample of text."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ from jax.experimental import multihost_utils
 
 from memopt.training.metrics import read_metrics
 from memopt.training.open import Training
+from memopt.training.plots import Curve, plot_curves
 from memopt.training.sampling import continuations
-from memopt.training.writing import write_whole
 
 
 def plot_loss(metrics: Path, image: Path) -> None:
@@ -24,21 +23,14 @@ def plot_loss(metrics: Path, image: Path) -> None:
     Raises:
         OSError: It cannot be written; a plot that was there before stays.
     """
-    from matplotlib.figure import Figure  # slow to import
-
     lines = [line for line in read_metrics(metrics) if line["loss"] is not None]
     evaluated = [line for line in lines if line.get("val_loss") is not None]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
     curve = lambda lines, key: ([line["step"] for line in lines], [line[key] for line in lines])
-    axes.plot(*curve(lines, "loss"), lw=0.8, label="training")
-    axes.plot(*curve(evaluated, "val_loss"), "o-", label="validation")
-    axes.set(xlabel="step", ylabel="loss a token (nats)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=150)
-    write_whole(image, drawn.getvalue())
+    curves: dict[str, Curve] = {
+        "training": (*curve(lines, "loss"), {"lw": 0.8}),
+        "validation": (*curve(evaluated, "val_loss"), {"marker": "o"}),
+    }
+    plot_curves(curves, image, x="step", y="loss a token (nats)")
 
 
 def sample_text(

@@ -1,0 +1,37 @@
+"""Draws curves as PNG files."""
+
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from memopt.training.writing import write_whole
+
+#: The x and y of each point of a curve, and how Matplotlib draws it.
+Curve = tuple[Iterable[float], Iterable[float], dict[str, Any]]
+
+
+def plot_curves(curves: Mapping[str, Curve], image: Path, *, x: str, y: str) -> None:
+    """Draws curves into one plot, as a PNG.
+
+    Args:
+        curves: The curves by their labels.
+        image: The file to write.
+        x: What the x axis shows.
+        y: What the y axis shows.
+
+    Raises:
+        OSError: It cannot be written; a plot that was there before stays.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for label, (xs, ys, style) in curves.items():
+        axes.plot(xs, ys, label=label, **style)
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=150)
+    write_whole(image, drawn.getvalue())
