@@ -83,7 +83,7 @@ def schedules(arguments: list[str]) -> None:
     if options.plot:
         kind = described[chosen[0]]["of"]
         drawn: dict[str, Curve] = {
-            name: (range(len(values)), values, {})
+            name: (np.arange(len(values)), values, {})
             for name, values in curves.items()
             if described[name]["of"] == kind
         }

@@ -1,14 +1,16 @@
 """Draws curves as PNG files."""
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from numpy.typing import ArrayLike
 
 from memopt.training.writing import write_whole
 
 #: The x and y of each point of a curve, and how Matplotlib draws it.
-Curve = tuple[Iterable[float], Iterable[float], dict[str, Any]]
+Curve = tuple[ArrayLike, ArrayLike, dict[str, Any]]
 
 
 def plot_curves(curves: Mapping[str, Curve], image: Path, *, x: str, y: str) -> None:

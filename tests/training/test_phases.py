@@ -278,28 +278,40 @@ def test_options_of_earlier_versions_resume_as_they_say():
 
 
 @pytest.mark.slow
-def test_an_extended_run_that_is_killed_ends_like_one_that_is_not(text, tmp_path):
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ("", "linear", [5e-4, 2.75e-3, 5e-3, 2.75e-3]),
+        ("--schedule=power --schedule-option=a=1", "wsd_sqrt", None),
+        ("--schedule=rex", "restarts --schedule-option=cycles=2", None),
+        ("--schedule=one_cycle --schedule-option=div_factor=5", "power", None),
+    ],
+)
+def test_an_extended_run_that_is_killed_ends_like_one_that_is_not(
+    text, tmp_path, first, second, expected
+):
     def run(name, flags):
-        state, _ = train(
-            open_run(parse([*flags.split(), f"--output={tmp_path / name}"])), Console(quiet=True)
-        )
+        opened = open_run(parse([*flags.split(), f"--output={tmp_path / name}"]))
+        state, _ = train(opened, Console(quiet=True))
         lines = read_metrics(tmp_path / name / "metrics.jsonl")
-        return state, [line["learning_rate"] for line in lines]
+        return opened.config, state, [line["learning_rate"] for line in lines]
 
-    begin = f"--model=nano --data {text} --batch-size=8 --seq-len=32 --eval-tokens=512"
-    _, first = run("whole", f"{begin} --mesh=data=1 --steps=4 --checkpoint-every=2 --keep=9")
-    extend = "--resume --steps=8 --schedule=linear --rewarm=0.5"
-    state, rates = run("whole", extend)
-    assert rates[:4] == first
-    np.testing.assert_allclose(rates[4:], [5e-4, 2.75e-3, 5e-3, 2.75e-3], rtol=1e-5)
+    begin = f"--model=nano --data {text} --batch-size=8 --seq-len=32 --eval-tokens=512 {first}"
+    _, _, begun = run("whole", f"{begin} --mesh=data=1 --steps=4 --checkpoint-every=2 --keep=9")
+    extend = f"--resume --steps=8 --schedule={second} --rewarm=0.5"
+    config, state, found = run("whole", extend)
+    assert found[:4] == begun
+    np.testing.assert_allclose(found, rates(config, range(8)), rtol=1e-5)
+    if expected:
+        np.testing.assert_allclose(found[4:], expected, rtol=1e-5)
     for saved, command in ((6, extend), (2, "--resume")):
         name = f"killed after {saved}"
         shutil.copytree(tmp_path / "whole", tmp_path / name)
         for step in range(saved + 1, 9):
             shutil.rmtree(tmp_path / name / "checkpoints" / str(step), ignore_errors=True)
-        again, rates_again = run(name, command)
+        _, again, rates_again = run(name, command)
         chex.assert_trees_all_equal(again, state)
-        assert rates_again == rates
+        assert rates_again == found
 
 
 def test_only_the_command_line_names_a_new_schedule(tmp_path):
