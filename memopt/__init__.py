@@ -47,6 +47,7 @@ from memopt.transforms import ScaleByHutchinsonState as ScaleByHutchinsonState
 from memopt.transforms import ScaleByKroneckerInversesState as ScaleByKroneckerInversesState
 from memopt.transforms import ScaleByMatrixSm3State as ScaleByMatrixSm3State
 from memopt.transforms import ScaleByOasisState as ScaleByOasisState
+from memopt.transforms import ScaleByPastNormsState as ScaleByPastNormsState
 from memopt.transforms import ScaleByPastRmsState as ScaleByPastRmsState
 from memopt.transforms import ScaleByPolyakState as ScaleByPolyakState
 from memopt.transforms import ScaleByRawAmsgradState as ScaleByRawAmsgradState
@@ -89,6 +90,7 @@ from memopt.transforms import scale_by_matrix_sm3 as scale_by_matrix_sm3
 from memopt.transforms import scale_by_matrix_trust_ratio as scale_by_matrix_trust_ratio
 from memopt.transforms import scale_by_oasis as scale_by_oasis
 from memopt.transforms import scale_by_parameter_rms as scale_by_parameter_rms
+from memopt.transforms import scale_by_past_norms as scale_by_past_norms
 from memopt.transforms import scale_by_past_rms as scale_by_past_rms
 from memopt.transforms import scale_by_polyak as scale_by_polyak
 from memopt.transforms import scale_by_raw_amsgrad as scale_by_raw_amsgrad

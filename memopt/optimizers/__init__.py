@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from memopt.optimizers.adafactor import adafactor as adafactor
+from memopt.optimizers.adagrad_norm import adagrad_norm as adagrad_norm
 from memopt.optimizers.adalomo import adalomo as adalomo
 from memopt.optimizers.adam_atan2 import adam_atan2 as adam_atan2
 from memopt.optimizers.adopt import adopt as adopt

@@ -93,6 +93,7 @@ EXTRA_ARGUMENTS = {
 """Extra arguments of `update` that some methods need; memopt's training step passes them."""
 
 METHODS: dict[str, Method] = {
+    "adagrad": Method(optax.adagrad, 2e-2, "mn", "sparse gradients, convex problems", "optax"),
     "adam": Method(optax.adam, 2e-3, "2mn", "the baseline without weight decay", "optax"),
     "adamw": Method(
         optax.adamw, 2e-3, "2mn", "the baseline that others are compared with", "optax"
@@ -281,7 +282,7 @@ def method(
         line = "  **common: see `memopt.Common`."
         checked.__doc__ = (inspect.getdoc(make) or "").replace(line, options)
         described = " ".join(checked.__doc__.split())
-        state = re.search(r"State: (none\b|.+?(?=(?: float32)? numbers))", described)
+        state = re.search(r"State: (none\b|.+?(?=(?: float32)? numbers?\b))", described)
         if state is None:
             raise TypeError(
                 f"The docstring of {make.__name__} must say 'State: … numbers' or 'State: none'."
@@ -346,9 +347,9 @@ def available(library: str | None = None) -> tuple[str, ...]:
 
     Example:
       >>> available()[:2]
-      ('adafactor', 'adalomo')
+      ('adafactor', 'adagrad_norm')
       >>> available("optax")[:2]
-      ('adam', 'adamw')
+      ('adagrad', 'adam')
     """
     names = sorted(METHODS, key=lambda name: (METHODS[name].library, name))
     return tuple(name for name in names if library in (None, METHODS[name].library))

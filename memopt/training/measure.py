@@ -10,10 +10,10 @@ of ḡ if each token adds as much to it, whatever the T_j.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
+from memopt.reductions import total_over_trees
 from memopt.state.precision import bounded
 from memopt.training.control import Measure
 from memopt.transforms.microbatches import sum_microbatches
@@ -92,5 +92,4 @@ def measured_metrics(measured: Measured | None, counts: Any) -> dict[str, Array]
 
 def _inner(a: Any, b: Any) -> Array:
     """The inner product of two trees of arrays, a float32 or wider scalar."""
-    inner = lambda a, b: (bounded(a).conj() * bounded(b)).real.sum()
-    return sum(jax.tree.leaves(jax.tree.map(inner, a, b)), jnp.zeros((), jnp.float32))
+    return total_over_trees(lambda a, b: (bounded(a).conj() * bounded(b)).real, a, b)

@@ -52,6 +52,8 @@ from memopt.transforms.oasis import scale_by_oasis as scale_by_oasis
 from memopt.transforms.orthogonalization import newton_schulz as newton_schulz
 from memopt.transforms.orthogonalization import orthogonalize as orthogonalize
 from memopt.transforms.orthogonalization import scale_by_matrix_shape as scale_by_matrix_shape
+from memopt.transforms.past_norms import ScaleByPastNormsState as ScaleByPastNormsState
+from memopt.transforms.past_norms import scale_by_past_norms as scale_by_past_norms
 from memopt.transforms.past_rms import ClipByStepState as ClipByStepState
 from memopt.transforms.past_rms import ScaleByPastRmsState as ScaleByPastRmsState
 from memopt.transforms.past_rms import clip_by_step as clip_by_step

@@ -130,6 +130,18 @@ CASES = {
         factors,
         once,
     ),
+    "adagrad_norm": Case(
+        variant(memopt.adagrad_norm, **decays),
+        lambda k, m, n: k,
+        lambda m, n: 1,
+        lambda m, n: 1,
+    ),
+    "adagrad_norm_as_released": Case(
+        variant(memopt.adagrad_norm, as_released=True, **decays),
+        lambda k, m, n: k * n,
+        lambda m, n: n,
+        once,
+    ),
     "adam_atan2": Case(variant(memopt.adam_atan2, **decays), twice, twice, twice),
     "apollo": Case(
         variant(memopt.apollo, **ranks, **decays), moments, twice, twice

@@ -296,6 +296,17 @@ def adopt(w, gradients, name, bound=lambda t: t**0.25):
 
 
 @stacked
+def adagrad_norm(w, gradients, name, per_output=False):
+    """Algorithm 1, with the sum of squares of the gradients so far; from 1e-2."""
+    for t in range(1, len(gradients) + 1):
+        past = np.square(gradients[:t])
+        if per_output:
+            past = past.sum(axis=(0, 1) if w.ndim > 1 else 0)
+        w = descend(w, gradients[t - 1] / np.sqrt(1e-2 + (past if per_output else past.sum())))
+        yield w
+
+
+@stacked
 def sm3(w, gradients, name, b1=0.9):
     """Algorithm SM3-II entry by entry: sets of a matrix are its rows and columns."""
     sets = np.ndindex(*w.shape)
@@ -598,6 +609,12 @@ METHODS = {
         functools.partial(adopt, bound=lambda t: np.inf),
         memopt.adopt,
         {"clip_exponent": None},
+    ),
+    "adagrad_norm": (adagrad_norm, memopt.adagrad_norm, {}),
+    "adagrad_norm_as_released": (
+        functools.partial(adagrad_norm, per_output=True),
+        memopt.adagrad_norm,
+        {"as_released": True},
     ),
     "amsgrad": (amsgrad, memopt.amsgrad, {}),
     "amsgrad_as_released": (

@@ -28,6 +28,7 @@ TRANSFORMS = {
     "scale_by_matrix_sm3": memopt.scale_by_matrix_sm3,
     "scale_by_matrix_trust_ratio": memopt.scale_by_matrix_trust_ratio,
     "scale_by_parameter_rms": memopt.scale_by_parameter_rms,
+    "scale_by_past_norms": memopt.scale_by_past_norms,
     "scale_by_past_rms": memopt.scale_by_past_rms,
     "scale_by_raw_amsgrad": memopt.scale_by_raw_amsgrad,
     "scale_by_uncorrected_adam": memopt.scale_by_uncorrected_adam,

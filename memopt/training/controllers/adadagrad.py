@@ -1,9 +1,9 @@
 """AdAdaGrad's batch size: as large as a test of the gradient's variance asks for."""
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
-from memopt.errors import check_above_zero, check_at_least, check_choice
+from memopt.errors import check_above_zero, check_at_least
 from memopt.schedules.laws import noise_scale
 from memopt.training.control import Control, Controller, Measure, Plan, Seen, State, Trial
 from memopt.training.controllers.whole_batches import (
@@ -66,7 +66,6 @@ def adadagrad(
       Lau et al., AdAdaGrad: Adaptive Batch Size Schemes for Adaptive Gradient Methods, 2024,
       https://arxiv.org/abs/2402.11215, and their code, for the defaults.
     """
-    check_choice("test", test, get_args(Test))
     for name, value in {"eta": eta, "theta": theta, "nu": nu}.items():
         check_above_zero(name, value)
     check_at_least("every", every, 1)

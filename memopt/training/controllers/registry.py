@@ -9,6 +9,7 @@ from memopt.training.config import check_type
 from memopt.training.control import Controller, Plan
 from memopt.training.controllers.adadagrad import adadagrad
 from memopt.training.controllers.autolrs import autolrs
+from memopt.training.controllers.batch_schedule import batch_schedule
 from memopt.training.controllers.dynamic_mixture import dynamic_mixture
 from memopt.training.controllers.noise_ramp import noise_ramp
 
@@ -44,6 +45,11 @@ CONTROLLERS: dict[str, Entry] = {
         "Choose it if no schedule is known to suit the model or the data: it finds the learning "
         "rate of each stage by trials. It does not pay if one is known, since it doubles the "
         "steps, nor in runs of fewer than some thousand steps.",
+    ),
+    "batch_schedule": Entry(
+        batch_schedule,
+        "Choose it if many devices share a step and the growth of the batch is known beforehand; "
+        "it does not pay on one device, where a larger batch only takes longer.",
     ),
     "dynamic_mixture": Entry(
         dynamic_mixture,

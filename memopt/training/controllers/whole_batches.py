@@ -2,6 +2,7 @@
 
 import math
 
+from memopt.errors import check_at_least
 from memopt.training.control import Plan, Seen
 
 
@@ -43,5 +44,4 @@ def check_micro_batches(controller: str, plan: Plan, most: int) -> None:
             f"controller {controller!r} compares the gradients of micro-batches: --accumulation "
             f"must be at least 2, got {plan.accumulation}."
         )
-    if not (isinstance(most, int) and most >= 1):
-        raise ValueError(f"most must be a whole number of batches from 1 on, got {most!r}.")
+    check_at_least("most", most, 1)

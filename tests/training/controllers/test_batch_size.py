@@ -149,8 +149,8 @@ def test_noise_that_hides_the_gradient_takes_the_largest_batch():
     ("plan", "options", "says"),
     [
         ({"accumulation": 1}, {}, "--accumulation must be at least 2, got 1"),
-        ({}, {"most": 0}, "most must be a whole number of batches from 1 on, got 0"),
-        ({}, {"most": 2.5}, "got 2.5"),
+        ({}, {"most": 0}, "most must be at least 1, got 0"),
+        ({}, {"most": 2.5}, "option most must be int, got 2.5"),
     ],
 )
 def test_a_run_without_micro_batches_is_refused(name, plan, options, says):
@@ -161,7 +161,11 @@ def test_a_run_without_micro_batches_is_refused(name, plan, options, says):
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
-        ("adadagrad", {"test": "norms"}, "test 'norms' is unknown; did you mean 'norm'"),
+        (
+            "adadagrad",
+            {"test": "norms"},
+            "option test must be .*'inner_product'.* got 'norms'",
+        ),
         ("adadagrad", {"eta": 0.0}, "eta must be above 0"),
         ("adadagrad", {"every": 0}, "every must be at least 1"),
         ("noise_ramp", {"decay": 1.0}, "decay must be between 0.0 and 1.0"),
@@ -171,6 +175,26 @@ def test_a_run_without_micro_batches_is_refused(name, plan, options, says):
 def test_options_out_of_range_are_refused(name, options, says):
     with pytest.raises(ValueError, match=says):
         controller(name, PLAN, options)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1, 1, 2, 4, 8]),  # three doublings in the first half of 64 batches
+        ({"shape": "ramp", "first": 2, "last": 6, "length": 16}, [2, 4, 5, 6, 6]),
+    ],
+)
+def test_the_schedule_is_that_of_the_batches_used_up(options, expected):
+    """Whatever the number of steps; 11, 22 and 32 batches are thirds of 32."""
+    told = [Seen(step, used, {}) for step, used in enumerate((0, 10, 12, 23, 40))]
+    made = controller("batch_schedule", PLAN, options)
+    found = [made.update(made.init(), what, None)[1].batches for what in told]
+    assert found == expected
+
+
+def test_a_shape_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="did you mean 'ramp'"):
+        controller("batch_schedule", PLAN, {"shape": "rampe"})
 
 
 # A linear regression: row i has the gradient (x_i · w − y_i) x_i.

@@ -1,0 +1,40 @@
+"""A batch size by a schedule."""
+
+from memopt import schedules
+from memopt.training.control import Control, Controller, Plan, Seen, State, Trial
+
+
+def batch_schedule(
+    plan: Plan,
+    *,
+    shape: str = "doubling",
+    first: int = 1,
+    last: int = 8,
+    length: int | None = None,
+) -> Controller:
+    """Grows the batch by a schedule of the tokens used up, see `memopt.schedules.batch_schedule`.
+
+    It does not pay where a step takes longer in proportion to its batch: on one device, unless the
+    update is slow. The learning rate is the schedule's, whatever the batch. Each new size is
+    compiled once.
+
+    With `release` what enters each block is kept for all micro-batches of a step: its memory grows
+    with the batch.
+
+    Args:
+      plan: the run.
+      shape: "doubling" or "ramp", or another of `memopt.schedules.batch_names()`.
+      first: batches of a step at the beginning.
+      last: batches of a step at the end.
+      length: batches that are used up until then; by default half of the run.
+
+    Raises:
+      ValueError: the shape is unknown, or a number is out of range.
+    """
+    length = max(1, plan.steps // 2) if length is None else length
+    grow = schedules.batch_schedule(shape, first, last, length)
+
+    def update(state: State, seen: Seen, trial: Trial) -> tuple[State, Control]:
+        return state, Control(batches=grow(seen.batches))
+
+    return Controller(dict, update)
