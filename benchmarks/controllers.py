@@ -39,8 +39,8 @@ from memopt.training.loop import train
 from memopt.training.metrics import read_metrics
 from memopt.training.open import open_run
 
-#: The best learning rate of AdamW for this model and constant batches of 8 rows, of powers of two.
-RATE = 2.0**-7
+#: The best learning rate of AdamW for this model, of powers of two, with a cosine schedule.
+RATE = 2.0**-9
 
 #: Evaluations of a run, and the metrics that are kept of each.
 POINTS = 20
