@@ -442,6 +442,8 @@ def check_type(name: str, value: Any, expected: Any) -> None:
     Raises:
         ValueError: Names the option, the type and the given value.
     """
+    if get_origin(expected) is Literal and isinstance(value, str):
+        return check_choice(f"option {name}:", value, get_args(expected))
     if not _is_of_type(value, expected):
         called = expected.__name__ if isinstance(expected, type) else str(expected)
         raise ValueError(f"option {name} must be {called.replace('typing.', '')}, got {value!r}.")

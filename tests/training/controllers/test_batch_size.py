@@ -164,7 +164,7 @@ def test_a_run_without_micro_batches_is_refused(name, plan, options, says):
         (
             "adadagrad",
             {"test": "norms"},
-            "option test must be .*'inner_product'.* got 'norms'",
+            "option test: 'norms' is unknown; did you mean 'norm'",
         ),
         ("adadagrad", {"eta": 0.0}, "eta must be above 0"),
         ("adadagrad", {"every": 0}, "every must be at least 1"),
