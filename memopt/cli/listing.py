@@ -83,13 +83,15 @@ def print_list(columns: Sequence[str], rows: Iterable[Sequence[str]], console: C
 
 
 def print_options(flag: str, options: Mapping[str, Mapping[str, Any]], console: Console) -> None:
-    """Prints a table of options, as `describe_options` returns them.
+    """Prints a table of options, as `describe_options` returns them, if there are any.
 
     Args:
         flag: The flag that takes them, such as "--option".
         options: The options.
         console: Where to print it.
     """
+    if not options:
+        return
     console.print(f"\noptions, as {flag} NAME=VALUE for numbers, words, True, False and None:")
     table = Table(box=None, pad_edge=False)
     for column in ("name", "default", "meaning"):

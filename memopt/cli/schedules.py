@@ -203,6 +203,5 @@ def _show(name: str, described: dict[str, Any], values: np.ndarray, console: Con
         console.print(f"{top if line == 0 else '':>9} {text}", soft_wrap=True)
     last = f"step {len(values) - 1}: {end}"
     console.print(f"{'':>9} 0{last:>{WIDE - 1}}", soft_wrap=True)
-    if described["options"]:
-        listing.print_options("--schedule-option", described["options"], console)
+    listing.print_options("--schedule-option", described["options"], console)
     console.print()
