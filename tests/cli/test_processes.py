@@ -112,6 +112,20 @@ def test_several_processes_do_what_one_does(home, alone, count):
     )
 
 
+@pytest.mark.slow
+def test_several_processes_change_the_mixture_as_one_does(home, monkeypatch):
+    (home / "numbers.txt").write_text(" ".join(map(str, range(20_000))))
+    flags = [*FLAGS, TWO, "--data", "words=words.txt", "numbers=numbers.txt"]
+    flags += ["--controller=dynamic_mixture", "--controller-option=reference=words=9,numbers=1"]
+    processes = start_all(home, 2, *flags, "--output=mixed-together", devices=2)
+    for process in processes:
+        finish(process)
+    monkeypatch.chdir(home)
+    train(open_run(parse([*flags, "--output=mixed-alone"])), Console(quiet=True))
+    check_same(home / "mixed-together", home / "mixed-alone")
+    assert metrics(home / "mixed-alone")[-1]["weight numbers"] > 0.9
+
+
 @pytest.mark.parametrize("by", ["this process", pytest.param("two", marks=pytest.mark.slow)])
 def test_one_is_killed_all_end_and_resumed_by_any_number_they_do_what_one_does(
     home, alone, monkeypatch, by

@@ -1,5 +1,6 @@
 """Runs on several named sources: losses of each, and exactly the same batches after a kill."""
 
+import itertools
 import json
 import math
 import shutil
@@ -25,10 +26,12 @@ FLAGS = ["--model=nano", "--batch-size=4", "--seq-len=32", "--eval-tokens=64", "
 FLAGS += ["--schedule=constant", "--warmup=0", "--eval-every=2", "--checkpoint-every=2"]
 
 
-@pytest.fixture(autouse=True)
-def small_windows(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def small_windows():
     """Small windows, so that opening a run tokenizes little."""
-    monkeypatch.setattr("memopt.text.batches.WINDOW_TOKENS", 2**10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("memopt.text.batches.WINDOW_TOKENS", 2**10)
+        yield
 
 
 def write_lines(path, count):
@@ -38,12 +41,34 @@ def write_lines(path, count):
     return path
 
 
+def write_sources(home):
+    """Writes two sources, `a` and `b`; returns the options that name them."""
+    paths = [write_lines(home / f"{name}.jsonl", count) for name, count in (("a", 120), ("b", 30))]
+    return ["--data", *(f"{path.stem}={path}" for path in paths)]
+
+
 @pytest.fixture
 def sources(tmp_path):
-    """The options that name two sources, `a` and `b`."""
-    names = {"a": 120, "b": 30}
-    paths = {name: write_lines(tmp_path / f"{name}.jsonl", count) for name, count in names.items()}
-    return ["--data", *(f"{name}={path}" for name, path in paths.items())]
+    return write_sources(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A directory with `a.jsonl` and `b.jsonl`, and a run of four steps on them, `run`."""
+    home = tmp_path_factory.mktemp("mixed")
+    trained(home / "run", *write_sources(home), "--mixture", "b=1", "a=3", "--steps=4")
+    return home
+
+
+@pytest.fixture
+def begun(mixed, tmp_path):
+    """The directory of that run and its data, to be resumed."""
+    shutil.copytree(mixed, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def go_on(home, *flags):
+    return opened(home / "run", "--resume", "--steps=40", *flags)
 
 
 def opened(directory, *flags):
@@ -55,11 +80,16 @@ def trained(directory, *flags):
     return state
 
 
+def letters_of(batch):
+    """The source of each row."""
+    return ["a" if (row == ord("a")).any() else "b" for row in np.asarray(batch["inputs"])]
+
+
 def shares_of(run, batches=8):
     """The share of source `a` in the next batches."""
-    rows = np.concatenate([next(run.batches)["inputs"] for _ in range(batches)])
+    found = [name for batch in itertools.islice(run.batches, batches) for name in letters_of(batch)]
     run.batches.close()
-    return np.mean([(row == ord("a")).any() for row in rows])
+    return found.count("a") / len(found)
 
 
 def evaluated(directory):
@@ -67,9 +97,8 @@ def evaluated(directory):
     return [line for line in lines if "val_loss" in line]
 
 
-def test_a_run_shows_the_loss_of_each_source_and_their_mean_by_share(sources, tmp_path, capsys):
-    run = tmp_path / "run"
-    trained(run, *sources, "--mixture", "b=1", "a=3", "--steps=4")
+def test_a_run_shows_the_loss_of_each_source_and_their_mean_by_share(mixed, capsys):
+    run = mixed / "run"
     lines = evaluated(run)
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
@@ -82,7 +111,7 @@ def test_a_run_shows_the_loss_of_each_source_and_their_mean_by_share(sources, tm
     assert list(found) == ["a", "b"]
     for name, evaluation in found.items():
         assert evaluation.loss == pytest.approx(lines[-1][f"val_loss {name}"], rel=1e-5)
-    given = evaluate_data(loaded, [f"x={tmp_path / 'b.jsonl'}"])
+    given = evaluate_data(loaded, [f"x={mixed / 'b.jsonl'}"])
     assert given["x"].tokens > found["b"].tokens
     evaluate([str(run), "--step=last"])
     shown = capsys.readouterr().out
@@ -101,50 +130,35 @@ def test_a_run_says_how_often_it_reads_each_source(sources, tmp_path):
     assert float(found) == pytest.approx(passes, rel=0.1)
 
 
-def test_a_killed_run_has_the_weights_it_had(sources, tmp_path, monkeypatch):
-    flags = [*sources, "--mixture", "a=3", "b=1"]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    expected = trained(whole, *flags, "--steps=6")
-    trained(cut, *flags, "--steps=4")
-    shutil.rmtree(cut / "checkpoints" / "4")
-    state = trained(cut, "--resume", "--steps=6")
-    chex.assert_trees_all_equal(state, expected)
-    kept = lambda path: [
-        {name: value for name, value in line.items() if name != "tokens_per_second"}
-        for line in read_metrics(path / "metrics.jsonl")
-    ]
-    assert kept(cut) == kept(whole)
+def test_other_weights_apply_from_the_step_on_that_a_run_is_resumed_at(begun):
+    assert shares_of(go_on(begun)) == 0.75
+    assert shares_of(go_on(begun, "--mixture", "a=1", "b=7")) == 0.125
+    assert shares_of(go_on(begun)) == 0.125  # killed before the next checkpoint
+    assert [entry.after for entry in data.read_history(begun / "run")] == [0]
 
 
-def test_other_weights_apply_from_the_step_on_that_a_run_is_resumed_at(sources, tmp_path):
-    trained(tmp_path / "run", *sources, "--steps=2")
-    go_on = lambda *flags: opened(tmp_path / "run", "--resume", "--steps=40", *flags)
-    assert shares_of(go_on()) == 0.5
-    assert shares_of(go_on("--mixture", "a=7", "b=1")) == 0.875
-    assert shares_of(go_on()) == 0.875  # killed before the next checkpoint
-    names = {entry.after for entry in data.read_history(tmp_path / "run")}
-    assert names == {0}
-
-
-def test_moved_sources_go_on_and_another_source_must_be_accepted(sources, tmp_path):
-    trained(tmp_path / "run", *sources, "--steps=2")
-    go_on = lambda *flags: opened(tmp_path / "run", "--resume", "--steps=40", *flags)
-    expected = next(go_on().batches)["inputs"]
-    moved = {name: tmp_path / f"moved-{name}.jsonl" for name in "ab"}
+def test_moved_sources_go_on_and_another_source_must_be_accepted(begun):
+    run = go_on(begun)
+    expected = next(run.batches)["inputs"]
+    run.batches.close()
+    moved = {name: begun / f"moved-{name}.jsonl" for name in "ab"}
     for name, path in moved.items():
-        (tmp_path / f"{name}.jsonl").rename(path)
+        (begun / f"{name}.jsonl").rename(path)
     specs = [f"{name}={path}" for name, path in reversed(moved.items())]
-    run = go_on("--data", *specs)
+    run = go_on(begun, "--data", *specs)
     np.testing.assert_array_equal(next(run.batches)["inputs"], expected)
     run.batches.close()
-    more = f"c={write_lines(tmp_path / 'c.jsonl', 30)}"
+    more = f"c={write_lines(begun / 'c.jsonl', 30)}"
+    weights = ["--mixture", "a=1", "b=1", "c=2"]
     with pytest.raises(ValueError, match=r"has changed: 1 new \(c=c\.jsonl\)\. .*--accept-data"):
-        go_on("--data", *specs, more)
+        go_on(begun, "--data", *specs, more, *weights)
     with pytest.raises(ValueError, match=r"has changed: 1 gone \(b=b\.jsonl\)"):
-        go_on("--data", specs[1])
-    with pytest.raises(ValueError, match=r"has changed: .*\(a=a\.jsonl, b=b\.jsonl\)"):
-        go_on("--data", *moved.values())
-    run = go_on("--data", *specs, more, "--accept-data-change", "--mixture", "a=1", "b=1", "c=2")
+        go_on(begun, "--data", specs[1], "--mixture", "a=1")
+    with pytest.raises(ValueError, match=r"has changed: .*2 gone \(a=a\.jsonl, b=b\.jsonl\)"):
+        go_on(begun, "--data", *moved.values(), "--mixture")
+    with pytest.raises(ValueError, match="must give each source of the data one weight"):
+        go_on(begun, "--data", *specs, more)
+    run = go_on(begun, "--data", *specs, more, *weights, "--accept-data-change")
     assert run.batches.weights == {"b": 0.25, "a": 0.25, "c": 0.5}
     run.batches.close()
 
@@ -191,7 +205,10 @@ def test_chats_of_several_sources_are_mixed(tmp_path):
     rows = sum(len(range(count)) * 0.95 / 2 for count in (200, 40))  # of two examples each
     assert run.config.optimization.steps == pytest.approx(rows / 4, rel=0.15)
     assert sorted(run.validation) == ["a", "b"]
-    assert shares_of(run) == 0.75
+    found = [letters_of(batch) for batch in itertools.islice(run.batches, 4)]
+    assert [batch.count("a") for batch in found] == [3] * 4
+    train(run, Console(quiet=True))
+    assert {"val_loss a", "val_loss b"} < evaluated(tmp_path / "run")[-1].keys()
 
 
 # --- the controller --------------------------------------------------------------------------
@@ -252,3 +269,42 @@ def test_dynamic_mixture_changes_nothing_without_an_evaluation():
 def test_dynamic_mixture_refuses_what_cannot_work(sources, options, says):
     with pytest.raises(ValueError, match=says):
         controller("dynamic_mixture", plan(**(sources or {"a": 0.5, "b": 0.5})), options)
+
+
+DYNAMIC = ["--controller=dynamic_mixture", "--controller-option", "reference=a=1.0,b=9.0"]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        pytest.param(
+            ["--release", "--state=int8", "--weights=int8", "--accumulation=2"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["--mesh=data=2"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_run_goes_on_with_the_mixture_it_had_decided(sources, tmp_path, extra):
+    flags = [*sources, "--mixture", "a=1", "b=3", *DYNAMIC, *extra]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    expected = trained(whole, *flags, "--steps=6")
+    lines = read_metrics(whole / "metrics.jsonl")
+    shares = [line["weight a"] for line in lines]
+    assert shares[0] == shares[1] == 0.25
+    assert 0.9 < shares[2] == shares[3] < shares[4] == shares[5] < 1
+    mean = 0.25 * lines[5]["val_loss a"] + 0.75 * lines[5]["val_loss b"]
+    assert lines[5]["val_loss"] == pytest.approx(mean, rel=1e-12)  # of the mixture it began with
+
+    trained(cut, *flags, "--steps=5")  # ends with a checkpoint of its own
+    for step in (4, 5):
+        shutil.rmtree(cut / "checkpoints" / f"{step}")
+    state = trained(cut, "--resume", *extra, "--steps=6")
+    chex.assert_trees_all_equal(state, expected)
+    kept = lambda path: [
+        {name: value for name, value in line.items() if name != "tokens_per_second"}
+        for line in read_metrics(path / "metrics.jsonl")
+    ]
+    assert kept(cut) == kept(whole)
+    with pytest.raises(ValueError, match="mixture must stay as it was in a run that controller"):
+        opened(cut, "--resume", *extra, "--mixture", "a=1", "b=1")
