@@ -20,6 +20,15 @@ def sgd(x: Vector, gradients: Sequence[Vector], losses: Sequence[float]) -> Traj
         yield x
 
 
+def adagrad(x: Vector, gradients: Sequence[Vector], losses: Sequence[float]) -> Trajectory:
+    """Duchi et al. 2011, section 1.1, with a diagonal matrix and a sum that starts from 0.1."""
+    squares = 0.1
+    for g in gradients:
+        squares = squares + g**2
+        x = x - 1e-2 * g / np.sqrt(squares + 1e-7)
+        yield x
+
+
 def adam(x: Vector, gradients: Sequence[Vector], losses: Sequence[float]) -> Trajectory:
     """Kingma & Ba 2014, Algorithm 1."""
     m = v = np.zeros_like(x)
@@ -135,6 +144,7 @@ def schedule_free(x: Vector, gradients: Sequence[Vector], losses: Sequence[float
 
 
 RULES = {
+    "adagrad": adagrad,
     "adam": adam,
     "ademamix": ademamix,
     "cocob": cocob,

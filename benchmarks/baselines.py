@@ -95,6 +95,7 @@ class Baseline(NamedTuple):
 
 
 BASELINES = {
+    "adagrad": Baseline("its sum of squares starts from 0.1"),
     "adam": Baseline(),
     "adamw": Baseline(
         "", ("adamw_torch",), lambda meta: chain(meta, optax.scale_by_adam(**by_torch(meta)))
