@@ -296,6 +296,10 @@ def test_a_killed_run_goes_on_with_the_mixture_it_had_decided(sources, tmp_path,
     mean = 0.25 * lines[5]["val_loss a"] + 0.75 * lines[5]["val_loss b"]
     assert lines[5]["val_loss"] == pytest.approx(mean, rel=1e-12)  # of the mixture it began with
 
+    finished = opened(whole, "--resume", *extra)
+    assert finished.batches.weights["a"] == pytest.approx(shares[5], rel=1e-12)
+    finished.batches.close()
+
     trained(cut, *flags, "--steps=5")  # ends with a checkpoint of its own
     for step in (4, 5):
         shutil.rmtree(cut / "checkpoints" / f"{step}")
