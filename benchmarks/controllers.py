@@ -8,7 +8,8 @@ Three questions, each with rows of its own:
   of it; and the cosine schedule with twice the steps, which is what the search costs.
 - batch: controllers of the batch against small batches and large ones.
 - mixture: dynamic batch loading against equal shares of three sources: Python's standard library,
-  licences of installed packages, and C headers.
+  licences of installed packages, and Python's C headers. The reference is what equal shares of
+  twice the tokens reach.
 
 The text is Python's standard library where nothing else is said. Every run is saved as soon as it
 is finished, and not repeated when the command is given again. Prints a table, writes it into
@@ -20,6 +21,7 @@ import json
 import shlex
 import statistics
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -44,6 +46,8 @@ RATE = 2.0**-9
 
 #: Evaluations of a run, and the metrics that are kept of each.
 POINTS = 20
+#: The seed whose runs are plotted.
+SEED_SHOWN = 0
 KEPT = ("step", "val_loss", "learning_rate", "weight")
 
 ROOT = Path(__file__).parents[1]
@@ -56,33 +60,68 @@ class Row(NamedTuple):
     Attributes:
       question: what it is compared for.
       options: its options.
-      times: how many times as many batches as others it is trained on.
+      times: how many times as many tokens as others it is trained on.
+      rows: how many times as many rows as theirs its batches have.
+      reference: the row whose last loss of each source is its reference, "" for none.
     """
 
     question: str
     options: Mapping[str, Any]
     times: int = 1
+    rows: int = 1
+    reference: str = ""
 
 
-def _autolrs(times_rate: float) -> Row:
+def _autolrs(rate: float) -> Row:
     """AutoLRS with the authors' ratios, and stages a fifth as long."""
-    options = ["trial_steps=20", "stage_steps=200", "most_stage_steps=1600"]
-    rate = times_rate * RATE
-    return Row(
-        "rate", {"controller": "autolrs", "controller_option": options, "learning_rate": rate}
-    )
+    given = ["trial_steps=20", "stage_steps=200", "most_stage_steps=1600"]
+    return Row("rate", {"controller": "autolrs", "controller_option": given, "learning_rate": rate})
 
+
+def _batch(controller: str, *given: str) -> Row:
+    """A controller of the batch, of up to 8 batches."""
+    options = {"learning_rate": RATE, "accumulation": 2}
+    return Row("batch", {**options, "controller": controller, "controller_option": list(given)})
+
+
+SOURCES = {
+    "code": "python",
+    "licences": f"{sysconfig.get_path('purelib')}/*.dist-info/licenses/*",
+    "headers": f"{sysconfig.get_path('include')}/**/*.h",
+}
+"""Sources of different kind."""
+
+MIXED = {
+    "learning_rate": RATE,
+    "data": [f"{name}={spec}" for name, spec in SOURCES.items()],
+    "eval_tokens": 2**13,
+}
+"""Options of rows on a mixture."""
 
 ROWS = {
     "cosine": Row("rate", {"learning_rate": RATE}),
+    "autolrs": _autolrs(RATE),
     "cosine, rate / 8": Row("rate", {"learning_rate": RATE / 8}),
+    "autolrs, rate / 8": _autolrs(RATE / 8),
     "cosine, rate × 8": Row("rate", {"learning_rate": RATE * 8}),
+    "autolrs, rate × 8": _autolrs(RATE * 8),
     "cosine, twice the steps": Row("rate", {"learning_rate": RATE}, times=2),
-    "autolrs": _autolrs(1),
-    "autolrs, rate / 8": _autolrs(1 / 8),
-    "autolrs, rate × 8": _autolrs(8),
+    "8 rows": Row("batch", {"learning_rate": RATE}),
+    "64 rows": Row("batch", {"learning_rate": RATE}, rows=8),
+    "64 rows, rate × √8": Row("batch", {"learning_rate": RATE * 8**0.5}, rows=8),
+    "adadagrad, norm": _batch("adadagrad", "most=8"),
+    "adadagrad, inner product": _batch("adadagrad", "most=8", "test=inner_product"),
+    "noise_ramp": _batch("noise_ramp", "most=8"),
+    "batch_schedule": _batch("batch_schedule"),
+    "equal shares": Row("mixture", MIXED),
+    "equal shares, twice the tokens": Row("mixture", MIXED, times=2),
+    "dynamic_mixture": Row(
+        "mixture",
+        {**MIXED, "controller": "dynamic_mixture"},
+        reference="equal shares, twice the tokens",
+    ),
 }
-"""The rows of the table."""
+"""The rows of the tables."""
 
 
 class Panel(NamedTuple):
@@ -106,10 +145,25 @@ PANELS = {
     "batch": (
         Panel(("tokens",), "val_loss"),
         Panel(("step",), "val_loss"),
-        Panel(("tokens",), "batches"),
+        Panel(("tokens",), "rows"),
+    ),
+    "mixture": (
+        Panel(("tokens",), "val_loss code"),
+        Panel(("tokens",), "val_loss licences"),
+        Panel(("tokens",), "weight code"),
     ),
 }
 """The panels of each question."""
+
+COLUMNS = {
+    "rate": ("val_loss", "step", "search_steps"),
+    "batch": ("val_loss", "step"),
+    "mixture": (
+        *(f"val_loss {name}" for name in SOURCES),
+        *(f"weight {name}" for name in SOURCES),
+    ),
+}
+"""The columns of each question's table, at the end of the runs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,16 +196,27 @@ class Options:
 SETTINGS = ("hidden_size", "layers", "steps", "seq_len", "batch_size", "eval_tokens")
 
 
-def describe(options: Options, row: Row, seed: int, directory: Path) -> Config:
+def describe(
+    options: Options, row: Row, seed: int, directory: Path, reference: Mapping[str, float]
+) -> Config:
     """The options of a run."""
-    steps = options.steps * row.times
+    steps = options.steps * row.times // row.rows
     task = width.Options(layers=options.layers)
     shape = width.model_config(task, options.hidden_size)
+    aims = [f"reference={','.join(f'{name}={loss}' for name, loss in reference.items())}"]
     config = Config(
         architecture=Architecture(model="small", shape=shape),
-        optimization=Optimization(optimizer="adamw", option=("b2=0.95",), steps=steps, seed=seed),
+        optimization=Optimization(
+            optimizer="adamw",
+            option=("b2=0.95",),
+            controller_option=tuple(aims if reference else ()),
+            steps=steps,
+            seed=seed,
+        ),
         text=Text(
-            batch_size=options.batch_size, seq_len=options.seq_len, eval_tokens=options.eval_tokens
+            batch_size=options.batch_size * row.rows,
+            seq_len=options.seq_len,
+            eval_tokens=options.eval_tokens,
         ),
         run=Run(
             output=directory,
@@ -177,44 +242,52 @@ def run(config: Config) -> list[dict[str, float]]:
         if "val_loss" in line:
             point = {name: x for name, x in line.items() if name.startswith(KEPT)}
             used = sum(steps for step, steps in searched if step < line["step"])
-            batches = line["tokens"] / (config.text.batch_size * config.text.seq_len)
-            points.append({**point, "tokens": tokens, "search_steps": used, "batches": batches})
+            rows = line["tokens"] / config.text.seq_len
+            points.append({**point, "tokens": tokens, "search_steps": used, "rows": rows})
     return points
 
 
-def last(results: Sequence[dict[str, Any]], row: str) -> list[dict[str, float]]:
-    """What was measured at the end of a row's runs."""
-    return [result["points"][-1] for result in results if result["row"] == row]
+def find(results: Sequence[dict[str, Any]], row: str, seed: int) -> list[dict[str, float]]:
+    """What was measured in a run; nothing if it has not been trained."""
+    found = (r["points"] for r in results if (r["row"], r["seed"]) == (row, seed))
+    return next(found, [])
 
 
-def loss(results: Sequence[dict[str, Any]], row: str) -> str:
-    """The validation loss of a row, with its standard deviation over seeds."""
-    found = [point["val_loss"] for point in last(results, row)]
-    spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""
-    return f"{statistics.mean(found):.3f}{spread}"
+def losses(results: Sequence[dict[str, Any]], row: str, seed: int) -> dict[str, float]:
+    """The last loss of each source in a run."""
+    points = find(results, row, seed)
+    return {name: points[-1][f"val_loss {name}"] for name in SOURCES} if points else {}
+
+
+def last(results: Sequence[dict[str, Any]], row: str, column: str) -> str:
+    """The mean over seeds of what was measured at the end of a row's runs; "–" for nothing.
+
+    Losses have their standard deviation.
+    """
+    ends = [result["points"][-1] for result in results if result["row"] == row]
+    found = [end[column] for end in ends if column in end]
+    if not found:
+        return "–"
+    mean = statistics.mean(found)
+    if not column.startswith("val_loss"):
+        return f"{mean:,.0f}" if mean >= 10 else f"{mean:.2f}"
+    return f"{mean:.3f}" + (f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else "")
 
 
 def markdown(results: Sequence[dict[str, Any]], question: str) -> str:
     """The rows of a question as a table for the docs."""
-    lines = ["| row | validation loss | tokens | steps | search steps |", "|---|--:|--:|--:|--:|"]
-    for name, row in ROWS.items():
-        ends = last(results, name)
-        if row.question == question and ends:
-            used = [
-                f"{statistics.mean(end[key] for end in ends):,.0f}"
-                for key in ("tokens", "step", "search_steps")
-            ]
-            lines.append(f"| {' | '.join((name, loss(results, name), *used))} |")
+    columns = COLUMNS[question]
+    titles = [column.replace("val_loss", "validation loss").replace("_", " ") for column in columns]
+    lines = [f"| run | {' | '.join(titles)} |", f"|---|{'--:|' * len(columns)}"]
+    for name in {result["row"]: None for result in results}:
+        if ROWS[name].question == question:
+            cells = [last(results, name, column) for column in columns]
+            lines.append(f"| {' | '.join((name, *cells))} |")
     return "\n".join((*lines, ""))
 
 
-def curve(results: Sequence[dict[str, Any]], row: str) -> list[dict[str, float]]:
-    """What was measured in a row's first run; nothing if there is none."""
-    return next((result["points"] for result in results if result["row"] == row), [])
-
-
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws the first run of each row: a line of panels for each question."""
+    """Draws the runs of one seed: a line of panels for each question."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 4 * len(PANELS)), layout="constrained")
@@ -223,7 +296,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
         for panel, ax in zip(PANELS[question], axes, strict=True):
             heights = []
             for name in names:
-                points = [point for point in curve(results, name) if panel.up in point]
+                points = [x for x in find(results, name, SEED_SHOWN) if panel.up in x]
                 heights += [point[panel.up] for point in points]
                 across = [sum(point[key] for key in panel.across) for point in points]
                 ax.plot(across, [point[panel.up] for point in points], label=name)
@@ -257,14 +330,14 @@ def main(arguments: Sequence[str]) -> None:
         "results": results,
     }
     console = Console()
-    done = {(result["row"], result["seed"]) for result in results}
     for seed in options.seeds:
         for name in options.rows:
-            if (name, seed) in done:
+            if find(results, name, seed):
                 continue
             began = time.perf_counter()
             with tempfile.TemporaryDirectory() as home:
-                points = run(describe(options, ROWS[name], seed, Path(home) / "run"))
+                reference = losses(results, ROWS[name].reference, seed)
+                points = run(describe(options, ROWS[name], seed, Path(home) / "run", reference))
             results.append({"row": name, "seed": seed, "points": points})
             taken = time.perf_counter() - began
             console.print(f"{name:32} seed {seed}  {points[-1]['val_loss']:.4f}  {taken:.0f} s")
