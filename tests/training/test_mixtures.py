@@ -260,7 +260,6 @@ def test_dynamic_mixture_changes_nothing_without_an_evaluation():
         ({}, {}, "reference must give a loss of each source, a=LOSS,b=LOSS; got ''"),
         ({}, {"reference": "a=1"}, "reference must give a loss of each source"),
         ({}, {"reference": "a=1,b=x"}, "reference must give a loss of each source"),
-        ({}, {"reference": 2.0}, "reference must give a loss of each source"),
         ({}, {"reference": "a=1,b=1", "eta": 0}, "eta must be positive, got 0"),
         ({}, {"reference": "a=1,b=1", "smoothing": 1}, "smoothing must be above 0 and below 1"),
         ({}, {"reference": "a=1,b=1", "difference": "x"}, "difference"),
