@@ -311,3 +311,8 @@ def test_a_killed_run_goes_on_with_the_mixture_it_had_decided(sources, tmp_path,
     assert kept(cut) == kept(whole)
     with pytest.raises(ValueError, match="mixture must stay as it was in a run that controller"):
         opened(cut, "--resume", *extra, "--mixture", "a=1", "b=1")
+
+
+def test_a_run_on_other_data_does_not_inherit_the_mixture(mixed):
+    assert parse([f"--init={mixed / 'run'}"]).text.mixture == ("b=1", "a=3")
+    assert parse([f"--init={mixed / 'run'}", "--data", "python"]).text.mixture == ()
