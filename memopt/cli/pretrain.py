@@ -245,6 +245,8 @@ def parse(
     if config.start.init:
         inherited = inherited_options(config.start.init, config.start.grow)
         options |= {k: x for k, x in inherited.items() if inherits is None or k in inherits}
+        if "--data" in given:
+            options.pop("mixture", None)  # of the other run's sources
     if config.run.config:
         options |= read_options(config.run.config)
     if "--optimizer" in given and config.optimization.optimizer != options.get("optimizer"):

@@ -260,7 +260,6 @@ def test_dynamic_mixture_changes_nothing_without_an_evaluation():
         ({}, {}, "reference must give a loss of each source, a=LOSS,b=LOSS; got ''"),
         ({}, {"reference": "a=1"}, "reference must give a loss of each source"),
         ({}, {"reference": "a=1,b=x"}, "reference must give a loss of each source"),
-        ({}, {"reference": 2.0}, "reference must give a loss of each source"),
         ({}, {"reference": "a=1,b=1", "eta": 0}, "eta must be positive, got 0"),
         ({}, {"reference": "a=1,b=1", "smoothing": 1}, "smoothing must be above 0 and below 1"),
         ({}, {"reference": "a=1,b=1", "difference": "x"}, "difference"),
@@ -312,3 +311,8 @@ def test_a_killed_run_goes_on_with_the_mixture_it_had_decided(sources, tmp_path,
     assert kept(cut) == kept(whole)
     with pytest.raises(ValueError, match="mixture must stay as it was in a run that controller"):
         opened(cut, "--resume", *extra, "--mixture", "a=1", "b=1")
+
+
+def test_a_run_on_other_data_does_not_inherit_the_mixture(mixed):
+    assert parse([f"--init={mixed / 'run'}"]).text.mixture == ("b=1", "a=3")
+    assert parse([f"--init={mixed / 'run'}", "--data", "python"]).text.mixture == ()

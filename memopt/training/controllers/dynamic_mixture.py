@@ -84,7 +84,7 @@ def dynamic_mixture(
 
 def _losses(reference: str, names: list[str]) -> dict[str, float]:
     losses = {}
-    for item in filter(None, f"{reference}".split(",")):
+    for item in filter(None, reference.split(",")):
         name, _, text = item.strip().partition("=")
         try:
             losses[name] = float(text)
