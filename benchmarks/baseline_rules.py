@@ -22,7 +22,7 @@ def sgd(x: Vector, gradients: Sequence[Vector], losses: Sequence[float]) -> Traj
 
 def adagrad(x: Vector, gradients: Sequence[Vector], losses: Sequence[float]) -> Trajectory:
     """Duchi et al. 2011, section 1.1, with a diagonal matrix and a sum that starts from 0.1."""
-    squares = 0.1
+    squares = np.full_like(x, 0.1)
     for g in gradients:
         squares = squares + g**2
         x = x - 1e-2 * g / np.sqrt(squares + 1e-7)
