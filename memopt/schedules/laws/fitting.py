@@ -119,7 +119,8 @@ def fit_loss(
 
     def refine(start: np.ndarray, runs: Mapping[str, np.ndarray]) -> Any:
         residuals = lambda x: log_loss(x, runs) - np.log(runs["loss"])
-        return least_squares(residuals, start, loss="huber", f_scale=DELTA, x_scale="jac")
+        near = least_squares(residuals, start, x_scale="jac").x  # from afar, Huber's loss is flat
+        return least_squares(residuals, near, loss="huber", f_scale=DELTA, x_scale="jac")
 
     def cost(start: np.ndarray) -> float:
         return float(np.abs(log_loss(start, arrays) - np.log(arrays["loss"])).sum())

@@ -31,7 +31,7 @@ class StepsLaw(NamedTuple):
     Example:
         >>> kaplan = StepsLaw(6.5e13, 0.077, 2.1e3, 0.76, 2e8, 0.21)
         >>> round(kaplan(parameters=1e8, steps=1e5, batch=5e5), 2)
-        2.96
+        2.94
     """
 
     parameter_scale: float
@@ -74,8 +74,8 @@ def fit_steps_law(
     them. The law knows no schedule: all points should have decayed by the same share of their run,
     or not at all.
 
-    Doubts: the form is Kaplan et al.'s as it is commonly quoted. α_B and B* are known only as far as
-    the runs' batches are on both sides of the critical batch, and α_B only if the losses spread;
+    Doubts: the form is Kaplan et al.'s as it is commonly quoted. α_B and B* are known only as far
+    as the runs' batches are on both sides of the critical batch, and α_B only if the losses spread;
     look at their intervals. Points of one curve are not independent, so that the bootstrap over
     points is too narrow: give one point a run for intervals. Kaplan's exponent of N comes from runs
     whose schedules did not end with them; prefer `fit_token_law` for the choice of N.

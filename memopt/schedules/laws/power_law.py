@@ -25,8 +25,8 @@ def power(
     divided by m, the growth of the width from 256, see the schedule's description. Without it 0.02
     is far too high.
 
-    Doubts: the cap binds long, for the first 26B tokens with 1024 sequences. a = 4.6 in the paper is
-    for another use, the best constant rate for a planned number of tokens.
+    Doubts: the cap binds long, for the first 26B tokens with 1024 sequences. a = 4.6 in the paper
+    is for another use, the best constant rate for a planned number of tokens.
 
     Args:
         tokens_seen: n.

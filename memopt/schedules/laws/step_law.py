@@ -23,7 +23,7 @@ class StepLaw(NamedTuple):
 
 
 def step_law(parameters: float, tokens: float) -> StepLaw:
-    """Returns the best learning rate and batch: 1.797 N^−0.7129 D^0.3075 and 0.5807 D^0.5709 tokens.
+    """Returns the best learning rate, 1.797 N^−0.7129 D^0.3075, and batch, 0.5807 D^0.5709 tokens.
 
     The constants are the means of the authors' 1000 bootstrap fits, recomputed from their data; the
     paper rounds them to 1.79, −0.713, 0.307, 0.58 and 0.571.
@@ -31,10 +31,10 @@ def step_law(parameters: float, tokens: float) -> StepLaw:
     Range: `STEP_LAW_RANGES`; AdamW, a LLaMA-like model, sequences of 2048 tokens, a linear warm-up
     and a cosine to a fixed last learning rate of 1e-5 rather than to a share of the highest.
 
-    Doubts: the optimum is broad, so that a factor of 2 from it costs little. An independent sweep of
-    46M to 2.9B parameters on up to 1B tokens (https://lucaslingle.substack.com, Scaling laws for
-    optimal LR and batch size) found other exponents of D. The batch is that of the lowest loss for D
-    tokens, not of the shortest time.
+    Doubts: the authors call the optimum broad. An independent sweep of 46M to 2.9B parameters on up
+    to 1B tokens (https://lucaslingle.substack.com, Scaling laws for optimal LR and batch size)
+    found other exponents of D at first. The batch is that of the lowest loss for D tokens, not of
+    the shortest time.
 
     Args:
         parameters: N, without the embedding and the head.

@@ -31,8 +31,8 @@ def surge(batch: float, noise_batch: float, peak: float) -> float:
     gradient. From B_n alone this cannot be checked; above it the fall is warned of, since for large
     batches Theorem 4 has a constant above zero instead, `surge_limit`.
 
-    Doubts: derived for updates by the sign of the gradient, checked with Adam. B_n grows as the loss
-    falls, so that one learning rate does not stay the best.
+    Doubts: derived for updates by the sign of the gradient, checked with Adam. B_n grows as the
+    loss falls, so that one learning rate does not stay the best.
 
     Args:
         batch: B, in tokens for language models, or in rows if B_n is too.
@@ -147,8 +147,8 @@ def fit_noise_batch(steps: Sequence[float], examples: Sequence[float]) -> NoiseB
     slope, top = np.polyfit(1 / np.asarray(examples, float), 1 / np.asarray(steps, float), 1)
     if not (slope < 0 < top):
         raise ValueError(
-            f"steps must fall as examples grow, got a line of slope {slope:.3g} through (1/examples, "
-            "1/steps): give runs to one target, each at the best learning rate of its batch."
+            f"steps must fall as examples grow, got a line of slope {slope:.3g} through "
+            "(1/examples, 1/steps): give runs to one target, each at the best rate of its batch."
         )
     return NoiseBatchFit(float(-slope), float(1 / top))
 
