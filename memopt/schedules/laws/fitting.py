@@ -17,7 +17,7 @@ Law = TypeVar("Law", bound=Callable[..., float])
 DELTA = 1e-3
 
 #: Starting points that are refined; the others are only ranked.
-REFINED = 4
+REFINED = 8
 
 
 class Prediction(NamedTuple):
@@ -117,19 +117,23 @@ def fit_loss(
         if not np.isfinite(x).all():
             raise ValueError(f"{name} must be finite.")
 
-    def refine(start: np.ndarray, runs: Mapping[str, np.ndarray]) -> Any:
+    def refine(start: np.ndarray, runs: Mapping[str, np.ndarray], **loss: Any) -> Any:
         residuals = lambda x: log_loss(x, runs) - np.log(runs["loss"])
-        near = least_squares(residuals, start, x_scale="jac").x  # from afar, Huber's loss is flat
-        return least_squares(residuals, near, loss="huber", f_scale=DELTA, x_scale="jac")
+        return least_squares(residuals, start, x_scale="jac", **loss)
 
     def cost(start: np.ndarray) -> float:
         return float(np.abs(log_loss(start, arrays) - np.log(arrays["loss"])).sum())
 
+    huber: Any = {"loss": "huber", "f_scale": DELTA}
     ranked = sorted(starts(arrays), key=cost)[:REFINED]
-    best = min((refine(start, arrays) for start in ranked), key=lambda found: found.cost).x
+    squares = [refine(start, arrays).x for start in ranked]  # good, but for outliers
+    refined = [refine(start, arrays, **huber) for start in (*ranked, *squares)]
+    best = min(refined, key=lambda found: found.cost).x
     rng = np.random.default_rng(seed)
     drawn = (rng.integers(n, size=n) for _ in range(resamples))
-    again = (refine(best, {name: x[rows] for name, x in arrays.items()}).x for rows in drawn)
+    again = (
+        refine(best, {name: x[rows] for name, x in arrays.items()}, **huber).x for rows in drawn
+    )
     ranges = {name: (float(x.min()), float(x.max())) for name, x in arrays.items()}
     del ranges["loss"]
     return LossFit(make(best), tuple(make(x) for x in again), ranges, level)

@@ -1,5 +1,7 @@
 """Fits of laws of the loss recover what data was made with, and say how well."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -45,7 +47,7 @@ def test_the_loss_of_the_law_of_steps_solves_its_equation() -> None:
 
 def test_one_run_that_went_wrong_hardly_moves_the_fit() -> None:
     losses = noisy(TOKEN_LAW, SIZES, 0.0)
-    losses[4] *= 1.2
+    losses[1] *= 1.2
     found = fit(*columns(SIZES), losses, resamples=0)
     at = {"parameters": 1e8, "tokens": 1e10}
     np.testing.assert_allclose(found.law(**at), TOKEN_LAW(**at), rtol=2e-3)
@@ -54,13 +56,13 @@ def test_one_run_that_went_wrong_hardly_moves_the_fit() -> None:
 def test_intervals_cover_and_shrink_with_the_noise() -> None:
     at = {"parameters": 1e8, "tokens": 1e10}
     covered, widths = 0, []
-    for seed in range(10):
+    for seed in range(5):
         losses = noisy(TOKEN_LAW, SIZES, 5e-3, seed)
-        found = fit(*columns(SIZES), losses, resamples=40, level=0.9).predict(**at)
+        found = fit(*columns(SIZES), losses, resamples=25, level=0.9).predict(**at)
         covered += found.low <= TOKEN_LAW(**at) <= found.high
         widths.append(found.high - found.low)
-    assert covered >= 7  # of 10 at 90%, from 12 runs each
-    exact = fit(*columns(SIZES), noisy(TOKEN_LAW, SIZES, 5e-5), resamples=40)
+    assert covered >= 4  # of 5 at 90%, from 12 runs each
+    exact = fit(*columns(SIZES), noisy(TOKEN_LAW, SIZES, 5e-5), resamples=25)
     interval = exact.interval(lambda law: law(**at))
     assert interval[1] - interval[0] < 0.1 * np.mean(widths)
 
@@ -68,10 +70,11 @@ def test_intervals_cover_and_shrink_with_the_noise() -> None:
 def test_a_wider_level_gives_a_wider_interval_of_a_constant() -> None:
     losses = noisy(STEPS_LAW, POINTS, 2e-3)
     alpha = lambda law: law.alpha_s
-    low, high = fit_steps_law(*columns(POINTS), losses, resamples=20, level=0.9).interval(alpha)
-    narrow = fit_steps_law(*columns(POINTS), losses, resamples=20, level=0.5).interval(alpha)
+    wide = fit_steps_law(*columns(POINTS), losses, resamples=10, level=0.9)
+    narrow = dataclasses.replace(wide, level=0.5).interval(alpha)
+    low, high = wide.interval(alpha)
     assert low < narrow[0] < narrow[1] < high
-    assert low < STEPS_LAW.alpha_s < high
+    np.testing.assert_allclose([low, high], STEPS_LAW.alpha_s, rtol=0.05)
 
 
 def test_predictions_outside_of_the_runs_warn() -> None:
