@@ -38,6 +38,10 @@ COMMANDS = {
         "memopt.cli.tokenizer:train",
         "Learn a vocabulary from text.",
     ),
+    "suggest": (
+        "memopt.cli.suggest:suggest",
+        "Suggest a learning rate and a batch by published laws.",
+    ),
     "optimizers": (
         "memopt.cli.optimizers:optimizers",
         "List the optimizers, or describe one of them.",

@@ -189,11 +189,20 @@ def rex(span: Span) -> optax.Schedule:
     return schedule
 
 
+#: The factor and the exponent of "power" that Shen et al. chose.
+POWER_A, POWER_B = 4.0, -0.51
+
+
+def power_rate(tokens: Any, batch: float, a: float, b: float) -> Any:
+    """The power law of "power", before it is capped: batch · a · tokens^b."""
+    return batch * a * tokens**b
+
+
 def power(
     span: Span,
     *,
-    a: float = 4.0,
-    b: float = -0.51,
+    a: float = POWER_A,
+    b: float = POWER_B,
     tokens_per_step: float = 4096 * 1024,
     batch_sequences: float | None = None,
     tokens_seen: float = 0.0,
@@ -231,7 +240,7 @@ def power(
 
     def law(count: jax.typing.ArrayLike) -> jax.Array:
         tokens = before + count * float(tokens_per_step)
-        return jnp.minimum(span.peak, batch * a * jnp.power(jnp.maximum(tokens, 1.0), b))
+        return jnp.minimum(span.peak, power_rate(jnp.maximum(tokens, 1.0), batch, a, b))
 
     def decay(length: float) -> optax.Schedule:
         def schedule(count: jax.typing.ArrayLike) -> jax.Array:

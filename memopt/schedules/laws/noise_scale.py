@@ -81,8 +81,8 @@ def noise_scale_by_sizes(rows: Sequence[int], squares: Sequence[float]) -> Noise
         McCandlish et al., 2018, https://arxiv.org/abs/1812.06162, equation A.1.
 
     Example:
-        >>> noise_scale_by_sizes([2, 8], [5.0, 2.0])
-        NoiseScale(trace=8.0, square=1.0, batch=8.0)
+        >>> [round(x, 6) for x in noise_scale_by_sizes([2, 8], [5.0, 2.0])]
+        [8.0, 1.0, 8.0]
     """
     if len(rows) != len(squares) or len({*rows}) < 2:
         raise ValueError(
