@@ -90,10 +90,11 @@ class AnnealingLaw(NamedTuple):
 def areas(rates: Any, decay: float = DECAY) -> tuple[np.ndarray, np.ndarray]:
     """Returns the law's two areas after every step, S1 and S2, each (T,).
 
-    With rates η_1 … η_T, S1 = Σ_{i≤s} η_i, and S2 = Σ_{i≤s} Σ_{k=2}^{i} (η_{k−1} − η_k) λ^{i−k}: the
-    inner sum starts with the change from the first rate to the second. S1 includes warm-up, S2 does
-    not: rates that rise from the first step on change nothing in S2 until one does not rise, since
-    warm-up is no annealing undone. Later rises count as negative. Computed in O(T).
+    With rates η_1 … η_T, after s steps S1 = Σ_{i≤s} η_i and
+    S2 = Σ_{i≤s} Σ_{k=2}^{i} (η_{k−1} − η_k) λ^{i−k}: the inner sum starts with the change from the
+    first rate to the second. Warm-up, the rise of the rates from the first step on, counts in S1;
+    in S2 it does not, since there is no annealing yet that it would undo. Later rises count as
+    negative. Both take O(T).
 
     Args:
         rates: Learning rate of every step, (T,).
@@ -116,24 +117,24 @@ def fit_annealing(
     """Fits the annealing law to the curves of one or a few runs.
 
     The law is L = L0 + A·S1^−alpha − C·S2: a power of the sum of the rates, less what their fall
-    gives, with S1 and S2 of `areas`. As in the paper, the parameters minimize the Huber loss
-    (δ = 0.001) of the logarithm of the loss, found by L-BFGS-B from a grid of starts, here a grid
-    of exponents, each with the other parameters that are best in the least squares; all parameters
-    are kept at 0 or above. Units of rates do not matter: S1 and S2 are scaled before the fit.
+    gives, see `areas`. As in the paper, the parameters minimize the Huber loss (δ = 0.001) of
+    errors in the logarithm of the loss, by L-BFGS-B from several starts: exponents, each with the
+    other parameters by least squares. No parameter is below 0. The unit of the rates does not
+    matter, since S1 and S2 are scaled before the fit.
 
-    Range: the paper fits runs of tens of thousands of steps by AdamW, of one model, batch and highest
-    rate, and predicts other schedules of the same; `AnnealingLaw.predict` warns if the highest rate
-    is another. Losses measured in warm-up are left out. The doubts:
+    Range: the paper fits runs of tens of thousands of steps, of one model, batch and highest rate,
+    and predicts other schedules of the same; `AnnealingLaw.predict` warns if the highest rate is
+    another. Losses measured during warm-up are left out. Doubts:
 
-    - λ = 0.999 means that a fall of the rate takes about 1000 steps to have its effect, which is a
-      small part of the paper's runs. For a run of a few thousand steps or fewer, or a decay of a few
-      hundred, give candidates for λ. Choose it on the curves that are fitted, never on those
-      that are to be predicted.
-    - The law always prefers higher rates, and lowers the loss even in steps of rate 0, as the paper's
-      reviewers note. It says nothing about which highest rate is best or when training diverges,
-      and its best schedule is not to be trusted where it is unlike the fitted ones.
-    - It is a description, without a derivation. The parameters trade off against each other: L0 of
-      a short curve says little about an endless run, and may be 0.
+    - With λ = 0.999, a fall of the rate takes about 1000 steps to have its effect, a small part of
+      the paper's runs. For runs of a few thousand steps or fewer, or decays of a few hundred, give
+      candidates for λ. It is chosen on the curves that are fitted, so that a prediction of
+      another curve remains one.
+    - By the law, higher rates are always better, and steps with a rate of 0 lower the loss, as the
+      paper's reviewers note. It does not tell the best highest rate, nor when training diverges.
+      Do not trust a schedule that is optimal by the law and unlike the fitted ones.
+    - It describes losses and is not derived. Its parameters make up for each other: L0 of a short
+      curve says little about an endless run, and may be 0.
 
     Args:
         curves: One or more runs, `Curve` or tuples (rates, steps, losses). In one at least, the
