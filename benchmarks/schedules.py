@@ -32,6 +32,7 @@ from benchmarks.machine import core_count, cpu_model, versions
 from benchmarks.report import save
 from memopt.errors import check_choice
 from memopt.schedules import schedule
+from memopt.schedules.laws import Curve
 from memopt.training.placement import make_mesh
 from memopt.training.setup import Setup, abstract_batch, set_up
 
@@ -62,6 +63,12 @@ SHAPES = {
     "wsd, decay 30%": Shape("wsd", decay=0.3),
 }
 """The schedules."""
+
+FITTED = ("constant", "cosine")
+"""The schedules whose curves the annealing law is fitted to; it predicts the others."""
+
+DECAYS = (0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)
+"""Candidates for the annealing law's λ, of which the fitted curves choose one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +119,18 @@ def rates(settings: Mapping[str, Any], name: str) -> np.ndarray:
     """
     steps = round(SHAPES[name].steps * settings["steps"])
     return np.asarray(_schedule(settings, name)(jnp.arange(steps)), np.float64)
+
+
+def curves(report: Mapping[str, Any]) -> dict[str, Curve]:
+    """The curve of each schedule in the JSON file."""
+    return {
+        r["schedule"]: Curve(
+            rates(report, r["schedule"]),
+            report["every"] * np.arange(1, len(r["losses"]) + 1),
+            np.array(r["losses"]),
+        )
+        for r in report["results"]
+    }
 
 
 def _schedule(settings: Mapping[str, Any], name: str) -> optax.Schedule:
