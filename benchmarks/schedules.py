@@ -95,7 +95,7 @@ class Options:
     layers: int = 2
     steps: int = 3000
     warmup: int = 100
-    peak: float = 2.0**-8
+    peak: float = 2.0**-10
     every: int = 100
     seq_len: int = 64
     batch_size: int = 16
