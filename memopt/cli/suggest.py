@@ -22,7 +22,7 @@ from tyro import conf
 from memopt.cli import listing
 from memopt.cli.arguments import Step
 from memopt.cli.errors import fail
-from memopt.errors import check_above_zero, check_at_least, check_choice
+from memopt.errors import check_at_least, check_choice
 from memopt.models import llama
 from memopt.optimizers import available
 from memopt.optimizers.registry import METHODS

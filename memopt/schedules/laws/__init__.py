@@ -1,5 +1,8 @@
 """Laws of learning rate, batch and loss, each with its source and its range of validity."""
 
+from memopt.schedules.laws.annealing import AnnealingLaw as AnnealingLaw
+from memopt.schedules.laws.annealing import Curve as Curve
+from memopt.schedules.laws.annealing import fit_annealing as fit_annealing
 from memopt.schedules.laws.batch_rules import AdamSettings as AdamSettings
 from memopt.schedules.laws.batch_rules import adam_rule as adam_rule
 from memopt.schedules.laws.batch_rules import sqrt_rule as sqrt_rule
