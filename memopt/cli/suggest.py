@@ -202,7 +202,7 @@ def suggestions(options: Options) -> dict[str, Any]:
         "laws": laws_found,
         "not_used": _not_used(options),
         "noise": None if loaded is None or noise is None else _describe_noise(loaded, noise),
-        "disagreements": disagreements(rows),
+        "disagreements": disagreements(rows, given),
     }
 
 
@@ -269,7 +269,8 @@ def _by_noise(
     loaded: LoadedModel, noise: MeasuredNoise, tokens: float, given: float | None, optimizer: str
 ) -> list[Suggestion]:
     """What follows from the noise that was measured in a run."""
-    assert loaded.config and loaded.step is not None
+    assert loaded.config
+    assert loaded.step is not None
     text = loaded.config.text
     per_row = noise.tokens_per_row
     scale = noise.by_rows.batch * per_row
@@ -358,16 +359,22 @@ def _describe_noise(loaded: LoadedModel, noise: MeasuredNoise) -> dict[str, Any]
     }
 
 
-def disagreements(rows: Sequence[Suggestion]) -> list[str]:
+def disagreements(rows: Sequence[Suggestion], given: float | None = None) -> list[str]:
     """Says where recommendations differ, by which factor.
 
     Args:
         rows: The recommendations.
+        given: The batch that the user gave, in tokens; laws that take it do not recommend it.
     """
     found = []
-    for field, what in (("learning_rate", "Learning rates"), ("batch_tokens", "Batches")):
-        named = {row.law: getattr(row, field) for row in rows if row.compared}
-        named = {law: x for law, x in named.items() if x is not None and math.isfinite(x)}
+    for field, what, form in (
+        ("learning_rate", "Learning rates", "{:.2e}"),
+        ("batch_tokens", "Batches", "{:,.0f} tokens"),
+    ):
+        all_named = {row.law: getattr(row, field) for row in rows if row.compared}
+        named = {law: x for law, x in all_named.items() if x not in (None, given)}
+        if field == "batch_tokens" and given:
+            named["--batch-size"] = given
         if len(named) < 2:
             continue
         low, high = min(named, key=named.__getitem__), max(named, key=named.__getitem__)
@@ -375,11 +382,8 @@ def disagreements(rows: Sequence[Suggestion]) -> list[str]:
         if factor <= SAME:
             found.append(f"{what} agree within a factor of {factor:.2f}.")
             continue
-        number = "{:.2e}" if field == "learning_rate" else "{:,.0f} tokens"
-        found.append(
-            f"{what} differ by a factor of {factor:.1f}: {number.format(named[low])} by {low}, "
-            f"{number.format(named[high])} by {high}."
-        )
+        ends = " and ".join(f"{form.format(named[law])} by {law}" for law in (low, high))
+        found.append(f"{what} disagree by a factor of {factor:.1f}: {ends}.")
     return found
 
 
@@ -394,20 +398,21 @@ def _show(found: dict[str, Any]) -> None:
         f"head; {found['tokens']:,.0f} tokens in rows of {found['seq_len']:,}; {found['optimizer']}"
     )
     table = Table(box=None, pad_edge=False)
-    for column in ("law", "rate", "tokens", "rows", "steps", "from", "range"):
-        table.add_column(column, no_wrap=column in ("rate", "tokens", "rows", "steps"))
+    for column in ("law", "rate", "batch: tokens", "rows", "steps", "range"):
+        table.add_column(column, no_wrap=True)
     for law in found["laws"]:
         rate = law["learning_rate"]
         sizes = [law["batch_tokens"], law["batch_rows"], law["steps"]]
-        where = f"OUTSIDE: {law['outside']}" if law["outside"] else "inside"
         table.add_row(
             law["law"],
             "" if rate is None else f"{rate:.2e}",
             *("" if x is None else f"{x:,.0f}" for x in sizes),
-            law["source"],
-            f"{law['range']}. {where}",
+            "OUTSIDE" if law["outside"] else "inside",
         )
     console.print(table)
+    for law in found["laws"]:
+        line = f"{law['law']}: from {law['source']}. Range: {law['range']}."
+        console.print(line + (f" OUTSIDE: {law['outside']}." if law["outside"] else ""))
     for line in found["not_used"]:
         console.print(line)
     if noise := found["noise"]:
@@ -417,8 +422,8 @@ def _show(found: dict[str, Any]) -> None:
             if k in ("rows", "rows_by_sizes", "low", "high")
         }
         console.print(
-            f"The noise scale of {noise['run']}, step {noise['step']}, at loss {noise['loss']:.4f}: "
-            f"{shown['rows']} rows (90%: {shown['low']} to {shown['high']}), "
+            f"The noise scale of {noise['run']}, step {noise['step']}, at loss {noise['loss']:.4f} "
+            f"is {shown['rows']} rows (90%: {shown['low']} to {shown['high']}), "
             f"{shown['rows_by_sizes']} by batches of 1, 4 and 16 rows; measured in "
             f"{noise['micro_batches']} micro-batches of one row of {noise['tokens_per_row']:,.0f} "
             "tokens. It grows as the loss falls: later in training, larger batches pay."
