@@ -39,6 +39,9 @@ SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 #: Optimizers that Step Law was fitted with, and those that surge was derived for or checked with.
 STEP_LAW_OPTIMIZERS, SURGE_OPTIMIZERS = ("adamw",), ("adam", "adamw", "lion")
 
+#: Those that the power law holds for.
+ADAM = ("adam", "adamw")
+
 #: Two recommendations disagree if they differ by more than this factor.
 SAME = 1.5
 
@@ -52,7 +55,7 @@ class Options:
         tokens: Tokens to train on, such as 2.2B, 300M or 1e9.
         batch_size: Rows of a batch that is given; by default the laws choose.
         seq_len: Tokens of a row; by default those of the run, or the model's longest up to 2048.
-        optimizer: The optimizer to use.
+        optimizer: The optimizer to use; by default that of the run, or adamw.
         run: A run in whose data the noise of the gradient is measured, at its parameters.
         json: Print JSON.
     """
@@ -61,7 +64,7 @@ class Options:
     model: str | None = None
     batch_size: Annotated[int | None, conf.arg(metavar="INT")] = None
     seq_len: Annotated[int | None, conf.arg(metavar="INT")] = None
-    optimizer: str = "adamw"
+    optimizer: str | None = None
     run: Annotated[Path | None, conf.arg(metavar="RUN")] = None
     step: Step = "last"
     json: bool = False
@@ -150,13 +153,16 @@ def suggestions(options: Options) -> dict[str, Any]:
         ValueError: An option cannot work, or the run cannot be measured.
     """
     tokens = parse_tokens(options.tokens)
-    check_choice("optimizer", options.optimizer, available())
+    if options.optimizer is not None:
+        check_choice("optimizer", options.optimizer, available())
     for name in ("batch_size", "seq_len"):
         check_at_least(name, getattr(options, name), 1)
     if options.model is None and options.run is None:
         raise ValueError("model must be given, such as --model 130m, unless --run is.")
     model = None if options.model is None else llama.preset(options.model)
     loaded = None if options.run is None else load_run(options.run, options.step, dequantize=True)
+    of_run = loaded and loaded.config and loaded.config.optimization.optimizer
+    optimizer = options.optimizer or of_run or "adamw"
     if loaded and model is None:
         model = loaded.model_config
     assert model
@@ -176,11 +182,11 @@ def suggestions(options: Options) -> dict[str, Any]:
     parameters = count_parameters(model)
     with warnings.catch_warnings():  # the table says it
         warnings.simplefilter("ignore", laws.OutsideRangeWarning)
-        rows = _by_size(model, parameters, tokens, given, options.optimizer)
+        rows = _by_size(model, parameters, tokens, given, optimizer)
         noise = None
         if loaded:
             noise = measure_noise(loaded)
-            rows += _by_noise(loaded, noise, tokens, given, options.optimizer)
+            rows += _by_noise(loaded, noise, tokens, given, optimizer)
     laws_found = []
     for row in rows:
         batch = row.batch_tokens
@@ -198,9 +204,9 @@ def suggestions(options: Options) -> dict[str, Any]:
         "parameters": parameters,
         "tokens": tokens,
         "seq_len": seq_len,
-        "optimizer": options.optimizer,
+        "optimizer": optimizer,
         "laws": laws_found,
-        "not_used": _not_used(options),
+        "not_used": _not_used(optimizer, given, of_run),
         "noise": None if loaded is None or noise is None else _describe_noise(loaded, noise),
         "disagreements": disagreements(rows, given),
     }
@@ -237,7 +243,7 @@ def _by_size(
                 )
             )
         batch = given or best
-    if optimizer in ("adam", "adamw") and batch:
+    if optimizer in ADAM and batch:
         seen = tokens / 2
         width = model.hidden_size / 256
         rate = laws.power(seen, batch / 4096)
@@ -329,19 +335,29 @@ def _by_noise(
     return rows
 
 
-def _not_used(options: Options) -> list[str]:
-    """Says which laws do not apply, and why."""
-    name, found = options.optimizer, []
-    if name not in STEP_LAW_OPTIMIZERS:
-        found.append(f"Step Law is not for {name}: it was fitted with AdamW.")
-    if name not in ("adam", "adamw"):
-        found.append(f"The power law is not for {name}: it was fitted with Adam under µP.")
-    elif name not in STEP_LAW_OPTIMIZERS and not options.batch_size:
+def _not_used(optimizer: str, given: float | None, of_run: str | None) -> list[str]:
+    """Says which laws do not apply, and why.
+
+    Args:
+        optimizer: The optimizer.
+        given: The batch that the user gave, in tokens.
+        of_run: The optimizer of the run, if there is one.
+    """
+    found = []
+    if optimizer not in STEP_LAW_OPTIMIZERS:
+        found.append(f"Step Law is not for {optimizer}: it was fitted with AdamW.")
+    if optimizer not in ADAM:
+        found.append(f"The power law is not for {optimizer}: it was fitted with Adam under µP.")
+    elif optimizer not in STEP_LAW_OPTIMIZERS and not given:
         found.append("The power law needs a batch: give --batch-size.")
-    if options.run is None:
+    if of_run is None:
         found.append("Surge, the noise scale and the critical batch need a run: give --run.")
-    elif name not in SURGE_OPTIMIZERS:
-        found.append(f"Surge is not for {name}: it was derived for sign-like updates, as Adam's.")
+    elif optimizer not in SURGE_OPTIMIZERS:
+        found.append(
+            f"Surge is not for {optimizer}: it was derived for updates by the sign of the gradient."
+        )
+    elif of_run != optimizer:
+        found.append(f"Surge needs a good learning rate of {optimizer}: the run used {of_run}.")
     return found
 
 

@@ -1,6 +1,5 @@
 """`memopt suggest`: its table, what it refuses, and the noise of a run."""
 
-import itertools
 import json
 import math
 
@@ -9,7 +8,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from memopt.cli.suggest import Options, disagreements, parse_tokens, suggest, suggestions
+from memopt.cli.suggest import (
+    Options,
+    Suggestion,
+    disagreements,
+    parse_tokens,
+    suggest,
+    suggestions,
+)
 from memopt.models import llama
 from memopt.schedules import laws
 from memopt.text.tokenizer import load_tokenizer
@@ -27,7 +33,7 @@ def run(tmp_path_factory, text):
     config = Config(
         architecture=Architecture(model="nano"),
         text=Text(data=(str(text),), batch_size=8, seq_len=32, eval_tokens=512),
-        optimization=Optimization(steps=4, learning_rate=1e-2),
+        optimization=Optimization(optimizer="adamw", steps=4, learning_rate=1e-2),
         run=Run(output=tmp_path_factory.mktemp("suggest") / "run", mesh="data=1"),
     )
     train(open_run(config), Console(quiet=True))
@@ -40,7 +46,8 @@ def by_law(found):
 
 def test_step_law_is_suggested_in_tokens_rows_and_steps_within_its_range() -> None:
     found = suggestions(Options(model="350m", tokens="10B", seq_len=1024))
-    assert found["parameters"] == 302_042_112 - 24 * 0  # 24 blocks and the last norm
+    block = 4 * 1024**2 + 3 * 1024 * 2736 + 2 * 1024
+    assert found["parameters"] == 24 * block + 1024  # and the last norm
     law = by_law(found)["Step Law"]
     rate, batch = laws.step_law(found["parameters"], 1e10)
     assert (law["learning_rate"], law["batch_tokens"], law["outside"]) == (rate, batch, "")
@@ -66,16 +73,10 @@ def test_laws_that_are_not_for_an_optimizer_say_so() -> None:
 
 def test_recommendations_that_are_alike_agree() -> None:
     rows = [
-        law._replace() if hasattr(law, "_replace") else law
-        for law in (suggestion("a", 1e-3), suggestion("b", 1.4e-3))
+        Suggestion(law=law, learning_rate=rate, source="", range="")
+        for law, rate in (("a", 1e-3), ("b", 1.4e-3))
     ]
     assert disagreements(rows) == ["Learning rates agree within a factor of 1.40."]
-
-
-def suggestion(law, rate):
-    from memopt.cli.suggest import Suggestion
-
-    return Suggestion(law=law, learning_rate=rate, source="", range="")
 
 
 @pytest.mark.parametrize("text_", ["2.2X", "-1", "", "B", "nan", "inf", "0"])
@@ -130,10 +131,10 @@ def test_both_estimates_are_those_of_the_gradients_of_the_rows(run, monkeypatch)
         kept = [next(opened.batches) for _ in range(measuring.BATCHES)]
         batches.extend(kept)
         opened.batches.close()
-        stream = itertools.chain(kept)
-        return opened._replace(batches=Stream(stream))
+        return opened._replace(batches=Kept(kept))
 
     monkeypatch.setattr(measuring, "open_batches", keep)
+    monkeypatch.setattr(measuring, "BATCHES", 2)
     found = measure_noise(loaded)
     loss = lambda params, batch: llama.loss(llama.build_model(loaded.model_config, params), batch)
     gradient = jax.jit(
@@ -152,17 +153,17 @@ def test_both_estimates_are_those_of_the_gradients_of_the_rows(run, monkeypatch)
     assert 0.3 < found.by_sizes.trace / found.by_rows.trace < 3
 
 
-class Stream:
+class Kept:
     """Batches that were made before."""
 
     def __init__(self, batches):
-        self._batches = batches
+        self._batches = iter(batches)
 
     def __next__(self):
         return next(self._batches)
 
     def close(self):
-        pass
+        """Does nothing."""
 
 
 def test_a_model_that_is_not_from_a_run_has_no_noise_to_measure(tmp_path) -> None:
