@@ -161,7 +161,7 @@ def suggestions(options: Options) -> dict[str, Any]:
         raise ValueError("model must be given, such as --model 130m, unless --run is.")
     model = None if options.model is None else llama.preset(options.model)
     loaded = None if options.run is None else load_run(options.run, options.step, dequantize=True)
-    of_run = loaded and loaded.config and loaded.config.optimization.optimizer
+    of_run = loaded.config.optimization.optimizer if loaded and loaded.config else None
     optimizer = options.optimizer or of_run or "adamw"
     if loaded and model is None:
         model = loaded.model_config
@@ -190,7 +190,7 @@ def suggestions(options: Options) -> dict[str, Any]:
     laws_found = []
     for row in rows:
         batch = row.batch_tokens
-        sizes = {"batch_rows": None, "steps": None}
+        sizes: dict[str, int | None] = {"batch_rows": None, "steps": None}
         if batch is not None and math.isfinite(batch):
             batch_rows = max(1, round(batch / seq_len))
             sizes = {

@@ -93,12 +93,17 @@ def measure_noise(loaded: LoadedModel) -> MeasuredNoise:
             tokens.append(float(found[0]["tokens"]))
     finally:
         batches.close()
-    return _estimate(np.array(squares), float(np.average(losses, weights=tokens)), np.mean(tokens))
+    loss_a_token = float(np.average(losses, weights=tokens))
+    return _estimate(np.array(squares), loss_a_token, float(np.mean(tokens)))
 
 
 def _estimate(squares: np.ndarray, loss: float, tokens: float) -> MeasuredNoise:
     """The estimates from the squared norms of each batch, (batches, sizes), smallest first."""
-    by_rows = lambda squares: noise_scale(*squares.mean(axis=0)[[0, -1]].tolist(), 1, ROWS)
+
+    def by_rows(squares: np.ndarray) -> NoiseScale:
+        rows, *_, batches = squares.mean(axis=0).tolist()
+        return noise_scale(rows, batches, micro_rows=1, micro_batches=ROWS)
+
     sizes = [*(ROWS // k for k in CUTS), ROWS]
     rng = np.random.default_rng(0)
     drawn = (rng.integers(len(squares), size=len(squares)) for _ in range(RESAMPLES))
@@ -108,4 +113,4 @@ def _estimate(squares: np.ndarray, loss: float, tokens: float) -> MeasuredNoise:
     low, high = np.quantile(scales, ends, method="inverted_cdf").tolist()  # no means of infinities
     by_sizes = noise_scale_by_sizes(sizes, squares.mean(axis=0).tolist())
     rows = len(squares) * ROWS
-    return MeasuredNoise(by_rows(squares), by_sizes, low, high, loss, float(tokens) / ROWS, rows)
+    return MeasuredNoise(by_rows(squares), by_sizes, low, high, loss, tokens / ROWS, rows)

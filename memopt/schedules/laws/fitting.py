@@ -11,7 +11,7 @@ from scipy.optimize import least_squares, nnls
 from memopt.errors import check_above_zero, check_between
 from memopt.schedules.laws.ranges import Ranges, warn_outside
 
-Law = TypeVar("Law", bound=Callable[..., float])
+Law = TypeVar("Law")  # maps sizes to a loss
 
 #: Where the Huber loss of differences of logarithms becomes linear; Hoffmann et al. (2022).
 DELTA = 1e-3
@@ -72,7 +72,8 @@ class LossFit(Generic[Law]):
             OutsideRangeWarning: One is outside of those of the runs.
         """
         warn_outside("The fitted law", self.ranges, **point)
-        return Prediction(self.law(**point), *self.interval(lambda law: law(**point)))
+        loss: Callable[[Any], float] = lambda law: law(**point)
+        return Prediction(loss(self.law), *self.interval(loss))
 
 
 def fit_loss(

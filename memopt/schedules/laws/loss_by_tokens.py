@@ -1,6 +1,7 @@
 """Chinchilla's law: the loss by parameters and tokens."""
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -55,10 +56,11 @@ def fit_token_law(
     one data, and each run with a schedule that ends at its D.
 
     Doubts: with as few as 12 runs, the bootstrap's intervals missed the truth more often than they
-    should; with 30 they did not. E and the exponents trade for each other; with runs of a narrow range of N or D, only
-    predictions between them mean something, not the constants. The published constants (E 1.69, A
-    406.4, α 0.34, B 410.7, β 0.28) do not fit the paper's own data: a replication finds E 1.82, A
-    482, α 0.35, B 2085, β 0.37, and intervals far wider than the paper's.
+    should; with 30 they did not. E and the exponents trade for each other; with runs of a narrow
+    range of N or D, only predictions between them mean something, not the constants. The published
+    constants (E 1.69, A 406.4, α 0.34, B 410.7, β 0.28) do not fit the paper's own data: a
+    replication finds E 1.82, A 482, α 0.35, B 2085, β 0.37, and intervals far wider than the
+    paper's.
 
     Args:
         parameters: N of each run.
@@ -100,7 +102,7 @@ def fit_token_law(
 
     def make(x: np.ndarray) -> TokenLaw:
         e, a, alpha, b, beta = map(float, x)
-        return TokenLaw(*np.exp([e, a]).tolist(), alpha, float(np.exp(b)), beta)
+        return TokenLaw(math.exp(e), math.exp(a), alpha, math.exp(b), beta)
 
     runs = {"parameters": parameters, "tokens": tokens, "loss": losses}
     return fit_loss(
