@@ -80,7 +80,8 @@ class Suggestion:
         batch_tokens: Tokens of a batch; None if it says nothing of it.
         source: What it is computed from.
         range: Where it holds.
-        outside: Why this point is outside of its range, "" if it is inside.
+        outside: Why this point is outside of its range, "" if it is inside; None if no range is
+            known.
         compared: Whether it counts where disagreements are sought.
     """
 
@@ -89,7 +90,7 @@ class Suggestion:
     batch_tokens: float | None = None
     source: str
     range: str
-    outside: str = ""
+    outside: str | None = ""
     compared: bool = True
 
 
@@ -266,6 +267,7 @@ def _by_size(
             learning_rate=METHODS[optimizer].learning_rate,
             source="memopt optimizers",
             range="tuned on a small LLaMA, docs/convergence.md; no law",
+            outside=None,
         )
     )
     return rows
@@ -329,6 +331,7 @@ def _by_noise(
                 batch_tokens=laws.time_transfer(scale, seen, tokens),
                 source=f"the noise scale after {seen:,.0f} tokens, in proportion",
                 range="weak evidence, not recommended",
+                outside=None,
                 compared=False,
             )
         )
@@ -423,7 +426,7 @@ def _show(found: dict[str, Any]) -> None:
             law["law"],
             "" if rate is None else f"{rate:.2e}",
             *("" if x is None else f"{x:,.0f}" for x in sizes),
-            "OUTSIDE" if law["outside"] else "inside",
+            {None: "unknown", "": "inside"}.get(law["outside"], "OUTSIDE"),
         )
     console.print(table)
     for law in found["laws"]:
