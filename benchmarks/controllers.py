@@ -98,6 +98,13 @@ MIXED = {
 }
 """Options of rows on a mixture."""
 
+
+def _mixture(*given: str) -> Row:
+    """Dynamic batch loading."""
+    options = {**MIXED, "controller": "dynamic_mixture", "controller_option": list(given)}
+    return Row("mixture", options, reference="equal shares, twice the tokens")
+
+
 ROWS = {
     "cosine": Row("rate", {"learning_rate": RATE}),
     "autolrs": _autolrs(RATE),
@@ -115,11 +122,8 @@ ROWS = {
     "batch_schedule": _batch("batch_schedule"),
     "equal shares": Row("mixture", MIXED),
     "equal shares, twice the tokens": Row("mixture", MIXED, times=2),
-    "dynamic_mixture": Row(
-        "mixture",
-        {**MIXED, "controller": "dynamic_mixture"},
-        reference="equal shares, twice the tokens",
-    ),
+    "dynamic_mixture": _mixture(),
+    "dynamic_mixture, eta=0.2": _mixture("eta=0.2"),
 }
 """The rows of the tables."""
 
@@ -183,7 +187,7 @@ class Options:
     """
 
     rows: tuple[str, ...] = tuple(ROWS)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0,)
     hidden_size: int = 64
     layers: int = 2
     steps: int = 1000
@@ -203,13 +207,14 @@ def describe(
     steps = options.steps * row.times // row.rows
     task = width.Options(layers=options.layers)
     shape = width.model_config(task, options.hidden_size)
-    aims = [f"reference={','.join(f'{name}={loss}' for name, loss in reference.items())}"]
+    given = [*row.options.get("controller_option", ())]
+    if reference:
+        given.append(f"reference={','.join(f'{name}={loss}' for name, loss in reference.items())}")
     config = Config(
         architecture=Architecture(model="small", shape=shape),
         optimization=Optimization(
             optimizer="adamw",
             option=("b2=0.95",),
-            controller_option=tuple(aims if reference else ()),
             steps=steps,
             seed=seed,
         ),
@@ -226,7 +231,7 @@ def describe(
             checkpoint_every=steps,
         ),
     )
-    return Config.from_flat(row.options, config)
+    return Config.from_flat({**row.options, "controller_option": given}, config)
 
 
 def run(config: Config) -> list[dict[str, float]]:
@@ -259,29 +264,36 @@ def losses(results: Sequence[dict[str, Any]], row: str, seed: int) -> dict[str, 
     return {name: points[-1][f"val_loss {name}"] for name in SOURCES} if points else {}
 
 
-def last(results: Sequence[dict[str, Any]], row: str, column: str) -> str:
-    """The mean over seeds of what was measured at the end of a row's runs; "–" for nothing.
+def seeds(results: Sequence[dict[str, Any]], question: str) -> set[int]:
+    """The seeds for which all rows of a question were trained."""
+    names = [name for name, row in ROWS.items() if row.question == question]
+    trained = [{r["seed"] for r in results if r["row"] == name} for name in names]
+    return set.intersection(*trained)
 
-    Losses have their standard deviation.
-    """
-    ends = [result["points"][-1] for result in results if result["row"] == row]
-    found = [end[column] for end in ends if column in end]
+
+def cell(column: str, found: Sequence[float]) -> str:
+    """The mean over seeds, and for losses their standard deviation; "–" for nothing."""
     if not found:
         return "–"
     mean = statistics.mean(found)
-    if not column.startswith("val_loss"):
-        return f"{mean:,.0f}" if mean >= 10 else f"{mean:.2f}"
+    if column.endswith("step") or column.endswith("steps"):
+        return f"{mean:,.0f}"
+    if column.startswith("weight"):
+        return f"{mean:.2f}"
     return f"{mean:.3f}" + (f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else "")
 
 
 def markdown(results: Sequence[dict[str, Any]], question: str) -> str:
-    """The rows of a question as a table for the docs."""
-    columns = COLUMNS[question]
+    """The rows of a question, where they ended, as a table for the docs."""
+    columns, counted = COLUMNS[question], seeds(results, question)
     titles = [column.replace("val_loss", "validation loss").replace("_", " ") for column in columns]
     lines = [f"| run | {' | '.join(titles)} |", f"|---|{'--:|' * len(columns)}"]
-    for name in {result["row"]: None for result in results}:
-        if ROWS[name].question == question:
-            cells = [last(results, name, column) for column in columns]
+    for name, row in ROWS.items():
+        if row.question == question:
+            ends = [find(results, name, seed)[-1] for seed in sorted(counted)]
+            cells = [
+                cell(column, [end[column] for end in ends if column in end]) for column in columns
+            ]
             lines.append(f"| {' | '.join((name, *cells))} |")
     return "\n".join((*lines, ""))
 
