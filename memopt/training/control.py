@@ -7,13 +7,12 @@ with what `update` was told last: a run that was killed makes the same decisions
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from memopt.training.measure import Measure
 
 #: A controller's state, JSON-serialisable; floats survive JSON exactly.
 State = dict[str, Any]
-
-#: What each step measures of its micro-batches' gradients, see `memopt.training.train_step`.
-Measure = Literal["norms", "inner_products"]
 
 
 class Plan(NamedTuple):
@@ -42,7 +41,7 @@ class Plan(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a controller is told after a step.
+    """The run after a step, as a controller is told.
 
     Attributes:
         step: Steps taken.
@@ -57,13 +56,13 @@ class Seen(NamedTuple):
 
 
 class Control(NamedTuple):
-    """How the next steps are taken.
+    """Settings of the next step.
 
     Attributes:
         learning_rate: The learning rate; None: that of the schedule.
         batches: Batches that a step uses; each in as many micro-batches as before. A new number is
             compiled for once.
-        weights: Share of each named source of the data, of sum 1; None: as before.
+        weights: Share of each named source of the data, of sum 1; None: as they are.
         note: A line for the user, shown when it changes.
     """
 
@@ -93,6 +92,8 @@ class Trial(Protocol):
         self, learning_rate: float, steps: int, *, validate_every: int | None = None
     ) -> Losses:
         """Returns the losses of steps with a constant learning rate, on the batches to come.
+
+        Each step takes one batch. The state is saved before, as a checkpoint like others.
 
         Args:
             learning_rate: The learning rate.

@@ -15,7 +15,11 @@ from rich.console import Console
 from memopt.training.control import Losses
 from memopt.training.metrics import Display, MetricsLog
 from memopt.training.open import Training
-from memopt.training.processes import StopAgreement, is_main_process
+from memopt.training.processes import (
+    StopAgreement,
+    check_same_on_all_processes,
+    is_main_process,
+)
 from memopt.training.profile import Profile
 from memopt.training.steering import Steering, Trials, describe_change
 from memopt.training.step import Metrics, TrainState, evaluate_sources
@@ -63,7 +67,12 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
         closing(MetricsLog(run.directory, start, run.config))
         if is_main_process()
         else contextlib.nullcontext() as log,
-        Display(console, run.config.optimization.steps, run.batches_used) as display,
+        Display(
+            console,
+            run.config.optimization.steps,
+            run.batches_used,
+            unit="batch" if run.steering else "step",
+        ) as display,
         contextlib.closing(Profile(run.directory / "profile", console, start, traced)) as profile,
         _signals() as caught,
     ):
@@ -104,6 +113,7 @@ class _Loop:
         self.state, self.step, self.batches = run.state, int(run.state.step), run.batches_used
         skipped = int(run.state.skipped_in_row)
         self.metrics = LateMetrics(log, display, skipped, run.config.optimization.max_skipped)
+        self._compiled = {1}
 
     def run(self) -> None:
         """Takes all steps; in a controlled run each by what the metrics of the last have led to."""
@@ -127,10 +137,13 @@ class _Loop:
             validate = self._validate if is_due(options.eval_every) else None
             if steering:
                 outcome = {**outcome, **steering.metrics(self.batches)}
-            self.metrics.add(self.step, outcome, began, validate)
-            if steering:
-                self.metrics.read()
-                steering.see(self.step, self.batches, self.metrics.latest)
+            try:
+                self.metrics.add(self.step, outcome, began, validate)
+                if steering:
+                    self.metrics.read()
+            finally:  # also if too many steps were skipped, which is saved
+                if steering:
+                    steering.see(self.step, self.batches, self.metrics.latest)
             if is_due(options.checkpoint_every):
                 self.metrics.read()
                 run.save(self.state, self.metrics.latest.get("val_loss"))
@@ -144,9 +157,19 @@ class _Loop:
 
     def _take(self, count: int, learning_rate: np.float32 | None) -> Metrics:
         """Takes a step with so many batches; without a controller, with one and the schedule."""
-        batches = tuple(_next_batch(self._training) for _ in range(count))
+        run = self._training
+        position = run.batches.get_state() if count > 1 else None
+        try:
+            batches = tuple(_next_batch(run) for _ in range(count))
+        except Stopped:
+            if position:
+                run.batches.set_state(position)  # the first ones are not used up
+            raise
+        if count not in self._compiled:
+            self._compiled.add(count)
+            self._display.note(self.batches, f"a step of {count} batches is compiled")
         inputs = batches if learning_rate is None else (batches, learning_rate)
-        self.state, outcome = self._training.setup.jitted(self.state, *inputs)
+        self.state, outcome = run.setup.jitted(self.state, *inputs)
         return outcome
 
     def _validate(self) -> dict[str, float]:
@@ -157,7 +180,9 @@ class _Loop:
     def _decide(self, steering: Steering) -> None:
         before = steering.control
         steering.decide(functools.partial(self._try, steering.trials))
-        if weights := steering.control.weights:
+        weights = steering.control.weights
+        _check_alike({"the controller's decision": steering.control})
+        if weights is not None and weights != before.weights:
             self._training.batches.set_weights(weights)
         if change := describe_change(before, steering.control):
             self._display.note(self.batches, change)
@@ -172,7 +197,9 @@ class _Loop:
     ) -> Losses:
         """Runs a `Trial` from a checkpoint of the present state."""
         run, key = self._training, (self.step, learning_rate, steps, validate_every)
-        if found := trials.find(key):
+        found = trials.find(key)
+        _check_alike({"the controller's trial": key, "trials.jsonl": found})
+        if found:
             return found
         run.save(self.state, self.metrics.latest.get("val_loss"))
         run.checkpoints.wait()
@@ -283,6 +310,15 @@ class LateMetrics:
                 f"steps up to {number}, which changed nothing: lower --learning-rate, or look at "
                 "the data."
             )
+
+
+def _check_alike(decided: dict[str, Any]) -> None:
+    """Ends the run if its processes decide otherwise than each other."""
+    if jax.process_count() > 1:
+        try:
+            check_same_on_all_processes(decided)
+        except ValueError as error:
+            raise Stopped(f"{error}", saved=False) from error
 
 
 def _next_batch(run: Training) -> Any:

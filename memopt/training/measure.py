@@ -4,19 +4,21 @@ With g_j the gradient of the mean loss of micro-batch j, T_j its tokens, T their
 ḡ = Σ_j T_j g_j / T the step's gradient, "norms" are Σ_j T_j ‖g_j‖² / T and "inner_products" also
 Σ_j T_j ⟨g_j, ḡ⟩² / T. Micro-batches of as many tokens have the same weight; one without any has
 none. These weights keep (Σ_j T_j ‖g_j‖² / T − ‖ḡ‖²) / (k − 1) an unbiased estimate of the variance
-of ḡ if each token adds as much to it, whatever the T_j.
+of ḡ if each token adds as much to it, whatever the T_j; k counts micro-batches with tokens.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
 from memopt.reductions import total_over_trees
 from memopt.state.precision import bounded
-from memopt.training.control import Measure
 from memopt.transforms.microbatches import sum_microbatches
+
+#: Measurements that a step can make.
+Measure = Literal["norms", "inner_products"]
 
 
 class Measured(NamedTuple):

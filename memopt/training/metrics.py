@@ -109,13 +109,14 @@ class Display(Progress):
         console: Where to show it.
         steps: All steps of the run.
         start: Steps already taken.
+        unit: Shown before their number; a controlled run counts batches.
     """
 
-    def __init__(self, console: Console, steps: int, start: int):
+    def __init__(self, console: Console, steps: int, start: int, unit: str = "step"):
         columns = (MofNCompleteColumn(), BarColumn(bar_width=20), "{task.fields[line]}", "left")
         bar = console.is_terminal
-        super().__init__("step", *columns, TimeRemainingColumn(), console=console, disable=not bar)
-        self._shown = -math.inf
+        super().__init__(unit, *columns, TimeRemainingColumn(), console=console, disable=not bar)
+        self._shown, self._unit = -math.inf, unit
         self.add_task("", total=steps, completed=start, line="compiling …")
 
     def show(self, step: int, metrics: dict[str, float]) -> None:
@@ -148,5 +149,5 @@ class Display(Progress):
         self._print(step, line)
 
     def _print(self, step: int, line: str) -> None:
-        line = f"step {step}/{self.tasks[0].total}  {line}"
+        line = f"{self._unit} {step}/{self.tasks[0].total}  {line}"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)

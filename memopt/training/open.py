@@ -191,7 +191,7 @@ def open_run(config: Config, progress: Callable[[str], None] | None = None) -> T
             before = there.with_phases(*config.phases)
             config = resume(before, given, step=step, updates=updates)
             setup = describe_run(config) if config.phases != before.phases else setup
-        steering = _steering(config, setup, directory, history, restored)
+        steering = _steering(config, setup, directory, identity, restored)
         left = config.optimization.steps - step
         check_profile(config.run.profile, left, resumed=bool(restored))
     with errors_in_all_processes():
@@ -285,42 +285,39 @@ def _continue_data(
     check_same(directory, *({name: x[name] for name in PASS} for x in both))
     data = data._replace(after=int(state.step))
     accept = config.run.accept_data_change
+    mixture = record["config"].get("mixture", ())
+    if config.optimization.controller and tuple(mixture) != config.text.mixture:
+        raise ValueError(
+            "mixture must stay as it was in a run that has a controller: leave it out, or begin a "
+            "new run with --init."
+        )
     history, is_same = continue_history(directory, history, then, data, accept=accept)
     if is_same:
         batches.set_state(record["batches"])
-        _change_weights(config, batches, record["config"].get("mixture", ()))
+        if (now := shares(config)) != mixture_shares(list(now), mixture):
+            batches.set_weights(now)
     return history
-
-
-def _change_weights(config: Config, batches: Batches, mixture: Sequence[str]) -> None:
-    """Changes the weights of a resumed run if its options say others than they did."""
-    now = shares(config)
-    if now == mixture_shares(list(now), mixture):
-        return
-    if controller := config.optimization.controller:
-        raise ValueError(
-            f"mixture must stay as it was in a run that controller {controller!r} steers: leave it "
-            "out, or begin a new run with --init."
-        )
-    batches.set_weights(now)
 
 
 def _steering(
     config: Config,
     setup: Setup,
     directory: Path,
-    history: Sequence[Data],
+    identity: Record,
     restored: tuple[TrainState, Record] | None,
 ) -> Steering | None:
     """The run's controller, where it was at the checkpoint."""
     controller = describe_controller(config)
     if not controller:
         return None
-    step = int(restored[0].step) if restored else 0
-    trials = Trials(directory / "trials.jsonl", step, keep=not step or history[-1].after < step)
+    path = directory / "trials.jsonl"
+    if not restored:
+        trials = Trials(path, 0, keep=False)
+        return Steering(controller, setup.learning_rate, trials, controller.init())
+    state, record = restored
+    trials = Trials(path, int(state.step), keep=record["identity"].items() <= identity.items())
     steering = Steering(controller, setup.learning_rate, trials, controller.init())
-    if restored:
-        steering.restore(restored[1]["steering"])
+    steering.restore(record["steering"])
     return steering
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from memopt.models import llama
 from memopt.optimizers.registry import METHODS, eval_params
 from memopt.state.quantized_params import dequantize_params, quantize_params
-from memopt.training.control import Measure
+from memopt.training.measure import Measure
 from memopt.training.placement import abstract_state, batch_sharding, place_update
 from memopt.training.release import release_step
 from memopt.training.step import Batch, Metrics, Predict, TrainState, init_state, train_step

@@ -1,8 +1,9 @@
-"""How a controller steers a run: what it was told, what it decided, and the trials it asked for."""
+"""A controller in a run: its state and decisions, and the trials it asked for."""
 
-import contextlib
 import dataclasses
 import json
+import math
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class Steering:
         return {name: np.asarray(value) for name, value in found.items()}
 
     def see(self, step: int, batches: int, metrics: Mapping[str, float]) -> None:
-        """Takes in what came of a step.
+        """Adds a step to `seen`.
 
         Args:
             step: Steps taken.
@@ -73,7 +74,13 @@ class Steering:
 
     def decide(self, trial: Trial) -> None:
         """Lets the controller decide how the next step is taken."""
-        self._after, self.control = self.controller.update(self.state, self.seen, trial)
+        self._after, control = self.controller.update(self.state, self.seen, trial)
+        rate, batches = control.learning_rate, control.batches
+        if not (isinstance(batches, int) and batches >= 1):
+            raise ValueError(f"the controller's batches must be 1 or more, got {batches!r}.")
+        if rate is not None and not 0 <= rate < math.inf:
+            raise ValueError(f"the controller's learning_rate must be finite, got {rate!r}.")
+        self.control = control
 
     def record(self) -> dict[str, Any]:
         """Returns what a checkpoint holds: the state before `decide`, and what it is told."""
@@ -90,7 +97,7 @@ def describe_change(before: Control, after: Control) -> str:
 
     Example:
         >>> describe_change(Control(), Control(learning_rate=3e-3, batches=2))
-        'learning rate 0.003, 2 batches a step, which is compiled'
+        'learning rate 0.003, 2 batches a step'
     """
     parts = []
     if after.learning_rate != before.learning_rate:
@@ -100,7 +107,7 @@ def describe_change(before: Control, after: Control) -> str:
         )
     if after.batches != before.batches:
         plural = "es" * (after.batches > 1)
-        parts.append(f"{after.batches} batch{plural} a step, which is compiled")
+        parts.append(f"{after.batches} batch{plural} a step")
     if after.weights is not None and after.weights != before.weights:
         parts.append(" ".join(f"{name} {share:.1%}" for name, share in after.weights.items()))
     if after.note and after.note != before.note:
@@ -151,7 +158,15 @@ class Trials:
 
 
 def _read(path: Path) -> Iterator[tuple[tuple[Any, ...], Losses]]:
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text().splitlines():
-            *key, steps, losses = json.loads(line)
-            yield tuple(key), Losses(steps, losses)
+    if not path.exists():
+        return
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            step, rate, tried, every, steps, losses = json.loads(line)
+        except (ValueError, TypeError):
+            warnings.warn(
+                f"{str(path)!r}: line {number} is damaged and left out; its trial is repeated.",
+                stacklevel=2,
+            )
+        else:
+            yield (step, rate, tried, every), Losses(steps, losses)

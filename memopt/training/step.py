@@ -11,8 +11,7 @@ import optax
 
 from memopt.state.precision import where_applied
 from memopt.state.quantized_params import apply_rounded_updates, dequantize_params
-from memopt.training.control import Measure
-from memopt.training.measure import check_measure, measured_metrics, sum_measured
+from memopt.training.measure import Measure, check_measure, measured_metrics, sum_measured
 from memopt.transforms.gradient_norm import global_norm
 from memopt.transforms.layer_statistics import zero_statistics
 from memopt.transforms.microbatches import split_microbatches
@@ -31,7 +30,7 @@ class TrainState(NamedTuple):
     Attributes:
         params: The parameters, any pytree.
         opt_state: The optimizer's state for them.
-        step: int32 scalar, batches seen.
+        step: int32 scalar, steps taken.
         skipped: int32 scalar, how many of them were not applied.
         skipped_in_row: int32 scalar, how many of the latest were not applied.
     """

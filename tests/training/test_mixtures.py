@@ -309,7 +309,9 @@ def test_a_killed_run_goes_on_with_the_mixture_it_had_decided(sources, tmp_path,
         for line in read_metrics(path / "metrics.jsonl")
     ]
     assert kept(cut) == kept(whole)
-    with pytest.raises(ValueError, match="mixture must stay as it was in a run that controller"):
+    with pytest.raises(
+        ValueError, match="mixture must stay as it was in a run that has a controller"
+    ):
         opened(cut, "--resume", *extra, "--mixture", "a=1", "b=1")
 
 

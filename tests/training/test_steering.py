@@ -6,6 +6,7 @@ import math
 import chex
 import jax
 import numpy as np
+import optax
 import pytest
 from rich.console import Console
 
@@ -16,7 +17,8 @@ from memopt.training.describe import describe_controller, describe_run
 from memopt.training.loop import Stopped, train
 from memopt.training.metrics import read_metrics
 from memopt.training.open import open_run
-from memopt.training.steering import describe_change
+from memopt.training.steering import Steering, Trials, describe_change
+from tests.training import nano
 from tests.training.test_loop import Disturbed, change
 
 
@@ -176,6 +178,65 @@ def test_a_trial_ends_where_a_step_is_not_applied_and_harms_nothing(config):
         assert np.isfinite(others).all()
 
 
+def test_steps_that_stop_a_run_count_the_batches_they_used(config):
+    config = change(config, controller="grows", max_skipped=2, learning_rate=1e38)
+    config = change(config, controller_option=("every=1",), optimizer="sgd")
+    with pytest.raises(Stopped, match="not finite"):
+        run(config)
+    opened = open_run(resumed(config))
+    last = lines(config)[-1]
+    assert (opened.steering.seen.step, opened.batches_used) == (last["step"], last["batches"])
+    assert int(opened.state.step) == last["step"]
+    opened.batches.close()
+
+
+def test_batches_of_a_step_that_was_not_taken_are_not_used_up(config):
+    config = change(config, controller="grows")
+    whole, _ = run(config)
+    again = change(config, output=config.run.output.parent / "again")
+    opened = open_run(again)
+    number = 9  # the third of the four of a step
+
+    def fail():
+        raise ValueError("stopped")
+
+    opened.batches = Disturbed(opened.batches, number, fail)
+    with pytest.raises(Stopped):
+        train(opened, Console(quiet=True))
+    state, _ = run(resumed(again))
+    chex.assert_trees_all_equal(state, whole)
+
+
+def test_a_damaged_line_of_trials_is_told_and_its_trial_repeated(config):
+    config = change(config, controller="tries")
+    run(config)
+    path = config.run.output / "trials.jsonl"
+    path.write_text(path.read_text()[:-20])
+    with pytest.warns(UserWarning, match=r"trials.jsonl': line 4 is damaged and left out"):
+        trials = Trials(path, 12, keep=True)
+    assert trials.find((4, 1e-3, 3, None))
+    assert not trials.find((4, 1e-2, 3, None))
+
+
+def test_trials_of_other_data_are_forgotten(config, tmp_path):
+    config = change(config, controller="tries")
+    with pytest.raises(Stopped):
+        run(config, stop_after=5)  # in the second trial before the first step
+    assert open_run(resumed(config)).steering.trials.find((0, 1e-3, 3, None))
+    other = nano.write_text(tmp_path / "other.txt", words=10_000)
+    opened = open_run(change(resumed(config), data=(str(other),), accept_data_change=True))
+    assert not opened.steering.trials.find((0, 1e-3, 3, None))
+
+
+@pytest.mark.parametrize("control", [Control(batches=0), Control(learning_rate=math.nan)])
+def test_a_control_that_cannot_be_is_refused(control):
+    steering = Steering(
+        Controller(dict, lambda *_: ({}, control)), optax.constant_schedule(1.0), None, {}
+    )
+    with pytest.raises(ValueError, match=r"the controller's (batches|learning_rate) must be"):
+        steering.decide(None)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -197,10 +258,10 @@ def test_a_change_is_said_in_words():
     before, after = Control(), Control(0.003, 2, {"web": 0.25, "code": 0.75})
     assert describe_change(before, before) == ""
     assert describe_change(before, after) == (
-        "learning rate 0.003, 2 batches a step, which is compiled, web 25.0% code 75.0%"
+        "learning rate 0.003, 2 batches a step, web 25.0% code 75.0%"
     )
     assert describe_change(after, Control(weights=after.weights)) == (
-        "the schedule's learning rate, 1 batch a step, which is compiled"
+        "the schedule's learning rate, 1 batch a step"
     )
     assert describe_change(Control(note="one"), Control(note="two")) == "two"
     assert describe_change(Control(note="one"), Control(note="one")) == ""

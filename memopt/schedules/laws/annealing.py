@@ -176,8 +176,15 @@ def fit_annealing(
         if not s2.max() > 0:
             raise ValueError("curves must have a learning rate that falls before the last loss.")
         objective, (l0, a, c, alpha) = _fit(s1 / s1.max(), s2 / s2.max(), losses)
-        found = (l0, a * s1.max() ** alpha, c / s2.max(), alpha, each)
-        fits.append((objective, AnnealingLaw(*map(float, found), (min(peaks), max(peaks)))))
+        law = AnnealingLaw(
+            L0=float(l0),
+            A=float(a * s1.max() ** alpha),
+            C=float(c / s2.max()),
+            alpha=float(alpha),
+            decay=float(each),
+            peaks=(min(peaks), max(peaks)),
+        )
+        fits.append((objective, law))
     return min(fits)[1]
 
 

@@ -5,12 +5,13 @@ from typing import Literal
 
 from memopt.errors import check_above_zero, check_at_least
 from memopt.schedules.laws import noise_scale
-from memopt.training.control import Control, Controller, Measure, Plan, Seen, State, Trial
+from memopt.training.control import Control, Controller, Plan, Seen, State, Trial
 from memopt.training.controllers.whole_batches import (
     check_micro_batches,
     is_measured,
     whole_batches,
 )
+from memopt.training.measure import Measure
 
 Test = Literal["norm", "inner_product"]
 

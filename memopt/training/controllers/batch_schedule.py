@@ -32,9 +32,11 @@ def batch_schedule(
       ValueError: the shape is unknown, or a number is out of range.
     """
     length = max(1, plan.steps // 2) if length is None else length
-    grow = schedules.batch_schedule(shape, first, last, length)
+    schedules.batch_schedule(shape, first, last, length)  # refuses what cannot be
 
     def update(state: State, seen: Seen, trial: Trial) -> tuple[State, Control]:
+        # The length at the beginning, also if the run is made longer.
+        grow = schedules.batch_schedule(shape, first, last, state["length"])
         return state, Control(batches=grow(seen.batches))
 
-    return Controller(dict, update)
+    return Controller(lambda: {"length": length}, update)

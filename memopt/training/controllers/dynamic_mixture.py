@@ -63,8 +63,6 @@ def dynamic_mixture(
 
     def update(state: State, seen: Seen, trial: Trial) -> tuple[State, Control]:
         weights = state["weights"]
-        if set(weights) != set(names):  # the run goes on with other sources
-            weights = dict(plan.sources)
         losses = [seen.metrics.get(f"val_loss {name}", math.nan) for name in names]
         if all(map(math.isfinite, losses)):
             logits = [

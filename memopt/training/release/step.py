@@ -23,8 +23,7 @@ from memopt.state.quantized_params import (
     dequantize_params,
     is_quantized,
 )
-from memopt.training.control import Measure
-from memopt.training.measure import Measured, check_measure, measured_metrics, sum_measured
+from memopt.training.measure import Measure, Measured, check_measure, measured_metrics, sum_measured
 from memopt.training.release.per_parameter_update import PerParameterUpdate
 from memopt.training.step import Batch, Metrics, TrainState, cut_batch, finish_step
 from memopt.transforms.microbatches import sum_microbatches
