@@ -7,7 +7,8 @@ library) and the same highest learning rate, and are evaluated on the same held-
 steps. Rows are shuffled over all the training text, not within windows as in `memopt pretrain`:
 several windows of this text are tables of characters, and the validation loss rises while the model
 trains on them. `memopt.schedules.laws.fit_annealing` is fitted to some of the curves and predicts
-others: see notebooks/schedules.ipynb. Every run is saved as soon as it is finished, and not
+others: see notebooks/schedules.ipynb. results/schedules_high.json has curves with --peak 2^-8, with
+which the law was tried first. Every run is saved as soon as it is finished, and not
 repeated when the command is given again.
 """
 

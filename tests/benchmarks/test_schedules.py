@@ -12,13 +12,36 @@ from memopt.schedules.laws import fit_annealing
 STORED = schedules.Options().output
 
 
-def test_the_annealing_law_predicts_the_other_schedules_within_1_percent() -> None:
+GRADUAL = ("linear", "linear, half as long", "cosine, half as long")
+SUDDEN = ("wsd, decay 10%", "wsd, decay 30%")
+
+
+@pytest.fixture(scope="module")
+def errors() -> dict[str, float]:
+    """The relative error of the last loss by a law that is fitted to `FITTED` alone."""
     curves = schedules.curves(json.loads(STORED.read_text()))
-    assert curves.keys() == schedules.SHAPES.keys()
     law = fit_annealing([curves[name] for name in schedules.FITTED], decay=schedules.DECAYS)
-    for name in curves.keys() - {*schedules.FITTED}:
-        rates, steps, losses = curves[name]
-        assert law.predict(rates)[steps[-1] - 1] == pytest.approx(losses[-1], rel=0.01), name
+    return {
+        name: law.predict(rates)[steps[-1] - 1] / losses[-1] - 1
+        for name, (rates, steps, losses) in curves.items()
+    }
+
+
+def test_every_schedule_is_fitted_or_held_out(errors: dict[str, float]) -> None:
+    assert errors.keys() == schedules.SHAPES.keys() == {*schedules.FITTED, *GRADUAL, *SUDDEN}
+
+
+@pytest.mark.parametrize("name", GRADUAL)
+def test_the_law_predicts_schedules_that_decay_throughout_within_1_percent(
+    errors: dict[str, float], name: str
+) -> None:
+    assert abs(errors[name]) < 0.01
+
+
+@pytest.mark.parametrize("name", SUDDEN)
+def test_the_law_expects_too_much_of_a_short_decay(errors: dict[str, float], name: str) -> None:
+    """It misses 1% here, which docs and notebook say: they must change if it does not."""
+    assert -0.05 < errors[name] < -0.01
 
 
 def test_finished_runs_are_not_repeated(
