@@ -40,7 +40,7 @@ def named_sources(specs: Sequence[str], option: str = "data") -> dict[str, tuple
         >>> named_sources(["pages.jsonl", "hf:org/name"])
         {'': ('pages.jsonl', 'hf:org/name')}
     """
-    sources: dict[str, tuple[str, ...]] = {}
+    sources: dict[str, tuple[str, ...]] = {} if specs else {"": ()}
     for spec in specs:
         match = _NAMED.fullmatch(spec)
         name, source = match.groups() if match and not _is_there(spec) else ("", spec)
