@@ -178,12 +178,13 @@ def fit_annealing(
         if not s2.max() > 0:
             raise ValueError("curves must have a learning rate that falls before the last loss.")
         objective, (l0, a, c, alpha) = _fit(s1 / s1.max(), s2 / s2.max(), losses)
-        found = (l0, a * s1.max() ** alpha, c / s2.max(), alpha, each)
-        fits.append((objective, AnnealingLaw(*map(float, found), (min(peaks), max(peaks)))))
+        a, c = a * float(s1.max()) ** alpha, c / float(s2.max())
+        law = AnnealingLaw(l0, a, c, alpha, float(each), (min(peaks), max(peaks)))
+        fits.append((objective, law))
     return min(fits)[1]
 
 
-def _fit(s1: np.ndarray, s2: np.ndarray, losses: np.ndarray) -> tuple[float, np.ndarray]:
+def _fit(s1: np.ndarray, s2: np.ndarray, losses: np.ndarray) -> tuple[float, list[float]]:
     """The lowest objective, and L0, A, C, alpha there."""
 
     def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
@@ -206,7 +207,7 @@ def _fit(s1: np.ndarray, s2: np.ndarray, losses: np.ndarray) -> tuple[float, np.
         for alpha in EXPONENTS
     ]
     best = min(found, key=lambda result: result.fun)
-    return float(best.fun), best.x
+    return float(best.fun), best.x.tolist()
 
 
 def _warmup_steps(rates: np.ndarray) -> int:
