@@ -73,7 +73,7 @@ def find_held_out(config: Config, history: Sequence[Data] = ()) -> Mixture:
     Raises:
         ValueError: There is no such text.
     """
-    others = named_sources(config.text.eval_data, "eval_data")
+    others = _named_eval_data(config)
     sources = named_sources(config.text.data)
     own = {name: specs for name, specs in sources.items() if name not in others}
     _, held_out = _as_before(_find(config, own), history).split()
@@ -223,7 +223,7 @@ def _split(
     config: Config, documents: Mixture, progress: Callable[[str], None] | None
 ) -> tuple[Mixture, Mixture]:
     """The training part and the held-out part of each source, which may be other data."""
-    sources = named_sources(config.text.eval_data, "eval_data")
+    sources = _named_eval_data(config)
     if not sources.keys() <= documents.sources.keys():
         unknown = ", ".join(map(repr, sources.keys() - documents.sources.keys()))
         raise ValueError(
@@ -275,3 +275,8 @@ def check_vocabulary(tokenizer: Tokenizer, config: Config, vocab_size: int) -> N
             )
         if is_main_process():
             warnings.warn(f"{mismatch}; the other embeddings are never used.", stacklevel=2)
+
+
+def _named_eval_data(config: Config) -> dict[str, tuple[str, ...]]:
+    """The specs of `eval_data` by source; none, if it is not given."""
+    return named_sources(config.text.eval_data, "eval_data") if config.text.eval_data else {}
