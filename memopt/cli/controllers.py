@@ -1,4 +1,4 @@
-"""`memopt controllers`: what may decide between steps how a run goes on, and when to choose it."""
+"""`memopt controllers`: lists the controllers, which decide between steps how a run goes on."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def describe(name: str) -> dict[str, Any]:
 
     Example:
         >>> describe("autolrs")["options"]["candidates"]
-        {'default': 10, 'help': 'learning rates that are tried before a stage.'}
+        {'default': 10, 'help': 'Learning rates that are tried before a stage.'}
     """
     entry = CONTROLLERS[name]
     options = listing.describe_options(entry.defaults, argument_help(entry.make))

@@ -1,4 +1,4 @@
-"""Lists what can be chosen by name, and describes one of it with its options."""
+"""Lists of optimizers, schedules and controllers to choose by name, and tables of their options."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

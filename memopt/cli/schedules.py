@@ -1,4 +1,4 @@
-"""`memopt schedules`: how a learning rate or a batch may change, with a plot of each."""
+"""`memopt schedules`: lists and plots the schedules of the learning rate and of the batch."""
 
 import dataclasses
 import inspect
@@ -14,12 +14,12 @@ from rich.console import Console
 
 from memopt.cli import listing
 from memopt.cli.errors import fail
-from memopt.docstrings import argument_help
+from memopt.docstrings import argument_help, keyword_defaults
 from memopt.errors import check_at_least
 from memopt.schedules import BATCH_SHAPES, SHAPES, batch_names, batch_schedule, names
 from memopt.training.config import Config, Optimization, Text
 from memopt.training.phases import check_shares, follow
-from memopt.training.plots import Curve, plot_curves
+from memopt.training.plots import Curve, plot_panels
 from memopt.training.writing import why
 
 #: Columns of a curve in the list, and those and the lines of one that is shown alone.
@@ -47,7 +47,7 @@ class Options:
         schedule_option: Argument of a schedule, such as cycles=3, with one NAME.
         batch_size: Rows of a batch, by which power goes.
         seq_len: Tokens of a row, by which power goes.
-        plot: Draw the curves into a PNG; of learning rates and batches, those of the first kind.
+        plot: Draw the curves into a PNG: learning rates above batches, if there are both.
         json: Print JSON.
     """
 
@@ -81,14 +81,12 @@ def schedules(arguments: list[str]) -> None:
         fail(error)
     described = {name: describe(name) for name in chosen}
     if options.plot:
-        kind = described[chosen[0]]["of"]
-        drawn: dict[str, Curve] = {
-            name: (np.arange(len(values)), values, {})
-            for name, values in curves.items()
-            if described[name]["of"] == kind
-        }
+        panels: dict[str, dict[str, Curve]] = {}
+        for name in sorted(chosen, key=available.index):
+            panel = panels.setdefault(described[name]["kind"], {})
+            panel[name] = np.arange(len(curves[name])), curves[name], {}
         try:
-            plot_curves(drawn, options.plot, x="step", y=kind)
+            plot_panels(panels, options.plot, x="step")
         except OSError as error:
             fail(f"plot {str(options.plot)!r} cannot be written ({why(error)}).")
     console = listing.make_console()
@@ -111,16 +109,18 @@ def describe(name: str) -> dict[str, Any]:
 
     Example:
         >>> restarts = describe("restarts")
-        >>> restarts["of"], restarts["options"]["cycles"]["default"]
+        >>> restarts["kind"], restarts["options"]["cycles"]["default"]
         ('learning rate', 4)
     """
     shape = SHAPES.get(name) or BATCH_SHAPES[name]
     return {
-        "of": "learning rate" if name in SHAPES else "batch",
+        "kind": "learning rate" if name in SHAPES else "batch",
         "when": shape.when,
         "source": shape.source,
         "description": _described(shape.make),
-        "options": listing.describe_options(shape.defaults, argument_help(shape.make)),
+        "options": listing.describe_options(
+            keyword_defaults(shape.make), argument_help(shape.make)
+        ),
     }
 
 
@@ -193,7 +193,7 @@ def _sampled(values: np.ndarray, columns: int) -> np.ndarray:
 
 
 def _show(name: str, described: dict[str, Any], values: np.ndarray, console: Console) -> None:
-    console.print(f"{name}, a schedule of the {described['of']}: {described['when']}\n")
+    console.print(f"{name}, a schedule of the {described['kind']}: {described['when']}\n")
     console.print(described["description"])
     if described["source"]:
         console.print(f"\nsource: {described['source']}", soft_wrap=True)

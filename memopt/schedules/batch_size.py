@@ -1,32 +1,26 @@
 """Schedules of the batch size, by name."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from memopt.docstrings import keyword_defaults
 from memopt.errors import check_at_least, check_choice
 
-#: Maps batches used up, of the first size of the data, to batches that the next step takes.
+#: Maps how many batches of the data are used up to how many of them the next step takes.
 BatchSchedule = Callable[[int], int]
 
 
 class BatchShape(NamedTuple):
-    """How a batch grows.
+    """A row of the table `BATCH_SHAPES`.
 
     Attributes:
-      make: maps first, last, length, and options by keyword, to a function of the batches used up.
+      make: maps first, last and length to a `BatchSchedule`.
       when: when to choose it.
       source: where it is from.
     """
 
-    make: Callable[..., BatchSchedule]
+    make: Callable[[int, int, int], BatchSchedule]
     when: str
     source: str
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The options with their defaults."""
-        return keyword_defaults(self.make)
 
 
 def ramp(first: int, last: int, length: int) -> BatchSchedule:
@@ -65,24 +59,21 @@ def batch_names() -> tuple[str, ...]:
     return tuple(BATCH_SHAPES)
 
 
-def batch_schedule(
-    name: str, first: int, last: int, length: int, **options: Any
-) -> Callable[[int], int]:
-    """A batch that grows, in batches of the data.
+def batch_schedule(name: str, first: int, last: int, length: int) -> BatchSchedule:
+    """Makes a schedule by which a step takes more and more batches of the data.
 
     Args:
       name: one of `batch_names()`: "ramp" grows linearly, "doubling" doubles.
       first: how many batches a step takes at the beginning.
       last: how many it takes from `length` on.
       length: how many batches are used up until then.
-      **options: those of the named schedule; neither of ours has any.
 
     Returns:
       A function that maps how many batches are used up to how many the next step takes; both are
       whole numbers.
 
     Raises:
-      ValueError: the name or an option is unknown, or a number is too small.
+      ValueError: the name is unknown, or a number is too small.
 
     Example:
       >>> grow = batch_schedule("ramp", 1, 5, 100)
@@ -93,9 +84,6 @@ def batch_schedule(
       [1, 1, 2, 4, 8]
     """
     check_choice("batch schedule", name, BATCH_SHAPES)
-    shape = BATCH_SHAPES[name]
-    for option in options:
-        check_choice(f"option of {name}:", option, shape.defaults)
     for argument, given, least in (
         ("first", first, 1),
         ("last", last, first),
@@ -104,4 +92,4 @@ def batch_schedule(
         if not isinstance(given, int):
             raise ValueError(f"{argument} must be a whole number, got {given!r}.")
         check_at_least(argument, given, least)
-    return shape.make(first, last, length, **options)
+    return BATCH_SHAPES[name].make(first, last, length)

@@ -47,8 +47,8 @@ def forecast(
     then not exact for losses that do follow an exponential.
 
     A forecast ten times as far ahead as the losses reach is good to about their noise if the curve
-    flattens within them. If it takes three times as long or more, noise of 1% of the loss makes it
-    wrong by 10% or more.
+    flattens within them.
+    Otherwise its error may be many times their noise.
 
     Args:
       steps: the steps of the losses, increasing.

@@ -1,7 +1,7 @@
 """Schedules of the learning rate, by name."""
 
 import numbers
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -110,14 +110,18 @@ def _in_range(count: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
 
 
 def _check_options(name: str, options: dict[str, Any]) -> None:
-    """Raises if an option is unknown, or a word where a number belongs."""
+    """Raises if an option is unknown, or no number, or no whole one, where one belongs."""
     defaults = SHAPES[name].defaults
+    types = get_type_hints(SHAPES[name].make)
     for option, value in options.items():
         if not defaults:
             raise ValueError(f"schedule {name!r} has no options, got {option}={value}.")
         check_choice(f"option of {name}:", option, defaults)
         default = defaults[option]
-        if isinstance(default, str) or value is default:
+        if isinstance(default, str | bool) or value is default:
             continue
-        if not isinstance(value, numbers.Real | jax.Array):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real | jax.Array):
             raise ValueError(f"option {option} of {name} must be a number, got {value!r}.")
+        whole = int in (types.get(option), *get_args(types.get(option)))
+        if whole and not float(value).is_integer():
+            raise ValueError(f"option {option} of {name} must be a whole number, got {value!r}.")

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memopt.docstrings import argument_help, keyword_defaults
+from memopt.docstrings import keyword_defaults
 from memopt.errors import check_above_zero, check_at_least, check_between
 
 
 class Span(NamedTuple):
-    """What a shape is made for.
+    """The rates and lengths that a shape is made for.
 
     Attributes:
       peak: the highest learning rate.
@@ -60,11 +60,6 @@ class Shape(NamedTuple):
     def defaults(self) -> dict[str, Any]:
         """The options with their defaults."""
         return keyword_defaults(self.make)
-
-    @property
-    def help(self) -> dict[str, str]:
-        """A description of each option, from the docstring."""
-        return argument_help(self.make)
 
 
 def as_length(number: float) -> float:
@@ -118,7 +113,8 @@ def _then_decay(
     """A schedule that decays in its last steps."""
     if decay_steps is None:
         decay_steps = max(1, min(int(span.steps // 5), int(span.rest)))
-    if span.warmup_steps + decay_steps > span.steps or decay_steps < 1:
+    check_at_least("decay_steps", decay_steps, 1)
+    if span.warmup_steps + decay_steps > span.steps:
         raise ValueError(
             f"warmup_steps={span.warmup_steps} and decay_steps={decay_steps} must leave room in "
             f"steps={span.steps}."
@@ -445,8 +441,8 @@ def register(name: str, shape: Shape) -> None:
       >>> rate = schedule("staircase", 1.0, 100, stairs=2)
       >>> [float(rate(t)) for t in (0, 49, 50, 100, 200)]
       [1.0, 1.0, 0.5, 0.0, 0.0]
-      >>> SHAPES.pop("staircase").help["stairs"]
-      'how many.'
+      >>> SHAPES.pop("staircase").defaults
+      {'stairs': 4}
     '''
     if name in SHAPES:
         raise ValueError(f"schedule {name!r} is there already.")

@@ -25,15 +25,30 @@ def plot_curves(curves: Mapping[str, Curve], image: Path, *, x: str, y: str) -> 
     Raises:
         OSError: It cannot be written; a plot that was there before stays.
     """
+    plot_panels({y: curves}, image, x=x)
+
+
+def plot_panels(panels: Mapping[str, Mapping[str, Curve]], image: Path, *, x: str) -> None:
+    """Draws curves into plots one below the other, as one PNG.
+
+    Args:
+        panels: The curves of each plot, by what its y axis shows.
+        image: The file to write.
+        x: Title of the x axes.
+
+    Raises:
+        OSError: It cannot be written; a plot that was there before stays.
+    """
     from matplotlib.figure import Figure  # slow to import
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for label, (xs, ys, style) in curves.items():
-        axes.plot(xs, ys, label=label, **style)
-    axes.set(xlabel=x, ylabel=y)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure = Figure(figsize=(7, 4 * len(panels)), layout="constrained")
+    rows = figure.subplots(len(panels), squeeze=False)
+    for (y, curves), axes in zip(panels.items(), rows[:, 0], strict=True):
+        for label, (xs, ys, style) in curves.items():
+            axes.plot(xs, ys, label=label, **style)
+        axes.set(xlabel=x, ylabel=y)
+        axes.grid(alpha=0.3)
+        axes.legend()
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
     write_whole(image, drawn.getvalue())

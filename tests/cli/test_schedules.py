@@ -13,6 +13,7 @@ from memopt import schedules
 from memopt.cli.main import main
 from memopt.cli.pretrain import parse
 from memopt.cli.schedules import Options, bars, curve
+from memopt.docstrings import keyword_defaults
 from memopt.training.phases import follow
 
 NAMES = [*schedules.names(), *schedules.batch_names()]
@@ -54,7 +55,7 @@ def test_each_is_described_and_plotted(run, name):
     shown = run(name, "--steps=40")
     rows = {**schedules.SHAPES, **schedules.BATCH_SHAPES}
     assert rows[name].when.split()[0] in shown
-    assert all(option in shown for option in rows[name].defaults)
+    assert all(option in shown for option in keyword_defaults(rows[name].make))
     assert sum("█" in line for line in shown.splitlines()) == 8
     assert "step 40: " in shown
 
@@ -99,6 +100,8 @@ def test_curves_are_drawn_into_a_png(run, tmp_path):
     run("wsd", f"--plot={image}")
     assert one.shape == imread(image).shape
     assert (one != imread(image)).any()
+    run("wsd", "ramp", f"--plot={image}")
+    assert imread(image).shape[0] == 2 * one.shape[0]  # a batch is no learning rate: two axes
 
 
 @pytest.mark.parametrize(
@@ -106,6 +109,7 @@ def test_curves_are_drawn_into_a_png(run, tmp_path):
     [
         (["restart"], "did you mean 'restarts'"),
         (["wsd", "--warmup=0.9"], "must leave room in steps=1000"),
+        (["wsd", "--decay=0"], "decay_steps must be at least 1, got 0"),
         (["wsd", "--warmup=2"], "warmup must be between 0 and 1, got 2"),
         (["wsd", "--steps=0"], "steps must be at least 1"),
         (["wsd", "--schedule-option=decay_steps=3"], "is given as --decay"),

@@ -50,8 +50,3 @@ def test_batches_are_whole_and_never_shrink(name):
 def test_what_is_no_growing_batch_is_refused(given, says):
     with pytest.raises(ValueError, match=says):
         schedules.batch_schedule(*given)
-
-
-def test_unknown_options_are_refused():
-    with pytest.raises(ValueError, match="option of ramp: 'factor' is unknown"):
-        schedules.batch_schedule("ramp", 1, 2, 10, factor=3)

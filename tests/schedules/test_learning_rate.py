@@ -265,7 +265,9 @@ def test_a_shape_of_ones_own_is_checked_and_follows_its_options(monkeypatch):
             "option of wsd: 'decay' is unknown; did you mean 'decay_",
         ),
         (("wsd", 1.0, 100), {"decay_steps": 101}, "decay_steps=101 must leave room in steps=100"),
-        (("wsd", 1.0, 100), {"decay_steps": 0}, "decay_steps=0 must leave room"),
+        (("wsd", 1.0, 100), {"decay_steps": 0}, "decay_steps must be at least 1, got 0"),
+        (("wsd", 1.0, 100), {"decay_steps": 20.5}, "wsd must be a whole number, got 20.5"),
+        (("wsd", 1.0, 100), {"decay_steps": True}, "wsd must be a number, got True"),
         (("wsd", 1.0, 100), {"decay_steps": "9x"}, "decay_steps of wsd must be a number, got '9x'"),
         (("wsd_exponential", 1.0, 100), {"end_value": 0}, "end_value of wsd_.* must be above 0"),
         (("one_cycle", 1.0, 100), {"pct_start": 1}, "pct_start must be between 0 and 1, got 1"),
@@ -274,7 +276,11 @@ def test_a_shape_of_ones_own_is_checked_and_follows_its_options(monkeypatch):
         (("power", 1.0, 100), {"tokens_seen": -1}, "tokens_seen must be at least 0"),
         (("rewarm", 1.0, 100), {"new_steps": 100}, "new_steps=100 must leave room in steps=100"),
         (("rewarm", 1.0, 100), {"rewarm": 1}, "rewarm must be at least 0 and below 1"),
-        (("restarts", 1.0, 100), {"cycles": 1.5}, "cycles must be a whole number of at least 1"),
+        (
+            ("restarts", 1.0, 100),
+            {"cycles": 1.5},
+            "cycles of restarts must be a whole number, got 1.5",
+        ),
         (("restarts", 1.0, 100), {"length_factor": 0}, "length_factor must be above 0"),
     ],
 )

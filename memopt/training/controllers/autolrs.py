@@ -46,31 +46,32 @@ def autolrs(
     double from stage to stage until τ is `most_stage_steps`. Stages up to the first one of that
     length are judged by training losses, later ones by validation losses every τ'/16 steps. The
     last stage is as long as there are steps left, and its trials are shorter in proportion; if they
-    had fewer than 4 steps, the learning rate stays.
+    had fewer than 4 steps, the stage before goes on.
 
     The search takes `candidates` · τ' / τ as many steps as the run: by default as many again, so
     that the run costs twice its steps, and evaluations besides.
 
-    If the losses of all candidates are not finite, the learning rate stays, too.
+    If the losses of all candidates are not finite, the learning rate of the stage before stays;
+    until a stage has found one, the schedule is followed.
 
     Args:
-      plan: the run.
-      lr_min: the lowest learning rate that is tried; by default 1/64 of the run's highest one.
-      lr_max: the highest learning rate that is tried; by default 4 times the run's highest one.
-      candidates: learning rates that are tried before a stage.
-      trial_steps: τ', steps of a trial before the first stage; at least 4.
-      stage_steps: τ, steps of the first stage.
-      most_stage_steps: steps of the longest stages.
-      kappa: the weight of uncertainty in choosing the next candidate: by default nothing else
-        counts, and candidates spread evenly; with 2 they gather about the best.
-      seed: decides the first candidate of each stage.
+        plan: The run.
+        lr_min: The lowest learning rate that is tried; by default 1/64 of the run's highest one.
+        lr_max: The highest learning rate that is tried; by default 4 times the run's highest one.
+        candidates: Learning rates that are tried before a stage.
+        trial_steps: Steps of a trial before the first stage, τ'; at least 4.
+        stage_steps: Steps of the first stage, τ.
+        most_stage_steps: Steps of the longest stages.
+        kappa: The weight of uncertainty in choosing the next candidate: by default nothing else
+            counts, and candidates spread evenly; with 2 they gather about the best.
+        seed: Decides the first candidate of each stage.
 
     Raises:
-      ImportError: if scikit-learn is missing.
-      ValueError: if an option is out of range, or the run has too few steps for one trial.
+        ImportError: If scikit-learn is missing.
+        ValueError: If an option is out of range, or the run has too few steps for one trial.
 
     References:
-      Jin et al., AutoLRS, 2021, https://arxiv.org/abs/2105.10762, and their code, for the defaults.
+        Jin et al., AutoLRS, 2021, https://arxiv.org/abs/2105.10762; the defaults are their code's.
     """
     low = LOWEST * plan.learning_rate if lr_min is None else lr_min
     high = HIGHEST * plan.learning_rate if lr_max is None else lr_max
@@ -160,17 +161,17 @@ def next_rate(
     mean less κ standard deviations.
 
     Args:
-      tried: the rates tried before, with their scores.
-      low: the lowest rate.
-      high: the highest one.
-      kappa: κ.
-      seed: decides the first one.
+        tried: The rates tried before, with their scores.
+        low: The lowest rate.
+        high: The highest one.
+        kappa: The weight κ of the standard deviation.
+        seed: Decides the first one.
 
     Example:
-      >>> tried = [(1e-3, 3.2), (1e-2, 3.0), (1e-1, 1e6)]
-      >>> rate = next_rate(tried, 1e-4, 1e-1, kappa=1e6, seed=(0, 1))
-      >>> round(rate, 7)  # as far as possible from all of them
-      0.0001
+        >>> tried = [(1e-3, 3.2), (1e-2, 3.0), (1e-1, 1e6)]
+        >>> rate = next_rate(tried, 1e-4, 1e-1, kappa=1e6, seed=(0, 1))
+        >>> round(rate, 7)  # as far as possible from all of them
+        0.0001
     """
     grid = np.geomspace(low, high, GRID)
     if not tried:

@@ -1,9 +1,9 @@
 """The table of controllers."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, get_type_hints
 
+from memopt.docstrings import keyword_defaults
 from memopt.errors import check_choice
 from memopt.training.config import check_type
 from memopt.training.control import Controller, Plan
@@ -29,8 +29,7 @@ class Entry(NamedTuple):
     @property
     def defaults(self) -> dict[str, Any]:
         """The options with their defaults."""
-        _, *options = inspect.signature(self.make).parameters.values()
-        return {option.name: option.default for option in options}
+        return keyword_defaults(self.make)
 
 
 #: Every controller by name.
