@@ -1,5 +1,6 @@
 """Schedules of the learning rate, by name."""
 
+import math
 import numbers
 from typing import Any, get_args, get_type_hints
 
@@ -65,6 +66,7 @@ def schedule(
     check_choice("schedule", name, SHAPES)
     shape = SHAPES[name]
     _check_options(name, options)
+    _check_finite("peak", peak)
     check_at_least("steps", steps, 1)
     check_at_least("warmup_steps", warmup_steps, 0)
     if warmup_steps >= steps:
@@ -109,6 +111,12 @@ def _in_range(count: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
     return count
 
 
+def _check_finite(name: str, value: Any) -> None:
+    """Raises if a number that is not traced is infinite or not a number."""
+    if isinstance(value, numbers.Real) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}.")
+
+
 def _check_options(name: str, options: dict[str, Any]) -> None:
     """Raises if an option is unknown, or no number, or no whole one, where one belongs."""
     defaults = SHAPES[name].defaults
@@ -122,6 +130,7 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, numbers.Real | jax.Array):
             raise ValueError(f"option {option} of {name} must be a number, got {value!r}.")
+        _check_finite(f"option {option} of {name}", value)
         whole = int in (types.get(option), *get_args(types.get(option)))
         if whole and not float(value).is_integer():
             raise ValueError(f"option {option} of {name} must be a whole number, got {value!r}.")

@@ -322,13 +322,16 @@ def restarts(
       length_factor: length of a cycle divided by that of the one before (T_mult).
       peak_factor: peak of a cycle divided by that of the one before.
     """
-    if not isinstance(cycles, int) or cycles < 1:
-        raise ValueError(f"cycles must be a whole number of at least 1, got {cycles}.")
+    check_at_least("cycles", cycles, 1)
     check_above_zero("length_factor", length_factor)
     check_above_zero("peak_factor", peak_factor)
-    lengths = [length_factor**i for i in range(cycles)]
-    sums = [math.fsum(lengths[: i + 1]) / math.fsum(lengths) for i in range(cycles)]
-    ends = [0, *(max(1, round(part * span.rest)) for part in sums)]
+    try:
+        sums = list(itertools.accumulate(length_factor**i for i in range(cycles)))
+    except OverflowError:
+        sums = [math.inf]
+    if not math.isfinite(sums[-1]):
+        raise ValueError(f"length_factor={length_factor} is too large for {cycles} cycles.")
+    ends = [0, *(max(1, round(part / sums[-1] * span.rest)) for part in sums)]
     peaks = [span.peak * peak_factor**i for i in range(cycles)]
     return _in_sequence(
         *(

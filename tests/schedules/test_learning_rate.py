@@ -282,6 +282,10 @@ def test_a_shape_of_ones_own_is_checked_and_follows_its_options(monkeypatch):
             "cycles of restarts must be a whole number, got 1.5",
         ),
         (("restarts", 1.0, 100), {"length_factor": 0}, "length_factor must be above 0"),
+        (("restarts", 1.0, 100), {"length_factor": 1e200}, "length_factor=1e\\+200 is too large"),
+        (("restarts", 1.0, 100), {"cycles": 0}, "cycles must be at least 1, got 0"),
+        (("power", 1.0, 100), {"b": float("nan")}, "option b of power must be finite, got nan"),
+        (("cosine", float("inf"), 100), {}, "peak must be finite, got inf"),
     ],
 )
 def test_what_makes_no_schedule_is_refused(given, options, says):
