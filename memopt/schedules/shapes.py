@@ -323,6 +323,7 @@ def restarts(
       peak_factor: peak of a cycle divided by that of the one before.
     """
     check_at_least("cycles", cycles, 1)
+    cycles = int(cycles)
     check_above_zero("length_factor", length_factor)
     check_above_zero("peak_factor", peak_factor)
     try:

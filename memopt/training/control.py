@@ -59,7 +59,8 @@ class Control(NamedTuple):
     """Settings of the next step.
 
     Attributes:
-        learning_rate: The learning rate; None: that of the schedule.
+        learning_rate: The learning rate, in place of the schedule with its warm-up; None: that of
+            the schedule.
         batches: Batches that a step uses; each in as many micro-batches as before. A new number is
             compiled for once.
         weights: Share of each named source of the data, of sum 1; None: as they are.

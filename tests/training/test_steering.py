@@ -55,6 +55,8 @@ def tries(
 
 @pytest.fixture(autouse=True)
 def controllers(monkeypatch):
+    # A trial puts the batches back, for which a window is packed again.
+    monkeypatch.setattr("memopt.text.batches.WINDOW_TOKENS", 2**10)
     for make in (follows, grows, tries):
         monkeypatch.setitem(CONTROLLERS, make.__name__, Entry(make, "In tests."))
 
