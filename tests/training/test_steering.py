@@ -137,7 +137,10 @@ def test_a_step_of_two_batches_is_that_of_one_batch_with_all_rows(config):
     np.testing.assert_allclose(own["gradient_norm"], metrics["gradient_norm"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"release": True, "accumulation": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"release": True, "accumulation": 2}, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", ["grows", "tries"])
 def test_a_run_that_was_stopped_makes_the_same_decisions(config, tmp_path, name, options):
     config = change(config, controller=name, **options)
