@@ -253,7 +253,7 @@ def run(config: Config) -> list[dict[str, float]]:
 
 
 def find(results: Sequence[dict[str, Any]], row: str, seed: int) -> list[dict[str, float]]:
-    """What was measured in a run; nothing if it has not been trained."""
+    """Measurements of a run; none if it has not been trained."""
     found = (r["points"] for r in results if (r["row"], r["seed"]) == (row, seed))
     return next(found, [])
 

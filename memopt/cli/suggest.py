@@ -72,7 +72,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Suggestion:
-    """What one law recommends.
+    """Recommendation of one law.
 
     Attributes:
         law: Its name.
@@ -216,7 +216,7 @@ def suggestions(options: Options) -> dict[str, Any]:
 def _by_size(
     model: llama.LlamaConfig, parameters: int, tokens: float, given: float | None, optimizer: str
 ) -> list[Suggestion]:
-    """What follows from the sizes alone."""
+    """Recommendations that need only the sizes of model and data."""
     rows = []
     batch = given
     if optimizer in STEP_LAW_OPTIMIZERS:
@@ -276,7 +276,7 @@ def _by_size(
 def _by_noise(
     loaded: LoadedModel, noise: MeasuredNoise, tokens: float, given: float | None, optimizer: str
 ) -> list[Suggestion]:
-    """What follows from the noise that was measured in a run."""
+    """Recommendations from the noise that was measured in a run."""
     assert loaded.config
     assert loaded.step is not None
     text = loaded.config.text

@@ -212,7 +212,7 @@ def test_rewarm_begins_its_new_data_where_it_says():
 
 @pytest.mark.parametrize("name", schedules.names())
 def test_a_schedule_of_tokens_is_one_of_steps(name):
-    """Of 2^40 tokens, of which int32 holds a 512th part."""
+    """int32 holds a 512th part of 2^40 tokens."""
     options = {"decay_steps": 2**37} if "decay_steps" in schedules.SHAPES[name].defaults else {}
     if name == "power":
         options |= {"tokens_per_step": 1, "batch_sequences": 1024}

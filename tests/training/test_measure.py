@@ -1,4 +1,4 @@
-"""What steps measure of their micro-batches' gradients: the same numbers, however it is done."""
+"""Measurements of micro-batches' gradients are the same in every kind of step."""
 
 import dataclasses
 import functools
@@ -62,7 +62,7 @@ def test_micro_batches_count_by_their_tokens_and_nothing_else_changes(kind):
 
 
 def test_a_measured_variance_is_never_negative():
-    """Of equal weights the mean square of these gradients would be less than the square of ḡ."""
+    """With equal weights the mean square of these gradients would be less than that of ḡ."""
     loss = lambda w, batch: (jnp.sum(batch["t"] * batch["y"] * w), jnp.sum(batch["t"]))
     batch = {"t": jnp.array([1.0, 99.0]), "y": jnp.array([0.0, 1.0])}
     _, metrics = run(

@@ -1,4 +1,4 @@
-"""What to do to the learning rate when the batch changes."""
+"""Rules that scale hyperparameters when the batch changes."""
 
 import math
 from typing import NamedTuple

@@ -11,7 +11,7 @@ STEP_LAW_RANGES = {"parameters": (2e8, 1.1e9), "tokens": (2e9, 1e11)}
 
 
 class StepLaw(NamedTuple):
-    """What Step Law recommends.
+    """Recommendation of Step Law.
 
     Attributes:
         learning_rate: The highest learning rate.

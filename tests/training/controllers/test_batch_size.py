@@ -205,7 +205,7 @@ GRADIENTS = (X @ W - Y)[:, None] * X + 4.0
 
 
 def measured(pieces):
-    """What a step measures, in float64, of micro-batches of given rows."""
+    """Measurements of micro-batches of given rows, in float64."""
     each = np.stack([GRADIENTS[list(rows)].mean(0) for rows in pieces])
     mean = each.mean(0)
     return seen(
