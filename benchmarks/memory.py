@@ -29,10 +29,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import hlo, training_step
-from benchmarks.compilers import GPUS, Chip, devices
+from benchmarks import training_step
 from benchmarks.report import GIB, save
 from benchmarks.training_step import State, TrainingStep, Weights
+from memopt.planning import hlo
+from memopt.planning.chips import GPUS, Chip, devices
 from memopt.planning.step_memory import step_memory
 from memopt.state.quantized_params import is_quantized
 

@@ -24,9 +24,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import hlo, memory
+from benchmarks import memory
 from benchmarks.machine import versions
 from benchmarks.report import GIB, save
+from memopt.planning import hlo
 from memopt.training.placement import parse_mesh
 
 BASELINE = "sgd"

@@ -33,13 +33,13 @@ from rich.console import Console
 from rich.table import Table
 
 import memopt
-from benchmarks import hlo
-from benchmarks.compilers import Tpu, devices
 from benchmarks.machine import versions
 from benchmarks.report import save
 from benchmarks.step_time import COLORS
 from benchmarks.updates import between_refreshes
 from memopt.optimizers.registry import METHODS
+from memopt.planning import hlo
+from memopt.planning.chips import Tpu, devices
 from memopt.state.quantized_state import QuantizedState
 
 LAYERS, D, FF = 4, 4096, 11008

@@ -4,15 +4,16 @@ import json
 
 import pytest
 
-from benchmarks import compilers, memory
+from benchmarks import memory
 from benchmarks.report import GIB
+from memopt.planning import chips
 
 
 @pytest.mark.parametrize(("chip", "extra"), [("v5e", "aot"), ("rtx4090", "aot-gpu")])
 def test_a_missing_compiler_says_what_to_install(monkeypatch, chip, extra):
-    monkeypatch.setattr(compilers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=rf"pip install 'memopt\[{extra}\]'"):
-        compilers.devices(chip)
+        chips.devices(chip)
 
 
 RESULTS = memory.Options().output.parent

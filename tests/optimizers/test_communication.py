@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 import memopt
-from benchmarks import compilers, hlo
 from memopt.optimizers.registry import METHODS
+from memopt.planning import chips, hlo
 from tests.optimizers.kinds import KINDS, slow_unless
 
 PARAMS = {
@@ -83,7 +83,7 @@ def test_nothing_whole_moves_between_devices(name):
 @pytest.mark.parametrize("name", memopt.available())
 def test_nothing_whole_moves_between_chips(name):
     """Compiled for 4×4 chips of v5e."""
-    check(name, compilers.devices("v5e", 16))
+    check(name, chips.devices("v5e", 16))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 import memopt
-from benchmarks import hlo
 from memopt import projectors, recombine
+from memopt.planning import hlo
 from tests.optimizers import pairings
 
 SHAPE = (16, 512, 1024)

@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 import memopt
-from benchmarks import hlo
 from memopt import projectors
+from memopt.planning import hlo
 from memopt.transforms import eigenbasis
 
 STACK = (2, 12, 8)

@@ -11,9 +11,9 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from benchmarks import traffic
-from benchmarks.compilers import devices
 from memopt.axis_types import on_auto_axes, spec_of
 from memopt.matrices import Matrix, layout_of
+from memopt.planning.chips import devices
 from memopt.transforms.project_and_norm import _kernel, _on_shards, project_and_norm
 from memopt.transforms.subspace import matrix_spec
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 
-from benchmarks import hlo
+from memopt.planning import hlo
 
 SIDE = 64
 SIZE = 4 * SIDE * SIDE

@@ -1,0 +1,1 @@
+"""Optimizers compared, each tuned with the same budget."""
