@@ -1,30 +1,30 @@
 """`memopt controllers`: lists the controllers, which decide between steps how a run goes on."""
 
 import dataclasses
-import json
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
+from rich.console import Console
 
 from memopt.cli import listing
-from memopt.docstrings import argument_help
+from memopt.cli.arguments import Names
 from memopt.training.controllers import CONTROLLERS
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """List the controllers, for `--controller`, or describe one and its `--controller-option`s.
+    """List the controllers, for `--controller`, or describe some and their `--controller-option`s.
 
     A controller sees the metrics of each step, and may change the learning rate, the batch or the
     mixture of the data.
     In a file or a pipe, the list has a line for each controller, with tabs between its columns.
 
     Attributes:
-        name: The controller to describe; if left out, all are listed.
+        names: The controllers to describe; if left out, all are listed.
         json: Print JSON.
     """
 
-    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="NAME")] = None
+    names: Names = ()
     json: bool = False
 
 
@@ -32,18 +32,16 @@ def controllers(arguments: list[str]) -> None:
     """Runs `memopt controllers` with these arguments."""
     config = (tyro.conf.FlagCreatePairsOff,)
     options = tyro.cli(Options, prog="memopt controllers", args=arguments, config=config)
-    names = sorted(CONTROLLERS) if options.name is None else [options.name]
-    listing.choose("controller", names, sorted(CONTROLLERS))
-    described = {name: describe(name) for name in names}
-    console = listing.make_console()
-    if options.json:
-        print(json.dumps(described if options.name is None else described[options.name], indent=2))
-    elif options.name is not None:
-        console.print(f"{options.name}: {described[options.name]['when']}")
-        listing.print_options("--controller-option", described[options.name]["options"], console)
-    else:
-        rows = [(name, found["when"]) for name, found in described.items()]
-        listing.print_list(("name", "when to choose it"), rows, console)
+    listing.choose("controller", options.names, sorted(CONTROLLERS))
+    listing.show(
+        options.names,
+        sorted(CONTROLLERS),
+        describe=describe,
+        show_one=_show,
+        columns=("name", "when to choose it"),
+        row=lambda name, found: (name, found["when"]),
+        as_json=options.json,
+    )
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -53,6 +51,11 @@ def describe(name: str) -> dict[str, Any]:
         >>> describe("autolrs")["options"]["candidates"]
         {'default': 10, 'help': 'Learning rates that are tried before a stage.'}
     """
-    entry = CONTROLLERS[name]
-    options = listing.describe_options(entry.defaults, argument_help(entry.make))
-    return {"when": entry.when, "options": options}
+    choice = CONTROLLERS[name]
+    options = listing.describe_options(choice.defaults, choice.help)
+    return {"when": choice.when, "options": options}
+
+
+def _show(name: str, described: dict[str, Any], console: Console) -> None:
+    console.print(f"{name}: {described['when']}")
+    listing.print_options("--controller-option", described["options"], console)

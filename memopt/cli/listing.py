@@ -1,6 +1,7 @@
 """Lists of optimizers, schedules and controllers to choose by name, and tables of their options."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -26,6 +27,43 @@ def choose(kind: str, given: Iterable[str], available: Sequence[str]) -> None:
             check_choice(kind, name, available)
     except ValueError as error:
         fail(error)
+
+
+def show(
+    given: Sequence[str],
+    available: Sequence[str],
+    *,
+    describe: Callable[[str], dict[str, Any]],
+    show_one: Callable[[str, dict[str, Any], Console], None],
+    columns: Sequence[str],
+    row: Callable[[str, dict[str, Any]], Sequence[str]],
+    as_json: bool,
+) -> None:
+    """Prints the descriptions of the given names or, without one, the list of all.
+
+    JSON of one name is its description, otherwise an object of them by name.
+
+    Args:
+        given: The names to describe; see `choose`.
+        available: All names.
+        describe: Maps a name to its description, JSON-serialisable.
+        show_one: Prints a description.
+        columns: Titles of the columns of the list.
+        row: Makes a row of the list.
+        as_json: Whether to print JSON.
+    """
+    described = {name: describe(name) for name in given or available}
+    console = make_console()
+    if as_json:
+        shown = described[given[0]] if len(given) == 1 else described
+        print(json.dumps(shown, indent=2, ensure_ascii=False))
+    elif given:
+        for name, found in described.items():
+            if name != given[0]:
+                console.print()
+            show_one(name, found, console)
+    else:
+        print_list(columns, [row(name, found) for name, found in described.items()], console)
 
 
 def describe_options(

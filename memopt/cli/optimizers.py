@@ -1,30 +1,30 @@
 """`memopt optimizers`: what can be trained with, and when to choose it."""
 
 import dataclasses
-import json
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 from rich.console import Console
 
 from memopt.cli import listing
+from memopt.cli.arguments import Names
 from memopt.optimizers import available
 from memopt.optimizers.registry import EXTRA_ARGUMENTS, METHODS
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """List the optimizers, for `--optimizer`, or describe one and its options, for `--option`.
+    """List the optimizers, for `--optimizer`, or describe some and their options, for `--option`.
 
     The state is in numbers for an m×n matrix with the sides p ≤ q; r is the rank and ρ the density.
     In a file or a pipe, the list has a line for each optimizer, with tabs between its columns.
 
     Attributes:
-        name: The optimizer to describe; if left out, all are listed.
+        names: The optimizers to describe; if left out, all are listed.
         json: Print JSON.
     """
 
-    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="NAME")] = None
+    names: Names = ()
     json: bool = False
 
 
@@ -32,17 +32,16 @@ def optimizers(arguments: list[str]) -> None:
     """Runs `memopt optimizers` with these arguments."""
     config = (tyro.conf.FlagCreatePairsOff,)
     options = tyro.cli(Options, prog="memopt optimizers", args=arguments, config=config)
-    names = available() if options.name is None else (options.name,)
-    listing.choose("optimizer", names, available())
-    described = {name: describe(name) for name in names}
-    console = listing.make_console()
-    if options.json:
-        print(json.dumps(described if options.name is None else described[options.name], indent=2))
-    elif options.name is not None:
-        _show(options.name, described[options.name], console)
-    else:
-        columns = ("name", "state", "rate", "when to choose it")
-        listing.print_list(columns, _rows(described), console)
+    listing.choose("optimizer", options.names, available())
+    listing.show(
+        options.names,
+        available(),
+        describe=describe,
+        show_one=_show,
+        columns=("name", "state", "rate", "when to choose it"),
+        row=lambda name, x: (name, x["state"], f"{x['learning_rate']:g}", x["when"]),
+        as_json=options.json,
+    )
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -62,12 +61,6 @@ def describe(name: str) -> dict[str, Any]:
         "needs": EXTRA_ARGUMENTS.get(method.needs, ""),
         "options": listing.describe_options(method.defaults, method.help),
     }
-
-
-def _rows(described: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
-    return [
-        (name, x["state"], f"{x['learning_rate']:g}", x["when"]) for name, x in described.items()
-    ]
 
 
 def _show(name: str, described: dict[str, Any], console: Console) -> None:

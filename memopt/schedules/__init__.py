@@ -2,7 +2,6 @@
 
 from memopt import renamed
 from memopt.schedules.batch_size import BATCH_SHAPES as BATCH_SHAPES
-from memopt.schedules.batch_size import BatchShape as BatchShape
 from memopt.schedules.batch_size import batch_names as batch_names
 from memopt.schedules.batch_size import batch_schedule as batch_schedule
 from memopt.schedules.learning_rate import in_steps as in_steps

@@ -1,26 +1,12 @@
 """Schedules of the batch size, by name."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
+from memopt.docstrings import Choice
 from memopt.errors import check_at_least, check_choice
 
 #: Maps how many batches of the data are used up to how many of them the next step takes.
 BatchSchedule = Callable[[int], int]
-
-
-class BatchShape(NamedTuple):
-    """A row of the table `BATCH_SHAPES`.
-
-    Attributes:
-      make: maps first, last and length to a `BatchSchedule`.
-      when: when to choose it.
-      source: where it is from.
-    """
-
-    make: Callable[[int, int, int], BatchSchedule]
-    when: str
-    source: str
 
 
 def ramp(first: int, last: int, length: int) -> BatchSchedule:
@@ -34,14 +20,14 @@ def doubling(first: int, last: int, length: int) -> BatchSchedule:
     return lambda used: min(last, first << min(used, length) * doublings // length)
 
 
-#: Every schedule of the batch size by name.
-BATCH_SHAPES: dict[str, BatchShape] = {
-    "ramp": BatchShape(
+#: Every schedule of the batch size by name; they map first, last and length to a `BatchSchedule`.
+BATCH_SHAPES: dict[str, Choice] = {
+    "ramp": Choice(
         ramp,
         "small batches suffice early, when gradients agree; each new size is compiled for",
         "GPT-3, 2020, https://arxiv.org/abs/2005.14165, appendix B",
     ),
-    "doubling": BatchShape(
+    "doubling": Choice(
         doubling,
         "as ramp, with few sizes to compile for",
         "Smith et al., 2018, https://arxiv.org/abs/1711.00489, with a factor of 2",

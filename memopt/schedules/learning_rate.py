@@ -11,7 +11,7 @@ import optax
 
 from memopt import renamed
 from memopt.errors import check_at_least, check_choice
-from memopt.schedules.shapes import SHAPES, Span, as_length
+from memopt.schedules.shapes import SHAPES, Span, as_length, warn_without_effect
 
 
 def names() -> tuple[str, ...]:
@@ -53,7 +53,11 @@ def schedule(
       or an array of them, at which the function is differentiable almost everywhere.
 
     Raises:
-      ValueError: the name or an option is unknown, or the parts are longer than the whole.
+      ValueError: the name or an option is unknown, a rate is below 0, or the parts are longer than
+        the whole.
+
+    Warns:
+      UserWarning: a part of the schedule has so few steps that no step is trained with it.
 
     Example:
       >>> rate = schedule("wsd", 1e-2, 100, warmup_steps=10, decay_steps=20)
@@ -66,7 +70,9 @@ def schedule(
     check_choice("schedule", name, SHAPES)
     shape = SHAPES[name]
     _check_options(name, options)
-    _check_finite("peak", peak)
+    for argument, rate in (("peak", peak), ("init_value", init_value), ("end_value", end_value)):
+        _check_finite(argument, rate)
+        check_at_least(argument, rate, 0)
     check_at_least("steps", steps, 1)
     check_at_least("warmup_steps", warmup_steps, 0)
     if warmup_steps >= steps:
@@ -74,12 +80,19 @@ def schedule(
     if end_value is None:
         end_value = (shape.end or 0.0) * peak
     span = Span(peak, end_value, as_length(steps), as_length(warmup_steps))
+    if warmup_steps and span.rest < 2 and not shape.extends:
+        warn_without_effect(f"a fall after warmup_steps={warmup_steps} of steps={steps}")
     made = shape.make(span, **options)
     after = lambda count: made(jnp.clip(count, 0, span.rest))
     top = peak if shape.starts_at_peak else after(0)
     warmup = optax.linear_schedule(init_value, top, span.warmup_steps)
     joined = optax.join_schedules([warmup, after], [span.warmup_steps])
-    return lambda count: joined(_in_range(count))
+
+    def rate(count: jax.typing.ArrayLike) -> jax.Array:
+        value = joined(_in_range(count))
+        return jnp.where(value < 0, 0.0, value)  # compiled, an end of 0 may be rounded to below 0
+
+    return rate
 
 
 def in_steps(tokens_schedule: optax.Schedule, tokens_per_step: int) -> optax.Schedule:

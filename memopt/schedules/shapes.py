@@ -1,16 +1,22 @@
 """The table of decay shapes: what a learning rate does after its warm-up."""
 
+import dataclasses
+import inspect
 import itertools
 import math
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from memopt.docstrings import keyword_defaults
+from memopt.docstrings import Choice
 from memopt.errors import check_above_zero, check_at_least, check_between
+from memopt.schedules.batch_size import BATCH_SHAPES
 
 
 class Span(NamedTuple):
@@ -34,7 +40,8 @@ class Span(NamedTuple):
         return self.steps - self.warmup_steps
 
 
-class Shape(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Shape(Choice):
     """A row of the table `SHAPES`.
 
     Attributes:
@@ -49,22 +56,19 @@ class Shape(NamedTuple):
         at all, so that a run that has not come to its decay may become longer.
     """
 
-    make: Callable[..., optax.Schedule]
-    when: str
-    source: str = ""
     end: float | None = 0.0
     starts_at_peak: bool = True
     extends: bool = False
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The options with their defaults."""
-        return keyword_defaults(self.make)
 
 
 def as_length(number: float) -> float:
     """A number of steps or tokens that JAX can compare a count with: a float if int32 overflows."""
     return number if number < 2**31 else float(number)
+
+
+def warn_without_effect(what: str) -> None:
+    """Warns that a part of a schedule has too few steps to have an effect."""
+    warnings.warn(f"{what} has no effect on any step: it needs more steps.", stacklevel=4)
 
 
 def _part(count: jax.typing.ArrayLike, length: float) -> jax.Array:
@@ -119,6 +123,8 @@ def _then_decay(
             f"warmup_steps={span.warmup_steps} and decay_steps={decay_steps} must leave room in "
             f"steps={span.steps}."
         )
+    if decay_steps < 2:
+        warn_without_effect(f"decay_steps={decay_steps:g} at the end of steps={span.steps}")
     length = as_length(decay_steps)
     return optax.join_schedules([before, decay(length)], [span.rest - length])
 
@@ -260,6 +266,8 @@ def one_cycle(span: Span, *, pct_start: float = 0.3, div_factor: float = 25.0) -
     check_between("pct_start", pct_start, 0, 1)
     check_above_zero("div_factor", div_factor)
     rise = int(pct_start * span.rest)
+    if not rise:
+        warn_without_effect(f"the rise in pct_start={pct_start} of {span.rest} steps")
     return _in_sequence(
         (rise, lambda length: _cosine(span.peak / div_factor, span.peak, length)),
         (span.rest - rise, lambda length: _cosine(span.peak, span.end, length)),
@@ -302,6 +310,8 @@ def rewarm(span: Span, *, new_steps: int | None = None, rewarm: float = 0.01) ->
             f"warmup_steps={span.warmup_steps} and new_steps={new} must leave room in "
             f"steps={span.steps}."
         )
+    if new and 0 < rewarm * new < 1:
+        warn_without_effect(f"the rise in rewarm={rewarm} of new_steps={new}")
     fall = lambda length: _cosine(span.peak, span.end, length)
     return _in_sequence(
         (span.rest - new, fall),
@@ -333,6 +343,8 @@ def restarts(
     if not math.isfinite(sums[-1]):
         raise ValueError(f"length_factor={length_factor} is too large for {cycles} cycles.")
     ends = [0, *(max(1, round(part / sums[-1] * span.rest)) for part in sums)]
+    if left_out := cycles - len({*ends[1:]}):
+        warn_without_effect(f"{left_out} of cycles={cycles} in {span.rest} steps")
     peaks = [span.peak * peak_factor**i for i in range(cycles)]
     return _in_sequence(
         *(
@@ -369,14 +381,14 @@ SHAPES: dict[str, Shape] = {
     "wsd_exponential": Shape(
         wsd_exponential,
         "as wsd, with MiniCPM's decay, which is fast at first",
-        "Hu et al., MiniCPM, 2024, https://arxiv.org/abs/2404.06395, section 4",
+        "Hu et al., MiniCPM, 2024, https://arxiv.org/abs/2404.06395, sections 4.2 and 6.2",
         end=0.1,
         extends=True,
     ),
     "wsd_sqrt": Shape(
         wsd_sqrt,
         "as wsd; in its paper better than a linear decay of the same length",
-        "Hägele et al., 2024, https://arxiv.org/abs/2405.18392, section 4.1",
+        "Hägele et al., 2024, https://arxiv.org/abs/2405.18392, section 3.2",
         extends=True,
     ),
     "rex": Shape(
@@ -423,12 +435,15 @@ SHAPES: dict[str, Shape] = {
 def register(name: str, shape: Shape) -> None:
     '''Adds a shape of your own to `SHAPES`: it is then checked, listed and trained with as ours.
 
+    It is made once for 1000 steps with its defaults, to see whether it works.
+
     Args:
-      name: its name.
+      name: its name, of letters, digits, "_" and "-"; that of no other schedule.
       shape: its row.
 
     Raises:
-      ValueError: the name is taken.
+      ValueError: the name is taken or no such word, or `shape` is not a `Shape` whose function maps
+        a `Span` and options with defaults, by keyword only, to an Optax schedule.
 
     Example:
       >>> def staircase(span, *, stairs=4):
@@ -447,7 +462,44 @@ def register(name: str, shape: Shape) -> None:
       [1.0, 1.0, 0.5, 0.0, 0.0]
       >>> SHAPES.pop("staircase").defaults
       {'stairs': 4}
+      >>> register("staircase", staircase)
+      Traceback (most recent call last):
+      ValueError: shape must be a Shape, as Shape(staircase, "when to choose it"), got function.
     '''
-    if name in SHAPES:
-        raise ValueError(f"schedule {name!r} is there already.")
+    if not (isinstance(name, str) and re.fullmatch(r"[\w-]+", name)):
+        raise ValueError(f'name must be a word of letters, digits, "_" and "-", got {name!r}.')
+    if name in SHAPES or name in BATCH_SHAPES:
+        raise ValueError(f"name {name!r} is that of a schedule already: choose another.")
+    if not isinstance(shape, Shape):
+        example = f'as Shape({getattr(shape, "__name__", "make")}, "when to choose it")'
+        raise ValueError(f"shape must be a Shape, {example}, got {type(shape).__name__}.")
+    _check_make(name, shape)
     SHAPES[name] = shape
+
+
+def _check_make(name: str, shape: Shape) -> None:
+    """Raises unless the function of a shape makes Optax schedules."""
+    if not callable(shape.make):
+        raise ValueError(f"make of {name!r} must be a function, got {shape.make!r}.")
+    by_place, *options = inspect.signature(shape.make).parameters.values() or [None]
+    if by_place is None or by_place.kind not in (
+        by_place.POSITIONAL_ONLY,
+        by_place.POSITIONAL_OR_KEYWORD,
+    ):
+        raise ValueError(f"make of {name!r} must take a Span first.")
+    for option in options:
+        if option.kind is not option.KEYWORD_ONLY or option.default is option.empty:
+            raise ValueError(
+                f"make of {name!r} must take its options by keyword only, each with a default, as "
+                f"(span, *, {option.name}=…), got {option}."
+            )
+    try:
+        made = shape.make(Span(1.0, shape.end or 0.0, 1000, 100))
+        rate = np.asarray(made(jnp.int32(0)))
+    except Exception as error:
+        raise ValueError(f"make of {name!r} fails for 1000 steps: {error}") from error
+    if rate.shape or not np.issubdtype(rate.dtype, np.number) or not np.isfinite(rate):
+        raise ValueError(
+            f"make of {name!r} must make a schedule that maps a step to a finite number, got "
+            f"{rate!r} for step 0."
+        )

@@ -1,5 +1,4 @@
 """Controllers by name, for `memopt pretrain --controller NAME`."""
 
 from memopt.training.controllers.registry import CONTROLLERS as CONTROLLERS
-from memopt.training.controllers.registry import Entry as Entry
 from memopt.training.controllers.registry import controller as controller

@@ -1,9 +1,9 @@
 """The table of controllers."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, get_type_hints
+from collections.abc import Mapping
+from typing import Any, get_type_hints
 
-from memopt.docstrings import keyword_defaults
+from memopt.docstrings import Choice
 from memopt.errors import check_choice
 from memopt.training.config import check_type
 from memopt.training.control import Controller, Plan
@@ -14,48 +14,31 @@ from memopt.training.controllers.dynamic_mixture import dynamic_mixture
 from memopt.training.controllers.noise_ramp import noise_ramp
 
 
-class Entry(NamedTuple):
-    """A controller that can be chosen by name.
-
-    Attributes:
-        make: Maps a `Plan`, and options by keyword, to a `Controller`; its options' types are
-            annotated.
-        when: When to choose it, and when it does not pay.
-    """
-
-    make: Callable[..., Controller]
-    when: str
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The options with their defaults."""
-        return keyword_defaults(self.make)
-
-
-#: Every controller by name.
-CONTROLLERS: dict[str, Entry] = {
-    "adadagrad": Entry(
+#: Every controller by name. Each maps a `Plan`, and options by keyword whose types are annotated, to a
+#: `Controller`.
+CONTROLLERS: dict[str, Choice] = {
+    "adadagrad": Choice(
         adadagrad,
         "Choose it if many devices share a step and the batch should grow as soon as its gradient "
         "is too noisy; it does not pay on one device, where a larger batch only takes longer.",
     ),
-    "autolrs": Entry(
+    "autolrs": Choice(
         autolrs,
         "Choose it if no schedule is known to suit the model or the data: it finds the learning "
         "rate of each stage by trials. It does not pay if one is known, since it doubles the "
         "steps, nor in runs of fewer than some thousand steps.",
     ),
-    "batch_schedule": Entry(
+    "batch_schedule": Choice(
         batch_schedule,
         "Choose it if many devices share a step and the growth of the batch is known beforehand; "
         "it does not pay on one device, where a larger batch only takes longer.",
     ),
-    "dynamic_mixture": Entry(
+    "dynamic_mixture": Choice(
         dynamic_mixture,
         "Choose it if the data has several sources and you know what loss each should reach; it "
         "does not pay without such references, or if one source alone matters.",
     ),
-    "noise_ramp": Entry(
+    "noise_ramp": Choice(
         noise_ramp,
         "Choose it if many devices share a step and the batch should stay near the critical one; "
         "it does not pay if the run's batch is above that throughout, nor on one device.",
