@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 from tyro import conf
 
 #: The names of what a command describes; without one, it lists all.
-Names = Annotated[conf.Positional[tuple[str, ...]], conf.arg(metavar="[NAME ...]", help_behavior_hint="")]
+Names = Annotated[
+    conf.Positional[tuple[str, ...]], conf.arg(metavar="[NAME ...]", help_behavior_hint="")
+]
 
 #: The checkpoint of a run to read.
 Step = Annotated[

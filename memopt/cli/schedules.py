@@ -2,8 +2,8 @@
 
 import dataclasses
 import inspect
-import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,11 +13,13 @@ import tyro
 from rich.console import Console
 
 from memopt.cli import listing
+from memopt.cli.arguments import Names
 from memopt.cli.errors import fail
-from memopt.docstrings import argument_help, keyword_defaults
-from memopt.errors import check_at_least
-from memopt.schedules import BATCH_SHAPES, SHAPES, batch_names, batch_schedule, names
+from memopt.errors import check_at_least, check_choice
+from memopt.schedules import BATCH_SHAPES, SHAPES, batch_names, names
 from memopt.training.config import Config, Optimization, Text
+from memopt.training.control import Losses, Plan, Seen
+from memopt.training.controllers import CONTROLLERS, controller
 from memopt.training.phases import check_shares, follow
 from memopt.training.plots import Curve, plot_panels
 from memopt.training.writing import why
@@ -25,17 +27,18 @@ from memopt.training.writing import why
 #: Columns of a curve in the list, and those and the lines of one that is shown alone.
 SPARKLINE, WIDE, HIGH = 24, 72, 8
 
-#: Batches of a step at the end of the curves of batches, which begin with one.
-LAST_BATCH = 8
+#: What a schedule of each kind counts. Without a controller, a step uses up one batch.
+COUNTED = {"learning rate": "step", "batch": "batches used up"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """List the schedules, for `--schedule`, or describe some and plot them.
+    """List the schedules, or describe some, and plot them.
 
-    The curves are those of `memopt pretrain` with the same options. The schedules of the batch are
-    for `--controller batch_schedule`. In a file or a pipe, the list has a line for each schedule,
-    with tabs between its columns.
+    The curves are those of `memopt pretrain` with the same options. The schedules of the learning
+    rate are for `--schedule`; those of the batch, ramp and doubling, are the shapes of
+    `--controller batch_schedule`, and count the batches that are used up.
+    In a file or a pipe, the list has a line for each schedule, with tabs between its columns.
 
     Attributes:
         names: The schedules to describe; if left out, all are listed.
@@ -44,14 +47,15 @@ class Options:
         warmup: Share of the steps in which the learning rate rises from 0.
         decay: Share of the steps in which wsd, wsd_exponential, wsd_sqrt and power decay.
         final_learning_rate: Learning rate at the end, as a share of the highest.
-        schedule_option: Argument of a schedule, such as cycles=3, with one NAME.
+        schedule_option: An option of the schedule, such as cycles=3 of restarts or last=16 of
+            doubling; with one NAME, whose description lists them.
         batch_size: Rows of a batch, by which power goes.
         seq_len: Tokens of a row, by which power goes.
-        plot: Draw the curves into a PNG: learning rates above batches, if there are both.
+        plot: Draw the curves into a PNG file: learning rates above batches, if there are both.
         json: Print JSON.
     """
 
-    names: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME ...")] = ()
+    names: Names = ()
     steps: int = 1000
     peak: float = 5e-3
     warmup: float = 0.1
@@ -79,29 +83,38 @@ def schedules(arguments: list[str]) -> None:
         curves = {name: curve(name, options) for name in chosen}
     except ValueError as error:
         fail(error)
-    described = {name: describe(name) for name in chosen}
     if options.plot:
-        panels: dict[str, dict[str, Curve]] = {}
-        for name in sorted(chosen, key=available.index):
-            panel = panels.setdefault(described[name]["kind"], {})
-            panel[name] = np.arange(len(curves[name])), curves[name], {}
-        try:
-            plot_panels(panels, options.plot, x="step")
-        except OSError as error:
-            fail(f"plot {str(options.plot)!r} cannot be written ({why(error)}).")
-    console = listing.make_console()
-    if options.json:
-        shown = described[chosen[0]] if len(options.names) == 1 else described
-        print(json.dumps(shown, indent=2, ensure_ascii=False))
-    elif options.names:
-        for name in chosen:
-            _show(name, described[name], curves[name], console)
-    else:
-        rows = [
-            (name, bars(_sampled(curves[name], SPARKLINE))[0], found["when"])
-            for name, found in described.items()
-        ]
-        listing.print_list(("name", f"{options.steps} steps", "when to choose it"), rows, console)
+        _plot(curves, options.plot)
+    listing.show(
+        options.names,
+        available,
+        describe=describe,
+        show_one=lambda name, found, console: _show(name, found, curves[name], console),
+        columns=("name", f"{options.steps} steps", "when to choose it"),
+        row=lambda name, found: (name, bars(_sampled(curves[name], SPARKLINE))[0], found["when"]),
+        as_json=options.json,
+    )
+
+
+def _plot(curves: Mapping[str, np.ndarray], image: Path) -> None:
+    """Draws curves into a PNG file, and says so on standard error: the list may go to a pipe."""
+    if image.suffix.lower() != ".png":
+        fail(f"plot must be a file whose name ends with .png, got {str(image)!r}.")
+    panels: dict[str, dict[str, Curve]] = {}
+    for i, (name, values) in enumerate(curves.items()):
+        style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
+        panel = panels.setdefault(_kind(name), {})
+        panel[name] = np.arange(len(values)), values, style
+    panels = {kind: panels[kind] for kind in COUNTED if kind in panels}
+    try:
+        plot_panels(panels, image, x=COUNTED[[*panels][-1]])
+    except OSError as error:
+        fail(f"plot {str(image)!r} cannot be written ({why(error)}).")
+    print(f"memopt: the curves are drawn in {image}", file=sys.stderr)
+
+
+def _kind(name: str) -> str:
+    return "learning rate" if name in SHAPES else "batch"
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -113,14 +126,14 @@ def describe(name: str) -> dict[str, Any]:
         ('learning rate', 4)
     """
     shape = SHAPES.get(name) or BATCH_SHAPES[name]
+    options = SHAPES.get(name) or CONTROLLERS["batch_schedule"]
+    defaults = {option: x for option, x in options.defaults.items() if option != "shape"}
     return {
-        "kind": "learning rate" if name in SHAPES else "batch",
+        "kind": _kind(name),
         "when": shape.when,
         "source": shape.source,
         "description": _described(shape.make),
-        "options": listing.describe_options(
-            keyword_defaults(shape.make), argument_help(shape.make)
-        ),
+        "options": listing.describe_options(defaults, options.help),
     }
 
 
@@ -132,6 +145,8 @@ def _described(function: Callable) -> str:
 
 def curve(name: str, options: Options) -> np.ndarray:
     """Returns the values of a schedule from the first step to the one after the last.
+
+    Schedules of the batch have one for each number of batches that are used up.
 
     Args:
         name: Its name.
@@ -146,12 +161,6 @@ def curve(name: str, options: Options) -> np.ndarray:
     """
     for argument, least in (("steps", 1), ("peak", 0), ("batch_size", 1), ("seq_len", 1)):
         check_at_least(argument, getattr(options, argument), least)
-    counts = np.arange(options.steps + 1)
-    if name in BATCH_SHAPES:
-        if options.schedule_option:
-            raise ValueError(f"schedule_option must be left out: {name!r} has no options.")
-        batches = batch_schedule(name, 1, LAST_BATCH, options.steps)
-        return np.array([batches(int(count)) for count in counts])
     optimization = Optimization(
         schedule=name,
         schedule_option=options.schedule_option,
@@ -163,8 +172,29 @@ def curve(name: str, options: Options) -> np.ndarray:
     )
     check_shares(optimization)
     text = Text(batch_size=options.batch_size, seq_len=options.seq_len)
-    rate = follow(Config(text=text, optimization=optimization).phases)
-    return np.asarray(jax.jit(jax.vmap(rate))(counts))
+    config = Config(text=text, optimization=optimization)
+    if name in BATCH_SHAPES:
+        return _batches(name, config)
+    return np.asarray(jax.jit(jax.vmap(follow(config.phases)))(np.arange(options.steps + 1)))
+
+
+def _batches(name: str, config: Config) -> np.ndarray:
+    """The batches of a step by how many are used up, as the controller of a run decides them."""
+    for option in config.schedule_options:
+        check_choice(f"option of {name}:", option, describe(name)["options"])
+    steps, text = config.optimization.steps, config.text
+    plan = Plan(steps, 0, 1.0, text.batch_size, 1, text.seq_len, steps, {"": 1.0})
+    made = controller("batch_schedule", plan, {"shape": name, **config.schedule_options})
+    state = made.init()
+
+    def batches(used: int) -> int:
+        return made.update(state, Seen(used, used, {}), _no_trial)[1].batches
+
+    return np.array([batches(used) for used in range(steps + 1)])
+
+
+def _no_trial(learning_rate: float, steps: int, *, validate_every: int | None = None) -> Losses:
+    raise NotImplementedError
 
 
 def bars(values: Sequence[float] | np.ndarray, lines: int = 1) -> list[str]:
@@ -201,7 +231,7 @@ def _show(name: str, described: dict[str, Any], values: np.ndarray, console: Con
     console.print()
     for line, text in enumerate(bars(_sampled(values, WIDE), HIGH)):
         console.print(f"{top if line == 0 else '':>9} {text}", soft_wrap=True)
-    last = f"step {len(values) - 1}: {end}"
+    last = f"{COUNTED[described['kind']]} {len(values) - 1}: {end}"
     console.print(f"{'':>9} 0{last:>{WIDE - 1}}", soft_wrap=True)
-    listing.print_options("--schedule-option", described["options"], console)
-    console.print()
+    in_a_run = "" if name in SHAPES else " (in a run: --controller-option)"
+    listing.print_options(f"--schedule-option{in_a_run}", described["options"], console)

@@ -44,7 +44,9 @@ def forecast(
 
     Outliers are dropped, see `drop_outliers`, and an exponential is fitted to the other losses. The
     authors' code fits it to a spline through them, which is a parabola unless losses are large, and
-    then not exact for losses that do follow an exponential.
+    then not exact for losses that do follow an exponential. Once it compares validation losses, it
+    takes the last of them in place of the forecast if one is not below the loss at which the first
+    search began; that is left out here.
 
     A forecast ten times as far ahead as the losses reach is good to about their noise if the curve
     flattens within them.
@@ -84,6 +86,8 @@ def drop_outliers(
     steps: np.ndarray, losses: np.ndarray, *, validation: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Drops losses in the first half of the steps that are far from a spline of degree 2.
+
+    Degree, rounds, share and the rule for validation losses are those of the authors' code.
 
     Args:
       steps: the steps, (n,), increasing.

@@ -10,7 +10,12 @@ import numpy as np
 import optax
 
 from memopt.models import llama
-from memopt.schedules.laws import NoiseScale, noise_scale, noise_scale_by_sizes
+from memopt.schedules.laws import (
+    MeasuredRun,
+    NoiseScale,
+    noise_scale,
+    noise_scale_by_sizes,
+)
 from memopt.training.batches import find_text, open_batches
 from memopt.training.data import read_history
 from memopt.training.load import LoadedModel
@@ -95,6 +100,26 @@ def measure_noise(loaded: LoadedModel) -> MeasuredNoise:
         batches.close()
     loss_a_token = float(np.average(losses, weights=tokens))
     return _estimate(np.array(squares), loss_a_token, float(np.mean(tokens)))
+
+
+def summarize_run(loaded: LoadedModel, noise: MeasuredNoise) -> MeasuredRun:
+    """Returns what `memopt.schedules.laws.suggest` takes of a run.
+
+    Args:
+        loaded: The model of the run.
+        noise: What `measure_noise` returned for it.
+    """
+    assert loaded.config and loaded.step is not None
+    text = loaded.config.text
+    return MeasuredRun(
+        loss=noise.loss,
+        noise_batch=noise.by_rows.batch * noise.tokens_per_row,
+        batch_tokens=text.batch_size * noise.tokens_per_row,
+        tokens_seen=float(loaded.step * text.batch_size * text.seq_len),
+        learning_rate=loaded.config.highest_learning_rate,
+        optimizer=loaded.config.optimization.optimizer,
+        vocab_size=loaded.model_config.vocab_size,
+    )
 
 
 def _estimate(squares: np.ndarray, loss: float, tokens: float) -> MeasuredNoise:

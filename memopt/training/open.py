@@ -237,7 +237,10 @@ def _resumed_options(directory: Path, there: Config, given: Config) -> Config:
 def _check_options(config: Config) -> None:
     """Raises if options do not go together, before anything is read."""
     if config.optimization.rewarm and not (config.run.resume and config.optimization.schedule):
-        raise ValueError("rewarm goes with --resume and --schedule; a new run has --warmup.")
+        raise ValueError(
+            "rewarm raises the learning rate again for a new schedule of a resumed run: it goes "
+            "with --resume and --schedule NAME; a new run has --warmup."
+        )
     if config.start.init is None and config.start != Start():
         raise ValueError("grow and carry_state go with --init, the model to start from.")
     with errors_in_all_processes():

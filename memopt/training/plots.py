@@ -12,6 +12,9 @@ from memopt.training.writing import write_whole
 #: The x and y of each point of a curve, and how Matplotlib draws it.
 Curve = tuple[ArrayLike, ArrayLike, dict[str, Any]]
 
+#: Curves whose legend fits between them; that of more is beside the plot.
+FEW, BESIDE = 4, {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+
 
 def plot_curves(curves: Mapping[str, Curve], image: Path, *, x: str, y: str) -> None:
     """Draws curves into one plot, as a PNG.
@@ -48,7 +51,7 @@ def plot_panels(panels: Mapping[str, Mapping[str, Curve]], image: Path, *, x: st
             axes.plot(xs, ys, label=label, **style)
         axes.set(xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(**(BESIDE if len(curves) > FEW else {}))
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
     write_whole(image, drawn.getvalue())

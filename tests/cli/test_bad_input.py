@@ -94,7 +94,7 @@ def pretrain(complain, tmp_path):
         (["--accumulation=3"], "accumulation=3 does not divide batch_size=8"),
         (["--steps=0"], "steps must be at least 1"),
         (["--warmup=2"], "warmup must be between 0 and 1"),
-        (["--rewarm=0.1"], "rewarm goes with --resume and --schedule"),
+        (["--rewarm=0.1"], "it goes with --resume and --schedule NAME"),
         (["--learning-rate=-1"], "learning_rate must be at least 0"),
         (["--learning-rate=nan"], "learning_rate must be at least 0"),
         (["--eval-every=0"], "eval_every must be at least 1"),

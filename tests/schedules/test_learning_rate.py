@@ -94,6 +94,7 @@ def test_one_number_an_array_and_a_compiled_number_give_the_same(name):
         np.testing.assert_allclose(np.array(others, np.float32), one, rtol=3e-6, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:.*has no effect on any step")
 @pytest.mark.parametrize("warmup", [0, 1, 50, 99])
 @pytest.mark.parametrize("name", schedules.names())
 def test_each_shape_warms_up_and_keeps_its_last_value(name, warmup):
@@ -127,6 +128,7 @@ def test_the_slope_is_that_of_the_curve_and_never_nan(name):
         assert np.isfinite(jax.jit(slopes)(edges)).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*has no effect on any step")
 @pytest.mark.parametrize("name", schedules.names())
 def test_counts_beyond_what_floats_hold_are_told_apart_around_each_boundary(name):
     """A warm-up of 100 steps more than 2^25 after a start: int32 is exact, float32 is not."""
@@ -168,9 +170,9 @@ def test_inverse_sqrt_is_that_of_the_transformer():
 def test_power_gives_the_papers_rate_after_ten_trillion_tokens():
     """The rate that the paper prints for a batch of 1024 is 0.0011; here with its a = 4."""
     tokens = 10**13
-    rate = schedules.schedule("power", 0.02, 2 * tokens // 2**22, decay_steps=1)
+    rate = schedules.schedule("power", 0.02, 2 * tokens // 2**22, decay_steps=2)
     np.testing.assert_allclose(rate(tokens // 2**22), 1024 * 4 * tokens**-0.51, rtol=1e-5)
-    start = schedules.schedule("power", 0.02, 10**4, tokens_seen=tokens, decay_steps=1)
+    start = schedules.schedule("power", 0.02, 10**4, tokens_seen=tokens, decay_steps=2)
     np.testing.assert_allclose(start(0), rate(tokens // 2**22), rtol=1e-5)
 
 
@@ -245,10 +247,64 @@ def test_a_shape_of_ones_own_is_checked_and_follows_its_options(monkeypatch):
         assert "step" in schedules.names()
         with pytest.raises(ValueError, match="option of step: 'att' is unknown; did you mean 'at'"):
             schedules.schedule("step", 1.0, 100, att=1)
-        with pytest.raises(ValueError, match="'step' is there already"):
-            schedules.register("step", schedules.Shape(step, "again"))
+        for taken in ("step", "wsd", "ramp"):
+            with pytest.raises(ValueError, match=f"'{taken}' is that of a schedule already"):
+                schedules.register(taken, schedules.Shape(step, "again"))
     finally:
         del schedules.SHAPES["step"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "says"),
+    [
+        ("my own", schedules.Shape(schedules.shapes.linear, "x"), "must be a word of letters"),
+        ("", schedules.Shape(schedules.shapes.linear, "x"), "must be a word of letters"),
+        ("own", schedules.shapes.linear, r"as Shape\(linear, .*got function"),
+        ("own", schedules.Shape("linear", "x"), "must be a function, got 'linear'"),
+        ("own", schedules.Shape(lambda: None, "x"), "must take a Span first"),
+        ("own", schedules.Shape(lambda span, stairs=4: None, "x"), r"by keyword only.*stairs=4"),
+        ("own", schedules.Shape(lambda span, *, stairs: None, "x"), "each with a default"),
+        ("own", schedules.Shape(lambda span: 0.1, "x"), "'float' object is not callable"),
+        ("own", schedules.Shape(lambda span: lambda count: "x", "x"), "to a finite number"),
+        ("own", schedules.Shape(lambda span: lambda count: jnp.nan * count, "x"), "got array.nan"),
+        ("own", schedules.Shape(lambda span: lambda: 1.0, "x"), "fails for 1000 steps: "),
+    ],
+)
+def test_what_makes_no_schedules_is_not_registered(name, shape, says):
+    with pytest.raises(ValueError, match=says):
+        schedules.register(name, shape)
+    assert name not in schedules.SHAPES
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "says"),
+    [
+        (
+            ("wsd", 1.0, 10),
+            {"warmup_steps": 9},
+            "decay_steps=1 at the end of steps=10 has no effect",
+        ),
+        (("power", 1.0, 9), {}, "decay_steps=1 at the end of steps=9"),
+        (("cosine", 1.0, 10), {"warmup_steps": 9}, "a fall after warmup_steps=9 of steps=10"),
+        (("one_cycle", 1.0, 3), {}, "the rise in pct_start=0.3 of 3 steps"),
+        (("rewarm", 1.0, 10), {}, "the rise in rewarm=0.01 of new_steps=5"),
+        (("restarts", 1.0, 3), {}, "1 of cycles=4 in 3 steps"),
+    ],
+)
+def test_a_part_that_no_step_is_trained_with_is_said(given, options, says):
+    with pytest.warns(UserWarning, match=says):
+        schedules.schedule(*given, **options)
+
+
+def test_a_compiled_schedule_never_falls_below_zero():
+    """Such as to −1.5e-8 by fused arithmetic."""
+    for name in ("wsd", "linear", "wsd_sqrt"):
+        for peak in (1.0, 0.3, 5e-3):
+            rate = schedules.schedule(name, peak, 1000, warmup_steps=100, end_value=0)
+            values = np.asarray(jax.jit(jax.vmap(rate))(np.arange(1010)))
+            assert values.min() == 0
+    slope = jax.grad(schedules.schedule("linear", 1.0, 100))
+    np.testing.assert_allclose(slope(99.0), -0.01, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -286,6 +342,8 @@ def test_a_shape_of_ones_own_is_checked_and_follows_its_options(monkeypatch):
         (("restarts", 1.0, 100), {"cycles": 0}, "cycles must be at least 1, got 0"),
         (("power", 1.0, 100), {"b": float("nan")}, "option b of power must be finite, got nan"),
         (("cosine", float("inf"), 100), {}, "peak must be finite, got inf"),
+        (("cosine", -1.0, 100), {}, "peak must be at least 0, got -1.0"),
+        (("cosine", 1.0, 100), {"end_value": -0.1}, "end_value must be at least 0, got -0.1"),
     ],
 )
 def test_what_makes_no_schedule_is_refused(given, options, says):

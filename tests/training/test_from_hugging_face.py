@@ -204,7 +204,7 @@ def test_every_optimizer_trains_from_a_directory(start, optimizer):
             "seq_len=128 is longer than the 64 tokens that model 'brought' accepts",
         ),
         (["--init=nowhere"], "init: there is no directory 'nowhere'.$"),
-        (["--rewarm=0.1"], "rewarm goes with --resume and --schedule; a new run has --warmup"),
+        (["--rewarm=0.1"], "it goes with --resume and --schedule NAME; a new run has --warmup"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(start, tmp_path, options, says):

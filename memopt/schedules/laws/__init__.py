@@ -7,6 +7,7 @@ from memopt.schedules.laws.batch_rules import AdamSettings as AdamSettings
 from memopt.schedules.laws.batch_rules import adam_rule as adam_rule
 from memopt.schedules.laws.batch_rules import sqrt_rule as sqrt_rule
 from memopt.schedules.laws.critical_batch import critical_batch as critical_batch
+from memopt.schedules.laws.fitting import Bootstrap as Bootstrap
 from memopt.schedules.laws.fitting import LossFit as LossFit
 from memopt.schedules.laws.fitting import Prediction as Prediction
 from memopt.schedules.laws.loss_by_steps import StepsLaw as StepsLaw
@@ -20,6 +21,11 @@ from memopt.schedules.laws.power_law import power as power
 from memopt.schedules.laws.ranges import OutsideRangeWarning as OutsideRangeWarning
 from memopt.schedules.laws.step_law import StepLaw as StepLaw
 from memopt.schedules.laws.step_law import step_law as step_law
+from memopt.schedules.laws.suggestions import MeasuredRun as MeasuredRun
+from memopt.schedules.laws.suggestions import Suggestion as Suggestion
+from memopt.schedules.laws.suggestions import disagreements as disagreements
+from memopt.schedules.laws.suggestions import suggest as suggest
+from memopt.schedules.laws.suggestions import unused as unused
 from memopt.schedules.laws.surge import NoiseBatchFit as NoiseBatchFit
 from memopt.schedules.laws.surge import fit_noise_batch as fit_noise_batch
 from memopt.schedules.laws.surge import surge as surge

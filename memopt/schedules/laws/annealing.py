@@ -96,6 +96,10 @@ def areas(rates: Any, decay: float = DECAY) -> tuple[np.ndarray, np.ndarray]:
     in S2 it does not, since there is no annealing yet that it would undo. Later rises count as
     negative. Both take O(T).
 
+    The authors' code, known from copies of it, takes all rates of the warm-up for the highest one
+    and refers to section 3.4 of the paper, which was not read. Here they are as they were, so that
+    S1 is smaller, by half of the highest rate for each step of a linear warm-up.
+
     Args:
         rates: Learning rate of every step, (T,).
         decay: λ.

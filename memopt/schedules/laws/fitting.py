@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 from scipy.optimize import least_squares, nnls
@@ -18,6 +18,20 @@ DELTA = 1e-3
 
 #: Starting points that are refined; the others are only ranked.
 REFINED = 8
+
+
+class Bootstrap(TypedDict, total=False):
+    """Options of the intervals of a fit.
+
+    Attributes:
+        resamples: How often the runs are drawn anew, with replacement; by default 200.
+        level: Probability of the intervals; by default 0.9.
+        seed: Decides what is drawn; by default 0.
+    """
+
+    resamples: int
+    level: float
+    seed: int
 
 
 class Prediction(NamedTuple):
@@ -83,9 +97,9 @@ def fit_loss(
     runs: Mapping[str, Any],
     *,
     numbers: int,
-    resamples: int,
-    level: float,
-    seed: int,
+    resamples: int = 200,
+    level: float = 0.9,
+    seed: int = 0,
 ) -> LossFit[Law]:
     """Fits a law by the Huber loss of the differences of logarithms.
 
@@ -98,9 +112,9 @@ def fit_loss(
         starts: Returns numbers to start from, best first or not.
         runs: The arguments of the law and `loss`, (n,) each, by name.
         numbers: How many numbers are fitted; there must be more runs.
-        resamples: How often runs are drawn anew.
-        level: The probability of the intervals.
-        seed: Decides what is drawn.
+        resamples: See `Bootstrap`.
+        level: See `Bootstrap`.
+        seed: See `Bootstrap`.
 
     Raises:
         ValueError: There are too few runs, not as many of each, or values that are not above 0.

@@ -3,13 +3,13 @@
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 from scipy.optimize import brentq
 
 from memopt.schedules.laws.critical_batch import critical_batch
-from memopt.schedules.laws.fitting import LossFit, fit_loss, heights
+from memopt.schedules.laws.fitting import Bootstrap, LossFit, fit_loss, heights
 
 #: Exponents to start from: of parameters, of steps, and of the loss in the critical batch.
 EXPONENTS_N, EXPONENTS_S, EXPONENTS_B = (0.05, 0.1, 0.2, 0.5), (0.2, 0.5, 0.8, 1.2), (0.1, 0.2, 0.4)
@@ -61,10 +61,7 @@ def fit_steps_law(
     steps: Sequence[float],
     batches: Sequence[float],
     losses: Sequence[float],
-    *,
-    resamples: int = 200,
-    level: float = 0.9,
-    seed: int = 0,
+    **bootstrap: Unpack[Bootstrap],
 ) -> LossFit[StepsLaw]:
     """Fits Kaplan's L(N, S, B) to runs or to points of their curves.
 
@@ -74,7 +71,7 @@ def fit_steps_law(
     them. The law knows no schedule: all points should have decayed by the same share of their run,
     or not at all.
 
-    Doubts: the form is Kaplan et al.'s as it is commonly quoted. α_B and B* are known only as far
+    Doubts: α_B and B* are known only as far
     as the runs' batches are on both sides of the critical batch, and α_B only if the losses spread;
     look at their intervals. Points of one curve are not independent, so that the bootstrap over
     points is too narrow: give one point a run for intervals. Kaplan's exponent of N comes from runs
@@ -85,16 +82,14 @@ def fit_steps_law(
         steps: S.
         batches: B, in tokens or rows; the critical batch is in the same.
         losses: The loss, in nats a token.
-        resamples: Draws of the bootstrap.
-        level: The probability of its intervals.
-        seed: Decides the draws.
+        **bootstrap: See `memopt.schedules.laws.Bootstrap`.
 
     Raises:
         ValueError: There are fewer than 7 points, or values that are not above 0.
 
     References:
         Kaplan et al., Scaling Laws for Neural Language Models, 2020,
-        https://arxiv.org/abs/2001.08361, equations 1.6 and 5.3.
+        https://arxiv.org/abs/2001.08361, equations 5.3, 5.4 and 5.6; table 3 has their constants.
 
     Example:
         >>> kaplan = StepsLaw(6.5e13, 0.077, 2.1e3, 0.76, 2e8, 0.21)
@@ -132,6 +127,4 @@ def fit_steps_law(
         return StepsLaw(scales[0], alpha_n, scales[1], alpha_s, scales[2], 1 / power)
 
     runs = {"parameters": parameters, "steps": steps, "batch": batches, "loss": losses}
-    return fit_loss(
-        make, log_loss, starts, runs, numbers=6, resamples=resamples, level=level, seed=seed
-    )
+    return fit_loss(make, log_loss, starts, runs, numbers=6, **bootstrap)

@@ -3,11 +3,11 @@
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 
-from memopt.schedules.laws.fitting import LossFit, fit_loss, heights
+from memopt.schedules.laws.fitting import Bootstrap, LossFit, fit_loss, heights
 
 #: Exponents to start from.
 EXPONENTS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2)
@@ -45,10 +45,7 @@ def fit_token_law(
     parameters: Sequence[float],
     tokens: Sequence[float],
     losses: Sequence[float],
-    *,
-    resamples: int = 200,
-    level: float = 0.9,
-    seed: int = 0,
+    **bootstrap: Unpack[Bootstrap],
 ) -> LossFit[TokenLaw]:
     """Fits L(N, D) = E + A / N^α + B / D^β to the last losses of runs.
 
@@ -66,9 +63,7 @@ def fit_token_law(
         parameters: N of each run.
         tokens: D of each run.
         losses: Its loss, in nats a token.
-        resamples: Draws of the bootstrap.
-        level: The probability of its intervals.
-        seed: Decides the draws.
+        **bootstrap: See `memopt.schedules.laws.Bootstrap`.
 
     Raises:
         ValueError: There are fewer than 6 runs, or values that are not above 0.
@@ -105,6 +100,4 @@ def fit_token_law(
         return TokenLaw(math.exp(e), math.exp(a), alpha, math.exp(b), beta)
 
     runs = {"parameters": parameters, "tokens": tokens, "loss": losses}
-    return fit_loss(
-        make, log_loss, starts, runs, numbers=5, resamples=resamples, level=level, seed=seed
-    )
+    return fit_loss(make, log_loss, starts, runs, numbers=5, **bootstrap)

@@ -13,8 +13,7 @@ from memopt.training.controllers.batch_schedule import batch_schedule
 from memopt.training.controllers.dynamic_mixture import dynamic_mixture
 from memopt.training.controllers.noise_ramp import noise_ramp
 
-
-#: Every controller by name. Each maps a `Plan`, and options by keyword whose types are annotated, to a
+#: Every controller by name. Each maps a `Plan`, and options by keyword with annotated types, to a
 #: `Controller`.
 CONTROLLERS: dict[str, Choice] = {
     "adadagrad": Choice(
