@@ -1,5 +1,10 @@
 r"""Suggest a learning rate and a batch by published laws, and say where they disagree.
 
+Each law is a line of the table: the highest learning rate and the batch that it recommends for the
+model and the tokens, and whether they are inside of the range in which somebody has checked it. The
+lines below say what each is computed from. The choice is yours: a law that is OUTSIDE of its range
+is an extrapolation.
+
 Examples:
   memopt suggest --model 130m --tokens 2.2B
   memopt suggest --model 130m --tokens 2.2B --batch-size 256 --seq-len 1024 --optimizer lion
@@ -9,12 +14,9 @@ Examples:
 import dataclasses
 import json
 import math
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import tyro
 from rich.table import Table
 from tyro import conf
@@ -27,23 +29,11 @@ from memopt.models import llama
 from memopt.optimizers import available
 from memopt.optimizers.registry import METHODS
 from memopt.schedules import laws
-from memopt.schedules.laws.power_law import POWER_RANGES
-from memopt.schedules.laws.ranges import outside
-from memopt.schedules.laws.step_law import STEP_LAW_RANGES
 from memopt.training.load import LoadedModel, load_run
-from memopt.training.noise import MeasuredNoise, measure_noise
+from memopt.training.noise import MeasuredNoise, measure_noise, summarize_run
 
 #: What a number of tokens may end with.
 SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-
-#: Optimizers that Step Law was fitted with, and those that surge was derived for or checked with.
-STEP_LAW_OPTIMIZERS, SURGE_OPTIMIZERS = ("adamw",), ("adam", "adamw", "lion")
-
-#: Those that the power law holds for.
-ADAM = ("adam", "adamw")
-
-#: Two recommendations disagree if they differ by more than this factor.
-SAME = 1.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,47 +41,26 @@ class Options:
     """Options of `memopt suggest`.
 
     Attributes:
-        model: A model, as for `memopt pretrain`; by default that of the run.
         tokens: Tokens to train on, such as 2.2B, 300M or 1e9.
-        batch_size: Rows of a batch that is given; by default the laws choose.
-        seq_len: Tokens of a row; by default those of the run, or the model's longest up to 2048.
-        optimizer: The optimizer to use; by default that of the run, or adamw.
-        run: A run in whose data the noise of the gradient is measured, at its parameters.
+        model: Name of a model, as for `memopt pretrain`, such as 130m; if left out, that of the
+            run.
+        run: Directory of a run, in whose data the noise of its gradient is measured; from it, more
+            laws recommend.
+        batch_size: Rows of a batch, if it is decided already; if left out, the laws choose.
+        seq_len: Tokens of a row; if left out, those of the run, or the longest of the model up to
+            2048.
+        optimizer: The optimizer to use; if left out, that of the run, or adamw.
         json: Print JSON.
     """
 
-    tokens: str
-    model: str | None = None
-    batch_size: Annotated[int | None, conf.arg(metavar="INT")] = None
-    seq_len: Annotated[int | None, conf.arg(metavar="INT")] = None
-    optimizer: str | None = None
-    run: Annotated[Path | None, conf.arg(metavar="RUN")] = None
+    tokens: Annotated[str, conf.arg(metavar="TOKENS")]
+    model: Annotated[str | None, conf.arg(metavar="NAME", help_behavior_hint="")] = None
+    run: Annotated[Path | None, conf.arg(metavar="RUN", help_behavior_hint="")] = None
     step: Step = "last"
+    batch_size: Annotated[int | None, conf.arg(metavar="ROWS", help_behavior_hint="")] = None
+    seq_len: Annotated[int | None, conf.arg(metavar="TOKENS", help_behavior_hint="")] = None
+    optimizer: Annotated[str | None, conf.arg(metavar="NAME", help_behavior_hint="")] = None
     json: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Suggestion:
-    """Recommendation of one law.
-
-    Attributes:
-        law: Its name.
-        learning_rate: The highest learning rate; None if it says nothing of it.
-        batch_tokens: Tokens of a batch; None if it says nothing of it.
-        source: What it is computed from.
-        range: Where it holds.
-        outside: Why this point is outside of its range, "" if it is inside; None if no range is
-            known.
-        compared: Whether it counts where disagreements are sought.
-    """
-
-    law: str
-    learning_rate: float | None = None
-    batch_tokens: float | None = None
-    source: str
-    range: str
-    outside: str | None = ""
-    compared: bool = True
 
 
 def suggest(arguments: list[str]) -> None:
@@ -132,18 +101,6 @@ def parse_tokens(text: str) -> float:
     return tokens
 
 
-def count_parameters(model: llama.LlamaConfig) -> int:
-    """Counts the parameters of a model without its embedding and head.
-
-    Example:
-        >>> count_parameters(llama.preset("130m"))
-        84953856
-    """
-    params = llama.abstract_params(model)
-    parts = [part for name, part in params.items() if name not in ("embed", "head")]
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(parts))
-
-
 def suggestions(options: Options) -> dict[str, Any]:
     """Returns what each law recommends and where they disagree, JSON-serialisable.
 
@@ -180,188 +137,44 @@ def suggestions(options: Options) -> dict[str, Any]:
             f"tokens={options.tokens} is less than one batch of {options.batch_size or 1} rows of "
             f"{seq_len} tokens: give more."
         )
-    parameters = count_parameters(model)
-    with warnings.catch_warnings():  # the table says it
-        warnings.simplefilter("ignore", laws.OutsideRangeWarning)
-        rows = _by_size(model, parameters, tokens, given, optimizer)
-        noise = None
-        if loaded:
-            noise = measure_noise(loaded)
-            rows += _by_noise(loaded, noise, tokens, given, optimizer)
-    laws_found = []
-    for row in rows:
-        batch = row.batch_tokens
-        sizes: dict[str, int | None] = {"batch_rows": None, "steps": None}
-        if batch is not None and math.isfinite(batch):
-            batch_rows = max(1, round(batch / seq_len))
-            sizes = {
-                "batch_rows": batch_rows,
-                "steps": max(1, round(tokens / batch_rows / seq_len)),
-            }
-        shown = {name: _finite(x) for name, x in dataclasses.asdict(row).items()}
-        laws_found.append(shown | sizes)
+    parameters = llama.count_block_params(model)
+    noise = None if loaded is None else measure_noise(loaded)
+    found = laws.suggest(
+        parameters,
+        tokens,
+        width=model.hidden_size,
+        optimizer=optimizer,
+        batch_tokens=given,
+        run=summarize_run(loaded, noise) if loaded and noise else None,
+    )
+    found.append(
+        laws.Suggestion(
+            law=f"default of {optimizer}",
+            learning_rate=METHODS[optimizer].learning_rate,
+            source="memopt optimizers",
+            range="no law; tuned on a small LLaMA, docs/convergence.md",
+            outside=None,
+        )
+    )
     return {
         "model": options.model or f"that of {options.run}",
         "parameters": parameters,
         "tokens": tokens,
         "seq_len": seq_len,
         "optimizer": optimizer,
-        "laws": laws_found,
-        "not_used": _not_used(optimizer, given, of_run),
-        "noise": None if loaded is None or noise is None else _describe_noise(loaded, noise),
-        "disagreements": disagreements(rows, given),
+        "laws": [_describe_law(suggestion, tokens, seq_len) for suggestion in found],
+        "not_used": laws.unused(optimizer, given, of_run),
+        "noise": _describe_noise(loaded, noise) if loaded and noise else None,
+        "disagreements": laws.disagreements(found, given),
     }
 
 
-def _by_size(
-    model: llama.LlamaConfig, parameters: int, tokens: float, given: float | None, optimizer: str
-) -> list[Suggestion]:
-    """Recommendations that need only the sizes of model and data."""
-    rows = []
-    batch = given
-    if optimizer in STEP_LAW_OPTIMIZERS:
-        rate, best = laws.step_law(parameters, tokens)
-        why = outside(STEP_LAW_RANGES, parameters=parameters, tokens=tokens)
-        step: dict[str, Any] = {
-            "range": "AdamW, N 200M to 1.1B, 2B to 100B tokens",
-            "outside": "; ".join(why),
-        }
-        source = "N and the tokens"
-        rows.append(
-            Suggestion(law="Step Law", learning_rate=rate, batch_tokens=best, source=source, **step)
-        )
-        if given:
-            factor = given / best
-            rows.append(
-                Suggestion(
-                    law="Step Law, √batch",
-                    learning_rate=laws.sqrt_rule(rate, factor),
-                    batch_tokens=given,
-                    source="Step Law and Adam's batch-size invariance: η √k and k (1 − β), "
-                    f"k = {factor:.2g}",
-                    range="as Step Law, and batches below the critical one",
-                    outside=step["outside"],
-                )
-            )
-        batch = given or best
-    if optimizer in ADAM and batch:
-        seen = tokens / 2
-        width = model.hidden_size / 256
-        rate = laws.power(seen, batch / 4096)
-        why = outside(POWER_RANGES, tokens_seen=seen)
-        if width < 1:
-            why = [*why, f"width={model.hidden_size} is below the base width 256"]
-        rows.append(
-            Suggestion(
-                law="power",
-                learning_rate=rate / width,
-                batch_tokens=batch,
-                source=f"half of the tokens seen: {rate:.2g} ÷ {width:g}, as µP does for matrices",
-                range="µP only, 1B to 1.25T tokens seen",
-                outside="; ".join(why),
-            )
-        )
-    rows.append(
-        Suggestion(
-            law=f"default of {optimizer}",
-            learning_rate=METHODS[optimizer].learning_rate,
-            source="memopt optimizers",
-            range="tuned on a small LLaMA, docs/convergence.md; no law",
-            outside=None,
-        )
-    )
-    return rows
-
-
-def _by_noise(
-    loaded: LoadedModel, noise: MeasuredNoise, tokens: float, given: float | None, optimizer: str
-) -> list[Suggestion]:
-    """Recommendations from the noise that was measured in a run."""
-    assert loaded.config
-    assert loaded.step is not None
-    text = loaded.config.text
-    per_row = noise.tokens_per_row
-    scale = noise.by_rows.batch * per_row
-    at = f"the run at loss {noise.loss:.3f}"
-    is_clear = math.isfinite(scale) and scale > 0
-    hidden = "" if is_clear else "the noise hides the gradient: no finite batch"
-    rows = [
-        Suggestion(
-            law="noise scale",
-            batch_tokens=scale if is_clear else None,
-            source=at,
-            range="this loss: it grows as the loss falls",
-            outside=hidden,
-        )
-    ]
-    seen = float(loaded.step * text.batch_size * text.seq_len)
-    own = float(text.batch_size * per_row)
-    if optimizer in SURGE_OPTIMIZERS and loaded.config.optimization.optimizer == optimizer:
-        used = loaded.config.highest_learning_rate
-        if is_clear:
-            peak = laws.surge_peak([own], [used], scale)
-            batch = given or scale
-            beyond = outside({"batch": (0, scale)}, batch=batch)
-            rows.append(
-                Suggestion(
-                    law="surge",
-                    learning_rate=laws.surge(batch, scale, peak),
-                    batch_tokens=batch,
-                    source=f"{at}, if its rate {used:g} is the best for its {own:,.0f} tokens",
-                    range="batches far below πσ²/2µ²; sign-like updates",
-                    outside="; ".join(beyond),
-                )
-            )
-    rows.append(
-        Suggestion(
-            law="critical batch (Kaplan)",
-            batch_tokens=laws.critical_batch(noise.loss),
-            source=at,
-            range="WebText2 in 50257 subwords, losses 2.5 to 7",
-            outside=""
-            if loaded.model_config.vocab_size >= 10_000 and 2.5 <= noise.loss <= 7
-            else f"loss {noise.loss:.3g} with a vocabulary of {loaded.model_config.vocab_size}",
-            compared=loaded.model_config.vocab_size >= 10_000,
-        )
-    )
-    if is_clear and seen:
-        rows.append(
-            Suggestion(
-                law="Time Transfer (weak)",
-                batch_tokens=laws.time_transfer(scale, seen, tokens),
-                source=f"the noise scale after {seen:,.0f} tokens, in proportion",
-                range="weak evidence, not recommended",
-                outside=None,
-                compared=False,
-            )
-        )
-    return rows
-
-
-def _not_used(optimizer: str, given: float | None, of_run: str | None) -> list[str]:
-    """Says which laws do not apply, and why.
-
-    Args:
-        optimizer: The optimizer.
-        given: The batch that the user gave, in tokens.
-        of_run: The optimizer of the run, if there is one.
-    """
-    found = []
-    if optimizer not in STEP_LAW_OPTIMIZERS:
-        found.append(f"Step Law is not for {optimizer}: it was fitted with AdamW.")
-    if optimizer not in ADAM:
-        found.append(f"The power law is not for {optimizer}: it was fitted with Adam under µP.")
-    elif optimizer not in STEP_LAW_OPTIMIZERS and not given:
-        found.append("The power law needs a batch: give --batch-size.")
-    if of_run is None:
-        found.append("Surge, the noise scale and the critical batch need a run: give --run.")
-    elif optimizer not in SURGE_OPTIMIZERS:
-        found.append(
-            f"Surge is not for {optimizer}: it was derived for updates by the sign of the gradient."
-        )
-    elif of_run != optimizer:
-        found.append(f"Surge needs a good learning rate of {optimizer}: the run used {of_run}.")
-    return found
+def _describe_law(suggestion: laws.Suggestion, tokens: float, seq_len: int) -> dict[str, Any]:
+    """A suggestion with its batch in rows and the steps of the run, too."""
+    batch = suggestion.batch_tokens
+    rows = None if batch is None else max(1, round(batch / seq_len))
+    steps = None if rows is None else max(1, round(tokens / rows / seq_len))
+    return dataclasses.asdict(suggestion) | {"batch_rows": rows, "steps": steps}
 
 
 def _describe_noise(loaded: LoadedModel, noise: MeasuredNoise) -> dict[str, Any]:
@@ -376,34 +189,6 @@ def _describe_noise(loaded: LoadedModel, noise: MeasuredNoise) -> dict[str, Any]
         "tokens_per_row": noise.tokens_per_row,
         "micro_batches": noise.micro_batches,
     }
-
-
-def disagreements(rows: Sequence[Suggestion], given: float | None = None) -> list[str]:
-    """Says where recommendations differ, by which factor.
-
-    Args:
-        rows: The recommendations.
-        given: The batch that the user gave, in tokens; laws that take it do not recommend it.
-    """
-    found = []
-    for field, what, form in (
-        ("learning_rate", "Learning rates", "{:.2e}"),
-        ("batch_tokens", "Batches", "{:,.0f} tokens"),
-    ):
-        all_named = {row.law: getattr(row, field) for row in rows if row.compared}
-        named = {law: x for law, x in all_named.items() if x not in (None, given)}
-        if field == "batch_tokens" and given:
-            named["--batch-size"] = given
-        if len(named) < 2:
-            continue
-        low, high = min(named, key=named.__getitem__), max(named, key=named.__getitem__)
-        factor = named[high] / named[low]
-        if factor <= SAME:
-            found.append(f"{what} agree within a factor of {factor:.2f}.")
-            continue
-        ends = " and ".join(f"{form.format(named[law])} by {law}" for law in (low, high))
-        found.append(f"{what} disagree by a factor of {factor:.1f}: {ends}.")
-    return found
 
 
 def _finite(x: Any) -> Any:

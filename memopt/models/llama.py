@@ -479,6 +479,21 @@ def abstract_params(config: LlamaConfig, mesh: jax.sharding.Mesh | None = None) 
     return jax.tree.map(place, shapes, param_shardings(model, mesh))
 
 
+def count_block_params(config: LlamaConfig) -> int:
+    """Counts the parameters without those of the embedding and the head: the N of scaling laws.
+
+    Args:
+        config: Shapes and options.
+
+    Example:
+        >>> count_block_params(preset("130m"))
+        84953856
+
+    """
+    parts = [x for name, x in abstract_params(config).items() if name not in ("embed", "head")]
+    return sum(x.size for x in jax.tree.leaves(parts))
+
+
 def build_model(config: LlamaConfig, params: Mapping[str, Any]) -> Llama:
     """The model with given parameters. It reads quantised blocks one at a time.
 

@@ -109,7 +109,8 @@ def summarize_run(loaded: LoadedModel, noise: MeasuredNoise) -> MeasuredRun:
         loaded: The model of the run.
         noise: What `measure_noise` returned for it.
     """
-    assert loaded.config and loaded.step is not None
+    assert loaded.config
+    assert loaded.step is not None
     text = loaded.config.text
     return MeasuredRun(
         loss=noise.loss,

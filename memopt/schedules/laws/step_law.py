@@ -5,8 +5,8 @@ from typing import NamedTuple
 from memopt.errors import check_above_zero
 from memopt.schedules.laws.ranges import warn_outside
 
-#: Sizes the law was fitted to and tested on, by section 3.4.1 of the paper: 60M to 1B parameters and
-#: 2B to 100B tokens.
+#: Sizes the law was fitted to and tested on: 60M to 1B parameters and 2B to 100B tokens, as section
+#: 3.4.1 of the paper says.
 STEP_LAW_RANGES = {"parameters": (6e7, 1.1e9), "tokens": (2e9, 1e11)}
 
 
@@ -31,12 +31,13 @@ def step_law(parameters: float, tokens: float) -> StepLaw:
     Range: `STEP_LAW_RANGES`; AdamW, a LLaMA-like model, sequences of 2048 tokens, a linear warm-up
     and a cosine to a fixed last learning rate of 1e-5 rather than to a share of the highest.
 
-    Doubts: 1B parameters and 100B tokens are test points, which the fit has not seen. The losses that
-    the authors published are of 215M to 1.07B parameters and 4B to 100B tokens, 17 pairs; below
-    them, the range rests on the text of the paper. The authors call the optimum broad. An independent sweep of 46M to 2.9B parameters on up
-    to 1B tokens (https://lucaslingle.substack.com, Scaling laws for optimal LR and batch size)
-    found other exponents of D at first. The batch is that of the lowest loss for D tokens, not of
-    the shortest time.
+    Doubts: 1B parameters and 100B tokens are test points, which the fit has not seen. The losses
+    that the authors published are of 215M to 1.07B parameters and 4B to 100B tokens, in 17 pairs;
+    for smaller ones, there is only the text of the paper. The authors call the optimum broad. An
+    independent sweep of 46M to 2.9B parameters on up to 1B tokens
+    (https://lucaslingle.substack.com, Scaling laws for optimal LR and batch size) found other
+    exponents of D at first. The batch is that of the lowest loss for D tokens, not of the shortest
+    time.
 
     Args:
         parameters: N, without the embedding and the head.
