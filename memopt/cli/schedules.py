@@ -66,7 +66,7 @@ class Options:
     ] = ()
     batch_size: int = 8
     seq_len: int = 128
-    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
+    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png", help_behavior_hint="")] = None
     json: bool = False
 
 
@@ -101,9 +101,10 @@ def _plot(curves: Mapping[str, np.ndarray], image: Path) -> None:
     if image.suffix.lower() != ".png":
         fail(f"plot must be a file whose name ends with .png, got {str(image)!r}.")
     panels: dict[str, dict[str, Curve]] = {}
-    for i, (name, values) in enumerate(curves.items()):
-        style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
+    for name, values in curves.items():
         panel = panels.setdefault(_kind(name), {})
+        i = len(panel)
+        style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
         panel[name] = np.arange(len(values)), values, style
     panels = {kind: panels[kind] for kind in COUNTED if kind in panels}
     try:

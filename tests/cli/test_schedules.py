@@ -119,9 +119,9 @@ def test_each_curve_looks_different_and_the_file_is_named(monkeypatch, tmp_path,
     drawn = {}
     monkeypatch.setattr(command, "plot_panels", lambda panels, image, x: drawn.update(panels))
     command.schedules([f"--plot={tmp_path / 'all.PNG'}", "--json"])
-    curves = drawn["learning rate"] | drawn["batch"]
-    assert list(curves) == NAMES
-    assert len({tuple(style.items()) for _, _, style in curves.values()}) == len(NAMES)
+    assert [name for panel in drawn.values() for name in panel] == NAMES
+    for panel in drawn.values():
+        assert len({tuple(style.items()) for _, _, style in panel.values()}) == len(panel)
     out, err = capsys.readouterr()
     assert json.loads(out)
     assert str(tmp_path / "all.PNG") in err
