@@ -44,6 +44,7 @@ def rates(config, counts=range(401)):
     return np.array(jax.jit(jax.vmap(follow(config.phases)))(np.array(counts)), float)
 
 
+@pytest.mark.filterwarnings("ignore:.*has no effect on any step")  # of few steps
 @pytest.mark.parametrize("step", [10, 20])
 @pytest.mark.parametrize(
     "schedule",
@@ -68,6 +69,7 @@ def test_a_schedule_without_a_decay_goes_on(schedule):
         assert rates(extended, [40]) == pytest.approx(5e-3 * (2 / 40) ** 0.5)
 
 
+@pytest.mark.filterwarnings("ignore:.*has no effect on any step")  # of few steps
 @pytest.mark.parametrize("rewarm", [0.0, 0.1])
 @pytest.mark.parametrize("schedule", schedules.names())
 def test_each_schedule_replaces_another_for_the_remaining_steps(schedule, rewarm):
@@ -143,6 +145,7 @@ def test_in_its_decay_wsd_decays_to_its_end_and_keeps_the_last_rate():
     assert extended.phases == there.phases
 
 
+@pytest.mark.filterwarnings("ignore:.*has no effect on any step")  # of few steps
 def test_with_fewer_steps_wsd_decays_at_once_and_others_are_cut_off():
     decay = rates(go_on(begun("wsd", steps=40), step=11, steps=12))
     np.testing.assert_allclose(decay[10:13], [5e-3, 5e-3, 5e-4], rtol=1e-6)

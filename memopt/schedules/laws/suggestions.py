@@ -93,7 +93,7 @@ def suggest(
         width: Width of the model, by which µP divides learning rates.
         optimizer: Name of the optimizer.
         batch_tokens: Tokens of a batch that is given; None: the laws choose.
-        run: A run whose noise was measured; `memopt.training.noise.measure_run` measures one.
+        run: A run whose noise was measured, see `memopt.training.noise.summarize_run`.
 
     Raises:
         ValueError: A number is not above 0.
@@ -102,7 +102,7 @@ def suggest(
         >>> for found in suggest(3e8, 1e10, width=1024):
         ...     print(f"{found.law:8} {found.learning_rate:.1e} {found.batch_tokens:,.0f} tokens")
         Step Law 1.9e-03 297,134 tokens
-        power    3.3e-04 297,134 tokens
+        power    8.2e-04 297,134 tokens
     """
     for name, value in (("width", width), ("batch_tokens", batch_tokens)):
         check_above_zero(name, value)
@@ -267,7 +267,7 @@ def disagreements(
 
     Example:
         >>> disagreements(suggest(3e8, 1e10, width=1024))[0]
-        'Learning rates disagree by a factor of 5.7: 3.30e-04 by power and 1.88e-03 by Step Law.'
+        'Learning rates disagree by a factor of 2.4: 8.21e-04 by power and 1.93e-03 by Step Law.'
     """
     found = []
     for field, what, form in (
