@@ -70,9 +70,9 @@ def schedule(
     check_choice("schedule", name, SHAPES)
     shape = SHAPES[name]
     _check_options(name, options)
-    for argument, rate in (("peak", peak), ("init_value", init_value), ("end_value", end_value)):
-        _check_finite(argument, rate)
-        check_at_least(argument, rate, 0)
+    for argument, given in (("peak", peak), ("init_value", init_value), ("end_value", end_value)):
+        _check_finite(argument, given)
+        check_at_least(argument, given, 0)
     check_at_least("steps", steps, 1)
     check_at_least("warmup_steps", warmup_steps, 0)
     if warmup_steps >= steps:

@@ -481,13 +481,13 @@ def _check_make(name: str, shape: Shape) -> None:
     """Raises unless the function of a shape makes Optax schedules."""
     if not callable(shape.make):
         raise ValueError(f"make of {name!r} must be a function, got {shape.make!r}.")
-    by_place, *options = inspect.signature(shape.make).parameters.values() or [None]
-    if by_place is None or by_place.kind not in (
-        by_place.POSITIONAL_ONLY,
-        by_place.POSITIONAL_OR_KEYWORD,
+    parameters = [*inspect.signature(shape.make).parameters.values()]
+    if not parameters or parameters[0].kind not in (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
     ):
         raise ValueError(f"make of {name!r} must take a Span first.")
-    for option in options:
+    for option in parameters[1:]:
         if option.kind is not option.KEYWORD_ONLY or option.default is option.empty:
             raise ValueError(
                 f"make of {name!r} must take its options by keyword only, each with a default, as "

@@ -10,9 +10,10 @@ import optax
 import pytest
 from rich.console import Console
 
+from memopt.docstrings import Choice
 from memopt.training.config import Architecture, Config, Optimization, Run, Text
 from memopt.training.control import Control, Controller, Plan
-from memopt.training.controllers.registry import CONTROLLERS, Entry
+from memopt.training.controllers.registry import CONTROLLERS
 from memopt.training.describe import describe_controller, describe_run
 from memopt.training.loop import Stopped, train
 from memopt.training.metrics import read_metrics
@@ -58,7 +59,7 @@ def controllers(monkeypatch):
     # A trial puts the batches back, for which a window is packed again.
     monkeypatch.setattr("memopt.text.batches.WINDOW_TOKENS", 2**10)
     for make in (follows, grows, tries):
-        monkeypatch.setitem(CONTROLLERS, make.__name__, Entry(make, "In tests."))
+        monkeypatch.setitem(CONTROLLERS, make.__name__, Choice(make, "In tests."))
 
 
 @pytest.fixture
