@@ -466,7 +466,7 @@ def register(name: str, shape: Shape) -> None:
       Traceback (most recent call last):
       ValueError: shape must be a Shape, as Shape(staircase, "when to choose it"), got function.
     '''
-    if not (isinstance(name, str) and re.fullmatch(r"[\w-]+", name)):
+    if not (isinstance(name, str) and re.fullmatch(r"\w[\w-]*", name)):
         raise ValueError(f'name must be a word of letters, digits, "_" and "-", got {name!r}.')
     if name in SHAPES or name in BATCH_SHAPES:
         raise ValueError(f"name {name!r} is that of a schedule already: choose another.")

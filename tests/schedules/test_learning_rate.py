@@ -297,12 +297,15 @@ def test_a_part_that_no_step_is_trained_with_is_said(given, options, says):
 
 
 def test_a_compiled_schedule_never_falls_below_zero():
-    """Such as to −1.5e-8 by fused arithmetic."""
-    for name in ("wsd", "linear", "wsd_sqrt"):
-        for peak in (1.0, 0.3, 5e-3):
-            rate = schedules.schedule(name, peak, 1000, warmup_steps=100, end_value=0)
-            values = np.asarray(jax.jit(jax.vmap(rate))(np.arange(1010)))
-            assert values.min() == 0
+    """As by fused arithmetic: without a bound, −1.5e-8 in some of these."""
+    for name, peak, steps in (
+        ("linear", 1.0, 10),
+        ("linear", 1.0, 1000),
+        ("wsd", 1.0, 100),
+        ("wsd", 5e-3, 600),
+    ):
+        rate = schedules.schedule(name, peak, steps, end_value=0)
+        assert jax.jit(jax.vmap(rate))(np.arange(steps + 5)).min() == 0
     slope = jax.grad(schedules.schedule("linear", 1.0, 100))
     np.testing.assert_allclose(slope(99.0), -0.01, rtol=1e-5)
 
