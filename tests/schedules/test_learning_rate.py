@@ -297,7 +297,7 @@ def test_a_part_that_no_step_is_trained_with_is_said(given, options, says):
 
 
 def test_a_schedule_never_falls_below_zero(monkeypatch):
-    """As an end of 0 does, by 1.5e-8, where XLA fuses the arithmetic, which it does not in tests."""
+    """An end of 0 does, by 1.5e-8, where XLA fuses arithmetic, which it does not in tests."""
     below = schedules.Shape(lambda span: lambda count: 0.5 - count / 10, "to see")
     monkeypatch.setitem(schedules.SHAPES, "below", below)
     rate = schedules.schedule("below", 1.0, 10)
