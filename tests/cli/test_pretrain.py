@@ -1,5 +1,7 @@
 """`memopt pretrain` as a user runs it: whole runs, killed runs, interrupted runs."""
 
+import contextlib
+import io
 import os
 import random
 import signal
@@ -10,35 +12,49 @@ import time
 import chex
 import pytest
 
+from memopt.cli.pretrain import pretrain
 from tests.cli import runs
 from tests.cli.runs import finish, kill, last_state, metrics, wait_for_step
 from tests.training import nano
+from tests.training.compiled import kept_in
 
 STEPS = 24
+FLAGS = (
+    "--model=nano --data words.txt --batch-size=8 --seq-len=32 --eval-tokens=512 --mesh=data=1 "
+    f"--steps={STEPS} --eval-every=6 --checkpoint-every=2"
+).split()
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     nano.write_text(home / "words.txt")
-    return home
+    nano.install()
+    with kept_in(home / "compiled"):
+        yield home
+    nano.remove()
 
 
 def start(home, output, *arguments):
-    flags = (
-        f"--model=nano --data words.txt --batch-size=8 --seq-len=32 --eval-tokens=512 "
-        f"--steps={STEPS} --eval-every=6 --checkpoint-every=2"
-    ).split()
-    if "--resume" in arguments:
-        flags = []
+    flags = [] if "--resume" in arguments else FLAGS
     return runs.start(home, *flags, f"--output={output}", *arguments)
+
+
+def here(home, *arguments):
+    """Runs the command in this process, and returns what it prints."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()) as out,
+    ):
+        patch.chdir(home)
+        pretrain([*arguments])
+    return out.getvalue()
 
 
 @pytest.fixture(scope="module")
 def whole(home):
-    """The run that was never killed."""
-    out, _ = finish(start(home, "whole"))
-    return home / "whole", out
+    """The run that was never killed, in this process, and what it shows."""
+    return home / "whole", here(home, *FLAGS, "--output=whole")
 
 
 def test_what_is_shown(whole):
@@ -113,8 +129,9 @@ def test_a_run_that_is_interrupted_saves_first_and_resumed_it_ends_the_same(
         assert err.count("\n") == 2
         newest = max(int(path.name) for path in (directory / "checkpoints").iterdir())
         assert newest == metrics(directory)[-1]["step"]
-        process = start(home, name, "--resume")
-    finish(process)
+        if number != interrupts[-1][1]:
+            process = start(home, name, "--resume")
+    here(home, "--resume", f"--output={name}")
     chex.assert_trees_all_equal(last_state(directory), last_state(whole[0]))
     assert metrics(directory) == metrics(whole[0])
 

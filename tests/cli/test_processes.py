@@ -20,6 +20,7 @@ from memopt.training.loop import train
 from memopt.training.open import open_run
 from tests.cli.runs import finish, free_port, kill, metrics, start, wait_for_step
 from tests.training import nano
+from tests.training.compiled import kept_in
 
 STEPS = 30
 FLAGS = (
@@ -33,7 +34,8 @@ FOUR, TWO = "--mesh=data=2,fsdp=2", "--mesh=fsdp=2"
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     nano.write_text(home / "words.txt", words=30_000)  # 8 batches are held out
-    return home
+    with kept_in(home / "compiled"):
+        yield home
 
 
 @pytest.fixture(autouse=True, scope="module")

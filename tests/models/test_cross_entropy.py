@@ -1,5 +1,7 @@
 """Cross-entropy in parts of the vocabulary equals that of all logits."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,9 @@ import pytest
 import memopt
 from memopt.models.cross_entropy import chunked_cross_entropy
 from memopt.state.quantized_params import Deferred
+from tests.optimizers.kinds import slow_unless
 
+OTHER_CODECS = {("int4", 0, 300), ("bfloat16+8", 1, 384)}
 DRAW = np.random.default_rng(0)
 TARGETS = jnp.asarray(DRAW.integers(0, 300, (2, 5)))
 WEIGHTS = jnp.asarray(DRAW.integers(0, 2, (2, 5)), jnp.float32)
@@ -70,9 +74,13 @@ def test_the_gradient_can_be_differentiated_forwards():
     chex.assert_trees_all_close(curvature(in_parts(128)), curvature(at_once), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("codec", ["int8", "int4", "bfloat16+8"])
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("vocab", [384, 300])
+@pytest.mark.parametrize(
+    ("codec", "axis", "vocab"),
+    [
+        pytest.param(*case, marks=slow_unless(case[0] == "int8" or case in OTHER_CODECS))
+        for case in itertools.product(("int8", "int4", "bfloat16+8"), (0, 1), (384, 300))
+    ],
+)
 def test_a_deferred_kernel_is_its_dense_one(codec, axis, vocab):
     """With blocks of a scale that parts can be cut by, and with others."""
     targets, weights = TARGETS % vocab, WEIGHTS

@@ -21,7 +21,6 @@ CODECS = {
     "int8-unsigned": (named("int8").unsigned, 1, 1e-9),
     "int4-weights": (named("int4").weights, 0, 0.17),
     "int4-signed": (named("int4").signed, 0, 0.31),
-    "int4-unsigned": (named("int4").unsigned, 1, 1e-9),
     "float8": (named("float8").weights, 2**-3, 1e-5),
     "e5m2-signed": (named("e5m2").signed, 2**-2, 1e-8),
     "e5m2-unsigned": (named("e5m2").unsigned, 2**-3, 1e-8),
@@ -35,7 +34,10 @@ CODECS = {
 UNSIGNED = {name for name, (codec, *_) in CODECS.items() if not getattr(codec, "signed", True)}
 DYNAMIC = {name for name, (codec, *_) in CODECS.items() if isinstance(codec, RowScaled)}
 SCALED = [name for name in CODECS if "bfloat16" not in name]
-every_codec = pytest.mark.parametrize("name", CODECS)
+VARIANTS = {"int4-weights", "float8_e5m2", "integers"}  # of int8-weights and float8
+every_codec = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=slow_unless(name not in VARIANTS)) for name in CODECS]
+)
 scaled_codec = pytest.mark.parametrize("name", SCALED)
 jitted = functools.cache(jax.jit)
 
@@ -68,7 +70,10 @@ def allowed(name, x):
 
 
 @every_codec
-@pytest.mark.parametrize("shape", [(300,), (7, 5461), (6, 5, 200), (3, 4, 2, 64), (5, 1)])
+@pytest.mark.parametrize(
+    "shape",
+    [(300,), (7, 5461), (6, 5, 200), pytest.param((3, 4, 2, 64), marks=pytest.mark.slow), (5, 1)],
+)
 def test_codes_keep_the_shape_and_scales_all_but_the_last_axis(name, shape):
     codec, x = CODECS[name][0], numbers(name, shape)
     coded, back = coded_and_decoded(name, x)
@@ -308,15 +313,16 @@ DEFAULTS = {(True, 4), (False, 8)}  # of "int8", for first and for second moment
 def test_codes_of_tapered_are_in_order_and_their_own_numbers_have_them(signed, octaves):
     for headroom in range(7):
         codec = codecs.Tapered(signed, octaves, headroom)
+        encode, decode = jax.jit(codec.encode), jax.jit(codec.decode)
         codes = np.arange(0 if signed else 1, codec._last)
         like = codecs.Coded(codes.astype("uint8" if codes[-1] > 127 else "int8"), (jnp.ones(2),))
-        x = codec.decode(like)
+        x = decode(like)
         assert (np.diff(x) > 0).all()
         like = codecs.Coded(like.codes, codec._join(jnp.ones(1), jnp.full(1, 2.0**-headroom)))
         for bits in (0, NEAREST):
-            np.testing.assert_array_equal(codec.encode(x, np.uint32(bits), like).codes, codes)
+            np.testing.assert_array_equal(encode(x, np.uint32(bits), like).codes, codes)
         for bad in (jnp.nan, jnp.inf):
-            assert not jnp.isfinite(codec.decode(codec.encode(x.at[3].set(bad), NEAREST, like))[3])
+            assert not jnp.isfinite(decode(encode(x.at[3].set(bad), NEAREST, like))[3])
 
 
 @pytest.mark.parametrize("name", ["int4-weights", "int4-signed"])
