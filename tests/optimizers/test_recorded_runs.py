@@ -13,7 +13,9 @@ BOTH = {  # in both orientations; `test_rederived` tries matrices of either shap
 }
 SLOW = {  # beside a quick run of the same method
     *("adamw_amsgrad_torch", "adopt", "adopt_noclip", "lamb_timm", "lamb_timm_plain"),
-    *("lamb_timm_decoupled", "lars_po", "lars_timm"),
+    *("lamb_timm_decoupled", "lars_po", "lars_timm", "adafactor_hf_fixed", "adalomo_wd"),
+    *("apollo_nozero", "apollo_gap10", "frugal_random", "galore_gap10", "galore_reverse"),
+    *("coord_clip_sgd", "flora", "osd_sgd_nozero", "soap_maxdim64"),
 }
 
 

@@ -1,5 +1,6 @@
 """Gradients never move between devices."""
 
+import itertools
 import math
 
 import jax
@@ -12,7 +13,9 @@ import memopt
 from memopt import projectors, recombine
 from memopt.planning import hlo
 from tests.optimizers import pairings
+from tests.optimizers.kinds import slow_unless
 
+Auto = AxisType.Auto
 SHAPE = (16, 512, 1024)
 SPECS = {
     "rows": jax.P(None, ("a", "b"), None),
@@ -49,12 +52,18 @@ def compiled(tx, spec, axis_type):
         return jax.jit(tx.update).lower(g, state).compile().as_text()
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize(
-    "layout",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name != "both")) for name in SPECS],
+    ("projector", "layout", "axis_type"),
+    [
+        pytest.param(
+            *case,
+            marks=slow_unless(
+                case[1] == "both" and (case[2] == Auto or case[0] in ("gaussian", "blocks"))
+            ),
+        )
+        for case in itertools.product(pairings.PROJECTORS, SPECS, (Auto, AxisType.Explicit))
+    ],
 )
-@pytest.mark.parametrize("projector", pairings.PROJECTORS)
 def test_no_gradient_is_gathered(projector, layout, axis_type):
     space = pairings.PROJECTORS[projector]
     tx = memopt.in_subspace(

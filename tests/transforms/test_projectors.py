@@ -184,7 +184,8 @@ def test_singular_subspaces_are_numpys(make, side, shape):
 
 
 def basis_of(projector, spec, g):
-    return projector.basis(spec, jnp.asarray(g, jnp.float32), RefreshClock.first())
+    basis = jax.jit(lambda g: projector.basis(spec, g, RefreshClock.first()))
+    return basis(jnp.asarray(g, jnp.float32))
 
 
 @pytest.mark.parametrize("make", [projectors.svd, projectors.randomized_svd])
@@ -221,7 +222,7 @@ def test_a_randomized_svd_captures_the_energy_of_an_svd(kind, iterations, share)
     ("shape", "rank"),
     [
         ((160, 201), None),
-        ((201, 160), None),
+        pytest.param((201, 160), None, marks=pytest.mark.slow),  # the other side of (160, 201)
         ((2, 160, 200), None),
         ((160, 201), 3),
         ((160, 201), 0),
