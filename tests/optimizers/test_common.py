@@ -624,7 +624,7 @@ def on_a_mesh() -> Any:
     for name in CASES:
         for axis_type in (AxisType.Auto, AxisType.Explicit):
             is_quick = name in {*KINDS, "adamw_8bit"} and axis_type == AxisType.Explicit
-            marks = slow_unless(is_quick or name == "adafactor")
+            marks = slow_unless(is_quick)
             yield pytest.param(name, axis_type, id=f"{name}-{axis_type.name.lower()}", marks=marks)
 
 

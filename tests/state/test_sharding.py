@@ -457,7 +457,9 @@ NOT_EXPLICIT = {
 }
 """Updates of Optax that explicit axes stop, and how; some look at matrices without a stack."""
 QUICK = {*KINDS, "optax_muon", "optax_galore", "int8", "adamw", "optax_adafactor"}
-"""Under explicit axes; the others with ``-m slow``."""
+"""On a mesh; the others with ``-m slow``."""
+EXPLICIT = {"galore", "optax_muon", "optax_galore", "optax_adafactor"}
+"""Under explicit axes, where tests/optimizers/test_common.py trains our own of each kind."""
 
 
 def leaves_of(name):
@@ -548,7 +550,7 @@ def test_trains_as_on_one_device(name):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=slow_unless(n in QUICK)) for n in TRANSFORMATIONS],
+    [pytest.param(n, marks=slow_unless(n in EXPLICIT)) for n in TRANSFORMATIONS],
 )
 def test_trains_under_explicit_axes(name):
     placed, fails = places(name, AxisType.Explicit), name in NOT_EXPLICIT
