@@ -75,8 +75,9 @@ def oasis(
       >>> loss = lambda w: 0.5 * (jnp.array([4.0, 0.25]) * w**2).sum()
       >>> tx, w = memopt.oasis(1.0), jnp.ones(2)
       >>> state = tx.init(w)
+      >>> update = jax.jit(lambda state, w: tx.update(jax.grad(loss)(w), state, w, obj_fn=loss))
       >>> for _ in range(20):
-      ...     updates, state = tx.update(jax.grad(loss)(w), state, w, obj_fn=loss)
+      ...     updates, state = update(state, w)
       ...     w += updates
       >>> bool(loss(w) < 1e-9)
       True
