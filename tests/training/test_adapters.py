@@ -56,7 +56,7 @@ def masked():
     return optax.chain(trained, optax.masked(optax.set_to_zero(), is_frozen))
 
 
-@pytest.mark.parametrize("make", [partitioned, masked])
+@pytest.mark.parametrize("make", [partitioned, pytest.param(masked, marks=pytest.mark.slow)])
 def test_adapters_learn_alike_in_both_steps_and_the_rest_stays_to_the_bit(make):
     (model, params), tx = adapted(), make()
     tokens = jax.random.randint(jax.random.key(0), (4, 9), 0, 32)

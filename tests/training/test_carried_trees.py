@@ -82,8 +82,15 @@ def assert_same(a, b):
     chex.assert_trees_all_close(*jax.device_get((a[0].params, b[0].params)), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("rng", [None, RNG], ids=["evaluation", "dropout"])
+@pytest.mark.parametrize(
+    ("rng", "accumulation"),
+    [
+        pytest.param(None, 1, id="evaluation-1"),
+        pytest.param(RNG, 4, id="dropout-4"),
+        pytest.param(None, 4, id="evaluation-4", marks=pytest.mark.slow),
+        pytest.param(RNG, 1, id="dropout-1", marks=pytest.mark.slow),
+    ],
+)
 def test_released_steps_are_the_ordinary_ones(rng, accumulation):
     ordinary, released = (train(release=r, rng=rng, accumulation=accumulation) for r in (0, 1))
     assert_same(ordinary, released)

@@ -111,7 +111,9 @@ def test_twenty_steps_are_the_ordinary_ones(name):
     assert_same(*both(memopt.optimizer(name, RATE, **options)), atol=atol)
 
 
-@pytest.mark.parametrize(("name", "tied"), [("adafactor", True), ("lion", False)])
+@pytest.mark.parametrize(
+    ("name", "tied"), [("adafactor", True), pytest.param("lion", False, marks=pytest.mark.slow)]
+)
 def test_micro_batches(name, tied):
     assert_same(*both(memopt.optimizer(name, RATE), accumulation=4, tied=tied))
 
