@@ -318,13 +318,6 @@ every_case = pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=slow_unless(name not in VARIANTS | set(CELLS))) for name in CASES],
 )
-every_kind = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=slow_unless(name not in VARIANTS | set(CELLS) | ENTRYWISE))
-        for name in CASES
-    ],
-)
 # What wrappers of Optax do depends on the structure of the state only.
 every_structure = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=slow_unless(n in {*STRUCTURES, "adamw_8bit"})) for n in CASES]
@@ -499,7 +492,10 @@ def test_dtypes_of_state_and_updates_never_change(name, tree, dtype):
     assert statistics <= {jnp.dtype(dtype if follows else jnp.float32).name}
 
 
-@every_kind
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=slow_unless(n not in VARIANTS | set(CELLS) | ENTRYWISE)) for n in CASES],
+)
 def test_bfloat16_gradients_keep_float32_statistics(name, small_tree):
     narrow = lambda seed: small_tree(seed, jnp.bfloat16)
     wide = lambda seed: jax.tree.map(lambda x: x.astype(jnp.float32), narrow(seed))
