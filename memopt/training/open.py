@@ -325,7 +325,7 @@ def _steering(
     controller = describe_controller(config)
     if not controller:
         return None
-    path, name = directory / "trials.jsonl", config.optimization.controller
+    path, name = directory / "trials.jsonl", f"{config.optimization.controller}"
     make = lambda trials: Steering(
         name, controller, frozenset(shares(config)), setup.learning_rate, trials, controller.init()
     )
