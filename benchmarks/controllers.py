@@ -41,7 +41,8 @@ from memopt.training.loop import train
 from memopt.training.metrics import read_metrics
 from memopt.training.open import open_run
 
-#: The best learning rate of AdamW for this model, of powers of two, with a cosine schedule.
+#: The lower of AdamW's two best learning rates for this model, of powers of two, in 300 steps:
+#: scheme "all", width 64 in benchmarks/results/width.json, from `python -m benchmarks.width`.
 RATE = 2.0**-9
 
 #: Evaluations of a run, and the metrics that are kept of each.

@@ -52,11 +52,13 @@ class Choice:
       make: the function; its keyword-only arguments are the options.
       when: when to choose it.
       source: where it is from.
+      needs: what it needs besides its options.
     """
 
     make: Callable[..., Any]
     when: str
     source: str = ""
+    needs: str = ""
 
     @property
     def defaults(self) -> dict[str, Any]:

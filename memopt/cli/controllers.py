@@ -1,6 +1,7 @@
 """`memopt controllers`: lists the controllers, which decide between steps how a run goes on."""
 
 import dataclasses
+import inspect
 from typing import Any
 
 import tyro
@@ -53,9 +54,20 @@ def describe(name: str) -> dict[str, Any]:
     """
     choice = CONTROLLERS[name]
     options = listing.describe_options(choice.defaults, choice.help)
-    return {"when": choice.when, "options": options}
+    summary = (inspect.getdoc(choice.make) or "").partition("\n\n")[0]
+    return {
+        "summary": " ".join(summary.split()),
+        "when": choice.when,
+        "source": choice.source,
+        "needs": choice.needs,
+        "options": options,
+    }
 
 
 def _show(name: str, described: dict[str, Any], console: Console) -> None:
     console.print(f"{name}: {described['when']}")
+    console.print(described["summary"])
+    for what in ("needs", "source"):
+        if described[what]:
+            console.print(f"{what} {described[what]}")
     listing.print_options("--controller-option", described["options"], console)

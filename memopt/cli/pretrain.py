@@ -278,7 +278,7 @@ def _in_context(config: Config) -> Config:
 
 
 def _introduce(run: Training, console: Console) -> None:
-    config, step, own = run.config, int(run.state.step), run.config.optimization
+    config, own = run.config, run.config.optimization
     dense = jax.eval_shape(dequantize_params, run.state.params)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(dense))
     kinds = describe(run.setup.tx, dense).by_kind()
@@ -306,7 +306,8 @@ def _introduce(run: Training, console: Console) -> None:
         ),
         f"mesh       {mesh} of {jax.device_count()} {jax.devices()[0].device_kind} devices",
         *([f"start      {run.origin}"] if run.origin else []),
-        f"output     {run.directory}" + (f", resumed at step {step}" if step else ""),
+        f"output     {run.directory}"
+        + (f", resumed at {run.unit} {run.batches_used}" if run.batches_used else ""),
     )
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     steps = config.optimization.steps

@@ -184,7 +184,7 @@ def _batches(name: str, config: Config) -> np.ndarray:
     for option in config.schedule_options:
         check_choice(f"option of {name}:", option, describe(name)["options"])
     steps, text = config.optimization.steps, config.text
-    plan = Plan(steps, 0, 1.0, text.batch_size, 1, text.seq_len, steps, {"": 1.0})
+    plan = Plan(steps, 0, 1.0, text.batch_size, 1, {"": 1.0})
     made = controller("batch_schedule", plan, {"shape": name, **config.schedule_options})
     state = made.init()
 

@@ -3,10 +3,12 @@
 A controller is a pair of pure functions, as an Optax transformation is. After each step `update` is
 told its metrics, and says how the next steps are taken: with which learning rate, from how many
 batches, from which mixture of the data. Its state is a JSON object, which each checkpoint holds
-with what `update` was told last: a run that was killed makes the same decisions again.
+with what `update` was told last: a run that was killed makes the same decisions again. Of several
+processes the first one decides for all.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from memopt.training.measure import Measure
@@ -24,10 +26,9 @@ class Plan(NamedTuple):
         learning_rate: The highest learning rate of its schedule.
         batch_size: Rows of a batch.
         accumulation: Micro-batches of a batch.
-        seq_len: Tokens of a row.
-        eval_every: Batches between evaluations.
         sources: Names of the sources of its data, with their weights at the beginning; one source
             that has no name is "".
+        begins: Batches before the present schedule: 0, unless a resumed run was given another one.
     """
 
     steps: int
@@ -35,9 +36,8 @@ class Plan(NamedTuple):
     learning_rate: float
     batch_size: int
     accumulation: int
-    seq_len: int
-    eval_every: int
     sources: Mapping[str, float]
+    begins: int = 0
 
 
 class Seen(NamedTuple):
@@ -48,11 +48,13 @@ class Seen(NamedTuple):
         batches: Batches used up in them.
         metrics: The last step's metrics by name, with `val_loss`, and "val_loss NAME" for each
             named source, if it was evaluated; empty before the first step.
+        step_batches: Batches used up in the last step.
     """
 
     step: int
     batches: int
     metrics: Mapping[str, float]
+    step_batches: int = 1
 
 
 class Control(NamedTuple):
@@ -63,14 +65,17 @@ class Control(NamedTuple):
             the schedule.
         batches: Batches that a step uses; each in as many micro-batches as before. A new number is
             compiled for once.
-        weights: Share of each named source of the data, of sum 1; None: as they are.
+        weights: Positive share of each named source of the data, of sum 1; None: those of the step
+            before, or of a resumed run's checkpoint.
         note: A line for the user, shown when it changes.
+        metrics: Numbers by name to record with the metrics of the next step.
     """
 
     learning_rate: float | None = None
     batches: int = 1
     weights: Mapping[str, float] | None = None
     note: str = ""
+    metrics: Mapping[str, float] = MappingProxyType({})
 
 
 class Losses(NamedTuple):
@@ -111,7 +116,8 @@ class Controller(NamedTuple):
         init: Returns the state before the first step.
         update: Maps the state, what was seen after a step, and what tries a learning rate, to the
             new state and what applies to the next step. It is called before the first step, too.
-        measure: What every step has to measure, if anything.
+        measure: What every step has to measure, if anything; its batches are then worked through
+            in two micro-batches or more.
     """
 
     init: Callable[[], State]

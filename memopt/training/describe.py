@@ -139,9 +139,8 @@ def describe_controller(config: Config) -> Controller | None:
         learning_rate=phase.highest,
         batch_size=config.text.batch_size,
         accumulation=options.accumulation,
-        seq_len=config.text.seq_len,
-        eval_every=config.run.eval_every,
         sources=shares(config),
+        begins=phase.step,
     )
     return controller(options.controller, plan, named)
 

@@ -1,7 +1,6 @@
 """The training loop."""
 
 import contextlib
-import functools
 import math
 import signal
 import time
@@ -12,16 +11,12 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from memopt.training.control import Losses
+from memopt.training.control import Control, Losses
 from memopt.training.metrics import Display, MetricsLog
 from memopt.training.open import Training
-from memopt.training.processes import (
-    StopAgreement,
-    check_same_on_all_processes,
-    is_main_process,
-)
+from memopt.training.processes import StopAgreement, broadcast, is_main_process
 from memopt.training.profile import Profile
-from memopt.training.steering import Steering, Trials, describe_change
+from memopt.training.steering import ControlError, Steering, describe_change
 from memopt.training.step import Metrics, TrainState, evaluate_sources
 from memopt.training.writing import closing
 
@@ -71,7 +66,7 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
             console,
             run.config.optimization.steps,
             run.batches_used,
-            unit="batch" if run.steering else "step",
+            unit=run.unit,
         ) as display,
         contextlib.closing(Profile(run.directory / "profile", console, start, traced)) as profile,
         _signals() as caught,
@@ -136,7 +131,7 @@ class _Loop:
             )
             validate = self._validate if is_due(options.eval_every) else None
             if steering:
-                outcome = {**outcome, **steering.metrics(self.batches)}
+                outcome = {**outcome, **steering.metrics(self.batches, run.batches.weights)}
             try:
                 self.metrics.add(self.step, outcome, began, validate)
                 if steering:
@@ -152,7 +147,8 @@ class _Loop:
 
     def _check_signals(self) -> None:
         if signum := self._agree(self._caught[0] if self._caught else 0):
-            reason = f"stopped by {signal.Signals(signum).name} after step {self.step}."
+            at = f"{self._training.unit} {self.batches}"
+            reason = f"stopped by {signal.Signals(signum).name} after {at}."
             raise Stopped(reason, 128 + signum)
 
     def _take(self, count: int, learning_rate: np.float32 | None) -> Metrics:
@@ -179,28 +175,55 @@ class _Loop:
 
     def _decide(self, steering: Steering) -> None:
         before = steering.control
-        steering.decide(functools.partial(self._try, steering.trials))
+        if is_main_process():
+            self._lead(steering)
+        else:
+            self._follow(steering)
         weights = steering.control.weights
-        _check_alike({"the controller's decision": steering.control})
         if weights is not None and weights != before.weights:
             self._training.batches.set_weights(weights)
         if change := describe_change(before, steering.control):
             self._display.note(self.batches, change)
 
-    def _try(
-        self,
-        trials: Trials,
-        learning_rate: float,
-        steps: int,
-        *,
-        validate_every: int | None = None,
-    ) -> Losses:
-        """Runs a `Trial` from a checkpoint of the present state."""
-        run, key = self._training, (self.step, learning_rate, steps, validate_every)
-        found = trials.find(key)
-        _check_alike({"the controller's trial": key, "trials.jsonl": found})
-        if found:
+    def _lead(self, steering: Steering) -> None:
+        """Lets the controller decide, in process 0; tells the others what to try and what it is."""
+        alone = True  # the others wait to be told; else they take steps, too
+
+        def trial(learning_rate: float, steps: int, *, validate_every: int | None = None) -> Losses:
+            nonlocal alone
+            key = self.step, *(asked := (float(learning_rate), steps, validate_every))
+            found = steering.trials.find(key)
+            if not found:
+                broadcast({"try": asked})
+                alone = False
+                found = self._try(*asked)
+                alone = True
+                steering.trials.add(key, found)
             return found
+
+        try:
+            decision = steering.controller.update(steering.state, steering.seen, trial)
+            try:
+                broadcast({"decided": steering.decide(decision)})
+            except ControlError as error:
+                raise Stopped(f"{error}", saved=jax.process_count() == 1) from error
+        except (Stopped, OSError) as error:
+            if alone:
+                broadcast({"failed": f"{error}"})
+            raise
+
+    def _follow(self, steering: Steering) -> None:
+        """Takes part in what process 0 tries, and takes over what it decides."""
+        while "try" in (told := broadcast(None)):
+            self._try(*told["try"])
+        if "failed" in told:
+            raise Stopped(f"process 0: {told['failed']}", saved=False)
+        state, control = told["decided"]
+        steering.decide((state, Control(**control)))
+
+    def _try(self, learning_rate: float, steps: int, validate_every: int | None) -> Losses:
+        """Runs a `Trial` from a checkpoint of the present state."""
+        run = self._training
         run.save(self.state, self.metrics.latest.get("val_loss"))
         run.checkpoints.wait()
         position = run.batches.get_state()
@@ -210,7 +233,6 @@ class _Loop:
             del self.state  # frees its memory
             self.state, _ = run.checkpoints.read(self.step, run.setup.state)
             run.batches.set_state(position)
-        trials.add(key, found, write=is_main_process())
         last = found.losses[-1] if found.losses else math.nan
         tried = f"tried learning rate {learning_rate:.3g} for {steps} steps: loss {last:.4f}"
         self._display.note(self.batches, tried)
@@ -310,15 +332,6 @@ class LateMetrics:
                 f"steps up to {number}, which changed nothing: lower --learning-rate, or look at "
                 "the data."
             )
-
-
-def _check_alike(decided: dict[str, Any]) -> None:
-    """Ends the run if its processes decide otherwise than each other."""
-    if jax.process_count() > 1:
-        try:
-            check_same_on_all_processes(decided)
-        except ValueError as error:
-            raise Stopped(f"{error}", saved=False) from error
 
 
 def _next_batch(run: Training) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -105,6 +106,11 @@ class Training:
     def batches_used(self) -> int:
         """Batches used up so far; without a controller, as many as steps were taken."""
         return self.steering.seen.batches if self.steering else int(self.state.step)
+
+    @property
+    def unit(self) -> str:
+        """What the run counts: batches, of which a controlled step may use several, or steps."""
+        return "batch" if self.steering else "step"
 
     def save(self, state: TrainState, val_loss: float | None = None) -> None:
         """Starts to save a checkpoint: the state, the position in the data, options, identity."""
@@ -299,6 +305,12 @@ def _continue_data(
         batches.set_state(record["batches"])
         if (now := shares(config)) != mixture_shares(list(now), mixture):
             batches.set_weights(now)
+            if is_main_process():
+                warnings.warn(
+                    "val_loss is the mean of the sources by the new mixture from here on: do not "
+                    "compare it with that of earlier steps.",
+                    stacklevel=2,
+                )
     return history
 
 
@@ -313,13 +325,16 @@ def _steering(
     controller = describe_controller(config)
     if not controller:
         return None
-    path = directory / "trials.jsonl"
+    path, name = directory / "trials.jsonl", f"{config.optimization.controller}"
+    make = lambda trials: Steering(
+        name, controller, frozenset(shares(config)), setup.learning_rate, trials, controller.init()
+    )
     if not restored:
         trials = Trials(path, 0, keep=False)
-        return Steering(controller, setup.learning_rate, trials, controller.init())
+        return make(trials)
     state, record = restored
     trials = Trials(path, int(state.step), keep=record["identity"].items() <= identity.items())
-    steering = Steering(controller, setup.learning_rate, trials, controller.init())
+    steering = make(trials)
     steering.restore(record["steering"])
     return steering
 

@@ -136,6 +136,25 @@ def check_same_on_all_processes(options: Mapping[str, Any]) -> None:
         )
 
 
+def broadcast(value: Any) -> Any:
+    """Returns the value of process 0 in all processes; each waits for it.
+
+    Args:
+        value: JSON-serialisable; of process 0, those of others do not matter.
+
+    Example:
+        >>> broadcast({"batches": 2})
+        {'batches': 2}
+    """
+    if jax.process_count() == 1:
+        return value
+    text = json.dumps(value).encode()
+    bits = int(multihost_utils.broadcast_one_to_all(np.int32(len(text).bit_length())))
+    # Of all the same shape, of which there are few: each is compiled once.
+    padded = np.frombuffer(text[: 1 << bits].ljust(1 << bits), np.uint8)
+    return json.loads(np.uint8(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+
+
 class StopAgreement:
     """Lets all processes stop after the same step when one of them has caught a signal.
 

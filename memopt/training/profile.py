@@ -59,7 +59,7 @@ class Profile:
     def __init__(self, directory: Path, console: Console, start: int, steps: int):
         self._directory, self._console = directory, console
         self._steps = range(start + 1 + WARM_UP, start + 1 + WARM_UP + steps)
-        self._tracing = False
+        self._tracing, self._next = False, start + 1
         self._before: set[Path] = set()
 
     def before(self, step: int, wait: Callable[[], object]) -> None:
@@ -69,6 +69,7 @@ class Profile:
             step: The step to be taken next.
             wait: Waits until the one before is done.
         """
+        self._next = step
         if (step in self._steps) == self._tracing:
             return
         wait()
@@ -81,12 +82,19 @@ class Profile:
                 self._tracing = True
 
     def close(self) -> None:
-        """Writes the trace, if one was started and is not written yet."""
+        """Writes the trace, if one was started and is not written yet.
+
+        It has fewer steps than were asked for if the run ends before, as that of a controller may
+        which takes steps of several batches.
+        """
         if self._tracing:
             self._tracing = False
             with self._warns():
                 jax.profiler.stop_trace()
                 where = f"profile in {self._directory}"
+                if self._next in self._steps[:-1]:
+                    taken = self._next - self._steps.start + 1
+                    where += f", of {taken} steps in place of {len(self._steps)}: the run has ended"
                 self._console.print(where, markup=False, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager

@@ -16,6 +16,8 @@ from memopt.training.sampling import continuations
 def plot_loss(metrics: Path, image: Path) -> None:
     """Draws the training and validation loss of a `metrics.jsonl` as a PNG.
 
+    By steps; of a controlled run by batches, of which a step may use several.
+
     Args:
         metrics: The file to read.
         image: The file to write.
@@ -25,12 +27,13 @@ def plot_loss(metrics: Path, image: Path) -> None:
     """
     lines = [line for line in read_metrics(metrics) if line["loss"] is not None]
     evaluated = [line for line in lines if line.get("val_loss") is not None]
-    curve = lambda lines, key: ([line["step"] for line in lines], [line[key] for line in lines])
+    unit = "batches" if any("batches" in line for line in lines) else "step"
+    curve = lambda lines, key: ([line[unit] for line in lines], [line[key] for line in lines])
     curves: dict[str, Curve] = {
         "training": (*curve(lines, "loss"), {"lw": 0.8}),
         "validation": (*curve(evaluated, "val_loss"), {"marker": "o"}),
     }
-    plot_curves(curves, image, x="step", y="loss a token (nats)")
+    plot_curves(curves, image, x=unit, y="loss a token (nats)")
 
 
 def sample_text(

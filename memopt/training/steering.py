@@ -5,17 +5,25 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import optax
 
-from memopt.training.control import Control, Controller, Losses, Seen, State, Trial
+from memopt.training.control import Control, Controller, Losses, Seen, State
 from memopt.training.writing import WriteError, why, write_whole
 
 #: Metrics that a controller is not told, since another machine measures others.
 TIMED = {"tokens_per_second"}
+
+#: How far the sum of a controller's weights may be from 1: as far as float32 rounds.
+ROUNDING = 1e-6
+
+
+class ControlError(ValueError):
+    """A controller returned what it may not; names the controller."""
 
 
 @dataclasses.dataclass
@@ -23,7 +31,9 @@ class Steering:
     """A controller in a run.
 
     Attributes:
+        name: The controller's name.
         controller: The controller.
+        sources: The names of the data's sources; one without a name is "".
         schedule: The run's learning rate, a function of the batches whose steps were applied.
         trials: What the controller has tried.
         state: The controller's state before it is told of `seen`.
@@ -32,7 +42,9 @@ class Steering:
         control: What applies to the next step.
     """
 
+    name: str
     controller: Controller
+    sources: frozenset[str]
     schedule: optax.Schedule
     trials: "Trials"
     state: State
@@ -47,15 +59,15 @@ class Steering:
         rate = self.control.learning_rate
         return np.float32(self.schedule(self.applied) if rate is None else rate)
 
-    def metrics(self, batches: int) -> dict[str, Any]:
+    def metrics(self, batches: int, weights: Mapping[str, float]) -> dict[str, Any]:
         """Returns what a controlled run's step adds to its metrics.
 
         Args:
             batches: Batches used up by then.
+            weights: The share of each named source in them.
         """
-        shares = self.control.weights or {}
-        found = {"batches": batches} | {f"weight {name}": x for name, x in shares.items()}
-        return {name: np.asarray(value) for name, value in found.items()}
+        found = {"batches": batches} | {f"weight {name}": x for name, x in weights.items()}
+        return {name: np.asarray(x) for name, x in {**found, **self.control.metrics}.items()}
 
     def see(self, step: int, batches: int, metrics: Mapping[str, float]) -> None:
         """Adds a step to `seen`.
@@ -67,20 +79,60 @@ class Steering:
         """
         if self._after is not None:
             self.state = self._after
+        new = batches - self.seen.batches
         if metrics["skipped_in_row"] == 0:
-            self.applied += batches - self.seen.batches
+            self.applied += new
         told = {name: value for name, value in metrics.items() if name not in TIMED}
-        self.seen = Seen(step, batches, told)
+        self.seen = Seen(step, batches, told, new)
 
-    def decide(self, trial: Trial) -> None:
-        """Lets the controller decide how the next step is taken."""
-        self._after, control = self.controller.update(self.state, self.seen, trial)
-        rate, batches = control.learning_rate, control.batches
-        if not (isinstance(batches, int) and batches >= 1):
-            raise ValueError(f"the controller's batches must be 1 or more, got {batches!r}.")
-        if rate is not None and not 0 <= rate < math.inf:
-            raise ValueError(f"the controller's learning_rate must be finite, got {rate!r}.")
-        self.control = control
+    def decide(self, decision: Any) -> tuple[State, dict[str, Any]]:
+        """Takes what the controller's `update` returned: how the next step is taken.
+
+        Returns:
+            The new state and the fields of `control`, JSON-serialisable.
+
+        Raises:
+            ControlError: It is not what a controller may return.
+        """
+        match decision:
+            case (dict() as state, Control() as control):
+                self._check(control)
+            case _:
+                self._fail("must return its state, a dictionary, and a Control", decision)
+        try:
+            self._after = json.loads(json.dumps(state))  # as a resumed run has it
+        except (TypeError, ValueError):
+            self._fail("must have a state that JSON can hold", state)
+        self.control = control._replace(
+            learning_rate=None if control.learning_rate is None else float(control.learning_rate),
+            weights=control.weights and _floats(control.weights),
+            metrics=_floats(control.metrics),
+        )
+        return self._after, self.control._asdict()
+
+    def _check(self, control: Control) -> None:
+        rate, batches, weights, note, metrics = control
+        if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+            self._fail("must give batches of 1 or more", batches)
+        if rate is not None and not (isinstance(rate, Real) and 0 <= rate < math.inf):
+            self._fail("must give a learning_rate that is finite and not below 0, or None", rate)
+        if weights is not None:
+            named = self.sources - {""}
+            if not (isinstance(weights, Mapping) and named and weights.keys() == named):
+                names = ", ".join(sorted(named)) or "none"
+                self._fail(f"must give weights of all named sources ({names}), or None", weights)
+            shares = list(weights.values())
+            if not all(isinstance(x, Real) and x > 0 for x in shares):
+                self._fail("must give positive weights", dict(weights))
+            if not abs(math.fsum(shares) - 1) <= ROUNDING:
+                self._fail("must give weights of sum 1", dict(weights))
+        if not isinstance(note, str):
+            self._fail("must give a note that is text", note)
+        if not all(isinstance(x, Real) for x in metrics.values()):
+            self._fail("must give metrics that are numbers by name", metrics)
+
+    def _fail(self, rule: str, found: Any) -> NoReturn:
+        raise ControlError(f"controller {self.name!r} {rule}, got {found!r}.")
 
     def record(self) -> dict[str, Any]:
         """Returns what a checkpoint holds: the state before `decide`, and what it is told."""
@@ -88,8 +140,15 @@ class Steering:
 
     def restore(self, record: Mapping[str, Any]) -> None:
         """Goes on from what `record` returned."""
-        self.state, self.applied = record["state"], record["applied"]
-        self.seen = Seen(**record["seen"])
+        self.state, self.applied = dict(record["state"]), record["applied"]
+        seen = dict(record["seen"])
+        # Before `step_batches` was recorded, states held where the last step began, if at all.
+        began = self.state.pop("used", seen["batches"] - 1)
+        self.seen = Seen(**{"step_batches": seen["batches"] - began, **seen})
+
+
+def _floats(numbers: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(x) for name, x in numbers.items()}
 
 
 def describe_change(before: Control, after: Control) -> str:
@@ -134,27 +193,25 @@ class Trials:
         """Returns the losses of a trial, by step, learning rate, steps and `validate_every`."""
         return self._found.get(key)
 
-    def add(self, key: tuple[Any, ...], losses: Losses, *, write: bool) -> None:
-        """Adds a trial.
+    def add(self, key: tuple[Any, ...], losses: Losses) -> None:
+        """Adds a trial, and writes the file.
 
         Args:
             key: As in `find`.
             losses: Its losses.
-            write: Whether this process writes the file.
 
         Raises:
             WriteError: The file cannot be written.
         """
         self._found[key] = losses
-        if write:
-            lines = [json.dumps([*key, *found]) + "\n" for key, found in self._found.items()]
-            try:
-                write_whole(self._path, "".join(lines).encode())
-            except OSError as error:
-                raise WriteError(
-                    f"{str(self._path)!r} cannot be written ({why(error)}): make room or repair "
-                    "the disk."
-                ) from error
+        lines = [json.dumps([*key, *found]) + "\n" for key, found in self._found.items()]
+        try:
+            write_whole(self._path, "".join(lines).encode())
+        except OSError as error:
+            raise WriteError(
+                f"{str(self._path)!r} cannot be written ({why(error)}): make room or repair the "
+                "disk."
+            ) from error
 
 
 def _read(path: Path) -> Iterator[tuple[tuple[Any, ...], Losses]]:

@@ -86,7 +86,7 @@ def check_same(directory, alone):
         assert one.keys() == other.keys()
         for name, value in one.items():
             np.testing.assert_allclose(value, other[name], rtol=1e-5, err_msg=name)
-    assert len(metrics(directory)) == STEPS
+    assert metrics(directory)[-1].get("batches", len(metrics(directory))) == STEPS
     # Several processes add in another order: with jax 0.11 3e-6 after 30 steps at a rate of 1e-2.
     chex.assert_trees_all_close(last_state(directory), last_state(alone), rtol=1e-5, atol=5e-6)
 
@@ -126,6 +126,27 @@ def test_several_processes_change_the_mixture_as_one_does(home, monkeypatch):
     train(open_run(parse([*flags, "--output=mixed-alone"])), Console(quiet=True))
     check_same(home / "mixed-together", home / "mixed-alone")
     assert metrics(home / "mixed-alone")[-1]["weight numbers"] > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("adadagrad", "eta=0.2 every=4 most=4"),
+        ("autolrs", "candidates=2 trial_steps=4 stage_steps=8 most_stage_steps=8 kappa=2"),
+    ],
+)
+def test_several_processes_decide_as_one_does(home, monkeypatch, name, options):
+    flags = [*FLAGS, TWO, "--accumulation=2", f"--controller={name}"]
+    flags += [f"--controller-option={option}" for option in options.split()]
+    processes = start_all(home, 2, *flags, f"--output={name}-together", devices=2)
+    (out, _), (other, _) = (finish(process) for process in processes)
+    assert ("batches a step" in out) == (name == "adadagrad")
+    assert ("tried learning rate" in out) == (name == "autolrs")
+    assert "loss" not in other
+    monkeypatch.chdir(home)
+    train(open_run(parse([*flags, f"--output={name}-alone"])), Console(quiet=True))
+    check_same(home / f"{name}-together", home / f"{name}-alone")
 
 
 @pytest.mark.parametrize("by", ["this process", pytest.param("two", marks=pytest.mark.slow)])

@@ -48,7 +48,7 @@ def assert_close(metrics, wanted, rtol=1e-5):
         np.testing.assert_allclose(metrics[name], value, rtol=rtol, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("norms", marks=pytest.mark.slow), "inner_products"])
 def test_micro_batches_count_by_their_tokens_and_nothing_else_changes(kind):
     """One of them has none, and divides by nothing."""
     model, params = toy()
@@ -71,7 +71,7 @@ def test_a_measured_variance_is_never_negative():
     assert metrics["micro_square"] > metrics["gradient_norm"] ** 2
 
 
-@pytest.mark.parametrize("step", [train_step, release_step])
+@pytest.mark.parametrize("step", [pytest.param(train_step, marks=pytest.mark.slow), release_step])
 def test_statistics_of_bfloat16_gradients_are_float32(step):
     model, params = toy()
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
@@ -113,8 +113,9 @@ def test_the_released_step_measures_the_same(kind, tied, clips):
     jax.tree.map(close, ordinary[0], released[0])
 
 
-@pytest.mark.parametrize("step", [train_step, pytest.param(release_step, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", [pytest.param("Auto", marks=pytest.mark.slow), "Explicit"])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [train_step, release_step])
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_a_llama_on_eight_devices_of_either_kind(step, kind):
     mesh = jax.make_mesh(
         (2, 4), ("data", "fsdp"), axis_types=(getattr(jax.sharding.AxisType, kind),) * 2
@@ -127,6 +128,7 @@ def test_a_llama_on_eight_devices_of_either_kind(step, kind):
     assert_close(many, one, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_int8_weights_on_a_mesh_released_with_a_tied_head():
     config = dataclasses.replace(CONFIG, tied=True, vocab_size=256)
     rng = np.random.default_rng(0)

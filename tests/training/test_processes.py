@@ -12,6 +12,7 @@ from memopt.training.placement import make_mesh
 from memopt.training.processes import (
     STEPS_TO_STOP,
     StopAgreement,
+    broadcast,
     check_same_on_all_processes,
     init_distributed,
 )
@@ -119,6 +120,26 @@ def test_processes_started_differently_are_told(monkeypatch):
     monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
     with pytest.raises(ValueError, match=r"^seed must be the same in all 2 processes"):
         check_same_on_all_processes({"model": "nano", "seed": 0, "steps": 3})
+
+
+def test_all_processes_are_told_what_the_first_says(monkeypatch):
+    """Their arrays have the same shape at each of its two calls."""
+    sent = []
+
+    def send(array):
+        sent.append(np.asarray(array))
+        return sent[-1].astype(np.uint32) if sent[-1].ndim else sent[-1]  # as a sum is
+
+    def receive(array):
+        assert (np.shape(array), np.asarray(array).dtype) == (sent[0].shape, sent[0].dtype)
+        return sent.pop(0)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for value in (None, {"name": "ē", "losses": [0.1, float("inf")]}, "x" * 1000):
+        for transfer in (send, receive):
+            monkeypatch.setattr(processes.multihost_utils, "broadcast_one_to_all", transfer)
+            assert broadcast(value if transfer is send else {"own": 1}) == value
+    assert not sent
 
 
 @pytest.mark.parametrize(

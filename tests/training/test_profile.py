@@ -27,6 +27,20 @@ def test_a_trace_starts_and_ends_where_no_step_runs(monkeypatch, tmp_path, steps
     assert seen == events
 
 
+def test_a_run_that_ends_before_says_how_many_steps_its_trace_has(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    said = []
+    for last in (6, 7):
+        profile = Profile(tmp_path / "profile", Console(soft_wrap=True), start=0, steps=4)
+        for step in range(1, last + 1):
+            profile.before(step, lambda: None)
+        profile.close()
+        said.append("".join(capsys.readouterr().out.split("\n")))
+    assert said[0].endswith("profile, of 3 steps in place of 4: the run has ended")
+    assert said[1].endswith("profile")
+
+
 def test_a_trace_that_cannot_be_written_at_its_end_is_warned_about(monkeypatch, tmp_path):
     def fail():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no space left")

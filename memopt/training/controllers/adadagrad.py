@@ -7,8 +7,8 @@ from memopt.errors import check_above_zero, check_at_least
 from memopt.schedules.laws import noise_scale
 from memopt.training.control import Control, Controller, Plan, Seen, State, Trial
 from memopt.training.controllers.whole_batches import (
-    check_micro_batches,
     is_measured,
+    micro_batches,
     whole_batches,
 )
 from memopt.training.measure import Measure
@@ -47,47 +47,48 @@ def adadagrad(
     whole gradients, as in the paper, while the authors' code adds the variances of one for each
     parameter. Every step is measured: "inner_product" computes each gradient twice.
 
+    The metrics show how many rows the test asked for as `tested_rows`.
+
     With `release` what enters each block is kept for all micro-batches of a step: its memory grows
     with the batch.
 
     Args:
-      plan: the run; its batches are worked through in two micro-batches or more.
-      test: "norm", or "inner_product", which lets noise pass that turns no step around, and so
-        grows the batch later.
-      eta: η of the norm test; smaller is stricter. Theirs is 0.1 (MNIST, ImageNet) or 0.5 (CIFAR).
-      theta: θ of the inner-product test.
-      nu: ν of its orthogonality test.
-      every: steps from test to test.
-      most: batches of a step at most.
+        plan: The run; its batches are worked through in two micro-batches or more.
+        test: "norm", or "inner_product", which lets noise pass that turns no step around, and so
+            grows the batch later.
+        eta: The η of the norm test; smaller is stricter. Theirs is 0.1 (MNIST, ImageNet) or 0.5
+            (CIFAR).
+        theta: The θ of the inner-product test.
+        nu: The ν of its orthogonality test.
+        every: Steps from test to test.
+        most: Batches of a step at most.
 
     Raises:
-      ValueError: an option is out of range, or a batch is one micro-batch.
+        ValueError: An option is out of range.
 
     References:
-      Lau et al., AdAdaGrad: Adaptive Batch Size Schemes for Adaptive Gradient Methods, 2024,
-      https://arxiv.org/abs/2402.11215, and their code, for the defaults.
+        Lau et al., AdAdaGrad: Adaptive Batch Size Schemes for Adaptive Gradient Methods, 2024,
+        https://arxiv.org/abs/2402.11215, and their code, for the defaults.
     """
     for name, value in {"eta": eta, "theta": theta, "nu": nu}.items():
         check_above_zero(name, value)
     check_at_least("every", every, 1)
-    check_micro_batches("adadagrad", plan, most)
+    check_at_least("most", most, 1)
 
     def update(state: State, seen: Seen, trial: Trial) -> tuple[State, Control]:
-        batches = state["batches"]
-        if is_measured(seen) and seen.step % every == 0:
-            micro_rows = plan.batch_size // plan.accumulation
-            micro_batches = plan.accumulation * (seen.batches - state["used"])
-            shape = micro_rows, micro_batches
-            rows = (
-                norm_test(seen, *shape, eta)
-                if test == "norm"
-                else inner_product_test(seen, *shape, theta, nu)
-            )
-            batches = max(batches, whole_batches(rows, plan, most))
-        return {"batches": batches, "used": seen.batches}, Control(batches=batches)
+        if not is_measured(seen) or seen.step % every:
+            return state, Control(batches=state["batches"])
+        shape = micro_batches(seen, plan)
+        rows = (
+            norm_test(seen, *shape, eta)
+            if test == "norm"
+            else inner_product_test(seen, *shape, theta, nu)
+        )
+        batches = max(state["batches"], whole_batches(rows, plan, most))
+        return {"batches": batches}, Control(batches=batches, metrics={"tested_rows": rows})
 
     measure: Measure = "norms" if test == "norm" else "inner_products"
-    return Controller(lambda: {"batches": 1, "used": 0}, update, measure)
+    return Controller(lambda: {"batches": 1}, update, measure)
 
 
 def norm_test(seen: Seen, micro_rows: int, micro_batches: int, eta: float) -> float:

@@ -46,7 +46,8 @@ def autolrs(
     double from stage to stage until τ is `most_stage_steps`. Stages up to the first one of that
     length are judged by training losses, later ones by validation losses every τ'/16 steps. The
     last stage is as long as there are steps left, and its trials are shorter in proportion; if they
-    had fewer than 4 steps, the stage before goes on.
+    had fewer than 4 steps, the stage before goes on. So it does if a run is resumed with another
+    schedule that has too few steps for a trial.
 
     The search takes `candidates` · τ' / τ as many steps as the run: by default as many again, so
     that the run costs twice its steps, and evaluations besides.
@@ -68,7 +69,7 @@ def autolrs(
 
     Raises:
         ImportError: If scikit-learn is missing.
-        ValueError: If an option is out of range, or the run has too few steps for one trial.
+        ValueError: If an option is out of range, or a new run has too few steps for one trial.
 
     References:
         Jin et al., AutoLRS, 2021, https://arxiv.org/abs/2105.10762; the defaults are their code's.
@@ -94,7 +95,7 @@ def autolrs(
         return trial_steps * length(number) // stage_steps * steps // length(number)
 
     after = plan.steps - plan.warmup_steps
-    if trial_length(1, min(length(1), after)) < FEWEST:
+    if not plan.begins and trial_length(1, min(length(1), after)) < FEWEST:
         raise ValueError(
             f"controller autolrs needs at least {math.ceil(FEWEST * stage_steps / trial_steps)} "
             f"steps after the warm-up, got {after}: raise --steps or trial_steps."
@@ -107,8 +108,10 @@ def autolrs(
         number, begins = state["stage"] + 1, max(plan.warmup_steps, state["ends"])
         steps = min(length(number), plan.steps - seen.batches)
         tried_for = trial_length(number, steps)
-        if seen.batches < begins or tried_for < FEWEST:
+        if seen.batches < begins:
             return state, control(state)
+        if tried_for < FEWEST:
+            return state, control(state, goes_on_from=begins)
         validates = number > 1 and length(number - 1) == most_stage_steps
         every = max(1, tried_for // VALIDATIONS) if validates else None
         tried: list[list[float]] = []
@@ -127,15 +130,22 @@ def autolrs(
         }
         return state, control(state)
 
-    def control(state: State) -> Control:
-        if not state["stage"]:
-            return Control()
-        failed = all(found >= WORST for _, found in state["tried"])
-        note = (
-            f"stage {state['stage']} up to batch {state['ends']}, searched for "
-            f"{state['search_steps']} steps so far" + ", no candidate stays finite" * failed
-        )
-        return Control(state["learning_rate"], note=note)
+    def control(state: State, goes_on_from: int | None = None) -> Control:
+        rate, tried = state["learning_rate"], state["tried"]
+        keeps = "the schedule goes on" if rate is None else "the learning rate stays"
+        if goes_on_from is not None:
+            note = f"the batches after {goes_on_from} are too few for trials: {keeps}"
+        elif not state["stage"]:
+            note = f"the schedule up to batch {plan.warmup_steps}, then learning rates of trials"
+        else:
+            found = ", ".join(
+                f"{score:.4f} with {rate:.3g}" for rate, score in tried if score < WORST
+            )
+            note = (
+                f"stage {state['stage']} up to batch {state['ends']} in place of the schedule, "
+                f"searched for {state['search_steps']} steps so far, "
+            ) + (f"forecast losses {found}" if found else f"no candidate stays finite: {keeps}")
+        return Control(rate, note=note)
 
     return Controller(init, update)
 

@@ -22,14 +22,14 @@ def batch_schedule(
     with the batch.
 
     Args:
-      plan: the run.
-      shape: "doubling" or "ramp", or another of `memopt.schedules.batch_names()`.
-      first: batches of a step at the beginning.
-      last: batches of a step at the end.
-      length: batches that are used up until then; by default half of the run.
+        plan: The run.
+        shape: "doubling" or "ramp", or another of `memopt.schedules.batch_names()`.
+        first: Batches of a step at the beginning.
+        last: Batches of a step at the end.
+        length: Batches that are used up until then; by default half of the run.
 
     Raises:
-      ValueError: the shape is unknown, or a number is out of range.
+        ValueError: The shape is unknown, or a number is out of range.
     """
     length = max(1, plan.steps // 2) if length is None else length
     schedules.batch_schedule(shape, first, last, length)  # refuses what cannot be

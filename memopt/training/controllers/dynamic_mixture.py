@@ -40,7 +40,7 @@ def dynamic_mixture(
         ValueError: The data has fewer than two named sources, or an option is out of range.
 
     Example:
-        >>> plan = Plan(100, 10, 1e-3, 8, 1, 128, 10, {"web": 0.5, "code": 0.5})
+        >>> plan = Plan(100, 10, 1e-3, 8, 1, {"web": 0.5, "code": 0.5})
         >>> made = dynamic_mixture(plan, reference="web=2.0,code=1.5", smoothing=1e-9)
         >>> seen = Seen(10, 10, {"val_loss web": 2.0 + math.log(3), "val_loss code": 1.4})
         >>> _, control = made.update(made.init(), seen, None)
@@ -81,14 +81,17 @@ def dynamic_mixture(
 
 
 def _losses(reference: str, names: list[str]) -> dict[str, float]:
+    given = [item.strip().partition("=") for item in filter(None, reference.split(","))]
     losses = {}
-    for item in filter(None, reference.split(",")):
-        name, _, text = item.strip().partition("=")
+    for name, _, text in given:
         try:
             losses[name] = float(text)
         except ValueError:
             losses[name] = math.nan
-    if set(losses) != set(names) or not all(map(math.isfinite, losses.values())):
+    is_each_once = sorted(name for name, *_ in given) == sorted(names)
+    if not (is_each_once and all(map(math.isfinite, losses.values()))):
         wanted = ",".join(f"{name}=LOSS" for name in names)
-        raise ValueError(f"reference must give a loss of each source, {wanted}; got {reference!r}.")
+        raise ValueError(
+            f"reference must give one loss of each source, {wanted}; got {reference!r}."
+        )
     return losses

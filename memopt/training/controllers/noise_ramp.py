@@ -2,12 +2,12 @@
 
 import math
 
-from memopt.errors import check_above_zero, check_between
+from memopt.errors import check_above_zero, check_at_least, check_between
 from memopt.schedules.laws import noise_scale
 from memopt.training.control import Control, Controller, Plan, Seen, State, Trial
 from memopt.training.controllers.whole_batches import (
-    check_micro_batches,
     is_measured,
+    micro_batches,
     whole_batches,
 )
 
@@ -35,51 +35,50 @@ def noise_ramp(
     that of SGD: Adam's critical batch is of the same order, not equal. The learning rate is the
     schedule's, whatever the batch.
 
+    The metrics show the noise scale in rows, of the averages, as `noise_scale`.
+
     With `release` what enters each block is kept for all micro-batches of a step: its memory grows
     with the batch.
 
     Args:
-      plan: the run; its batches are worked through in two micro-batches or more.
-      share: the batch as a share of the noise scale.
-      decay: the decay of the averages a step; 0.98 averages over about 50 steps.
-      shrinks: let the batch shrink, too.
-      most: batches of a step at most.
+        plan: The run; its batches are worked through in two micro-batches or more.
+        share: The batch as a share of the noise scale.
+        decay: The decay of the averages a step; 0.98 averages over about 50 steps.
+        shrinks: Let the batch shrink, too.
+        most: Batches of a step at most.
 
     Raises:
-      ValueError: an option is out of range, or a batch is one micro-batch.
+        ValueError: An option is out of range.
 
     References:
-      McCandlish et al., An Empirical Model of Large-Batch Training, 2018,
-      https://arxiv.org/abs/1812.06162, section 2 and appendix A.1.
+        McCandlish et al., An Empirical Model of Large-Batch Training, 2018,
+        https://arxiv.org/abs/1812.06162, section 2 and appendix A.1.
     """
     check_above_zero("share", share)
     check_between("decay", decay, 0.0, 1.0)
-    check_micro_batches("noise_ramp", plan, most)
+    check_at_least("most", most, 1)
     average = lambda old, new: decay * old + (1 - decay) * new
 
     def update(state: State, seen: Seen, trial: Trial) -> tuple[State, Control]:
-        state = state | {"used": seen.batches} if not is_measured(seen) else measure(state, seen)
-        return state, Control(batches=state["batches"])
-
-    def measure(state: State, seen: Seen) -> State:
+        if not is_measured(seen):
+            return state, Control(batches=state["batches"])
         noise = noise_scale(
             seen.metrics["micro_square"],
             seen.metrics["gradient_norm"] ** 2,
-            micro_rows=plan.batch_size // plan.accumulation,
-            micro_batches=plan.accumulation * (seen.batches - state["used"]),
+            *micro_batches(seen, plan),
         )
         new = {
-            "used": seen.batches,
             "trace": average(state["trace"], noise.trace),
             "square": average(state["square"], noise.square),
             "weight": average(state["weight"], 1.0),
         }
         batches = state["batches"]
+        scale = new["trace"] / new["square"] if new["square"] > 0 else math.inf
         if new["weight"] >= 1 - 1 / math.e and new["trace"] > 0:
-            scale = new["trace"] / new["square"] if new["square"] > 0 else math.inf
             batches = whole_batches(share * scale, plan, most)
             batches = batches if shrinks else max(batches, state["batches"])
-        return new | {"batches": batches}
+        state = new | {"batches": batches}
+        return state, Control(batches=batches, metrics={"noise_scale": scale})
 
-    start = {"batches": 1, "used": 0, "trace": 0.0, "square": 0.0, "weight": 0.0}
+    start = {"batches": 1, "trace": 0.0, "square": 0.0, "weight": 0.0}
     return Controller(lambda: dict(start), update, "norms")

@@ -13,6 +13,9 @@ from memopt.training.controllers.batch_schedule import batch_schedule
 from memopt.training.controllers.dynamic_mixture import dynamic_mixture
 from memopt.training.controllers.noise_ramp import noise_ramp
 
+#: For controllers that estimate the noise of gradients.
+MICRO_BATCHES = "--accumulation 2 or more, since it compares the gradients of micro-batches"
+
 #: Every controller by name. Each maps a `Plan`, and options by keyword with annotated types, to a
 #: `Controller`.
 CONTROLLERS: dict[str, Choice] = {
@@ -20,12 +23,16 @@ CONTROLLERS: dict[str, Choice] = {
         adadagrad,
         "Choose it if many devices share a step and the batch should grow as soon as its gradient "
         "is too noisy; it does not pay on one device, where a larger batch only takes longer.",
+        "https://arxiv.org/abs/2402.11215",
+        MICRO_BATCHES,
     ),
     "autolrs": Choice(
         autolrs,
         "Choose it if no schedule is known to suit the model or the data: it finds the learning "
         "rate of each stage by trials. It does not pay if one is known, since it doubles the "
         "steps, nor in runs of fewer than some thousand steps.",
+        "https://arxiv.org/abs/2105.10762",
+        "scikit-learn: pip install 'memopt[autolrs]'",
     ),
     "batch_schedule": Choice(
         batch_schedule,
@@ -36,11 +43,15 @@ CONTROLLERS: dict[str, Choice] = {
         dynamic_mixture,
         "Choose it if the data has several sources and you know what loss each should reach; it "
         "does not pay without such references, or if one source alone matters.",
+        "https://arxiv.org/abs/2310.06694",
+        "--data NAME=SOURCE of two or more, and the option reference",
     ),
     "noise_ramp": Choice(
         noise_ramp,
         "Choose it if many devices share a step and the batch should stay near the critical one; "
         "it does not pay if the run's batch is above that throughout, nor on one device.",
+        "https://arxiv.org/abs/1812.06162",
+        MICRO_BATCHES,
     ),
 }
 
@@ -63,4 +74,10 @@ def controller(name: str, plan: Plan, options: Mapping[str, Any]) -> Controller:
     for option, value in options.items():
         check_choice(f"option of {name}:", option, entry.defaults)
         check_type(option, value, types[option])
-    return entry.make(plan, **options)
+    made = entry.make(plan, **options)
+    if made.measure and plan.accumulation < 2:
+        raise ValueError(
+            f"controller {name!r} compares the gradients of micro-batches: --accumulation must be "
+            f"at least 2, got {plan.accumulation}."
+        )
+    return made

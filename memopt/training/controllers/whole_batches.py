@@ -2,7 +2,6 @@
 
 import math
 
-from memopt.errors import check_at_least
 from memopt.training.control import Plan, Seen
 
 
@@ -17,7 +16,7 @@ def whole_batches(rows: float, plan: Plan, most: int) -> int:
         most: The largest number of batches.
 
     Example:
-        >>> plan = Plan(100, 10, 1e-3, 4, 2, 32, 10, {"": 1.0})  # batches of 4 rows
+        >>> plan = Plan(100, 10, 1e-3, 4, 2, {"": 1.0})  # batches of 4 rows
         >>> [whole_batches(rows, plan, most=6) for rows in (0, 4, 5, 9, 17, math.inf)]
         [1, 1, 2, 4, 6, 6]
     """
@@ -33,15 +32,11 @@ def is_measured(seen: Seen) -> bool:
     return applied and all(map(math.isfinite, measured))
 
 
-def check_micro_batches(controller: str, plan: Plan, most: int) -> None:
-    """Raises unless there are micro-batches to compare.
+def micro_batches(seen: Seen, plan: Plan) -> tuple[int, int]:
+    """Returns the rows of a micro-batch, and how many the last step had.
 
-    Raises:
-        ValueError: Names the option, and what to change.
+    Example:
+        >>> micro_batches(Seen(3, 6, {}, step_batches=4), Plan(100, 10, 1e-3, 8, 2, {"": 1.0}))
+        (4, 8)
     """
-    if plan.accumulation < 2:
-        raise ValueError(
-            f"controller {controller!r} compares the gradients of micro-batches: --accumulation "
-            f"must be at least 2, got {plan.accumulation}."
-        )
-    check_at_least("most", most, 1)
+    return plan.batch_size // plan.accumulation, plan.accumulation * seen.step_batches

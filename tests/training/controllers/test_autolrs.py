@@ -18,8 +18,6 @@ PLAN = Plan(
     learning_rate=0.1,
     batch_size=8,
     accumulation=1,
-    seq_len=32,
-    eval_every=10,
     sources={"": 1.0},
 )
 SMALL = {"candidates": 3, "trial_steps": 4, "stage_steps": 8, "most_stage_steps": 32}
@@ -81,7 +79,10 @@ def test_the_best_forecast_at_the_end_of_the_stage_decides(rates):
     made = controller("autolrs", PLAN, SMALL)
     state, control = made.update(made.init(), Seen(10, 10, {}), trial)
     assert control == Control(
-        learning_rate=0.1, note="stage 1 up to batch 18, searched for 12 steps so far"
+        learning_rate=0.1,
+        note="stage 1 up to batch 18 in place of the schedule, searched for 12 steps so far, "
+        f"forecast losses {curves[0.3](8):.4f} with 0.3, {curves[0.1](8):.4f} with 0.1, "
+        "2.5000 with 0.2",
     )
     (_, first), (_, second), (_, third) = state.pop("tried")
     assert (first, third) == (pytest.approx(curves[0.3](8)), pytest.approx(2.5))
@@ -104,6 +105,27 @@ def test_the_last_stage_and_its_trials_are_as_long_as_there_are_steps_left(rates
     assert controls[-1].learning_rate == 0.1
 
 
+def test_until_the_first_stage_it_says_that_the_schedule_is_followed_no_longer(rates):
+    made = controller("autolrs", PLAN, SMALL)
+    _, control = made.update(made.init(), Seen(0, 0, {}), None)
+    assert control == Control(note="the schedule up to batch 10, then learning rates of trials")
+
+
+def test_a_resumed_run_with_too_few_steps_for_a_trial_keeps_its_learning_rate():
+    """A new one of so few is refused."""
+    short = {"steps": 43, "warmup_steps": 40}
+    with pytest.raises(ValueError, match="needs at least 8 steps after the warm-up, got 3"):
+        controller("autolrs", PLAN._replace(**short), SMALL)
+    made = controller("autolrs", PLAN._replace(**short, begins=40), SMALL)
+    state = made.init() | {"stage": 2, "ends": 34, "learning_rate": 0.2, "tried": [[0.2, 1.0]]}
+    after, control = made.update(state, Seen(40, 40, {}), None)
+    assert after == state
+    assert control == Control(
+        learning_rate=0.2,
+        note="the batches after 40 are too few for trials: the learning rate stays",
+    )
+
+
 @pytest.mark.parametrize("before", [None, 0.2])
 def test_if_no_candidate_stays_finite_the_learning_rate_stays(rates, before):
     trials = Trials(lambda rate: math.nan)
@@ -111,7 +133,8 @@ def test_if_no_candidate_stays_finite_the_learning_rate_stays(rates, before):
     first = {**made.init(), "learning_rate": before}
     state, control = made.update(first, Seen(10, 10, {}), trials)
     assert control.learning_rate == before
-    assert control.note.endswith("12 steps so far, no candidate stays finite")
+    keeps = "the learning rate stays" if before else "the schedule goes on"
+    assert control.note.endswith(f"12 steps so far, no candidate stays finite: {keeps}")
     assert state["tried"] == [[rate, 1e6] for rate in rates]
     assert state["ends"] == 18
     json.dumps(state, allow_nan=False)

@@ -1,21 +1,25 @@
 """Runs that AutoLRS steers, of a model small enough to train here."""
 
+import io
 import json
+import re
 
 import chex
 import numpy as np
 import pytest
+from rich.console import Console
 
 from memopt.training.config import Architecture, Config, Optimization, Run, Text
-from memopt.training.loop import Stopped
+from memopt.training.loop import train
+from memopt.training.open import open_run
 from tests.training.test_loop import change
-from tests.training.test_steering import lines, resumed, run
+from tests.training.test_steering import killed, lines, resumed, run
 
 OPTIONS = ("candidates=2", "trial_steps=4", "stage_steps=8", "most_stage_steps=8")
 
 
 @pytest.fixture
-def config(tmp_path, text, monkeypatch):
+def config(tmp_path, text, monkeypatch, shared_setups):
     """Two batches of warm-up, and stages that end after 10 and 18; the second is validated."""
     monkeypatch.setattr("memopt.text.batches.WINDOW_TOKENS", 2**10)  # packed after each trial
     return Config(
@@ -59,14 +63,28 @@ def test_a_run_that_was_killed_in_a_search_makes_the_same_decisions_and_no_trial
     chosen = opened.steering.state["learning_rate"]
     assert chosen in [rate for step, rate, *_ in tried if step == 10]
     np.testing.assert_allclose([line["learning_rate"] for line in found[10:]], chosen, rtol=1e-6)
-    again = change(config, output=tmp_path / "again")
-    with pytest.raises(Stopped):
-        run(again, stop_after=2 + 2 * 4 + 8 + 4 + 2)  # in the last trial
-    assert trials(again) == tried[:3]
-    state, _ = run(resumed(again))
+    again = killed(config, tmp_path / "again", step=10)
+    path = again.run.output / "trials.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))  # in the last one
+    state, _ = run(again)
     chex.assert_trees_all_equal(state, whole)
     assert lines(again) == found
     assert trials(again) == tried
+
+
+@pytest.mark.slow
+def test_a_run_that_is_given_another_schedule_and_too_few_steps_for_a_trial_goes_on(config):
+    config = change(config, steps=10)
+    _, opened = run(config)
+    found = opened.steering.state["learning_rate"]
+    config = change(resumed(config), steps=13, schedule="linear")
+    output = io.StringIO()
+    opened = open_run(config)
+    train(opened, Console(file=output, width=200))
+    assert [line["learning_rate"] for line in lines(config)[10:]] == [np.float32(found)] * 3
+    said = "batch 10/13  learning rate .*, the batches after 10 are too few for trials: the lea"
+    assert len(re.findall(said, output.getvalue())) == 1
+    assert len(trials(config)) == 2
 
 
 @pytest.mark.slow

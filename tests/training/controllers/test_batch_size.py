@@ -23,23 +23,18 @@ PLAN = Plan(
     learning_rate=1e-3,
     batch_size=8,
     accumulation=2,
-    seq_len=32,
-    eval_every=16,
     sources={"": 1.0},
 )
 
 
-def seen(step, batches, micro_square=2.0, norm=1.0, dot_square=1.0, skipped=0):
-    return Seen(
-        step,
-        batches,
-        {
-            "micro_square": micro_square,
-            "micro_dot_square": dot_square,
-            "gradient_norm": norm,
-            "skipped_in_row": skipped,
-        },
-    )
+def seen(step, batches, micro_square=2.0, norm=1.0, dot_square=1.0, skipped=0, last=1):
+    metrics = {
+        "micro_square": micro_square,
+        "micro_dot_square": dot_square,
+        "gradient_norm": norm,
+        "skipped_in_row": skipped,
+    }
+    return Seen(step, batches, metrics, step_batches=last)
 
 
 def decide(name, told, **options):
@@ -62,12 +57,25 @@ def test_the_norm_test_by_hand():
 
 def test_variances_are_those_of_as_many_micro_batches_as_were_taken():
     """Eight in the second step: a row's variance is 4 · 8/7 · (5 − 1) = 18.3; of two, 32."""
-    told = [seen(1, 1), seen(2, 5, micro_square=5.0)]
+    told = [seen(1, 1), seen(2, 5, micro_square=5.0, last=4)]
     assert decide("adadagrad", told, eta=0.7) == [1, 4, 8]  # 37 rows are 5 batches; 65 are 9
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "metrics"),
+    [
+        ("adadagrad", {"eta": 0.5}, {"tested_rows": 32.0}),
+        ("noise_ramp", {}, {"noise_scale": math.inf}),  # tr Σ is 8, and ‖G‖² 0
+    ],
+)
+def test_what_they_act_on_is_recorded(name, options, metrics):
+    made = controller(name, PLAN, options)
+    assert made.update(made.init(), seen(1, 1), None)[1].metrics == metrics
+    assert made.update(made.init(), seen(1, 1, skipped=1), None)[1].metrics == {}
+
+
 def test_the_batch_never_shrinks():
-    told = [seen(1, 1), seen(2, 5, micro_square=1.0)]
+    told = [seen(1, 1), seen(2, 5, micro_square=1.0, last=4)]
     assert decide("adadagrad", told, eta=0.7) == [1, 4, 4]
 
 
@@ -93,9 +101,9 @@ def test_the_inner_product_test_by_hand():
 def test_a_step_that_was_not_applied_or_is_not_finite_changes_nothing(name, bad):
     options = {"eta": 0.7} if name == "adadagrad" else {"decay": 0.1}
     noisy = {"micro_square": 1e6}
-    told = [seen(1, 1), seen(2, 5, **(noisy | bad)), seen(3, 9)]
+    told = [seen(1, 1), seen(2, 5, **(noisy | bad), last=4), seen(3, 9, last=4)]
     assert decide(name, told, **options)[2] == decide(name, told, **options)[1]
-    without = decide(name, [told[0], seen(2, 5)], **options)
+    without = decide(name, [told[0], seen(2, 5, last=4)], **options)
     assert decide(name, told, **options)[3] == without[2]
 
 
