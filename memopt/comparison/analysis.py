@@ -15,7 +15,7 @@ from typing import Any, Literal
 from scipy.special import ndtri, stdtr, stdtrit
 
 Run = Mapping[str, Any]
-"""One run, a line of `runs.jsonl`."""
+"""One run, a line of `compare.jsonl`."""
 
 BASELINE = "adamw"
 
@@ -157,7 +157,7 @@ def z_score(losses: Sequence[float], baseline: Sequence[float]) -> float | None:
 
     Example:
         >>> round(z_score([1.0, 1.1, 0.9], [1.2, 1.3, 1.1]), 2)
-        -1.98
+        -1.81
 
     """
     if math.inf in losses or math.inf in baseline:

@@ -18,6 +18,9 @@ COLORS: dict[Verdict, str] = {
     "worse": "#D55E00",
     "unknown": "#CC79A7",
 }
+#: Left, bottom, right and top in pixels.
+Box = tuple[float, float, float, float]
+
 #: The highest loss above the least that the picture of learning rates shows, in nats.
 HIGHEST = 0.3
 
@@ -123,24 +126,18 @@ def plot_sensitivity(
                     style = {"color": ("#0072B2", "#D55E00", "#009E73")[i % 3], "markersize": 3}
                     axes.plot(*zip(*points, strict=True), "o-", label=_title(summaries), **style)
                     lost = [rate for rate, loss in _relative(s.sensitivity) if loss == math.inf]
-                    axes.plot(lost, [HIGHEST] * len(lost), "x", color=style["color"], clip_on=False)
+                    axes.plot(lost, [0.96 * HIGHEST] * len(lost), "x", color=style["color"])
         axes.set_title(method, fontsize=8)
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
     grid[0, 0].set_ylim(-0.02, HIGHEST)
-    figure.supxlabel("learning rate / best learning rate")
+    figure.supxlabel(f"learning rate / best learning rate (grey: {baseline}; ×: diverged)")
     figure.supylabel("loss above the least (nats)")
-    figure.suptitle(
-        f"Sensitivity to the learning rate (grey: {baseline}, ×: diverged)",
-        fontsize=11,
-        x=0.01,
-        ha="left",
-    )
     handles = {
         label: h for a in grid.flat for h, label in zip(*a.get_legend_handles_labels(), strict=True)
     }
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=3)
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
     _save(figure, image)
 
 
@@ -248,11 +245,11 @@ def _place_labels(axes: Any, points: Sequence[tuple[float, float, str, str, bool
         weight = "bold" if strong else "normal"
         text = axes.text(0, 0, name, color=color, fontsize=8, weight=weight, zorder=4)
         size = text.get_window_extent()
+        half = size.width / 2, size.height / 2
 
-        def box(radius: float, angle: float, px=px, py=py, size=size) -> tuple[float, ...]:
-            cx = px + (radius + size.width / 2) * math.cos(angle)
-            cy = py + (radius + size.height / 2) * math.sin(angle)
-            half = size.width / 2, size.height / 2
+        def box(radius: float, angle: float, at: Any = (px, py), half: Any = half) -> Box:
+            cx = at[0] + (radius + half[0]) * math.cos(angle)
+            cy = at[1] + (radius + half[1]) * math.sin(angle)
             return cx - half[0], cy - half[1], cx + half[0], cy + half[1]
 
         def cost(radius: float, angle: float) -> float:
@@ -288,7 +285,7 @@ def _place_labels(axes: Any, points: Sequence[tuple[float, float, str, str, bool
         )
 
 
-def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
+def _overlap(a: Box, b: Box) -> float:
     """The area, in pixels, that two boxes share."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
@@ -360,7 +357,7 @@ def short_count(count: float) -> str:
     return f"{count:.0f}"
 
 
-def _figure(rows: int, width: float, height: float) -> tuple[Any, Sequence[Any]]:
+def _figure(rows: int, width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(width, height * rows), dpi=150, layout="constrained")

@@ -32,7 +32,7 @@ from memopt.training.metrics import read_metrics
 from memopt.training.writing import write_whole
 
 #: The file of a comparison's runs, one JSON object a line.
-RUNS = "runs.jsonl"
+RUNS = "compare.jsonl"
 
 RULE = (
     f"A method is better or worse than {{baseline}} if chance alone makes such a difference of "
@@ -58,7 +58,7 @@ def write_report(
     Args:
         directory: The directory to write into: `report.md`, `report.json`, and, as soon as there
             are tuned runs, `front.png`, `curves.png` and `sensitivity.png`.
-        runs: The file of runs, by default `runs.jsonl` in the directory.
+        runs: The file of runs, by default `compare.jsonl` in the directory.
         baseline: The method with which others are compared.
         target_loss: As of `summarize`.
         peak_bytes: As of `summarize`.
