@@ -10,9 +10,6 @@ result is saved as it is found; run it again with some names to replace their ro
 
 import functools
 import json
-import re
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +24,8 @@ from rich.console import Console
 
 import memopt
 from benchmarks.baseline_rules import RULES
-from benchmarks.report import save
+from benchmarks.report import Report
+from benchmarks.results import write_pages
 from memopt.optimizers.registry import METHODS
 from memopt.training.release.per_parameter_update import PerParameterUpdate
 from tests.optimizers import recorded_runs
@@ -366,22 +364,14 @@ class Options(NamedTuple):
 def main() -> None:
     """Measures, and replaces the tables in docs/baselines.md."""
     options = tyro.cli(Options, description=__doc__)
-    command = shlex.join(["python", "-m", "benchmarks.baselines", *sys.argv[1:]])
     results = {r["optimizer"]: r for r in read()["results"]}
-    report: dict[str, Any] = {
-        "command": command,
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-    }
-    report["facts"] = facts()
+    report = Report("baselines", (), RESULTS, [], facts=facts())
     for name in options.optimizers:
         results[name] = measure(name)
         Console().print(json.dumps(results[name]))
-        report["results"] = [results[name] for name in BASELINES if name in results]
-        save(report, RESULTS)
-    page = re.split(r"(^\|.*\n(?:\|.*\n)*)", DOCS.read_text(), flags=re.MULTILINE)
-    page[1::2] = tables(report)
-    DOCS.write_text("".join(page))
+        report.results[:] = [results[name] for name in BASELINES if name in results]
+        report.save()
+    write_pages()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ matrices, over the mean itself. Prints tables and writes them as JSON.
 """
 
 import dataclasses
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import memopt
-from benchmarks.machine import versions
-from benchmarks.report import save
+from benchmarks.report import Report
 from memopt.models import llama
 from memopt.models.llama import build_model
 from memopt.state.codecs import Codec, Coded, Dynamic, Integers, named
@@ -312,16 +310,9 @@ def main(arguments: Sequence[str]) -> None:
     """Measures, prints the table and writes the file."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
     results, sums = measure(options), measure_sums()
-    report = {
-        "command": shlex.join(["python", "-m", "benchmarks.codecs", *arguments]),
-        "steps": options.steps,
-        "device": jax.default_backend(),
-        "versions": versions(("memopt", "jax", "jaxlib", "optax")),
-        "results": results,
-        "sums": sums,
-    }
+    report = Report("codecs", arguments, options.output, results, steps=options.steps)
     Console(width=140).print(table(results), table_of_sums(sums))
-    save(report, options.output)
+    report.save(sums=sums)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ to replace their rows.
 """
 
 import functools
-import json
 import os
 import string
 from collections.abc import Callable
@@ -30,7 +29,8 @@ from jax.sharding import AxisType, NamedSharding
 import memopt
 from benchmarks.extra_arguments import with_extra_arguments
 from benchmarks.guarantees import HOLDS, are_close, draw
-from benchmarks.report import measure_cells, replace_table
+from benchmarks.report import measure_cells, read_results
+from benchmarks.results import write_pages
 from memopt import projectors, recombine
 from memopt.models import llama
 from memopt.optimizers.registry import METHODS
@@ -219,7 +219,7 @@ def found(name: str, combination: str) -> str:
 
 def read() -> dict[str, dict[str, str]]:
     """The words of each row, as measured."""
-    return json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
+    return read_results(RESULTS) or {}
 
 
 def table(results: dict[str, dict[str, str]]) -> str:
@@ -257,7 +257,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     results = read()
     measure_cells(options.optimizers, [*COMBINATIONS], found, results, RESULTS)
-    replace_table(DOCS, r"^\| optimizer \|[\s\S]*\Z", table(results))
+    write_pages()
 
 
 if __name__ == "__main__":

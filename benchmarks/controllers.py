@@ -18,7 +18,6 @@ docs/controllers.md, and all as JSON with a plot of the same name.
 
 import dataclasses
 import json
-import shlex
 import statistics
 import sys
 import sysconfig
@@ -28,13 +27,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import tyro
 from rich.console import Console
 
 from benchmarks import width
-from benchmarks.machine import core_count, cpu_model, versions
-from benchmarks.report import replace_table, save
+from benchmarks.report import Report, read_results
+from benchmarks.results import write_pages
 from memopt.errors import check_choice
 from memopt.training.config import Architecture, Config, Optimization, Run, Text
 from memopt.training.loop import train
@@ -329,18 +327,10 @@ def main(arguments: Sequence[str]) -> None:
     try:
         for name in options.rows:
             check_choice("row", name, ROWS)
-        results = width.finished(options.output, settings)
+        results = read_results(options.output, settings)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.controllers", *arguments]),
-        **settings,
-        "device": jax.devices()[0].device_kind,
-        "cpu": cpu_model(),
-        "cores": core_count(),
-        "versions": versions(("memopt", "jax", "jaxlib", "optax")),
-        "results": results,
-    }
+    report = Report("controllers", arguments, options.output, results, **settings)
     console = Console()
     for seed in options.seeds:
         for name in options.rows:
@@ -353,12 +343,11 @@ def main(arguments: Sequence[str]) -> None:
             results.append({"row": name, "seed": seed, "points": points})
             taken = time.perf_counter() - began
             console.print(f"{name:32} seed {seed}  {points[-1]['val_loss']:.4f}  {taken:.0f} s")
-            save(report, options.output)
-    save(report, options.output, lambda path: plot(results, path))
+            report.save()
+    report.save(lambda path: plot(results, path))
     for question in PANELS:
-        table = markdown(results, question)
-        console.print(table, markup=False)
-        replace_table(DOCS, rf"<!-- {question} -->\n(?:\|.*\n)*", f"<!-- {question} -->\n{table}")
+        console.print(markdown(results, question), markup=False)
+    write_pages()
 
 
 if __name__ == "__main__":

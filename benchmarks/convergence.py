@@ -11,7 +11,6 @@ and into docs/convergence.md.
 
 import dataclasses
 import math
-import shlex
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,8 +27,8 @@ from rich.table import Table
 
 import memopt
 from benchmarks import width
-from benchmarks.machine import core_count, cpu_model, versions
-from benchmarks.report import replace_table, save
+from benchmarks.report import Report, read_results
+from benchmarks.results import write_pages
 from memopt.errors import check_choice
 from memopt.training.placement import make_mesh
 from memopt.training.setup import abstract_batch, set_up
@@ -225,18 +224,10 @@ def main(arguments: Sequence[str]) -> None:
     try:
         for name in options.rows:
             check_choice("row", name, ROWS)
-        results = width.finished(options.output, settings)
+        results = read_results(options.output, settings)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.convergence", *arguments]),
-        **settings,
-        "device": jax.devices()[0].device_kind,
-        "cpu": cpu_model(),
-        "cores": core_count(),
-        "versions": versions(("memopt", "jax", "jaxlib", "optax")),
-        "results": results,
-    }
+    report = Report("convergence", arguments, options.output, results, **settings)
     table = Table(title="Validation loss", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("optimizer", "learning rate", "loss"):
         table.add_column(column, justify="right")
@@ -251,17 +242,13 @@ def main(arguments: Sequence[str]) -> None:
                     loss = train(options, ROWS[name], rate, seed)
                     results.append({"row": name, "rate": rate, "seed": seed, "loss": loss})
                     console.print(f"{name:32} 2^{rate:<4} seed {seed}  {loss:.4f}")
-                    save(report, options.output)
+                    report.save()
         at = losses(results, name, options.seeds)
         best = min(at, key=lambda rate: at[rate])
         table.add_row(name, f"2^{best}", f"{at[best]:.3f}")
     console.print(table)
-    save(report, options.output)
-    replace_table(
-        DOCS,
-        r"^\| optimizer \| best learning rate \|.*\n(?:\|.*\n)+",
-        markdown(results, options.seeds),
-    )
+    report.save()
+    write_pages()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import tyro
 from rich.console import Console
 
 import memopt
-from benchmarks.report import save
+from benchmarks.report import Report
 from examples.capitals import chats
 from memopt.cli.finetune import parse_finetune
 from memopt.cli.pretrain import parse
@@ -127,6 +127,7 @@ def main(options: Options) -> None:
     """Measures, prints and saves."""
     console = Console()
     results: dict[str, dict[str, Any]] = {}
+    report = Report("finetune", (), options.output, results)
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
         prepared = tasks(options, home)
@@ -142,8 +143,7 @@ def main(options: Options) -> None:
                 results[method][task] = losses
                 best = min(losses, key=losses.__getitem__)
                 console.print(f"{method:20} {task:11} {losses[best]:.4f} at {best}  {losses}")
-            command = "python -m benchmarks.finetune"
-            save({"command": command, "results": results}, options.output)
+            report.save()
 
 
 if __name__ == "__main__":

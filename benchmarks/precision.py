@@ -12,7 +12,6 @@ Prints a table and writes it as JSON, with a plot of the same name.
 
 import dataclasses
 import functools
-import shlex
 import statistics
 import sys
 import tempfile
@@ -29,8 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 import memopt
-from benchmarks.machine import core_count, cpu_model, versions
-from benchmarks.report import save
+from benchmarks.report import Report
 from memopt.errors import check_at_least, check_choice
 from memopt.state.codecs import bits_of
 from memopt.training.config import Config, Optimization, Run, Text
@@ -202,22 +200,16 @@ def main(arguments: Sequence[str]) -> None:
             check_choice("case", name, CASES)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    report = {
-        "command": shlex.join(["python", "-m", "benchmarks.precision", *arguments]),
-        "steps": options.steps,
-        "seeds": options.seeds,
-        "seq_len": options.seq_len,
-        "batch_size": options.batch_size,
-        "eval_tokens": options.eval_tokens,
-        "learning_rate": options.learning_rate,
-        "device": jax.devices()[0].device_kind,
-        "cpu": cpu_model(),
-        "cores": core_count(),
-        "versions": versions(("memopt", "jax", "jaxlib", "optax")),
-        "results": measure(options),
-    }
-    Console().print(table(report))
-    save(report, options.output, lambda path: plot(report, path))
+    settings = ("steps", "seeds", "seq_len", "batch_size", "eval_tokens", "learning_rate")
+    report = Report(
+        "precision",
+        arguments,
+        options.output,
+        measure(options),
+        **{name: getattr(options, name) for name in settings},
+    )
+    Console().print(table(report.content()))
+    report.save(lambda path: plot(report.content(), path))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ The figures are exact: they come from the abstract evaluation of each optimizer'
 model's shapes, and nothing is allocated. Prints a table and writes it as JSON, with a plot.
 """
 
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import memopt
-from benchmarks.report import save
+from benchmarks.report import Report
 from benchmarks.updates import model_shapes
 
 LEARNING_RATE = 1e-3
@@ -101,9 +100,8 @@ def main(arguments: Sequence[str]) -> None:
     last = {r["optimizer"]: r["state_bytes"] for r in results}
     results.sort(key=lambda r: (options.models.index(r["model"]), -last[r["optimizer"]]))
     Console().print(table(results))
-    command = shlex.join(["python", "-m", "benchmarks.state_bytes", *arguments])
-    report = {"command": command, "results": results}
-    save(report, options.output, lambda path: plot(results, path))
+    report = Report("state_bytes", arguments, options.output, results)
+    report.save(lambda path: plot(results, path))
 
 
 if __name__ == "__main__":

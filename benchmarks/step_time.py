@@ -12,8 +12,6 @@ Prints a table and writes it as JSON, with a plot of the same name.
 
 import dataclasses
 import math
-import platform
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +26,7 @@ from rich.table import Table
 
 import memopt
 from benchmarks import torch_optimizers
-from benchmarks.machine import core_count, cpu_model, versions
-from benchmarks.report import save
+from benchmarks.report import Report
 from benchmarks.torch_optimizers import TORCH_OPTIMIZERS
 from benchmarks.updates import (
     LEARNING_RATE,
@@ -43,6 +40,7 @@ from memopt.errors import check_at_least, check_choice
 from memopt.optimizers.registry import METHODS
 
 BASELINE = "adamw"
+LIBRARIES = ("torch", "apollo-torch", "lion-pytorch")
 EIGHT_BITS = "_8bit"
 DEFAULTS = (
     *("adamw" + EIGHT_BITS, "adafactor", "optax_adafactor", "lion", "optax_lion"),
@@ -94,22 +92,14 @@ def optimizer(name: str) -> tuple[str, optax.GradientTransformation]:
     return METHODS[method].library if method == name else "memopt", tx
 
 
-def describe(
-    benchmark: str, arguments: Sequence[str], shapes: Any, model: str, dtype: str, repeats: int
-) -> dict[str, Any]:
-    """Describes the run, the machine and the versions."""
-    packages = ("memopt", "jax", "jaxlib", "optax", "torch", "apollo-torch", "lion-pytorch")
+def describe(shapes: Any, model: str, dtype: str, repeats: int) -> dict[str, Any]:
+    """The settings of a report."""
     leaves = jax.tree.leaves(shapes)
     return {
-        "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *arguments]),
         "model": model,
         "dtype": dtype,
         "parameter_bytes": sum(math.prod(p.shape) * p.dtype.itemsize for p in leaves),
         "repeats": repeats,
-        "device": jax.devices()[0].device_kind,
-        "cpu": cpu_model(),
-        "cores": core_count(),
-        "versions": {"python": platform.python_version()} | versions(packages),
     }
 
 
@@ -170,10 +160,11 @@ def main(arguments: Sequence[str]) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     shapes = model_shapes(options.model, options.dtype)
-    report = describe("step_time", arguments, shapes, options.model, options.dtype, options.repeats)
-    report["results"] = measure(found, options.repeats)
-    Console().print(table(report))
-    save(report, options.output, lambda path: plot(report, path))
+    settings = describe(shapes, options.model, options.dtype, options.repeats)
+    results = measure(found, options.repeats)
+    report = Report("step_time", arguments, options.output, results, LIBRARIES, **settings)
+    Console().print(table(report.content()))
+    report.save(lambda path: plot(report.content(), path))
 
 
 if __name__ == "__main__":
