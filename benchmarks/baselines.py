@@ -300,13 +300,13 @@ def number(x: float | None) -> str:
     return f"{x:.2g}" if x > 0.1 else f"{x:.1e}".replace("e-0", "e-")
 
 
-def errors_table(results: Sequence[dict[str, Any]]) -> str:
+def errors_table(report: dict[str, Any]) -> str:
     """The table of errors, in Markdown."""
     lines = [
         "| name | against | error | stacked | memopt: error | memopt: stacked | |",
         "|---|---|--:|--:|--:|--:|---|",
     ]
-    for r in results:
+    for r in report["results"]:
         against = ", ".join(f"`{run}`" for run in r["runs"]) or (
             "rule" if "errors" in r["optax"] else "–"
         )
@@ -319,13 +319,13 @@ def errors_table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join((*lines, ""))
 
 
-def needs_table(results: Sequence[dict[str, Any]]) -> str:
+def needs_table(report: dict[str, Any]) -> str:
     """The table of what each optimizer needs, in Markdown."""
     lines = [
         "| name | learning rate | needs | evaluate | release |",
         "|---|---|---|---|:-:|",
     ]
-    for r in results:
+    for r in report["results"]:
         method = METHODS[r["optimizer"]]
         rate = "1, finds its steps" if method.finds_step else "a step size"
         needs = method.needs
@@ -336,19 +336,13 @@ def needs_table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join((*lines, ""))
 
 
-def facts_table(found: Sequence[dict[str, Any]]) -> str:
+def facts_table(report: dict[str, Any]) -> str:
     """The table of single updates, in Markdown."""
     lines = ["| update of a parameter of 1 | paper | Optax | memopt |", "|---|--:|--:|--:|"]
-    for fact in found:
+    for fact in report["facts"]:
         cells = [f"{fact[k] + 0.0:.5f}" if k in fact else "–" for k in ("paper", "optax", "memopt")]
         lines.append(" | ".join([f"| {fact['what']}", *cells]) + " |")
     return "\n".join((*lines, ""))
-
-
-def tables(report: dict[str, Any]) -> list[str]:
-    """The tables of the page, in order."""
-    results = report["results"]
-    return [errors_table(results), facts_table(report["facts"]), needs_table(results)]
 
 
 class Options(NamedTuple):

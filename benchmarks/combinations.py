@@ -222,8 +222,9 @@ def read() -> dict[str, dict[str, str]]:
     return read_results(RESULTS) or {}
 
 
-def table(results: dict[str, dict[str, str]]) -> str:
+def table(report: dict[str, Any]) -> str:
     """The table in Markdown, and the sentences of the refusals."""
+    results = report["results"]
     head = ["| optimizer", *COMBINATIONS]
     lines = [" | ".join(head) + " |", "|---" + "|:-:" * len(COMBINATIONS) + "|"]
     letters: dict[str, str] = {}

@@ -31,7 +31,7 @@ import tyro
 from rich.console import Console
 
 from benchmarks import width
-from benchmarks.report import Report, read_results
+from benchmarks.report import Report, markdown_table, read_results
 from benchmarks.results import write_pages
 from memopt.errors import check_choice
 from memopt.training.config import Architecture, Config, Optimization, Run, Text
@@ -281,19 +281,20 @@ def cell(column: str, found: Sequence[float]) -> str:
     return f"{mean:.3f}" + (f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else "")
 
 
-def markdown(results: Sequence[dict[str, Any]], question: str) -> str:
+def markdown(report: dict[str, Any], question: str) -> str:
     """The rows of a question, where they ended, as a table for the docs."""
+    results = report["results"]
     columns, counted = COLUMNS[question], seeds(results, question)
     titles = [column.replace("val_loss", "validation loss").replace("_", " ") for column in columns]
-    lines = [f"| run | {' | '.join(titles)} |", f"|---|{'--:|' * len(columns)}"]
+    rows = []
     for name, row in ROWS.items():
         if row.question == question:
             ends = [find(results, name, seed)[-1] for seed in sorted(counted)]
             cells = [
                 cell(column, [end[column] for end in ends if column in end]) for column in columns
             ]
-            lines.append(f"| {' | '.join((name, *cells))} |")
-    return "\n".join((*lines, ""))
+            rows.append((name, *cells))
+    return markdown_table(("run", *titles), rows)
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -346,7 +347,7 @@ def main(arguments: Sequence[str]) -> None:
             report.save()
     report.save(lambda path: plot(results, path))
     for question in PANELS:
-        console.print(markdown(results, question), markup=False)
+        console.print(markdown(report.content(), question), markup=False)
     write_pages()
 
 

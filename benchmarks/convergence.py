@@ -27,7 +27,7 @@ from rich.table import Table
 
 import memopt
 from benchmarks import width
-from benchmarks.report import Report, read_results
+from benchmarks.report import Report, markdown_table, read_results
 from benchmarks.results import write_pages
 from memopt.errors import check_choice
 from memopt.training.placement import make_mesh
@@ -200,18 +200,18 @@ def default_rate(best: int) -> float:
     return min(rates, key=lambda rate: abs(math.log(rate / 2.0 ** (best - 1))))
 
 
-def markdown(results: Sequence[dict[str, Any]], seeds: Sequence[int] = (0,)) -> str:
+def markdown(report: dict[str, Any]) -> str:
     """The table for the docs."""
-    lines = ["| optimizer | best learning rate | validation loss | half | twice |"]
-    lines.append("|---|--:|--:|--:|--:|")
+    rows = []
     for name in ROWS:
-        at = losses(results, name, seeds)
+        at = losses(report["results"], name)
         if not at:
             continue
         best = min(at, key=lambda rate: at[rate])
         near = [f"{at[rate]:.3f}" if rate in at else "–" for rate in (best - 1, best + 1)]
-        lines.append(f"| {name} | 2^{best} | {at[best]:.3f} | {near[0]} | {near[1]} |")
-    return "\n".join((*lines, ""))
+        rows.append((name, f"2^{best}", f"{at[best]:.3f}", *near))
+    columns = ("optimizer", "best learning rate", "validation loss", "half", "twice")
+    return markdown_table(columns, rows)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ import tyro
 from rich.console import Console
 
 import memopt
-from benchmarks.report import Report
+from benchmarks.report import Report, markdown_table
 from examples.capitals import chats
 from memopt.cli.finetune import parse_finetune
 from memopt.cli.pretrain import parse
@@ -60,6 +60,9 @@ class Options:
     pretrained_steps: int = 150
     functions: int = 400
     output: Path = Path(__file__).parent / "results" / "finetune.json"
+
+
+TASKS = ("answers", "docstrings")
 
 
 def docstrings(files: list[Path]) -> Iterator[dict[str, str]]:
@@ -121,6 +124,16 @@ def state_bytes(flags: str) -> int:
     tx = memopt.optimizer(name, learning_rate=1e-3)
     tx = quantize_state(tx, state[0]) if state else tx
     return memopt.state_bytes(tx, abstract_params(preset("llama-2-7b"))).total
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table for the docs: each method at the best of its learning rates."""
+    rows = []
+    for method, r in report["results"].items():
+        answers, heads = (min(r[task].items(), key=lambda at: at[1]) for task in TASKS)
+        best = f"{answers[1]:.2g} at {answers[0]}", f"{heads[1]:.2f} at {heads[0]}"
+        rows.append((method, f"{r['state_bytes_7b'] / 1e9:.1f} GB", *best))
+    return markdown_table(("method", "state for LLaMA-2-7b", *TASKS), rows)
 
 
 def main(options: Options) -> None:

@@ -299,8 +299,9 @@ def read() -> dict[str, dict[str, str]]:
     return read_results(RESULTS) or {}
 
 
-def table(results: dict[str, dict[str, str]]) -> str:
+def table(report: dict[str, Any]) -> str:
     """The table in Markdown."""
+    results = report["results"]
     head = ["| method", *CONDITIONS]
     lines = [" | ".join(head) + " |", "|---" + "|:-:" * len(CONDITIONS) + "|"]
     for name in rows():

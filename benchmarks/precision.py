@@ -28,7 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 import memopt
-from benchmarks.report import Report
+from benchmarks.report import Report, markdown_table
 from memopt.errors import check_at_least, check_choice
 from memopt.state.codecs import bits_of
 from memopt.training.config import Config, Optimization, Run, Text
@@ -168,6 +168,28 @@ def table(report: dict[str, Any]) -> Table:
             "yes" if r["indistinguishable"] else "no",
         )
     return shown
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table for the docs."""
+    columns = ("", "validation loss, mean", "spread over seeds", "− float32")
+    rows = [
+        (
+            *(_title(r["name"]), f"{r['mean']:.3f}", f"{r['spread']:.3f}"),
+            "" if r["name"] == BASELINE else f"{r['difference']:+.3f}".replace("-", "−"),
+            *(f"{r[key]:.2f}" for key in ("state_bytes", "weight_bytes")),
+        )
+        for r in report["results"]
+    ]
+    return markdown_table((*columns, "bytes per weight: state", "weights"), rows)
+
+
+def _title(name: str) -> str:
+    """The name of a case in words."""
+    kind, _, stored = name.partition("-")
+    if kind == "bfloat16+8":
+        return "bfloat16 weights with 8 extra bits"
+    return f"{kind} {stored.replace('both', 'state and weights')}".rstrip()
 
 
 def plot(report: dict[str, Any], path: Path) -> None:

@@ -2,11 +2,10 @@
 
 import json
 import platform
-import re
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +132,10 @@ def measure_cells(
             report.save()
 
 
-def replace_table(page: Path, old: str, new: str) -> None:
-    """Replaces the part of a page that a regular expression finds."""
-    text = page.read_text()
-    found = re.search(old, text, re.MULTILINE)
-    assert found is not None
-    page.write_text(text.replace(found[0], new))
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, the first column on the left, numbers on the right."""
+    lines = [f"| {' | '.join(row)} |" for row in (columns, *rows)]
+    return "\n".join([lines[0], f"|---|{'--:|' * (len(columns) - 1)}", *lines[1:], ""])
 
 
 def milliseconds(run: Callable[[], Any]) -> float:

@@ -2,13 +2,15 @@
 
     python -m benchmarks.results
 
-Between a line ``<!-- from FILE by FUNCTION WORD … -->`` and the next ``<!-- end -->`` stands what the
-function makes of the file; several files are separated by commas, and the words are further arguments.
+Between a line ``<!-- from FILE by FUNCTION WORD … -->`` and the next ``<!-- end -->`` stands what
+the function makes of the file; several files are separated by commas, and the words are further
+arguments.
 Sentences with figures are not written, but checked: `benchmarks.claims`.
 """
 
 import importlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,15 +20,22 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
 
-BLOCK = re.compile(r"^<!-- from (.+?) by (benchmarks[\w.]+)(.*?) -->\n(.*?)^<!-- end -->$", re.M | re.S)
+BLOCK = re.compile(
+    r"^<!-- from (.+?) by (benchmarks[\w.]+)(.*?) -->\n(.*?)^<!-- end -->$",
+    re.MULTILINE | re.DOTALL,
+)
+
+#: Older files have versions as entries of their own.
+OLD_KEYS = ("jax", "optax", "libtpu")
 
 INTRODUCTION = """\
 # Results
 
-All measured figures of README and docs, by the files in `benchmarks/results` that they are from: the
-command that made each file, the machine, and the versions of the packages and of the compiler. This
-page, and the tables on other pages, are written by `python -m benchmarks.results`; a test compares
-them with the files. Where no machine or version is named, the file is from before they were recorded.
+All measured figures of README and docs, by the files in `benchmarks/results` that they are from:
+the command that made each file, the machine, and the versions of the packages and of the compiler.
+This page, and the tables on other pages, are written by `python -m benchmarks.results`; a test
+compares them with the files. Where no machine or version is named, the file is from before these
+were recorded.
 """
 
 
@@ -74,11 +83,12 @@ def pages() -> dict[Path, str]:
     """The text of every page, as the result files say it must be."""
     texts, made = {}, {}
     for page in sources():
-        text = page.read_text()
-        for found, block in reversed([*blocks(page)]):
+        parts, end, text = [], 0, page.read_text()
+        for found, block in blocks(page):
             made[block] = block.text()
-            text = text[: found.start(4)] + made[block] + text[found.end(4) :]
-        texts[page] = text
+            parts += [text[end : found.start(4)], made[block]]
+            end = found.end(4)
+        texts[page] = "".join([*parts, text[end:]])
     texts[PAGE] = results_page(made)
     return texts
 
@@ -93,7 +103,7 @@ def results_page(made: Mapping[Block, str]) -> str:
             parts.append(f"![{path.stem.replace('_', ' ')}]({link})\n")
         for block, text in made.items():
             if path == block.files[0]:
-                page = block.page.relative_to(PAGE.parent, walk_up=True)
+                page = os.path.relpath(block.page, PAGE.parent)
                 parts.append(f"On [{block.page.name}]({page}):\n\n{text}")
     return "\n".join(parts)
 
@@ -112,17 +122,14 @@ def provenance(path: Path) -> str:
     compiled |= dict.fromkeys(row["chip"] for row in rows if "traffic" in row)
     if compiled:
         words.append(f"compiled for {', '.join(compiled)}")
-    found = {}
+    found: dict[str, dict[str, None]] = {}
     for one in (report, *rows):
-        versions = one.get("versions", {}) | {k: one[k] for k in COMPILER_KEYS if k in one}
+        old = {k: one[k] for k in OLD_KEYS if isinstance(one.get(k), str)}
+        versions = one.get("versions", {}) | old
         for name, version in versions.items():
             found.setdefault(name, {})[version] = None
     words += [f"{name} {' and '.join(of)}" for name, of in found.items()]
     return "; ".join(words) + "."
-
-
-#: Entries of rows and files that are versions.
-COMPILER_KEYS = ("jax", "optax", "jaxlib", "libtpu")
 
 
 def write_pages() -> None:

@@ -26,7 +26,7 @@ from rich.table import Table
 
 import memopt
 from benchmarks import torch_optimizers
-from benchmarks.report import Report
+from benchmarks.report import Report, markdown_table
 from benchmarks.torch_optimizers import TORCH_OPTIMIZERS
 from benchmarks.updates import (
     LEARNING_RATE,
@@ -149,6 +149,20 @@ def plot(report: dict[str, Any], path: Path) -> None:
     axes.set_title(f"LLaMA-{report['model']}, {report['dtype']}, {report['cores']} cores")
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table for README."""
+    columns = ("optimizer", "from", "ms", "÷ optax.adamw", "min–max", "state MB")
+    return markdown_table(columns, map(_row, report["results"]))
+
+
+def _row(r: dict[str, Any]) -> tuple[str, ...]:
+    ratio = r["ratio"]
+    return (
+        *(r["name"], r["library"], f"{r['milliseconds']['median']:.0f}", f"{ratio['median']:.2f}"),
+        *(f"{ratio['min']:.2f}–{ratio['max']:.2f}", f"{r['state_bytes'] / 1e6:.1f}"),
+    )
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ record is saved as it is found, and not measured again with the same options and
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -248,6 +249,14 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_title(f"Four LLaMA-7b blocks, {results[0]['dtype']}, one {results[0]['chip']} chip")
     figure.legend(loc="outside lower right", ncols=2)
     figure.savefig(path, dpi=120)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The paragraph for README: the methods by what they move, Optax's with its name."""
+    names = {r["optimizer"]: r["traffic"] for r in report["results"]}
+    title = lambda name: f"`{METHODS[name].library}.{name.removeprefix('optax_')}`"
+    words = [f"{title(name)} {names[name]:.2f}" for name in sorted(names, key=lambda n: names[n])]
+    return textwrap.fill(", ".join(words) + ".", 100, break_on_hyphens=False)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -234,7 +234,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Trains what is missing, prints the table and writes the files."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
-    settings = {
+    settings: dict[str, Any] = {
         "base": options.widths[0],
         "layers": options.layers,
         "steps": options.steps,
