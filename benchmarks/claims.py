@@ -57,7 +57,9 @@ def _bytes_a_parameter(results: Results) -> list[float]:
 def _refresh(results: Results) -> Iterator[float]:
     """Cost and least energy of ranks 128 and 512, first without iterations and gradients alone."""
     rows = {
-        (iterations, rank): _row(results, name=f"randomized_svd, {iterations} iterations", rank=rank)
+        (iterations, rank): _row(
+            results, name=f"randomized_svd, {iterations} iterations", rank=rank
+        )
         for iterations in (0, 2)
         for rank in (128, 512)
     }

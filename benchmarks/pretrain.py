@@ -2,8 +2,8 @@
 
     python -m benchmarks.pretrain [--steps 600]
 
-The loss depends on the standard library of the Python that runs it, which is the text. The memory is
-the compiler's, of the run's step and of the same step with AdamW.
+The loss depends on the standard library of the Python that runs it, which is the text. The memory
+is the compiler's, of the run's step and of the same step with AdamW.
 """
 
 import dataclasses
