@@ -33,7 +33,6 @@ from tests.yardstick import yardstick
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "baselines.json"
-DOCS = ROOT / "docs" / "baselines.md"
 STEPS, LAYERS = 6, 3
 
 Make = Callable[[dict[str, Any]], optax.GradientTransformation]

@@ -40,7 +40,6 @@ from memopt.training.step import init_state, train_step
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "combinations.json"
-DOCS = ROOT / "docs" / "combinations.md"
 STEPS = 8
 CONFIG = llama.LlamaConfig(
     vocab_size=64,

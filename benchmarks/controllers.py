@@ -49,7 +49,6 @@ SEED_SHOWN = 0
 KEPT = ("step", "val_loss", "learning_rate", "weight")
 
 ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs" / "controllers.md"
 
 
 class Row(NamedTuple):

@@ -34,7 +34,6 @@ from memopt.training.placement import make_mesh
 from memopt.training.setup import abstract_batch, set_up
 
 ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs" / "convergence.md"
 
 
 class Row(NamedTuple):

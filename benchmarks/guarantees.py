@@ -32,7 +32,6 @@ from memopt.optimizers.registry import available
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "guarantees.json"
-DOCS = ROOT / "docs" / "guarantees.md"
 HOLDS = "✓"
 RATE, STEPS = 1e-2, 6
 SHAPES = {"blocks": {"kernel": (2, 16, 24)}, "bias": (24,)}

@@ -237,7 +237,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 def markdown(report: dict[str, Any]) -> str:
     """The table of LLaMA-7b for README, in GiB."""
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "ordinary": {"release": False, "weights": None},
         "released": {"release": True, "weights": None},
         "released, int8 weights": {"release": True, "weights": "int8"},
