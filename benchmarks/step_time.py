@@ -1,11 +1,12 @@
 """Compares the time of a step of each optimizer in one process.
 
-    python -m benchmarks.step_time [--model 60m] [--repeats 20] [--optimizers adamw lion ...]
+    python -m benchmarks.step_time [--model 60m] [--layout list] [--optimizers adamw lion ...]
 
 A step is one jitted ``update`` and ``apply_updates`` with donated parameters and state, on the
 shapes of a model and fixed gradients, without forward and backward pass. The optimizers are timed
 in turn in each round, so that other load on the machine affects all of them, and each time is
-divided by AdamW's in the same round. Torch's optimizers are included if they are installed.
+divided by AdamW's in the same round. Optimizers of torch, rollfast and flashoptim-jax are included
+if they are installed: ``pip install torch rollfast flashoptim-jax``.
 
 Prints a table and writes it as JSON, with a plot of the same name.
 """
@@ -25,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 import memopt
-from benchmarks import torch_optimizers
+from benchmarks import jax_optimizers, torch_optimizers
+from benchmarks.jax_optimizers import JAX_OPTIMIZERS
 from benchmarks.report import Report, markdown_table
 from benchmarks.torch_optimizers import TORCH_OPTIMIZERS
 from benchmarks.updates import (
@@ -40,13 +42,13 @@ from memopt.errors import check_at_least, check_choice
 from memopt.optimizers.registry import METHODS
 
 BASELINE = "adamw"
-LIBRARIES = ("torch", "apollo-torch", "lion-pytorch")
+LIBRARIES = ("torch", "apollo-torch", "lion-pytorch", *jax_optimizers.PACKAGES)
 EIGHT_BITS = "_8bit"
 DEFAULTS = (
     *("adamw" + EIGHT_BITS, "adafactor", "optax_adafactor", "lion", "optax_lion"),
     *("apollo", "apollo_mini"),
 )
-COLORS = {"memopt": "C0", "optax": "C7", "torch": "C1"}
+COLORS = {"memopt": "C0", "optax": "C7", "torch": "C1", "rollfast": "C2", "flashoptim_jax": "C4"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +57,10 @@ class Options:
 
     Attributes:
       optimizers: names known to `memopt.optimizer`, with the suffix _8bit for int8 state, and
-        torch_adamw, torch_adafactor, torch_lion, torch_apollo, torch_apollo_mini; by default the
-        methods of memopt, their baselines, and those of torch that are installed.
+        those in `TORCH_OPTIMIZERS` and `JAX_OPTIMIZERS`; by default the methods of memopt, their
+        baselines, and those of other libraries that are installed.
       model: the preset whose shapes are used.
+      layout: "stacked" for one array per kernel, "list" for one array per kernel and block.
       dtype: the dtype of parameters and gradients.
       repeats: the number of timed rounds.
       output: the JSON file; the plot has the same name.
@@ -65,6 +68,7 @@ class Options:
 
     optimizers: tuple[str, ...] = ()
     model: str = "60m"
+    layout: Literal["stacked", "list"] = "stacked"
     dtype: Literal["float32", "bfloat16"] = "float32"
     repeats: int = 20
     output: Path = Path(__file__).parent / "results" / "step_time.json"
@@ -72,16 +76,36 @@ class Options:
 
 def contenders(options: Options) -> list[Contender]:
     """Builds all optimizers to compare, the baseline first."""
-    names = options.optimizers or (*DEFAULTS, *torch_optimizers.installed())
+    others = (*torch_optimizers.installed(), *jax_optimizers.installed())
+    names = dict.fromkeys((BASELINE, *(options.optimizers or (*DEFAULTS, *others))))
     for name in names:
         method = name.removesuffix(EIGHT_BITS)
-        check_choice("optimizer", method, (*memopt.available(), *TORCH_OPTIMIZERS))
-    from_torch = [name for name in names if name in TORCH_OPTIMIZERS]
-    ours = dict.fromkeys((BASELINE, *(name for name in names if name not in from_torch)))
-    shapes = model_shapes(options.model, options.dtype)
+        check_choice("optimizer", method, (*memopt.available(), *TORCH_OPTIMIZERS, *JAX_OPTIMIZERS))
+    shapes = shapes_of(options)
     parameters = on_one_device(shapes)
-    found = [parameters.contender(name, *optimizer(name)) for name in ours]
+    matrices = [x.shape for x in jax.tree.leaves(shapes["blocks"]) if min(x.shape[-2:]) > 1]
+    rank = min(min(shape[-2:]) for shape in matrices) // 4  # as memopt's by default
+
+    def contender(name: str) -> Contender:
+        if name not in JAX_OPTIMIZERS:
+            return parameters.contender(name, *optimizer(name))
+        other = JAX_OPTIMIZERS[name]
+        tx = jax_optimizers.build(name, LEARNING_RATE, rank)
+        return parameters.contender(name, other.package, tx, other.apply)
+
+    found = [contender(name) for name in names if name not in TORCH_OPTIMIZERS]
+    from_torch = [name for name in names if name in TORCH_OPTIMIZERS]
     return found + torch_contenders(shapes, options.dtype, from_torch)
+
+
+def shapes_of(options: Options) -> Any:
+    """The shapes of the model, with the blocks stacked or apart."""
+    shapes = model_shapes(options.model, options.dtype)
+    if options.layout == "stacked":
+        return shapes
+    count = {x.shape[0] for x in jax.tree.leaves(shapes["blocks"])}
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes["blocks"])
+    return shapes | {"blocks": {str(i): one for i in range(*count)}}
 
 
 def optimizer(name: str) -> tuple[str, optax.GradientTransformation]:
@@ -173,8 +197,8 @@ def main(arguments: Sequence[str]) -> None:
         found = contenders(options)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    shapes = model_shapes(options.model, options.dtype)
-    settings = describe(shapes, options.model, options.dtype, options.repeats)
+    settings = describe(shapes_of(options), options.model, options.dtype, options.repeats)
+    settings["layout"] = options.layout
     results = measure(found, options.repeats)
     report = Report("step_time", arguments, options.output, results, LIBRARIES, **settings)
     Console().print(table(report.content()))
