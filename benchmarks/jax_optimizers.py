@@ -1,8 +1,8 @@
 """Optimizers of other JAX libraries, beside which `benchmarks.step_time` times memopt's.
 
 Their packages are installed on their own: ``pip install rollfast flashoptim-jax``; rollfast's
-subspaces need its release 1.3, and that Python 3.12. Each has the rank of memopt's method, a quarter
-of the narrowest side of a matrix.
+subspaces need its release 1.3, and that Python 3.12. Each has the rank of memopt's method, a
+quarter of the narrowest side of a matrix.
 """
 
 import importlib
