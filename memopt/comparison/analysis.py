@@ -58,7 +58,8 @@ class Summary:
         state_bytes: Bytes of the optimizer's state.
         parameter_bytes: Bytes of the parameters.
         peak_bytes: Planned peak of a step's memory.
-        step_seconds: Median time of a step.
+        step_seconds: Median time of a step; None if other runs shared the machine.
+        step_cpu_seconds: Median processor time of a step, of all cores together.
         settings: Settings of learning rate and options that were tried.
         on_front: True if no other method has less loss with as little state.
         curve: Steps and mean losses over seeds.
@@ -89,6 +90,7 @@ class Summary:
     parameter_bytes: int
     peak_bytes: int | None
     step_seconds: float | None
+    step_cpu_seconds: float | None
     settings: int
     on_front: bool
     curve: tuple[tuple[float, float], ...]
@@ -110,7 +112,7 @@ def summarize(
         runs: The runs. Each has `method`, `optimizer`, `options`, `size`, `batch_size`, `seed`,
             `learning_rate`, `tuned`, `steps`, `tokens`, `val_loss` (not finite or None if it
             diverged), `val_losses` (pairs of step and loss), `state_bytes`, `parameter_bytes` and
-            `step_seconds` (or None); `peak_bytes` is optional.
+            `step_seconds` (or None); `peak_bytes` and `step_cpu_seconds` are optional.
         baseline: The method with which others are compared.
         target_loss: The loss, in nats, to which steps are counted; by default the baseline's mean
             at the end.
@@ -278,7 +280,6 @@ def _compare(
         loss = statistics.fmean(of)
         finite = math.isfinite(loss)
         z = z_score(of, base) if base and method != baseline else None
-        seconds = [run["step_seconds"] for run in runs if run["step_seconds"] is not None]
         rate = first["learning_rate"]
         summaries.append(
             Summary(
@@ -307,7 +308,8 @@ def _compare(
                 state_bytes=first["state_bytes"],
                 parameter_bytes=first["parameter_bytes"],
                 peak_bytes=peak_bytes(first),
-                step_seconds=statistics.median(seconds) if seconds else None,
+                step_seconds=_median(run["step_seconds"] for run in runs),
+                step_cpu_seconds=_median(run.get("step_cpu_seconds") for run in runs),
                 settings=len({_setting(run) for run in methods[method]}),
                 on_front=on_front,
                 curve=curves[method],
@@ -354,6 +356,12 @@ def _setting(run: Run) -> str:
 
 def _ratio(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None or not b else a / b
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    """The median of the values that are known."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def _finite(loss: float | None) -> float:

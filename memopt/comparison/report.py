@@ -179,6 +179,7 @@ def _row(s: Summary, baseline: str) -> dict[str, str]:
         "state": short_bytes(s.state_bytes),
         "peak": NOTHING if s.peak_bytes is None else short_bytes(s.peak_bytes),
         "ms a step": _shown(s.step_seconds and 1e3 * s.step_seconds, ".1f"),
+        "CPU ms a step": _shown(s.step_cpu_seconds and 1e3 * s.step_cpu_seconds, ".1f"),
         "learning rate": f"{s.learning_rate:.3g}",
         "÷ its": NOTHING if s.method == baseline else _shown(s.learning_rate_ratio, ".3g"),
         "settings tried": f"{s.settings}",

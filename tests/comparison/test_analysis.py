@@ -177,7 +177,8 @@ def test_learning_rates_are_compared_with_the_same_options_and_seed():
 def test_time_and_peak_of_a_step():
     runs = [run(seed=i, step_seconds=x) for i, x in enumerate((None, 0.2, 0.4))]
     assert by_method(runs)["adamw"].step_seconds == pytest.approx(0.3)
-    assert by_method(runs)["adamw"].peak_bytes is None
+    assert by_method(runs)["adamw"].peak_bytes is by_method(runs)["adamw"].step_cpu_seconds is None
+    assert by_method([run(step_cpu_seconds=0.7)])["adamw"].step_cpu_seconds == pytest.approx(0.7)
     assert by_method(runs, peak_bytes=lambda r: 7)["adamw"].peak_bytes == 7
     assert by_method([run(peak_bytes=8)])["adamw"].peak_bytes == 8
     assert by_method([run(step_seconds=None)])["adamw"].step_seconds is None
