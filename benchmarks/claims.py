@@ -170,6 +170,15 @@ CLAIMS = (
         _release,
     ),
     Claim(
+        "README.md",
+        "for those of LLaMA-60m rollfast's APOLLO keeps {:.1f} MB, as Adam does, and memopt's "
+        "{:.1f}",
+        ("state_bytes_others_stacked",),
+        lambda r: [
+            _row(r, optimizer=n)["hidden_bytes"] / 1e6 for n in ("rollfast_apollo", "apollo")
+        ],
+    ),
+    Claim(
         "docs/sharding.md",
         "it takes {:.1f} s with AdamW, {:.1f} s with Adafactor, {:.1f} s with GaLore and {:.1f} s "
         "with 8-bit AdamW; for 300 separate matrices {:.1f}, {:.0f}, {:.0f} and {:.0f} s",

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+import memopt
 from benchmarks.updates import Apply
+from memopt.trees import leaf_name
 
 PACKAGES = ("rollfast", "flashoptim-jax")
 
@@ -75,8 +77,8 @@ def installed() -> tuple[str, ...]:
     )
 
 
-def build(name: str, learning_rate: float, rank: int) -> optax.GradientTransformation:
-    """Builds the optimizer of that name.
+def build(name: str, learning_rate: float, shapes: Any) -> optax.GradientTransformation:
+    """Builds the optimizer of that name for parameters of these shapes.
 
     Raises:
       ValueError: if its package is not installed.
@@ -84,4 +86,6 @@ def build(name: str, learning_rate: float, rank: int) -> optax.GradientTransform
     if name not in installed():
         package = JAX_OPTIMIZERS[name].package.replace("_", "-")
         raise ValueError(f"{name} needs the package {package}: pip install {package}")
-    return JAX_OPTIMIZERS[name].build(learning_rate, rank)
+    leaves = [(leaf_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(shapes)]
+    sides = [min(leaf.shape[-2:]) for name, leaf in leaves if memopt.hidden_matrices(name, leaf)]
+    return JAX_OPTIMIZERS[name].build(learning_rate, min(sides) // 4)

@@ -81,31 +81,19 @@ def contenders(options: Options) -> list[Contender]:
     for name in names:
         method = name.removesuffix(EIGHT_BITS)
         check_choice("optimizer", method, (*memopt.available(), *TORCH_OPTIMIZERS, *JAX_OPTIMIZERS))
-    shapes = shapes_of(options)
+    shapes = model_shapes(options.model, options.dtype, options.layout)
     parameters = on_one_device(shapes)
-    matrices = [x.shape for x in jax.tree.leaves(shapes["blocks"]) if min(x.shape[-2:]) > 1]
-    rank = min(min(shape[-2:]) for shape in matrices) // 4  # as memopt's by default
 
     def contender(name: str) -> Contender:
         if name not in JAX_OPTIMIZERS:
             return parameters.contender(name, *optimizer(name))
         other = JAX_OPTIMIZERS[name]
-        tx = jax_optimizers.build(name, LEARNING_RATE, rank)
+        tx = jax_optimizers.build(name, LEARNING_RATE, shapes)
         return parameters.contender(name, other.package, tx, other.apply)
 
     found = [contender(name) for name in names if name not in TORCH_OPTIMIZERS]
     from_torch = [name for name in names if name in TORCH_OPTIMIZERS]
     return found + torch_contenders(shapes, options.dtype, from_torch)
-
-
-def shapes_of(options: Options) -> Any:
-    """The shapes of the model, with the blocks stacked or apart."""
-    shapes = model_shapes(options.model, options.dtype)
-    if options.layout == "stacked":
-        return shapes
-    count = {x.shape[0] for x in jax.tree.leaves(shapes["blocks"])}
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes["blocks"])
-    return shapes | {"blocks": {str(i): one for i in range(*count)}}
 
 
 def optimizer(name: str) -> tuple[str, optax.GradientTransformation]:
@@ -197,7 +185,8 @@ def main(arguments: Sequence[str]) -> None:
         found = contenders(options)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    settings = describe(shapes_of(options), options.model, options.dtype, options.repeats)
+    shapes = model_shapes(options.model, options.dtype, options.layout)
+    settings = describe(shapes, options.model, options.dtype, options.repeats)
     settings["layout"] = options.layout
     results = measure(found, options.repeats)
     report = Report("step_time", arguments, options.output, results, LIBRARIES, **settings)

@@ -67,13 +67,12 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         parameters.optimizer("torch_lion", 1e-3)
     monkeypatch.setattr(jax_optimizers, "installed", lambda: ())
     with pytest.raises(ValueError, match="flashoptim_lion needs the package flashoptim-jax"):
-        jax_optimizers.build("flashoptim_lion", 1e-3, rank=1)
+        jax_optimizers.build("flashoptim_lion", 1e-3, {})
 
 
 def test_in_lists_each_block_has_arrays_of_its_own() -> None:
     stacked, apart = (
-        step_time.shapes_of(step_time.Options(model="tiny", layout=layout))
-        for layout in ("stacked", "list")
+        updates.model_shapes("tiny", "float32", layout) for layout in ("stacked", "list")
     )
     assert len(apart["blocks"]) == 4
     assert apart["blocks"]["3"]["mlp"]["up"]["kernel"].shape == (192, 512)
@@ -89,7 +88,7 @@ def test_other_libraries_stand_beside(name: str) -> None:
     parameters = updates.on_one_device(shapes)
     before = parameters.values["blocks"]["up"]["kernel"] + 0
     other = jax_optimizers.JAX_OPTIMIZERS[name]
-    tx = jax_optimizers.build(name, 0.1, rank=4)
+    tx = jax_optimizers.build(name, 0.1, shapes)
     contender = parameters.contender(name, other.package, tx, other.apply)
     contender.step()
     moved = jnp.abs(parameters.values["blocks"]["up"]["kernel"] - before)
