@@ -31,11 +31,11 @@ OLD_KEYS = ("jax", "optax", "libtpu")
 INTRODUCTION = """\
 # Results
 
-All measured figures of README and docs, by the files in `benchmarks/results` that they are from:
-the command that made each file, the machine, and the versions of the packages and of the compiler.
-This page, and the tables on other pages, are written by `python -m benchmarks.results`; a test
-compares them with the files. Where no machine or version is named, the file is from before these
-were recorded.
+The measured tables of README and docs, by the files in `benchmarks/results` that they are from: the
+command that made each file, the machine, and the versions of the packages and of the compiler. This
+page, and the tables on other pages, are written by `python -m benchmarks.results`; a test compares
+them with the files. Where no machine or version is named, the file is from before these were
+recorded.
 """
 
 
