@@ -10,9 +10,6 @@ result is saved as it is found; run it again with some names to replace their ro
 
 import functools
 import json
-import re
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +24,8 @@ from rich.console import Console
 
 import memopt
 from benchmarks.baseline_rules import RULES
-from benchmarks.report import save
+from benchmarks.report import Report
+from benchmarks.results import write_pages
 from memopt.optimizers.registry import METHODS
 from memopt.training.release.per_parameter_update import PerParameterUpdate
 from tests.optimizers import recorded_runs
@@ -35,7 +33,6 @@ from tests.yardstick import yardstick
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "baselines.json"
-DOCS = ROOT / "docs" / "baselines.md"
 STEPS, LAYERS = 6, 3
 
 Make = Callable[[dict[str, Any]], optax.GradientTransformation]
@@ -302,13 +299,13 @@ def number(x: float | None) -> str:
     return f"{x:.2g}" if x > 0.1 else f"{x:.1e}".replace("e-0", "e-")
 
 
-def errors_table(results: Sequence[dict[str, Any]]) -> str:
+def errors_table(report: dict[str, Any]) -> str:
     """The table of errors, in Markdown."""
     lines = [
         "| name | against | error | stacked | memopt: error | memopt: stacked | |",
         "|---|---|--:|--:|--:|--:|---|",
     ]
-    for r in results:
+    for r in report["results"]:
         against = ", ".join(f"`{run}`" for run in r["runs"]) or (
             "rule" if "errors" in r["optax"] else "–"
         )
@@ -321,13 +318,13 @@ def errors_table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join((*lines, ""))
 
 
-def needs_table(results: Sequence[dict[str, Any]]) -> str:
+def needs_table(report: dict[str, Any]) -> str:
     """The table of what each optimizer needs, in Markdown."""
     lines = [
         "| name | learning rate | needs | evaluate | release |",
         "|---|---|---|---|:-:|",
     ]
-    for r in results:
+    for r in report["results"]:
         method = METHODS[r["optimizer"]]
         rate = "1, finds its steps" if method.finds_step else "a step size"
         needs = method.needs
@@ -338,19 +335,13 @@ def needs_table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join((*lines, ""))
 
 
-def facts_table(found: Sequence[dict[str, Any]]) -> str:
+def facts_table(report: dict[str, Any]) -> str:
     """The table of single updates, in Markdown."""
     lines = ["| update of a parameter of 1 | paper | Optax | memopt |", "|---|--:|--:|--:|"]
-    for fact in found:
+    for fact in report["facts"]:
         cells = [f"{fact[k] + 0.0:.5f}" if k in fact else "–" for k in ("paper", "optax", "memopt")]
         lines.append(" | ".join([f"| {fact['what']}", *cells]) + " |")
     return "\n".join((*lines, ""))
-
-
-def tables(report: dict[str, Any]) -> list[str]:
-    """The tables of the page, in order."""
-    results = report["results"]
-    return [errors_table(results), facts_table(report["facts"]), needs_table(results)]
 
 
 class Options(NamedTuple):
@@ -366,22 +357,14 @@ class Options(NamedTuple):
 def main() -> None:
     """Measures, and replaces the tables in docs/baselines.md."""
     options = tyro.cli(Options, description=__doc__)
-    command = shlex.join(["python", "-m", "benchmarks.baselines", *sys.argv[1:]])
     results = {r["optimizer"]: r for r in read()["results"]}
-    report: dict[str, Any] = {
-        "command": command,
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-    }
-    report["facts"] = facts()
+    report = Report("baselines", (), RESULTS, [], facts=facts())
     for name in options.optimizers:
         results[name] = measure(name)
         Console().print(json.dumps(results[name]))
-        report["results"] = [results[name] for name in BASELINES if name in results]
-        save(report, RESULTS)
-    page = re.split(r"(^\|.*\n(?:\|.*\n)*)", DOCS.read_text(), flags=re.MULTILINE)
-    page[1::2] = tables(report)
-    DOCS.write_text("".join(page))
+        report.results[:] = [results[name] for name in BASELINES if name in results]
+        report.save()
+    write_pages()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ matrices, over the mean itself. Prints tables and writes them as JSON.
 """
 
 import dataclasses
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import memopt
-from benchmarks.machine import versions
-from benchmarks.report import save
+from benchmarks.report import Report, markdown_table
 from memopt.models import llama
 from memopt.models.llama import build_model
 from memopt.state.codecs import Codec, Coded, Dynamic, Integers, named
@@ -155,6 +153,30 @@ FOR_SUMS: dict[str, Codec] = {
     "4 bits, squares, blocks of 128 (int4)": named("int4").signed,
     "4 bits, squares, blocks of 32": Integers(bits=4, power=2, block=32),
 }
+
+
+#: The rows of the docs' tables, and their titles there.
+SHOWN = {
+    "int8": '`"int8"`',
+    "e5m2": '`"e5m2"`',
+    "FlashOptim, blocks of 32": "softsign and squares, blocks of 32 (FlashOptim)",
+    "dynamic map, blocks of 256": "dynamic map, blocks of 256",
+    "dynamic map, largest apart": "dynamic map, blocks of 128, the largest apart",
+}
+SHOWN_SUMS = {
+    "8 bits, blocks of 128": "8 bits, blocks of 128: `memopt.codecs.Integers()`",
+    "8 bits, int8": '8 bits, `"int8"`',
+    "4 bits, squares, blocks of 128 (int4)": '4 bits, `"int4"`: squares, blocks of 128',
+    "4 bits, squares, blocks of 32": (
+        "4 bits, squares, blocks of 32: `Integers(bits=4, power=2, block=32)`"
+    ),
+    "4 bits, blocks of 128": "4 bits, evenly spaced, blocks of 128: `Integers(bits=4)`",
+    "4 bits, a scale for a matrix": "4 bits, evenly spaced, one scale for a matrix",
+    "4 bits, a scale for a matrix, α = 1.5": (
+        "the same, clipped at an interval that adapts, α = 1.5"
+    ),
+}
+SUM_ERRORS = ("all", "worst_matrix", "largest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,20 +330,39 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
+def errors_table(report: dict[str, Any]) -> str:
+    """The table of Adam's updates for the docs; no cell of the last case, which all get wrong."""
+    columns = ("normal gradients", "one entry 10⁴ times", "one 10⁶ times", "rows of 10^U(−6, 0)")
+    found = {r["name"]: r for r in report["results"]}
+
+    def cell(error: dict[str, float]) -> str:
+        form = ".3f" if error["all"] < 1 else ".0f"
+        return f"{error['all']:{form}} ({error['worst_row']:{'.2f' if form == '.3f' else form}})"
+
+    rows = [
+        (title, *map(cell, [*found[name]["errors"].values()][:5]), f"{found[name]['bytes']:.2f}")
+        for name, title in SHOWN.items()
+    ]
+    return markdown_table(("", *columns, "columns", "bytes"), rows)
+
+
+def sums_table(report: dict[str, Any]) -> str:
+    """The table of sums of gradients for the docs."""
+    found = {r["name"]: r for r in report["sums"]}
+    rows = [
+        (title, *(f"{found[name][k]:.3f}" for k in SUM_ERRORS), f"{found[name]['bytes']:.2f}")
+        for name, title in SHOWN_SUMS.items()
+    ]
+    return markdown_table(("sum in", "all", "worst matrix", "largest", "bytes per number"), rows)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Measures, prints the table and writes the file."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
     results, sums = measure(options), measure_sums()
-    report = {
-        "command": shlex.join(["python", "-m", "benchmarks.codecs", *arguments]),
-        "steps": options.steps,
-        "device": jax.default_backend(),
-        "versions": versions(("memopt", "jax", "jaxlib", "optax")),
-        "results": results,
-        "sums": sums,
-    }
+    report = Report("codecs", arguments, options.output, results, steps=options.steps)
     Console(width=140).print(table(results), table_of_sums(sums))
-    save(report, options.output)
+    report.save(sums=sums)
 
 
 if __name__ == "__main__":

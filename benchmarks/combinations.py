@@ -9,7 +9,6 @@ to replace their rows.
 """
 
 import functools
-import json
 import os
 import string
 from collections.abc import Callable
@@ -30,7 +29,8 @@ from jax.sharding import AxisType, NamedSharding
 import memopt
 from benchmarks.extra_arguments import with_extra_arguments
 from benchmarks.guarantees import HOLDS, are_close, draw
-from benchmarks.report import measure_cells, replace_table
+from benchmarks.report import measure_cells, read_results
+from benchmarks.results import write_pages
 from memopt import projectors, recombine
 from memopt.models import llama
 from memopt.optimizers.registry import METHODS
@@ -40,7 +40,6 @@ from memopt.training.step import init_state, train_step
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "combinations.json"
-DOCS = ROOT / "docs" / "combinations.md"
 STEPS = 8
 CONFIG = llama.LlamaConfig(
     vocab_size=64,
@@ -219,11 +218,12 @@ def found(name: str, combination: str) -> str:
 
 def read() -> dict[str, dict[str, str]]:
     """The words of each row, as measured."""
-    return json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
+    return read_results(RESULTS) or {}
 
 
-def table(results: dict[str, dict[str, str]]) -> str:
+def table(report: dict[str, Any]) -> str:
     """The table in Markdown, and the sentences of the refusals."""
+    results = report["results"]
     head = ["| optimizer", *COMBINATIONS]
     lines = [" | ".join(head) + " |", "|---" + "|:-:" * len(COMBINATIONS) + "|"]
     letters: dict[str, str] = {}
@@ -257,7 +257,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     results = read()
     measure_cells(options.optimizers, [*COMBINATIONS], found, results, RESULTS)
-    replace_table(DOCS, r"^\| optimizer \|[\s\S]*\Z", table(results))
+    write_pages()
 
 
 if __name__ == "__main__":

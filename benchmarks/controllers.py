@@ -18,7 +18,6 @@ docs/controllers.md, and all as JSON with a plot of the same name.
 
 import dataclasses
 import json
-import shlex
 import statistics
 import sys
 import sysconfig
@@ -28,13 +27,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import tyro
 from rich.console import Console
 
 from benchmarks import width
-from benchmarks.machine import core_count, cpu_model, versions
-from benchmarks.report import replace_table, save
+from benchmarks.report import Report, markdown_table, read_results
+from benchmarks.results import write_pages
 from memopt.errors import check_choice
 from memopt.training.config import Architecture, Config, Optimization, Run, Text
 from memopt.training.loop import train
@@ -52,7 +50,6 @@ SEED_SHOWN = 0
 KEPT = ("step", "val_loss", "learning_rate", "weight")
 
 ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs" / "controllers.md"
 
 
 class Row(NamedTuple):
@@ -284,19 +281,20 @@ def cell(column: str, found: Sequence[float]) -> str:
     return f"{mean:.3f}" + (f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else "")
 
 
-def markdown(results: Sequence[dict[str, Any]], question: str) -> str:
+def markdown(report: dict[str, Any], question: str) -> str:
     """The rows of a question, where they ended, as a table for the docs."""
+    results = report["results"]
     columns, counted = COLUMNS[question], seeds(results, question)
     titles = [column.replace("val_loss", "validation loss").replace("_", " ") for column in columns]
-    lines = [f"| run | {' | '.join(titles)} |", f"|---|{'--:|' * len(columns)}"]
+    rows = []
     for name, row in ROWS.items():
         if row.question == question:
             ends = [find(results, name, seed)[-1] for seed in sorted(counted)]
             cells = [
                 cell(column, [end[column] for end in ends if column in end]) for column in columns
             ]
-            lines.append(f"| {' | '.join((name, *cells))} |")
-    return "\n".join((*lines, ""))
+            rows.append((name, *cells))
+    return markdown_table(("run", *titles), rows)
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -330,18 +328,10 @@ def main(arguments: Sequence[str]) -> None:
     try:
         for name in options.rows:
             check_choice("row", name, ROWS)
-        results = width.finished(options.output, settings)
+        results = read_results(options.output, settings)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.controllers", *arguments]),
-        **settings,
-        "device": jax.devices()[0].device_kind,
-        "cpu": cpu_model(),
-        "cores": core_count(),
-        "versions": versions(("memopt", "jax", "jaxlib", "optax")),
-        "results": results,
-    }
+    report = Report("controllers", arguments, options.output, results, **settings)
     console = Console()
     for seed in options.seeds:
         for name in options.rows:
@@ -354,12 +344,11 @@ def main(arguments: Sequence[str]) -> None:
             results.append({"row": name, "seed": seed, "points": points})
             taken = time.perf_counter() - began
             console.print(f"{name:32} seed {seed}  {points[-1]['val_loss']:.4f}  {taken:.0f} s")
-            save(report, options.output)
-    save(report, options.output, lambda path: plot(results, path))
+            report.save()
+    report.save(lambda path: plot(results, path))
     for question in PANELS:
-        table = markdown(results, question)
-        console.print(table, markup=False)
-        replace_table(DOCS, rf"<!-- {question} -->\n(?:\|.*\n)*", f"<!-- {question} -->\n{table}")
+        console.print(markdown(report.content(), question), markup=False)
+    write_pages()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ and into docs/convergence.md.
 
 import dataclasses
 import math
-import shlex
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,14 +27,13 @@ from rich.table import Table
 
 import memopt
 from benchmarks import width
-from benchmarks.machine import core_count, cpu_model, versions
-from benchmarks.report import replace_table, save
+from benchmarks.report import Report, markdown_table, read_results
+from benchmarks.results import write_pages
 from memopt.errors import check_choice
 from memopt.training.placement import make_mesh
 from memopt.training.setup import abstract_batch, set_up
 
 ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs" / "convergence.md"
 
 
 class Row(NamedTuple):
@@ -201,18 +199,18 @@ def default_rate(best: int) -> float:
     return min(rates, key=lambda rate: abs(math.log(rate / 2.0 ** (best - 1))))
 
 
-def markdown(results: Sequence[dict[str, Any]], seeds: Sequence[int] = (0,)) -> str:
+def markdown(report: dict[str, Any]) -> str:
     """The table for the docs."""
-    lines = ["| optimizer | best learning rate | validation loss | half | twice |"]
-    lines.append("|---|--:|--:|--:|--:|")
+    rows = []
     for name in ROWS:
-        at = losses(results, name, seeds)
+        at = losses(report["results"], name)
         if not at:
             continue
         best = min(at, key=lambda rate: at[rate])
         near = [f"{at[rate]:.3f}" if rate in at else "–" for rate in (best - 1, best + 1)]
-        lines.append(f"| {name} | 2^{best} | {at[best]:.3f} | {near[0]} | {near[1]} |")
-    return "\n".join((*lines, ""))
+        rows.append((name, f"2^{best}", f"{at[best]:.3f}", *near))
+    columns = ("optimizer", "best learning rate", "validation loss", "half", "twice")
+    return markdown_table(columns, rows)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -225,18 +223,10 @@ def main(arguments: Sequence[str]) -> None:
     try:
         for name in options.rows:
             check_choice("row", name, ROWS)
-        results = width.finished(options.output, settings)
+        results = read_results(options.output, settings)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.convergence", *arguments]),
-        **settings,
-        "device": jax.devices()[0].device_kind,
-        "cpu": cpu_model(),
-        "cores": core_count(),
-        "versions": versions(("memopt", "jax", "jaxlib", "optax")),
-        "results": results,
-    }
+    report = Report("convergence", arguments, options.output, results, **settings)
     table = Table(title="Validation loss", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("optimizer", "learning rate", "loss"):
         table.add_column(column, justify="right")
@@ -251,17 +241,13 @@ def main(arguments: Sequence[str]) -> None:
                     loss = train(options, ROWS[name], rate, seed)
                     results.append({"row": name, "rate": rate, "seed": seed, "loss": loss})
                     console.print(f"{name:32} 2^{rate:<4} seed {seed}  {loss:.4f}")
-                    save(report, options.output)
+                    report.save()
         at = losses(results, name, options.seeds)
         best = min(at, key=lambda rate: at[rate])
         table.add_row(name, f"2^{best}", f"{at[best]:.3f}")
     console.print(table)
-    save(report, options.output)
-    replace_table(
-        DOCS,
-        r"^\| optimizer \| best learning rate \|.*\n(?:\|.*\n)+",
-        markdown(results, options.seeds),
-    )
+    report.save()
+    write_pages()
 
 
 if __name__ == "__main__":

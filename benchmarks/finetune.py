@@ -25,7 +25,7 @@ import tyro
 from rich.console import Console
 
 import memopt
-from benchmarks.report import save
+from benchmarks.report import Report, markdown_table
 from examples.capitals import chats
 from memopt.cli.finetune import parse_finetune
 from memopt.cli.pretrain import parse
@@ -60,6 +60,9 @@ class Options:
     pretrained_steps: int = 150
     functions: int = 400
     output: Path = Path(__file__).parent / "results" / "finetune.json"
+
+
+TASKS = ("answers", "docstrings")
 
 
 def docstrings(files: list[Path]) -> Iterator[dict[str, str]]:
@@ -123,10 +126,21 @@ def state_bytes(flags: str) -> int:
     return memopt.state_bytes(tx, abstract_params(preset("llama-2-7b"))).total
 
 
+def markdown(report: dict[str, Any]) -> str:
+    """The table for the docs: each method at the best of its learning rates."""
+    rows = []
+    for method, r in report["results"].items():
+        answers, heads = (min(r[task].items(), key=lambda at: at[1]) for task in TASKS)
+        best = f"{answers[1]:.2g} at {answers[0]}", f"{heads[1]:.2f} at {heads[0]}"
+        rows.append((method, f"{r['state_bytes_7b'] / 1e9:.1f} GB", *best))
+    return markdown_table(("method", "state for LLaMA-2-7b", *TASKS), rows)
+
+
 def main(options: Options) -> None:
     """Measures, prints and saves."""
     console = Console()
     results: dict[str, dict[str, Any]] = {}
+    report = Report("finetune", (), options.output, results)
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
         prepared = tasks(options, home)
@@ -142,8 +156,7 @@ def main(options: Options) -> None:
                 results[method][task] = losses
                 best = min(losses, key=losses.__getitem__)
                 console.print(f"{method:20} {task:11} {losses[best]:.4f} at {best}  {losses}")
-            command = "python -m benchmarks.finetune"
-            save({"command": command, "results": results}, options.output)
+            report.save()
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ of the condition holds, otherwise what happens instead. Every result is saved as
 again with some names to replace their rows.
 """
 
-import contextlib
 import functools
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -28,12 +26,12 @@ from jax.sharding import AxisType, NamedSharding
 
 import memopt
 from benchmarks.extra_arguments import with_extra_arguments
-from benchmarks.report import measure_cells, replace_table
+from benchmarks.report import measure_cells, read_results
+from benchmarks.results import write_pages
 from memopt.optimizers.registry import available
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "guarantees.json"
-DOCS = ROOT / "docs" / "guarantees.md"
 HOLDS = "✓"
 RATE, STEPS = 1e-2, 6
 SHAPES = {"blocks": {"kernel": (2, 16, 24)}, "bias": (24,)}
@@ -297,13 +295,12 @@ def found(name: str, condition: str) -> str:
 
 def read() -> dict[str, dict[str, str]]:
     """The words of each row, as measured."""
-    with contextlib.suppress(FileNotFoundError):
-        return json.loads(RESULTS.read_text())["results"]
-    return {}
+    return read_results(RESULTS) or {}
 
 
-def table(results: dict[str, dict[str, str]]) -> str:
+def table(report: dict[str, Any]) -> str:
     """The table in Markdown."""
+    results = report["results"]
     head = ["| method", *CONDITIONS]
     lines = [" | ".join(head) + " |", "|---" + "|:-:" * len(CONDITIONS) + "|"]
     for name in rows():
@@ -328,7 +325,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     results = read()
     measure_cells(options.optimizers, [*CONDITIONS], found, results, RESULTS)
-    replace_table(DOCS, r"^\| method \|.*\n(?:\|.*\n)*", table(results))
+    write_pages()
 
 
 if __name__ == "__main__":

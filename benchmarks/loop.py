@@ -17,8 +17,6 @@ line for each loop and writes all as JSON.
 """
 
 import dataclasses
-import platform
-import shlex
 import sys
 import tempfile
 import time
@@ -31,8 +29,7 @@ import jax.numpy as jnp
 import tyro
 from rich.console import Console
 
-from benchmarks.machine import core_count, cpu_model, versions
-from benchmarks.report import milliseconds, save
+from benchmarks.report import Report, milliseconds
 from memopt.errors import check_at_least
 from memopt.training.batches import find_text, open_batches
 from memopt.training.config import Architecture, Config, Optimization, Run, Text
@@ -180,16 +177,11 @@ def main(arguments: Sequence[str]) -> None:
         least = min(runs, key=lambda run: run.share)
         results[name] = {key: round(value, 4) for key, value in least._asdict().items()}
         Console().print(name, results[name])
-    report = {
-        "command": shlex.join(["python", "-m", "benchmarks.loop", *arguments]),
-        "cpu": cpu_model(),
-        "cores": core_count(),
-        "versions": {"python": platform.python_version()} | versions(("memopt", "jax", "jaxlib")),
-        "statistic": f"mean over a run; the run of {options.repeats} with the least share; other "
-        "programs ran on the same cores",
-        "results": results,
-    }
-    save(report, options.output)
+    statistic = (
+        f"mean over a run; the run of {options.repeats} with the least share; other programs ran "
+        "on the same cores"
+    )
+    Report("loop", arguments, options.output, results, statistic=statistic).save()
 
 
 if __name__ == "__main__":

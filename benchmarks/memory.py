@@ -30,7 +30,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import training_step
-from benchmarks.report import GIB, save
+from benchmarks.report import GIB, markdown_table, save
 from benchmarks.training_step import State, TrainingStep, Weights
 from memopt.planning import hlo
 from memopt.planning.chips import GPUS, Chip, devices
@@ -233,6 +233,36 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     figure.suptitle(f"One training step compiled for {first['chip']}, a row of 2048 tokens a chip")
     figure.legend(loc="outside lower right", ncols=4)
     figure.savefig(path, dpi=120)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table of LLaMA-7b for README, in GiB."""
+    kinds: dict[str, dict[str, Any]] = {
+        "ordinary": {"release": False, "weights": None},
+        "released": {"release": True, "weights": None},
+        "released, int8 weights": {"release": True, "weights": "int8"},
+    }
+    names = ("adafactor", "adalomo", "apollo_mini")
+    rows = [(name, *(_peak(report, optimizer=name, **kinds[k]) for k in kinds)) for name in names]
+    return markdown_table(("", *kinds), rows)
+
+
+def fine_tuning_table(*reports: dict[str, Any]) -> str:
+    """The table of the released LLaMA-3-8b for README, in GiB, a column for each chip."""
+    rows = []
+    for r in reports[0]["results"]:
+        where = {key: r[key] for key in ("optimizer", "model", "weights", "state")}
+        stored = f"{r['weights']} weights" + (" and state" if r["state"] else "")
+        peaks = (_peak(report, **where) for report in reports)
+        rows.append((f"{r['optimizer']}, {stored}", *peaks))
+    return markdown_table(("llama-3-8b, released", "v5e", "RTX 4090"), rows)
+
+
+def _peak(report: dict[str, Any], model: str = "7b", **values: Any) -> str:
+    """The peak of the only step on one chip that has these values."""
+    values |= {"model": model, "mesh": None}
+    [found] = [r for r in report["results"] if values.items() <= r.items()]
+    return f"{found['peak_bytes'] / GIB:.2f}"
 
 
 def main(arguments: Sequence[str]) -> None:

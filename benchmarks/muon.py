@@ -25,7 +25,7 @@ from jax.sharding import AxisType
 from rich.console import Console
 
 import memopt
-from benchmarks.report import save
+from benchmarks.report import Report
 from benchmarks.step_time import describe, table
 from benchmarks.updates import Contender, Parameters, measure, model_shapes, optax_muon
 from memopt.models import llama
@@ -98,10 +98,11 @@ def main(arguments: Sequence[str]) -> None:
     jax.config.update("jax_num_cpu_devices", math.prod(parse_mesh(options.mesh).values()))
     found = contenders(options)
     shapes = hidden(options.model)
-    report = describe("muon", arguments, shapes, options.model, "float32", options.repeats)
-    report |= {"mesh": options.mesh, "results": measure(found, options.repeats)}
-    Console().print(table(report, "memopt.muon"))
-    save(report, options.output)
+    settings = describe(shapes, options.model, "float32", options.repeats) | {"mesh": options.mesh}
+    results = measure(found, options.repeats)
+    report = Report("muon", arguments, options.output, results, **settings)
+    Console().print(table(report.content(), "memopt.muon"))
+    report.save()
 
 
 if __name__ == "__main__":

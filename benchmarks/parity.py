@@ -10,7 +10,6 @@ Kernels are (out, in), as in torch, and transposed, (in, out), as in Flax. Print
 it as JSON.
 """
 
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.report import save
+from benchmarks.report import Report
 from memopt.errors import check_choice
 from tests.optimizers import recorded_runs
 from tests.yardstick import yardstick
@@ -91,8 +90,7 @@ def main(arguments: Sequence[str]) -> None:
     console = Console(stderr=True)
     results = [measure(run) for run in track(options.runs, "runs", console=console)]
     Console().print(table(results))
-    command = shlex.join(["python", "-m", "benchmarks.parity", *arguments])
-    save({"command": command, "results": results}, options.output)
+    Report("parity", arguments, options.output, results).save()
     if any(r["error_over_tolerance"] > 1 for r in results):
         sys.exit("error: some errors are larger than their tolerance.")
 

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks import memory
 from benchmarks.machine import versions
-from benchmarks.report import GIB, save
+from benchmarks.report import GIB, markdown_table, save
 from memopt.planning import hlo
 from memopt.training.placement import parse_mesh
 
@@ -42,6 +42,13 @@ PODS = [
     ("7b", "v5p", "fsdp=256"),
     ("7b", "v5p", "data=4,fsdp=16,tensor=4"),
 ]
+TITLES = {
+    PODS[0]: "4×4 chips of a v5e, `fsdp=16`",
+    PODS[1]: "16×16 chips of a v5e, `fsdp=256`",
+    PODS[2]: ("16×16 chips of a v5e, `data=4,fsdp=16,tensor=4`, four rows to every four chips"),
+    PODS[3]: "4×8×8 chips of a v5p, `fsdp=256`",
+    PODS[4]: "4×8×8 chips of a v5p, `data=4,fsdp=16,tensor=4`",
+}
 LARGE = [("70b", "v5p", "fsdp=256", "adafactor", None, released) for released in (False, True)]
 LIST = [
     *(
@@ -158,6 +165,26 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     bytes_moved.legend()
     peaks.invert_yaxis()
     figure.savefig(path, dpi=110)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The tables for the docs, one for each pod."""
+    columns = ("peak GiB", "collectives GiB", "more", "released: peak", "collectives", "more")
+    found = {key(r): r for r in report["results"]}
+    tables = []
+    for pod in PODS:
+        rows = []
+        for optimizer, state in OPTIMIZERS:
+            cells = [f"{optimizer}, {state} state" if state else optimizer]
+            for release in (False, True):
+                r = found[(*pod, optimizer, state, release)]
+                more = added(r, report["results"])
+                sizes = (r["peak_bytes"], r["collective_bytes"])
+                cells += [f"{size / GIB:.2f}" for size in sizes]
+                cells.append("–" if more is None else f"{more:.2%}")
+            rows.append(cells)
+        tables.append(markdown_table((TITLES[pod], *columns), rows))
+    return "\n".join(tables)
 
 
 def main(arguments: Sequence[str]) -> None:

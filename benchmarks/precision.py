@@ -12,7 +12,6 @@ Prints a table and writes it as JSON, with a plot of the same name.
 
 import dataclasses
 import functools
-import shlex
 import statistics
 import sys
 import tempfile
@@ -29,8 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 import memopt
-from benchmarks.machine import core_count, cpu_model, versions
-from benchmarks.report import save
+from benchmarks.report import Report, markdown_table
 from memopt.errors import check_at_least, check_choice
 from memopt.state.codecs import bits_of
 from memopt.training.config import Config, Optimization, Run, Text
@@ -172,6 +170,28 @@ def table(report: dict[str, Any]) -> Table:
     return shown
 
 
+def markdown(report: dict[str, Any]) -> str:
+    """The table for the docs."""
+    columns = ("", "validation loss, mean", "spread over seeds", "− float32")
+    rows = [
+        (
+            *(_title(r["name"]), f"{r['mean']:.3f}", f"{r['spread']:.3f}"),
+            "" if r["name"] == BASELINE else f"{r['difference']:+.3f}".replace("-", "−"),
+            *(f"{r[key]:.2f}" for key in ("state_bytes", "weight_bytes")),
+        )
+        for r in report["results"]
+    ]
+    return markdown_table((*columns, "bytes per weight: state", "weights"), rows)
+
+
+def _title(name: str) -> str:
+    """The name of a case in words."""
+    kind, _, stored = name.partition("-")
+    if kind == "bfloat16+8":
+        return "bfloat16 weights with 8 extra bits"
+    return f"{kind} {stored.replace('both', 'state and weights')}".rstrip()
+
+
 def plot(report: dict[str, Any], path: Path) -> None:
     """Draws every run's loss and the means over a band of float32's spread over seeds."""
     from matplotlib.figure import Figure
@@ -202,22 +222,16 @@ def main(arguments: Sequence[str]) -> None:
             check_choice("case", name, CASES)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    report = {
-        "command": shlex.join(["python", "-m", "benchmarks.precision", *arguments]),
-        "steps": options.steps,
-        "seeds": options.seeds,
-        "seq_len": options.seq_len,
-        "batch_size": options.batch_size,
-        "eval_tokens": options.eval_tokens,
-        "learning_rate": options.learning_rate,
-        "device": jax.devices()[0].device_kind,
-        "cpu": cpu_model(),
-        "cores": core_count(),
-        "versions": versions(("memopt", "jax", "jaxlib", "optax")),
-        "results": measure(options),
-    }
-    Console().print(table(report))
-    save(report, options.output, lambda path: plot(report, path))
+    settings = ("steps", "seeds", "seq_len", "batch_size", "eval_tokens", "learning_rate")
+    report = Report(
+        "precision",
+        arguments,
+        options.output,
+        measure(options),
+        **{name: getattr(options, name) for name in settings},
+    )
+    Console().print(table(report.content()))
+    report.save(lambda path: plot(report.content(), path))
 
 
 if __name__ == "__main__":

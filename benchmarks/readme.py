@@ -1,20 +1,14 @@
-"""Writes README's table of methods from the registry, docstrings and the benchmarks' results.
-
-    python -m benchmarks.readme
+"""README's table of methods, from the registry, docstrings and the benchmarks' results.
 
 A method's formula of state and its source are taken from its docstring, the bytes for whole models
 from `benchmarks.state_bytes`, and the errors from `benchmarks.parity`.
 """
 
-import json
 import re
-from pathlib import Path
 from typing import Any
 
-from benchmarks.report import replace_table
 from memopt.optimizers.registry import METHODS, available
 
-ROOT = Path(__file__).parents[1]
 MODELS = ("60m", "7b")
 HEAD = (
     "| method | numbers kept for an m×n matrix | LLaMA-60m | LLaMA-7b | error (runs) | source |",
@@ -32,11 +26,11 @@ def source(name: str) -> str:
     return f"[{found[1]} {found[2]}]({found[3]})"
 
 
-def table() -> str:
+def table(state_bytes: dict[str, Any], parity: dict[str, Any]) -> str:
     """The table, sorted by state at 7B; methods that are not measured yet come last."""
-    kept = {(r["optimizer"], r["model"]): r["state_bytes"] for r in results("state_bytes")}
+    kept = {(r["optimizer"], r["model"]): r["state_bytes"] for r in state_bytes["results"]}
     errors: dict[str, list[float]] = {}
-    for r in results("parity"):
+    for r in parity["results"]:
         errors.setdefault(r["method"], []).append(r["error"])
 
     def row(called: str, formula: str, where: str) -> str:
@@ -54,24 +48,11 @@ def table() -> str:
     return "\n".join((*HEAD, *ours, row("optax.adamw", "2mn", "for comparison"), ""))
 
 
-def main() -> None:
-    """Replaces the table in README."""
-    replace_table(ROOT / "README.md", rf"^{re.escape(HEAD[0])}\n(?:\|.*\n)*", table())
-
-
 def _docstring(name: str) -> str:
     return " ".join((METHODS[name].make.__doc__ or "").split())
-
-
-def results(name: str) -> list[dict[str, Any]]:
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["results"]
 
 
 def _size(b: int | None) -> str:
     if b is None:
         return "–"
     return f"{b / 1e9:.1f} GB" if b >= 1e9 else f"{b / 1e6:.1f} MB" if b else "0"
-
-
-if __name__ == "__main__":
-    main()

@@ -14,7 +14,6 @@ Prints a table and writes it as JSON, with a plot of the same name.
 
 import dataclasses
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,8 +32,7 @@ from rich.progress import track
 from rich.table import Table
 
 import memopt
-from benchmarks.machine import core_count, cpu_model, versions
-from benchmarks.report import save, spread
+from benchmarks.report import Report, spread
 from memopt.errors import check_at_least
 from memopt.models import llama
 from memopt.text.batches import train_batches
@@ -227,20 +225,16 @@ def main(arguments: Sequence[str]) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     load = os.getloadavg()[0]
-    report = {
-        "command": shlex.join(["python", "-m", "benchmarks.refresh_cost", *arguments]),
-        "steps": options.steps,
-        "repeats": options.repeats,
-        "oversample": options.oversample,
-        "device": jax.devices()[0].device_kind,
-        "cpu": cpu_model(),
-        "cores": core_count(),
-        "load_before": load,
-        "versions": versions(("memopt", "jax", "jaxlib")),
-        "results": measure(options),
-    }
-    Console().print(table(report))
-    save(report, options.output, lambda path: plot(report, path))
+    report = Report(
+        "refresh_cost",
+        arguments,
+        options.output,
+        measure(options),
+        **{name: getattr(options, name) for name in ("steps", "repeats", "oversample")},
+        load_before=load,
+    )
+    Console().print(table(report.content()))
+    report.save(lambda path: plot(report.content(), path))
 
 
 if __name__ == "__main__":

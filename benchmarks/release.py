@@ -12,7 +12,6 @@ Prints a table and writes it as JSON.
 
 import dataclasses
 import json
-import shlex
 import subprocess
 import sys
 import time
@@ -28,8 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import training_step
-from benchmarks.machine import core_count, cpu_model, versions
-from benchmarks.report import GIB, save, spread
+from benchmarks.report import GIB, Report, spread
 from benchmarks.training_step import TrainingStep
 from memopt.errors import check_at_least
 from memopt.planning.step_memory import step_memory
@@ -172,17 +170,10 @@ def main(arguments: Sequence[str]) -> None:
         results = measure(options, arguments)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    report = {
-        "command": shlex.join(["python", "-m", "benchmarks.release", *arguments]),
-        **{k: getattr(options, k) for k in ("model", "optimizer", "batch_size", "seq_len")},
-        "device": jax.devices()[0].device_kind,
-        "cpu": cpu_model(),
-        "cores": core_count(),
-        "versions": versions(("memopt", "jax", "jaxlib", "optax")),
-        "results": results,
-    }
-    Console().print(table(report))
-    save(report, options.output)
+    settings = {k: getattr(options, k) for k in ("model", "optimizer", "batch_size", "seq_len")}
+    report = Report("release", arguments, options.output, results, **settings)
+    Console().print(table(report.content()))
+    report.save()
 
 
 if __name__ == "__main__":

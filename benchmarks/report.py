@@ -1,19 +1,92 @@
-"""Saves the results of a benchmark as a JSON file and a plot."""
+"""The result files of the benchmarks: how each was made, on which machine, and what came out."""
 
 import json
-import re
+import platform
 import shlex
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 
+from benchmarks.machine import core_count, cpu_model, versions
+
 GIB = 2**30
+PACKAGES = ("memopt", "jax", "jaxlib", "optax")
+
+#: The compilers for TPUs and GPUs; that for CPUs is part of jaxlib.
+COMPILERS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
+
+
+class Report:
+    """The result file of a benchmark.
+
+    It begins with the command that makes the whole file, settings, the machine and versions.
+
+    Args:
+      benchmark: the name of the module in `benchmarks`.
+      arguments: the command's arguments; none of those that only choose rows of the file.
+      path: the JSON file.
+      results: the list or dict of results, to which may be added before each `save`.
+      packages: packages whose versions matter besides `PACKAGES`.
+      settings: further entries of the file that describe the run.
+
+    Attributes:
+      results: the list or dict that was given.
+    """
+
+    def __init__(
+        self,
+        benchmark: str,
+        arguments: Sequence[str],
+        path: Path,
+        results: Any,
+        packages: Sequence[str] = (),
+        **settings: Any,
+    ):
+        self.results = results
+        self._path = path
+        self._head = {
+            "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *arguments]),
+            **settings,
+            "device": jax.devices()[0].device_kind,
+            "cpu": cpu_model(),
+            "cores": core_count(),
+            "versions": {"python": platform.python_version()} | versions((*PACKAGES, *packages)),
+        }
+
+    def content(self, **more: Any) -> dict[str, Any]:
+        """Everything the file holds, with further entries at its end."""
+        return {**self._head, "results": self.results, **more}
+
+    def save(self, plot: Callable[[Path], None] | None = None, **more: Any) -> None:
+        """Writes the file, and the plot, with what results there are; `more` as of `content`."""
+        save(self.content(**more), self._path, plot)
+
+
+def read_results(path: Path, settings: Mapping[str, Any] | None = None) -> Any:
+    """The results in a file; an empty list if there is no file.
+
+    Args:
+      path: the JSON file.
+      settings: the settings that they must have.
+
+    Raises:
+      ValueError: if they have others.
+    """
+    if not path.exists():
+        return []
+    report = json.loads(path.read_text())
+    for name, value in (settings or {}).items():
+        if report[name] != value:
+            raise ValueError(
+                f"{name} must be {report[name]}, as of the runs in {path}, or --output another "
+                f"file, got {value}."
+            )
+    return report["results"]
 
 
 def save(report: dict[str, Any], path: Path, plot: Callable[[Path], None] | None = None) -> None:
@@ -50,21 +123,19 @@ def measure_cells(
       results: the words of all rows, to which these are added.
       path: the JSON file.
     """
-    command = shlex.join(["python", "-m", f"benchmarks.{path.stem}", *sys.argv[1:]])
+    report = Report(path.stem, (), path, results)
     for name in names:
         results[name] = {}
         for column in columns:
             results[name][column] = found(name, column)
             Console().print(f"{name:28} {column:20} {results[name][column]}")
-            save({"command": command, "jax": jax.__version__, "results": results}, path)
+            report.save()
 
 
-def replace_table(page: Path, old: str, new: str) -> None:
-    """Replaces the part of a page that a regular expression finds."""
-    text = page.read_text()
-    found = re.search(old, text, re.MULTILINE)
-    assert found is not None
-    page.write_text(text.replace(found[0], new))
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, the first column on the left, numbers on the right."""
+    lines = [f"| {' | '.join(row)} |" for row in (columns, *rows)]
+    return "\n".join([lines[0], f"|---|{'--:|' * (len(columns) - 1)}", *lines[1:], ""])
 
 
 def milliseconds(run: Callable[[], Any]) -> float:

@@ -13,7 +13,6 @@ repeated when the command is given again.
 """
 
 import dataclasses
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,8 +28,7 @@ from rich.console import Console
 
 import memopt
 from benchmarks import width
-from benchmarks.machine import core_count, cpu_model, versions
-from benchmarks.report import save
+from benchmarks.report import Report, read_results
 from memopt.errors import check_choice
 from memopt.schedules import schedule
 from memopt.schedules.laws import Curve
@@ -203,25 +201,17 @@ def main(arguments: Sequence[str]) -> None:
     try:
         for name in options.shapes:
             check_choice("schedule", name, SHAPES)
-        results = width.finished(options.output, settings)
+        results = read_results(options.output, settings)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.schedules", *arguments]),
-        **settings,
-        "device": jax.devices()[0].device_kind,
-        "cpu": cpu_model(),
-        "cores": core_count(),
-        "versions": versions(("memopt", "jax", "jaxlib", "optax")),
-        "results": results,
-    }
+    report = Report("schedules", arguments, options.output, results, **settings)
     done = {r["schedule"] for r in results}
     for name in options.shapes:
         if name not in done:
             losses = [round(loss, 5) for loss in train(options, name)]
             results.append({"schedule": name, "losses": losses})
             Console().print(f"{name:24} {losses[-1]:.4f}")
-            save(report, options.output)
+            report.save()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ shapes on a mesh of two axes that both split every matrix. No array is made and 
 Prints a line for each measurement and writes them as JSON.
 """
 
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from jax.sharding import NamedSharding
 from rich.console import Console
 
 import memopt
-from benchmarks.report import save
+from benchmarks.report import Report
 from benchmarks.updates import model_shapes
 
 
@@ -65,15 +64,14 @@ def main() -> None:
     one = jax.ShapeDtypeStruct((512, 1024), "float32")
     separate = {f"layers/{i}": {"up": {"kernel": one}} for i in range(options.arrays)}
     models = {"llama-7b": model_shapes("7b", "float32"), "separate": separate}
-    results: list[dict[str, Any]] = []
+    report = Report("sharding_time", sys.argv[1:], options.output, [])
     for model, shapes in models.items():
         params, count = placed(shapes), len(jax.tree.leaves(shapes))
         for name in options.optimizers:
             found = {"model": model, "arrays": count, "optimizer": name}
-            results.append(found | {"processor_seconds": round(seconds(name, params), 2)})
-            Console().print(results[-1])
-            command = shlex.join(["python", "-m", "benchmarks.sharding_time", *sys.argv[1:]])
-            save({"command": command, "jax": jax.__version__, "results": results}, options.output)
+            report.results.append(found | {"processor_seconds": round(seconds(name, params), 2)})
+            Console().print(report.results[-1])
+            report.save()
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
 """Counts the bytes of state of each optimizer for whole models, embedding and head included.
 
-    python -m benchmarks.state_bytes [--models 60m 7b] [--optimizers adamw adafactor ...]
+    python -m benchmarks.state_bytes [--models 60m 7b] [--optimizers adamw ...] [--layout list]
 
 The figures are exact: they come from the abstract evaluation of each optimizer's ``init`` on the
 model's shapes, and nothing is allocated. Prints a table and writes it as JSON, with a plot.
 """
 
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 import memopt
-from benchmarks.report import save
+from benchmarks.jax_optimizers import JAX_OPTIMIZERS, PACKAGES, build
+from benchmarks.report import Report
 from benchmarks.updates import model_shapes
 
 LEARNING_RATE = 1e-3
@@ -28,20 +28,29 @@ class Options(NamedTuple):
 
     Attributes:
       optimizers: names known to `memopt.optimizer`; by default AdamW and memopt's own.
+        Names in `JAX_OPTIMIZERS` are other libraries' optimizers.
+      layout: "stacked" for one array per kernel, "list" for one array per kernel and block.
       models: presets whose shapes are used; optimizers are sorted by the bytes of the last one.
       output: the JSON file; the plot has the same name.
     """
 
     optimizers: tuple[str, ...] = ("adamw", *memopt.available("memopt"))
+    layout: Literal["stacked", "list"] = "stacked"
     models: tuple[str, ...] = ("60m", "7b")
     output: Path = Path(__file__).parent / "results" / "state_bytes.json"
 
 
-def count(name: str, model: str) -> dict[str, Any]:
+def count(name: str, model: str, layout: Literal["stacked", "list"]) -> dict[str, Any]:
     """Counts the bytes that one optimizer keeps for one model with float32 parameters."""
-    shapes = model_shapes(model, "float32")
-    table = memopt.state_bytes(memopt.optimizer(name, LEARNING_RATE), shapes)
+    shapes = model_shapes(model, "float32", layout)
+    if name in JAX_OPTIMIZERS:
+        tx = build(name, LEARNING_RATE, shapes)
+    else:
+        tx = memopt.optimizer(name, LEARNING_RATE)
+    table = memopt.state_bytes(tx, shapes)
     hidden = sum(size for leaf, size in table.states.items() if leaf.startswith("blocks/"))
+    if name in JAX_OPTIMIZERS:  # whose arrays may be flat, without their parameters' names
+        hidden = memopt.state_bytes(tx, {"blocks": shapes["blocks"]}).total
     return {
         "optimizer": name,
         "model": model,
@@ -95,15 +104,21 @@ def main(arguments: Sequence[str]) -> None:
     """Counts, prints the table and writes the files."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
     try:
-        results = [count(name, model) for model in options.models for name in options.optimizers]
+        results = [
+            count(name, model, options.layout)
+            for model in options.models
+            for name in options.optimizers
+        ]
     except ValueError as error:
         sys.exit(f"error: {error}")
     last = {r["optimizer"]: r["state_bytes"] for r in results}
     results.sort(key=lambda r: (options.models.index(r["model"]), -last[r["optimizer"]]))
     Console().print(table(results))
-    command = shlex.join(["python", "-m", "benchmarks.state_bytes", *arguments])
-    report = {"command": command, "results": results}
-    save(report, options.output, lambda path: plot(results, path))
+    others = PACKAGES if set(options.optimizers) & set(JAX_OPTIMIZERS) else ()
+    report = Report(
+        "state_bytes", arguments, options.output, results, others, layout=options.layout
+    )
+    report.save(lambda path: plot(results, path))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,18 @@
 """Compares the time of a step of each optimizer in one process.
 
-    python -m benchmarks.step_time [--model 60m] [--repeats 20] [--optimizers adamw lion ...]
+    python -m benchmarks.step_time [--model 60m] [--layout list] [--optimizers adamw lion ...]
 
 A step is one jitted ``update`` and ``apply_updates`` with donated parameters and state, on the
 shapes of a model and fixed gradients, without forward and backward pass. The optimizers are timed
 in turn in each round, so that other load on the machine affects all of them, and each time is
-divided by AdamW's in the same round. Torch's optimizers are included if they are installed.
+divided by AdamW's in the same round. Optimizers of torch, rollfast and flashoptim-jax are included
+if they are installed: ``pip install torch rollfast flashoptim-jax``.
 
 Prints a table and writes it as JSON, with a plot of the same name.
 """
 
 import dataclasses
 import math
-import platform
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 import memopt
-from benchmarks import torch_optimizers
-from benchmarks.machine import core_count, cpu_model, versions
-from benchmarks.report import save
+from benchmarks import jax_optimizers, torch_optimizers
+from benchmarks.jax_optimizers import JAX_OPTIMIZERS
+from benchmarks.report import Report, markdown_table
 from benchmarks.torch_optimizers import TORCH_OPTIMIZERS
 from benchmarks.updates import (
     LEARNING_RATE,
@@ -43,12 +42,13 @@ from memopt.errors import check_at_least, check_choice
 from memopt.optimizers.registry import METHODS
 
 BASELINE = "adamw"
+LIBRARIES = ("torch", "apollo-torch", "lion-pytorch", *jax_optimizers.PACKAGES)
 EIGHT_BITS = "_8bit"
 DEFAULTS = (
     *("adamw" + EIGHT_BITS, "adafactor", "optax_adafactor", "lion", "optax_lion"),
     *("apollo", "apollo_mini"),
 )
-COLORS = {"memopt": "C0", "optax": "C7", "torch": "C1"}
+COLORS = {"memopt": "C0", "optax": "C7", "torch": "C1", "rollfast": "C2", "flashoptim_jax": "C4"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +57,10 @@ class Options:
 
     Attributes:
       optimizers: names known to `memopt.optimizer`, with the suffix _8bit for int8 state, and
-        torch_adamw, torch_adafactor, torch_lion, torch_apollo, torch_apollo_mini; by default the
-        methods of memopt, their baselines, and those of torch that are installed.
+        those in `TORCH_OPTIMIZERS` and `JAX_OPTIMIZERS`; by default the methods of memopt, their
+        baselines, and those of other libraries that are installed.
       model: the preset whose shapes are used.
+      layout: "stacked" for one array per kernel, "list" for one array per kernel and block.
       dtype: the dtype of parameters and gradients.
       repeats: the number of timed rounds.
       output: the JSON file; the plot has the same name.
@@ -67,6 +68,7 @@ class Options:
 
     optimizers: tuple[str, ...] = ()
     model: str = "60m"
+    layout: Literal["stacked", "list"] = "stacked"
     dtype: Literal["float32", "bfloat16"] = "float32"
     repeats: int = 20
     output: Path = Path(__file__).parent / "results" / "step_time.json"
@@ -74,15 +76,23 @@ class Options:
 
 def contenders(options: Options) -> list[Contender]:
     """Builds all optimizers to compare, the baseline first."""
-    names = options.optimizers or (*DEFAULTS, *torch_optimizers.installed())
+    others = (*torch_optimizers.installed(), *jax_optimizers.installed())
+    names = dict.fromkeys((BASELINE, *(options.optimizers or (*DEFAULTS, *others))))
     for name in names:
         method = name.removesuffix(EIGHT_BITS)
-        check_choice("optimizer", method, (*memopt.available(), *TORCH_OPTIMIZERS))
-    from_torch = [name for name in names if name in TORCH_OPTIMIZERS]
-    ours = dict.fromkeys((BASELINE, *(name for name in names if name not in from_torch)))
-    shapes = model_shapes(options.model, options.dtype)
+        check_choice("optimizer", method, (*memopt.available(), *TORCH_OPTIMIZERS, *JAX_OPTIMIZERS))
+    shapes = model_shapes(options.model, options.dtype, options.layout)
     parameters = on_one_device(shapes)
-    found = [parameters.contender(name, *optimizer(name)) for name in ours]
+
+    def contender(name: str) -> Contender:
+        if name not in JAX_OPTIMIZERS:
+            return parameters.contender(name, *optimizer(name))
+        other = JAX_OPTIMIZERS[name]
+        tx = jax_optimizers.build(name, LEARNING_RATE, shapes)
+        return parameters.contender(name, other.package, tx, other.apply)
+
+    found = [contender(name) for name in names if name not in TORCH_OPTIMIZERS]
+    from_torch = [name for name in names if name in TORCH_OPTIMIZERS]
     return found + torch_contenders(shapes, options.dtype, from_torch)
 
 
@@ -94,22 +104,14 @@ def optimizer(name: str) -> tuple[str, optax.GradientTransformation]:
     return METHODS[method].library if method == name else "memopt", tx
 
 
-def describe(
-    benchmark: str, arguments: Sequence[str], shapes: Any, model: str, dtype: str, repeats: int
-) -> dict[str, Any]:
-    """Describes the run, the machine and the versions."""
-    packages = ("memopt", "jax", "jaxlib", "optax", "torch", "apollo-torch", "lion-pytorch")
+def describe(shapes: Any, model: str, dtype: str, repeats: int) -> dict[str, Any]:
+    """The settings of a report."""
     leaves = jax.tree.leaves(shapes)
     return {
-        "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *arguments]),
         "model": model,
         "dtype": dtype,
         "parameter_bytes": sum(math.prod(p.shape) * p.dtype.itemsize for p in leaves),
         "repeats": repeats,
-        "device": jax.devices()[0].device_kind,
-        "cpu": cpu_model(),
-        "cores": core_count(),
-        "versions": {"python": platform.python_version()} | versions(packages),
     }
 
 
@@ -161,6 +163,20 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def markdown(report: dict[str, Any]) -> str:
+    """The table for README."""
+    columns = ("optimizer", "from", "ms", "÷ optax.adamw", "min–max", "state MB")
+    return markdown_table(columns, map(_row, report["results"]))
+
+
+def _row(r: dict[str, Any]) -> tuple[str, ...]:
+    ratio = r["ratio"]
+    return (
+        *(r["name"], r["library"], f"{r['milliseconds']['median']:.0f}", f"{ratio['median']:.2f}"),
+        *(f"{ratio['min']:.2f}–{ratio['max']:.2f}", f"{r['state_bytes'] / 1e6:.1f}"),
+    )
+
+
 def main(arguments: Sequence[str]) -> None:
     """Measures, prints the table and writes the files."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
@@ -169,11 +185,13 @@ def main(arguments: Sequence[str]) -> None:
         found = contenders(options)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    shapes = model_shapes(options.model, options.dtype)
-    report = describe("step_time", arguments, shapes, options.model, options.dtype, options.repeats)
-    report["results"] = measure(found, options.repeats)
-    Console().print(table(report))
-    save(report, options.output, lambda path: plot(report, path))
+    shapes = model_shapes(options.model, options.dtype, options.layout)
+    settings = describe(shapes, options.model, options.dtype, options.repeats)
+    settings["layout"] = options.layout
+    results = measure(found, options.repeats)
+    report = Report("step_time", arguments, options.output, results, LIBRARIES, **settings)
+    Console().print(table(report.content()))
+    report.save(lambda path: plot(report.content(), path))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ record is saved as it is found, and not measured again with the same options and
 
 import json
 import re
-import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -34,7 +34,7 @@ from rich.table import Table
 
 import memopt
 from benchmarks.machine import versions
-from benchmarks.report import save
+from benchmarks.report import COMPILERS, Report, read_results
 from benchmarks.step_time import COLORS
 from benchmarks.updates import between_refreshes
 from memopt.optimizers.registry import METHODS
@@ -251,13 +251,21 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def markdown(report: dict[str, Any]) -> str:
+    """The paragraph for README: the methods by what they move, Optax's with its name."""
+    names = {r["optimizer"]: r["traffic"] for r in report["results"]}
+    title = lambda name: f"`{METHODS[name].library}.{name.removeprefix('optax_')}`"
+    words = [f"{title(name)} {names[name]:.2f}" for name in sorted(names, key=lambda n: names[n])]
+    return textwrap.fill(", ".join(words) + ".", 100, break_on_hyphens=False)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Measures, prints and, for a list, writes the files."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
     names = [options.optimizer] if options.optimizer else compared()
     console = Console()
-    command = shlex.join(["python", "-m", "benchmarks.traffic", *arguments])
     saved = [] if options.optimizer else read_results(options.output)
+    report = Report("traffic", arguments, options.output, [], COMPILERS)
     found: dict[str, dict[str, Any]] = {}
     for r in saved:
         if r["optimizer"] in names and setting(r["optimizer"], options).items() <= r.items():
@@ -274,7 +282,8 @@ def main(arguments: Sequence[str]) -> None:
                     print(f"  {moved / record['parameter_bytes']:.4f}  {text}")
             if not options.optimizer:
                 console.print(f"{name:24} {record['traffic']:.3f}")
-                save({"command": command, "results": list(found.values())}, options.output)
+                report.results[:] = found.values()
+                report.save()
     except (ValueError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     results = [found[name] for name in names]
@@ -283,13 +292,8 @@ def main(arguments: Sequence[str]) -> None:
     else:
         console.print(table(results))
     if not options.optimizer:
-        report = {"command": command, "results": results}
-        save(report, options.output, lambda path: plot(results, path))
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The records in a file; none if there is no file."""
-    return json.loads(path.read_text())["results"] if path.exists() else []
+        report.results[:] = results
+        report.save(lambda path: plot(results, path))
 
 
 if __name__ == "__main__":

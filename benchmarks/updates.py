@@ -180,10 +180,18 @@ def torch_contenders(
     return [contender(name) for name in names]
 
 
-def model_shapes(model: str, dtype: Literal["float32", "bfloat16"]) -> Any:
-    """The shapes of a preset's parameters."""
+def model_shapes(
+    model: str,
+    dtype: Literal["float32", "bfloat16"],
+    layout: Literal["stacked", "list"] = "stacked",
+) -> Any:
+    """The shapes of a preset's parameters, with the blocks stacked or each with its own arrays."""
     config = dataclasses.replace(llama.preset(model), param_dtype=dtype)
-    return llama.abstract_params(config)
+    shapes = llama.abstract_params(config)
+    if layout == "stacked":
+        return shapes
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes["blocks"])
+    return shapes | {"blocks": {str(i): one for i in range(config.num_layers)}}
 
 
 def measure(found: Sequence[Contender], repeats: int) -> list[dict[str, Any]]:

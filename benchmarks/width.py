@@ -20,8 +20,6 @@ Prints a table and writes it as JSON, with a plot of the same name.
 import dataclasses
 import functools
 import itertools
-import json
-import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -40,8 +38,7 @@ from rich.progress import track
 from rich.table import Table
 
 import memopt
-from benchmarks.machine import core_count, cpu_model, versions
-from benchmarks.report import save
+from benchmarks.report import Report, read_results
 from memopt.errors import check_choice
 from memopt.models import llama
 from memopt.models.llama import build_model
@@ -194,22 +191,6 @@ def best(results: Sequence[dict[str, Any]]) -> dict[str, dict[int, int]]:
     return found
 
 
-def finished(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs in a file; none if there is no file.
-
-    Raises:
-      ValueError: if they had other settings.
-    """
-    report = json.loads(path.read_text()) if path.exists() else {**settings, "results": []}
-    for name, value in settings.items():
-        if report[name] != value:
-            raise ValueError(
-                f"{name} must be {report[name]}, as of the runs in {path}, or --output another "
-                f"file, got {value}."
-            )
-    return report["results"]
-
-
 def table(report: dict[str, Any]) -> Table:
     """The mean losses as a table for the terminal, the lowest of each row marked."""
     by_row = losses(report["results"])
@@ -253,7 +234,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Trains what is missing, prints the table and writes the files."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
-    settings = {
+    settings: dict[str, Any] = {
         "base": options.widths[0],
         "layers": options.layers,
         "steps": options.steps,
@@ -264,26 +245,18 @@ def main(arguments: Sequence[str]) -> None:
     try:
         for scheme in options.schemes:
             check_choice("scheme", scheme, SCHEMES)
-        results = finished(options.output, settings)
+        results = read_results(options.output, settings)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    report: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.width", *arguments]),
-        **settings,
-        "device": jax.devices()[0].device_kind,
-        "cpu": cpu_model(),
-        "cores": core_count(),
-        "versions": versions(("memopt", "jax", "jaxlib", "optax")),
-        "results": results,
-    }
-    done = {tuple(r[k] for k in ("scheme", "width", "rate", "seed")) for r in report["results"]}
+    report = Report("width", arguments, options.output, results, **settings)
+    done = {tuple(r[k] for k in ("scheme", "width", "rate", "seed")) for r in results}
     for scheme, width, rate, seed in track([run for run in runs(options) if run not in done]):
         of = "mup" if scheme == "all" else scheme
         loss = train(options, of, width, rate, seed)
         results.append({"scheme": scheme, "width": width, "rate": rate, "seed": seed, "loss": loss})
-        save(report | {"best": best(results)}, options.output)
-    Console().print(table(report))
-    save(report | {"best": best(results)}, options.output, lambda path: plot(report, path))
+        report.save(best=best(results))
+    Console().print(table(report.content()))
+    report.save(lambda path: plot(report.content(), path), best=best(results))
 
 
 if __name__ == "__main__":

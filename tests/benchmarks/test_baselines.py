@@ -11,12 +11,9 @@ from tests.optimizers.kinds import slow_unless
 RESULTS = {r["optimizer"]: r for r in baselines.read()["results"]}
 
 
-def test_the_tables_are_those_of_the_results():
+def test_every_baseline_is_measured():
     assert [*RESULTS] == [*baselines.BASELINES]
     assert set(RESULTS) == set(memopt.available("optax"))
-    page = baselines.DOCS.read_text()
-    for table in baselines.tables(baselines.read()):
-        assert table in page
 
 
 def test_memopt_has_what_optax_does_wrong():

@@ -15,10 +15,8 @@ def test_each_controller_has_a_row():
     assert shown - {None} == set(CONTROLLERS)
 
 
-@pytest.mark.parametrize("question", controllers.PANELS)
-def test_the_tables_in_the_docs_are_those_of_the_results(question):
+def test_every_row_is_measured():
     results = json.loads(RESULTS.read_text())["results"]
-    assert controllers.markdown(results, question) in controllers.DOCS.read_text()
     assert {result["row"] for result in results} == set(controllers.ROWS)
 
 

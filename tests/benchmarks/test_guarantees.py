@@ -14,10 +14,9 @@ EXCEPTIONS = {
 UNBOUNDED = ("adam", "lomo")  # Optax's rule, and plain gradient descent: inf stays inf
 
 
-def test_the_table_is_that_of_the_results():
+def test_what_is_measured_holds_but_for_known_exceptions():
     results = guarantees.read()
     assert set(results) == set(guarantees.rows())
-    assert guarantees.table(results) in guarantees.DOCS.read_text()
     for name, words in results.items():
         assert set(words) == set(guarantees.CONDITIONS), name
         for condition, word in words.items():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from benchmarks import step_time, torch_optimizers, updates
+from benchmarks import jax_optimizers, step_time, torch_optimizers, updates
 
 TINY_LION_BYTES = 7_490_304
 
@@ -65,6 +65,35 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = object.__new__(torch_optimizers.TorchParameters)
     with pytest.raises(ValueError, match="torch_lion needs the package lion-pytorch"):
         parameters.optimizer("torch_lion", 1e-3)
+    monkeypatch.setattr(jax_optimizers, "installed", lambda: ())
+    with pytest.raises(ValueError, match="flashoptim_lion needs the package flashoptim-jax"):
+        jax_optimizers.build("flashoptim_lion", 1e-3, {})
+
+
+def test_in_lists_each_block_has_arrays_of_its_own() -> None:
+    stacked, apart = (
+        updates.model_shapes("tiny", "float32", layout) for layout in ("stacked", "list")
+    )
+    assert len(apart["blocks"]) == 4
+    assert apart["blocks"]["3"]["mlp"]["up"]["kernel"].shape == (192, 512)
+    sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (stacked, apart)]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.integrations
+@pytest.mark.skipif(not jax_optimizers.installed(), reason="rollfast or flashoptim-jax is missing")
+@pytest.mark.parametrize("name", jax_optimizers.installed())
+def test_other_libraries_stand_beside(name: str) -> None:
+    shapes = {"blocks": {"up": {"kernel": jax.ShapeDtypeStruct((2, 64, 64), jnp.float32)}}}
+    parameters = updates.on_one_device(shapes)
+    before = parameters.values["blocks"]["up"]["kernel"] + 0
+    other = jax_optimizers.JAX_OPTIMIZERS[name]
+    tx = jax_optimizers.build(name, 0.1, shapes)
+    contender = parameters.contender(name, other.package, tx, other.apply)
+    contender.step()
+    moved = jnp.abs(parameters.values["blocks"]["up"]["kernel"] - before)
+    assert 1e-3 < float(moved.max()) < 1
+    assert contender.state_bytes > 0
 
 
 @pytest.mark.interop

@@ -1,0 +1,144 @@
+"""Writes the figures of README and docs from the result files, and docs/results.md.
+
+    python -m benchmarks.results
+
+Between a line ``<!-- from FILE by FUNCTION WORD … -->`` and the next ``<!-- end -->`` stands what
+the function makes of the file; several files are separated by commas, and the words are further
+arguments.
+Sentences with figures are not written, but checked: `benchmarks.claims`.
+"""
+
+import importlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+
+BLOCK = re.compile(
+    r"^<!-- from (.+?) by (benchmarks[\w.]+)(.*?) -->\n(.*?)^<!-- end -->$",
+    re.MULTILINE | re.DOTALL,
+)
+
+#: Older files have versions as entries of their own.
+OLD_KEYS = ("jax", "optax", "libtpu")
+
+INTRODUCTION = """\
+# Results
+
+The measured tables of README and docs, by the files in `benchmarks/results` that they are from: the
+command that made each file, the machine, and the versions of the packages and of the compiler. This
+page, and the tables on other pages, are written by `python -m benchmarks.results`; a test compares
+them with the files. Where no machine or version is named, the file is from before these were
+recorded.
+"""
+
+
+class Block(NamedTuple):
+    """A part of a page that is made from result files.
+
+    Attributes:
+      page: the page.
+      files: the result files.
+      function: the name of the function that makes the text, in its module.
+      words: its further arguments.
+    """
+
+    page: Path
+    files: tuple[Path, ...]
+    function: str
+    words: tuple[str, ...]
+
+    def text(self) -> str:
+        """What the function makes of the files, ending with a line feed."""
+        module, name = self.function.rsplit(".", 1)
+        make: Callable[..., str] = getattr(importlib.import_module(module), name)
+        return make(*map(read, self.files), *self.words).rstrip("\n") + "\n"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Reads a result file."""
+    return json.loads(path.read_text())
+
+
+def sources() -> list[Path]:
+    """The pages with figures, without the page of results."""
+    docs = sorted(path for path in (ROOT / "docs").glob("*.md") if path != PAGE)
+    return [ROOT / "README.md", *docs]
+
+
+def blocks(page: Path) -> Iterator[tuple[re.Match[str], Block]]:
+    """The parts of a page that are made from result files, and where they are."""
+    for found in BLOCK.finditer(page.read_text()):
+        files = tuple(ROOT / name.strip() for name in found[1].split(","))
+        yield found, Block(page, files, found[2], tuple(found[3].split()))
+
+
+def pages() -> dict[Path, str]:
+    """The text of every page, as the result files say it must be."""
+    texts, made = {}, {}
+    for page in sources():
+        parts, end, text = [], 0, page.read_text()
+        for found, block in blocks(page):
+            made[block] = block.text()
+            parts += [text[end : found.start(4)], made[block]]
+            end = found.end(4)
+        texts[page] = "".join([*parts, text[end:]])
+    texts[PAGE] = results_page(made)
+    return texts
+
+
+def results_page(made: Mapping[Block, str]) -> str:
+    """The page with all results, file by file."""
+    parts = [INTRODUCTION]
+    for path in sorted(RESULTS.glob("*.json")):
+        parts.append(f"## {path.stem.replace('_', ' ')}\n\n{provenance(path)}\n")
+        if path.with_suffix(".png").exists():
+            link = f"../benchmarks/results/{path.stem}.png"
+            parts.append(f"![{path.stem.replace('_', ' ')}]({link})\n")
+        for block, text in made.items():
+            if path == block.files[0]:
+                page = os.path.relpath(block.page, PAGE.parent)
+                parts.append(f"On [{block.page.name}]({page}):\n\n{text}")
+    return "\n".join(parts)
+
+
+def provenance(path: Path) -> str:
+    """A paragraph on the command, the machine and the versions of a file, and a link to it."""
+    report = read(path)
+    words = [f"`{report['command']}`", f"[figures](../benchmarks/results/{path.name})"]
+    if "cpu" in report:
+        words.append(f"{report['cpu']}, {report['cores']} cores")
+    if report.get("device", "cpu") != "cpu":
+        words.append(report["device"])
+    results = report["results"]
+    rows = [row for row in results if isinstance(row, dict)] if isinstance(results, list) else []
+    compiled = dict.fromkeys(row["compiled_for"] for row in rows if "compiled_for" in row)
+    compiled |= dict.fromkeys(row["chip"] for row in rows if "traffic" in row)
+    if compiled:
+        words.append(f"compiled for {', '.join(compiled)}")
+    found: dict[str, dict[str, None]] = {}
+    for one in (report, *rows):
+        old = {k: one[k] for k in OLD_KEYS if isinstance(one.get(k), str)}
+        versions = one.get("versions", {}) | old
+        for name, version in versions.items():
+            found.setdefault(name, {})[version] = None
+    words += [f"{name} {' and '.join(of)}" for name, of in found.items()]
+    return "; ".join(words) + "."
+
+
+def write_pages() -> None:
+    """Writes the pages whose figures have changed."""
+    for page, text in pages().items():
+        if not page.exists() or page.read_text() != text:
+            page.write_text(text)
+            print(f"{page.relative_to(ROOT)} is rewritten.")
+
+
+if __name__ == "__main__":
+    write_pages()

@@ -1,0 +1,184 @@
+"""Losses over seeds, steps to a loss, and fronts of runs whose results are known."""
+
+import math
+import random
+import statistics
+
+import pytest
+from scipy.stats import norm, ttest_ind
+
+from memopt.comparison.analysis import (
+    PROBABILITY,
+    decide,
+    least_difference,
+    pareto_front,
+    sensitivity,
+    steps_to_loss,
+    summarize,
+    unfinished,
+    z_score,
+)
+from tests.comparison.synthetic import run, seeds
+
+
+def by_method(runs, **options):
+    return {s.method: s for s in summarize(runs, **options)}
+
+
+BASE = seeds("adamw", 2.0, 2.02, 1.98)
+
+
+@pytest.mark.parametrize("others", [[1.9, 1.95, 1.97], [2.5, 2.4], [2.0, 2.01, 2.02, 2.05]])
+def test_z_has_the_probability_of_students_t_test(others):
+    base = [2.0, 2.02, 1.98]
+    expected = ttest_ind(others, base)
+    z = z_score(others, base)
+    assert 2 * norm.sf(abs(z)) == pytest.approx(expected.pvalue)
+    assert math.copysign(1, z) == math.copysign(1, expected.statistic)
+
+
+def test_chance_alone_is_rarely_called_a_difference():
+    draw = random.Random(0)
+    verdicts = [
+        decide(z_score([draw.gauss(0, 1) for _ in range(3)], [draw.gauss(0, 1) for _ in range(3)]))
+        for _ in range(2000)
+    ]
+    wrong = sum(verdict != "same" for verdict in verdicts) / len(verdicts)
+    assert wrong == pytest.approx(PROBABILITY, abs=3 * math.sqrt(PROBABILITY / len(verdicts)))
+
+
+def test_least_difference_is_where_the_verdict_changes():
+    base, others = [2.0, 2.02, 1.98], [2.0, 2.03, 1.97]
+    edge = least_difference(others, base)
+    verdict = lambda shift: decide(z_score([x + shift for x in others], base))
+    assert verdict(0.999 * edge) == "same"
+    assert verdict(1.001 * edge) == "worse"
+    assert verdict(-1.001 * edge) == "better"
+
+
+def test_verdicts_against_the_baseline():
+    found = by_method(
+        BASE
+        + seeds("muon", 1.6, 1.62, 1.58)
+        + seeds("adafactor", 2.01, 2.03, 1.97)
+        + seeds("lion", 2.5, 2.52, 2.48)
+    )
+    verdicts = {name: s.verdict for name, s in found.items()}
+    assert verdicts == {"muon": "better", "adafactor": "same", "lion": "worse", "adamw": "unknown"}
+    assert [*found] == ["muon", "adamw", "adafactor", "lion"]  # by their losses
+    assert found["muon"].difference == pytest.approx(-0.4)
+    assert found["muon"].spread == pytest.approx(statistics.stdev([1.6, 1.62, 1.58]))
+    assert found["muon"].perplexity == pytest.approx(math.exp(1.6))
+
+
+def test_one_seed_decides_nothing():
+    found = by_method(BASE + seeds("muon", 1.0))["muon"]
+    assert (found.verdict, found.z, found.spread) == ("unknown", None, None)
+    assert found.difference == pytest.approx(-1.0)
+    assert (
+        by_method(seeds("adamw", 2.0) + seeds("muon", 1.0, 1.1, 0.9))["muon"].verdict == "unknown"
+    )
+
+
+def test_equal_losses_without_spread_are_the_same():
+    assert decide(z_score([2.0, 2.0], [2.0, 2.0])) == "same"
+    assert decide(z_score([1.9, 1.9], [2.0, 2.0])) == "better"
+
+
+@pytest.mark.parametrize("lost", [None, math.inf, math.nan])
+def test_a_diverged_seed_is_worse(lost):
+    found = by_method(BASE + seeds("lion", 1.5, lost, 1.5))["lion"]
+    assert (found.verdict, found.loss, found.difference) == ("worse", math.inf, None)
+    assert found.steps_to_target is None
+    assert not found.on_front
+
+
+def test_nothing_is_compared_with_a_baseline_that_diverged_or_is_missing():
+    lost = by_method(seeds("adamw", 2.0, None, 2.0) + seeds("lion", None, 2.0, 2.0))
+    assert lost["lion"].verdict == "unknown"
+    assert lost["lion"].speed_up is None
+    missing = by_method(seeds("lion", 2.0, 2.0))["lion"]
+    assert missing.verdict == "unknown"
+    assert missing.learning_rate_ratio is missing.difference is missing.speed_up is None
+
+
+def test_steps_and_tokens_to_the_baselines_loss_are_interpolated():
+    found = by_method(BASE + seeds("muon", 1.0, 1.0, 1.0) + seeds("lion", 2.5, 2.5, 2.5))
+    assert found["muon"].steps_to_target == pytest.approx(200 / 3)  # from 4 to 1 in 100 steps
+    assert found["muon"].tokens_to_target == pytest.approx(6400 * 2 / 3)
+    assert found["muon"].speed_up == pytest.approx(1.5)
+    assert found["adamw"].steps_to_target == found["adamw"].steps
+    assert found["lion"].steps_to_target is found["lion"].speed_up is None
+
+
+def test_steps_to_a_given_loss():
+    found = by_method(BASE, target_loss=3.0)["adamw"]
+    assert found.steps_to_target == pytest.approx(50)
+
+
+@pytest.mark.parametrize(
+    ("curve", "step"),
+    [
+        ([(10, 3.0), (20, 1.0), (30, 2.5)], None),  # a dip below 2 is not an end below it
+        ([(10, 3.0), (20, 1.0), (30, 2.5), (40, 1.5)], 35),
+        ([(10, 1.0), (20, 0.5)], 10),  # at the first evaluation already
+        ([(10, 3.0), (20, 2.0)], 20),
+        ([(10, math.inf), (20, 1.0)], 20),
+        ([(10, 1.0), (20, math.nan)], None),
+        ([], None),
+    ],
+)
+def test_steps_to_a_loss_of_two(curve, step):
+    assert steps_to_loss(curve, 2.0) == step
+
+
+def test_the_front_is_that_of_its_definition():
+    draw = random.Random(1)
+    points = [(draw.randrange(6), float(draw.randrange(6))) for _ in range(40)]
+    expected = [
+        not any((a < x and b <= y) or (a <= x and b < y) for a, b in points) for x, y in points
+    ]
+    assert pareto_front(points) == expected
+    assert any(expected)
+
+
+def test_the_front_of_ties_zero_bytes_and_diverged_runs():
+    points = [(0, 3.0), (0, 3.0), (0, 3.1), (5, 2.0), (7, 2.0), (9, math.inf)]
+    assert pareto_front(points) == [True, True, False, True, False, False]
+    assert pareto_front([]) == []
+
+
+def test_sizes_are_compared_apart_and_may_lack_methods():
+    small = [dict(r, size="0.5M") for r in seeds("adamw", 3.0, 3.0) + seeds("lion", 2.9, 2.9)]
+    summaries = summarize(BASE + small)
+    assert [(s.size, s.method) for s in summaries] == [
+        ("2M", "adamw"),
+        ("0.5M", "lion"),
+        ("0.5M", "adamw"),
+    ]
+    assert summaries[1].difference == pytest.approx(-0.1)
+
+
+def test_methods_without_tuned_runs_are_unfinished():
+    runs = [*BASE, run("lion", tuned=False), run("lion", tuned=False, rate=0.002)]
+    assert [s.method for s in summarize(runs)] == ["adamw"]
+    assert unfinished(runs) == {("2M", 8, "lion"): 2}
+
+
+def test_learning_rates_are_compared_with_the_same_options_and_seed():
+    tuning = [run(loss=x, rate=r, seed=9, tuned=False) for r, x in ((1, 3.0), (2, 2.0), (4, None))]
+    other = [run(loss=1.0, rate=r, seed=9, tuned=False, options={"b": r}) for r in (1, 2)]
+    assert sensitivity([*BASE, *other, *tuning]) == ((1, 3.0), (2, 2.0), (4, math.inf))
+    found = by_method([*BASE, *other, *tuning, *seeds("muon", 1.0, rate=0.02)])
+    assert found["adamw"].settings == 6
+    assert found["muon"].learning_rate_ratio == pytest.approx(20)
+
+
+def test_time_and_peak_of_a_step():
+    runs = [run(seed=i, step_seconds=x) for i, x in enumerate((None, 0.2, 0.4))]
+    assert by_method(runs)["adamw"].step_seconds == pytest.approx(0.3)
+    assert by_method(runs)["adamw"].peak_bytes is by_method(runs)["adamw"].step_cpu_seconds is None
+    assert by_method([run(step_cpu_seconds=0.7)])["adamw"].step_cpu_seconds == pytest.approx(0.7)
+    assert by_method(runs, peak_bytes=lambda r: 7)["adamw"].peak_bytes == 7
+    assert by_method([run(peak_bytes=8)])["adamw"].peak_bytes == 8
+    assert by_method([run(step_seconds=None)])["adamw"].step_seconds is None
