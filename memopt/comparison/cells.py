@@ -125,6 +125,8 @@ class Outcome(NamedTuple):
         parameter_bytes: Bytes of the parameters.
         parameters: How many parameters there are.
         step_seconds: Median time of a step; None if other programs used the processor.
+        step_cpu_seconds: Median time of a step that processor cores worked on it, all together,
+            which other programs hardly change; None on other devices.
         seconds: Time of the run, with its compilation.
     """
 
@@ -135,6 +137,7 @@ class Outcome(NamedTuple):
     parameter_bytes: int
     parameters: int
     step_seconds: float | None
+    step_cpu_seconds: float | None
     seconds: float
 
 
@@ -175,22 +178,26 @@ def train(cell: Cell, *, evaluate_pieces: bool, alone: bool = True) -> Outcome:
         cell.steps,
         cell.seed,
     )
-    rates, losses, times, diverged = cell.rates, [], [], False
+    rates, diverged = cell.rates, False
+    losses: list[list[float]] = []
+    times: list[tuple[float, float]] = []
     with jax.set_mesh(setup.mesh):
-        state = setup.jit_init(cell.seed)()
+        state = program.init(jax.random.key(cell.seed))
         for piece in range(PIECES):
             part = slice(piece * steps, (piece + 1) * steps)
             batches = {name: jnp.asarray(x[part]) for name, x in training.items()}
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             state, skipped = program.advance(state, batches, jnp.asarray(rates[part]))
             diverged = int(skipped) >= MAX_SKIPPED
-            times.append((time.perf_counter() - start) / steps)
+            now, cpu_now = time.perf_counter(), time.process_time()
+            times.append(((now - start) / steps, (cpu_now - cpu_start) / steps))
             if not diverged and (evaluate_pieces or piece + 1 == PIECES):
                 loss = float(program.evaluate(setup.eval_params(state), validation))
                 losses.append([part.stop, loss])
                 diverged = not math.isfinite(loss)
             if diverged:
                 break
+    step, cpu = map(statistics.median, zip(*(times[1:] or times), strict=True))
     return Outcome(
         val_loss=math.inf if diverged else losses[-1][1],
         val_losses=[pair for pair in losses if math.isfinite(pair[1])],
@@ -198,7 +205,8 @@ def train(cell: Cell, *, evaluate_pieces: bool, alone: bool = True) -> Outcome:
         state_bytes=_bytes(setup.state.opt_state),
         parameter_bytes=_bytes(setup.state.params),
         parameters=program.parameters,
-        step_seconds=statistics.median(times[1:]) if alone and times[1:] and _quiet() else None,
+        step_seconds=step if alone and times[1:] and _quiet() else None,
+        step_cpu_seconds=cpu if times[1:] and jax.default_backend() == "cpu" else None,
         seconds=time.perf_counter() - began,
     )
 
@@ -208,6 +216,7 @@ class _Compiled(NamedTuple):
 
     Attributes:
         setup: The step.
+        init: Maps a key to the first state.
         advance: Maps state, batches and learning rates to the state and the largest number of steps
             in a row that were not finite.
         evaluate: Maps parameters and batches to the mean loss a token.
@@ -215,6 +224,7 @@ class _Compiled(NamedTuple):
     """
 
     setup: Setup
+    init: Callable[[jax.Array], TrainState]
     advance: Callable[[TrainState, Any, jax.Array], tuple[TrainState, jax.Array]]
     evaluate: Callable[[Any, Any], jax.Array]
     parameters: int
@@ -258,7 +268,8 @@ def _compiled(program: Program) -> _Compiled:
         return total.sum() / tokens.sum()
 
     parameters = jax.tree.leaves(llama.abstract_params(program.model))
-    return _Compiled(setup, advance, evaluate, sum(math.prod(x.shape) for x in parameters))
+    init = jax.jit(lambda key: setup.jit_init(key)(), out_shardings=shardings)
+    return _Compiled(setup, init, advance, evaluate, sum(math.prod(x.shape) for x in parameters))
 
 
 @functools.lru_cache(maxsize=4)

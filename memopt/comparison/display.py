@@ -33,9 +33,7 @@ class Display(Progress):
         measure: Maps all records to how far the comparison is.
     """
 
-    def __init__(
-        self, console: Console, measure: Callable[[Sequence[dict[str, Any]]], Progressed]
-    ):
+    def __init__(self, console: Console, measure: Callable[[Sequence[dict[str, Any]]], Progressed]):
         columns = (BarColumn(bar_width=20), TextColumn("{task.fields[line]}"))
         super().__init__(*columns, console=console, disable=not console.is_terminal)
         self._measure, self._shown = measure, set[str]()

@@ -1,6 +1,8 @@
 """Runs the cells of a comparison that have not been run, alone or beside other processes."""
 
+import collections
 import dataclasses
+import functools
 import hashlib
 import math
 import multiprocessing
@@ -11,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from rich.console import Console
@@ -19,8 +21,9 @@ from rich.console import Console
 from memopt.comparison.cells import Cell, Outcome, Program, text_identity, train
 from memopt.comparison.display import Display, Progressed
 from memopt.comparison.protocol import PRESETS, TUNING_SEED, Protocol
-from memopt.comparison.records import RESULTS, append_record, read_records
+from memopt.comparison.records import RESULTS, TARGETS, append_record, read_records
 from memopt.comparison.rows import BASELINE, ROWS, Row, first_rate, fixed_options, tuned_options
+from memopt.comparison.targets import fewest_steps
 from memopt.comparison.tuning import Point, tune
 from memopt.errors import check_at_least, check_choice
 from memopt.machine import core_count, cpu_model, versions
@@ -44,15 +47,17 @@ class _MissingError(Exception):
 
 
 class Unit(NamedTuple):
-    """A row at one size: the runs that tune it, and those at the tuned setting.
+    """A row at one size and batch: the runs that tune it, and those at the tuned setting.
 
     Attributes:
         size: The name of the size.
         row: The row.
+        batch_size: Rows of a batch.
     """
 
     size: str
     row: Row
+    batch_size: int
 
 
 def compare(
@@ -62,6 +67,8 @@ def compare(
     methods: Sequence[str] = (),
     sizes: Sequence[str] = (),
     seeds: Sequence[int] = (),
+    target_loss: float | None = None,
+    over: Literal["batch_size"] | None = None,
     jobs: int = 1,
     minutes: float | None = None,
     console: Console | None = None,
@@ -79,6 +86,11 @@ def compare(
             so is the baseline, AdamW.
         sizes: Sizes of the protocol; by default all.
         seeds: Seeds of the runs that count; by default those of the protocol.
+        target_loss: Find the fewest steps in which each method comes to this loss, with a schedule
+            as long as each run and the learning rate retuned for it, in place of the loss after the
+            protocol's steps; the results are in OUTPUT/targets.jsonl. Rows with fewer bits train as
+            long as their exact twins.
+        over: "batch_size": find them at every batch size of the protocol.
         jobs: Processes to run; cores are shared out between them, and so are GPUs, one each. More
             than one need ``if __name__ == "__main__":`` in the caller's program.
         minutes: Stop before a run that would end later than this after the start, by the longest
@@ -90,16 +102,29 @@ def compare(
         described in docs/comparison.md.
 
     Raises:
-        ValueError: A name is unknown, or an optimizer cannot work in this way.
+        ValueError: A name is unknown, an optimizer cannot work in this way, or `over` is given
+            without `target_loss`.
         WriteError: The results cannot be written.
     """
     if isinstance(preset, str):
         check_choice("preset", preset, PRESETS)
         preset = PRESETS[preset]
     check_at_least("jobs", jobs, 1)
+    if over and target_loss is None:
+        raise ValueError("over must be given with target_loss, the loss to be reached.")
+    if target_loss is not None and not math.isfinite(target_loss):
+        raise ValueError(f"target_loss must be finite, got {target_loss}.")
     protocol = preset.with_sizes(tuple(sizes)) if sizes else preset
     protocol = dataclasses.replace(protocol, seeds=tuple(seeds)) if seeds else protocol
-    grid = Grid(protocol, rows_of(methods or ROWS), Path(output), jobs=jobs, minutes=minutes)
+    grid = Grid(
+        protocol,
+        rows_of(methods or ROWS),
+        protocol.batch_sizes if over else (protocol.batch_size,),
+        Path(output),
+        target_loss=target_loss,
+        jobs=jobs,
+        minutes=minutes,
+    )
     grid.directory.mkdir(parents=True, exist_ok=True)
     with Display(console or Console(quiet=True), grid.progress) as display:
         display.show(read_records(grid.path))
@@ -131,51 +156,55 @@ class Grid:
     Attributes:
         protocol: What they have in common.
         rows: The rows; those tuned as another one come after it.
+        batch_sizes: Rows of a batch.
         directory: The directory of the results.
+        target_loss: As in `compare`.
         jobs: Processes that work on them at the same time, as far as is known.
         minutes: As in `compare`.
     """
 
     protocol: Protocol
     rows: tuple[Row, ...]
+    batch_sizes: tuple[int, ...]
     directory: Path
+    target_loss: float | None = None
     jobs: int = 1
     minutes: float | None = None
 
     @property
     def path(self) -> Path:
         """The file of the results."""
-        return self.directory / RESULTS
+        return self.directory / (RESULTS if self.target_loss is None else TARGETS)
 
     @property
     def units(self) -> list[Unit]:
         """All rows at the first size, then at the next."""
-        return [Unit(size, row) for size in self.protocol.models for row in self.rows]
+        models, batches = self.protocol.models, self.batch_sizes
+        return [Unit(size, row, batch) for size in models for batch in batches for row in self.rows]
 
     def progress(self, records: Sequence[dict[str, Any]]) -> Progressed:
         """Returns how far the grid is, where a run costs as much as its model has parameters.
 
         Runs beyond the budget, as the grid of a method grows, are known when they are made.
         """
-        done = dict.fromkeys(((unit.size, unit.row.name) for unit in self.units), 0)
-        for record in filter(self.holds, records):
-            done[record["size"], record["method"]] += 1
+        done = collections.Counter(map(_unit_of, filter(self.holds, records)))
         sizes = {size: _parameters(model) for size, model in self.protocol.models.items()}
         found, planned = [], []
-        for size, row in self.units:
-            runs = done[size, row.name]
-            found.append((sizes[size], runs))
+        for size, row, batch_size in self.units:
+            runs = done[size, row.name, batch_size]
             least = self.protocol.runs_of(row) + len(self.protocol.seeds)
+            found.append((sizes[size], runs))
             planned.append((sizes[size], max(runs, least)))
         cost = lambda pairs: sum(size * runs for size, runs in pairs)
         count = lambda pairs: sum(runs for _, runs in pairs)
         return Progressed(cost(found), cost(planned), count(found), count(planned))
 
     def holds(self, record: dict[str, Any]) -> bool:
-        """Whether a record is of one of these rows, sizes and seeds."""
+        """Whether a record is of this grid."""
+        units = {(size, row.name, batch_size) for size, row, batch_size in self.units}
         return (
-            record["size"] in self.protocol.models
-            and record["method"] in {row.name for row in self.rows}
+            _unit_of(record) in units
+            and record.get("target_loss") == self.target_loss
             and (not record["tuned"] or record["seed"] in self.protocol.seeds)
         )
 
@@ -197,8 +226,8 @@ class Grid:
                 progress(read_records(self.path))
                 time.sleep(SECONDS_BETWEEN_LOOKS)
 
-    def cell(self, unit: Unit, point: Point, seed: int) -> Cell:
-        """Returns the run of a row at a setting."""
+    def cell(self, unit: Unit, steps: int, point: Point, seed: int) -> Cell:
+        """Returns the run of a row for so many steps at a setting."""
         protocol, row = self.protocol, unit.row
         tuned = tuned_options(row)
         options = fixed_options(row)
@@ -212,14 +241,14 @@ class Grid:
             weights=row.weights,
             release=row.release,
             model=protocol.models[unit.size],
-            batch_size=protocol.batch_size,
+            batch_size=unit.batch_size,
             seq_len=protocol.seq_len,
         )
         return Cell(
             program=program,
             seed=seed,
             learning_rate=point.learning_rate,
-            steps=protocol.steps,
+            steps=steps,
             schedule=protocol.schedule_of(row),
             warmup=protocol.warmup,
             final_learning_rate=protocol.final_learning_rate,
@@ -243,7 +272,8 @@ class _Worker:
 
     def finish(self, unit: Unit) -> bool:
         """Makes the runs of a unit; False if another process does, or must finish another first."""
-        name = hashlib.sha256(f"{unit.size} {unit.row.name}".encode()).hexdigest()[:16]
+        what = f"{unit.size} {unit.row.name} {unit.batch_size} {self._grid.target_loss}"
+        name = hashlib.sha256(what.encode()).hexdigest()[:16]
         directory = self._grid.directory / "locks" / name
         directory.mkdir(parents=True, exist_ok=True)
         lock = Lock(directory)
@@ -261,42 +291,50 @@ class _Worker:
 
     def _run(self, unit: Unit) -> None:
         grid, row = self._grid, unit.row
-        exact = Unit(unit.size, row.exact)
+        exact, steps = unit._replace(row=row.exact), grid.protocol.steps
         done = read_records(grid.path)
 
-        def loss(point: Point) -> float:
-            return self._loss(exact, point, TUNING_SEED, done, may_train=exact == unit)
+        def loss(steps: int, point: Point) -> float:
+            return self._loss(exact, steps, point, TUNING_SEED, done, may_train=exact == unit)
 
-        options = [len(values) for values in tuned_options(row).values()]
-        runs = grid.protocol.runs_of(row.exact)
-        best, _ = tune(loss, first_rate(row), options, runs=runs)
+        best, _ = tune(
+            functools.partial(loss, steps),
+            first_rate(row),
+            [len(values) for values in tuned_options(row).values()],
+            runs=grid.protocol.runs_of(row.exact),
+        )
+        if grid.target_loss is not None:
+            found = fewest_steps(loss, steps, best, grid.target_loss)
+            if found is None:
+                return
+            steps, best = found
         for seed in grid.protocol.seeds:
-            self._loss(unit, best, seed, done)
+            self._loss(unit, steps, best, seed, done)
 
     def _loss(
         self,
         unit: Unit,
+        steps: int,
         point: Point,
         seed: int,
         done: list[dict[str, Any]],
         *,
         may_train: bool = True,
     ) -> float:
-        cell = self._grid.cell(unit, point, seed)
-        same = {record["method"]: record for record in done if record["key"] == cell.key}
-        name = unit.row.name
-        if name not in same:
+        cell = self._grid.cell(unit, steps, point, seed)
+        same = [record for record in done if record["key"] == cell.key]
+        target = {} if self._grid.target_loss is None else {"target_loss": self._grid.target_loss}
+        named = {"method": unit.row.name, "tuned_as": unit.row.exact.name, **target}
+        found = next((record for record in same if named.items() <= record.items()), None)
+        if found is None:
             if not may_train:
                 raise _MissingError
-            if same:  # a row of another name has come to the same run
-                found = next(iter(same.values())) | {"method": name, "tuned_as": name}
-            else:
-                found = self._train(unit, cell)
+            # A row of another name, or with another target, may have come to the same run.
+            found = named | (same[0] if same else self._train(unit, cell)) | named
             append_record(self._grid.path, found)
             done.append(found)
-            same[name] = found
             self._progress(read_records(self._grid.path))
-        loss = same[name]["val_loss"]
+        loss = found["val_loss"]
         return math.inf if loss is None else loss
 
     def _train(self, unit: Unit, cell: Cell) -> dict[str, Any]:
@@ -315,7 +353,6 @@ def record(unit: Unit, cell: Cell, outcome: Outcome, *, tuned: bool) -> dict[str
     row, program = unit.row, cell.program
     finite = outcome._asdict() | {"val_loss": None if outcome.diverged else outcome.val_loss}
     return {
-        "method": row.name,
         "optimizer": row.optimizer,
         "options": dict(program.options),
         "state": row.state,
@@ -325,7 +362,6 @@ def record(unit: Unit, cell: Cell, outcome: Outcome, *, tuned: bool) -> dict[str
         "seed": cell.seed,
         "learning_rate": cell.learning_rate,
         "tuned": tuned,
-        "tuned_as": row.exact.name,
         "steps": cell.steps,
         "tokens": cell.steps * program.batch_size * program.seq_len,
         "batch_size": program.batch_size,
@@ -346,6 +382,10 @@ def record(unit: Unit, cell: Cell, outcome: Outcome, *, tuned: bool) -> dict[str
 def _program() -> str:
     name = Path(sys.argv[0]).name
     return "memopt" if name == "__main__.py" else name
+
+
+def _unit_of(record: dict[str, Any]) -> tuple[str, str, int]:
+    return record["size"], record["method"], record["batch_size"]
 
 
 def _parameters(model: LlamaConfig) -> int:
@@ -381,7 +421,9 @@ def _in_processes(grid: Grid, display: Display) -> None:
     if OUT_OF_TIME in codes:
         raise OutOfTimeError
     if codes:
-        raise ValueError(f"a process ended early (exit code {codes.pop()}); finished runs are kept.")
+        raise ValueError(
+            f"a process ended early (exit code {codes.pop()}); finished runs are kept."
+        )
 
 
 def _work(grid: Grid, number: int) -> None:

@@ -96,9 +96,7 @@ def _descend(
                 attempt(at._replace(choices=choices))
 
 
-def _refine(
-    attempt: Callable[[Point], None], best: Point, tried: Mapping[Point, float]
-) -> None:
+def _refine(attempt: Callable[[Point], None], best: Point, tried: Mapping[Point, float]) -> None:
     """Tries the nearest learning rate that was not, in steps of half a power of two."""
     steps = (sign * n / 2 for n in itertools.count(1) for sign in (-1, 1))
     attempt(next(p for step in steps if (p := best._replace(rate=best.rate + step)) not in tried))
