@@ -201,12 +201,15 @@ class Grid:
 
     def holds(self, record: dict[str, Any]) -> bool:
         """Whether a record is of this grid."""
-        units = {(size, row.name, batch_size) for size, row, batch_size in self.units}
         return (
-            _unit_of(record) in units
+            _unit_of(record) in self._names
             and record.get("target_loss") == self.target_loss
             and (not record["tuned"] or record["seed"] in self.protocol.seeds)
         )
+
+    @functools.cached_property
+    def _names(self) -> set[tuple[str, str, int]]:
+        return {(size, row.name, batch_size) for size, row, batch_size in self.units}
 
     def work(self, progress: Callable[[list[dict[str, Any]]], None]) -> None:
         """Runs all that is neither finished nor being run by another process.
@@ -371,10 +374,18 @@ def record(unit: Unit, cell: Cell, outcome: Outcome, *, tuned: bool) -> dict[str
         "final_learning_rate": cell.final_learning_rate,
         **finite,
         "key": cell.key,
-        "versions": versions(("memopt", "jax", "jaxlib", "optax"))
-        | {"python": platform.python_version()},
-        "machine": {"device": jax.devices()[0].device_kind, "cpu": cpu_model()}
-        | {"cores": core_count()},
+        **_circumstances(),
+    }
+
+
+@functools.cache
+def _circumstances() -> dict[str, Any]:
+    """What a run was made with; it does not decide the result."""
+    packages = versions(("memopt", "jax", "jaxlib", "optax"))
+    device = jax.devices()[0].device_kind
+    return {
+        "versions": packages | {"python": platform.python_version()},
+        "machine": {"device": device, "cpu": cpu_model(), "cores": core_count()},
         "command": shlex.join([_program(), *sys.argv[1:]]),
     }
 
@@ -388,6 +399,7 @@ def _unit_of(record: dict[str, Any]) -> tuple[str, str, int]:
     return record["size"], record["method"], record["batch_size"]
 
 
+@functools.cache
 def _parameters(model: LlamaConfig) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(llama.abstract_params(model)))
 

@@ -10,8 +10,9 @@ from memopt.comparison.tuning import LARGEST_MOVE, Point, tune
 
 def bowl(rate, choices=()):
     """A loss whose least is at a rate and at choices."""
-    return lambda point: (point.rate - rate) ** 2 + sum(
-        4.0 * (a != b) for a, b in zip(point.choices, choices, strict=True)
+    return lambda point: (
+        (point.rate - rate) ** 2
+        + sum(4.0 * (a != b) for a, b in zip(point.choices, choices, strict=True))
     )
 
 
