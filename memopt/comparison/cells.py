@@ -37,6 +37,9 @@ from memopt.training.step import Predict, TrainState
 #: A run has diverged when so many steps in a row were not finite, as one of `memopt pretrain`.
 MAX_SKIPPED = Optimization().max_skipped
 
+#: Rows that are evaluated at a time, and tokens of held-out text that they are chosen from.
+EVAL_ROWS, HELD_OUT_TOKENS = 8, 2**22
+
 Options = tuple[tuple[str, Any], ...]
 
 
@@ -278,15 +281,36 @@ def _batches(
 ) -> tuple[dict[str, np.ndarray], dict[str, jax.Array]]:
     """All training and validation batches, each a dict of arrays (batches, rows, tokens)."""
     config = Config(
-        text=Text(data=data, batch_size=batch_size, seq_len=seq_len, eval_tokens=eval_tokens),
+        text=Text(data=data, batch_size=batch_size, seq_len=seq_len, eval_tokens=HELD_OUT_TOKENS),
         optimization=Optimization(steps=steps, seed=seed),
     )
     opened = open_batches(config, find_text(config), load_tokenizer("bytes"), range(batch_size))
     training = list(itertools.islice(opened.batches, steps))
     opened.batches.close()
-    [validation] = opened.validation.values()
-    stack = lambda parts: {name: np.stack([part[name] for part in parts]) for name in FIELDS}
-    return stack(training), jax.tree.map(jnp.asarray, stack(validation))
+    [held_out] = opened.validation.values()
+    join = lambda parts, function: {n: function([part[n] for part in parts]) for n in FIELDS}
+    rows = spread_rows(join(held_out, np.concatenate), eval_tokens // seq_len)
+    return join(training, np.stack), jax.tree.map(jnp.asarray, rows)
+
+
+def spread_rows(rows: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    """Returns rows from all over a text, in batches of 8: its beginning may be a single file.
+
+    Args:
+        rows: Arrays (rows, tokens); rows of weight 0 are left out.
+        count: How many rows to return, if there are as many, in whole batches.
+
+    Example:
+        >>> rows = {"inputs": np.arange(100)[:, None], "weights": np.ones((100, 1), np.int32)}
+        >>> spread_rows(rows, 16)["inputs"][..., 0]
+        array([[ 0,  6, 12, 18, 25, 31, 37, 43],
+               [50, 56, 62, 68, 75, 81, 87, 93]])
+    """
+    [found] = np.nonzero(rows["weights"].any(axis=1))
+    size = min(EVAL_ROWS, count, len(found))
+    count = min(count, len(found)) // size * size
+    chosen = found[np.arange(count) * len(found) // count]
+    return {name: x[chosen].reshape(-1, size, *x.shape[1:]) for name, x in rows.items()}
 
 
 def _bytes(tree: Any) -> int:

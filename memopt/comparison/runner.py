@@ -219,15 +219,28 @@ class Grid:
 
         Raises:
             OutOfTimeError: As many runs were made as fit into the minutes.
+            ValueError: Methods could not be trained; all others were.
         """
-        worker = _Worker(self, progress)
+        worker, failed = _Worker(self, progress), dict[Unit, str]()
         left = self.units
         while left:
-            before = left
-            left = [unit for unit in before if not worker.finish(unit)]
-            if len(left) == len(before):
+            waiting = []
+            for unit in left:
+                if (exact := unit._replace(row=unit.row.exact)) in failed:
+                    failed[unit] = failed[exact]
+                    continue
+                try:
+                    if not worker.finish(unit):
+                        waiting.append(unit)
+                except (ValueError, TypeError, RuntimeError) as error:
+                    failed[unit] = f"{unit.row.name} at {unit.size}: {error}"
+            if len(waiting) == len(left):
                 progress(read_records(self.path))
                 time.sleep(SECONDS_BETWEEN_LOOKS)
+            left = waiting
+        if failed:
+            reasons = "; ".join(dict.fromkeys(failed.values()))
+            raise ValueError(f"some methods cannot be trained, all others were ({reasons}).")
 
     def cell(self, unit: Unit, steps: int, point: Point, seed: int) -> Cell:
         """Returns the run of a row for so many steps at a setting."""

@@ -52,7 +52,7 @@ def tune(
     Example:
         >>> best, tried = tune(lambda p: (p.rate + 9) ** 2, start=-7, runs=6)
         >>> best.rate, [point.rate for point in tried]
-        (-9, [-7, -8, -6, -9, -10, -9.5])
+        (-9, [-7, -8, -9, -10, -9.5, -8.5])
     """
     tried: dict[Point, float] = {}
 
