@@ -3,6 +3,7 @@
 import pytest
 
 from memopt.comparison import Protocol
+from tests.training.conftest import compilation_cache as compilation_cache
 from tests.training.nano import NANO, write_text
 
 
