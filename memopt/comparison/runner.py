@@ -346,12 +346,11 @@ class _Worker:
             if not may_train:
                 raise _MissingError
             # A row of another name, or with another target, may have come to the same run.
-            found = named | (same[0] if same else self._train(unit, cell)) | named
+            found = {**named, **(same[0] if same else self._train(unit, cell)), **named}
             append_record(self._grid.path, found)
             done.append(found)
             self._progress(read_records(self._grid.path))
-        loss = found["val_loss"]
-        return math.inf if loss is None else loss
+        return math.inf if found["val_loss"] is None else found["val_loss"]
 
     def _train(self, unit: Unit, cell: Cell) -> dict[str, Any]:
         grid, began = self._grid, time.monotonic()

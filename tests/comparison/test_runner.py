@@ -99,7 +99,7 @@ def test_a_user_function_is_trained(protocol, trained, tmp_path):
     cell = grid.cell(grid.units[1], 20, Point(-4), 0)
     outcome = cells.train(cell, evaluate_pieces=False)
     assert outcome.val_loss < 5  # from 5.6
-    assert outcome.state_bytes == outcome.parameter_bytes
+    assert outcome.state_bytes == outcome.parameter_bytes + 4  # and a count
 
 
 def test_all_methods_have_the_same_budget_and_the_baseline_more(protocol, trained, tmp_path):
