@@ -70,7 +70,11 @@ def compare_command(arguments: list[str]) -> None:
     try:
         compare(console=console, **vars(options))
     except OutOfTimeError:
-        console.print(f"The next run would take longer than --minutes {options.minutes:g}. {again}")
+        console.print(
+            f"The next run would take longer than --minutes {options.minutes:g}. {again}",
+            highlight=False,
+            soft_wrap=True,
+        )
     except KeyboardInterrupt:
         fail(f"interrupted. {again}", 130)
     except (ValueError, ImportError, OSError) as error:

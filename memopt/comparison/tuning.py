@@ -1,6 +1,7 @@
 """Tuning: coordinate descent over the learning rate and options, with a fixed number of runs."""
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -62,7 +63,10 @@ def tune(
                 raise _SpentError
             tried[point] = loss(point)
 
-    best = lambda: min(tried, key=lambda point: (tried[point], point))
+    def best() -> Point:
+        """The first of the lowest loss; if all have diverged, that of the lowest rate."""
+        return min(tried, key=lambda p: (tried[p], p.rate if math.isinf(tried[p]) else 0))
+
     try:
         attempt(Point(start, (0,) * len(options)))
         _descend(attempt, best, options)

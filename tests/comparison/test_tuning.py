@@ -64,6 +64,11 @@ def test_diverged_runs_lead_to_lower_rates():
     assert found.rate == -10
 
 
+def test_a_rate_without_effect_stays():
+    found, tried = tune(lambda point: 2.0, -7, [2], runs=4)
+    assert (found.rate, len(tried)) == (-7, 4)
+
+
 def test_a_method_that_always_diverges_comes_to_an_end():
     _, tried = tune(lambda point: math.inf, -7, runs=8)
     assert len(tried) <= 8 + 2 * LARGEST_MOVE
