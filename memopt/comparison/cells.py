@@ -40,6 +40,13 @@ MAX_SKIPPED = Optimization().max_skipped
 #: Rows that are evaluated at a time, and tokens of held-out text that they are chosen from.
 EVAL_ROWS, HELD_OUT_TOKENS = 8, 2**22
 
+#: Short runs take up to every 20th batch, from all over so many tokens: rows are mixed within
+#: windows of 2^18 tokens, a few files, so that seeds would differ by what they read.
+TRAINING_TOKENS, MOST_APART = 2**22, 20
+
+#: Part of all keys; another one when the same cell would come out otherwise than before.
+VERSION = 1
+
 Options = tuple[tuple[str, Any], ...]
 
 
@@ -101,7 +108,7 @@ class Cell:
         """A digest of all fields: of two runs with the same key, one is enough."""
         fields = dataclasses.asdict(self)
         del fields["data"]  # the same text under another name is the same
-        text = json.dumps(fields, sort_keys=True, default=repr)
+        text = json.dumps(fields | {"version": VERSION}, sort_keys=True, default=repr)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -285,7 +292,8 @@ def _batches(
         optimization=Optimization(steps=steps, seed=seed),
     )
     opened = open_batches(config, find_text(config), load_tokenizer("bytes"), range(batch_size))
-    training = list(itertools.islice(opened.batches, steps))
+    apart = min(MOST_APART, max(1, TRAINING_TOKENS // (steps * batch_size * seq_len)))
+    training = list(itertools.islice(opened.batches, 0, steps * apart, apart))
     opened.batches.close()
     [held_out] = opened.validation.values()
     join = lambda parts, function: {n: function([part[n] for part in parts]) for n in FIELDS}
