@@ -99,7 +99,7 @@ def compare(
 
     Returns:
         The records of all runs of these rows, sizes and seeds that are finished, with the keys
-        described in docs/comparison.md.
+        that `record` describes.
 
     Raises:
         ValueError: A name is unknown, an optimizer cannot work in this way, or `over` is given
@@ -364,7 +364,19 @@ class _Worker:
 
 
 def record(unit: Unit, cell: Cell, outcome: Outcome, *, tuned: bool) -> dict[str, Any]:
-    """Returns the JSON object of a run, see docs/comparison.md."""
+    """Returns the JSON object of a run.
+
+    Beside the fields of `Row`, `Cell`, `Program` and `Outcome`, it has `method`, the name of the
+    row; `size`, that of the model; `tuned`, whether the run counts: if not, it served to find the
+    setting; `tuned_as`, the name of the row whose setting it has; `tokens`; `target_loss` if one is
+    given; `key`, `versions`, `machine`, `command`. `val_loss` is null if the run diverged.
+
+    Args:
+        unit: The row at a size.
+        cell: The run.
+        outcome: What was measured.
+        tuned: As above.
+    """
     row, program = unit.row, cell.program
     finite = outcome._asdict() | {"val_loss": None if outcome.diverged else outcome.val_loss}
     return {
