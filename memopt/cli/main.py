@@ -42,6 +42,10 @@ COMMANDS = {
         "memopt.cli.suggest:suggest",
         "Suggest a learning rate and a batch by published laws.",
     ),
+    "compare": (
+        "memopt.cli.compare:compare_command",
+        "Compare optimizers, each tuned with the same number of runs.",
+    ),
     "optimizers": (
         "memopt.cli.optimizers:optimizers",
         "List the optimizers, or describe one of them.",

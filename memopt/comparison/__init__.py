@@ -1,1 +1,6 @@
 """Optimizers compared, each tuned with the same budget."""
+
+from memopt.comparison.protocol import PRESETS as PRESETS
+from memopt.comparison.protocol import Protocol as Protocol
+from memopt.comparison.rows import Row as Row
+from memopt.comparison.runner import compare as compare

@@ -404,7 +404,10 @@ def head_loss(
 
 
 def init_params(
-    config: LlamaConfig, *, seed: int = 0, store: Callable[[Any], Any] = lambda params: params
+    config: LlamaConfig,
+    *,
+    seed: int | Array = 0,
+    store: Callable[[Any], Any] = lambda params: params,
 ) -> dict[str, Any]:
     """The initial parameters, made and stored a layer at a time.
 
@@ -414,7 +417,7 @@ def init_params(
 
     Args:
         config: Shapes and options.
-        seed: Decides the values.
+        seed: Decides the values: a number, or ``jax.random.key`` of it.
         store: Maps parts of the parameters, nested dicts, to the form they are kept in, such as
             `memopt.quantize_params`.
 

@@ -103,13 +103,13 @@ class Setup:
         with jax.set_mesh(self.mesh):
             return self.jitted.lower(*self.arguments).compile(compiler_options)
 
-    def jit_init(self, seed: int) -> Any:
+    def jit_init(self, seed: int | jax.Array) -> Any:
         """Returns a jitted function without arguments that makes the first state.
 
         Its parameters are made, and quantised, a layer at a time.
 
         Args:
-            seed: Decides the parameters.
+            seed: Decides the parameters: a number, or ``jax.random.key`` of it.
         """
 
         def init() -> TrainState:

@@ -1,0 +1,92 @@
+r"""Compare optimizers: tune each with the same number of runs, then train it over several seeds.
+
+Examples:
+  memopt compare --preset cpu --output comparison
+  memopt compare --output comparison --methods adamw muon "muon, state int8" --sizes 0.5M --jobs 2
+  memopt compare --output comparison --methods "apollo, rank=0.125" mypackage.optimizers:mine
+  memopt compare --output comparison --methods muon --sizes 0.5M --target-loss 2.2
+  memopt compare --output comparison --methods muon --target-loss 2.2 --over batch_size
+  memopt compare --preset gpu-small --output comparison --minutes 9
+
+Finished runs are in OUTPUT/compare.jsonl, and are never repeated: the same command goes on where it
+was stopped, and others with the same output share its runs, also at the same time.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from tyro import conf
+
+from memopt.cli.errors import fail
+from memopt.comparison.protocol import PRESETS
+from memopt.comparison.runner import OutOfTimeError, compare
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `memopt compare`.
+
+    Attributes:
+        output: Directory of the results.
+        preset: cpu: 0.5 and 2 million parameters, hours on two cores. gpu-small: 10, 25 and 60
+            million, minutes a run on one GPU.
+        methods: Optimizers that `memopt optimizers` lists, or MODULE:FUNCTION of a function that
+            maps learning_rate to an Optax transformation; each may be followed by options, "state
+            int8", "weights int8" or "released", after commas. By default all that train matrices,
+            and some with fewer bits. AdamW is always among them, and so is each method in full
+            precision.
+        sizes: Sizes of the model; by default all of the preset.
+        seeds: Seeds of the runs that count; by default those of the preset.
+        target_loss: Find the fewest steps in which each method comes to this loss on the held-out
+            tokens, with the schedule fitted to each number of steps, in place of the loss after a
+            given number.
+        over: With --target-loss: find them at every batch size of the preset.
+        jobs: Processes to run, which share the cores. Times of steps are then not measured.
+        minutes: End before a run that would take longer than so many minutes from the start.
+    """
+
+    output: Annotated[Path, conf.arg(metavar="DIRECTORY")]
+    preset: Literal[tuple(PRESETS)] = "cpu"  # type: ignore[valid-type]
+    methods: Annotated[tuple[str, ...], conf.arg(metavar="METHOD ...")] = ()
+    sizes: Annotated[tuple[str, ...], conf.arg(metavar="SIZE ...")] = ()
+    seeds: Annotated[tuple[int, ...], conf.arg(metavar="INT ...")] = ()
+    target_loss: Annotated[float | None, conf.arg(metavar="FLOAT")] = None
+    over: Literal["batch_size"] | None = None
+    jobs: int = 1
+    minutes: Annotated[float | None, conf.arg(metavar="FLOAT")] = None
+
+
+def compare_command(arguments: list[str]) -> None:
+    """Runs `memopt compare` with these arguments."""
+    config = (conf.FlagCreatePairsOff,)
+    options = tyro.cli(
+        Options, prog="memopt compare", description=__doc__, args=arguments, config=config
+    )
+    console = Console()
+    again = "All finished runs are kept: give the same command again for the others."
+    try:
+        compare(console=console, **vars(options))
+    except OutOfTimeError:
+        console.print(
+            f"The next run would take longer than --minutes {options.minutes:g}. {again}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    except KeyboardInterrupt:
+        fail(f"interrupted. {again}", 130)
+    except (ValueError, ImportError, OSError) as error:
+        fail(error)
+    show(options.output, console)
+
+
+def show(directory: Path, console: Console) -> None:
+    """Shows the results in a directory.
+
+    Args:
+        directory: The directory of a comparison.
+        console: Where to show them.
+    """
+    console.print(f"Results: {directory}", markup=False, highlight=False, soft_wrap=True)

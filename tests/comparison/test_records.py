@@ -1,0 +1,71 @@
+"""The file of results, which several processes write and any of them may be killed."""
+
+import json
+import threading
+
+import pytest
+
+from memopt.comparison.records import append_record, read_records
+from memopt.training.writing import WriteError
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "compare.jsonl"
+
+
+def test_records_are_read_in_the_order_in_which_they_were_added(path):
+    assert read_records(path) == []
+    for seed in range(3):
+        append_record(path, {"seed": seed})
+    assert read_records(path) == [{"seed": 0}, {"seed": 1}, {"seed": 2}]
+
+
+@pytest.mark.parametrize("torn", ['{"seed": 1', '{"seed": 1, "text": "' + "x" * 10_000, ""])
+def test_a_torn_last_line_is_left_out_and_then_removed(path, torn):
+    append_record(path, {"seed": 0})
+    with path.open("a") as file:
+        file.write(torn)
+    assert read_records(path) == [{"seed": 0}]
+    append_record(path, {"seed": 2})
+    assert path.read_text() == '{"seed": 0}\n{"seed": 2}\n'
+
+
+def test_a_file_of_nothing_but_a_torn_line(path):
+    path.write_text('{"seed"')
+    append_record(path, {"seed": 0})
+    assert path.read_text() == '{"seed": 0}\n'
+
+
+def test_a_damaged_line_is_left_out_with_a_warning(path):
+    path.write_text('{"seed": 0}\n{"see\x00\n{"seed": 2}\n')
+    with pytest.warns(UserWarning, match="line 2 is damaged"):
+        assert read_records(path) == [{"seed": 0}, {"seed": 2}]
+
+
+def test_writers_at_the_same_time_lose_nothing(path):
+    def write(writer):
+        for number in range(20):
+            append_record(path, {"writer": writer, "number": number, "text": "x" * 5000})
+
+    threads = [threading.Thread(target=write, args=(writer,)) for writer in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {(x["writer"], x["number"]) for x in found} == {
+        (w, n) for w in (0, 1) for n in range(20)
+    }
+    assert len(found) == 40
+
+
+def test_infinite_numbers_are_refused(path):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        append_record(path, {"val_loss": float("inf")})
+    assert not path.exists()
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(WriteError, match="cannot be written"):
+        append_record(tmp_path / "missing" / "compare.jsonl", {})
