@@ -33,15 +33,11 @@ from benchmarks import training_step
 from benchmarks.report import GIB, markdown_table, save
 from benchmarks.training_step import State, TrainingStep, Weights
 from memopt.planning import hlo
-from memopt.planning.chips import GPUS, Chip, devices
+from memopt.planning.chips import CHIPS, GPUS, devices
 from memopt.planning.step_memory import step_memory
 from memopt.state.quantized_params import is_quantized
 
-HBM = {  # usable GiB
-    **{"v5e": 15.75, "v5p": 95.0, "v6e": 31.25},
-    **{chip: card.memory / GIB for chip, card in GPUS.items()},
-}
-ROOMY: tuple[Chip, Chip] = ("v5p", "h200")  # the TPU and the GPU for steps that do not fit
+ROOMY = ("v5p", "h200")  # the TPU and the GPU for steps that do not fit
 RELEASED: dict[str, Any] = {"release": True}
 INT8 = RELEASED | {"weights": "int8"}
 FSDP: dict[str, Any] = {"mesh": "fsdp=16", "batch_size": 16}
@@ -100,7 +96,7 @@ class Options(NamedTuple):
     weights: Weights | None = None
     state: State | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    chip: Chip = "v5e"
+    chip: str = "v5e"
     mesh: str | None = None
     batch_size: int = 1
     seq_len: int = 2048
@@ -227,8 +223,8 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.1)
     first = results[0]
-    if first["chip"] in HBM:
-        axes.axvline(HBM[first["chip"]], color="black", linestyle=":")
+    if first["chip"] in CHIPS:
+        axes.axvline(CHIPS[first["chip"]].memory / GIB, color="black", linestyle=":")
     axes.set_xlabel("GiB on a chip")
     figure.suptitle(f"One training step compiled for {first['chip']}, a row of 2048 tokens a chip")
     figure.legend(loc="outside lower right", ncols=4)

@@ -1,6 +1,5 @@
 """The command that asks the TPU's compiler for bytes; what compiles needs the extra `aot`."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 
 import memopt
 from benchmarks import traffic
+from memopt.planning import chips
 
 HLO = """
 HloModule jit_step
@@ -59,7 +59,7 @@ def test_methods_that_refresh_or_evaluate_at_each_step_are_not_compared() -> Non
 def test_bad_input_ends_with_one_sentence(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(chips, "_versions", lambda *packages: [])
     with pytest.raises(SystemExit, match=message):
         traffic.main(arguments)
 
