@@ -97,9 +97,9 @@ TPUS = {
 }
 
 # A100, H100, H200 and B200: the target configurations of XLA, xla/backends/gpu/target_config/specs
-# Others, and the memory of the A100 of 40 GB and the H200, where those files have nominal sizes: what
-# deviceQuery and PyTorch print on them, in public reports; bandwidths from NVIDIA's data sheets.
-# How much memory CUDA reports varies with the driver by 1%.
+# Others: what deviceQuery prints on them, in public reports; bandwidths from NVIDIA's data sheets.
+# The memory of the 40 GB A100 and the H200, nominal in XLA's files, is deviceQuery's and PyTorch's.
+# What CUDA reports as memory varies with the driver by 1%.
 _HOPPER = ((9, 0), 132, 128, 2048, 228, 50 * 2**20, 1.98)
 _A100 = ((8, 0), 108, 64, 2048, 164, 40 * 2**20, 1.41)
 _RTX = (128, 1536, 100)  # lanes, threads and shared memory
@@ -135,10 +135,14 @@ def devices(chip: str, count: int = 1) -> list[jax.Device]:
     compiler(chip)
     jax.config.update("jax_platforms", "cpu")  # only compilers run
     if chip == "cpu":
-        if count > len(jax.devices()):
+        flag = "--xla_force_host_platform_device_count"
+        if count > 1 and flag not in os.environ.get("XLA_FLAGS", ""):
+            with contextlib.suppress(RuntimeError):  # JAX has looked for devices already
+                jax.config.update("jax_num_cpu_devices", count)
+        if count > (here := len(jax.devices())):
             raise ValueError(
-                f"a mesh of {count} devices needs as many on this machine, which has "
-                f"{len(jax.devices())}: set XLA_FLAGS=--xla_force_host_platform_device_count={count}."
+                f"a mesh of {count} devices needs as many on this machine, which has {here}: "
+                f"set XLA_FLAGS={flag}={count} before JAX starts."
             )
         return jax.devices()[:count]
     return (_gpus if chip in GPUS else _tpus)(chip, count)
