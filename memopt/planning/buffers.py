@@ -55,25 +55,19 @@ class Files(NamedTuple):
     ranges: str
 
 
-def read_files(directory: Path, module: str) -> Files | None:
-    """Reads the files about a module; None if the compiler wrote none.
+def read_files(directory: Path) -> Files | None:
+    """Reads what a compiler wrote about the one program it compiled; None if it wrote nothing.
 
     Args:
-        directory: What `xla_dump_to` was.
-        module: The module's name, such as "jit_train_step".
+        directory: `xla_dump_to`.
     """
     texts = []
     for ending in (".txt", "-buffer-assignment.txt", "-live-range.txt"):
-        found = sorted(directory.glob(f"*{glob_escape(module)}*after_optimizations{ending}"))
+        found = [path.read_text() for path in directory.glob(f"*after_optimizations{ending}")]
         if not found:
             return None
-        texts.append(max(found, key=lambda path: path.stat().st_size).read_text())
+        texts.append(max(found, key=len))  # of a small helper program, too
     return Files(*texts)
-
-
-def glob_escape(name: str) -> str:
-    """A name without the characters that XLA leaves out of files' names, as a pattern."""
-    return re.sub(r"\W", "?", name)
 
 
 class _Value(NamedTuple):
@@ -103,9 +97,12 @@ def at_peak(files: Files) -> list[Buffer]:
 
     def describe(here: list[_Value]) -> Buffer:
         """One array of those that share a place; a loop's own name says less than an operation."""
-        origins = [(program.origin(value.name, value.index), value) for value in here]
-        known = lambda pair: (pair[0] is not None, not pair[1].is_phi, pair[1].start)
-        origin, value = max(origins, key=known)
+        for group in here, [value for one in here for value in _same(one, values)]:
+            origins = [(program.origin(value.name, value.index), value) for value in group]
+            known = lambda pair: (pair[0] is not None, not pair[1].is_phi, pair[1].start)
+            origin, value = max(origins, key=known)
+            if origin:
+                break
         op, source = program.describe(origin) if origin else (value.name, "")
         shape = re.sub(r"{[^}]*}", "", value.shape)
         return Buffer(max(value.size for value in here), shape, op, source)
@@ -151,6 +148,19 @@ def _peak(values: Iterable[_Value]) -> int:
     return moment
 
 
+def _same(one: _Value, values: Iterable[_Value]) -> list[_Value]:
+    """The values of an array that is updated in place, by loops, from its first to its last one."""
+    place = lambda value: (value.offset, value.size, value.shape)
+    found, rest = [one], [value for value in values if place(value) == place(one)]
+    for value in sorted(rest, key=lambda value: value.start):
+        if value.start <= found[-1].end <= value.end:
+            found.append(value)
+    for value in sorted(rest, key=lambda value: -value.end):
+        if value.start <= found[0].start <= value.end:
+            found.insert(0, value)
+    return found
+
+
 class _Program:
     """A program's instructions, and the operations and lines that they come from."""
 
@@ -183,12 +193,10 @@ class _Program:
                 if made.opcode == "tuple":
                     name, index = made.operands[index], None
                     continue
-            if one.source and one.frame and one.opcode != "parameter":
-                return one
-            if one.opcode == "fusion":
-                inner = (self._lines[called] for called in one.named("calls"))
-                known = [i for lines in inner for i in lines if i.source and i.frame]
-                return known[-1] if known else None
+            inner = [i for called in one.named("calls") for i in self._lines[called]]
+            for made in (one, *reversed(inner)):
+                if made.source and (made.frame or one.opcode == "parameter"):
+                    return made
             if one.opcode == "get-tuple-element" and (found := re.search(r"index=(\d+)", one.attributes)):
                 index = int(found[1])
             if not one.operands:
@@ -198,6 +206,8 @@ class _Program:
 
     def describe(self, one: hlo.Instruction) -> tuple[str, str]:
         """The operation and the line of an instruction."""
+        if one.opcode == "parameter":
+            return f"copy of {one.source}", ""
         return one.source.partition("/")[2] or one.source, find_source(self._frames, one.frame or 0)
 
 

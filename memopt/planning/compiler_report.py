@@ -1,0 +1,135 @@
+"""Compiles a step, and keeps what its compiler says of memory, traffic and collectives."""
+
+import dataclasses
+import math
+import re
+import tempfile
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from memopt.models.stacked import BLOCKS
+from memopt.planning import hlo
+from memopt.planning.buffers import Buffer, at_peak, read_files
+from memopt.state.quantized_params import is_quantized
+
+#: How many of the largest temporary arrays are reported.
+LARGEST = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class CompilerReport:
+    """A compiler's words on a program, for one device; JSON-serialisable by `dataclasses.asdict`.
+
+    Attributes:
+        argument_bytes: What the program reads.
+        output_bytes: What it returns.
+        alias_bytes: The part of `output_bytes` that is stored in place of donated arguments.
+        temporary_bytes: What it allocates while it runs.
+        program_bytes: The program itself, where it is in the device's memory.
+        gradient_bytes: Of the temporaries at the peak, the results of the backward pass with the
+            shape of a parameter, or of one layer of it.
+        activation_bytes: Of the temporaries at the peak, all others of the forward and backward
+            pass.
+        largest: The largest temporaries at the peak; none if the compiler wrote no record of them.
+        traffic_bytes: Bytes that the program reads and writes in memory, by the compiler's cost
+            analysis; None where it has none, as for GPUs.
+        collectives: {kind: {"bytes": bytes moved, "count": number of runs}}; None if a loop does
+            not tell how often it turns.
+    """
+
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    temporary_bytes: int
+    program_bytes: int
+    gradient_bytes: int
+    activation_bytes: int
+    largest: tuple[Buffer, ...]
+    traffic_bytes: int | None
+    collectives: dict[str, dict[str, int]] | None
+
+    @property
+    def peak_bytes(self) -> int:
+        """Arguments, results and temporaries, less what is donated."""
+        return self.argument_bytes + self.output_bytes + self.temporary_bytes - self.alias_bytes
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "CompilerReport":
+        """Inverts `dataclasses.asdict`, also of values that went through JSON."""
+        return cls(**values | {"largest": tuple(Buffer(**one) for one in values["largest"])})
+
+
+def compile_report(lowered: jax.stages.Lowered, params: Any) -> CompilerReport:
+    """Compiles a lowered training step and reads the compiler's records.
+
+    Args:
+        lowered: The step; its devices decide the compiler.
+        params: The parameters, with shardings; their shapes tell gradients from activations.
+
+    Raises:
+        jax.errors.JaxRuntimeError: The step does not fit the device ("RESOURCE_EXHAUSTED").
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(options)
+        files = read_files(Path(directory))
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    if memory is None:
+        raise RuntimeError("the compiler reports no memory.")
+    held = at_peak(files) if files else []
+    shapes = parameter_shapes(params)
+    gradients = [one for one in held if is_gradient(one, shapes)]
+    of_loss = sum(one.bytes for one in held if "jvp(" in one.op)
+    traffic = cost.get("bytes accessed")
+    return CompilerReport(
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        program_bytes=memory.generated_code_size_in_bytes,
+        gradient_bytes=sum(one.bytes for one in gradients),
+        activation_bytes=of_loss - sum(one.bytes for one in gradients),
+        largest=tuple(held[:LARGEST]),
+        traffic_bytes=None if traffic is None else int(traffic),
+        collectives=_collectives(files.text if files else hlo.text(compiled)),
+    )
+
+
+def parameter_shapes(params: Any) -> set[tuple[int, ...]]:
+    """The shapes of parameters on a device, of stacked ones also those of a layer, simplified."""
+    found: set[tuple[int, ...]] = set()
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
+    for path, leaf in leaves:
+        stored = leaf.codes if is_quantized(leaf) else leaf
+        shape = stored.sharding.shard_shape(leaf.shape)
+        stacked = getattr(path[0], "key", None) == BLOCKS if path else False
+        found |= {simplified(shape)} | ({simplified(shape[1:])} if stacked else set())
+    return found
+
+
+def simplified(shape: Iterable[int]) -> tuple[int, ...]:
+    """A shape in any order of its axes, without those of length 1."""
+    return tuple(sorted(n for n in shape if n != 1))
+
+
+def is_gradient(one: Buffer, shapes: Collection[tuple[int, ...]]) -> bool:
+    """Whether an array comes from the backward pass and has the shape of a parameter.
+
+    Example:
+        >>> up = Buffer(2048, "bf16[1,32,32]", "transpose(jvp())/while/body/dot_general", "")
+        >>> is_gradient(up, {(32, 32)}), is_gradient(up, {(32, 48)})
+        (True, False)
+    """
+    found = re.fullmatch(r"\w+\[([\d,]*)\]", one.shape)
+    dims = [int(n) for n in found[1].split(",") if n] if found else []
+    return "transpose(" in one.op and math.prod(dims) > 1 and simplified(dims) in shapes
+
+
+def _collectives(text: str) -> dict[str, dict[str, int]] | None:
+    try:
+        return hlo.by_kind(hlo.collectives(text)) if text else None
+    except ValueError:  # a loop does not say how often it turns
+        return None
