@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from memopt.planning import hlo
 
-#: Packages whose lines are not the model's or the optimizer's.
+#: Packages and files whose lines do not tell which part of the model or the optimizer it is.
 LIBRARIES = ("jax", "flax", "optax")
+WRAPPERS = ("memopt/models/observed.py",)
 
 _ALLOCATION = re.compile(r"allocation \d+: size (\d+), (.*):$")
 _VALUE = re.compile(r" value: <\d+ (\S+?)({[\d,]*})?( \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)$")
@@ -29,8 +30,8 @@ class Buffer:
     Attributes:
         bytes: Its size, padding included.
         shape: Its dtype and shape, such as "bf16[4,192,512]".
-        op: The JAX operation that makes it, such as "jvp()/while/body/dot_general"; or the
-            compiler's name for it.
+        op: The JAX operation that makes it, such as "jvp()/while/body/dot_general"; of an array of
+            the compiler's own, "compiler: " and its name, or "copy of " and the argument's.
         source: The line of the model or the optimizer that it comes from, such as
             "memopt/models/llama.py:165"; "" if JAX recorded none.
     """
@@ -103,7 +104,7 @@ def at_peak(files: Files) -> list[Buffer]:
             origin, value = max(origins, key=known)
             if origin:
                 break
-        op, source = program.describe(origin) if origin else (value.name, "")
+        op, source = program.describe(origin) if origin else (f"compiler: {value.name}", "")
         shape = re.sub(r"{[^}]*}", "", value.shape)
         return Buffer(max(value.size for value in here), shape, op, source)
 
@@ -223,15 +224,21 @@ def find_source(frames: Mapping[int, hlo.Frame], frame: int) -> str:
     while found := frames.get(frame):
         parts = Path(found.file).parts
         packages = parts[parts.index("site-packages") + 1 :] if "site-packages" in parts else parts
-        if packages[0] not in LIBRARIES:
+        if packages[0] not in LIBRARIES and not found.file.endswith(WRAPPERS):
             return f"{_short(found.file)}:{found.line}"
         frame = found.outer
     return ""
 
 
+#: The directory that holds memopt.
+ROOT = Path(__file__).parents[2]
+
+
+def absolute(file: str) -> Path:
+    """The path of a file that a buffer's source names."""
+    return ROOT / file
+
+
 def _short(file: str) -> str:
-    """A path from the directory that holds memopt, or the working directory, if it is in it."""
-    for root in (Path(__file__).parents[2], Path.cwd()):
-        if Path(file).is_relative_to(root):
-            return str(Path(file).relative_to(root))
-    return file
+    """A path from the directory that holds memopt, if it is in it."""
+    return str(Path(file).relative_to(ROOT)) if Path(file).is_relative_to(ROOT) else file

@@ -1,5 +1,6 @@
 """Compiles a step, and keeps what its compiler says of memory, traffic and collectives."""
 
+import collections
 import dataclasses
 import math
 import re
@@ -14,6 +15,7 @@ from memopt.models.stacked import BLOCKS
 from memopt.planning import hlo
 from memopt.planning.buffers import Buffer, at_peak, read_files
 from memopt.state.quantized_params import is_quantized
+from memopt.training.step import UPDATE, WEIGHTS
 
 #: How many of the largest temporary arrays are reported.
 LARGEST = 5
@@ -29,10 +31,9 @@ class CompilerReport:
         alias_bytes: The part of `output_bytes` that is stored in place of donated arguments.
         temporary_bytes: What it allocates while it runs.
         program_bytes: The program itself, where it is in the device's memory.
-        gradient_bytes: Of the temporaries at the peak, the results of the backward pass with the
-            shape of a parameter, or of one layer of it.
-        activation_bytes: Of the temporaries at the peak, all others of the forward and backward
-            pass.
+        gradient_bytes: Of the temporaries at the peak, the gradients, see `kind_of`.
+        activation_bytes: Of the temporaries at the peak, what else the forward and backward pass
+            make.
         largest: The largest temporaries at the peak; none if the compiler wrote no record of them.
         traffic_bytes: Bytes that the program reads and writes in memory, by the compiler's cost
             analysis; None where it has none, as for GPUs.
@@ -81,8 +82,9 @@ def compile_report(lowered: jax.stages.Lowered, params: Any) -> CompilerReport:
         raise RuntimeError("the compiler reports no memory.")
     held = at_peak(files) if files else []
     shapes = parameter_shapes(params)
-    gradients = [one for one in held if is_gradient(one, shapes)]
-    of_loss = sum(one.bytes for one in held if "jvp(" in one.op)
+    sums: dict[str, int] = collections.Counter()
+    for one in held:
+        sums[kind_of(one, shapes)] += one.bytes
     traffic = cost.get("bytes accessed")
     return CompilerReport(
         argument_bytes=memory.argument_size_in_bytes,
@@ -90,8 +92,8 @@ def compile_report(lowered: jax.stages.Lowered, params: Any) -> CompilerReport:
         alias_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         program_bytes=memory.generated_code_size_in_bytes,
-        gradient_bytes=sum(one.bytes for one in gradients),
-        activation_bytes=of_loss - sum(one.bytes for one in gradients),
+        gradient_bytes=sums["gradient"],
+        activation_bytes=sums["activation"],
         largest=tuple(held[:LARGEST]),
         traffic_bytes=None if traffic is None else int(traffic),
         collectives=_collectives(files.text if files else hlo.text(compiled)),
@@ -115,17 +117,34 @@ def simplified(shape: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(n for n in shape if n != 1))
 
 
-def is_gradient(one: Buffer, shapes: Collection[tuple[int, ...]]) -> bool:
-    """Whether an array comes from the backward pass and has the shape of a parameter.
+def kind_of(one: Buffer, shapes: Collection[tuple[int, ...]]) -> str:
+    """Returns "gradient", "activation" or "temporary" for a temporary array of a training step.
+
+    What the update makes is temporary, and so are weights as the model reads them. Of the rest,
+    what has the shape of a parameter is a gradient, and everything else an activation.
+
+    Args:
+        one: The array.
+        shapes: `parameter_shapes` of the parameters.
 
     Example:
-        >>> up = Buffer(2048, "bf16[1,32,32]", "transpose(jvp())/while/body/dot_general", "")
-        >>> is_gradient(up, {(32, 32)}), is_gradient(up, {(32, 48)})
-        (True, False)
+        >>> shapes = {(32, 32)}
+        >>> kind_of(Buffer(2048, "bf16[1,32,32]", "transpose(jvp())/while/body/dot_general", ""), shapes)
+        'gradient'
+        >>> kind_of(Buffer(2048, "bf16[1,32,64]", "jvp()/while/body/dot_general", ""), shapes)
+        'activation'
+        >>> kind_of(Buffer(2048, "bf16[1,32,32]", "update/mul", ""), shapes)
+        'temporary'
     """
     found = re.fullmatch(r"\w+\[([\d,]*)\]", one.shape)
     dims = [int(n) for n in found[1].split(",") if n] if found else []
-    return "transpose(" in one.op and math.prod(dims) > 1 and simplified(dims) in shapes
+    scopes = one.op.split("/")
+    if one.op.startswith(("compiler: ", "copy of ")) or {UPDATE, WEIGHTS} & set(scopes):
+        return "temporary"
+    if math.prod(dims) == 1 or simplified(dims) not in shapes:
+        return "activation"
+    is_forward = "jvp(" in one.op and "transpose(" not in one.op
+    return "temporary" if is_forward else "gradient"
 
 
 def _collectives(text: str) -> dict[str, dict[str, int]] | None:

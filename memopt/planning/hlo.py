@@ -57,7 +57,7 @@ class Instruction:
     def source(self) -> str:
         """The Python function calls that it comes from; "" for the compiler's own instructions."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        return found[1].replace("\\'", "'") if found else ""
 
     @property
     def frame(self) -> int | None:

@@ -20,8 +20,8 @@ from memopt.models.config import preset
 from memopt.models.sharding import BATCH_AXES
 from memopt.models.stacked import StackedModel
 from memopt.optimizers import optimizer as named_optimizer
-from memopt.planning import chips
-from memopt.planning.buffers import Buffer
+from memopt.planning import cache, chips
+from memopt.planning.buffers import Buffer, absolute
 from memopt.planning.compiler_report import CompilerReport, compile_report
 from memopt.planning.step_memory import bytes_here
 from memopt.state.quantized_state import quantize_state
@@ -138,6 +138,7 @@ def plan(
     loss: Loss | StackedModel | None = None,
     batch: Any = None,
     progress: Progress = lambda line: None,
+    cache: bool = False,
     **options: Any,
 ) -> Plan:
     """Asks a chip's compiler what one training step needs; allocates no array, runs nothing.
@@ -169,6 +170,8 @@ def plan(
             number of tokens, or its `memopt.models.StackedModel`, which `release` needs.
         batch: A batch of it, likewise; first axes are split over `data` and `fsdp`.
         progress: Is given a line about what the compiler works on, which may take minutes.
+        cache: Whether to keep what the compiler says on disk, and look there first; see
+            `memopt.planning.cache`.
         **options: Any other option of `memopt pretrain`, such as ``num_layers=8`` or
             ``option=("rank=128",)``.
 
@@ -178,7 +181,7 @@ def plan(
     Example:
         >>> found = plan("tiny", optimizer="adafactor", chip="cpu", seq_len=32, num_layers=2)
         >>> found.fits, found.compiled_for, found.command
-        (True, 'cpu', 'memopt pretrain --num-layers 2 --optimizer adafactor --remat full ...')
+        (True, 'cpu', 'memopt pretrain --model tiny --optimizer adafactor --num-layers 2 ...')
         >>> found.peak_bytes > found.parameter_bytes + found.state_bytes
         True
     """
@@ -197,26 +200,19 @@ def plan(
     }
     if (model is None) == (params is None):
         raise ValueError("model or params must say what to train: give one of them.")
-    axes = parse_mesh(mesh) if mesh else {"data": 1}
+    count = math.prod(parse_mesh(mesh).values()) if mesh else 1
     own_name = optimizer if isinstance(optimizer, str) else "own"
     if params is not None:
         make: Make = _own_step(params, loss, batch, optimizer, given)
-        return plan_step(
-            make, chip, math.prod(axes.values()), progress, model="own", optimizer=own_name
-        )
+        return plan_step(make, chip, count, progress, cache, model="own", optimizer=own_name)
     tx = None if isinstance(optimizer, str) else optimizer
     config = functools.partial(run_config, model, optimizer if tx is None else None, given)
 
     def describe(devices: Sequence[jax.Device], compiled_for: str) -> Compilable:
-        return describe_run(config(compiled_for), trace=False, devices=devices, tx=tx)
+        return describe_run(config(compiled_for), devices=devices, tx=tx)
 
     found = plan_step(
-        describe,
-        chip,
-        math.prod(axes.values()),
-        progress,
-        model=str(model),
-        optimizer=own_name,
+        describe, chip, count, progress, cache, model=str(model), optimizer=own_name
     )
     notes = found.notes
     if found.compiled_for in chips.GPUS:
@@ -275,12 +271,11 @@ def run_config(
 def run_command(config: Config, model: str) -> str:
     """Returns the command line that runs the step of these options, without where its data is."""
     defaults, words = Config().flat(), ["memopt", "pretrain"]
-    if config.architecture.shape:
-        words += ["--init", model]
+    words += ["--init" if config.architecture.shape else "--model", model]
+    words += ["--optimizer", config.optimization.optimizer]
+    said = ("model", "optimizer", "shape", "phases", "learning_rate")
     for name, value in config.flat().items():
-        if value == defaults.get(name) or name in ("shape", "phases", "learning_rate"):
-            continue
-        if name == "model" and config.architecture.shape:
+        if name in said or value == defaults[name]:
             continue
         flag = f"--{name.replace('_', '-')}"
         for one in value if isinstance(value, list) else [value]:
@@ -293,6 +288,7 @@ def plan_step(
     chip: str,
     count: int,
     progress: Progress = lambda line: None,
+    cache: bool = False,
     *,
     model: str,
     optimizer: str,
@@ -304,22 +300,24 @@ def plan_step(
         chip: The chip to ask about.
         count: The number of devices.
         progress: As in `plan`.
+        cache: As in `plan`.
         model: The model's name, for the record.
         optimizer: The optimizer's name, likewise.
     """
     notes = []
-    compiled_for, refused = chip, ""
+    compiled_for = chip
     try:
         chips.compiler(chip)
     except ModuleNotFoundError as error:
         notes.append(f"{error} Without it, the step is compiled for this machine's CPU in float32.")
         compiled_for = "cpu"
-    step, report, refused = _try(make, compiled_for, count, progress)
+    attempt = functools.partial(_try, make, count=count, progress=progress, keep=cache)
+    step, report, refused = attempt(compiled_for)
     if report is None:
         compiled_for = roomiest(chip)
         notes.append(f"The compiler refuses the step for {chip}: {refused}.")
         if compiled_for != chip:
-            step, report, _ = _try(make, compiled_for, count, progress)
+            step, report, _ = attempt(compiled_for)
             if report:
                 notes.append(f"The figures are those of a step compiled for {compiled_for}.")
     state = step.state
@@ -361,7 +359,7 @@ def plan_step(
 
 
 def _try(
-    make: Make, chip: str, count: int, progress: Progress
+    make: Make, chip: str, *, count: int, progress: Progress, keep: bool
 ) -> tuple[Compilable, CompilerReport | None, str]:
     """Compiles a step for a chip; in place of a report returns why the compiler refuses it."""
     if chip == "cpu" and count > 1:
@@ -370,13 +368,27 @@ def _try(
     progress(f"tracing the step for {count} × {chip}")
     step = make(chips.devices(chip, count), chip)
     lowered = step.lower()
-    progress(f"compiling for {count} × {chip} with {chips.compiler(chip)}")
-    try:
-        return step, compile_report(lowered, step.state.params), ""
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return step, None, str(error).splitlines()[0]
+    key = cache.key_of(lowered, chip) if keep else ""
+    record = cache.load(key) if keep else None
+    if record is None:
+        progress(f"compiling for {count} × {chip} with {chips.compiler(chip)}")
+        record = {"report": None, "refused": ""}
+        try:
+            record["report"] = dataclasses.asdict(compile_report(lowered, step.state.params))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            record["refused"] = str(error).splitlines()[0].rstrip(".")
+        if keep:
+            cache.save(key, record, _sources(record["report"]))
+    report = record["report"] and CompilerReport.from_json(record["report"])
+    return step, report, record["refused"]
+
+
+def _sources(report: dict[str, Any] | None) -> list[str]:
+    """The files whose lines a report names."""
+    named = [one["source"].rpartition(":")[0] for one in report["largest"]] if report else []
+    return [str(absolute(file)) for file in named if file]
 
 
 def roomiest(chip: str) -> str:
