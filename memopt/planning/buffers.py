@@ -19,7 +19,9 @@ LIBRARIES = ("jax", "flax", "optax")
 WRAPPERS = ("memopt/models/observed.py",)
 
 _ALLOCATION = re.compile(r"allocation \d+: size (\d+), (.*):$")
-_VALUE = re.compile(r" value: <\d+ (\S+?)({[\d,]*})?( \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)$")
+_VALUE = re.compile(
+    r" value: <\d+ (\S+?)({[\d,]*})?( \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)$"
+)
 _RANGE = re.compile(r"    (\S+?)({[\d,]*}):(\d+)-(\d+)$")
 
 
@@ -198,7 +200,9 @@ class _Program:
             for made in (one, *reversed(inner)):
                 if made.source and (made.frame or one.opcode == "parameter"):
                     return made
-            if one.opcode == "get-tuple-element" and (found := re.search(r"index=(\d+)", one.attributes)):
+            if one.opcode == "get-tuple-element" and (
+                found := re.search(r"index=(\d+)", one.attributes)
+            ):
                 index = int(found[1])
             if not one.operands:
                 return None

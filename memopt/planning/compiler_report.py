@@ -128,12 +128,12 @@ def kind_of(one: Buffer, shapes: Collection[tuple[int, ...]]) -> str:
         shapes: `parameter_shapes` of the parameters.
 
     Example:
-        >>> shapes = {(32, 32)}
-        >>> kind_of(Buffer(2048, "bf16[1,32,32]", "transpose(jvp())/while/body/dot_general", ""), shapes)
+        >>> kind = lambda shape, op: kind_of(Buffer(2048, shape, op, ""), {(32, 32)})
+        >>> kind("bf16[1,32,32]", "transpose(jvp())/while/body/dot_general")
         'gradient'
-        >>> kind_of(Buffer(2048, "bf16[1,32,64]", "jvp()/while/body/dot_general", ""), shapes)
+        >>> kind("bf16[1,32,64]", "jvp()/while/body/dot_general")
         'activation'
-        >>> kind_of(Buffer(2048, "bf16[1,32,32]", "update/mul", ""), shapes)
+        >>> kind("bf16[1,32,32]", "update/mul")
         'temporary'
     """
     found = re.fullmatch(r"\w+\[([\d,]*)\]", one.shape)

@@ -116,7 +116,9 @@ def frames(hlo: str) -> dict[int, Frame]:
         >>> frames(text)
         {1: Frame(file='model.py', line=7, outer=0)}
     """
-    files = {int(n): name for n, name in re.findall(r'^(\d+) "(.*)"$', _section(hlo, "FileNames"), re.M)}
+    files = {
+        int(n): name for n, name in re.findall(r'^(\d+) "(.*)"$', _section(hlo, "FileNames"), re.M)
+    }
     lines = {
         int(n): (files[int(file)], int(line))
         for n, file, line in re.findall(
@@ -124,7 +126,9 @@ def frames(hlo: str) -> dict[int, Frame]:
         )
     }
     found = re.findall(
-        r"^(\d+) {file_location_id=(\d+)(?: parent_frame_id=(\d+))?", _section(hlo, "StackFrames"), re.M
+        r"^(\d+) {file_location_id=(\d+)(?: parent_frame_id=(\d+))?",
+        _section(hlo, "StackFrames"),
+        re.M,
     )
     # XLA writes one more than the number of the outer frame, which is 0 where there is none.
     return {int(n): Frame(*lines[int(place)], int(outer or 1) - 1) for n, place, outer in found}

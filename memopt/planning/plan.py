@@ -1,4 +1,4 @@
-"""Whether a training step fits a chip, by the chip's own compiler, on a machine without the chip."""
+"""Whether a training step fits a chip, by the chip's own compiler; no chip is needed."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import jax
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from memopt.errors import check_choice
 from memopt.models.config import preset
@@ -211,9 +211,7 @@ def plan(
     def describe(devices: Sequence[jax.Device], compiled_for: str) -> Compilable:
         return describe_run(config(compiled_for), devices=devices, tx=tx)
 
-    found = plan_step(
-        describe, chip, count, progress, cache, model=str(model), optimizer=own_name
-    )
+    found = plan_step(describe, chip, count, progress, cache, model=str(model), optimizer=own_name)
     notes = found.notes
     if found.compiled_for in chips.GPUS:
         notes += (
@@ -330,7 +328,10 @@ def plan_step(
         }
     else:
         notes.append("No chip of its kind has the memory: only the sum is known.")
-        peak, parts = _needed(refused), own | dict.fromkeys(("gradient_bytes", "activation_bytes"), 0)
+        peak, parts = (
+            _needed(refused),
+            own | dict.fromkeys(("gradient_bytes", "activation_bytes"), 0),
+        )
     limit = memory_of(chip)
     program = report.program_bytes if report else 0
     fits = not refused and peak + program <= limit

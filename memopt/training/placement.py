@@ -16,9 +16,7 @@ from memopt.training.step import TrainState
 from memopt.transforms.placed_update import reshard_update, unshard_short_side
 
 
-def make_mesh(
-    spec: str | None, rows: int, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(spec: str | None, rows: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Builds the mesh that `spec` describes, with Auto axes.
 
     Args:
