@@ -188,7 +188,7 @@ def show(found: Plan, console: Console) -> None:
     console.print(bar(found, WIDTH))
     parts = Table(box=None, pad_edge=False, show_header=False)
     for justify in ("left", "left", "right", "right"):
-        parts.add_column(justify=justify)  # type: ignore[arg-type]
+        parts.add_column(justify=justify)
     for field, name, fill, color in PARTS:
         size = getattr(found, field)
         share = f"{100 * size / found.peak_bytes:.0f}%"

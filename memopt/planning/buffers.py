@@ -77,7 +77,7 @@ class _Value(NamedTuple):
     """One array of the assignment: where it is in memory, and when."""
 
     name: str
-    index: int | None
+    element: int | None
     is_phi: bool
     size: int
     offset: int
@@ -101,7 +101,7 @@ def at_peak(files: Files) -> list[Buffer]:
     def describe(here: list[_Value]) -> Buffer:
         """One array of those that share a place; a loop's own name says less than an operation."""
         for group in here, [value for one in here for value in _same(one, values)]:
-            origins = [(program.origin(value.name, value.index), value) for value in group]
+            origins = [(program.origin(value.name, value.element), value) for value in group]
             known = lambda pair: (pair[0] is not None, not pair[1].is_phi, pair[1].start)
             origin, value = max(origins, key=known)
             if origin:

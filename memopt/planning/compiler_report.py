@@ -17,6 +17,9 @@ from memopt.planning.buffers import Buffer, at_peak, read_files
 from memopt.state.quantized_params import is_quantized
 from memopt.training.step import UPDATE, WEIGHTS
 
+#: The name of the operation with which `jax.lax.scan` reads a layer of a stack.
+LAYER = "jit(dynamic_index_in_dim)"
+
 #: How many of the largest temporary arrays are reported.
 LARGEST = 5
 
@@ -37,8 +40,9 @@ class CompilerReport:
         largest: The largest temporaries at the peak; none if the compiler wrote no record of them.
         traffic_bytes: Bytes that the program reads and writes in memory, by the compiler's cost
             analysis; None where it has none, as for GPUs.
-        collectives: {kind: {"bytes": bytes moved, "count": number of runs}}; None if a loop does
-            not tell how often it turns.
+        collectives: {kind: {"bytes": bytes moved, "count": number of runs}} of a step between two
+            refreshes of a subspace; None if a loop does not tell how often it turns.
+        refresh_collectives: Those of a step that refreshes.
     """
 
     argument_bytes: int
@@ -51,6 +55,7 @@ class CompilerReport:
     largest: tuple[Buffer, ...]
     traffic_bytes: int | None
     collectives: dict[str, dict[str, int]] | None
+    refresh_collectives: dict[str, dict[str, int]] | None
 
     @property
     def peak_bytes(self) -> int:
@@ -74,7 +79,7 @@ def compile_report(lowered: jax.stages.Lowered, params: Any) -> CompilerReport:
         jax.errors.JaxRuntimeError: The step does not fit the device ("RESOURCE_EXHAUSTED").
     """
     with tempfile.TemporaryDirectory() as directory:
-        options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
+        options: dict[str, str | bool] = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(options)
         files = read_files(Path(directory))
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
@@ -86,6 +91,7 @@ def compile_report(lowered: jax.stages.Lowered, params: Any) -> CompilerReport:
     for one in held:
         sums[kind_of(one, shapes)] += one.bytes
     traffic = cost.get("bytes accessed")
+    text = files.text if files else hlo.text(compiled)
     return CompilerReport(
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
@@ -96,7 +102,8 @@ def compile_report(lowered: jax.stages.Lowered, params: Any) -> CompilerReport:
         activation_bytes=sums["activation"],
         largest=tuple(held[:LARGEST]),
         traffic_bytes=None if traffic is None else int(traffic),
-        collectives=_collectives(files.text if files else hlo.text(compiled)),
+        collectives=_collectives(text, refresh=False),
+        refresh_collectives=_collectives(text, refresh=True),
     )
 
 
@@ -138,8 +145,8 @@ def kind_of(one: Buffer, shapes: Collection[tuple[int, ...]]) -> str:
     """
     found = re.fullmatch(r"\w+\[([\d,]*)\]", one.shape)
     dims = [int(n) for n in found[1].split(",") if n] if found else []
-    scopes = one.op.split("/")
-    if one.op.startswith(("compiler: ", "copy of ")) or {UPDATE, WEIGHTS} & set(scopes):
+    is_own = one.op.startswith(("compiler: ", "copy of "))
+    if is_own or {UPDATE, WEIGHTS, LAYER} & set(one.op.split("/")):
         return "temporary"
     if math.prod(dims) == 1 or simplified(dims) not in shapes:
         return "activation"
@@ -147,8 +154,8 @@ def kind_of(one: Buffer, shapes: Collection[tuple[int, ...]]) -> str:
     return "temporary" if is_forward else "gradient"
 
 
-def _collectives(text: str) -> dict[str, dict[str, int]] | None:
+def _collectives(text: str, *, refresh: bool) -> dict[str, dict[str, int]] | None:
     try:
-        return hlo.by_kind(hlo.collectives(text)) if text else None
+        return hlo.by_kind(hlo.collectives(text, refresh=refresh)) if text else None
     except ValueError:  # a loop does not say how often it turns
         return None

@@ -16,6 +16,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from memopt.errors import check_choice
+from memopt.json_files import read_json
+from memopt.models import hugging_face
 from memopt.models.config import preset
 from memopt.models.sharding import BATCH_AXES
 from memopt.models.stacked import StackedModel
@@ -25,8 +27,9 @@ from memopt.planning.buffers import Buffer, absolute
 from memopt.planning.compiler_report import CompilerReport, compile_report
 from memopt.planning.step_memory import bytes_here
 from memopt.state.quantized_state import quantize_state
-from memopt.training.config import Config
+from memopt.training.config import Config, read_options
 from memopt.training.describe import describe_run
+from memopt.training.directory import is_run
 from memopt.training.placement import abstract_state, batch_sharding, make_mesh, parse_mesh
 from memopt.training.release import release_step
 from memopt.training.setup import store_params
@@ -72,8 +75,9 @@ class Plan:
         largest: The largest temporary arrays at that moment.
         traffic_bytes: Bytes that a step reads and writes in memory, by the compiler's cost
             analysis; None where it has none (GPUs).
-        collectives: {kind: {"bytes": bytes moved, "count": number of runs}} of a step that does not
-            refresh a subspace; None if unknown.
+        collectives: {kind: {"bytes": bytes moved, "count": number of runs}} of a step between two
+            refreshes of a subspace; None if unknown.
+        refresh_collectives: Those of a step that refreshes, if the method does.
         notes: Sentences that say what was assumed or done otherwise than asked.
         command: The command that runs this step; "" if no command does.
     """
@@ -97,6 +101,7 @@ class Plan:
     largest: tuple[Buffer, ...]
     traffic_bytes: int | None
     collectives: dict[str, dict[str, int]] | None
+    refresh_collectives: dict[str, dict[str, int]] | None
     notes: tuple[str, ...]
     command: str
 
@@ -206,12 +211,16 @@ def plan(
         make: Make = _own_step(params, loss, batch, optimizer, given)
         return plan_step(make, chip, count, progress, cache, model="own", optimizer=own_name)
     tx = None if isinstance(optimizer, str) else optimizer
-    config = functools.partial(run_config, model, optimizer if tx is None else None, given)
+
+    def config(compiled_for: str) -> Config:
+        instead = {"dtype": "float32"} if compiled_for == "cpu" != chip else {}
+        name = optimizer if isinstance(optimizer, str) else None
+        return run_config(str(model), name, given | instead, compiled_for)
 
     def describe(devices: Sequence[jax.Device], compiled_for: str) -> Compilable:
         return describe_run(config(compiled_for), devices=devices, tx=tx)
 
-    found = plan_step(describe, chip, count, progress, cache, model=str(model), optimizer=own_name)
+    found = plan_step(describe, chip, count, progress, cache, model=model, optimizer=own_name)
     notes = found.notes
     if found.compiled_for in chips.GPUS:
         notes += (
@@ -223,7 +232,7 @@ def plan(
 
 
 def run_config(
-    model: str | None, optimizer: str | None, given: Mapping[str, Any], compiled_for: str
+    model: str, optimizer: str | None, given: Mapping[str, Any], compiled_for: str
 ) -> Config:
     """Returns the options of the run whose step is planned.
 
@@ -247,14 +256,7 @@ def run_config(
         options["optimizer"] = optimizer
     elif "option" in options:
         raise ValueError("option goes with the name of an optimizer.")
-    if model is not None and Path(model).is_dir():
-        from memopt.training.start import inherited_options  # which needs Orbax
-
-        there = inherited_options(Path(model), grow=1)
-        names = ("model", "shape", "vocab_size", "num_layers")
-        options = {name: there[name] for name in names if name in there} | options
-    else:
-        options["model"] = model
+    options = _model_options(model) | options
     parts = parse_mesh(options["mesh"]) if "mesh" in options else {}
     shards = math.prod(parts.get(axis, 1) for axis in BATCH_AXES)
     options.setdefault("batch_size", shards * options.get("accumulation", 1))
@@ -266,10 +268,28 @@ def run_config(
     return config
 
 
+def _model_options(model: str) -> dict[str, Any]:
+    """The options of a run that name a model and its shapes."""
+    directory = Path(model)
+    if not directory.is_dir() and len(directory.parts) == 1:
+        return {"model": model}
+    if is_run("model", directory):
+        there = read_options(directory / "config.json")
+        names = ("model", "shape", "vocab_size", "num_layers")
+        return {name: there[name] for name in names if name in there}
+    if any(directory.glob("*.safetensors")):
+        shape = hugging_face.read_config(directory)
+    else:
+        path = directory / "config.json"
+        shape = hugging_face.parse_config(path, read_json(path))
+    return {"model": directory.resolve().name, "shape": dataclasses.asdict(shape)}
+
+
 def run_command(config: Config, model: str) -> str:
     """Returns the command line that runs the step of these options, without where its data is."""
     defaults, words = Config().flat(), ["memopt", "pretrain"]
-    words += ["--init" if config.architecture.shape else "--model", model]
+    from_directory = config.architecture.shape or model != config.architecture.model
+    words += ["--init" if from_directory else "--model", model]
     words += ["--optimizer", config.optimization.optimizer]
     said = ("model", "optimizer", "shape", "phases", "learning_rate")
     for name, value in config.flat().items():
@@ -307,7 +327,7 @@ def plan_step(
     try:
         chips.compiler(chip)
     except ModuleNotFoundError as error:
-        notes.append(f"{error} Without it, the step is compiled for this machine's CPU in float32.")
+        notes.append(f"{error} Compiled for this machine's CPU instead, which computes in float32.")
         compiled_for = "cpu"
     attempt = functools.partial(_try, make, count=count, progress=progress, keep=cache)
     step, report, refused = attempt(compiled_for)
@@ -354,6 +374,7 @@ def plan_step(
         largest=report.largest if report else (),
         traffic_bytes=report.traffic_bytes if report else None,
         collectives=report.collectives if report else None,
+        refresh_collectives=report.refresh_collectives if report else None,
         notes=tuple(notes),
         command="",
     )
@@ -451,7 +472,7 @@ def _own_step(
     for name, value in given.items():
         if name not in taken and value is not None:
             raise ValueError(f"{name} must be left out with params: the model itself decides it.")
-    stacked = isinstance(loss, StackedModel)
+    stacked = loss if isinstance(loss, StackedModel) else None
     if given["release"] and not stacked:
         raise ValueError("release needs a memopt.models.StackedModel as loss, got a function.")
     remat = given["remat"] or ("none" if given["release"] or not stacked else "full")
@@ -481,11 +502,14 @@ def _own_step(
         state = abstract_state(placed, tx, mesh)
         if given["release"]:
             shardings = jax.tree.map(lambda x: x.sharding, placed)
-            step = functools.partial(release_step, model=loss, shardings=shardings, **options)
+            released: Any = stacked
+            step: Any = functools.partial(
+                release_step, model=released, shardings=shardings, **options
+            )
         else:
-            function = loss
-            if isinstance(loss, StackedModel):
-                function = functools.partial(loss.loss, remat=remat == "full")
+            function: Any = loss
+            if stacked:
+                function = functools.partial(stacked.loss, remat=remat == "full")
             step = functools.partial(train_step, loss=function, **options)
         return OwnStep(step, state, jax.tree.map(rows_on_mesh, batch), mesh)
 
