@@ -5,7 +5,7 @@
 The step is that of ``memopt pretrain``: forward, backward and update with bfloat16 parameters,
 either the ordinary step with full rematerialisation, or the released one, which updates each block
 while the backward pass runs. Nothing is run, and no chip is needed, only its compiler: libtpu (the
-extra `aot`) for TPUs, JAX's CUDA plugin (the extra `aot-gpu`) for GPUs.
+extra `plan`) for TPUs, JAX's CUDA plugin (the extra `plan-gpu`) for GPUs.
 
 Attention processes queries in chunks, for GPUs too, although training there uses cuDNN's if it is
 installed: only cuDNN itself reports its workspace.

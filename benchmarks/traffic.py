@@ -4,7 +4,7 @@
 
 A step is one jitted ``update`` and ``apply_updates`` with donated parameters and state, on the
 hidden matrices of four LLaMA-7b blocks (two for SOAP), compiled for one chip. Nothing is run, and
-no TPU is needed, only libtpu (the extra `aot`). Its bytes accessed are divided by those of the
+no TPU is needed, only libtpu (the extra `plan`). Its bytes accessed are divided by those of the
 parameters.
 
 Only the chip's main memory is counted: its fast memory is reserved for kernels. By default the

@@ -166,10 +166,10 @@ def compiler(chip: str) -> str:
     check_choice("chip", chip, [*CHIPS, "cpu"])
     if chip in TPUS:
         found = _versions("libtpu", "libtpu-nightly")
-        missing = "compiling for a TPU needs libtpu: pip install 'memopt[aot]'."
+        missing = "compiling for a TPU needs libtpu: pip install 'memopt[plan]'."
     elif chip in GPUS:
         found = _versions("jax-cuda13-plugin", "jax-cuda12-plugin")
-        missing = "compiling for a GPU needs JAX's CUDA plugin: pip install 'memopt[aot-gpu]'."
+        missing = "compiling for a GPU needs JAX's CUDA plugin: pip install 'memopt[plan-gpu]'."
     else:
         found, missing = _versions("jaxlib"), ""
     if not found:

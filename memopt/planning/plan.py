@@ -19,6 +19,7 @@ from memopt.errors import check_choice
 from memopt.json_files import read_json
 from memopt.models import hugging_face
 from memopt.models.config import preset
+from memopt.models.families import parse_config
 from memopt.models.sharding import BATCH_AXES
 from memopt.models.stacked import StackedModel
 from memopt.optimizers import optimizer as named_optimizer
@@ -220,7 +221,7 @@ def plan(
     def describe(devices: Sequence[jax.Device], compiled_for: str) -> Compilable:
         return describe_run(config(compiled_for), devices=devices, tx=tx)
 
-    found = plan_step(describe, chip, count, progress, cache, model=model, optimizer=own_name)
+    found = plan_step(describe, chip, count, progress, cache, model=str(model), optimizer=own_name)
     notes = found.notes
     if found.compiled_for in chips.GPUS:
         notes += (
@@ -281,7 +282,7 @@ def _model_options(model: str) -> dict[str, Any]:
         shape = hugging_face.read_config(directory)
     else:
         path = directory / "config.json"
-        shape = hugging_face.parse_config(path, read_json(path))
+        shape = parse_config(path, read_json(path))
     return {"model": directory.resolve().name, "shape": dataclasses.asdict(shape)}
 
 

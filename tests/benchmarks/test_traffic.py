@@ -1,4 +1,4 @@
-"""The command that asks the TPU's compiler for bytes; what compiles needs the extra `aot`."""
+"""The command that asks the TPU's compiler for bytes; what compiles needs the extra `plan`."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_methods_that_refresh_or_evaluate_at_each_step_are_not_compared() -> Non
     [
         (["--optimizer", "lino"], "did you mean 'lion'"),
         (["--optimizer", "apollo", "--rank", "5000"], "rank must be between 1 and 4096"),
-        (["--optimizer", "lion"], r"pip install 'memopt\[aot\]'"),
+        (["--optimizer", "lion"], r"pip install 'memopt\[plan\]'"),
     ],
 )
 def test_bad_input_ends_with_one_sentence(

@@ -80,7 +80,10 @@ def test_a_model_and_an_optimizer_of_ones_own_are_named_by_their_functions(own, 
         (["--model", "nano", "--option", "rank"], "option 'rank' must be NAME=VALUE"),
         (["--model", "own_module:none"], "'own_module:none' must be MODULE:FUNCTION"),
         (["--model", "own_module:wrong"], "must return (parameters, loss, batch), got int"),
-        (["--model", "nano", "--optimizer", "own_module:wrong"], "an Optax transformation, got int"),
+        (
+            ["--model", "nano", "--optimizer", "own_module:wrong"],
+            "an Optax transformation, got int",
+        ),
         (["--model", "own_module:model", "--seq-len", "8"], "seq_len must be left out"),
     ],
 )
