@@ -1,15 +1,17 @@
 """Compiles a step, and keeps what its compiler says of memory, traffic and collectives."""
 
 import collections
+import contextlib
 import dataclasses
 import math
 import re
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from memopt.models.stacked import BLOCKS
 from memopt.planning import hlo
@@ -78,7 +80,7 @@ def compile_report(lowered: jax.stages.Lowered, params: Any) -> CompilerReport:
     Raises:
         jax.errors.JaxRuntimeError: The step does not fit the device ("RESOURCE_EXHAUSTED").
     """
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, _without_cache():
         options: dict[str, str | bool] = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(options)
         files = read_files(Path(directory))
@@ -105,6 +107,19 @@ def compile_report(lowered: jax.stages.Lowered, params: Any) -> CompilerReport:
         collectives=_collectives(text, refresh=False),
         refresh_collectives=_collectives(text, refresh=True),
     )
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Compiles anew: a program from JAX's persistent cache comes without records."""
+    before = jax.config.read("jax_enable_compilation_cache")
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # or JAX goes by what it found at its first compilation
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def parameter_shapes(params: Any) -> set[tuple[int, ...]]:

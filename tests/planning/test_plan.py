@@ -283,6 +283,23 @@ def test_the_same_question_is_answered_without_the_compiler(monkeypatch, tmp_pat
     assert cache.directory().is_relative_to(tmp_path)
 
 
+def test_jaxs_own_cache_of_programs_takes_no_record_away(tmp_path):
+    options = {"jax_compilation_cache_dir": str(tmp_path), "jax_enable_compilation_cache": True}
+    options |= {"jax_persistent_cache_min_compile_time_secs": 0}
+    before = {name: getattr(jax.config, name) for name in options}
+    params, batch = own()
+    try:
+        for name, value in options.items():
+            jax.config.update(name, value)
+        for _ in range(2):
+            found = plan(params=params, loss=MODEL.loss, batch=batch, chip="cpu")
+            assert len(found.largest) == 5
+        assert jax.config.jax_enable_compilation_cache
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
