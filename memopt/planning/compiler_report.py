@@ -123,14 +123,15 @@ def _without_cache() -> Iterator[None]:
 
 
 def parameter_shapes(params: Any) -> set[tuple[int, ...]]:
-    """The shapes of parameters on a device, of stacked ones also those of a layer, simplified."""
+    """The shapes of parameters, whole and on a device, and those of a layer of them, simplified."""
     found: set[tuple[int, ...]] = set()
     leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     for path, leaf in leaves:
         stored = leaf.codes if is_quantized(leaf) else leaf
-        shape = stored.sharding.shard_shape(leaf.shape)
         stacked = getattr(path[0], "key", None) == BLOCKS if path else False
-        found |= {simplified(shape)} | ({simplified(shape[1:])} if stacked else set())
+        # A gradient is whole until it is summed over the devices and split.
+        for shape in (leaf.shape, stored.sharding.shard_shape(leaf.shape)):
+            found |= {simplified(shape)} | ({simplified(shape[1:])} if stacked else set())
     return found
 
 
