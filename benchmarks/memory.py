@@ -5,7 +5,7 @@
 The step is that of ``memopt pretrain``: forward, backward and update with bfloat16 parameters,
 either the ordinary step with full rematerialisation, or the released one, which updates each block
 while the backward pass runs. Nothing is run, and no chip is needed, only its compiler: libtpu (the
-extra `aot`) for TPUs, JAX's CUDA plugin (the extra `aot-gpu`) for GPUs.
+extra `plan`) for TPUs, JAX's CUDA plugin (the extra `plan-gpu`) for GPUs.
 
 Attention processes queries in chunks, for GPUs too, although training there uses cuDNN's if it is
 installed: only cuDNN itself reports its workspace.
@@ -13,6 +13,7 @@ installed: only cuDNN itself reports its workspace.
 Without ``--optimizer`` it measures a list, prints a table and writes it as JSON, with a plot.
 """
 
+import dataclasses
 import json
 import math
 import shlex
@@ -29,19 +30,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import training_step
 from benchmarks.report import GIB, markdown_table, save
-from benchmarks.training_step import State, TrainingStep, Weights
-from memopt.planning import hlo
-from memopt.planning.chips import GPUS, Chip, devices
-from memopt.planning.step_memory import step_memory
-from memopt.state.quantized_params import is_quantized
+from benchmarks.training_step import without_refresh
+from memopt.planning.chips import CHIPS, GPUS, compiler
+from memopt.planning.plan import Plan, plan_step, run_config
+from memopt.training.config import State, Weights
+from memopt.training.describe import describe_run
+from memopt.training.placement import parse_mesh
+from memopt.training.setup import Setup
 
-HBM = {  # usable GiB
-    **{"v5e": 15.75, "v5p": 95.0, "v6e": 31.25},
-    **{chip: card.memory / GIB for chip, card in GPUS.items()},
-}
-ROOMY: tuple[Chip, Chip] = ("v5p", "h200")  # the TPU and the GPU for steps that do not fit
 RELEASED: dict[str, Any] = {"release": True}
 INT8 = RELEASED | {"weights": "int8"}
 FSDP: dict[str, Any] = {"mesh": "fsdp=16", "batch_size": 16}
@@ -89,7 +86,6 @@ class Options(NamedTuple):
       refresh: whether the step may refresh a subspace, for example by an SVD, which the TPU
         compiler takes half an hour to compile.
       json: print one JSON object instead of a table.
-      dump: a file for the compiled program.
       output: the JSON file of a list; the plot has the same name.
       rows: the list of configurations, of all methods or of llama-3-8b to fine-tune.
     """
@@ -100,80 +96,55 @@ class Options(NamedTuple):
     weights: Weights | None = None
     state: State | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    chip: Chip = "v5e"
+    chip: str = "v5e"
     mesh: str | None = None
     batch_size: int = 1
     seq_len: int = 2048
     accumulation: int = 1
     refresh: bool = True
     json: bool = False
-    dump: Path | None = None
     output: Path = Path(__file__).parent / "results" / "memory.json"
     rows: Literal["methods", "fine-tuning"] = "methods"
 
 
-def step(optimizer: str, options: Options) -> TrainingStep:
-    """The training step of a configuration."""
-    described = training_step.Options(
-        model=options.model,
-        optimizer=optimizer,
-        release=options.release,
-        weights=options.weights,
-        state=options.state,
-        dtype=options.dtype,
-        mesh=options.mesh,
-        batch_size=options.batch_size,
-        seq_len=options.seq_len,
-        accumulation=options.accumulation,
-        refresh=options.refresh,
-    )
-    return TrainingStep(described, devices(options.chip, math.prod(described.sizes.values())))
-
-
 def measure(optimizer: str, options: Options) -> dict[str, Any]:
-    """The record of one configuration, compiled for a larger chip if it does not fit."""
-    compiled_for = options.chip
-    try:
-        found = step(optimizer, options)
-        compiled = found.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) or options.chip in ROOMY:
-            raise
-        compiled_for = ROOMY[options.chip in GPUS]
-        found = step(optimizer, options._replace(chip=compiled_for))
-        compiled = found.compile()
-    state = found.like
-    memory = step_memory(compiled, state.params, state.opt_state)
-    if options.dump:
-        options.dump.write_text(hlo.text(compiled))
-    analysis = compiled.memory_analysis()
-    assert analysis is not None
-    names = ("model", "release", "weights", "state", "dtype", "chip", "mesh", "batch_size")
+    """The record of one configuration, by the planner of `memopt plan`."""
+    names = (
+        "release",
+        "weights",
+        "state",
+        "dtype",
+        "mesh",
+        "batch_size",
+        "seq_len",
+        "accumulation",
+    )
+    given = {name: getattr(options, name) for name in names}
+    compiler(options.chip)  # raises if it is not installed
+
+    def make(devices: Sequence[jax.Device], chip: str) -> Setup:
+        config = run_config(options.model, optimizer, given, chip)
+        setup = describe_run(config, devices=devices)
+        if options.refresh:
+            return setup
+        return dataclasses.replace(setup, step=without_refresh(setup.step))
+
+    count = math.prod(parse_mesh(options.mesh).values()) if options.mesh else 1
+    found = plan_step(
+        make, options.chip, count, cache=True, model=options.model, optimizer=optimizer
+    ).to_json()
+    planned = ("compiled_for", "compiler", *found_bytes(), "collectives", "refresh_collectives")
     return {
         "optimizer": optimizer,
-        **{name: getattr(options, name) for name in (*names, "seq_len", "accumulation", "refresh")},
-        "compiled_for": compiled_for,
-        "peak_bytes": memory.peak,
-        "parameter_bytes": memory.parameters,
-        "state_bytes": memory.state,
-        "gradient_bytes": _gradient_bytes(state.params, options.release),
-        "temp_bytes": analysis.temp_size_in_bytes,
+        **{name: getattr(options, name) for name in ("model", *names, "chip", "refresh")},
+        **{name: found[name] for name in planned},
     }
 
 
-def _gradient_bytes(params: Any, release: bool) -> int:
-    """The bytes of gradients held at once: all, or those of one block, embedding or head."""
-
-    def size(p: Any) -> int:
-        stored = p.codes if is_quantized(p) else p
-        return math.prod(stored.sharding.shard_shape(stored.shape)) * p.dtype.itemsize
-
-    sizes = jax.tree.map(size, params, is_leaf=is_quantized)
-    if not release:
-        return sum(jax.tree.leaves(sizes))
-    blocks = jax.tree.leaves(params["blocks"], is_leaf=is_quantized)
-    block = sum(jax.tree.leaves(sizes["blocks"])) // blocks[0].shape[0]
-    return max(block, *jax.tree.leaves({k: v for k, v in sizes.items() if k != "blocks"}))
+def found_bytes() -> list[str]:
+    """The fields of a plan that count bytes, and are no property of the chip."""
+    named = [field.name for field in dataclasses.fields(Plan) if field.name.endswith("_bytes")]
+    return [name for name in named if name not in ("limit_bytes", "margin_bytes")]
 
 
 def table(results: Sequence[dict[str, Any]]) -> Table:
@@ -181,10 +152,10 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     shown = Table(title="GiB on a chip in one training step", box=SIMPLE_HEAD)
     for column in ("model", "optimizer", "released", "weights", "state", "chip", "mesh"):
         shown.add_column(column)
-    for column in ("peak", "weights", "state", "temporaries"):
+    for column in ("peak", "weights", "state"):
         shown.add_column(column, justify="right")
     for r in results:
-        sizes = (r["peak_bytes"], r["parameter_bytes"], r["state_bytes"], r["temp_bytes"])
+        sizes = (r["peak_bytes"], r["parameter_bytes"], r["state_bytes"])
         shown.add_row(
             *(r["model"], r["optimizer"], "yes" if r["release"] else ""),
             *(r["weights"] or r["dtype"], r["state"] or ""),
@@ -227,8 +198,8 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.1)
     first = results[0]
-    if first["chip"] in HBM:
-        axes.axvline(HBM[first["chip"]], color="black", linestyle=":")
+    if first["chip"] in CHIPS:
+        axes.axvline(CHIPS[first["chip"]].memory / GIB, color="black", linestyle=":")
     axes.set_xlabel("GiB on a chip")
     figure.suptitle(f"One training step compiled for {first['chip']}, a row of 2048 tokens a chip")
     figure.legend(loc="outside lower right", ncols=4)

@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,26 +81,20 @@ def measure(
     """
     refresh = optimizer != "galore" or (model, chip, mesh) == PODS[0]
     chips = math.prod(parse_mesh(mesh).values())
-    with tempfile.NamedTemporaryFile(suffix=".hlo") as file:
-        options = memory.Options(
-            *(model, optimizer, release),
-            **{"state": state, "chip": chip, "mesh": mesh, "batch_size": chips, "refresh": refresh},
-            dump=Path(file.name),
-        )
-        record = memory.measure(optimizer, options)
-        text = Path(file.name).read_text()
-    return record | {"chips": chips} | versions(("libtpu",)) | moved(text, refresh=refresh)
+    options = memory.Options(
+        *(model, optimizer, release),
+        **{"state": state, "chip": chip, "mesh": mesh, "batch_size": chips, "refresh": refresh},
+    )
+    record = memory.measure(optimizer, options)
+    return record | {"chips": chips} | versions(("libtpu",)) | moved(record, refresh=refresh)
 
 
-def moved(text: str, *, refresh: bool) -> dict[str, Any]:
-    """The bytes that a compiled step moves; None if the program cannot be read."""
-    if not text:
-        return dict.fromkeys(("collectives", "collective_bytes", "refresh_bytes"))
-    between = hlo.collectives(text)
+def moved(record: dict[str, Any], *, refresh: bool) -> dict[str, Any]:
+    """The bytes that a step moves; None if the compiler does not tell."""
+    size = lambda kinds: kinds and sum(one["bytes"] for one in kinds.values())
     return {
-        "collectives": hlo.by_kind(between),
-        "collective_bytes": hlo.total_bytes(between),
-        "refresh_bytes": hlo.total_bytes(hlo.collectives(text, refresh=True)) if refresh else None,
+        "collective_bytes": size(record["collectives"]),
+        "refresh_bytes": size(record["refresh_collectives"]) if refresh else None,
     }
 
 

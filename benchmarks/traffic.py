@@ -4,7 +4,7 @@
 
 A step is one jitted ``update`` and ``apply_updates`` with donated parameters and state, on the
 hidden matrices of four LLaMA-7b blocks (two for SOAP), compiled for one chip. Nothing is run, and
-no TPU is needed, only libtpu (the extra `aot`). Its bytes accessed are divided by those of the
+no TPU is needed, only libtpu (the extra `plan`). Its bytes accessed are divided by those of the
 parameters.
 
 Only the chip's main memory is counted: its fast memory is reserved for kernels. By default the
@@ -39,7 +39,7 @@ from benchmarks.step_time import COLORS
 from benchmarks.updates import between_refreshes
 from memopt.optimizers.registry import METHODS
 from memopt.planning import hlo
-from memopt.planning.chips import Tpu, devices
+from memopt.planning.chips import devices
 from memopt.state.quantized_state import QuantizedState
 
 LAYERS, D, FF = 4, 4096, 11008
@@ -72,7 +72,7 @@ class Options(NamedTuple):
     optimizer: str | None = None
     layout: Literal["stacked", "list"] = "stacked"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    chip: Tpu = "v5e"
+    chip: Literal["v4", "v5e", "v5p", "v6e", "tpu7x"] = "v5e"
     rank: int = 256
     state: Literal["int8", "int4", "float8", "e5m2", "bfloat16"] | None = None
     cache: bool = False

@@ -1,24 +1,19 @@
 """A LLaMA's ordinary or released training step, on real devices or devices to compile for."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh
 
 import memopt
 from benchmarks.updates import between_refreshes
 from memopt.models import llama
-from memopt.training.placement import parse_mesh
+from memopt.training.config import State, Weights
+from memopt.training.placement import make_mesh
 from memopt.training.setup import Step, abstract_batch, set_up
 from memopt.training.step import Metrics, TrainState
-
-Weights = Literal["int8", "int4", "bfloat16+8"]
-State = Literal["int8", "int4", "float8", "e5m2", "bfloat16"]
 
 
 class Options(NamedTuple):
@@ -52,11 +47,6 @@ class Options(NamedTuple):
     refresh: bool = True
     learning_rate: float = 1e-3
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The axes of the mesh."""
-        return parse_mesh(self.mesh) if self.mesh else {"data": 1}
-
 
 class TrainingStep:
     """The step of `memopt pretrain` with these options.
@@ -80,12 +70,8 @@ class TrainingStep:
             dtype=options.dtype,
             remat="none" if options.release else "full",
         )
-        sizes = options.sizes
-        mesh = Mesh(
-            np.array(devices[: math.prod(sizes.values())]).reshape(tuple(sizes.values())),
-            tuple(sizes),
-            axis_types=(AxisType.Auto,) * len(sizes),
-        )
+        rows = options.batch_size // options.accumulation
+        mesh = make_mesh(options.mesh or "data=1", rows, devices)
         tx = memopt.optimizer(options.optimizer, options.learning_rate)
         if options.state is not None:
             tx = memopt.quantize_state(tx, options.state)

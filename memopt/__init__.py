@@ -2,6 +2,8 @@
 
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from memopt import renamed
 from memopt import schedules as schedules
@@ -107,12 +109,15 @@ from memopt.transforms import width_exponents as width_exponents
 from memopt.transforms import width_roles as width_roles
 from memopt.transforms import zero_statistics as zero_statistics
 
+if _TYPE_CHECKING:
+    from memopt.planning.plan import plan as plan
+
 try:
     __version__ = _version("memopt")
 except _PackageNotFoundError:  # imported from a checkout that is not installed
     __version__ = "unknown"
 
-__getattr__ = renamed.finder(
+_find_renamed = renamed.finder(
     "memopt",
     globals(),
     {
@@ -124,3 +129,11 @@ __getattr__ = renamed.finder(
         "whole_shorter_sides": "unshard_short_side",
     },
 )
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "plan":  # needs more than JAX and Optax
+        from memopt.planning.plan import plan
+
+        return plan
+    return _find_renamed(name)

@@ -38,6 +38,10 @@ COMMANDS = {
         "memopt.cli.tokenizer:train",
         "Learn a vocabulary from text.",
     ),
+    "plan": (
+        "memopt.cli.plan:plan_command",
+        "Ask a chip's compiler whether a training step fits, without the chip.",
+    ),
     "suggest": (
         "memopt.cli.suggest:suggest",
         "Suggest a learning rate and a batch by published laws.",

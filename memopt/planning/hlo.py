@@ -1,4 +1,4 @@
-"""Counts the bytes that a compiled program moves between devices, from its HLO text."""
+"""Reads HLO text: what a compiled program moves between devices, and where its code comes from."""
 
 import collections
 import dataclasses
@@ -57,7 +57,13 @@ class Instruction:
     def source(self) -> str:
         """The Python function calls that it comes from; "" for the compiler's own instructions."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        return found[1].replace("\\'", "'") if found else ""
+
+    @property
+    def frame(self) -> int | None:
+        """The number of its stack frame in `frames`."""
+        found = re.search(r"stack_frame_id=(\d+)", self.attributes)
+        return int(found[1]) if found else None
 
     def named(self, attribute: str) -> list[str]:
         """The computations that an attribute names."""
@@ -77,6 +83,61 @@ def parse(hlo: str) -> tuple[dict[str, list[Instruction]], str]:
             root, name, shape, opcode, given, attributes = found.groups()
             lines.append(Instruction(name, shape, opcode, given, attributes or "", bool(root)))
     return computations, entry
+
+
+class Frame(NamedTuple):
+    """A place in Python code.
+
+    Attributes:
+        file: The path of the file.
+        line: The number of the line.
+        outer: The number of the frame that called it; 0 if there is none.
+    """
+
+    file: str
+    line: int
+    outer: int
+
+
+def frames(hlo: str) -> dict[int, Frame]:
+    """Reads the stack frames of a program by number; none if JAX recorded none.
+
+    Args:
+        hlo: The program's text.
+
+    Example:
+        >>> text = '''FileNames
+        ... 1 "model.py"
+        ... FileLocations
+        ... 1 {file_name_id=1 function_name_id=1 line=7 end_line=7 column=1 end_column=9}
+        ... StackFrames
+        ... 1 {file_location_id=1 parent_frame_id=1}
+        ... '''
+        >>> frames(text)
+        {1: Frame(file='model.py', line=7, outer=0)}
+    """
+    files = {
+        int(n): name for n, name in re.findall(r'^(\d+) "(.*)"$', _section(hlo, "FileNames"), re.M)
+    }
+    lines = {
+        int(n): (files[int(file)], int(line))
+        for n, file, line in re.findall(
+            r"^(\d+) {file_name_id=(\d+) .*?\bline=(\d+)", _section(hlo, "FileLocations"), re.M
+        )
+    }
+    found = re.findall(
+        r"^(\d+) {file_location_id=(\d+)(?: parent_frame_id=(\d+))?",
+        _section(hlo, "StackFrames"),
+        re.M,
+    )
+    # XLA writes one more than the number of the outer frame, which is 0 where there is none.
+    return {int(n): Frame(*lines[int(place)], int(outer or 1) - 1) for n, place, outer in found}
+
+
+def _section(hlo: str, name: str) -> str:
+    """The lines of a table at the head of a program."""
+    found = re.search(rf"^{name}\n((?:\d.*\n)*)", hlo, re.M)
+    return found[1] if found else ""
 
 
 def shape_bytes(shape: str, where: Callable[[str], bool] = lambda layout: True) -> int:

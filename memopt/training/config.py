@@ -10,11 +10,13 @@ from tyro import conf
 
 from memopt.errors import check_choice
 from memopt.json_files import read_json
-from memopt.models.config import LlamaConfig
+from memopt.models.config import LlamaConfig, Remat
 from memopt.optimizers.registry import METHODS, available
 from memopt.schedules import SHAPES
 
 DType = Annotated[str, conf.arg(metavar="{float32,bfloat16}")]
+Weights = Literal["int8", "int4", "bfloat16+8"]
+State = Literal["int8", "int4", "float8", "e5m2", "bfloat16"]
 
 #: The schedule of a new run unless one is given.
 SCHEDULE = "cosine"
@@ -50,9 +52,9 @@ class Architecture:
     vocab_size: Annotated[int | None, conf.arg(metavar="INT")] = None
     num_layers: Annotated[int | None, conf.arg(metavar="INT")] = None
     param_dtype: DType = "float32"
-    weights: Literal["int8", "int4", "bfloat16+8"] | None = None
+    weights: Weights | None = None
     compute_dtype: DType = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Remat = "none"
     shape: conf.SuppressFixed[conf.AvoidSubcommands[conf.Fixed[LlamaConfig | None]]] = None
 
 
@@ -181,7 +183,7 @@ class Optimization:
 
     optimizer: str = "apollo_mini"
     option: Annotated[tuple[str, ...], conf.UseAppendAction, conf.arg(metavar="NAME=VALUE")] = ()
-    state: Literal["int8", "int4", "float8", "e5m2", "bfloat16"] | None = None
+    state: State | None = None
     release: bool = False
     learning_rate: Annotated[float | None, conf.arg(metavar="FLOAT")] = None
     schedule: Annotated[str | None, conf.arg(metavar="NAME")] = None

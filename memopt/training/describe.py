@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import jax
@@ -24,6 +25,9 @@ from memopt.training.setup import Setup, abstract_batch, set_up
 from memopt.training.step import Predict
 from memopt.transforms.stored_update import predict_parameters
 
+#: The method whose placement and extra arguments an optimizer without a name has: none.
+PLAIN = "sgd"
+
 #: The least values of options.
 LEAST = {
     **dict.fromkeys(("batch_size", "accumulation", "steps", "max_skipped"), 1),
@@ -33,12 +37,20 @@ LEAST = {
 }
 
 
-def describe_run(config: Config, *, trace: bool = True) -> Setup:
+def describe_run(
+    config: Config,
+    *,
+    trace: bool = True,
+    devices: Sequence[jax.Device] | None = None,
+    tx: optax.GradientTransformation | None = None,
+) -> Setup:
     """Returns a run's model, mesh, optimizer and training step; touches no file and makes no array.
 
     Args:
         config: The options of the run.
         trace: Whether to trace the step, which finds what cannot work in it.
+        devices: Those to choose from, such as a compiler's. None: all there are.
+        tx: An optimizer in place of the one that the options name.
 
     Returns:
         All that the step is compiled from.
@@ -71,17 +83,17 @@ def describe_run(config: Config, *, trace: bool = True) -> Setup:
             "state holds weights."
         )
     _check_words(config)
-    mesh = make_mesh(config.run.mesh, config.text.batch_size // options.accumulation)
+    mesh = make_mesh(config.run.mesh, config.text.batch_size // options.accumulation, devices)
     found = describe_controller(config)
-    make = functools.partial(_make_optimizer, config)
+    make = functools.partial(_make_optimizer, config, tx)
     try:
-        tx, predict = make(rate)
+        made, predict = make(rate)
         setup = set_up(
             model_config,
             mesh,
-            tx,
+            made,
             abstract_batch(mesh, config.text.batch_size, config.text.seq_len, FIELDS),
-            optimizer=options.optimizer,
+            optimizer=options.optimizer if tx is None else PLAIN,
             learning_rate=learning_rate,
             weights=config.architecture.weights,
             release=options.release,
@@ -146,10 +158,12 @@ def describe_controller(config: Config) -> Controller | None:
 
 
 def _make_optimizer(
-    config: Config, learning_rate: optax.Schedule
+    config: Config, given: optax.GradientTransformation | None, learning_rate: optax.Schedule
 ) -> tuple[optax.GradientTransformation, Predict | None]:
     """A run's optimizer, and what predicts its parameters: without decay, as XGrad does."""
     options, named = config.optimization, config.optimizer_options
+    if given is not None:
+        return quantize_state(given, options.state) if options.state else given, None
 
     def make(**named: Any) -> optax.GradientTransformation:
         tx = optimizers.optimizer(options.optimizer, learning_rate=learning_rate, **named)

@@ -1,7 +1,7 @@
 """The mesh of a run, and the shardings of its state and its batches."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,13 +16,14 @@ from memopt.training.step import TrainState
 from memopt.transforms.placed_update import reshard_update, unshard_short_side
 
 
-def make_mesh(spec: str | None, rows: int) -> Mesh:
+def make_mesh(spec: str | None, rows: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Builds the mesh that `spec` describes, with Auto axes.
 
     Args:
         spec: Axes and their sizes, such as "data=2,fsdp=4". None: as many devices as `rows` divides
             over, on one axis `data`. Where there are several processes, all devices are needed.
         rows: Rows of a (micro-)batch, to be split over `data` and `fsdp`.
+        devices: The devices to choose from, such as those of a compiler. None: all there are.
 
     Returns:
         The mesh.
@@ -35,19 +36,19 @@ def make_mesh(spec: str | None, rows: int) -> Mesh:
         >>> make_mesh("data=1,fsdp=1", rows=4).axis_names
         ('data', 'fsdp')
     """
-    devices = jax.device_count()
-    axes = {"data": math.gcd(devices, rows)} if spec is None else parse_mesh(spec)
+    count = jax.device_count() if devices is None else len(devices)
+    axes = {"data": math.gcd(count, rows)} if spec is None else parse_mesh(spec)
     size, shards = math.prod(axes.values()), math.prod(axes.get(axis, 1) for axis in BATCH_AXES)
-    mesh = ",".join(f"{axis}={count}" for axis, count in axes.items())
-    if size > devices:
+    mesh = ",".join(f"{axis}={length}" for axis, length in axes.items())
+    if size > count:
         raise ValueError(
-            f"mesh {mesh!r} needs {size} devices, but there are {devices}: choose sizes whose "
+            f"mesh {mesh!r} needs {size} devices, but there are {count}: choose sizes whose "
             "product is at most that."
         )
-    if size < devices and jax.process_count() > 1:
+    if size < count and jax.process_count() > 1:
         raise ValueError(
             f"mesh {mesh!r}, for {rows} rows (batch size ÷ accumulation), must take in all "
-            f"{devices} devices of the {jax.process_count()} processes: change --mesh or "
+            f"{count} devices of the {jax.process_count()} processes: change --mesh or "
             "--batch-size."
         )
     if rows % shards:
@@ -55,7 +56,8 @@ def make_mesh(spec: str | None, rows: int) -> Mesh:
             f"mesh {mesh!r} splits a batch into {shards} parts, which does not divide its {rows} "
             "rows (batch size ÷ accumulation): change --mesh or --batch-size."
         )
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+    types = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=devices)
 
 
 def parse_mesh(spec: str) -> dict[str, int]:

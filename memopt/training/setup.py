@@ -91,6 +91,11 @@ class Setup:
             return self.state, self.batch
         return self.state, (self.batch,), jax.ShapeDtypeStruct((), "float32")
 
+    def lower(self) -> jax.stages.Lowered:
+        """Lowers `jitted` for the devices of the mesh."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted.lower(*self.arguments)
+
     def compile(self, compiler_options: dict[str, Any] | None = None) -> jax.stages.Compiled:
         """Compiles `jitted`.
 
@@ -100,8 +105,7 @@ class Setup:
         Args:
             compiler_options: XLA's options.
         """
-        with jax.set_mesh(self.mesh):
-            return self.jitted.lower(*self.arguments).compile(compiler_options)
+        return self.lower().compile(compiler_options)
 
     def jit_init(self, seed: int | jax.Array) -> Any:
         """Returns a jitted function without arguments that makes the first state.

@@ -23,6 +23,9 @@ Loss = Callable[..., tuple[jax.Array, jax.Array]]
 Metrics = dict[str, jax.Array]
 Predict = Callable[[Any, Any], Any]
 
+#: Names under which profiles, and plans of memory, find the update and the reading of weights.
+UPDATE, WEIGHTS = "update", "weights"
+
 
 class TrainState(NamedTuple):
     """Everything a step reads and writes.
@@ -123,7 +126,8 @@ def train_step(
         [0.1 0.1] 1.0
     """
     check_measure(measure, accumulation)
-    dense = dequantize_params(state.params)
+    with jax.named_scope(WEIGHTS):
+        dense = dequantize_params(state.params)
     at = dense if predict is None else predict(state.opt_state, dense)
     pieces = cut_batch(batch, accumulation, rng, state.step)
     whole = batch if rng is None else {**batch, "rng": pieces["rng"][0]}
@@ -141,11 +145,12 @@ def train_step(
     objective = lambda params: loss(params, whole)[0] / tokens
     extra = {"value": mean_loss, "obj_fn": objective, "gradient_norm": norm}
     extra |= {"statistics": statistics} if observe else {}
-    update = optax.with_extra_args_support(tx).update
-    updates, opt_state = update(gradients, state.opt_state, dense, **extra)
-    new = apply_rounded_updates(state.params, updates, state.step - state.skipped), opt_state
-    choose = functools.partial(where_applied, applied)
-    params, opt_state = jax.tree.map(choose, new, (state.params, state.opt_state))
+    with jax.named_scope(UPDATE):
+        update = optax.with_extra_args_support(tx).update
+        updates, opt_state = update(gradients, state.opt_state, dense, **extra)
+        new = apply_rounded_updates(state.params, updates, state.step - state.skipped), opt_state
+        choose = functools.partial(where_applied, applied)
+        params, opt_state = jax.tree.map(choose, new, (state.params, state.opt_state))
     state = state._replace(params=params, opt_state=opt_state)
     metrics = {"loss": mean_loss, "gradient_norm": norm, "tokens": tokens, **measured}
     return finish_step(state, applied, learning_rate, metrics)

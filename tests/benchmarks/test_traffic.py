@@ -1,6 +1,5 @@
-"""The command that asks the TPU's compiler for bytes; what compiles needs the extra `aot`."""
+"""The command that asks the TPU's compiler for bytes; what compiles needs the extra `plan`."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 
 import memopt
 from benchmarks import traffic
+from memopt.planning import chips
 
 HLO = """
 HloModule jit_step
@@ -53,13 +53,13 @@ def test_methods_that_refresh_or_evaluate_at_each_step_are_not_compared() -> Non
     [
         (["--optimizer", "lino"], "did you mean 'lion'"),
         (["--optimizer", "apollo", "--rank", "5000"], "rank must be between 1 and 4096"),
-        (["--optimizer", "lion"], r"pip install 'memopt\[aot\]'"),
+        (["--optimizer", "lion"], r"pip install 'memopt\[plan\]'"),
     ],
 )
 def test_bad_input_ends_with_one_sentence(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(chips, "_versions", lambda *packages: [])
     with pytest.raises(SystemExit, match=message):
         traffic.main(arguments)
 

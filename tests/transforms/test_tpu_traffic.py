@@ -1,4 +1,4 @@
-"""Bytes a step moves on a TPU v5e, by its own compiler; needs the extra `aot`, but no TPU."""
+"""Bytes a step moves on a TPU v5e, by its own compiler; needs the extra `plan`, but no TPU."""
 
 import pytest
 

@@ -25,7 +25,15 @@ from memopt.state.quantized_params import (
 )
 from memopt.training.measure import Measure, Measured, check_measure, measured_metrics, sum_measured
 from memopt.training.release.per_parameter_update import PerParameterUpdate
-from memopt.training.step import Batch, Metrics, TrainState, cut_batch, finish_step
+from memopt.training.step import (
+    UPDATE,
+    WEIGHTS,
+    Batch,
+    Metrics,
+    TrainState,
+    cut_batch,
+    finish_step,
+)
 from memopt.transforms.microbatches import sum_microbatches
 from memopt.transforms.skip_nonfinite import skips_matrices
 from memopt.trees import leaf_name
@@ -303,6 +311,7 @@ class _ReleaseStep:
         pairs = zip(carry.state, self.optimizer.axes, strict=True)
         return carry._replace(params=params, state=[None if a is None else s for s, a in pairs])
 
+    @jax.named_scope(UPDATE)
     def _update(self, carry: _Carry, gradients: Leaves, layer: Array | None) -> _Carry:
         """Updates some parameters and their state in place."""
         optimizer, before, layered = self.optimizer, carry.finite, layer is not None
@@ -413,6 +422,7 @@ class _ReleaseStep:
         tokens = 1 if self.accumulation == 1 else self.tokens
         return {i: (g / tokens).astype(self.like[i].dtype) for i, g in gradients.items()}
 
+    @jax.named_scope(WEIGHTS)
     def _load(self, stored: Any, leaves: Sequence[int], layer: Array | None = None) -> Leaves:
         """Dequantises some parameters for the model; a layer as a stack of one."""
         part = {i: read_layer(stored[i], layer, 0) for i in leaves}

@@ -1,0 +1,281 @@
+r"""Ask a chip's compiler whether a training step fits, on a machine without the chip.
+
+The step is the one that memopt pretrain and finetune run with the same options. It is compiled for
+the chip by the chip's own compiler (pip install 'memopt[plan]' for TPUs, 'memopt[plan-gpu]' for
+GPUs); nothing is allocated or run. Compilers take seconds for small models and minutes for large
+ones; what they say is kept, so that the same question is answered at once.
+
+Examples:
+  memopt plan --model 7b --optimizer apollo_mini --chip v5e --mesh fsdp=16
+  memopt plan --model 7b --optimizer adafactor --chip rtx4090 --release --weights int8
+  memopt plan --model path/to/SmolLM-135M --chip h100 --batch-size 64 --seq-len 1024
+  memopt plan --model 7b --optimizer lion --chip v5p --fit batch-size
+  memopt plan --model 7b --chip rtx4090 --fit optimizer --optimizers adafactor apollo_mini
+  memopt plan --model my_model:describe --optimizer my_optimizer:make --chip v6e
+"""
+
+import dataclasses
+import json
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
+
+import jax
+import optax
+import tyro
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from tyro import conf
+
+from memopt.cli.errors import fail
+from memopt.cli.listing import make_console
+from memopt.models.config import Remat
+from memopt.planning.plan import Plan, plan
+from memopt.training.config import DType, State, Weights
+
+#: The parts of the peak: their fields, what they are called, and how the bar shows them.
+PARTS = (
+    ("parameter_bytes", "weights", "█", "blue"),
+    ("state_bytes", "optimizer state", "▓", "magenta"),
+    ("gradient_bytes", "gradients", "▒", "yellow"),
+    ("activation_bytes", "activations", "░", "green"),
+    ("temporary_bytes", "temporaries", "▚", "red"),
+)
+
+#: Columns of the bar.
+WIDTH = 72
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `memopt plan`.
+
+    Attributes:
+        model: A preset, such as 7b; a directory with a run or a Hugging Face model, of which only
+            the config is read; or MODULE:FUNCTION, a function that returns (parameters, loss,
+            batch) of your own model, see docs/plan.md.
+        optimizer: A name that `memopt optimizers` lists; or MODULE:FUNCTION, a function that
+            returns an Optax transformation.
+        option: Argument of the optimizer, such as rank=128.
+        chip: A TPU: v4, v5e, v5p, v6e, tpu7x; a GPU: a100-40, a100-80, h100, h200, b200, l40s,
+            rtx3090, rtx4090, rtx5090; or cpu, this machine.
+        mesh: Arrangement of the devices, such as data=2,fsdp=4; one device if not given.
+        batch_size: Rows of a batch, over all devices and micro-batches; by default one row for each
+            part that the mesh splits a micro-batch into.
+        seq_len: Tokens of a row; by default 2048, or as many as the model accepts.
+        accumulation: Micro-batches that a batch is worked through in.
+        release: Update each block while the backward pass runs, so that all gradients are never
+            there.
+        weights: Store matrices in fewer bits.
+        state: Store the optimizer's state in fewer bits.
+        dtype: Type of parameters and activations; by default bfloat16, and float32 for a CPU.
+        remat: What the backward pass computes again: nothing, all but matmuls, or all inside a
+            block; by default all, and nothing with --release, which computes blocks again anyway.
+        vocab_size: Token ids of the model, if not those of its preset.
+        num_layers: Layers of the model, if not those of its preset.
+        cache: Keep what the compiler says in ~/.cache/memopt/plan, and look there first.
+        json: Print one JSON object.
+        fit: Search for what fits: the largest batch-size; the smallest mesh of the axis fsdp, for
+            --batch-size; or plan every optimizer, with weights and state as they are and in int8,
+            released and not, as far as these are not given.
+        optimizers: The optimizers to plan with --fit optimizer; by default all of memopt.
+        processes: How many compile at a time with --fit optimizer; each may take gigabytes.
+    """
+
+    model: Annotated[str, conf.arg(metavar="NAME|DIRECTORY|MODULE:FUNCTION")]
+    optimizer: Annotated[str, conf.arg(metavar="NAME|MODULE:FUNCTION")] = "apollo_mini"
+    option: Annotated[tuple[str, ...], conf.UseAppendAction, conf.arg(metavar="NAME=VALUE")] = ()
+    chip: str = "v5e"
+    mesh: Annotated[str | None, conf.arg(metavar="AXIS=SIZE,...")] = None
+    batch_size: Annotated[int | None, conf.arg(metavar="INT")] = None
+    seq_len: Annotated[int | None, conf.arg(metavar="INT")] = None
+    accumulation: int = 1
+    release: bool = False
+    weights: Weights | None = None
+    state: State | None = None
+    dtype: DType | None = None
+    remat: Remat | None = None
+    vocab_size: Annotated[int | None, conf.arg(metavar="INT")] = None
+    num_layers: Annotated[int | None, conf.arg(metavar="INT")] = None
+    cache: bool = True
+    json: bool = False
+    fit: Literal["batch-size", "mesh", "optimizer"] | None = None
+    optimizers: Annotated[tuple[str, ...], conf.arg(metavar="NAME ...")] = ()
+    processes: int = 1
+
+    def arguments(self) -> dict[str, Any]:
+        """These options as arguments of `memopt.plan`.
+
+        Raises:
+            ValueError: There is no such module or function, or it returns something else.
+        """
+        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("json", "fit", "optimizers", "processes"):
+            del named[name]
+        for name in ("option", "vocab_size", "num_layers"):
+            if not named[name]:
+                del named[name]
+        if ":" in self.optimizer:
+            named["optimizer"] = own_optimizer(self.optimizer)
+        if ":" in self.model:
+            del named["model"]
+            named |= own_model(self.model)
+        return named
+
+
+def plan_command(arguments: list[str]) -> None:
+    """Runs `memopt plan` with these arguments."""
+    options = tyro.cli(Options, prog="memopt plan", description=__doc__, args=arguments)
+    try:
+        if options.fit:
+            from memopt.cli.fit import search  # which shows plans
+
+            return search(options)
+        with _progress() as progress:
+            found = plan(**options.arguments(), progress=progress)
+    except (ValueError, ImportError, OSError) as error:
+        fail(error)
+    except jax.errors.JaxRuntimeError as error:
+        fail(f"the compiler failed: {str(error).splitlines()[0]}", exit_code=1)
+    if options.json:
+        print(json.dumps(found.to_json()))
+    else:
+        show(found, make_console())
+
+
+def load(name: str) -> Any:
+    """Returns what MODULE:FUNCTION names; modules of the working directory are found, too.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{name!r} must be MODULE:FUNCTION, of a module to import: {error}."
+        ) from error
+
+
+def own_optimizer(name: str) -> optax.GradientTransformation:
+    """Returns the optimizer that a function named MODULE:FUNCTION returns."""
+    tx = load(name)()
+    if not isinstance(tx, optax.GradientTransformation):
+        raise ValueError(
+            f"optimizer {name!r} must return an Optax transformation, got {type(tx).__name__}."
+        )
+    return tx
+
+
+def own_model(name: str) -> dict[str, Any]:
+    """Returns what a function named MODULE:FUNCTION returns, as arguments of `memopt.plan`."""
+    found = load(name)()
+    if not (isinstance(found, tuple) and len(found) == 3):
+        raise ValueError(
+            f"model {name!r} must return (parameters, loss, batch), got {type(found).__name__}."
+        )
+    return dict(zip(("params", "loss", "batch"), found, strict=True))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Shows on stderr what is worked on, and for how long."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("")
+        yield lambda line: bar.update(task, description=line)
+
+
+def show(found: Plan, console: Console) -> None:
+    """Prints a plan: whether it fits, the parts of the peak, the largest arrays, what moves."""
+    where = f"{found.devices} × {found.chip}" if found.devices > 1 else found.chip
+    console.print(f"{found.model} with {found.optimizer} on {where}: {_verdict(found)}")
+    console.print(
+        f"compiled for {found.compiled_for} by {found.compiler}; bytes are those of one device"
+    )
+    console.print(bar(found, WIDTH))
+    parts = Table(box=None, pad_edge=False, show_header=False)
+    for justify in ("left", "left", "right", "right"):
+        parts.add_column(justify=justify)
+    for field, name, fill, color in PARTS:
+        size = getattr(found, field)
+        share = f"{100 * size / found.peak_bytes:.0f}%"
+        parts.add_row(Text(fill, color), name, shown(size), share)
+    parts.add_row("", "peak", shown(found.peak_bytes), "")
+    console.print(parts)
+    if found.largest:
+        console.print("largest temporaries at the peak")
+        console.print(_largest(found))
+    if found.traffic_bytes is not None:
+        console.print(f"traffic      {shown(found.traffic_bytes)} read and written a step")
+    if found.collectives:
+        moved = ", ".join(
+            f"{kind} {shown(one['bytes'])} in {one['count']}"
+            for kind, one in found.collectives.items()
+        )
+        console.print(f"collectives  {moved}, a step")
+    for note in found.notes:
+        console.print(f"note         {note}")
+    if found.command:
+        console.print(f"to run it    {found.command}", soft_wrap=True)
+
+
+def _verdict(found: Plan) -> str:
+    sizes = f"{shown(found.peak_bytes)} of {shown(found.limit_bytes)}"
+    if found.fits:
+        return f"fits, {sizes}, {shown(found.margin_bytes)} left"
+    short = f", {shown(-found.margin_bytes)} short" if found.margin_bytes < 0 else ""
+    return f"DOES NOT FIT, {sizes}{short}"
+
+
+def shown(size: int) -> str:
+    """A number of bytes in GiB, or in MiB if it is small.
+
+    Example:
+        >>> shown(3 * 2**29), shown(3 * 2**19)
+        ('1.50 GiB', '1.50 MiB')
+    """
+    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.2f} MiB"
+
+
+def bar(found: Plan, width: int) -> Text:
+    """Draws the parts of the peak as a bar; │ is the chip's limit.
+
+    Args:
+        found: The plan.
+        width: Columns of the larger of the two, peak and limit.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> sizes = dict.fromkeys((field for field, *_ in PARTS), 1)
+        >>> print(bar(SimpleNamespace(peak_bytes=5, limit_bytes=10, **sizes), 20))
+        ██▓▓▒▒░░▚▚··········│
+        >>> print(bar(SimpleNamespace(peak_bytes=5, limit_bytes=4, **sizes), 20))
+        ████▓▓▓▓▒▒▒▒░░░░│▚▚▚▚
+    """
+    whole = max(found.peak_bytes, found.limit_bytes)
+    cells: list[tuple[str, str]] = []
+    end = 0
+    for field, _, fill, color in PARTS:
+        end += getattr(found, field)
+        cells += [(fill, color)] * (round(width * end / whole) - len(cells))
+    cells += [("·", "dim")] * (width - len(cells))
+    cells.insert(round(width * found.limit_bytes / whole), ("│", "bold"))
+    return Text.assemble(*cells)
+
+
+def _largest(found: Plan) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("bytes", "array", "line", "operation"):
+        table.add_column(column, justify="right" if column == "bytes" else "left", overflow="fold")
+    for one in found.largest:
+        op = one.op if one.op.startswith("copy of ") else one.op.rpartition("/")[2]
+        table.add_row(shown(one.bytes), one.shape, one.source, op)
+    return table

@@ -1,0 +1,177 @@
+"""Compiles a step, and keeps what its compiler says of memory, traffic and collectives."""
+
+import collections
+import contextlib
+import dataclasses
+import math
+import re
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from memopt.models.stacked import BLOCKS
+from memopt.planning import hlo
+from memopt.planning.buffers import Buffer, at_peak, read_files
+from memopt.state.quantized_params import is_quantized
+from memopt.training.step import UPDATE, WEIGHTS
+
+#: The name of the operation with which `jax.lax.scan` reads a layer of a stack.
+LAYER = "jit(dynamic_index_in_dim)"
+
+#: How many of the largest temporary arrays are reported.
+LARGEST = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class CompilerReport:
+    """A compiler's words on a program, for one device; JSON-serialisable by `dataclasses.asdict`.
+
+    Attributes:
+        argument_bytes: What the program reads.
+        output_bytes: What it returns.
+        alias_bytes: The part of `output_bytes` that is stored in place of donated arguments.
+        temporary_bytes: What it allocates while it runs.
+        program_bytes: The program itself, where it is in the device's memory.
+        gradient_bytes: Of the temporaries at the peak, the gradients, see `kind_of`.
+        activation_bytes: Of the temporaries at the peak, what else the forward and backward pass
+            make.
+        largest: The largest temporaries at the peak; none if the compiler wrote no record of them.
+        traffic_bytes: Bytes that the program reads and writes in memory, by the compiler's cost
+            analysis; None where it has none, as for GPUs.
+        collectives: {kind: {"bytes": bytes moved, "count": number of runs}} of a step between two
+            refreshes of a subspace; None if a loop does not tell how often it turns.
+        refresh_collectives: Those of a step that refreshes.
+    """
+
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    temporary_bytes: int
+    program_bytes: int
+    gradient_bytes: int
+    activation_bytes: int
+    largest: tuple[Buffer, ...]
+    traffic_bytes: int | None
+    collectives: dict[str, dict[str, int]] | None
+    refresh_collectives: dict[str, dict[str, int]] | None
+
+    @property
+    def peak_bytes(self) -> int:
+        """Arguments, results and temporaries, less what is donated."""
+        return self.argument_bytes + self.output_bytes + self.temporary_bytes - self.alias_bytes
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "CompilerReport":
+        """Inverts `dataclasses.asdict`, also of values that went through JSON."""
+        return cls(**values | {"largest": tuple(Buffer(**one) for one in values["largest"])})
+
+
+def compile_report(lowered: jax.stages.Lowered, params: Any) -> CompilerReport:
+    """Compiles a lowered training step and reads the compiler's records.
+
+    Args:
+        lowered: The step; its devices decide the compiler.
+        params: The parameters, with shardings; their shapes tell gradients from activations.
+
+    Raises:
+        jax.errors.JaxRuntimeError: The step does not fit the device ("RESOURCE_EXHAUSTED").
+    """
+    with tempfile.TemporaryDirectory() as directory, _without_cache():
+        options: dict[str, str | bool] = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(options)
+        files = read_files(Path(directory))
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    if memory is None:
+        raise RuntimeError("the compiler reports no memory.")
+    held = at_peak(files) if files else []
+    shapes = parameter_shapes(params)
+    sums: dict[str, int] = collections.Counter()
+    for one in held:
+        sums[kind_of(one, shapes)] += one.bytes
+    traffic = cost.get("bytes accessed")
+    text = files.text if files else hlo.text(compiled)
+    return CompilerReport(
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        program_bytes=memory.generated_code_size_in_bytes,
+        gradient_bytes=sums["gradient"],
+        activation_bytes=sums["activation"],
+        largest=tuple(held[:LARGEST]),
+        traffic_bytes=None if traffic is None else int(traffic),
+        collectives=_collectives(text, refresh=False),
+        refresh_collectives=_collectives(text, refresh=True),
+    )
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Compiles anew: a program from JAX's persistent cache comes without records."""
+    before = jax.config.read("jax_enable_compilation_cache")
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # or JAX goes by what it found at its first compilation
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def parameter_shapes(params: Any) -> set[tuple[int, ...]]:
+    """The shapes of parameters, whole and on a device, and those of a layer of them, simplified."""
+    found: set[tuple[int, ...]] = set()
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
+    for path, leaf in leaves:
+        stored = leaf.codes if is_quantized(leaf) else leaf
+        stacked = getattr(path[0], "key", None) == BLOCKS if path else False
+        # A gradient is whole until it is summed over the devices and split.
+        for shape in (leaf.shape, stored.sharding.shard_shape(leaf.shape)):
+            found |= {simplified(shape)} | ({simplified(shape[1:])} if stacked else set())
+    return found
+
+
+def simplified(shape: Iterable[int]) -> tuple[int, ...]:
+    """A shape in any order of its axes, without those of length 1."""
+    return tuple(sorted(n for n in shape if n != 1))
+
+
+def kind_of(one: Buffer, shapes: Collection[tuple[int, ...]]) -> str:
+    """Returns "gradient", "activation" or "temporary" for a temporary array of a training step.
+
+    What the update makes is temporary, and so are weights as the model reads them. Of the rest,
+    what has the shape of a parameter is a gradient, and everything else an activation.
+
+    Args:
+        one: The array.
+        shapes: `parameter_shapes` of the parameters.
+
+    Example:
+        >>> kind = lambda shape, op: kind_of(Buffer(2048, shape, op, ""), {(32, 32)})
+        >>> kind("bf16[1,32,32]", "transpose(jvp())/while/body/dot_general")
+        'gradient'
+        >>> kind("bf16[1,32,64]", "jvp()/while/body/dot_general")
+        'activation'
+        >>> kind("bf16[1,32,32]", "update/mul")
+        'temporary'
+    """
+    found = re.fullmatch(r"\w+\[([\d,]*)\]", one.shape)
+    dims = [int(n) for n in found[1].split(",") if n] if found else []
+    is_own = one.op.startswith(("compiler: ", "copy of "))
+    if is_own or {UPDATE, WEIGHTS, LAYER} & set(one.op.split("/")):
+        return "temporary"
+    if math.prod(dims) == 1 or simplified(dims) not in shapes:
+        return "activation"
+    is_forward = "jvp(" in one.op and "transpose(" not in one.op
+    return "temporary" if is_forward else "gradient"
+
+
+def _collectives(text: str, *, refresh: bool) -> dict[str, dict[str, int]] | None:
+    try:
+        return hlo.by_kind(hlo.collectives(text, refresh=refresh)) if text else None
+    except ValueError:  # a loop does not say how often it turns
+        return None
