@@ -112,13 +112,14 @@ def compile_report(lowered: jax.stages.Lowered, params: Any) -> CompilerReport:
 @contextlib.contextmanager
 def _without_cache() -> Iterator[None]:
     """Compiles anew: a program from JAX's persistent cache comes without records."""
-    before = jax.config.read("jax_enable_compilation_cache")
+    config: Any = jax.config  # whose types leave this option out
+    before = config.jax_enable_compilation_cache
     try:
-        jax.config.update("jax_enable_compilation_cache", False)
+        config.update("jax_enable_compilation_cache", False)
         compilation_cache.reset_cache()  # or JAX goes by what it found at its first compilation
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
+        config.update("jax_enable_compilation_cache", before)
         compilation_cache.reset_cache()
 
 
