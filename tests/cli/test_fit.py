@@ -82,16 +82,7 @@ def test_optimizers_with_every_storage_and_the_reasons_why_some_cannot_be_planne
 
 
 def test_what_is_given_restricts_the_table(capsys):
-    words = [
-        "--fit",
-        "optimizer",
-        "--optimizers",
-        "lion",
-        "--release",
-        "--weights",
-        "int8",
-        "--json",
-    ]
+    words = ["--fit", "optimizer", "--optimizers", "lion", "--release", "--weights", "int8", "--json"]
     rows = json.loads(run(capsys, *words))
     assert [(row["state"], row["weights"], row["release"]) for row in rows] == [
         (None, "int8", True),
