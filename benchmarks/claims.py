@@ -210,6 +210,7 @@ CLAIMS = (
 #: Tables with numbers that nobody measures: what stands there instead, by page and first columns.
 NOT_MEASURED = {
     "docs/combinations.md": {"combination | what holds": "definitions"},
+    "docs/controllers.md": {"column |": "fields of a file", "| | by default": "options of a class"},
     "docs/convergence.md": {"optimizers | default learning rate": "the registry, and `CLAIMS`"},
     "docs/design.md": {"floor | room": "`tests/test_rooms.py`"},
     "docs/device.md": {"piece | measured": "sizes that `benchmarks.device` measures"},

@@ -82,8 +82,8 @@ def test_optimizers_with_every_storage_and_the_reasons_why_some_cannot_be_planne
 
 
 def test_what_is_given_restricts_the_table(capsys):
-    words = ["--fit", "optimizer", "--optimizers", "lion", "--release", "--weights", "int8", "--json"]
-    rows = json.loads(run(capsys, *words))
+    method = ["--optimizers", "lion", "--release", "--weights", "int8"]
+    rows = json.loads(run(capsys, "--fit", "optimizer", *method, "--json"))
     assert [(row["state"], row["weights"], row["release"]) for row in rows] == [
         (None, "int8", True),
         ("int8", "int8", True),

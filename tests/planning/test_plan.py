@@ -86,10 +86,14 @@ def test_the_peak_is_that_of_the_step_of_a_run(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"optimizer": "apollo_mini", "mesh": "data=2,fsdp=2", "batch_size": 8, "accumulation": 2},
-        {"optimizer": "lion", "release": True, "weights": "int8", "state": "int8"},
+        {"optimizer": "lion", "mesh": "data=2,fsdp=2", "batch_size": 8, "accumulation": 2},
+        {"optimizer": "lion", "release": True},
+        pytest.param(
+            {"optimizer": "apollo_mini", "release": True, "weights": "int8", "state": "int8"},
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["ordinary", "released"],
+    ids=["ordinary", "released", "quantised"],
 )
 def test_the_peak_is_that_of_the_step_that_the_command_compiles(options):
     found = plan("nano", chip="cpu", seq_len=32, dtype="bfloat16", **options)
