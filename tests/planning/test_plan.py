@@ -365,7 +365,7 @@ def test_a_tpus_compiler_names_what_it_holds(chip, lines):
 
 @pytest.mark.tpu
 def test_a_tpus_compiler_refuses_what_is_too_large():
-    found = plan("350m", optimizer="lion", chip="v5e", seq_len=2048, batch_size=64, num_layers=1)
+    found = plan("350m", optimizer="lion", batch_size=64, num_layers=4, remat="none")
     assert found.compiled_for == "v5p"
     assert not found.fits
     assert found.peak_bytes > found.limit_bytes
@@ -383,7 +383,7 @@ def check(found: Plan, chip: str) -> None:
     assert found.compiled_for == chip
     assert found.fits
     assert sum(getattr(found, f"{part}_bytes") for part in PARTS) == found.peak_bytes
-    assert found.gradient_bytes > 0.5 * found.parameter_bytes
-    assert found.activation_bytes > 0
+    temporaries = found.peak_bytes - found.parameter_bytes - found.state_bytes
+    assert found.gradient_bytes + found.activation_bytes > temporaries / 2
     assert any(one.source.startswith("memopt/models/") for one in found.largest)
     assert found.collectives["all-gather"]["bytes"] > found.parameter_bytes
