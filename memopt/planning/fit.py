@@ -1,0 +1,312 @@
+"""Searches for what fits a chip: the largest batch, the smallest mesh, the optimizers.
+
+Each plan is a compilation, of seconds to minutes. A cache of plans makes a search that was stopped
+continue where it was: call it again.
+"""
+
+import itertools
+import math
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from memopt.errors import check_at_least
+from memopt.models.sharding import BATCH_AXES
+from memopt.optimizers.registry import available
+from memopt.training.placement import parse_mesh
+
+
+class Planned(Protocol):
+    """The part of a plan that a search reads."""
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most bytes that a device holds in a step; None if it is unknown."""
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """The bytes of memory of a device; None if it is unknown."""
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak is within the limit; None if either is unknown."""
+
+
+PlanStep = Callable[..., Planned]
+Report = Callable[[Planned], object]
+
+
+T = TypeVar("T")
+
+
+class Edge(NamedTuple, Generic[T]):
+    """The two neighbours between which a search found that a step ceases to fit.
+
+    That all smaller batches, or larger meshes, fit as well is assumed, not checked: only the plans
+    in `planned` were made.
+
+    Attributes:
+        fits: The largest batch or the smallest mesh that fits; None if none does.
+        exceeds: The next one, which does not fit; None if none is left to try.
+        planned: The plans that were made, by batch size or mesh, in the order they were made.
+    """
+
+    fits: T | None
+    exceeds: T | None
+    planned: Mapping[T, Planned]
+
+
+class Row(NamedTuple):
+    """One configuration of `fit_optimizer`.
+
+    Attributes:
+        options: The optimizer, how state and weights are stored, and whether it is released.
+        plan: Its plan; None if it cannot be planned.
+        refused: The reason why it cannot be planned.
+    """
+
+    options: Mapping[str, Any]
+    plan: Planned | None
+    refused: str = ""
+
+
+def fit_batch_size(
+    plan: PlanStep,
+    *,
+    mesh: str | None = None,
+    accumulation: int = 1,
+    most: int = 2**16,
+    report: Report = lambda plan: None,
+    **options: Any,
+) -> Edge[int]:
+    """Finds the largest batch whose step fits, by bisection.
+
+    The next batch to try is where a line through the peaks of two others reaches the limit; every
+    fourth one halves the range.
+
+    Args:
+        plan: `memopt.plan`, or a function like it.
+        mesh: The mesh. Batches are multiples of the parts that it splits them into.
+        accumulation: Micro-batches of a batch; batches are multiples of it, too.
+        most: The largest batch to try.
+        report: Called with each plan.
+        **options: The other arguments of `plan`.
+
+    Returns:
+        Batch sizes that do and do not fit, a multiple apart.
+
+    Raises:
+        ValueError: If the chip's memory is unknown, or `most` is less than the smallest batch.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> def plan(*, batch_size, **options):  # 3 GB and 2 GB a row
+        ...     peak = 3 + 2 * batch_size
+        ...     return SimpleNamespace(peak_bytes=peak, limit_bytes=16, fits=peak <= 16)
+        >>> edge = fit_batch_size(plan)
+        >>> edge.fits, edge.exceeds, list(edge.planned)
+        (6, 7, [1, 2, 6, 7])
+
+    """
+    sizes = parse_mesh(mesh) if mesh else {}
+    multiple = accumulation * math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
+    check_at_least("most", most, multiple)
+    planned: dict[int, Planned] = {}
+
+    def fits(n: int) -> bool:
+        size = n * multiple
+        planned[size] = plan(batch_size=size, mesh=mesh, accumulation=accumulation, **options)
+        report(planned[size])
+        return _fits(planned[size])
+
+    def guess() -> int | None:
+        margins = [
+            (size, p.limit_bytes - p.peak_bytes)
+            for size, p in planned.items()
+            if p.limit_bytes and p.peak_bytes
+        ]
+        if len(margins) < 2:
+            return None
+        (a, more), (b, less) = sorted(sorted(margins, key=lambda one: abs(one[1]))[:2])
+        return int((a + more * (b - a) / (more - less)) / multiple) if more > less else None
+
+    found = _boundary(fits, guess, most // multiple) * multiple
+    return Edge(found or None, found + multiple if found + multiple in planned else None, planned)
+
+
+def fit_mesh(
+    plan: PlanStep,
+    *,
+    batch_size: int,
+    mesh: str | None = None,
+    accumulation: int = 1,
+    report: Report = lambda plan: None,
+    **options: Any,
+) -> Edge[str]:
+    """Finds the smallest power of two of chips over which a step, sharded by FSDP, fits.
+
+    After a mesh whose peak is k limits, one of k times as many chips is tried.
+
+    Args:
+        plan: `memopt.plan`, or a function like it.
+        batch_size: Rows of a batch, over all chips. The mesh must divide them.
+        mesh: Other axes of the mesh, such as "tensor=2".
+        accumulation: Micro-batches of a batch.
+        report: Called with each plan.
+        **options: The other arguments of `plan`.
+
+    Returns:
+        Meshes that do and do not fit, of which one is twice the other.
+
+    Raises:
+        ValueError: If the chip's memory is unknown, `mesh` has an axis `fsdp`, or it does not
+            divide a micro-batch.
+    """
+    others = parse_mesh(mesh) if mesh else {}
+    if "fsdp" in others:
+        raise ValueError(f"mesh {mesh!r} must leave out fsdp, whose size is searched for.")
+    parts = accumulation * others.get("data", 1)
+    if batch_size % parts:
+        raise ValueError(
+            f"batch_size must be a multiple of {parts} (accumulation × the axis data), got "
+            f"{batch_size}."
+        )
+    rows = batch_size // parts
+    most = (rows & -rows).bit_length()  # powers of two, from 1, that divide the rows
+    planned: dict[str, Planned] = {}
+    name = lambda n: ",".join([*filter(None, [mesh]), f"fsdp={2 ** (n - 1)}"])
+
+    def exceeds(n: int) -> bool:
+        planned[name(n)] = plan(
+            mesh=name(n), batch_size=batch_size, accumulation=accumulation, **options
+        )
+        report(planned[name(n)])
+        return not _fits(planned[name(n)])
+
+    def guess() -> int | None:
+        sizes = [n for n in range(1, most + 1) if name(n) in planned]
+        large = [n for n in sizes if not planned[name(n)].fits and planned[name(n)].peak_bytes]
+        if not large:
+            return None
+        last = planned[name(large[-1])]
+        assert last.peak_bytes
+        assert last.limit_bytes
+        return large[-1] + math.ceil(math.log2(last.peak_bytes / last.limit_bytes))
+
+    found = _boundary(exceeds, guess, most)
+    return Edge(name(found + 1) if found < most else None, name(found) if found else None, planned)
+
+
+def _fits(plan: Planned) -> bool:
+    if plan.fits is None:
+        raise ValueError(
+            "chip must be one whose memory is known and whose compiler is installed, to say what "
+            "fits."
+        )
+    return plan.fits
+
+
+def _boundary(holds: Callable[[int], bool], guess: Callable[[], int | None], most: int) -> int:
+    """Returns the largest of 1, ..., `most` for which a condition holds, or 0.
+
+    It is assumed to hold for all smaller numbers.
+
+    Args:
+        holds: The condition.
+        guess: Returns a number worth trying, or None.
+        most: The largest number.
+    """
+    low, high = 0, most + 1
+    for turn in itertools.count():
+        if high - low == 1:
+            return low
+        halfway = (low + high) // 2 if high <= most else min(2 * low or 1, most)
+        near = guess() if turn % 4 else None  # guesses may be off by one again and again
+        n = halfway if near is None else min(max(near, low + 1), high - 1, 16 * low or 16)
+        if holds(n):
+            low = n
+        else:
+            high = n
+    raise AssertionError("unreachable")
+
+
+#: How `fit_optimizer` stores what, by default, and whether it releases.
+STATES: tuple[str | None, ...] = (None, "int8")
+WEIGHTS: tuple[str | None, ...] = (None, "int8")
+RELEASES = (False, True)
+
+
+def fit_optimizer(
+    plan: PlanStep,
+    *,
+    optimizers: Sequence[str] | None = None,
+    states: Sequence[str | None] = STATES,
+    weights: Sequence[str | None] = WEIGHTS,
+    releases: Sequence[bool] = RELEASES,
+    processes: int = 1,
+    report: Callable[[Row], object] = lambda row: None,
+    **options: Any,
+) -> list[Row]:
+    """Plans optimizers, each with every storage of its state and the weights, released and not.
+
+    Args:
+        plan: `memopt.plan`, or a function like it.
+        optimizers: Names in `memopt.available()`; None: all of memopt's own.
+        states: How the state is stored, see `memopt.quantize_state`; None: as the method does.
+        weights: How weights are stored, see `memopt.quantize_params`; None: in the plan's `dtype`.
+        releases: Whether each block is updated while the backward pass runs.
+        processes: How many compile at a time. Each compilation of 7B takes gigabytes.
+        report: Called with each row when it is planned.
+        **options: The other arguments of `plan`.
+
+    Returns:
+        The rows: first those that fit, by their peak, then those that do not, then those that
+        cannot be planned.
+
+    Raises:
+        ValueError: If none can be planned; with the reason of the first.
+    """
+    check_at_least("processes", processes, 1)
+    names = available("memopt") if optimizers is None else optimizers
+    chosen = [
+        {"optimizer": name, "state": state, "weights": stored, "release": release}
+        for name, state, stored, release in itertools.product(names, states, weights, releases)
+    ]
+    rows = []
+    for row in _all_planned(plan, chosen, options, processes):
+        report(row)
+        rows.append(row)
+    if all(row.plan is None for row in rows):
+        raise ValueError(rows[0].refused)
+    return sorted(rows, key=_rank)
+
+
+def _all_planned(
+    plan: PlanStep, chosen: Sequence[Mapping[str, Any]], options: Mapping[str, Any], processes: int
+) -> Iterator[Row]:
+    """The rows as they are planned."""
+    if processes == 1:
+        yield from (_row(plan, one, options) for one in chosen)
+        return
+    # JAX's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        futures = [pool.submit(_row, plan, one, options) for one in chosen]
+        try:
+            yield from (future.result() for future in as_completed(futures))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _row(plan: PlanStep, chosen: Mapping[str, Any], options: Mapping[str, Any]) -> Row:
+    try:
+        return Row(chosen, plan(**chosen, **options))
+    except ValueError as error:  # such as a method that cannot be released
+        return Row(chosen, None, str(error))
+
+
+def _rank(row: Row) -> tuple[int, int]:
+    if row.plan is None:
+        return 2, 0
+    return int(not row.plan.fits), row.plan.peak_bytes or 0
