@@ -1,41 +1,28 @@
 """Searches for what fits a chip: the largest batch, the smallest mesh, the optimizers.
 
-Each plan is a compilation, of seconds to minutes. A cache of plans makes a search that was stopped
-continue where it was: call it again.
+Each plan is a compilation, of seconds to minutes. Compilers' answers are cached: a search that was
+stopped continues where it was when it is called again.
 """
 
+import functools
 import itertools
 import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from memopt.errors import check_at_least
 from memopt.models.sharding import BATCH_AXES
 from memopt.optimizers.registry import available
+from memopt.planning.plan import Plan, plan
 from memopt.training.placement import parse_mesh
 
+PlanStep = Callable[..., Plan]
+Report = Callable[[Plan], object]
 
-class Planned(Protocol):
-    """The part of a plan that a search reads."""
-
-    @property
-    def peak_bytes(self) -> int | None:
-        """The most bytes that a device holds in a step; None if it is unknown."""
-
-    @property
-    def limit_bytes(self) -> int | None:
-        """The bytes of memory of a device; None if it is unknown."""
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether the peak is within the limit; None if either is unknown."""
-
-
-PlanStep = Callable[..., Planned]
-Report = Callable[[Planned], object]
-
+#: `memopt.plan`, which answers from the cache if it can.
+cached_plan: PlanStep = functools.partial(plan, cache=True)
 
 T = TypeVar("T")
 
@@ -54,7 +41,7 @@ class Edge(NamedTuple, Generic[T]):
 
     fits: T | None
     exceeds: T | None
-    planned: Mapping[T, Planned]
+    planned: Mapping[T, Plan]
 
 
 class Row(NamedTuple):
@@ -67,13 +54,13 @@ class Row(NamedTuple):
     """
 
     options: Mapping[str, Any]
-    plan: Planned | None
+    plan: Plan | None
     refused: str = ""
 
 
 def fit_batch_size(
-    plan: PlanStep,
     *,
+    plan: PlanStep = cached_plan,
     mesh: str | None = None,
     accumulation: int = 1,
     most: int = 2**16,
@@ -86,7 +73,7 @@ def fit_batch_size(
     fourth one halves the range.
 
     Args:
-        plan: `memopt.plan`, or a function like it.
+        plan: A function like `memopt.plan`, which it is by default, with its cache.
         mesh: The mesh. Batches are multiples of the parts that it splits them into.
         accumulation: Micro-batches of a batch; batches are multiples of it, too.
         most: The largest batch to try.
@@ -97,14 +84,14 @@ def fit_batch_size(
         Batch sizes that do and do not fit, a multiple apart.
 
     Raises:
-        ValueError: If the chip's memory is unknown, or `most` is less than the smallest batch.
+        ValueError: If `most` is less than the smallest batch.
 
     Example:
         >>> from types import SimpleNamespace
-        >>> def plan(*, batch_size, **options):  # 3 GB and 2 GB a row
-        ...     peak = 3 + 2 * batch_size
-        ...     return SimpleNamespace(peak_bytes=peak, limit_bytes=16, fits=peak <= 16)
-        >>> edge = fit_batch_size(plan)
+        >>> def plan(*, batch_size, **options):  # 3 GB and 2 GB a row, of 16 GB
+        ...     margin = 16 - 3 - 2 * batch_size
+        ...     return SimpleNamespace(margin_bytes=margin, fits=margin >= 0)
+        >>> edge = fit_batch_size(plan=plan)
         >>> edge.fits, edge.exceeds, list(edge.planned)
         (6, 7, [1, 2, 6, 7])
 
@@ -112,20 +99,16 @@ def fit_batch_size(
     sizes = parse_mesh(mesh) if mesh else {}
     multiple = accumulation * math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
     check_at_least("most", most, multiple)
-    planned: dict[int, Planned] = {}
+    planned: dict[int, Plan] = {}
 
     def fits(n: int) -> bool:
         size = n * multiple
         planned[size] = plan(batch_size=size, mesh=mesh, accumulation=accumulation, **options)
         report(planned[size])
-        return _fits(planned[size])
+        return planned[size].fits
 
     def guess() -> int | None:
-        margins = [
-            (size, p.limit_bytes - p.peak_bytes)
-            for size, p in planned.items()
-            if p.limit_bytes and p.peak_bytes
-        ]
+        margins = [(size, found.margin_bytes) for size, found in planned.items()]
         if len(margins) < 2:
             return None
         (a, more), (b, less) = sorted(sorted(margins, key=lambda one: abs(one[1]))[:2])
@@ -136,8 +119,8 @@ def fit_batch_size(
 
 
 def fit_mesh(
-    plan: PlanStep,
     *,
+    plan: PlanStep = cached_plan,
     batch_size: int,
     mesh: str | None = None,
     accumulation: int = 1,
@@ -149,7 +132,7 @@ def fit_mesh(
     After a mesh whose peak is k limits, one of k times as many chips is tried.
 
     Args:
-        plan: `memopt.plan`, or a function like it.
+        plan: A function like `memopt.plan`, which it is by default, with its cache.
         batch_size: Rows of a batch, over all chips. The mesh must divide them.
         mesh: Other axes of the mesh, such as "tensor=2".
         accumulation: Micro-batches of a batch.
@@ -160,8 +143,7 @@ def fit_mesh(
         Meshes that do and do not fit, of which one is twice the other.
 
     Raises:
-        ValueError: If the chip's memory is unknown, `mesh` has an axis `fsdp`, or it does not
-            divide a micro-batch.
+        ValueError: If `mesh` has an axis `fsdp`, or does not divide a micro-batch.
     """
     others = parse_mesh(mesh) if mesh else {}
     if "fsdp" in others:
@@ -174,7 +156,7 @@ def fit_mesh(
         )
     rows = batch_size // parts
     most = (rows & -rows).bit_length()  # powers of two, from 1, that divide the rows
-    planned: dict[str, Planned] = {}
+    planned: dict[str, Plan] = {}
     name = lambda n: ",".join([*filter(None, [mesh]), f"fsdp={2 ** (n - 1)}"])
 
     def exceeds(n: int) -> bool:
@@ -182,29 +164,18 @@ def fit_mesh(
             mesh=name(n), batch_size=batch_size, accumulation=accumulation, **options
         )
         report(planned[name(n)])
-        return not _fits(planned[name(n)])
+        return not planned[name(n)].fits
 
     def guess() -> int | None:
         sizes = [n for n in range(1, most + 1) if name(n) in planned]
-        large = [n for n in sizes if not planned[name(n)].fits and planned[name(n)].peak_bytes]
+        large = [n for n in sizes if not planned[name(n)].fits]
         if not large:
             return None
         last = planned[name(large[-1])]
-        assert last.peak_bytes
-        assert last.limit_bytes
-        return large[-1] + math.ceil(math.log2(last.peak_bytes / last.limit_bytes))
+        return large[-1] + math.ceil(math.log2(1 - last.margin_bytes / last.limit_bytes))
 
     found = _boundary(exceeds, guess, most)
     return Edge(name(found + 1) if found < most else None, name(found) if found else None, planned)
-
-
-def _fits(plan: Planned) -> bool:
-    if plan.fits is None:
-        raise ValueError(
-            "chip must be one whose memory is known and whose compiler is installed, to say what "
-            "fits."
-        )
-    return plan.fits
 
 
 def _boundary(holds: Callable[[int], bool], guess: Callable[[], int | None], most: int) -> int:
@@ -238,8 +209,8 @@ RELEASES = (False, True)
 
 
 def fit_optimizer(
-    plan: PlanStep,
     *,
+    plan: PlanStep = cached_plan,
     optimizers: Sequence[str] | None = None,
     states: Sequence[str | None] = STATES,
     weights: Sequence[str | None] = WEIGHTS,
@@ -251,7 +222,7 @@ def fit_optimizer(
     """Plans optimizers, each with every storage of its state and the weights, released and not.
 
     Args:
-        plan: `memopt.plan`, or a function like it.
+        plan: A function like `memopt.plan`, which it is by default, with its cache.
         optimizers: Names in `memopt.available()`; None: all of memopt's own.
         states: How the state is stored, see `memopt.quantize_state`; None: as the method does.
         weights: How weights are stored, see `memopt.quantize_params`; None: in the plan's `dtype`.
@@ -309,4 +280,4 @@ def _row(plan: PlanStep, chosen: Mapping[str, Any], options: Mapping[str, Any]) 
 def _rank(row: Row) -> tuple[int, int]:
     if row.plan is None:
         return 2, 0
-    return int(not row.plan.fits), row.plan.peak_bytes or 0
+    return int(not row.plan.fits), row.plan.peak_bytes
