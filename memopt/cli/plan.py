@@ -9,6 +9,8 @@ Examples:
   memopt plan --model 7b --optimizer apollo_mini --chip v5e --mesh fsdp=16
   memopt plan --model 7b --optimizer adafactor --chip rtx4090 --release --weights int8
   memopt plan --model path/to/SmolLM-135M --chip h100 --batch-size 64 --seq-len 1024
+  memopt plan --model 7b --optimizer lion --chip v5p --fit batch-size
+  memopt plan --model 7b --chip rtx4090 --fit optimizer --optimizers adafactor apollo_mini
   memopt plan --model my_model:describe --optimizer my_optimizer:make --chip v6e
 """
 
@@ -19,7 +21,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import optax
@@ -78,6 +80,11 @@ class Options:
         num_layers: Layers of the model, if not those of its preset.
         cache: Keep what the compiler says in ~/.cache/memopt/plan, and look there first.
         json: Print one JSON object.
+        fit: Search for what fits: the largest batch-size; the smallest mesh of the axis fsdp, for
+            --batch-size; or plan every optimizer, with weights and state as they are and in int8,
+            released and not, as far as these are not given.
+        optimizers: The optimizers to plan with --fit optimizer; by default all of memopt.
+        processes: How many compile at a time with --fit optimizer; each may take gigabytes.
     """
 
     model: Annotated[str, conf.arg(metavar="NAME|DIRECTORY|MODULE:FUNCTION")]
@@ -97,6 +104,9 @@ class Options:
     num_layers: Annotated[int | None, conf.arg(metavar="INT")] = None
     cache: bool = True
     json: bool = False
+    fit: Literal["batch-size", "mesh", "optimizer"] | None = None
+    optimizers: Annotated[tuple[str, ...], conf.arg(metavar="NAME ...")] = ()
+    processes: int = 1
 
     def arguments(self) -> dict[str, Any]:
         """These options as arguments of `memopt.plan`.
@@ -105,7 +115,8 @@ class Options:
             ValueError: There is no such module or function, or it returns something else.
         """
         named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del named["json"]
+        for name in ("json", "fit", "optimizers", "processes"):
+            del named[name]
         for name in ("option", "vocab_size", "num_layers"):
             if not named[name]:
                 del named[name]
@@ -121,6 +132,10 @@ def plan_command(arguments: list[str]) -> None:
     """Runs `memopt plan` with these arguments."""
     options = tyro.cli(Options, prog="memopt plan", description=__doc__, args=arguments)
     try:
+        if options.fit:
+            from memopt.cli.fit import search  # which shows plans
+
+            return search(options)
         with _progress() as progress:
             found = plan(**options.arguments(), progress=progress)
     except (ValueError, ImportError, OSError) as error:

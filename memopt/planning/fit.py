@@ -204,7 +204,7 @@ def _boundary(holds: Callable[[int], bool], guess: Callable[[], int | None], mos
 
 #: How `fit_optimizer` stores what, by default, and whether it releases.
 STATES: tuple[str | None, ...] = (None, "int8")
-WEIGHTS: tuple[str | None, ...] = (None, "int8")
+STORAGES: tuple[str | None, ...] = (None, "int8")
 RELEASES = (False, True)
 
 
@@ -213,7 +213,7 @@ def fit_optimizer(
     plan: PlanStep = cached_plan,
     optimizers: Sequence[str] | None = None,
     states: Sequence[str | None] = STATES,
-    weights: Sequence[str | None] = WEIGHTS,
+    storages: Sequence[str | None] = STORAGES,
     releases: Sequence[bool] = RELEASES,
     processes: int = 1,
     report: Callable[[Row], object] = lambda row: None,
@@ -225,7 +225,7 @@ def fit_optimizer(
         plan: A function like `memopt.plan`, which it is by default, with its cache.
         optimizers: Names in `memopt.available()`; None: all of memopt's own.
         states: How the state is stored, see `memopt.quantize_state`; None: as the method does.
-        weights: How weights are stored, see `memopt.quantize_params`; None: in the plan's `dtype`.
+        storages: How weights are stored, see `memopt.quantize_params`; None: in the plan's `dtype`.
         releases: Whether each block is updated while the backward pass runs.
         processes: How many compile at a time. Each compilation of 7B takes gigabytes.
         report: Called with each row when it is planned.
@@ -239,11 +239,7 @@ def fit_optimizer(
         ValueError: If none can be planned; with the reason of the first.
     """
     check_at_least("processes", processes, 1)
-    names = available("memopt") if optimizers is None else optimizers
-    chosen = [
-        {"optimizer": name, "state": state, "weights": stored, "release": release}
-        for name, state, stored, release in itertools.product(names, states, weights, releases)
-    ]
+    chosen = _choices(optimizers, states, storages, releases)
     rows = []
     for row in _all_planned(plan, chosen, options, processes):
         report(row)
@@ -251,6 +247,23 @@ def fit_optimizer(
     if all(row.plan is None for row in rows):
         raise ValueError(rows[0].refused)
     return sorted(rows, key=_rank)
+
+
+def count_rows(
+    *,
+    optimizers: Sequence[str] | None,
+    states: Sequence[str | None],
+    storages: Sequence[str | None],
+    releases: Sequence[bool],
+) -> int:
+    """Returns the number of rows that `fit_optimizer` plans with these arguments."""
+    return len(_choices(optimizers, states, storages, releases))
+
+
+def _choices(optimizers: Sequence[str] | None, *others: Sequence[Any]) -> list[dict[str, Any]]:
+    names = available("memopt") if optimizers is None else optimizers
+    keys = ("optimizer", "state", "weights", "release")
+    return [dict(zip(keys, row, strict=True)) for row in itertools.product(names, *others)]
 
 
 def _all_planned(

@@ -128,7 +128,7 @@ def test_all_storages_of_each_optimizer_sorted_by_what_fits():
 
 def test_some_storages_of_some_optimizers():
     rows = fit_optimizer(
-        plan=by_optimizer, optimizers=["lion"], states=[None], weights=[None], model="7b"
+        plan=by_optimizer, optimizers=["lion"], states=[None], storages=[None], model="7b"
     )
     assert [row.options["release"] for row in rows] == [True, False]
 
@@ -140,7 +140,7 @@ def test_nothing_that_can_be_planned_is_an_error_with_the_reason():
 
 def test_all_of_memopts_own_methods_are_compared_by_default():
     rows = fit_optimizer(
-        plan=lambda **options: planned(1), states=[None], weights=[None], releases=[False]
+        plan=lambda **options: planned(1), states=[None], storages=[None], releases=[False]
     )
     assert {"adafactor", "apollo_mini", "galore", "lion", "muon", "soap"} < {
         row.options["optimizer"] for row in rows

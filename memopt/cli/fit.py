@@ -1,0 +1,202 @@
+"""`memopt plan --fit`: searches for what fits, with their progress and their tables."""
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import (
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from memopt.cli.listing import make_console
+from memopt.cli.plan import show, shown
+from memopt.errors import check_choice
+from memopt.optimizers.registry import available
+from memopt.planning.fit import (
+    RELEASES,
+    STATES,
+    STORAGES,
+    Edge,
+    Row,
+    count_rows,
+    fit_batch_size,
+    fit_mesh,
+    fit_optimizer,
+)
+from memopt.planning.plan import Plan, plan
+
+if TYPE_CHECKING:
+    from memopt.cli.plan import Options
+
+
+def search(options: "Options") -> None:
+    """Searches, and prints what was found.
+
+    Raises:
+        ValueError: The options cannot work together, or with this search.
+    """
+    arguments = options.arguments()
+    arguments["plan"] = functools.partial(plan, cache=arguments.pop("cache"))
+    if options.fit == "optimizer":
+        _search_optimizers(options, arguments)
+    else:
+        _search_edge(options, arguments)
+
+
+def _search_edge(options: "Options", arguments: dict[str, Any]) -> None:
+    """The largest batch or the smallest mesh."""
+    if options.fit == "batch-size":
+        if arguments.pop("batch_size") is not None:
+            raise ValueError("--batch-size must be left out with --fit batch-size, which finds it.")
+        find: Callable[..., Edge[Any]] = fit_batch_size
+    else:
+        if arguments["batch_size"] is None:
+            raise ValueError("--fit mesh needs --batch-size, the rows over all devices.")
+        find = fit_mesh
+    with _progress(total=None) as (working, done):
+        edge = find(**arguments, progress=working, report=done)
+    if options.json:
+        plans = {str(name): found.to_json() for name, found in edge.planned.items()}
+        result = {"fit": options.fit, "fits": edge.fits, "exceeds": edge.exceeds, "plans": plans}
+        print(json.dumps(result))
+        return
+    console = make_console()
+    console.print(edge_table(options.fit or "", edge))
+    console.print(describe(options.fit or "", edge))
+    if edge.fits is not None:
+        console.print()
+        show(edge.planned[edge.fits], console)
+
+
+def edge_table(name: str, edge: Edge[Any]) -> Table:
+    """The plans that a search made, in order of the batch or the mesh."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(name, justify="right")
+    for column in ("peak", "a row" if name == "batch-size" else "state", "fits"):
+        table.add_column(column, justify="right")
+    order = sorted(edge.planned.items(), key=lambda one: (one[1].devices, one[0]))
+    for value, found in order:
+        more = (
+            shown(found.peak_bytes // value) if name == "batch-size" else shown(found.state_bytes)
+        )
+        table.add_row(str(value), shown(found.peak_bytes), more, _margin(found))
+    return table
+
+
+def describe(name: str, edge: Edge[Any]) -> str:
+    """What a search found, and what it assumed, in a sentence.
+
+    Example:
+        >>> describe("batch-size", Edge(6, 7, {}))
+        'The largest batch that fits is 6; 7 does not fit. Assumed: what is smaller fits, too.'
+        >>> describe("mesh", Edge(None, "fsdp=4", {}))
+        'No mesh fits, up to fsdp=4, the largest that divides the rows.'
+    """
+    what = "largest batch" if name == "batch-size" else "smallest mesh"
+    if edge.fits is None:
+        if name == "batch-size":
+            return f"No batch fits: the smallest, {edge.exceeds}, does not."
+        return f"No mesh fits, up to {edge.exceeds}, the largest that divides the rows."
+    text = f"The {what} that fits is {edge.fits}"
+    if edge.exceeds is None:
+        most = "largest that was to be tried" if name == "batch-size" else "smallest there is"
+        return f"{text}, the {most}."
+    others = "smaller" if name == "batch-size" else "larger"
+    return f"{text}; {edge.exceeds} does not fit. Assumed: what is {others} fits, too."
+
+
+def _search_optimizers(options: "Options", arguments: dict[str, Any]) -> None:
+    """The table of all optimizers; what is given of state, weights and release restricts it."""
+    if options.option:
+        raise ValueError("--option goes with one optimizer, not with --fit optimizer.")
+    for name in options.optimizers:
+        check_choice("optimizers", name, available())
+    del arguments["optimizer"]
+    state, stored, release = (arguments.pop(name) for name in ("state", "weights", "release"))
+    chosen: dict[str, Any] = {
+        "optimizers": options.optimizers or None,
+        "states": (state,) if state else STATES,
+        "storages": (stored,) if stored else STORAGES,
+        "releases": (True,) if release else RELEASES,
+    }
+    with _progress(total=count_rows(**chosen)) as (working, done):
+        if options.processes == 1:  # another process cannot say what it works on
+            arguments["progress"] = working
+        rows = fit_optimizer(**arguments, **chosen, processes=options.processes, report=done)
+    if options.json:
+        print(json.dumps([_row_json(row) for row in rows]))
+        return
+    console = make_console()
+    console.print(optimizer_table(rows))
+    refused = [row for row in rows if row.plan is None]
+    for reason in dict.fromkeys(row.refused for row in refused):
+        names = dict.fromkeys(row.options["optimizer"] for row in refused if row.refused == reason)
+        console.print(f"cannot be planned: {', '.join(names)}: {reason}")
+    first = next(row.plan for row in rows if row.plan)
+    for note in first.notes:
+        console.print(f"note {note}")
+
+
+def optimizer_table(rows: list[Row]) -> Table:
+    """The rows that could be planned, in their order."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("optimizer", "weights", "state", "released"):
+        table.add_column(column)
+    for column in ("peak", "of weights", "of state", "traffic", "fits"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        if found := row.plan:
+            options = row.options
+            moved = found.traffic_bytes
+            table.add_row(
+                options["optimizer"],
+                options["weights"] or "",
+                options["state"] or "",
+                "yes" if options["release"] else "",
+                *map(shown, (found.peak_bytes, found.parameter_bytes, found.state_bytes)),
+                "" if moved is None else shown(moved),
+                _margin(found),
+            )
+    return table
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    found = row.plan.to_json() if row.plan else {"refused": row.refused}
+    return dict(row.options) | found
+
+
+def _margin(found: Plan) -> str:
+    if found.fits:
+        return f"{shown(found.margin_bytes)} left"
+    return f"no, {shown(-found.margin_bytes)} short" if found.margin_bytes < 0 else "no"
+
+
+@contextmanager
+def _progress(total: int | None) -> Iterator[tuple[Callable[[str], None], Callable[[Any], None]]]:
+    """Shows on stderr what is worked on, how many plans are made, and for how long.
+
+    Args:
+        total: The number of plans, if it is known.
+    """
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn()]
+    columns += [TimeElapsedColumn(), *([TimeRemainingColumn()] if total else [])]
+    # Compilers take minutes: the time left follows from all plans so far.
+    bar = Progress(
+        *columns, console=Console(stderr=True), transient=True, speed_estimate_period=1e9
+    )
+    with bar:
+        task = bar.add_task("", total=total)
+        yield (
+            lambda line: bar.update(task, description=line),
+            lambda made: bar.advance(task),
+        )
