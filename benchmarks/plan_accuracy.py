@@ -3,7 +3,7 @@
     nice python -m benchmarks.plan_accuracy               # on this machine's CPU
     python -m benchmarks.plan_accuracy --chip rtx4090     # on a GPU, beside its compiler's plan
 
-Each configuration is planned by `memopt.plan` in one process and run, for three steps, in another.
+Each configuration is planned by `memopt.plan` in one process and run, for two steps, in another.
 
 On the CPU the peak is that of resident memory during the steps, less what is resident before the
 state is made, by Linux's account. It counts more than arrays, so the conditions are chosen to leave
@@ -46,12 +46,12 @@ from memopt.planning.plan import plan, run_config
 from memopt.training.describe import describe_run
 from memopt.training.placement import parse_mesh
 
-STEPS = 3
+STEPS = 2
 SMALL: dict[str, Any] = {"model": "60m", "batch_size": 2, "seq_len": 256}
 #: Sizes, methods, storages, released or not, accumulation and meshes.
 ROWS: dict[str, dict[str, Any]] = {
     "AdamW": SMALL | {"optimizer": "adamw"},
-    "AdamW, four micro-batches": SMALL | {"optimizer": "adamw", "batch_size": 8, "accumulation": 4},
+    "AdamW, two micro-batches": SMALL | {"optimizer": "adamw", "batch_size": 4, "accumulation": 2},
     "Lion, 1024 tokens": SMALL | {"optimizer": "lion", "batch_size": 1, "seq_len": 1024},
     "Muon": SMALL | {"optimizer": "muon"},
     "GaLore": SMALL | {"optimizer": "galore"},
