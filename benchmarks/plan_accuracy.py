@@ -39,7 +39,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.machine import core_count, cpu_model, find_gpu, versions
-from benchmarks.report import save
+from benchmarks.report import replace_table, save
 from memopt.errors import check_choice
 from memopt.planning.chips import GPUS
 from memopt.planning.plan import plan, run_config
@@ -47,6 +47,8 @@ from memopt.training.describe import describe_run
 from memopt.training.placement import parse_mesh
 
 STEPS = 2
+RESULTS = Path(__file__).parent / "results" / "plan_accuracy.json"
+PAGE = Path(__file__).parents[1] / "docs" / "plan.md"
 SMALL: dict[str, Any] = {"model": "60m", "batch_size": 2, "seq_len": 256}
 #: Sizes, methods, storages, released or not, accumulation and meshes.
 ROWS: dict[str, dict[str, Any]] = {
@@ -85,7 +87,7 @@ class Options(NamedTuple):
     chip: str = "cpu"
     threads: Literal["one", "all"] = "one"
     rows: tuple[str, ...] = tuple(ROWS)
-    output: Path = Path(__file__).parent / "results" / "plan_accuracy.json"
+    output: Path = RESULTS
     only: Literal["plan", "run"] | None = None
 
 
@@ -172,8 +174,22 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
+def markdown(results: Sequence[dict[str, Any]]) -> str:
+    """The records as the table of docs/plan.md."""
+    lines = [
+        "| step | on | cores | planned | measured | measured ÷ planned |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for r in sorted(results, key=lambda r: (r["chip"], r["threads"], list(ROWS).index(r["row"]))):
+        sizes = (f"{r[name] / 1e6:.1f} MB" for name in ("planned_bytes", "measured_bytes"))
+        cores = {"one": "1", "all": str(r["cores"])}.get(r["threads"], "")
+        cells = (r["row"], r["chip"], cores, *sizes, f"{r['ratio']:.3f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: Sequence[str]) -> None:
-    """Measures, prints the table and writes the file."""
+    """Measures, prints the table and writes the file, and the table of the docs."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
     try:
         check_choice("chip", options.chip, ["cpu", *GPUS])
@@ -208,6 +224,8 @@ def main(arguments: Sequence[str]) -> None:
         record["ratio"] = found["measured_bytes"] / found["planned_bytes"]
         results = [one for one in results if not _same_row(one, record)] + [record]
         save({"results": results}, options.output)
+        if options.output == RESULTS:
+            replace_table(PAGE, r"^\| step \| on \|[^\n]*\n(\|[^\n]*\n)*", markdown(results))
     Console().print(table(results))
 
 

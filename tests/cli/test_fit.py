@@ -40,6 +40,7 @@ def planned(*, batch_size=1, mesh=None, release=False, weights=None, optimizer="
         largest=(),
         traffic_bytes=3 * peak,
         collectives=None,
+        refresh_collectives=None,
         notes=(),
         command="memopt pretrain",
     )
