@@ -6,10 +6,11 @@
 Each configuration is planned by `memopt.plan` in one process and run, for two steps, in another.
 
 On the CPU the peak is that of resident memory during the steps, less what is resident before the
-state is made, by Linux's account. It counts more than arrays, so the conditions are chosen to leave
-little else: glibc returns freed memory to the system at once, and, with ``--threads one``, the
-process has one core, since matrix products of several threads copy their operands in pieces, in
-memory that no compiler counts. A mesh's peak is that of all its devices, which share the process.
+state is made, by Linux's account. It counts what no compiler knows, too; conditions leave little of
+it. glibc returns freed memory to the system at once. Unless ``--threads all``, the process has one
+core, since matrix products of several threads copy their operands in pieces. ``--library eigen`` does
+without YNNPACK, which copies operands whole, those of attention above all. A mesh's peak is that of
+all its devices, which share the process.
 
 On a GPU the peak is ``memory_stats()["peak_bytes_in_use"]`` of JAX's allocator.
 
@@ -69,6 +70,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "seq_len": 512,
     },
 }
+NO_YNNPACK = {"ynnpack": "", "eigen": "--xla_cpu_experimental_ynn_fusion_type="}
 #: Freed memory of any size goes back to the system at once; see mallopt(3).
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -79,6 +81,7 @@ class Options(NamedTuple):
     Attributes:
       chip: "cpu", or the GPU of this machine by its name for `memopt plan`.
       threads: whether a CPU's run has one core or all of them.
+      library: what computes a CPU's matrix products; XLA's default is YNNPACK.
       rows: the names of rows; by default all.
       output: the JSON file.
       only: plan or run the one row in this process, and print the bytes as JSON.
@@ -86,6 +89,7 @@ class Options(NamedTuple):
 
     chip: str = "cpu"
     threads: Literal["one", "all"] = "one"
+    library: Literal["ynnpack", "eigen"] = "ynnpack"
     rows: tuple[str, ...] = tuple(ROWS)
     output: Path = RESULTS
     only: Literal["plan", "run"] | None = None
@@ -150,14 +154,15 @@ def _peak_of_gpu() -> int:
 def in_own_process(options: Options, row: str, only: str) -> dict[str, Any]:
     """Plans or runs a row in a new process."""
     environment = dict(os.environ) | {"JAX_PLATFORMS": "cpu"}
-    if only == "run" and options.chip != "cpu":
-        environment["JAX_PLATFORMS"] = "cuda,cpu"
-    elif only == "run":
+    if options.chip == "cpu":
         count = math.prod(parse_mesh(ROWS[row].get("mesh", "data=1")).values())
-        flag = f"--xla_force_host_platform_device_count={count}"
-        environment |= RETURN_MEMORY | {"XLA_FLAGS": flag}
+        flags = f"--xla_force_host_platform_device_count={count} {NO_YNNPACK[options.library]}"
+        environment |= RETURN_MEMORY | {"XLA_FLAGS": flags}
+    elif only == "run":
+        environment["JAX_PLATFORMS"] = "cuda,cpu"
     command = [sys.executable, "-m", "benchmarks.plan_accuracy", "--only", only, "--rows", row]
     command += ["--chip", options.chip, "--threads", options.threads]
+    command += ["--library", options.library]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout)
 
@@ -166,24 +171,39 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     """The records as a table for the terminal."""
     shown = Table(title="Peak of a step", box=SIMPLE_HEAD, pad_edge=False)
     shown.add_column("step")
-    for column in ("device", "threads", "planned MB", "measured MB", "measured ÷ planned"):
+    for column in (
+        "device",
+        "threads",
+        "library",
+        "planned MB",
+        "measured MB",
+        "measured ÷ planned",
+    ):
         shown.add_column(column, justify="right")
     for r in results:
         sizes = (f"{r[name] / 1e6:.1f}" for name in ("planned_bytes", "measured_bytes"))
-        shown.add_row(r["row"], r["chip"], r["threads"], *sizes, f"{r['ratio']:.3f}")
+        shown.add_row(r["row"], r["chip"], r["threads"], r["library"], *sizes, f"{r['ratio']:.3f}")
     return shown
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
     """The records as the table of docs/plan.md."""
     lines = [
-        "| step | on | cores | planned | measured | measured ÷ planned |",
-        "|---|---|--:|--:|--:|--:|",
+        "| step | on | cores | matrix products | planned | measured | measured ÷ planned |",
+        "|---|---|--:|---|--:|--:|--:|",
     ]
-    for r in sorted(results, key=lambda r: (r["chip"], r["threads"], list(ROWS).index(r["row"]))):
+    for r in sorted(
+        results,
+        key=lambda r: (
+            r["chip"],
+            r["threads"] == "all",
+            r["library"] == "eigen",
+            list(ROWS).index(r["row"]),
+        ),
+    ):
         sizes = (f"{r[name] / 1e6:.1f} MB" for name in ("planned_bytes", "measured_bytes"))
         cores = {"one": "1", "all": str(r["cores"])}.get(r["threads"], "")
-        cells = (r["row"], r["chip"], cores, *sizes, f"{r['ratio']:.3f}")
+        cells = (r["row"], r["chip"], cores, r["library"], *sizes, f"{r['ratio']:.3f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -207,6 +227,7 @@ def main(arguments: Sequence[str]) -> None:
     about = {
         "chip": options.chip,
         "threads": options.threads if options.chip == "cpu" else "",
+        "library": options.library if options.chip == "cpu" else "",
         "device": gpu.name if gpu else cpu_model(),
         "cores": core_count(),
         "versions": versions(("memopt", "jax", "jaxlib", "optax", "flax")),
@@ -231,7 +252,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _same_row(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether a record replaces another, of older versions perhaps."""
-    return all(one[name] == other[name] for name in ("row", "chip", "threads", "device"))
+    return all(one[name] == other[name] for name in ("row", "chip", "threads", "library", "device"))
 
 
 if __name__ == "__main__":

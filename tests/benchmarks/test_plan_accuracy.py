@@ -1,0 +1,41 @@
+"""The committed comparison of planned and measured peaks, and the table of the docs."""
+
+import json
+
+import pytest
+
+from benchmarks import plan_accuracy
+
+RESULTS = json.loads(plan_accuracy.RESULTS.read_text())["results"]
+#: Attention over 16384 tokens is most of its peak, and YNNPACK copies the operands.
+COPIED = "Adafactor, tiny, 32 rows"
+
+
+def ratios(**condition):
+    return {r["row"]: r["ratio"] for r in RESULTS if condition.items() <= r.items()}
+
+
+def test_every_step_is_measured_on_the_cpu():
+    assert set(ratios(chip="cpu", threads="one", library="ynnpack")) == set(plan_accuracy.ROWS)
+
+
+@pytest.mark.parametrize("row", [row for row in plan_accuracy.ROWS if row != COPIED])
+def test_plans_are_within_5_percent_of_runs_on_the_cpu(row):
+    assert abs(ratios(chip="cpu", threads="one", library="ynnpack")[row] - 1) <= 0.05
+
+
+def test_that_one_is_too_without_the_librarys_own_copies():
+    assert abs(ratios(chip="cpu", threads="one", library="eigen")[COPIED] - 1) <= 0.05
+
+
+def test_the_table_of_the_docs_is_that_of_the_file():
+    assert plan_accuracy.markdown(RESULTS) in plan_accuracy.PAGE.read_text()
+
+
+def test_bad_input_ends_with_one_sentence():
+    for words, message in (
+        ("--chip v5e", "chip 'v5e' is unknown"),
+        ("--rows AdamV", "did you mean 'AdamW'"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            plan_accuracy.main(words.split())
