@@ -8,9 +8,9 @@ Each configuration is planned by `memopt.plan` in one process and run, for two s
 On the CPU the peak is that of resident memory during the steps, less what is resident before the
 state is made, by Linux's account. It counts what no compiler knows, too; conditions leave little of
 it. glibc returns freed memory to the system at once. Unless ``--threads all``, the process has one
-core, since matrix products of several threads copy their operands in pieces. ``--library eigen`` does
-without YNNPACK, which copies operands whole, those of attention above all. A mesh's peak is that of
-all its devices, which share the process.
+core, since matrix products of several threads copy their operands in pieces. ``--library eigen``
+does without YNNPACK, which copies operands whole, those of attention above all. A mesh's peak is
+that of all its devices, which share the process.
 
 On a GPU the peak is ``memory_stats()["peak_bytes_in_use"]`` of JAX's allocator.
 

@@ -7,8 +7,8 @@ import pytest
 from benchmarks import plan_accuracy
 
 RESULTS = json.loads(plan_accuracy.RESULTS.read_text())["results"]
-#: Attention over 16384 tokens is most of its peak, and YNNPACK copies the operands.
-COPIED = "Adafactor, tiny, 32 rows"
+#: YNNPACK copies operands of attention, which take much of these peaks.
+COPIED = ("Lion, 1024 tokens", "Adafactor, tiny, 32 rows")
 
 
 def ratios(**condition):
@@ -19,13 +19,14 @@ def test_every_step_is_measured_on_the_cpu():
     assert set(ratios(chip="cpu", threads="one", library="ynnpack")) == set(plan_accuracy.ROWS)
 
 
-@pytest.mark.parametrize("row", [row for row in plan_accuracy.ROWS if row != COPIED])
+@pytest.mark.parametrize("row", [row for row in plan_accuracy.ROWS if row not in COPIED])
 def test_plans_are_within_5_percent_of_runs_on_the_cpu(row):
     assert abs(ratios(chip="cpu", threads="one", library="ynnpack")[row] - 1) <= 0.05
 
 
-def test_that_one_is_too_without_the_librarys_own_copies():
-    assert abs(ratios(chip="cpu", threads="one", library="eigen")[COPIED] - 1) <= 0.05
+@pytest.mark.parametrize("row", COPIED)
+def test_those_are_too_without_the_librarys_own_copies(row):
+    assert abs(ratios(chip="cpu", threads="one", library="eigen")[row] - 1) <= 0.05
 
 
 def test_the_table_of_the_docs_is_that_of_the_file():
