@@ -40,7 +40,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.machine import core_count, cpu_model, find_gpu, versions
-from benchmarks.report import replace_table, save
+from benchmarks.report import save
 from memopt.errors import check_choice
 from memopt.planning.chips import GPUS
 from memopt.planning.plan import plan, run_config
@@ -49,7 +49,6 @@ from memopt.training.placement import parse_mesh
 
 STEPS = 2
 RESULTS = Path(__file__).parent / "results" / "plan_accuracy.json"
-PAGE = Path(__file__).parents[1] / "docs" / "plan.md"
 SMALL: dict[str, Any] = {"model": "60m", "batch_size": 2, "seq_len": 256}
 #: Sizes, methods, storages, released or not, accumulation and meshes.
 ROWS: dict[str, dict[str, Any]] = {
@@ -186,14 +185,14 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
-def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """The records as the table of docs/plan.md."""
+def markdown(report: dict[str, Any]) -> str:
+    """The table for the docs."""
     lines = [
         "| step | on | cores | matrix products | planned | measured | measured ÷ planned |",
         "|---|---|--:|---|--:|--:|--:|",
     ]
     for r in sorted(
-        results,
+        report["results"],
         key=lambda r: (
             r["chip"],
             r["threads"] == "all",
@@ -209,7 +208,7 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures, prints the table and writes the file, and the table of the docs."""
+    """Measures, prints the table and writes the file."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
     try:
         check_choice("chip", options.chip, ["cpu", *GPUS])
@@ -233,6 +232,7 @@ def main(arguments: Sequence[str]) -> None:
         "versions": versions(("memopt", "jax", "jaxlib", "optax", "flax")),
         "command": shlex.join(["python", "-m", "benchmarks.plan_accuracy", *arguments]),
     }
+    head = {name: about[name] for name in ("command", "device", "cores")}
     known = [name for name in about if name != "command"]
     saved = json.loads(options.output.read_text())["results"] if options.output.exists() else []
     results = list(saved)
@@ -244,9 +244,7 @@ def main(arguments: Sequence[str]) -> None:
         record = {"row": row, "options": ROWS[row], **found, **about}
         record["ratio"] = found["measured_bytes"] / found["planned_bytes"]
         results = [one for one in results if not _same_row(one, record)] + [record]
-        save({"results": results}, options.output)
-        if options.output == RESULTS:
-            replace_table(PAGE, r"^\| step \| on \|[^\n]*\n(\|[^\n]*\n)*", markdown(results))
+        save({**head, "results": results}, options.output)
     Console().print(table(results))
 
 
