@@ -40,7 +40,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.machine import core_count, cpu_model, find_gpu, versions
-from benchmarks.report import save
+from benchmarks.report import Report, read_results
 from memopt.errors import check_choice
 from memopt.planning.chips import GPUS
 from memopt.planning.plan import plan, run_config
@@ -232,10 +232,9 @@ def main(arguments: Sequence[str]) -> None:
         "versions": versions(("memopt", "jax", "jaxlib", "optax", "flax")),
         "command": shlex.join(["python", "-m", "benchmarks.plan_accuracy", *arguments]),
     }
-    head = {name: about[name] for name in ("command", "device", "cores")}
     known = [name for name in about if name != "command"]
-    saved = json.loads(options.output.read_text())["results"] if options.output.exists() else []
-    results = list(saved)
+    jax.config.update("jax_platforms", "cpu")  # a GPU is left to the processes that run steps
+    results = read_results(options.output)
     for row in track(options.rows, transient=True):
         wanted = {"row": row} | {name: about[name] for name in known}
         if any(wanted.items() <= one.items() for one in results):
@@ -244,7 +243,7 @@ def main(arguments: Sequence[str]) -> None:
         record = {"row": row, "options": ROWS[row], **found, **about}
         record["ratio"] = found["measured_bytes"] / found["planned_bytes"]
         results = [one for one in results if not _same_row(one, record)] + [record]
-        save({**head, "results": results}, options.output)
+        Report("plan_accuracy", [], options.output, results, ["flax"]).save()
     Console().print(table(results))
 
 
