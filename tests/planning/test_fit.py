@@ -84,6 +84,11 @@ def test_the_smallest_mesh(chips, replicated):
     assert len(edge.planned) <= 4
 
 
+def test_a_peak_of_three_limits_goes_on_with_four_chips():
+    edge = fit_mesh(plan=by_mesh(lambda n: 3 * LIMIT / n), batch_size=32)
+    assert list(edge.planned) == ["fsdp=1", "fsdp=4", "fsdp=2"]
+
+
 def test_a_mesh_must_divide_a_micro_batch():
     edge = fit_mesh(plan=by_mesh(lambda n: 100 * LIMIT / n), batch_size=24, accumulation=3)
     assert (edge.fits, edge.exceeds, list(edge.planned)) == (None, "fsdp=8", ["fsdp=1", "fsdp=8"])
@@ -103,7 +108,9 @@ def by_optimizer(*, optimizer, state, weights, release, model):
     if release and optimizer == "oasis":
         raise ValueError("release must be left out with oasis.")
     peak = {"adamw": 3000, "oasis": 3500, "lion": 1500}[optimizer]
-    return planned(peak - 1000 * (state == "int8") - 400 * (weights == "int8") - 50 * release)
+    found = planned(peak - 1000 * (state == "int8") - 400 * (weights == "int8") - 50 * release)
+    found.fits &= not release  # as a compiler may refuse what seems to fit
+    return found
 
 
 def test_all_storages_of_each_optimizer_sorted_by_what_fits():
@@ -113,16 +120,11 @@ def test_all_storages_of_each_optimizer_sorted_by_what_fits():
     assert sorted(map(str, rows)) == sorted(map(str, seen))
     wanted = itertools.product(names, (None, "int8"), (None, "int8"), (False, True))
     assert {tuple(row.options.values()) for row in rows} == set(wanted)
-    ranks = [(row.plan is None, row.plan and not row.plan.fits) for row in rows]
-    assert ranks == sorted(ranks, key=str)
-    peaks = [row.plan.peak_bytes for row in rows if row.plan]
-    assert peaks == sorted(peaks)
-    assert rows[0].options == {
-        "optimizer": "lion",
-        "state": "int8",
-        "weights": "int8",
-        "release": True,
-    }
+    ranks = [
+        (2, 0) if row.plan is None else (not row.plan.fits, row.plan.peak_bytes) for row in rows
+    ]
+    assert ranks == sorted(ranks)
+    assert {first for first, _ in ranks} == {0, 1, 2}
     assert {row.refused for row in rows if not row.plan} == {"release must be left out with oasis."}
 
 
