@@ -33,7 +33,8 @@ from rich.table import Table
 from benchmarks.report import GIB, markdown_table, save
 from benchmarks.training_step import without_refresh
 from memopt.planning.chips import CHIPS, GPUS, compiler
-from memopt.planning.plan import Plan, plan_step, run_config
+from memopt.planning.plan import Plan, plan_step
+from memopt.planning.run_options import run_config
 from memopt.training.config import State, Weights
 from memopt.training.describe import describe_run
 from memopt.training.placement import parse_mesh

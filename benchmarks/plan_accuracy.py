@@ -42,7 +42,8 @@ from benchmarks.machine import core_count, cpu_model, find_gpu, versions
 from benchmarks.report import Report, markdown_table, read_results
 from memopt.errors import check_choice
 from memopt.planning.chips import GPUS
-from memopt.planning.plan import plan, run_config
+from memopt.planning.plan import plan
+from memopt.planning.run_options import run_config
 from memopt.training.describe import describe_run
 from memopt.training.placement import parse_mesh
 

@@ -45,7 +45,7 @@ class Buffer:
 
 
 class Files(NamedTuple):
-    """What a compiler wrote about a program.
+    """Files that a compiler wrote about a program.
 
     Attributes:
         text: The scheduled program.

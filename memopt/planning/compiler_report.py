@@ -47,17 +47,17 @@ class CompilerReport:
         refresh_collectives: Those of a step that refreshes.
     """
 
-    argument_bytes: int
-    output_bytes: int
-    alias_bytes: int
-    temporary_bytes: int
-    program_bytes: int
-    gradient_bytes: int
-    activation_bytes: int
-    largest: tuple[Buffer, ...]
-    traffic_bytes: int | None
-    collectives: dict[str, dict[str, int]] | None
-    refresh_collectives: dict[str, dict[str, int]] | None
+    argument_bytes: int = 0
+    output_bytes: int = 0
+    alias_bytes: int = 0
+    temporary_bytes: int = 0
+    program_bytes: int = 0
+    gradient_bytes: int = 0
+    activation_bytes: int = 0
+    largest: tuple[Buffer, ...] = ()
+    traffic_bytes: int | None = None
+    collectives: dict[str, dict[str, int]] | None = None
+    refresh_collectives: dict[str, dict[str, int]] | None = None
 
     @property
     def peak_bytes(self) -> int:

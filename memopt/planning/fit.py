@@ -188,10 +188,8 @@ def _boundary(holds: Callable[[int], bool], guess: Callable[[], int | None], mos
         guess: Returns a number worth trying, or None.
         most: The largest number.
     """
-    low, high = 0, most + 1
-    for turn in itertools.count():
-        if high - low == 1:
-            return low
+    low, high, turn = 0, most + 1, 0
+    while high - low > 1:
         halfway = (low + high) // 2 if high <= most else min(2 * low or 1, most)
         near = guess() if turn % 4 else None  # guesses may be off by one again and again
         n = halfway if near is None else min(max(near, low + 1), high - 1, 16 * low or 16)
@@ -199,7 +197,8 @@ def _boundary(holds: Callable[[int], bool], guess: Callable[[], int | None], mos
             low = n
         else:
             high = n
-    raise AssertionError("unreachable")
+        turn += 1
+    return low
 
 
 #: How `fit_optimizer` stores what, by default, and whether it releases.

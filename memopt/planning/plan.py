@@ -1,45 +1,30 @@
 """Whether a training step fits a chip, by the chip's own compiler; no chip is needed."""
 
-import contextlib
 import dataclasses
 import functools
 import math
 import os
 import re
-import shlex
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import optax
-from jax.sharding import Mesh, NamedSharding
 
 from memopt.errors import check_choice
-from memopt.json_files import read_json
-from memopt.models import hugging_face
-from memopt.models.config import preset
-from memopt.models.families import parse_config
-from memopt.models.sharding import BATCH_AXES
 from memopt.models.stacked import StackedModel
-from memopt.optimizers import optimizer as named_optimizer
 from memopt.planning import cache, chips
 from memopt.planning.buffers import Buffer, absolute
 from memopt.planning.compiler_report import CompilerReport, compile_report
+from memopt.planning.own_step import own_step
+from memopt.planning.run_options import run_command, run_config
 from memopt.planning.step_memory import bytes_here
-from memopt.state.quantized_state import quantize_state
-from memopt.training.config import Config, read_options
+from memopt.training.config import Config
 from memopt.training.describe import describe_run
-from memopt.training.directory import is_run
-from memopt.training.placement import abstract_state, batch_sharding, make_mesh, parse_mesh
-from memopt.training.release import release_step
-from memopt.training.setup import store_params
-from memopt.training.step import Loss, TrainState, train_step
+from memopt.training.placement import parse_mesh
+from memopt.training.step import Loss, TrainState
 
 Progress = Callable[[str], None]
-
-#: Tokens of a row unless they are given, or the model accepts fewer.
-SEQ_LEN = 2048
 
 #: The share of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION is set; see
 #: docs.jax.dev, "GPU memory allocation".
@@ -48,7 +33,7 @@ PREALLOCATED = 0.75
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one training step needs of one device.
+    """The memory and traffic that one training step needs of one device.
 
     The parts `parameter_bytes`, `state_bytes`, `gradient_bytes`, `activation_bytes` and
     `temporary_bytes` add up to `peak_bytes`.
@@ -209,7 +194,7 @@ def plan(
     count = math.prod(parse_mesh(mesh).values()) if mesh else 1
     own_name = optimizer if isinstance(optimizer, str) else "own"
     if params is not None:
-        make: Make = _own_step(params, loss, batch, optimizer, given)
+        make: Make = own_step(params, loss, batch, optimizer, given)
         return plan_step(make, chip, count, progress, cache, model="own", optimizer=own_name)
     tx = None if isinstance(optimizer, str) else optimizer
 
@@ -230,76 +215,6 @@ def plan(
         )
     command = run_command(config(found.compiled_for), str(model)) if tx is None else ""
     return dataclasses.replace(found, notes=notes, command=command)
-
-
-def run_config(
-    model: str, optimizer: str | None, given: Mapping[str, Any], compiled_for: str
-) -> Config:
-    """Returns the options of the run whose step is planned.
-
-    Args:
-        model: As in `plan`.
-        optimizer: Its name; None if it has none.
-        given: The other arguments of `plan`.
-        compiled_for: The chip that it is compiled for.
-    """
-    named = Config().flat() | {"dtype": None}
-    for name in given:
-        check_choice("option", name, named)
-    options = {name: x for name, x in given.items() if x is not None}
-    for name, x in options.items():
-        if isinstance(x, tuple):
-            options[name] = list(x)
-    dtype = options.pop("dtype", "float32" if compiled_for == "cpu" else "bfloat16")
-    options = {"param_dtype": dtype, "compute_dtype": dtype} | options
-    options.setdefault("remat", "none" if options.get("release") else "full")
-    if optimizer is not None:
-        options["optimizer"] = optimizer
-    elif "option" in options:
-        raise ValueError("option goes with the name of an optimizer.")
-    options = _model_options(model) | options
-    parts = parse_mesh(options["mesh"]) if "mesh" in options else {}
-    shards = math.prod(parts.get(axis, 1) for axis in BATCH_AXES)
-    options.setdefault("batch_size", shards * options.get("accumulation", 1))
-    config = Config.from_flat(options)
-    if "seq_len" not in options:
-        longest = (config.architecture.shape or preset(config.architecture.model)).max_seq_len
-        text = dataclasses.replace(config.text, seq_len=min(SEQ_LEN, longest))
-        config = dataclasses.replace(config, text=text)
-    return config
-
-
-def _model_options(model: str) -> dict[str, Any]:
-    """The options of a run that name a model and its shapes."""
-    directory = Path(model)
-    if not directory.is_dir() and len(directory.parts) == 1:
-        return {"model": model}
-    if is_run("model", directory):
-        there = read_options(directory / "config.json")
-        names = ("model", "shape", "vocab_size", "num_layers")
-        return {name: there[name] for name in names if name in there}
-    if any(directory.glob("*.safetensors")):
-        shape = hugging_face.read_config(directory)
-    else:
-        path = directory / "config.json"
-        shape = parse_config(path, read_json(path))
-    return {"model": directory.resolve().name, "shape": dataclasses.asdict(shape)}
-
-
-def run_command(config: Config, model: str) -> str:
-    """Returns the command line that runs the step of these options, without where its data is."""
-    defaults, words = Config().flat(), ["memopt", "pretrain"]
-    from_directory = config.architecture.shape or model != config.architecture.model
-    words += ["--init" if from_directory else "--model", model]
-    words += ["--optimizer", config.optimization.optimizer]
-    said = ("model", "optimizer", "shape", "phases", "learning_rate")
-    for name, value in config.flat().items():
-        if name in said or value == defaults[name]:
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        for one in value if isinstance(value, list) else [value]:
-            words += [flag] if one is True else [flag, str(one)]
-    return shlex.join(words)
 
 
 def plan_step(
@@ -323,71 +238,88 @@ def plan_step(
         model: The model's name, for the record.
         optimizer: The optimizer's name, likewise.
     """
-    notes = []
-    compiled_for = chip
-    try:
-        chips.compiler(chip)
-    except ModuleNotFoundError as error:
-        notes.append(f"{error} Compiled for this machine's CPU instead, which computes in float32.")
-        compiled_for = "cpu"
-    attempt = functools.partial(_try, make, count=count, progress=progress, keep=cache)
-    step, report, refused = attempt(compiled_for)
+    found = _compile(make, chip, count, progress, cache)
+    state, report, notes = found.step.state, found.report, found.notes
     if report is None:
-        compiled_for = roomiest(chip)
-        notes.append(f"The compiler refuses the step for {chip}: {refused}.")
-        if compiled_for != chip:
-            step, report, _ = attempt(compiled_for)
-            if report:
-                notes.append(f"The figures are those of a step compiled for {compiled_for}.")
-    state = step.state
-    own = {"parameter_bytes": bytes_here(state.params), "state_bytes": bytes_here(state.opt_state)}
-    if report:
-        peak = report.peak_bytes
-        parts = own | {
-            "gradient_bytes": report.gradient_bytes,
-            "activation_bytes": report.activation_bytes,
-        }
-    else:
-        notes.append("No chip of its kind has the memory: only the sum is known.")
-        peak, parts = (
-            _needed(refused),
-            own | dict.fromkeys(("gradient_bytes", "activation_bytes"), 0),
-        )
-    limit = memory_of(chip)
-    program = report.program_bytes if report else 0
-    fits = not refused and peak + program <= limit
+        notes += ("No chip of its kind has the memory: only the sum is known.",)
+        report = CompilerReport(temporary_bytes=_needed(found.refused))
+    parts = {
+        "parameter_bytes": bytes_here(state.params),
+        "state_bytes": bytes_here(state.opt_state),
+        "gradient_bytes": report.gradient_bytes,
+        "activation_bytes": report.activation_bytes,
+    }
+    peak, limit = report.peak_bytes, memory_of(chip)
+    margin = limit - peak - report.program_bytes
+    fits = not found.refused and margin >= 0
     if fits and chip in chips.GPUS and peak > PREALLOCATED * limit:
-        notes.append("JAX takes 75% of a GPU: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 to run it.")
+        notes += ("JAX takes 75% of a GPU: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 to run it.",)
     return Plan(
         model=model,
         optimizer=optimizer,
         chip=chip,
         devices=count,
-        compiled_for=compiled_for,
-        compiler=chips.compiler(compiled_for),
+        compiled_for=found.compiled_for,
+        compiler=chips.compiler(found.compiled_for),
         peak_bytes=peak,
         **parts,
         temporary_bytes=peak - sum(parts.values()),
-        program_bytes=program,
+        program_bytes=report.program_bytes,
         limit_bytes=limit,
         fits=fits,
-        margin_bytes=limit - peak - program,
-        largest=report.largest if report else (),
-        traffic_bytes=report.traffic_bytes if report else None,
-        collectives=report.collectives if report else None,
-        refresh_collectives=report.refresh_collectives if report else None,
-        notes=tuple(notes),
+        margin_bytes=margin,
+        largest=report.largest,
+        traffic_bytes=report.traffic_bytes,
+        collectives=report.collectives,
+        refresh_collectives=report.refresh_collectives,
+        notes=notes,
         command="",
     )
+
+
+class _Compiled(NamedTuple):
+    """A step, and the words of a compiler on it.
+
+    Attributes:
+        step: The step.
+        compiled_for: As in `Plan`.
+        report: The compiler's report; None if it refuses the step.
+        refused: The reason why the compiler of the chip that was asked about refuses the step.
+        notes: As in `Plan`.
+    """
+
+    step: Compilable
+    compiled_for: str
+    report: CompilerReport | None
+    refused: str
+    notes: tuple[str, ...]
+
+
+def _compile(make: Make, chip: str, count: int, progress: Progress, cache: bool) -> _Compiled:
+    """Compiles a step for a chip, or in its place for the CPU or a roomier chip."""
+    notes: tuple[str, ...] = ()
+    compiled_for = chip
+    try:
+        chips.compiler(chip)
+    except ModuleNotFoundError as error:
+        notes += (f"{error} Compiled for this machine's CPU instead, which computes in float32.",)
+        compiled_for = "cpu"
+    attempt = functools.partial(_try, make, count=count, progress=progress, keep=cache)
+    step, report, refused = attempt(compiled_for)
+    if report is None:
+        notes += (f"The compiler refuses the step for {chip}: {refused}.",)
+        compiled_for = roomiest(chip)
+        if compiled_for != chip:
+            step, report, _ = attempt(compiled_for)
+            if report:
+                notes += (f"The figures are those of a step compiled for {compiled_for}.",)
+    return _Compiled(step, compiled_for, report, refused, notes)
 
 
 def _try(
     make: Make, chip: str, *, count: int, progress: Progress, keep: bool
 ) -> tuple[Compilable, CompilerReport | None, str]:
     """Compiles a step for a chip; in place of a report returns why the compiler refuses it."""
-    if chip == "cpu" and count > 1:
-        with contextlib.suppress(RuntimeError):  # JAX has started: with enough devices, or not
-            jax.config.update("jax_num_cpu_devices", count)
     progress(f"tracing the step for {count} × {chip}")
     step = make(chips.devices(chip, count), chip)
     lowered = step.lower()
@@ -433,85 +365,3 @@ def _needed(refused: str) -> int:
     if not found:
         raise ValueError(f"the compiler refuses the step and does not say what it needs: {refused}")
     return int(float(found[1]) * 2 ** (10 * ("KMGT".index(found[2]) + 1)))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class OwnStep:
-    """The step of a model that is no LLaMA, on abstract arrays.
-
-    Attributes:
-        step: A function of (state, batch).
-        state: The shapes, dtypes and shardings of the state.
-        batch: Those of a batch.
-        mesh: The devices.
-    """
-
-    step: Callable[..., Any]
-    state: TrainState
-    batch: Any
-    mesh: Mesh
-
-    def lower(self) -> jax.stages.Lowered:
-        """Lowers the step, jitted with the state donated, for the devices of the mesh."""
-        shardings = jax.tree.map(lambda x: x.sharding, self.state)
-        jitted = jax.jit(self.step, donate_argnums=0, out_shardings=(shardings, None))
-        with jax.set_mesh(self.mesh):
-            return jitted.lower(self.state, self.batch)
-
-
-def _own_step(
-    params: Any,
-    loss: Loss | StackedModel | None,
-    batch: Any,
-    optimizer: str | optax.GradientTransformation,
-    given: dict[str, Any],
-) -> Make:
-    """The step of a user's own model; see `plan` for the arguments."""
-    if loss is None or batch is None:
-        raise ValueError("params goes with loss and batch, those of the same model.")
-    taken = ("mesh", "release", "weights", "state", "accumulation", "remat")
-    for name, value in given.items():
-        if name not in taken and value is not None:
-            raise ValueError(f"{name} must be left out with params: the model itself decides it.")
-    stacked = loss if isinstance(loss, StackedModel) else None
-    if given["release"] and not stacked:
-        raise ValueError("release needs a memopt.models.StackedModel as loss, got a function.")
-    remat = given["remat"] or ("none" if given["release"] or not stacked else "full")
-    if remat != "none" and (not stacked or given["release"] or remat != "full"):
-        raise ValueError(
-            f"remat={remat!r} must be left out: only a StackedModel's ordinary step takes 'full'."
-        )
-    rate = optax.constant_schedule(1e-3)
-    tx = named_optimizer(optimizer, rate) if isinstance(optimizer, str) else optimizer
-    tx = quantize_state(tx, given["state"]) if given["state"] else tx
-    options: Any = {"tx": tx, "learning_rate": rate, "accumulation": given["accumulation"]}
-
-    def make(devices: Sequence[jax.Device], _: str) -> OwnStep:
-        rows = max((x.shape[0] for x in jax.tree.leaves(batch) if x.shape), default=1)
-        mesh = make_mesh(given["mesh"], rows // given["accumulation"], devices)
-
-        def on_mesh(x: Any) -> jax.ShapeDtypeStruct:
-            here = getattr(x, "sharding", None)
-            spec = here.spec if isinstance(here, NamedSharding) else jax.P()
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
-        def rows_on_mesh(x: Any) -> jax.ShapeDtypeStruct:
-            place = batch_sharding(mesh) if x.shape else NamedSharding(mesh, jax.P())
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-
-        placed = store_params(jax.tree.map(on_mesh, params), given["weights"])
-        state = abstract_state(placed, tx, mesh)
-        if given["release"]:
-            shardings = jax.tree.map(lambda x: x.sharding, placed)
-            released: Any = stacked
-            step: Any = functools.partial(
-                release_step, model=released, shardings=shardings, **options
-            )
-        else:
-            function: Any = loss
-            if stacked:
-                function = functools.partial(stacked.loss, remat=remat == "full")
-            step = functools.partial(train_step, loss=function, **options)
-        return OwnStep(step, state, jax.tree.map(rows_on_mesh, batch), mesh)
-
-    return make

@@ -16,6 +16,7 @@ from memopt.planning import cache, chips
 from memopt.planning import plan as planning
 from memopt.planning.buffers import absolute
 from memopt.planning.plan import Plan, plan, roomiest
+from memopt.planning.run_options import run_command, run_config
 from memopt.planning.step_memory import bytes_here
 from memopt.training.describe import describe_run
 from memopt.training.loop import train
@@ -165,12 +166,12 @@ def test_of_a_hugging_face_directory_only_the_config_is_read(tmp_path, monkeypat
     directory = tmp_path / "small"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(shape))
-    config = planning.run_config(str(directory), "lion", {"batch_size": 4}, "v5e")
+    config = run_config(str(directory), "lion", {"batch_size": 4}, "v5e")
     assert config.text.seq_len == 24  # as many as it accepts
     setup = describe_run(config, trace=False, devices=jax.devices()[:1])
     embedding = setup.state.params["embed"]["embedding"]
     assert (embedding.shape, embedding.dtype) == ((64, 16), jnp.bfloat16)
-    command = planning.run_command(config, str(directory))
+    command = run_command(config, str(directory))
     assert f"--init {directory}" in command
     assert "--model" not in command
 
@@ -344,9 +345,7 @@ def test_memopt_has_the_function():
 
 
 def test_defaults_are_those_of_the_function_and_not_of_a_run():
-    config = planning.run_config(
-        "nano", "lion", {"mesh": "data=2,fsdp=2", "accumulation": 3}, "v5e"
-    )
+    config = run_config("nano", "lion", {"mesh": "data=2,fsdp=2", "accumulation": 3}, "v5e")
     assert config.text.batch_size == 12
     assert config.architecture.remat == "full"
     assert config.architecture.compute_dtype == config.architecture.param_dtype == "bfloat16"
