@@ -55,7 +55,7 @@ class Block(NamedTuple):
     words: tuple[str, ...]
 
     def text(self) -> str:
-        """What the function makes of the files, ending with a line feed."""
+        """The text that the function makes of the files, ending with a line feed."""
         module, name = self.function.rsplit(".", 1)
         make: Callable[..., str] = getattr(importlib.import_module(module), name)
         return make(*map(read, self.files), *self.words).rstrip("\n") + "\n"

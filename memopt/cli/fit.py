@@ -2,24 +2,14 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import (
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from memopt.cli.listing import make_console
-from memopt.cli.plan import show, shown
+from memopt.cli.plan_view import show, show_progress, shown
 from memopt.errors import check_choice
 from memopt.optimizers.registry import available
 from memopt.planning.fit import (
@@ -63,7 +53,7 @@ def _search_edge(options: "Options", arguments: dict[str, Any]) -> None:
         if arguments["batch_size"] is None:
             raise ValueError("--fit mesh needs --batch-size, the rows over all devices.")
         find = fit_mesh
-    with _progress(total=None) as (working, done):
+    with show_progress(total=None) as (working, done):
         edge = find(**arguments, progress=working, report=done)
     if options.json:
         plans = {str(name): found.to_json() for name, found in edge.planned.items()}
@@ -94,7 +84,7 @@ def edge_table(name: str, edge: Edge[Any]) -> Table:
 
 
 def describe(name: str, edge: Edge[Any]) -> str:
-    """What a search found, and what it assumed, in a sentence.
+    """Says what a search found, and what it assumed, in a sentence.
 
     Example:
         >>> describe("batch-size", Edge(6, 7, {}))
@@ -129,7 +119,7 @@ def _search_optimizers(options: "Options", arguments: dict[str, Any]) -> None:
         "storages": (stored,) if stored else STORAGES,
         "releases": (True,) if release else RELEASES,
     }
-    with _progress(total=count_rows(**chosen)) as (working, done):
+    with show_progress(total=count_rows(**chosen)) as (working, done):
         if options.processes == 1:  # another process cannot say what it works on
             arguments["progress"] = working
         rows = fit_optimizer(**arguments, **chosen, processes=options.processes, report=done)
@@ -179,24 +169,3 @@ def _margin(found: Plan) -> str:
     if found.fits:
         return f"{shown(found.margin_bytes)} left"
     return f"no, {shown(-found.margin_bytes)} short" if found.margin_bytes < 0 else "no"
-
-
-@contextmanager
-def _progress(total: int | None) -> Iterator[tuple[Callable[[str], None], Callable[[Any], None]]]:
-    """Shows on stderr what is worked on, how many plans are made, and for how long.
-
-    Args:
-        total: The number of plans, if it is known.
-    """
-    columns = [SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn()]
-    columns += [TimeElapsedColumn(), *([TimeRemainingColumn()] if total else [])]
-    # Compilers take minutes: the time left follows from all plans so far.
-    bar = Progress(
-        *columns, console=Console(stderr=True), transient=True, speed_estimate_period=1e9
-    )
-    with bar:
-        task = bar.add_task("", total=total)
-        yield (
-            lambda line: bar.update(task, description=line),
-            lambda made: bar.advance(task),
-        )

@@ -16,39 +16,21 @@ Examples:
 
 import dataclasses
 import json
-import os
-import pkgutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import jax
 import optax
 import tyro
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 from tyro import conf
 
 from memopt.cli.errors import fail
+from memopt.cli.fit import search
 from memopt.cli.listing import make_console
+from memopt.cli.plan_view import show, show_progress
+from memopt.functions import find_function
 from memopt.models.config import Remat
-from memopt.planning.plan import Plan, plan
+from memopt.planning.plan import plan
 from memopt.training.config import DType, State, Weights
-
-#: The parts of the peak: their fields, what they are called, and how the bar shows them.
-PARTS = (
-    ("parameter_bytes", "weights", "█", "blue"),
-    ("state_bytes", "optimizer state", "▓", "magenta"),
-    ("gradient_bytes", "gradients", "▒", "yellow"),
-    ("activation_bytes", "activations", "░", "green"),
-    ("temporary_bytes", "temporaries", "▚", "red"),
-)
-
-#: Columns of the bar.
-WIDTH = 72
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,11 +115,9 @@ def plan_command(arguments: list[str]) -> None:
     options = tyro.cli(Options, prog="memopt plan", description=__doc__, args=arguments)
     try:
         if options.fit:
-            from memopt.cli.fit import search  # which shows plans
-
             return search(options)
-        with _progress() as progress:
-            found = plan(**options.arguments(), progress=progress)
+        with show_progress() as (working, _):
+            found = plan(**options.arguments(), progress=working)
     except (ValueError, ImportError, OSError) as error:
         fail(error)
     except jax.errors.JaxRuntimeError as error:
@@ -148,25 +128,9 @@ def plan_command(arguments: list[str]) -> None:
         show(found, make_console())
 
 
-def load(name: str) -> Any:
-    """Returns what MODULE:FUNCTION names; modules of the working directory are found, too.
-
-    Raises:
-        ValueError: There is none.
-    """
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{name!r} must be MODULE:FUNCTION, of a module to import: {error}."
-        ) from error
-
-
 def own_optimizer(name: str) -> optax.GradientTransformation:
     """Returns the optimizer that a function named MODULE:FUNCTION returns."""
-    tx = load(name)()
+    tx = find_function(name)()
     if not isinstance(tx, optax.GradientTransformation):
         raise ValueError(
             f"optimizer {name!r} must return an Optax transformation, got {type(tx).__name__}."
@@ -176,106 +140,9 @@ def own_optimizer(name: str) -> optax.GradientTransformation:
 
 def own_model(name: str) -> dict[str, Any]:
     """Returns what a function named MODULE:FUNCTION returns, as arguments of `memopt.plan`."""
-    found = load(name)()
+    found = find_function(name)()
     if not (isinstance(found, tuple) and len(found) == 3):
         raise ValueError(
             f"model {name!r} must return (parameters, loss, batch), got {type(found).__name__}."
         )
     return dict(zip(("params", "loss", "batch"), found, strict=True))
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Shows on stderr what is worked on, and for how long."""
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("")
-        yield lambda line: bar.update(task, description=line)
-
-
-def show(found: Plan, console: Console) -> None:
-    """Prints a plan: whether it fits, the parts of the peak, the largest arrays, what moves."""
-    where = f"{found.devices} × {found.chip}" if found.devices > 1 else found.chip
-    console.print(f"{found.model} with {found.optimizer} on {where}: {_verdict(found)}")
-    console.print(
-        f"compiled for {found.compiled_for} by {found.compiler}; bytes are those of one device"
-    )
-    console.print(bar(found, WIDTH))
-    parts = Table(box=None, pad_edge=False, show_header=False)
-    for justify in ("left", "left", "right", "right"):
-        parts.add_column(justify=justify)
-    for field, name, fill, color in PARTS:
-        size = getattr(found, field)
-        share = f"{100 * size / found.peak_bytes:.0f}%"
-        parts.add_row(Text(fill, color), name, shown(size), share)
-    parts.add_row("", "peak", shown(found.peak_bytes), "")
-    console.print(parts)
-    if found.largest:
-        console.print("largest temporaries at the peak")
-        console.print(_largest(found))
-    if found.traffic_bytes is not None:
-        console.print(f"traffic      {shown(found.traffic_bytes)} read and written a step")
-    if found.collectives:
-        moved = ", ".join(
-            f"{kind} {shown(one['bytes'])} in {one['count']}"
-            for kind, one in found.collectives.items()
-        )
-        console.print(f"collectives  {moved}, a step")
-    for note in found.notes:
-        console.print(f"note         {note}")
-    if found.command:
-        console.print(f"to run it    {found.command}", soft_wrap=True)
-
-
-def _verdict(found: Plan) -> str:
-    sizes = f"{shown(found.peak_bytes)} of {shown(found.limit_bytes)}"
-    if found.fits:
-        return f"fits, {sizes}, {shown(found.margin_bytes)} left"
-    short = f", {shown(-found.margin_bytes)} short" if found.margin_bytes < 0 else ""
-    return f"DOES NOT FIT, {sizes}{short}"
-
-
-def shown(size: int) -> str:
-    """A number of bytes in GiB, or in MiB if it is small.
-
-    Example:
-        >>> shown(3 * 2**29), shown(3 * 2**19)
-        ('1.50 GiB', '1.50 MiB')
-    """
-    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.2f} MiB"
-
-
-def bar(found: Plan, width: int) -> Text:
-    """Draws the parts of the peak as a bar; │ is the chip's limit.
-
-    Args:
-        found: The plan.
-        width: Columns of the larger of the two, peak and limit.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> sizes = dict.fromkeys((field for field, *_ in PARTS), 1)
-        >>> print(bar(SimpleNamespace(peak_bytes=5, limit_bytes=10, **sizes), 20))
-        ██▓▓▒▒░░▚▚··········│
-        >>> print(bar(SimpleNamespace(peak_bytes=5, limit_bytes=4, **sizes), 20))
-        ████▓▓▓▓▒▒▒▒░░░░│▚▚▚▚
-    """
-    whole = max(found.peak_bytes, found.limit_bytes)
-    cells: list[tuple[str, str]] = []
-    end = 0
-    for field, _, fill, color in PARTS:
-        end += getattr(found, field)
-        cells += [(fill, color)] * (round(width * end / whole) - len(cells))
-    cells += [("·", "dim")] * (width - len(cells))
-    cells.insert(round(width * found.limit_bytes / whole), ("│", "bold"))
-    return Text.assemble(*cells)
-
-
-def _largest(found: Plan) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in ("bytes", "array", "line", "operation"):
-        table.add_column(column, justify="right" if column == "bytes" else "left", overflow="fold")
-    for one in found.largest:
-        op = one.op if one.op.startswith("copy of ") else one.op.rpartition("/")[2]
-        table.add_row(shown(one.bytes), one.shape, one.source, op)
-    return table

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from scipy.special import ndtri, stdtr, stdtrit
 
+from memopt.comparison.rows import BASELINE
+
 Run = Mapping[str, Any]
 """One run, a line of `compare.jsonl`."""
-
-BASELINE = "adamw"
 
 #: Two losses differ if chance alone makes such a difference with less than this probability. The
 #: NanoGPT speed-run accepts a record by the same threshold

@@ -125,7 +125,7 @@ class Cell:
 
 
 class Outcome(NamedTuple):
-    """What is measured of a run.
+    """Measurements of a run.
 
     Attributes:
         val_loss: The loss on the held-out tokens at the end, infinite if the run diverged.

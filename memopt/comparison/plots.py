@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from memopt.comparison.analysis import BASELINE, Summary, Verdict
+from memopt.comparison.analysis import Summary, Verdict
+from memopt.comparison.rows import BASELINE
 from memopt.training.writing import write_whole
 
 #: Okabe and Ito's colours, which colour-blind people can tell apart (https://jfly.uni-koeln.de/color).

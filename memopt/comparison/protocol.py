@@ -22,7 +22,7 @@ TUNING_SEED = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """What all runs of a comparison have in common.
+    """All that the runs of a comparison have in common.
 
     Attributes:
         models: The models by the name of their size.

@@ -3,10 +3,10 @@
 import fcntl
 import json
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
+from memopt.json_lines import read_json_lines
 from memopt.training.writing import WriteError, why
 
 #: The file in the directory of a comparison, and that of steps to a target.
@@ -18,19 +18,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
     A last line without an end is being written, or was when its process was killed: it is left out.
     """
-    if not path.exists():
-        return []
-    records = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
-        try:
-            if line.endswith("\n"):
-                records.append(json.loads(line))
-        except ValueError:
-            warnings.warn(
-                f"{str(path)!r}: line {number} is damaged and left out; its run is repeated.",
-                stacklevel=2,
-            )
-    return records
+    return read_json_lines(path, "its run is repeated")
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
@@ -64,7 +52,7 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def _end_of_lines(descriptor: int) -> int:
-    """Where the last whole line ends, in bytes."""
+    """The bytes up to the end of the last whole line."""
     end, size = os.fstat(descriptor).st_size, 4096
     while end:
         start = max(0, end - size)

@@ -13,7 +13,6 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from memopt.comparison.analysis import (
-    BASELINE,
     PROBABILITY,
     THRESHOLD,
     Run,
@@ -28,11 +27,9 @@ from memopt.comparison.plots import (
     short_bytes,
     short_count,
 )
-from memopt.training.metrics import read_metrics
+from memopt.comparison.records import RESULTS, read_records
+from memopt.comparison.rows import BASELINE
 from memopt.training.writing import write_whole
-
-#: The file of a comparison's runs, one JSON object a line.
-RUNS = "compare.jsonl"
 
 RULE = (
     f"A method is better or worse than {{baseline}} if chance alone makes such a difference of "
@@ -70,10 +67,10 @@ def write_report(
         ValueError: If the file does not exist.
         OSError: If a file cannot be written.
     """
-    path = runs or directory / RUNS
+    path = runs or directory / RESULTS
     if not path.is_file():
         raise ValueError(f"{path} is not a file: nothing was compared yet.")
-    found = read_metrics(path)
+    found = read_records(path)
     summaries = summarize(found, baseline=baseline, target_loss=target_loss, peak_bytes=peak_bytes)
     text = markdown(summaries, baseline=baseline, runs=found)
     write_whole(directory / "report.md", text.encode())

@@ -3,15 +3,13 @@
 import ast
 import dataclasses
 import math
-import pkgutil
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from memopt.errors import check_choice
+from memopt.functions import find_function
 from memopt.optimizers.registry import METHODS, Method, available
-
-STATES = ("int8", "int4", "float8", "e5m2", "bfloat16")
-WEIGHTS = ("int8", "int4", "bfloat16+8")
+from memopt.training.config import State, Weights
 
 #: The method that others are compared with; it is tuned first and with more runs.
 BASELINE = "adamw"
@@ -73,10 +71,10 @@ class Row:
             word, _, value = part.partition(" ")
             name, equals, number = part.partition("=")
             if word == "state":
-                check_choice("state", value, STATES)
+                check_choice("state", value, get_args(State))
                 given["state"] = value
             elif word == "weights":
-                check_choice("weights", value, WEIGHTS)
+                check_choice("weights", value, get_args(Weights))
                 given["weights"] = value
             elif equals:
                 check_choice(f"option of {optimizer}:", name, method.defaults)
@@ -108,24 +106,19 @@ def find_method(name: str) -> Method:
         ValueError: There is no such optimizer or function.
     """
     if ":" in name and name not in METHODS:
-        try:
-            make = pkgutil.resolve_name(name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"method {name!r} cannot be imported: {error}.") from error
-        if not callable(make):
-            raise ValueError(f"method {name!r} must be a function of learning_rate, got {make!r}.")
+        make = find_function(name)
         METHODS[name] = Method(make, METHODS[BASELINE].learning_rate, "?", "", library="user")
     check_choice("method", name, available())
     return METHODS[name]
 
 
 class Tuned(NamedTuple):
-    """What is tuned of an optimizer beside its learning rate.
+    """An option that is tuned beside the learning rate.
 
     Attributes:
-        option: The option that it is most sensitive to, "" for none.
-        values: Its values; the first is where the search starts.
-        reason: Who says so.
+        option: Its name.
+        values: Its values; the search starts with the first.
+        reason: The reason why this one, and the source of its values.
     """
 
     option: str

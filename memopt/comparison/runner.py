@@ -275,7 +275,7 @@ class Grid:
 
     @property
     def text(self) -> str:
-        """What identifies the text."""
+        """A digest of the text."""
         return text_identity(self.protocol.data)
 
 
@@ -404,7 +404,7 @@ def record(unit: Unit, cell: Cell, outcome: Outcome, *, tuned: bool) -> dict[str
 
 @functools.cache
 def _circumstances() -> dict[str, Any]:
-    """What a run was made with; it does not decide the result."""
+    """The versions, the machine and the command of a run; they do not decide its result."""
     packages = versions(("memopt", "jax", "jaxlib", "optax"))
     device = jax.devices()[0].device_kind
     return {

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from memopt.json_lines import read_json_lines
 from memopt.training.config import Config
 from memopt.training.trackers import open_trackers
 from memopt.training.writing import WriteError, why, write_whole
@@ -90,16 +90,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     The last line may be cut short, by a kill or a full disk. Any other is warned about.
     """
-    if not path.exists():
-        return []
-    metrics = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
-        try:
-            if line.endswith("\n"):
-                metrics.append(json.loads(line))
-        except ValueError:
-            warnings.warn(f"{str(path)!r}: line {number} is damaged and left out.", stacklevel=2)
-    return metrics
+    return read_json_lines(path)
 
 
 class Display(Progress):

@@ -109,7 +109,7 @@ class Training:
 
     @property
     def unit(self) -> str:
-        """What the run counts: batches, of which a controlled step may use several, or steps."""
+        """The unit of progress: "batch" if a controller lets steps use several, or "step"."""
         return "batch" if self.steering else "step"
 
     def save(self, state: TrainState, val_loss: float | None = None) -> None:

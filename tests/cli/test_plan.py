@@ -79,6 +79,7 @@ def test_a_model_and_an_optimizer_of_ones_own_are_named_by_their_functions(own, 
         (["--model", "nano", "--chip", "v9"], "chip 'v9' is unknown"),
         (["--model", "nano", "--option", "rank"], "option 'rank' must be NAME=VALUE"),
         (["--model", "own_module:none"], "'own_module:none' must be MODULE:FUNCTION"),
+        (["--model", "own_module:jax"], "'own_module:jax' must be MODULE:FUNCTION, got <module"),
         (["--model", "own_module:wrong"], "must return (parameters, loss, batch), got int"),
         (
             ["--model", "nano", "--optimizer", "own_module:wrong"],

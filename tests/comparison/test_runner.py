@@ -283,8 +283,8 @@ def test_names_of_rows_are_read_back(name):
         ("lion, state int3", "state 'int3' is unknown"),
         ("lion, fast", "must be NAME=VALUE"),
         ("schedule_free, state int8", "its state is weights"),
-        ("nowhere:function", "cannot be imported"),
-        ("math:pi", "must be a function"),
+        ("nowhere:function", "'nowhere:function' must be MODULE:FUNCTION"),
+        ("math:pi", "must be MODULE:FUNCTION, got 3.14"),
     ],
 )
 def test_wrong_rows_are_refused(name, error):

@@ -1,0 +1,30 @@
+"""Functions of a user by their names."""
+
+import os
+import pkgutil
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def find_function(name: str) -> Callable[..., Any]:
+    """Returns what ``module:function`` names; modules of the working directory are found, too.
+
+    Raises:
+      ValueError: if there is no such module or function.
+
+    Example:
+      >>> find_function("math:sqrt")(4)
+      2.0
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{name!r} must be MODULE:FUNCTION, of a module to import: {error}."
+        ) from error
+    if not callable(found):
+        raise ValueError(f"{name!r} must be MODULE:FUNCTION, got {found!r}.")
+    return found
