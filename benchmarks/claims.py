@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -238,5 +237,3 @@ NOT_MEASURED = {
         "method | inner": "published settings",
     },
 }
-
-TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)

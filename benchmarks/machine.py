@@ -1,11 +1,7 @@
-"""Describes the machine that a benchmark runs on, and the installed packages."""
+"""Finds the GPU that a benchmark runs on."""
 
 import subprocess
 from typing import NamedTuple
-
-from memopt.machine import core_count as core_count
-from memopt.machine import cpu_model as cpu_model
-from memopt.machine import versions as versions
 
 
 class Gpu(NamedTuple):

@@ -38,9 +38,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.machine import core_count, cpu_model, find_gpu, versions
+from benchmarks.machine import find_gpu
 from benchmarks.report import Report, markdown_table, read_results
 from memopt.errors import check_choice
+from memopt.machine import core_count, cpu_model, versions
 from memopt.planning.chips import GPUS
 from memopt.planning.plan import plan
 from memopt.planning.run_options import run_config

@@ -24,8 +24,8 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import memory
-from benchmarks.machine import versions
 from benchmarks.report import GIB, markdown_table, save
+from memopt.machine import versions
 from memopt.planning import hlo
 from memopt.training.placement import parse_mesh
 

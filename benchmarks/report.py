@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from benchmarks.machine import core_count, cpu_model, versions
+from memopt.machine import core_count, cpu_model, versions
 
 GIB = 2**30
 PACKAGES = ("memopt", "jax", "jaxlib", "optax")

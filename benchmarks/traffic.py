@@ -33,10 +33,10 @@ from rich.console import Console
 from rich.table import Table
 
 import memopt
-from benchmarks.machine import versions
 from benchmarks.report import COMPILERS, Report, read_results
 from benchmarks.step_time import COLORS
 from benchmarks.updates import between_refreshes
+from memopt.machine import versions
 from memopt.optimizers.registry import METHODS
 from memopt.planning import hlo
 from memopt.planning.chips import devices

@@ -1,6 +1,5 @@
 """Reads the arguments of functions, with the descriptions in their docstrings."""
 
-import dataclasses
 import inspect
 import re
 import textwrap
@@ -42,30 +41,3 @@ def keyword_defaults(function: Callable) -> dict[str, Any]:
     """
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """A function that is chosen by its name in a table.
-
-    Attributes:
-      make: the function; its keyword-only arguments are the options.
-      when: when to choose it.
-      source: where it is from.
-      needs: what it needs besides its options.
-    """
-
-    make: Callable[..., Any]
-    when: str
-    source: str = ""
-    needs: str = ""
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The options with their defaults."""
-        return keyword_defaults(self.make)
-
-    @property
-    def help(self) -> dict[str, str]:
-        """The descriptions of the options, from the docstring."""
-        return argument_help(self.make)

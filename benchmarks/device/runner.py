@@ -17,8 +17,9 @@ from rich.console import Console
 
 from benchmarks.device import report
 from benchmarks.device.jobs import Job, Record, pieces
-from benchmarks.machine import Gpu, cpu_model, versions
+from benchmarks.machine import Gpu
 from benchmarks.report import save
+from memopt.machine import cpu_model, versions
 
 PACKAGES = (
     *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu13"),

@@ -261,9 +261,7 @@ def _compare(
     target: float | None,
     peak_bytes: Callable[[Run], int | None],
 ) -> list[Summary]:
-    tuned = {method: [run for run in runs if run["tuned"]] for method, runs in methods.items()}
-    tuned = {method: sorted(runs, key=lambda run: run["seed"]) for method, runs in tuned.items()}
-    tuned = {method: runs for method, runs in tuned.items() if runs}
+    tuned = _tuned_runs(methods)
     losses = {method: [loss_of(run) for run in runs] for method, runs in tuned.items()}
     base = losses.get(baseline, [])
     base_loss = statistics.fmean(base) if base else math.inf
@@ -317,6 +315,14 @@ def _compare(
             )
         )
     return sorted(summaries, key=lambda summary: summary.loss)
+
+
+def _tuned_runs(methods: Mapping[str, Sequence[Run]]) -> dict[str, list[Run]]:
+    """The tuned runs of each method that has any, in the order of their seeds."""
+    found = {method: [run for run in runs if run["tuned"]] for method, runs in methods.items()}
+    return {
+        method: sorted(runs, key=lambda run: run["seed"]) for method, runs in found.items() if runs
+    }
 
 
 def mean_curve(runs: Sequence[Run]) -> tuple[tuple[float, float], ...]:

@@ -277,9 +277,8 @@ def _compiled(program: Program) -> _Compiled:
         total, tokens = jax.lax.map(lambda batch: setup.loss(params, batch), batches)
         return total.sum() / tokens.sum()
 
-    parameters = jax.tree.leaves(llama.abstract_params(program.model))
     init = jax.jit(lambda key: setup.jit_init(key)(), out_shardings=shardings)
-    return _Compiled(setup, init, advance, evaluate, sum(math.prod(x.shape) for x in parameters))
+    return _Compiled(setup, init, advance, evaluate, count_parameters(program.model))
 
 
 @functools.lru_cache(maxsize=4)
@@ -319,6 +318,12 @@ def spread_rows(rows: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray
     count = min(count, len(found)) // size * size
     chosen = found[np.arange(count) * len(found) // count]
     return {name: x[chosen].reshape(-1, size, *x.shape[1:]) for name, x in rows.items()}
+
+
+@functools.cache
+def count_parameters(model: LlamaConfig) -> int:
+    """Counts all parameters of a model."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(llama.abstract_params(model)))
 
 
 def _bytes(tree: Any) -> int:

@@ -146,8 +146,6 @@ def _draw_front(
     axes: Any, shown: Sequence[Summary], baseline: str
 ) -> list[tuple[float, float, str, str, bool]]:
     """Draws points and front; returns x, y, label, color and weight of the labels."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
     axes.set_xscale("log")
     stored = [s.state_bytes for s in shown if s.state_bytes]
     low, high = min(stored, default=1), max(stored, default=1)
@@ -200,20 +198,34 @@ def _draw_front(
     axes.text(
         weights, 0.985, "as many as the parameters", transform=axes.get_xaxis_transform(), **note
     )
+    _set_byte_ticks(axes, low, high, zero if len(stored) < len(shown) else None)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
+    return labels
+
+
+def _set_byte_ticks(axes: Any, low: float, high: float, zero: float | None) -> None:
+    """Labels a logarithmic axis of bytes.
+
+    Args:
+        axes: The axes.
+        low: The fewest bytes above zero.
+        high: The most bytes.
+        zero: The place of no bytes, left of a break in the axis; None if there is none.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     axes.xaxis.set_major_locator(LogLocator(numticks=20))
     axes.xaxis.set_major_formatter(
         FuncFormatter(lambda b, _: short_bytes(b) if b >= low / 9 else "")
     )
     axes.minorticks_off()
-    if len(stored) < len(shown):
+    if zero is not None:
         ticks = [b for b in axes.get_xticks() if low * 0.3 <= b <= high * 4]
         axes.set_xticks([zero, *ticks], ["0", *map(short_bytes, ticks)])
         gap = {"transform": axes.get_xaxis_transform(), "clip_on": False, "color": "black"}
         for shift in (1, 1.25):  # two strokes through the axis: it is not to scale here
             axes.plot([zero * 2.1 * shift, zero * 2.4 * shift], [-0.012, 0.012], linewidth=1, **gap)
-    axes.grid(alpha=0.25)
-    axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
-    return labels
 
 
 def short_bytes(count: float) -> str:

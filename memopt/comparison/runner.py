@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from rich.console import Console
 
-from memopt.comparison.cells import Cell, Outcome, Program, text_identity, train
+from memopt.comparison.cells import Cell, Outcome, Program, count_parameters, text_identity, train
 from memopt.comparison.display import Display, Progressed
 from memopt.comparison.protocol import PRESETS, TUNING_SEED, Protocol
 from memopt.comparison.records import RESULTS, TARGETS, append_record, read_records
@@ -27,8 +27,6 @@ from memopt.comparison.targets import fewest_steps
 from memopt.comparison.tuning import Point, tune
 from memopt.errors import check_at_least, check_choice
 from memopt.machine import core_count, cpu_model, versions
-from memopt.models import llama
-from memopt.models.config import LlamaConfig
 from memopt.training.lock import Lock
 
 #: Seconds between two looks at what other processes have done.
@@ -188,7 +186,7 @@ class Grid:
         Runs beyond the budget, as the grid of a method grows, are known when they are made.
         """
         done = collections.Counter(map(_unit_of, filter(self.holds, records)))
-        sizes = {size: _parameters(model) for size, model in self.protocol.models.items()}
+        sizes = {size: count_parameters(model) for size, model in self.protocol.models.items()}
         found, planned = [], []
         for size, row, batch_size in self.units:
             runs = done[size, row.name, batch_size]
@@ -421,11 +419,6 @@ def _program() -> str:
 
 def _unit_of(record: dict[str, Any]) -> tuple[str, str, int]:
     return record["size"], record["method"], record["batch_size"]
-
-
-@functools.cache
-def _parameters(model: LlamaConfig) -> int:
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(llama.abstract_params(model)))
 
 
 def _in_processes(grid: Grid, display: Display) -> None:

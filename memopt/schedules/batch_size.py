@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from memopt.docstrings import Choice
+from memopt.choices import Choice
 from memopt.errors import check_at_least, check_choice
 
 #: Maps how many batches of the data are used up to how many of them the next step takes.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from memopt.docstrings import Choice
+from memopt.choices import Choice
 from memopt.errors import check_above_zero, check_at_least, check_between
 from memopt.schedules.batch_size import BATCH_SHAPES
 

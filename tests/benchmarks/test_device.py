@@ -17,9 +17,10 @@ from packaging.utils import canonicalize_name
 from benchmarks.device import __main__ as device
 from benchmarks.device import report, runner, training, updates
 from benchmarks.device.jobs import pieces
-from benchmarks.machine import Gpu, cpu_model
+from benchmarks.machine import Gpu
 from benchmarks.training_step import TrainingStep
 from memopt import codecs
+from memopt.machine import cpu_model
 from memopt.models.config import preset
 
 # What the script says it needs, and pytest for its tests.

@@ -313,5 +313,5 @@ def test_wrong_options_are_refused(options, error, tmp_path):
 def test_presets_have_the_sizes_of_their_names():
     for protocol in PRESETS.values():
         for name, model in protocol.models.items():
-            millions = runner._parameters(model) / 1e6
+            millions = cells.count_parameters(model) / 1e6
             assert float(name.removesuffix("M")) == pytest.approx(millions, rel=0.07)

@@ -15,7 +15,7 @@ import optax
 import pytest
 from rich.console import Console
 
-from memopt.docstrings import Choice
+from memopt.choices import Choice
 from memopt.training import loop
 from memopt.training.config import Architecture, Config, Optimization, Run, Text
 from memopt.training.control import Control, Controller, Losses, Plan, Seen

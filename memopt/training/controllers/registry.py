@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
-from memopt.docstrings import Choice
+from memopt.choices import Choice
 from memopt.errors import check_choice
 from memopt.training.config import check_type
 from memopt.training.control import Controller, Plan
