@@ -134,7 +134,7 @@ def measure(optimizer: str, options: Options) -> dict[str, Any]:
     found = plan_step(
         make, options.chip, count, cache=True, model=options.model, optimizer=optimizer
     ).to_json()
-    planned = ("compiled_for", "compiler", *found_bytes(), "collectives", "refresh_collectives")
+    planned = ("compiled_for", "compiler", *byte_fields(), "collectives", "refresh_collectives")
     return {
         "optimizer": optimizer,
         **{name: getattr(options, name) for name in ("model", *names, "chip", "refresh")},
@@ -142,7 +142,7 @@ def measure(optimizer: str, options: Options) -> dict[str, Any]:
     }
 
 
-def found_bytes() -> list[str]:
+def byte_fields() -> list[str]:
     """The fields of a plan that count bytes, and are no property of the chip."""
     named = [field.name for field in dataclasses.fields(Plan) if field.name.endswith("_bytes")]
     return [name for name in named if name not in ("limit_bytes", "margin_bytes")]

@@ -163,7 +163,7 @@ def suggestions(options: Options) -> dict[str, Any]:
         "seq_len": seq_len,
         "optimizer": optimizer,
         "laws": [_describe_law(suggestion, tokens, seq_len) for suggestion in found],
-        "not_used": laws.unused(optimizer, given, of_run),
+        "not_used": laws.unused_laws(optimizer, given, of_run),
         "noise": _describe_noise(loaded, noise) if loaded and noise else None,
         "disagreements": laws.disagreements(found, given),
     }

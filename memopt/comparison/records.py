@@ -1,16 +1,82 @@
 """The results of a comparison: JSON lines that several processes append to."""
 
 import fcntl
+import functools
 import json
 import os
+import platform
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from memopt.comparison.cells import Cell, Outcome
+from memopt.comparison.rows import Row
 from memopt.json_lines import read_json_lines
+from memopt.machine import core_count, cpu_model, versions
 from memopt.training.writing import WriteError, why
 
 #: The file in the directory of a comparison, and that of steps to a target.
 RESULTS, TARGETS = "compare.jsonl", "targets.jsonl"
+
+
+def record(size: str, row: Row, cell: Cell, outcome: Outcome, *, tuned: bool) -> dict[str, Any]:
+    """Returns the JSON object of a run.
+
+    Beside the fields of `Row`, `Cell`, `Program` and `Outcome`, it has `method`, the name of the
+    row; `size`, that of the model; `tuned`, whether the run counts: if not, it served to find the
+    setting; `tuned_as`, the name of the row whose setting it has; `tokens`; `target_loss` if one is
+    given; `key`, `versions`, `machine`, `command`. `val_loss` is null if the run diverged.
+
+    Args:
+        size: The name of the model's size.
+        row: The row.
+        cell: The run.
+        outcome: What was measured.
+        tuned: As above.
+    """
+    program = cell.program
+    finite = outcome._asdict() | {"val_loss": None if outcome.diverged else outcome.val_loss}
+    return {
+        "optimizer": row.optimizer,
+        "options": dict(program.options),
+        "state": row.state,
+        "weights": row.weights,
+        "release": row.release,
+        "size": size,
+        "seed": cell.seed,
+        "learning_rate": cell.learning_rate,
+        "tuned": tuned,
+        "steps": cell.steps,
+        "tokens": cell.steps * program.batch_size * program.seq_len,
+        "batch_size": program.batch_size,
+        "seq_len": program.seq_len,
+        "schedule": cell.schedule,
+        "warmup": cell.warmup,
+        "final_learning_rate": cell.final_learning_rate,
+        **finite,
+        "key": cell.key,
+        **_circumstances(),
+    }
+
+
+@functools.cache
+def _circumstances() -> dict[str, Any]:
+    """The versions, the machine and the command of a run; they do not decide its result."""
+    packages = versions(("memopt", "jax", "jaxlib", "optax"))
+    device = jax.devices()[0].device_kind
+    return {
+        "versions": packages | {"python": platform.python_version()},
+        "machine": {"device": device, "cpu": cpu_model(), "cores": core_count()},
+        "command": shlex.join([_program(), *sys.argv[1:]]),
+    }
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "memopt" if name == "__main__.py" else name
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -7,8 +7,6 @@ import hashlib
 import math
 import multiprocessing
 import os
-import platform
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,15 +16,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 from rich.console import Console
 
-from memopt.comparison.cells import Cell, Outcome, Program, count_parameters, text_identity, train
+from memopt.comparison.cells import Cell, Program, count_parameters, text_identity, train
 from memopt.comparison.display import Display, Progressed
 from memopt.comparison.protocol import PRESETS, TUNING_SEED, Protocol
-from memopt.comparison.records import RESULTS, TARGETS, append_record, read_records
+from memopt.comparison.records import RESULTS, TARGETS, append_record, read_records, record
 from memopt.comparison.rows import BASELINE, ROWS, Row, first_rate, fixed_options, tuned_options
 from memopt.comparison.targets import fewest_steps
 from memopt.comparison.tuning import Point, tune
 from memopt.errors import check_at_least, check_choice
-from memopt.machine import core_count, cpu_model, versions
 from memopt.training.lock import Lock
 
 #: Seconds between two looks at what other processes have done.
@@ -97,7 +94,7 @@ def compare(
 
     Returns:
         The records of all runs of these rows, sizes and seeds that are finished, with the keys
-        that `record` describes.
+        that `memopt.comparison.records.record` describes.
 
     Raises:
         ValueError: A name is unknown, an optimizer cannot work in this way, or `over` is given
@@ -358,63 +355,7 @@ class _Worker:
         tuned = cell.seed != TUNING_SEED
         outcome = train(cell, evaluate_pieces=tuned, alone=grid.jobs == 1)
         self._longest = max(self._longest, time.monotonic() - began)
-        return record(unit, cell, outcome, tuned=tuned)
-
-
-def record(unit: Unit, cell: Cell, outcome: Outcome, *, tuned: bool) -> dict[str, Any]:
-    """Returns the JSON object of a run.
-
-    Beside the fields of `Row`, `Cell`, `Program` and `Outcome`, it has `method`, the name of the
-    row; `size`, that of the model; `tuned`, whether the run counts: if not, it served to find the
-    setting; `tuned_as`, the name of the row whose setting it has; `tokens`; `target_loss` if one is
-    given; `key`, `versions`, `machine`, `command`. `val_loss` is null if the run diverged.
-
-    Args:
-        unit: The row at a size.
-        cell: The run.
-        outcome: What was measured.
-        tuned: As above.
-    """
-    row, program = unit.row, cell.program
-    finite = outcome._asdict() | {"val_loss": None if outcome.diverged else outcome.val_loss}
-    return {
-        "optimizer": row.optimizer,
-        "options": dict(program.options),
-        "state": row.state,
-        "weights": row.weights,
-        "release": row.release,
-        "size": unit.size,
-        "seed": cell.seed,
-        "learning_rate": cell.learning_rate,
-        "tuned": tuned,
-        "steps": cell.steps,
-        "tokens": cell.steps * program.batch_size * program.seq_len,
-        "batch_size": program.batch_size,
-        "seq_len": program.seq_len,
-        "schedule": cell.schedule,
-        "warmup": cell.warmup,
-        "final_learning_rate": cell.final_learning_rate,
-        **finite,
-        "key": cell.key,
-        **_circumstances(),
-    }
-
-
-@functools.cache
-def _circumstances() -> dict[str, Any]:
-    """The versions, the machine and the command of a run; they do not decide its result."""
-    packages = versions(("memopt", "jax", "jaxlib", "optax"))
-    device = jax.devices()[0].device_kind
-    return {
-        "versions": packages | {"python": platform.python_version()},
-        "machine": {"device": device, "cpu": cpu_model(), "cores": core_count()},
-        "command": shlex.join([_program(), *sys.argv[1:]]),
-    }
-
-
-def _program() -> str:
-    name = Path(sys.argv[0]).name
-    return "memopt" if name == "__main__.py" else name
+        return record(unit.size, unit.row, cell, outcome, tuned=tuned)
 
 
 def _unit_of(record: dict[str, Any]) -> tuple[str, str, int]:

@@ -94,7 +94,7 @@ def _check(loss: Any, batch: Any, given: Mapping[str, Any]) -> str:
     taken = ("mesh", "release", "weights", "state", "accumulation", "remat")
     for name, value in given.items():
         if name not in taken and value is not None:
-            raise ValueError(f"{name} must be left out with params: the model itself decides it.")
+            raise ValueError(f"{name} must be left out with params, a model of your own.")
     stacked, release = isinstance(loss, StackedModel), given["release"]
     if release and not stacked:
         raise ValueError("release needs a memopt.models.StackedModel as loss, got a function.")

@@ -25,7 +25,7 @@ from memopt.schedules.laws.suggestions import MeasuredRun as MeasuredRun
 from memopt.schedules.laws.suggestions import Suggestion as Suggestion
 from memopt.schedules.laws.suggestions import disagreements as disagreements
 from memopt.schedules.laws.suggestions import suggest as suggest
-from memopt.schedules.laws.suggestions import unused as unused
+from memopt.schedules.laws.suggestions import unused_laws as unused_laws
 from memopt.schedules.laws.surge import NoiseBatchFit as NoiseBatchFit
 from memopt.schedules.laws.surge import fit_noise_batch as fit_noise_batch
 from memopt.schedules.laws.surge import surge as surge

@@ -224,7 +224,7 @@ def _by_noise(
     return found
 
 
-def unused(optimizer: str, batch_tokens: float | None, run_optimizer: str | None) -> list[str]:
+def unused_laws(optimizer: str, batch_tokens: float | None, run_optimizer: str | None) -> list[str]:
     """Says which laws `suggest` does not use, and why.
 
     Args:
@@ -233,7 +233,7 @@ def unused(optimizer: str, batch_tokens: float | None, run_optimizer: str | None
         run_optimizer: That of the run that was measured; None without one.
 
     Example:
-        >>> unused("adamw", None, None)
+        >>> unused_laws("adamw", None, None)
         ['Surge, the noise scale and the critical batch need a run: give --run.']
     """
     found = []

@@ -85,15 +85,15 @@ def test_noise_that_hides_the_gradient_recommends_no_batch(noise_batch) -> None:
 
 def test_laws_that_are_not_for_an_optimizer_say_so() -> None:
     assert laws.suggest(3e8, 1e10, width=1024, optimizer="lion") == []
-    said = laws.unused("lion", None, None)
+    said = laws.unused_laws("lion", None, None)
     assert [line.split(" is not")[0] for line in said[:2]] == ["Step Law", "The power law"]
     assert "need a run" in said[2]
-    assert laws.unused("lion", None, "adamw")[-1] == (
+    assert laws.unused_laws("lion", None, "adamw")[-1] == (
         "Surge needs a good learning rate of lion: the run used adamw."
     )
-    assert "Surge is not for sgd" in laws.unused("sgd", None, "sgd")[-1]
-    assert "needs a batch" in laws.unused("adam", None, "adam")[-1]
-    assert laws.unused("adamw", None, "adamw") == []
+    assert "Surge is not for sgd" in laws.unused_laws("sgd", None, "sgd")[-1]
+    assert "needs a batch" in laws.unused_laws("adam", None, "adam")[-1]
+    assert laws.unused_laws("adamw", None, "adamw") == []
 
 
 def test_recommendations_that_are_alike_agree() -> None:
