@@ -9,7 +9,9 @@ Examples:
   memopt compare --preset gpu-small --output comparison --minutes 9
 
 Finished runs are in OUTPUT/compare.jsonl, and are never repeated: the same command goes on where it
-was stopped, and others with the same output share its runs, also at the same time.
+was stopped, and others with the same output share its runs, also at the same time. At the end,
+OUTPUT/report.md and pictures beside it are written of all that is finished: loss against bytes of
+state, losses on the way, and how much the learning rate matters.
 """
 
 import dataclasses
@@ -22,6 +24,7 @@ from tyro import conf
 
 from memopt.cli.errors import fail
 from memopt.comparison.protocol import PRESETS
+from memopt.comparison.report import tables, write_report
 from memopt.comparison.runner import OutOfTimeError, compare
 
 
@@ -67,26 +70,22 @@ def compare_command(arguments: list[str]) -> None:
     )
     console = Console()
     again = "All finished runs are kept: give the same command again for the others."
+    stopped = ""
     try:
         compare(console=console, **vars(options))
     except OutOfTimeError:
-        console.print(
-            f"The next run would take longer than --minutes {options.minutes:g}. {again}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        stopped = f"The next run would take longer than --minutes {options.minutes:g}. {again}"
     except KeyboardInterrupt:
         fail(f"interrupted. {again}", 130)
     except (ValueError, ImportError, OSError) as error:
         fail(error)
-    show(options.output, console)
-
-
-def show(directory: Path, console: Console) -> None:
-    """Shows the results in a directory.
-
-    Args:
-        directory: The directory of a comparison.
-        console: Where to show them.
-    """
-    console.print(f"Results: {directory}", markup=False, highlight=False, soft_wrap=True)
+    lines = [stopped] if stopped else []
+    try:
+        console.print(*tables(write_report(options.output)))
+        lines.append(f"Tables and pictures: {options.output / 'report.md'}, and beside it.")
+    except ValueError:  # no run is finished
+        pass
+    except OSError as error:
+        fail(error)
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

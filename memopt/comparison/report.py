@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -27,7 +27,7 @@ from memopt.comparison.plots import (
     short_bytes,
     short_count,
 )
-from memopt.comparison.records import RESULTS, read_records
+from memopt.comparison.records import RESULTS, TARGETS, read_records
 from memopt.comparison.rows import BASELINE
 from memopt.training.writing import write_whole
 
@@ -49,30 +49,32 @@ def write_report(
     baseline: str = BASELINE,
     target_loss: float | None = None,
     peak_bytes: Callable[[Run], int | None] | None = None,
-) -> list[Summary]:
+) -> list["Section"]:
     """Writes the tables and pictures of a comparison.
 
     Args:
         directory: The directory to write into: `report.md`, `report.json`, and, as soon as there
-            are tuned runs, `front.png`, `curves.png` and `sensitivity.png`.
+            are tuned runs, `front.png`, `curves.png` and `sensitivity.png`. Runs to a target loss
+            are read from `targets.jsonl` there.
         runs: The file of runs, by default `compare.jsonl` in the directory.
         baseline: The method with which others are compared.
         target_loss: As of `summarize`.
         peak_bytes: As of `summarize`.
 
     Returns:
-        The summaries.
+        The tables.
 
     Raises:
-        ValueError: If the file does not exist.
+        ValueError: If there is no file of runs.
         OSError: If a file cannot be written.
     """
-    path = runs or directory / RESULTS
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file: nothing was compared yet.")
-    found = read_records(path)
+    paths = runs or directory / RESULTS, directory / TARGETS
+    if not any(path.is_file() for path in paths):
+        raise ValueError(f"{paths[0]} is not a file: nothing was compared yet.")
+    found, to_target = map(read_records, paths)
     summaries = summarize(found, baseline=baseline, target_loss=target_loss, peak_bytes=peak_bytes)
-    text = markdown(summaries, baseline=baseline, runs=found)
+    shown = sections(summaries, to_target, baseline)
+    text = markdown(shown, baseline=baseline, runs=[*found, *to_target])
     write_whole(directory / "report.md", text.encode())
     write_whole(directory / "report.json", to_json(summaries).encode())
     if summaries:
@@ -82,7 +84,7 @@ def write_report(
             (plot_sensitivity, "sensitivity"),
         ):
             plot(by_size(summaries), directory / f"{name}.png", baseline)
-    return summaries
+    return shown
 
 
 def by_size(summaries: Iterable[Summary]) -> list[list[Summary]]:
@@ -91,32 +93,90 @@ def by_size(summaries: Iterable[Summary]) -> list[list[Summary]]:
     return [list(group) for _, group in itertools.groupby(summaries, key)]
 
 
-def markdown(
-    summaries: Sequence[Summary], *, baseline: str = BASELINE, runs: Iterable[Run] = ()
-) -> str:
-    """The tables in Markdown, a heading for each size.
+class Section(NamedTuple):
+    """A table with its title.
+
+    Attributes:
+        title: The title.
+        columns: The names of the columns.
+        rows: The rows, from the best to the worst.
+        remark: A sentence below it, or "".
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    remark: str = ""
+
+
+def sections(
+    summaries: Sequence[Summary], to_target: Sequence[Run] = (), baseline: str = BASELINE
+) -> list[Section]:
+    """The tables of a comparison, one for each size and batch size.
 
     Args:
-        summaries: The results.
+        summaries: The losses after a given number of steps.
+        to_target: Runs whose number of steps was sought for a loss.
+        baseline: The method with which others are compared.
+    """
+    found = []
+    for group in by_size(summaries):
+        first, remark = group[0], ""
+        if told := [s.least_difference for s in group if s.least_difference is not None]:
+            remark = (
+                f"Differences below {statistics.median(told):.3f}, the median over methods, cannot "
+                "be told from chance."
+            )
+        title = (
+            f"{first.size} parameters, {first.steps} steps of {first.batch_size} rows, "
+            f"{short_count(first.tokens)} tokens"
+        )
+        found.append(Section(title, *_cells(group, baseline), remark))
+    counted = [run for run in to_target if run["tuned"]]
+    key = lambda run: (run["size"], run["batch_size"], run["target_loss"])
+    for (size, rows, loss), of in itertools.groupby(sorted(counted, key=key), key):
+        title = f"Fewest steps to a loss of {loss:g}, {size} parameters, {rows} rows a batch"
+        found.append(Section(title, *_cells_to_target(list(of))))
+    return found
+
+
+def _cells_to_target(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the methods that came to a loss, those with the fewest steps first."""
+    rows = []
+    key = lambda run: (run["steps"], run["method"])
+    for (steps, method), of in itertools.groupby(sorted(runs, key=key), key):
+        seeds = list(of)
+        losses = [math.inf if run["val_loss"] is None else run["val_loss"] for run in seeds]
+        reached = sum(loss <= run["target_loss"] for loss, run in zip(losses, seeds, strict=True))
+        first = seeds[0]
+        rows.append(
+            [
+                *(method, str(steps), short_count(first["tokens"])),
+                f"{reached} of {len(seeds)}",
+                short_bytes(first["state_bytes"]),
+                f"{first['learning_rate']:.3g}",
+            ]
+        )
+    return ["method", "steps", "tokens", "seeds that reach it", "state", "learning rate"], rows
+
+
+def markdown(
+    shown: Sequence[Section], *, baseline: str = BASELINE, runs: Iterable[Run] = ()
+) -> str:
+    """The tables in Markdown.
+
+    Args:
+        shown: The tables.
         baseline: The method with which others are compared.
         runs: All runs, for their commands, machines and versions, and for what is not finished.
     """
     runs = list(runs)
     parts = ["# Optimizers compared", RULE.format(baseline=baseline)]
-    for group in by_size(summaries):
-        first = group[0]
-        parts.append(
-            f"## {first.size} parameters, {first.steps} steps of {first.batch_size} rows, "
-            f"{short_count(first.tokens)} tokens"
-        )
-        columns, rows = cells(group, baseline)
-        lines = [f"| {' | '.join(columns)} |", f"|---|{'--:|' * (len(columns) - 1)}"]
-        parts.append("\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]))
-        if told := [s.least_difference for s in group if s.least_difference is not None]:
-            parts.append(
-                f"Differences below {statistics.median(told):.3f}, the median over methods, cannot "
-                "be told from chance."
-            )
+    for section in shown:
+        head = f"|---|{'--:|' * (len(section.columns) - 1)}"
+        first, *rows = (f"| {' | '.join(row)} |" for row in (section.columns, *section.rows))
+        parts += [f"## {section.title}", "\n".join([first, head, *rows])]
+        parts += [section.remark] if section.remark else []
     for (size, batch, method), count in unfinished(runs).items():
         parts.append(f"{method} at {size}, batches of {batch}: {count} runs, none tuned yet.")
     parts += provenance(runs)
@@ -128,24 +188,26 @@ def to_json(summaries: Sequence[Summary]) -> str:
     return json.dumps([_plain(dataclasses.asdict(s)) for s in summaries], indent=1) + "\n"
 
 
-def tables(summaries: Sequence[Summary], baseline: str = BASELINE) -> list[Table]:
-    """Tables for the terminal, one for each size."""
-    shown = []
-    for group in by_size(summaries):
-        title = f"{group[0].size} parameters, {short_count(group[0].tokens)} tokens"
-        table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
-        columns, rows = cells(group, baseline)
-        for i, column in enumerate(columns):
-            table.add_column(column, justify="right" if i else "left")
-        for row in rows:
-            table.add_row(*row)
-        shown.append(table)
-    return shown
+#: Columns of the files alone: a terminal has no room for them.
+ONLY_IN_FILES = {"seeds", "perplexity", "z", "steps to target", "tokens to target", "peak"}
+ONLY_IN_FILES |= {"ms a step", "CPU ms a step", "rate ÷ the baseline's", "settings tried"}
 
 
-def cells(
-    summaries: Sequence[Summary], baseline: str = BASELINE
-) -> tuple[list[str], list[list[str]]]:
+def tables(shown: Sequence[Section]) -> list[Table]:
+    """The tables for the terminal, of the columns that fit 80 characters."""
+    found = []
+    for section in shown:
+        table = Table(title=section.title, caption=section.remark, box=SIMPLE_HEAD, pad_edge=False)
+        kept = [i for i, name in enumerate(section.columns) if name not in ONLY_IN_FILES]
+        for i in kept:
+            table.add_column(section.columns[i], justify="right" if i else "left", no_wrap=i > 0)
+        for row in section.rows:
+            table.add_row(*(row[i] for i in kept))
+        found.append(table)
+    return found
+
+
+def _cells(summaries: Sequence[Summary], baseline: str) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of one size's table; columns without any value are left out."""
     rows = [_row(s, baseline) for s in summaries]
     columns = [c for c in rows[0] if any(row[c] != NOTHING for row in rows)]
@@ -178,7 +240,9 @@ def _row(s: Summary, baseline: str) -> dict[str, str]:
         "ms a step": _shown(s.step_seconds and 1e3 * s.step_seconds, ".1f"),
         "CPU ms a step": _shown(s.step_cpu_seconds and 1e3 * s.step_cpu_seconds, ".1f"),
         "learning rate": f"{s.learning_rate:.3g}",
-        "÷ its": NOTHING if s.method == baseline else _shown(s.learning_rate_ratio, ".3g"),
+        "rate ÷ the baseline's": NOTHING
+        if s.method == baseline
+        else _shown(s.learning_rate_ratio, ".3g"),
         "settings tried": f"{s.settings}",
     }
 

@@ -3,7 +3,7 @@
 import pytest
 
 from memopt.cli import compare as command
-from memopt.comparison import runner
+from memopt.comparison import report, runner
 from memopt.comparison.cells import Outcome
 from memopt.comparison.protocol import PRESETS
 from memopt.comparison.records import read_records
@@ -14,17 +14,24 @@ def quick(protocol, monkeypatch):
     """Makes the preset small, and runs of it immediate."""
     outcome = Outcome(2.0, [[20, 2.0]], False, 8, 4, 1, None, None, 0.5)
     monkeypatch.setitem(PRESETS, "cpu", protocol)
+    for plot in ("plot_front", "plot_curves", "plot_sensitivity"):
+        monkeypatch.setattr(report, plot, lambda groups, path, baseline: path.touch())
     monkeypatch.setattr(runner, "train", lambda cell, **options: outcome)
 
 
-def test_it_shows_each_run_and_where_the_results_are(tmp_path, capsys):
+def test_it_shows_each_run_then_the_tables_and_writes_a_report(tmp_path, capsys):
     command.compare_command(["--output", str(tmp_path), "--methods", "lion", "--seeds", "7"])
-    *runs, last = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr().out
+    runs = [line for line in shown.splitlines() if "2^" in line]
     records = read_records(tmp_path / "compare.jsonl")
     assert len(runs) == len(records)
     assert runs[-1].startswith("nano  lion  2^-11 b2=0.99  20×2  seed 7  loss 2.0000  (0 s)")
     assert f"run {len(runs)}/{len(runs)}" in runs[-1]
-    assert last == f"Results: {tmp_path}"
+    table = [line.split()[:2] for line in shown.splitlines() if line not in runs]
+    assert ["adamw", "2.000"] in table
+    assert ["lion", "2.000"] in table
+    assert {"report.md", "report.json", "front.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert shown.endswith(f"Tables and pictures: {tmp_path / 'report.md'}, and beside it.\n")
 
 
 def test_runs_of_before_are_not_shown_again(tmp_path, capsys):

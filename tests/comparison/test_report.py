@@ -10,7 +10,15 @@ from rich.console import Console
 
 from memopt.comparison.analysis import summarize
 from memopt.comparison.plots import plot_curves, plot_front, plot_sensitivity
-from memopt.comparison.report import by_size, markdown, tables, to_json, write_report
+from memopt.comparison.report import (
+    ONLY_IN_FILES,
+    by_size,
+    markdown,
+    sections,
+    tables,
+    to_json,
+    write_report,
+)
 from tests.comparison.synthetic import run, seeds
 
 RUNS = [
@@ -29,7 +37,7 @@ def rows(text):
 
 
 def test_the_table_in_markdown():
-    text = markdown(summarize(RUNS), runs=RUNS)
+    text = markdown(sections(summarize(RUNS)), runs=RUNS)
     found = rows(text)
     assert [*found] == ["muon", "adamw", "lomo", "lion"]
     muon = found["muon"]
@@ -48,15 +56,17 @@ def test_the_table_in_markdown():
 
 
 def test_columns_without_values_are_left_out():
-    assert "peak" not in markdown(summarize(seeds("adamw", 2.0, 2.1)))
+    assert "peak" not in markdown(sections(summarize(seeds("adamw", 2.0, 2.1))))
 
 
-def test_the_terminals_tables_have_the_same_cells():
-    console = Console(record=True, width=250, file=io.StringIO())
-    console.print(*tables(summarize(RUNS)))
+def test_the_terminals_tables_have_the_same_cells_in_80_columns():
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(*tables(sections(summarize(RUNS))))
     shown = console.export_text()
-    for row in rows(markdown(summarize(RUNS))).values():
-        assert all(cell in shown for cell in row.values())
+    for row in rows(markdown(sections(summarize(RUNS)))).values():
+        left = {name: cell for name, cell in row.items() if name not in ONLY_IN_FILES}
+        assert len(left) == 7
+        assert all(cell in shown for cell in left.values())
 
 
 def test_json_has_no_infinite_numbers():
@@ -69,10 +79,10 @@ def test_json_has_no_infinite_numbers():
 def test_files_of_a_report(tmp_path):
     lines = "".join(json.dumps(r) + "\n" for r in RUNS) + '{"method": "torn'
     (tmp_path / "compare.jsonl").write_text(lines)
-    summaries = write_report(tmp_path)
-    assert len(summaries) == 4
+    shown = write_report(tmp_path)
+    assert [len(section.rows) for section in shown] == [4]
     assert json.loads((tmp_path / "report.json").read_text())[0]["method"] == "muon"
-    assert (tmp_path / "report.md").read_text() == markdown(summaries, runs=RUNS)
+    assert (tmp_path / "report.md").read_text() == markdown(shown, runs=RUNS)
     for name in ("front", "curves", "sensitivity"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -84,6 +94,27 @@ def test_a_comparison_without_tuned_runs_is_reported_as_such(tmp_path):
     assert write_report(tmp_path) == []
     assert "none tuned yet" in (tmp_path / "report.md").read_text()
     assert not (tmp_path / "front.png").exists()
+
+
+def test_steps_to_a_target_are_a_table_of_each_batch_size(tmp_path):
+    target = {"target_loss": 2.1, "batch_size": 4}
+    runs = [
+        *seeds("adamw", 2.05, 2.15, steps=400, **target),
+        *seeds("muon", 2.0, 2.1, steps=200, **target),
+        *seeds("muon", 2.0, steps=100, **target | {"batch_size": 8}),
+        run("muon", 1.9, steps=800, tuned=False, **target),
+    ]
+    (tmp_path / "targets.jsonl").write_text("".join(json.dumps(r) + "\n" for r in runs))
+    shown = write_report(tmp_path)
+    assert [section.title.rpartition(", ")[2] for section in shown] == [
+        "4 rows a batch",
+        "8 rows a batch",
+    ]
+    assert [row[:4] for row in shown[0].rows] == [
+        ["muon", "200", "6.4k", "2 of 2"],
+        ["adamw", "400", "6.4k", "1 of 2"],
+    ]
+    assert "Fewest steps to a loss of 2.1" in (tmp_path / "report.md").read_text()
 
 
 @pytest.fixture
