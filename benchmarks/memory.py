@@ -32,7 +32,7 @@ from rich.table import Table
 
 from benchmarks.report import GIB, markdown_table, save
 from benchmarks.training_step import without_refresh
-from memopt.planning.chips import CHIPS, GPUS, compiler
+from memopt.planning.chips import CHIPS, GPUS, compiler, only_compile
 from memopt.planning.plan import Plan, plan_step
 from memopt.planning.run_options import run_config
 from memopt.training.config import State, Weights
@@ -240,6 +240,7 @@ def _peak(report: dict[str, Any], model: str = "7b", **values: Any) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Measures, prints and, for a list, writes the files."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
+    only_compile()
     chosen = [(options.optimizer, {})] if options.optimizer else LISTS[options.rows]
     results: list[dict[str, Any]] = []
     command = shlex.join(["python", "-m", "benchmarks.memory", *arguments])

@@ -27,6 +27,7 @@ from benchmarks import memory
 from benchmarks.report import GIB, markdown_table, save
 from memopt.machine import versions
 from memopt.planning import hlo
+from memopt.planning.chips import only_compile
 from memopt.training.placement import parse_mesh
 
 BASELINE = "sgd"
@@ -183,6 +184,7 @@ def markdown(report: dict[str, Any]) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Measures the missing rows, prints all rows and writes the files."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
+    only_compile()
     wanted = set(options.only.split())
     results: list[dict[str, Any]] = []
     if options.output.exists():

@@ -39,7 +39,7 @@ from benchmarks.updates import between_refreshes
 from memopt.machine import versions
 from memopt.optimizers.registry import METHODS
 from memopt.planning import hlo
-from memopt.planning.chips import devices
+from memopt.planning.chips import devices, only_compile
 from memopt.state.quantized_state import QuantizedState
 
 LAYERS, D, FF = 4, 4096, 11008
@@ -262,6 +262,7 @@ def markdown(report: dict[str, Any]) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Measures, prints and, for a list, writes the files."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
+    only_compile()
     names = [options.optimizer] if options.optimizer else compared()
     console = Console()
     saved = [] if options.optimizer else read_results(options.output)

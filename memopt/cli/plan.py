@@ -29,6 +29,7 @@ from memopt.cli.listing import make_console
 from memopt.cli.plan_view import show, show_progress
 from memopt.functions import find_function
 from memopt.models.config import Remat
+from memopt.planning.chips import only_compile
 from memopt.planning.plan import plan
 from memopt.training.config import DType, State, Weights
 
@@ -113,6 +114,7 @@ class Options:
 def plan_command(arguments: list[str]) -> None:
     """Runs `memopt plan` with these arguments."""
     options = tyro.cli(Options, prog="memopt plan", description=__doc__, args=arguments)
+    only_compile()
     try:
         if options.fit:
             return search(options)

@@ -1,5 +1,8 @@
 """Causal attention that never holds the scores of a long sequence all at once."""
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -8,6 +11,8 @@ from jax import Array
 
 # Queries scored at a time: rows enough to fill a matrix unit, few enough to keep scores small.
 QUERY_CHUNK = 256
+
+_cudnn = contextvars.ContextVar("_cudnn", default=True)
 
 
 def causal_attention(
@@ -92,10 +97,21 @@ def split_sequence(x: Array, size: int) -> Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
 
+@contextlib.contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Traces attention without cuDNN, which this machine may have, but not the one compiled for."""
+    token = _cudnn.set(False)
+    try:
+        yield
+    finally:
+        _cudnn.reset(token)
+
+
 def _flash(query: Array, key: Array) -> bool:
     """Whether cuDNN's flash attention takes these arrays; whole training sequences only."""
     return (
-        jax.default_backend() == "gpu"
+        _cudnn.get()
+        and jax.default_backend() == "gpu"
         and query.dtype in (jnp.bfloat16, jnp.float16)
         and query.shape[1] == key.shape[1] > 1
         and query.shape[-1] % 8 == 0

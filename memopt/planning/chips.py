@@ -133,19 +133,27 @@ def devices(chip: str, count: int = 1) -> list[jax.Device]:
         ValueError: If the chip is unknown, or this machine has fewer devices than `count`.
     """
     compiler(chip)
-    jax.config.update("jax_platforms", "cpu")  # only compilers run
     if chip == "cpu":
         flag = "--xla_force_host_platform_device_count"
         if count > 1 and flag not in os.environ.get("XLA_FLAGS", ""):
             with contextlib.suppress(RuntimeError):  # JAX has looked for devices already
                 jax.config.update("jax_num_cpu_devices", count)
-        if count > (here := len(jax.devices())):
+        if count > (here := len(jax.devices("cpu"))):
             raise ValueError(
                 f"a mesh of {count} devices needs as many on this machine, which has {here}: "
                 f"set XLA_FLAGS={flag}={count} before JAX starts."
             )
-        return jax.devices()[:count]
+        return jax.devices("cpu")[:count]
     return (_gpus if chip in GPUS else _tpus)(chip, count)
+
+
+def only_compile() -> None:
+    """Keeps this process and those it starts off the machine's accelerators and their memory.
+
+    Call it before JAX starts, in a program that compiles and runs nothing.
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
 
 
 def compiler(chip: str) -> str:

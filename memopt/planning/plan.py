@@ -12,6 +12,7 @@ import jax
 import optax
 
 from memopt.errors import check_choice
+from memopt.models.attention import without_cudnn
 from memopt.models.stacked import StackedModel
 from memopt.planning import cache, chips
 from memopt.planning.buffers import Buffer, absolute
@@ -321,8 +322,9 @@ def _try(
 ) -> tuple[Compilable, CompilerReport | None, str]:
     """Compiles a step for a chip; in place of a report returns why the compiler refuses it."""
     progress(f"tracing the step for {count} × {chip}")
-    step = make(chips.devices(chip, count), chip)
-    lowered = step.lower()
+    with without_cudnn():
+        step = make(chips.devices(chip, count), chip)
+        lowered = step.lower()
     key = cache.key_of(lowered, chip) if keep else ""
     record = cache.load(key) if keep else None
     if record is None:

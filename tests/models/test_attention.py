@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from memopt.models import attention
-from memopt.models.attention import QUERY_CHUNK, causal_attention
+from memopt.models.attention import QUERY_CHUNK, causal_attention, without_cudnn
 
 
 def textbook(query, key, value, segment_ids=None, offset=0, window=None):
@@ -117,6 +117,18 @@ def test_on_a_gpu_half_precision_runs_flash_attention(monkeypatch, dtype, head_d
     causal_attention(query, key, key)
     expected = {"implementation": "cudnn", "is_causal": True, "mask": None}
     assert (calls[0] == expected) == flash
+
+
+def test_a_step_for_another_machine_does_without_cudnn(monkeypatch):
+    calls = []
+    record = lambda query, *_, implementation, **options: calls.append(implementation) or query
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+    x = jnp.ones((1, 8, 2, 64), jnp.bfloat16)
+    with without_cudnn():
+        causal_attention(x, x, x)
+    causal_attention(x, x, x)
+    assert calls == ["xla", "cudnn"]
 
 
 @pytest.mark.parametrize("segmented", [False, True])
