@@ -28,3 +28,21 @@ def find_function(name: str) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"{name!r} must be MODULE:FUNCTION, got {found!r}.")
     return found
+
+
+def call_function(name: str) -> Any:
+    """Returns what the function ``module:function`` returns without arguments.
+
+    Raises:
+      ValueError: if there is no such function, or it fails.
+
+    Example:
+      >>> call_function("math:sqrt")
+      Traceback (most recent call last):
+      ValueError: 'math:sqrt' failed (TypeError: math.sqrt() takes exactly one argument (0 given)).
+    """
+    function = find_function(name)
+    try:
+        return function()
+    except Exception as error:
+        raise ValueError(f"{name!r} failed ({type(error).__name__}: {error}).") from error

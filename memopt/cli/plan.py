@@ -27,7 +27,7 @@ from memopt.cli.errors import fail
 from memopt.cli.fit import search
 from memopt.cli.listing import make_console
 from memopt.cli.plan_view import show, show_progress
-from memopt.functions import find_function
+from memopt.functions import call_function
 from memopt.models.config import Remat
 from memopt.planning.chips import only_compile
 from memopt.planning.plan import plan
@@ -101,7 +101,7 @@ class Options:
         for name in ("json", "fit", "optimizers", "processes"):
             del named[name]
         for name in ("option", "vocab_size", "num_layers"):
-            if not named[name]:
+            if named[name] in (None, ()):
                 del named[name]
         if ":" in self.optimizer:
             named["optimizer"] = own_optimizer(self.optimizer)
@@ -132,7 +132,7 @@ def plan_command(arguments: list[str]) -> None:
 
 def own_optimizer(name: str) -> optax.GradientTransformation:
     """Returns the optimizer that a function named MODULE:FUNCTION returns."""
-    tx = find_function(name)()
+    tx = call_function(name)
     if not isinstance(tx, optax.GradientTransformation):
         raise ValueError(
             f"optimizer {name!r} must return an Optax transformation, got {type(tx).__name__}."
@@ -142,7 +142,7 @@ def own_optimizer(name: str) -> optax.GradientTransformation:
 
 def own_model(name: str) -> dict[str, Any]:
     """Returns what a function named MODULE:FUNCTION returns, as arguments of `memopt.plan`."""
-    found = find_function(name)()
+    found = call_function(name)
     if not (isinstance(found, tuple) and len(found) == 3):
         raise ValueError(
             f"model {name!r} must return (parameters, loss, batch), got {type(found).__name__}."

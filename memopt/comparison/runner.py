@@ -20,7 +20,15 @@ from memopt.comparison.cells import Cell, Program, count_parameters, text_identi
 from memopt.comparison.display import Display, Progressed
 from memopt.comparison.protocol import PRESETS, TUNING_SEED, Protocol
 from memopt.comparison.records import RESULTS, TARGETS, append_record, read_records, record
-from memopt.comparison.rows import BASELINE, ROWS, Row, first_rate, fixed_options, tuned_options
+from memopt.comparison.rows import (
+    BASELINE,
+    ROWS,
+    Row,
+    find_method,
+    first_rate,
+    fixed_options,
+    tuned_options,
+)
 from memopt.comparison.targets import fewest_steps
 from memopt.comparison.tuning import Point, tune
 from memopt.errors import check_at_least, check_choice
@@ -105,6 +113,8 @@ def compare(
         check_choice("preset", preset, PRESETS)
         preset = PRESETS[preset]
     check_at_least("jobs", jobs, 1)
+    if minutes is not None and not minutes >= 0:
+        raise ValueError(f"minutes must be at least 0, got {minutes}.")
     if over and target_loss is None:
         raise ValueError("over must be given with target_loss, the loss to be reached.")
     if target_loss is not None and not math.isfinite(target_loss):
@@ -216,6 +226,8 @@ class Grid:
             OutOfTimeError: As many runs were made as fit into the minutes.
             ValueError: Methods could not be trained; all others were.
         """
+        for row in self.rows:
+            find_method(row.optimizer)  # a user's function, which another process has not entered
         worker, failed = _Worker(self, progress), dict[Unit, str]()
         left = self.units
         while left:
@@ -227,8 +239,11 @@ class Grid:
                 try:
                     if not worker.finish(unit):
                         waiting.append(unit)
-                except (ValueError, TypeError, RuntimeError) as error:
-                    failed[unit] = f"{unit.row.name} at {unit.size}: {error}"
+                except (OutOfTimeError, OSError):
+                    raise
+                except Exception as error:  # a user's function may raise any
+                    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                    failed[unit] = f"{unit.row.name} at {unit.size}: {kind}{error}"
             if len(waiting) == len(left):
                 progress(read_records(self.path))
                 time.sleep(SECONDS_BETWEEN_LOOKS)

@@ -32,7 +32,7 @@ PLAIN = "sgd"
 LEAST = {
     **dict.fromkeys(("batch_size", "accumulation", "steps", "max_skipped"), 1),
     **dict.fromkeys(("eval_every", "checkpoint_every", "keep", "grow", "num_layers"), 1),
-    **dict.fromkeys(("vocab_size", "predict_steps"), 1),
+    **dict.fromkeys(("seq_len", "vocab_size", "predict_steps"), 1),
     "learning_rate": 0,
 }
 

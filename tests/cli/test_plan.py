@@ -21,6 +21,9 @@ def optimizer():
 
 def wrong():
     return 3
+
+def failing():
+    return {}["missing"]
 """
 
 
@@ -80,6 +83,10 @@ def test_a_model_and_an_optimizer_of_ones_own_are_named_by_their_functions(own, 
         (["--model", "nano", "--option", "rank"], "option 'rank' must be NAME=VALUE"),
         (["--model", "own_module:none"], "'own_module:none' must be MODULE:FUNCTION"),
         (["--model", "own_module:jax"], "'own_module:jax' must be MODULE:FUNCTION, got <module"),
+        (["--model", "own_module:failing"], "'own_module:failing' failed (KeyError: 'missing')"),
+        (["--model", "nano", "--num-layers", "0"], "num_layers must be at least 1, got 0"),
+        (["--model", "nano", "--vocab-size", "0"], "vocab_size must be at least 1, got 0"),
+        (["--model", "nano", "--seq-len", "0"], "seq_len must be at least 1, got 0"),
         (["--model", "own_module:wrong"], "must return (parameters, loss, batch), got int"),
         (
             ["--model", "nano", "--optimizer", "own_module:wrong"],

@@ -102,6 +102,27 @@ def test_a_user_function_is_trained(protocol, trained, tmp_path):
     assert outcome.state_bytes == outcome.parameter_bytes + 4  # and a count
 
 
+def test_a_process_enters_the_user_functions_of_its_grid(protocol, trained, tmp_path, monkeypatch):
+    grid = Grid(protocol, rows_of([OWN]), (2,), tmp_path)
+    monkeypatch.delitem(METHODS, OWN)  # as in another process
+    grid.work(lambda records: None)
+    assert (OWN, True) in {(x["method"], x["tuned"]) for x in read_records(grid.path)}
+
+
+def test_whatever_a_method_raises_the_others_are_trained(protocol, trained, tmp_path, monkeypatch):
+    train = runner.train
+
+    def failing(cell, **options):
+        if cell.program.optimizer == "lion":
+            raise KeyError("missing")
+        return train(cell, **options)
+
+    monkeypatch.setattr(runner, "train", failing)
+    with pytest.raises(ValueError, match="lion at nano: KeyError: 'missing'"):
+        compare(tmp_path, protocol, methods=["lion", "muon"])
+    assert by_method(read_records(tmp_path / "compare.jsonl"))["muon"][1] == len(protocol.seeds)
+
+
 def test_all_methods_have_the_same_budget_and_the_baseline_more(protocol, trained, tmp_path):
     protocol = dataclasses.replace(protocol, tuning_runs=8, baseline_runs=12)
     counts = by_method(compare(tmp_path, protocol, methods=["lion", "adam", "muon", OWN]))
@@ -301,6 +322,7 @@ def test_wrong_rows_are_refused(name, error):
         ({"jobs": 0}, "jobs must be at least 1"),
         ({"over": "batch_size"}, "over must be given with target_loss"),
         ({"target_loss": math.nan}, "target_loss must be finite"),
+        ({"minutes": math.nan}, "minutes must be at least 0, got nan"),
         ({"preset": "gpu"}, "preset 'gpu' is unknown"),
     ],
 )
