@@ -42,8 +42,8 @@ class Options:
         model: A preset, such as 7b; a directory with a run or a Hugging Face model, of which only
             the config is read; or MODULE:FUNCTION, a function that returns (parameters, loss,
             batch) of your own model, see docs/plan.md.
-        optimizer: A name that `memopt optimizers` lists; or MODULE:FUNCTION, a function that
-            returns an Optax transformation.
+        optimizer: A name that `memopt optimizers` lists; or MODULE:FUNCTION, a function
+            without arguments that returns an Optax transformation.
         option: Argument of the optimizer, such as rank=128.
         chip: A TPU: v4, v5e, v5p, v6e, tpu7x; a GPU: a100-40, a100-80, h100, h200, b200, l40s,
             rtx3090, rtx4090, rtx5090; or cpu, this machine.
