@@ -1,9 +1,12 @@
 """Functions of a user by their names."""
 
+import hashlib
+import inspect
 import os
 import pkgutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -28,6 +31,18 @@ def find_function(name: str) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"{name!r} must be MODULE:FUNCTION, got {found!r}.")
     return found
+
+
+def digest_of_source(name: str) -> str:
+    """Returns a digest of the file that defines the function ``module:function``.
+
+    Raises:
+      ValueError: if there is no such function.
+    """
+    function = find_function(name)
+    file = inspect.getsourcefile(inspect.unwrap(function))
+    content = Path(file).read_bytes() if file else repr(function).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def call_function(name: str) -> Any:

@@ -7,6 +7,7 @@ compared where each schedule ends.
 """
 
 import dataclasses
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,12 @@ from memopt.comparison.rows import BASELINE
 
 Run = Mapping[str, Any]
 """One run, a line of `compare.jsonl`."""
+
+#: Runs that differ in one of these fields are of different experiments, and are not compared.
+EXPERIMENT = ("size", "batch_size", "seq_len", "steps", "text", "eval_tokens")
+
+#: The fields of a method's setting.
+SETTING = ("learning_rate", "options", "schedule", "warmup", "final_learning_rate", "source")
 
 #: Two losses differ if chance alone makes such a difference with less than this probability. The
 #: NanoGPT speed-run accepts a record by the same threshold
@@ -61,6 +68,8 @@ class Summary:
         step_seconds: Median time of a step; None if other runs shared the machine.
         step_cpu_seconds: Median processor time of a step, of all cores together.
         settings: Settings of learning rate and options that were tried.
+        left_out: Tuned runs with an earlier setting, which do not count.
+        experiment: The fields of `EXPERIMENT` that the runs have in common, as JSON.
         on_front: True if no other method has less loss with as little state.
         curve: Steps and mean losses over seeds.
         sensitivity: Learning rates and losses with the same options and seed.
@@ -92,6 +101,8 @@ class Summary:
     step_seconds: float | None
     step_cpu_seconds: float | None
     settings: int
+    left_out: int
+    experiment: str
     on_front: bool
     curve: tuple[tuple[float, float], ...]
     sensitivity: tuple[tuple[float, float], ...]
@@ -104,7 +115,10 @@ def summarize(
     target_loss: float | None = None,
     peak_bytes: Callable[[Run], int | None] | None = None,
 ) -> list[Summary]:
-    """Summarizes the tuned runs of each method at each size.
+    """Summarizes the tuned runs of each method in each experiment.
+
+    Runs that differ in a field of `EXPERIMENT` are not compared. Of a method's tuned runs those
+    with the setting of the last one count; its setting may have been another one before.
 
     A method without tuned runs at a size has no summary there; see `unfinished`.
 
@@ -121,15 +135,15 @@ def summarize(
     Returns:
         Summaries in the order of the sizes in `runs`, then of their losses.
     """
-    groups: dict[tuple[str, int], dict[str, list[Run]]] = {}
+    groups: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
-        setting = groups.setdefault((run["size"], run["batch_size"]), {})
-        setting.setdefault(run["method"], []).append(run)
+        group = groups.setdefault(_values(run, EXPERIMENT), {})
+        group.setdefault(run["method"], []).append(run)
     peak = peak_bytes or (lambda run: run.get("peak_bytes"))
     return [
         summary
-        for setting in groups.values()
-        for summary in _compare(setting, baseline, target_loss, peak)
+        for group in groups.values()
+        for summary in _compare(group, baseline, target_loss, peak)
     ]
 
 
@@ -308,7 +322,9 @@ def _compare(
                 peak_bytes=peak_bytes(first),
                 step_seconds=_median(run["step_seconds"] for run in runs),
                 step_cpu_seconds=_median(run.get("step_cpu_seconds") for run in runs),
-                settings=len({_setting(run) for run in methods[method]}),
+                settings=len({_values(run, SETTING) for run in methods[method]}),
+                left_out=sum(run["tuned"] for run in methods[method]) - len(runs),
+                experiment=_values(first, EXPERIMENT),
                 on_front=on_front,
                 curve=curves[method],
                 sensitivity=sensitivity(methods[method]),
@@ -318,11 +334,18 @@ def _compare(
 
 
 def _tuned_runs(methods: Mapping[str, Sequence[Run]]) -> dict[str, list[Run]]:
-    """The tuned runs of each method that has any, in the order of their seeds."""
-    found = {method: [run for run in runs if run["tuned"]] for method, runs in methods.items()}
-    return {
-        method: sorted(runs, key=lambda run: run["seed"]) for method, runs in found.items() if runs
-    }
+    """The tuned runs of each method with its last setting, in the order of their seeds."""
+    found = {}
+    for method, runs in methods.items():
+        if tuned := [run for run in runs if run["tuned"]]:
+            last = _values(tuned[-1], SETTING)
+            counted = [run for run in tuned if _values(run, SETTING) == last]
+            found[method] = sorted(counted, key=lambda run: run["seed"])
+    return found
+
+
+def _values(run: Run, fields: Iterable[str]) -> str:
+    return json.dumps([run.get(name) for name in fields], sort_keys=True)
 
 
 def mean_curve(runs: Sequence[Run]) -> tuple[tuple[float, float], ...]:
@@ -354,10 +377,6 @@ def _standard_error(a: Sequence[float], b: Sequence[float]) -> tuple[float, int]
     freedom = len(a) + len(b) - 2
     squares = (len(a) - 1) * statistics.variance(a) + (len(b) - 1) * statistics.variance(b)
     return math.sqrt(squares / freedom * (1 / len(a) + 1 / len(b))), freedom
-
-
-def _setting(run: Run) -> str:
-    return repr((run["learning_rate"], sorted(run["options"].items())))
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:

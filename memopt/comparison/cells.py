@@ -20,6 +20,7 @@ import optax
 from memopt import schedules
 from memopt.comparison.protocol import PIECES
 from memopt.comparison.rows import find_method
+from memopt.functions import digest_of_source
 from memopt.machine import core_count
 from memopt.models import llama
 from memopt.models.config import LlamaConfig
@@ -108,8 +109,16 @@ class Cell:
         """A digest of all fields: of two runs with the same key, one is enough."""
         fields = dataclasses.asdict(self)
         del fields["data"]  # the same text under another name is the same
+        if self.source:
+            fields["source"] = self.source
         text = json.dumps(fields | {"version": VERSION}, sort_keys=True, default=repr)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def source(self) -> str | None:
+        """A digest of the file with a user's optimizer; None for those of the registry."""
+        name = self.program.optimizer
+        return digest_of_source(name) if ":" in name else None
 
     @property
     def rates(self) -> np.ndarray:

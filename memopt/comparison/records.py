@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ from memopt.training.writing import WriteError, why
 
 #: The file in the directory of a comparison, and that of steps to a target.
 RESULTS, TARGETS = "compare.jsonl", "targets.jsonl"
+
+
+#: Fields without which a run is not known.
+FIELDS = {"key", "method", "optimizer", "options", "size", "batch_size", "seed", "learning_rate"}
+FIELDS |= {"tuned", "steps", "tokens", "val_loss", "val_losses", "state_bytes", "parameter_bytes"}
 
 
 def record(size: str, row: Row, cell: Cell, outcome: Outcome, *, tuned: bool) -> dict[str, Any]:
@@ -53,6 +59,9 @@ def record(size: str, row: Row, cell: Cell, outcome: Outcome, *, tuned: bool) ->
         "tokens": cell.steps * program.batch_size * program.seq_len,
         "batch_size": program.batch_size,
         "seq_len": program.seq_len,
+        "text": cell.text,
+        "eval_tokens": cell.eval_tokens,
+        "source": cell.source,
         "schedule": cell.schedule,
         "warmup": cell.warmup,
         "final_learning_rate": cell.final_learning_rate,
@@ -84,7 +93,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
     A last line without an end is being written, or was when its process was killed: it is left out.
     """
-    return read_json_lines(path, "its run is repeated")
+    found = []
+    for record in read_json_lines(path, "its run is repeated"):
+        if isinstance(record, dict) and record.keys() >= FIELDS:
+            found.append(record)
+        else:
+            warnings.warn(f"{str(path)!r}: {str(record)[:40]!r} is no run; left out.", stacklevel=2)
+    return found
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:

@@ -88,9 +88,8 @@ def write_report(
 
 
 def by_size(summaries: Iterable[Summary]) -> list[list[Summary]]:
-    """The summaries of each size and batch size."""
-    key = lambda s: (s.size, s.batch_size)
-    return [list(group) for _, group in itertools.groupby(summaries, key)]
+    """The summaries of each experiment, such as those of a size and a batch size."""
+    return [list(group) for _, group in itertools.groupby(summaries, lambda s: s.experiment)]
 
 
 class Section(NamedTuple):
@@ -127,6 +126,8 @@ def sections(
                 f"Differences below {statistics.median(told):.3f}, the median over methods, cannot "
                 "be told from chance."
             )
+        if left_out := sum(s.left_out for s in group):
+            remark = f"{remark} {left_out} runs of earlier settings are left out.".strip()
         title = (
             f"{first.size} parameters, {first.steps} steps of {first.batch_size} rows, "
             f"{short_count(first.tokens)} tokens"

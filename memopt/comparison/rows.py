@@ -105,7 +105,7 @@ def find_method(name: str) -> Method:
     Raises:
         ValueError: There is no such optimizer or function.
     """
-    if ":" in name and name not in METHODS:
+    if ":" in name:
         make = find_function(name)
         METHODS[name] = Method(make, METHODS[BASELINE].learning_rate, "?", "", library="user")
     check_choice("method", name, available())

@@ -209,8 +209,20 @@ class Grid:
         return (
             _unit_of(record) in self._names
             and record.get("target_loss") == self.target_loss
+            and self._is_of_protocol(record)
             and (not record["tuned"] or record["seed"] in self.protocol.seeds)
         )
+
+    def _is_of_protocol(self, record: dict[str, Any]) -> bool:
+        """Whether a record's run had this text and as many tokens."""
+        wanted = {
+            "text": self.text,
+            "eval_tokens": self.protocol.eval_tokens,
+            "seq_len": self.protocol.seq_len,
+        }
+        if self.target_loss is None:
+            wanted["steps"] = self.protocol.steps
+        return all(record.get(name) == value for name, value in wanted.items())
 
     @functools.cached_property
     def _names(self) -> set[tuple[str, str, int]]:

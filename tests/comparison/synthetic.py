@@ -9,6 +9,7 @@ def run(method="adamw", loss=2.0, seed=0, rate=0.001, tuned=True, **changes):
         **{"method": method, "optimizer": method, "options": {}, "size": "2M", "batch_size": 8},
         **{"seed": seed, "learning_rate": rate, "tuned": tuned, "steps": 100, "tokens": 6400},
         **{"val_loss": loss, "val_losses": curve, "diverged": loss is None},
+        **{"key": f"{method} {loss} {seed} {rate}"},
         **{"state_bytes": 1000, "parameter_bytes": 500, "step_seconds": 0.02},
         **{"command": "memopt compare", "machine": {"cpu": "abacus"}, "versions": {"jax": "0.10"}},
     } | changes

@@ -18,6 +18,7 @@ from memopt.comparison.analysis import (
     unfinished,
     z_score,
 )
+from memopt.comparison.report import sections
 from tests.comparison.synthetic import run, seeds
 
 
@@ -182,3 +183,24 @@ def test_time_and_peak_of_a_step():
     assert by_method(runs, peak_bytes=lambda r: 7)["adamw"].peak_bytes == 7
     assert by_method([run(peak_bytes=8)])["adamw"].peak_bytes == 8
     assert by_method([run(step_seconds=None)])["adamw"].step_seconds is None
+
+
+def test_runs_of_other_experiments_are_not_averaged():
+    runs = [
+        *seeds("adamw", 2.0, 2.1),
+        *seeds("adamw", 1.0, 1.1, steps=200),
+        *seeds("adamw", 3.0, text="another"),
+    ]
+    found = {(s.steps, s.losses) for s in summarize(runs)}
+    assert found == {(100, (2.0, 2.1)), (200, (1.0, 1.1)), (100, (3.0,))}
+
+
+@pytest.mark.parametrize(
+    "earlier", [{"rate": 0.002}, {"options": {"b1": 0.8}}, {"source": "before"}]
+)
+def test_of_a_methods_settings_the_last_one_counts(earlier):
+    [found] = summarize([*seeds("adamw", 9.0, 9.0, **earlier), *seeds("adamw", 2.0, 2.1)])
+    assert found.losses == (2.0, 2.1)
+    assert found.left_out == 2
+    shown = sections([found])
+    assert shown[0].remark == "2 runs of earlier settings are left out."

@@ -7,6 +7,7 @@ import pytest
 
 from memopt.comparison.records import append_record, read_records
 from memopt.training.writing import WriteError
+from tests.comparison.synthetic import run
 
 
 @pytest.fixture
@@ -17,18 +18,18 @@ def path(tmp_path):
 def test_records_are_read_in_the_order_in_which_they_were_added(path):
     assert read_records(path) == []
     for seed in range(3):
-        append_record(path, {"seed": seed})
-    assert read_records(path) == [{"seed": 0}, {"seed": 1}, {"seed": 2}]
+        append_record(path, run(seed=seed))
+    assert read_records(path) == [run(seed=seed) for seed in range(3)]
 
 
 @pytest.mark.parametrize("torn", ['{"seed": 1', '{"seed": 1, "text": "' + "x" * 10_000, ""])
 def test_a_torn_last_line_is_left_out_and_then_removed(path, torn):
-    append_record(path, {"seed": 0})
+    append_record(path, run(seed=0))
     with path.open("a") as file:
         file.write(torn)
-    assert read_records(path) == [{"seed": 0}]
-    append_record(path, {"seed": 2})
-    assert path.read_text() == '{"seed": 0}\n{"seed": 2}\n'
+    assert read_records(path) == [run(seed=0)]
+    append_record(path, run(seed=2))
+    assert path.read_text() == f"{json.dumps(run(seed=0))}\n{json.dumps(run(seed=2))}\n"
 
 
 def test_a_file_of_nothing_but_a_torn_line(path):
@@ -37,10 +38,19 @@ def test_a_file_of_nothing_but_a_torn_line(path):
     assert path.read_text() == '{"seed": 0}\n'
 
 
-def test_a_damaged_line_is_left_out_with_a_warning(path):
-    path.write_text('{"seed": 0}\n{"see\x00\n{"seed": 2}\n')
-    with pytest.warns(UserWarning, match="line 2 is damaged"):
-        assert read_records(path) == [{"seed": 0}, {"seed": 2}]
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"see\x00', "line 2 is damaged"),
+        ("{}", "'{}' is no run"),
+        ("[1]", "'\\[1\\]' is no run"),
+    ],
+)
+def test_a_line_that_is_no_run_is_left_out_with_a_warning(path, line, message):
+    first, last = run(seed=0), run(seed=2)
+    path.write_text(f"{json.dumps(first)}\n{line}\n{json.dumps(last)}\n")
+    with pytest.warns(UserWarning, match=message):
+        assert read_records(path) == [first, last]
 
 
 def test_writers_at_the_same_time_lose_nothing(path):

@@ -102,6 +102,20 @@ def test_a_user_function_is_trained(protocol, trained, tmp_path):
     assert outcome.state_bytes == outcome.parameter_bytes + 4  # and a count
 
 
+def test_another_text_or_an_edited_function_is_another_experiment(
+    protocol, trained, tmp_path, monkeypatch
+):
+    first = compare(tmp_path, protocol, methods=[OWN])
+    assert compare(tmp_path, protocol, methods=[OWN]) == first
+    monkeypatch.setattr(cells, "digest_of_source", lambda name: "edited")
+    second = compare(tmp_path, protocol, methods=[OWN])
+    again = [x for x in second if x not in first]
+    assert {x["method"] for x in again} == {OWN}
+    assert {x["source"] for x in again} == {"edited"}
+    longer = compare(tmp_path, dataclasses.replace(protocol, steps=40), methods=[OWN])
+    assert {x["steps"] for x in longer} == {40}
+
+
 def test_a_process_enters_the_user_functions_of_its_grid(protocol, trained, tmp_path, monkeypatch):
     grid = Grid(protocol, rows_of([OWN]), (2,), tmp_path)
     monkeypatch.delitem(METHODS, OWN)  # as in another process
