@@ -224,6 +224,7 @@ def _row(s: Summary, baseline: str) -> dict[str, str]:
         loss = f"{diverged} of {len(s.losses)} diverged"
     else:
         loss = f"{s.loss:.3f}" + ("" if s.spread is None else f" ± {s.spread:.3f}")
+    tells = s.method == baseline or s.verdict in ("better", "worse")
     reached = s.steps_to_target is not None and s.tokens_to_target is not None
     return {
         "method": s.method,
@@ -235,7 +236,7 @@ def _row(s: Summary, baseline: str) -> dict[str, str]:
         "verdict": NOTHING if s.method == baseline else s.verdict,
         "steps to target": _shown(s.steps_to_target, ".0f") if reached else "not reached",
         "tokens to target": short_count(s.tokens_to_target or 0) if reached else NOTHING,
-        "speed-up": _shown(s.speed_up, ".2f"),
+        "speed-up": _shown(s.speed_up, ".2f") if tells else NOTHING,
         "state": short_bytes(s.state_bytes),
         "peak": NOTHING if s.peak_bytes is None else short_bytes(s.peak_bytes),
         "ms a step": _shown(s.step_seconds and 1e3 * s.step_seconds, ".1f"),
