@@ -109,6 +109,8 @@ def _search_optimizers(options: "Options", arguments: dict[str, Any]) -> None:
     """The table of all optimizers; what is given of state, weights and release restricts it."""
     if options.option:
         raise ValueError("--option goes with one optimizer, not with --fit optimizer.")
+    if options.optimizer:
+        raise ValueError("--optimizer must be left out with --fit optimizer; see --optimizers.")
     for name in options.optimizers:
         check_choice("optimizers", name, available())
     del arguments["optimizer"]
@@ -120,9 +122,10 @@ def _search_optimizers(options: "Options", arguments: dict[str, Any]) -> None:
         "releases": (True,) if release else RELEASES,
     }
     with show_progress(total=count_rows(**chosen)) as (working, done):
-        if options.processes == 1:  # another process cannot say what it works on
+        processes = 1 if options.processes is None else options.processes
+        if processes == 1:  # another process cannot say what it works on
             arguments["progress"] = working
-        rows = fit_optimizer(**arguments, **chosen, processes=options.processes, report=done)
+        rows = fit_optimizer(**arguments, **chosen, processes=processes, report=done)
     if options.json:
         print(json.dumps([_row_json(row) for row in rows]))
         return

@@ -40,10 +40,10 @@ class Options:
 
     Attributes:
         model: A preset, such as 7b; a directory with a run or a Hugging Face model, of which only
-            the config is read; or MODULE:FUNCTION, a function that returns (parameters, loss,
-            batch) of your own model, see docs/plan.md.
+            the config is read, and options that are not given are the run's; or MODULE:FUNCTION, a
+            function that returns (parameters, loss, batch) of your own model, see docs/plan.md.
         optimizer: A name that `memopt optimizers` lists; or MODULE:FUNCTION, a function
-            without arguments that returns an Optax transformation.
+            without arguments that returns an Optax transformation; by default apollo_mini.
         option: Argument of the optimizer, such as rank=128.
         chip: A TPU: v4, v5e, v5p, v6e, tpu7x; a GPU: a100-40, a100-80, h100, h200, b200, l40s,
             rtx3090, rtx4090, rtx5090; or cpu, this machine.
@@ -51,7 +51,7 @@ class Options:
         batch_size: Rows of a batch, over all devices and micro-batches; by default one row for each
             part that the mesh splits a micro-batch into.
         seq_len: Tokens of a row; by default 2048, or as many as the model accepts.
-        accumulation: Micro-batches that a batch is worked through in.
+        accumulation: Micro-batches that a batch is worked through in; by default 1.
         release: Update each block while the backward pass runs, so that all gradients are never
             there.
         weights: Store matrices in fewer bits.
@@ -67,17 +67,18 @@ class Options:
             --batch-size; or plan every optimizer, with weights and state as they are and in int8,
             released and not, as far as these are not given.
         optimizers: The optimizers to plan with --fit optimizer; by default all of memopt.
-        processes: How many compile at a time with --fit optimizer; each may take gigabytes.
+        processes: How many compile at a time with --fit optimizer; each may take gigabytes. By
+            default one.
     """
 
     model: Annotated[str, conf.arg(metavar="NAME|DIRECTORY|MODULE:FUNCTION")]
-    optimizer: Annotated[str, conf.arg(metavar="NAME|MODULE:FUNCTION")] = "apollo_mini"
+    optimizer: Annotated[str | None, conf.arg(metavar="NAME|MODULE:FUNCTION")] = None
     option: Annotated[tuple[str, ...], conf.UseAppendAction, conf.arg(metavar="NAME=VALUE")] = ()
     chip: str = "v5e"
     mesh: Annotated[str | None, conf.arg(metavar="AXIS=SIZE,...")] = None
     batch_size: Annotated[int | None, conf.arg(metavar="INT")] = None
     seq_len: Annotated[int | None, conf.arg(metavar="INT")] = None
-    accumulation: int = 1
+    accumulation: Annotated[int | None, conf.arg(metavar="INT")] = None
     release: bool = False
     weights: Weights | None = None
     state: State | None = None
@@ -89,7 +90,7 @@ class Options:
     json: bool = False
     fit: Literal["batch-size", "mesh", "optimizer"] | None = None
     optimizers: Annotated[tuple[str, ...], conf.arg(metavar="NAME ...")] = ()
-    processes: int = 1
+    processes: Annotated[int | None, conf.arg(metavar="INT")] = None
 
     def arguments(self) -> dict[str, Any]:
         """These options as arguments of `memopt.plan`.
@@ -103,7 +104,7 @@ class Options:
         for name in ("option", "vocab_size", "num_layers"):
             if named[name] in (None, ()):
                 del named[name]
-        if ":" in self.optimizer:
+        if self.optimizer and ":" in self.optimizer:
             named["optimizer"] = own_optimizer(self.optimizer)
         if ":" in self.model:
             del named["model"]
@@ -116,6 +117,9 @@ def plan_command(arguments: list[str]) -> None:
     options = tyro.cli(Options, prog="memopt plan", description=__doc__, args=arguments)
     only_compile()
     try:
+        for name in ("optimizers", "processes"):
+            if options.fit != "optimizer" and getattr(options, name) not in ((), None):
+                raise ValueError(f"--{name} goes with --fit optimizer.")
         if options.fit:
             return search(options)
         with show_progress() as (working, _):

@@ -16,6 +16,7 @@ from memopt.errors import check_at_least
 from memopt.models.sharding import BATCH_AXES
 from memopt.optimizers.registry import available
 from memopt.planning.plan import Plan, plan
+from memopt.planning.run_options import inherited
 from memopt.training.placement import parse_mesh
 
 PlanStep = Callable[..., Plan]
@@ -62,7 +63,7 @@ def fit_batch_size(
     *,
     plan: PlanStep = cached_plan,
     mesh: str | None = None,
-    accumulation: int = 1,
+    accumulation: int | None = None,
     most: int = 2**16,
     report: Report = lambda plan: None,
     **options: Any,
@@ -96,8 +97,12 @@ def fit_batch_size(
         (6, 7, [1, 2, 6, 7])
 
     """
-    sizes = parse_mesh(mesh) if mesh else {}
-    multiple = accumulation * math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
+    there = _inherited(options)
+    here = mesh or there.get("mesh")
+    sizes = parse_mesh(here) if here else {}
+    multiple = (accumulation or there.get("accumulation", 1)) * math.prod(
+        sizes.get(axis, 1) for axis in BATCH_AXES
+    )
     check_at_least("most", most, multiple)
     planned: dict[int, Plan] = {}
 
@@ -123,7 +128,7 @@ def fit_mesh(
     plan: PlanStep = cached_plan,
     batch_size: int,
     mesh: str | None = None,
-    accumulation: int = 1,
+    accumulation: int | None = None,
     report: Report = lambda plan: None,
     **options: Any,
 ) -> Edge[str]:
@@ -148,7 +153,8 @@ def fit_mesh(
     others = parse_mesh(mesh) if mesh else {}
     if "fsdp" in others:
         raise ValueError(f"mesh {mesh!r} must leave out fsdp, whose size is searched for.")
-    parts = accumulation * others.get("data", 1)
+    there = _inherited(options)
+    parts = (accumulation or there.get("accumulation", 1)) * others.get("data", 1)
     if batch_size % parts:
         raise ValueError(
             f"batch_size must be a multiple of {parts} (accumulation × the axis data), got "
@@ -176,6 +182,11 @@ def fit_mesh(
 
     found = _boundary(exceeds, guess, most)
     return Edge(name(found + 1) if found < most else None, name(found) if found else None, planned)
+
+
+def _inherited(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that plans have from their model."""
+    return inherited(str(options["model"])) if options.get("model") else {}
 
 
 def _boundary(holds: Callable[[int], bool], guess: Callable[[], int | None], most: int) -> int:
@@ -238,6 +249,13 @@ def fit_optimizer(
         ValueError: If none can be planned; with the reason of the first.
     """
     check_at_least("processes", processes, 1)
+    there = _inherited(options)
+    for name in ("state", "weights", "release"):
+        if there.get(name):
+            raise ValueError(
+                f"model {str(options['model'])!r} must be a run without {name}, or no run, for "
+                "optimizers to be planned with and without it."
+            )
     chosen = _choices(optimizers, states, storages, releases)
     rows = []
     for row in _all_planned(plan, chosen, options, processes):

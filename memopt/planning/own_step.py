@@ -65,11 +65,12 @@ def own_step(
     rate = optax.constant_schedule(1e-3)
     tx = named_optimizer(optimizer, rate) if isinstance(optimizer, str) else optimizer
     tx = quantize_state(tx, given["state"]) if given["state"] else tx
-    options: Any = {"tx": tx, "learning_rate": rate, "accumulation": given["accumulation"]}
+    accumulation = given["accumulation"] or 1
+    options: Any = {"tx": tx, "learning_rate": rate, "accumulation": accumulation}
 
     def make(devices: Sequence[jax.Device], _: str) -> OwnStep:
         rows = max((x.shape[0] for x in jax.tree.leaves(batch) if x.shape), default=1)
-        mesh = make_mesh(given["mesh"], rows // given["accumulation"], devices)
+        mesh = make_mesh(given["mesh"], rows // accumulation, devices)
         placed = store_params(_place_params(params, mesh), given["weights"])
         state = abstract_state(placed, tx, mesh)
         step: Any

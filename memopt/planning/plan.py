@@ -18,10 +18,10 @@ from memopt.planning import cache, chips
 from memopt.planning.buffers import Buffer, absolute
 from memopt.planning.compiler_report import CompilerReport, compile_report
 from memopt.planning.own_step import own_step
-from memopt.planning.run_options import run_command, run_config
+from memopt.planning.run_options import check_options, run_command, run_config
 from memopt.planning.step_memory import bytes_here
 from memopt.training.config import Config
-from memopt.training.describe import describe_run
+from memopt.training.describe import PLAIN, describe_run
 from memopt.training.placement import parse_mesh
 from memopt.training.step import Loss, TrainState
 
@@ -30,6 +30,9 @@ Progress = Callable[[str], None]
 #: The share of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION is set; see
 #: docs.jax.dev, "GPU memory allocation".
 PREALLOCATED = 0.75
+
+#: The share that it may take; the rest is for the CUDA context and libraries.
+ALLOCATABLE = 0.95
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +118,7 @@ Make = Callable[[Sequence[jax.Device], str], Compilable]
 def plan(
     model: str | None = None,
     *,
-    optimizer: str | optax.GradientTransformation = "apollo_mini",
+    optimizer: str | optax.GradientTransformation | None = None,
     chip: str = "v5e",
     mesh: str | None = None,
     batch_size: int | None = None,
@@ -125,7 +128,7 @@ def plan(
     state: str | None = None,
     dtype: str | None = None,
     remat: str | None = None,
-    accumulation: int = 1,
+    accumulation: int | None = None,
     params: Any = None,
     loss: Loss | StackedModel | None = None,
     batch: Any = None,
@@ -141,8 +144,10 @@ def plan(
 
     Args:
         model: A preset, such as "7b"; a directory with a Hugging Face model, of which only the
-            config is read, or with a run.
-        optimizer: A name in `memopt.available()`, or any Optax transformation.
+            config is read, or with a run. Options that are None or False are as
+            `memopt pretrain` has them that starts from it: of a run, those of the run; the
+            defaults below are those of others.
+        optimizer: A name in `memopt.available()`, or any Optax transformation. None: apollo_mini.
         chip: A name in `memopt.planning.chips.CHIPS`, or "cpu" for this machine.
         mesh: Axes and their sizes, such as "fsdp=16". None: one device.
         batch_size: Rows of a batch, over all devices and micro-batches. None: one for each part
@@ -154,7 +159,7 @@ def plan(
         dtype: The dtype of parameters and activations. None: "bfloat16", or "float32" on the CPU.
         remat: What the backward pass computes again: "none", "dots" or "full". None: "full", or
             "none" with `release`, which computes each block again anyway.
-        accumulation: Micro-batches of a batch.
+        accumulation: Micro-batches of a batch. None: 1.
         params: The parameters of a model of your own, in place of `model`: a tree of
             `jax.ShapeDtypeStruct` or arrays. A leaf with a `NamedSharding` is split by the same
             axes of `mesh`; others are copied to every device.
@@ -164,8 +169,8 @@ def plan(
         progress: Is given a line about what the compiler works on, which may take minutes.
         cache: Whether to keep what the compiler says on disk, and look there first; see
             `memopt.planning.cache`.
-        **options: Any other option of `memopt pretrain`, such as ``num_layers=8`` or
-            ``option=("rank=128",)``.
+        **options: Any other option of `memopt pretrain` that the step depends on, such as
+            ``num_layers=8`` or ``option=("rank=128",)``.
 
     Raises:
         ValueError: An option, or a combination of them, cannot work; says what to change.
@@ -178,6 +183,7 @@ def plan(
         True
     """
     check_choice("chip", chip, [*chips.CHIPS, "cpu"])
+    check_options(options)
     given = {
         "mesh": mesh,
         "batch_size": batch_size,
@@ -192,22 +198,30 @@ def plan(
     }
     if (model is None) == (params is None):
         raise ValueError("model or params must say what to train: give one of them.")
-    count = math.prod(parse_mesh(mesh).values()) if mesh else 1
-    own_name = optimizer if isinstance(optimizer, str) else "own"
+    tx = optimizer if isinstance(optimizer, optax.GradientTransformation) else None
     if params is not None:
+        optimizer = optimizer or Config().optimization.optimizer
         make: Make = own_step(params, loss, batch, optimizer, given)
-        return plan_step(make, chip, count, progress, cache, model="own", optimizer=own_name)
-    tx = None if isinstance(optimizer, str) else optimizer
+        name = optimizer if isinstance(optimizer, str) else "own"
+        return plan_step(
+            make, chip, _device_count(mesh), progress, cache, model="own", optimizer=name
+        )
+    for name in ("option", "predict_steps"):
+        if tx is not None and options.get(name):
+            raise ValueError(f"{name} goes with the name of an optimizer.")
 
     def config(compiled_for: str) -> Config:
         instead = {"dtype": "float32"} if compiled_for == "cpu" != chip else {}
-        name = optimizer if isinstance(optimizer, str) else None
+        name: Any = optimizer if tx is None else PLAIN
         return run_config(str(model), name, given | instead, compiled_for)
 
     def describe(devices: Sequence[jax.Device], compiled_for: str) -> Compilable:
         return describe_run(config(compiled_for), devices=devices, tx=tx)
 
-    found = plan_step(describe, chip, count, progress, cache, model=str(model), optimizer=own_name)
+    asked = config(chip)
+    name = asked.optimization.optimizer if tx is None else "own"
+    count = _device_count(asked.run.mesh)
+    found = plan_step(describe, chip, count, progress, cache, model=str(model), optimizer=name)
     notes = found.notes
     if found.compiled_for in chips.GPUS:
         notes += (
@@ -216,6 +230,10 @@ def plan(
         )
     command = run_command(config(found.compiled_for), str(model)) if tx is None else ""
     return dataclasses.replace(found, notes=notes, command=command)
+
+
+def _device_count(mesh: str | None) -> int:
+    return math.prod(parse_mesh(mesh).values()) if mesh else 1
 
 
 def plan_step(
@@ -250,11 +268,14 @@ def plan_step(
         "gradient_bytes": report.gradient_bytes,
         "activation_bytes": report.activation_bytes,
     }
-    peak, limit = report.peak_bytes, memory_of(chip)
+    peak, limit = report.peak_bytes, memory_of(chip, count)
     margin = limit - peak - report.program_bytes
     fits = not found.refused and margin >= 0
-    if fits and chip in chips.GPUS and peak > PREALLOCATED * limit:
-        notes += ("JAX takes 75% of a GPU: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 to run it.",)
+    if fits and chip in chips.GPUS and peak > PREALLOCATED * chips.GPUS[chip].memory:
+        notes += (
+            "JAX takes 75% of a GPU: set XLA_PYTHON_CLIENT_MEM_FRACTION="
+            f"{ALLOCATABLE:g} to run it.",
+        )
     return Plan(
         model=model,
         optimizer=optimizer,
@@ -354,11 +375,15 @@ def roomiest(chip: str) -> str:
     return max(kind, key=lambda name: kind[name].memory)
 
 
-def memory_of(chip: str) -> int:
-    """The bytes of memory that programs may use on a device; of "cpu", this machine's."""
+def memory_of(chip: str, count: int) -> int:
+    """The bytes of memory that programs may use on one of so many devices.
+
+    Those of "cpu" share this machine's memory; of a GPU's, JAX takes 95% at most.
+    """
     if chip == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return chips.CHIPS[chip].memory
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // count
+    memory = chips.CHIPS[chip].memory
+    return int(ALLOCATABLE * memory) if chip in chips.GPUS else memory
 
 
 def _needed(refused: str) -> int:

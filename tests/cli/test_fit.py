@@ -22,7 +22,7 @@ def planned(*, batch_size=1, mesh=None, release=False, weights=None, optimizer="
     peak = parameters + state + activations
     return Plan(
         model="7b",
-        optimizer=optimizer,
+        optimizer=optimizer or "apollo_mini",
         chip="v5e",
         devices=count,
         compiled_for="v5e",

@@ -77,6 +77,12 @@ def test_a_model_and_an_optimizer_of_ones_own_are_named_by_their_functions(own, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--model", "nano", "--optimizers", "lion"], "--optimizers goes with --fit optimizer"),
+        (["--model", "nano", "--processes", "1"], "--processes goes with --fit optimizer"),
+        (
+            ["--model", "nano", "--fit", "optimizer", "--optimizer", "lion"],
+            "--optimizer must be left out",
+        ),
         (["--model", "nanoo"], "model 'nanoo' is unknown; did you mean 'nano'"),
         (["--model", "no/directory"], "there is no directory 'no/directory'"),
         (["--model", "nano", "--chip", "v9"], "chip 'v9' is unknown"),

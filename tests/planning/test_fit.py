@@ -1,6 +1,7 @@
 """Searches over plans of a stub whose peak is a formula; `plan` itself has tests of its own."""
 
 import itertools
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -154,3 +155,22 @@ def test_processes_find_the_same_rows():
     options = {"optimizers": ["lion", "oasis"], "model": "7b"}
     one, two = (fit_optimizer(plan=by_optimizer, processes=n, **options) for n in (1, 2))
     assert list(map(str, one)) == list(map(str, two))
+
+
+@pytest.fixture
+def a_run(tmp_path):
+    options = {"optimizer": "lion", "accumulation": 3, "mesh": "data=2", "release": True}
+    (tmp_path / "config.json").write_text(json.dumps(options))
+    return str(tmp_path)
+
+
+def test_batches_and_meshes_are_multiples_of_the_accumulation_of_a_run(a_run):
+    edge = fit_batch_size(plan=by_batch(lambda b: 10 * b), model=a_run)
+    assert (edge.fits, edge.exceeds) == (96, 102)
+    with pytest.raises(ValueError, match="batch_size must be a multiple of 3"):
+        fit_mesh(plan=by_mesh(lambda n: 1), batch_size=16, model=a_run)
+
+
+def test_a_run_that_is_released_has_no_rows_without(a_run):
+    with pytest.raises(ValueError, match="must be a run without release"):
+        fit_optimizer(plan=by_optimizer, optimizers=["lion"], model=a_run)

@@ -18,6 +18,7 @@ from memopt.planning.buffers import absolute
 from memopt.planning.plan import Plan, plan, roomiest
 from memopt.planning.run_options import run_command, run_config
 from memopt.planning.step_memory import bytes_here
+from memopt.training.config import Config
 from memopt.training.describe import describe_run
 from memopt.training.loop import train
 from memopt.training.open import open_run
@@ -101,6 +102,41 @@ def test_the_peak_is_that_of_the_step_that_the_command_compiles(options):
     config = parse(shlex.split(found.command)[2:])
     setup = describe_run(config, devices=jax.devices()[: found.devices])
     assert found.peak_bytes == peak_of(setup.compile())
+
+
+@pytest.mark.parametrize("given", [{}, {"optimizer": "adamw", "accumulation": 1}])
+def test_of_a_run_it_plans_and_prints_the_step_that_starts_from_it(tmp_path, given):
+    options = {"model": "nano", "seq_len": 16, "batch_size": 4, "accumulation": 2}
+    options |= {"optimizer": "lion", "release": True, "state": "int8", "option": ["b1=0.8"]}
+    options |= {"weights": "int8", "remat": "dots", "tokenizer": "bytes", "mesh": "data=2"}
+    (tmp_path / "config.json").write_text(json.dumps(Config.from_flat(options).flat()))
+    found = plan(str(tmp_path), chip="cpu", **given)
+    name = given.get("optimizer", "lion")
+    more = "" if not given else " --optimizer adamw --accumulation 1"
+    assert (found.optimizer, found.devices) == (name, 2)
+    assert found.command == f"memopt pretrain --init {tmp_path}{more}"
+    config = parse(shlex.split(found.command)[2:])
+    assert config.flat()["option"] == ([] if given else ["b1=0.8"])
+    setup = describe_run(config, devices=jax.devices()[:2])
+    assert found.peak_bytes == peak_of(setup.compile())
+
+
+def test_options_given_over_those_of_a_run_are_printed(tmp_path):
+    options = {"model": "nano", "optimizer": "lion", "option": ["b1=0.8", "b2=0.9"], "seq_len": 16}
+    (tmp_path / "config.json").write_text(json.dumps(Config.from_flat(options).flat()))
+    given = {"option": ("b2=0.95",), "learning_rate": 0.5, "data": ("a=x", "b=y"), "seq_len": 8}
+    config = run_config(str(tmp_path), None, given, "v5e")
+    command = run_command(config, str(tmp_path))
+    assert "--option b2=0.95" in command
+    assert "b1" not in command
+    assert parse(shlex.split(command)[2:]).flat() == config.flat() | {
+        "init": str(tmp_path),
+    }
+
+
+def test_the_devices_of_a_cpu_share_its_memory(ordinary):
+    found = plan("nano", optimizer="adamw", chip="cpu", seq_len=8, mesh="data=2")
+    assert found.limit_bytes == ordinary.limit_bytes // 2
 
 
 def test_the_parts_add_up_to_the_peak(ordinary, released):
@@ -312,6 +348,9 @@ def test_jaxs_own_cache_of_programs_takes_no_record_away(tmp_path):
         ({"model": "nano", "chip": "v5"}, "chip 'v5' is unknown; did you mean 'v5p'|'v5e'"),
         ({"model": "nano", "optimizer": "adamx"}, "optimizer 'adamx' is unknown"),
         ({"model": "nano", "rank": 4}, "option 'rank' is unknown"),
+        ({"model": "nano", "init": "nowhere"}, "option init must be left out"),
+        ({"model": "nano", "seed": None}, "option seed must be left out"),
+        ({"model": "nano", "optimizer": optax.sgd(1.0), "predict_steps": 2}, "predict_steps goes"),
         ({"model": "nano", "batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"model": "nano", "weights": "int5"}, "option weights must be"),
         ({"model": "nano", "mesh": "fsdp"}, "mesh 'fsdp' must name axes once and size them"),
