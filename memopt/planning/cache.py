@@ -42,7 +42,7 @@ def key_of(lowered: jax.stages.Lowered, chip: str, **options: Any) -> str:
         **options: What else decides the record, in values of JSON.
     """
     own = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sources():
         own.update(path.read_bytes())
     decides = {
         "program": lowered.as_text(),
@@ -54,6 +54,13 @@ def key_of(lowered: jax.stages.Lowered, chip: str, **options: Any) -> str:
         "options": options,
     }
     return _digest(decides)
+
+
+def sources() -> list[Path]:
+    """The files of this package that read a compiler's words, or name what they sort by."""
+    package = Path(memopt.__file__).parent
+    read = ("planning/*.py", "training/step.py", "training/release/*.py", "models/stacked.py")
+    return sorted(path for pattern in read for path in package.glob(pattern))
 
 
 def load(key: str) -> dict[str, Any] | None:

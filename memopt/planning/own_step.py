@@ -6,16 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from memopt.errors import check_at_least
 from memopt.models.stacked import StackedModel
 from memopt.optimizers import optimizer as named_optimizer
+from memopt.state.quantized_params import dequantize_params
 from memopt.state.quantized_state import quantize_state
 from memopt.training.placement import abstract_state, batch_sharding, make_mesh
 from memopt.training.release import release_step
 from memopt.training.setup import store_params
-from memopt.training.step import Loss, TrainState, train_step
+from memopt.training.step import Loss, TrainState, cut_batch, train_step
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,11 +68,14 @@ def own_step(
     rate = optax.constant_schedule(1e-3)
     tx = named_optimizer(optimizer, rate) if isinstance(optimizer, str) else optimizer
     tx = quantize_state(tx, given["state"]) if given["state"] else tx
-    accumulation = given["accumulation"] or 1
+    accumulation = 1 if given["accumulation"] is None else given["accumulation"]
+    check_at_least("accumulation", accumulation, 1)
     options: Any = {"tx": tx, "learning_rate": rate, "accumulation": accumulation}
 
     def make(devices: Sequence[jax.Device], _: str) -> OwnStep:
         rows = max((x.shape[0] for x in jax.tree.leaves(batch) if x.shape), default=1)
+        if rows % accumulation:
+            raise ValueError(f"accumulation={accumulation} does not divide batch, of {rows} rows.")
         mesh = make_mesh(given["mesh"], rows // accumulation, devices)
         placed = store_params(_place_params(params, mesh), given["weights"])
         state = abstract_state(placed, tx, mesh)
@@ -83,6 +89,7 @@ def own_step(
             if isinstance(loss, StackedModel):
                 function = functools.partial(loss.loss, remat=remat == "full")
             step = functools.partial(train_step, loss=function, **options)
+            _check_loss(function, placed, batch, accumulation, mesh)
         return OwnStep(step, state, _place_batch(batch, mesh), mesh)
 
     return make
@@ -105,6 +112,21 @@ def _check(loss: Any, batch: Any, given: Mapping[str, Any]) -> str:
             f"remat={remat!r} must be left out: only a StackedModel's ordinary step takes 'full'."
         )
     return remat
+
+
+def _check_loss(loss: Loss, params: Any, batch: Any, accumulation: int, mesh: Mesh) -> None:
+    """Traces a loss on a micro-batch; raises unless it returns two scalars."""
+
+    def of_micro_batch(params: Any, batch: Any) -> Any:
+        pieces = cut_batch(batch, accumulation, None, jnp.zeros((), jnp.int32))
+        return loss(dequantize_params(params), jax.tree.map(lambda x: x[0], pieces))
+
+    with jax.set_mesh(mesh):
+        found = jax.eval_shape(of_micro_batch, params, _place_batch(batch, mesh))
+    if not isinstance(found, tuple) or [getattr(x, "shape", None) for x in found] != [(), ()]:
+        raise ValueError(
+            f"loss must return (summed loss, number of tokens), two scalars, got {found}."
+        )
 
 
 def _place_params(params: Any, mesh: Mesh) -> Any:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +66,25 @@ def test_the_key_is_of_chip_compiler_versions_and_flags(monkeypatch):
         patch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=65536")
         keys |= {cache.key_of(program, "cpu")}
     assert len(keys) == 7
+
+
+def test_the_key_is_of_the_files_that_name_the_scopes_of_a_step():
+    package = Path(cache.memopt.__file__).parent
+    scope = re.compile(r"named_scope\((UPDATE|WEIGHTS)\)|^(UPDATE|BLOCKS)\b.* = ", re.MULTILINE)
+    naming = {path for path in package.rglob("*.py") if scope.search(path.read_text())}
+    assert len(naming) == 3
+    assert naming <= set(cache.sources())
+    assert Path(cache.__file__) in cache.sources()
+
+
+def test_the_key_is_of_their_content(monkeypatch, tmp_path):
+    file = tmp_path / "step.py"
+    monkeypatch.setattr(cache, "sources", lambda: [file])
+    keys = set()
+    for content in ("a", "b"):
+        file.write_text(content)
+        keys.add(cache.key_of(lowered(), "cpu"))
+    assert len(keys) == 2
 
 
 def test_the_same_program_from_other_lines_has_the_same_key():

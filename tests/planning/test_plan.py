@@ -371,12 +371,16 @@ def test_what_cannot_be_planned_is_refused_in_a_sentence(options, message):
         ({"release": True}, "release needs a memopt.models.StackedModel"),
         ({"seq_len": 8}, "seq_len must be left out with params"),
         ({"remat": "dots"}, "remat='dots' must be left out"),
+        ({"accumulation": 3}, "accumulation=3 does not divide batch, of 16 rows"),
+        ({"accumulation": 0}, "accumulation must be at least 1, got 0"),
+        ({"loss": lambda params, batch: MODEL.loss(params, batch)[0]}, "loss must return"),
+        ({"loss": lambda params, batch: batch["x"]}, "loss must return"),
     ],
 )
 def test_what_a_model_of_ones_own_decides_is_no_option(options, message):
     params, batch = own()
     with pytest.raises(ValueError, match=message):
-        plan(params=params, loss=MODEL.loss, batch=batch, chip="cpu", **options)
+        plan(**{"params": params, "loss": MODEL.loss, "batch": batch, "chip": "cpu"} | options)
 
 
 def test_memopt_has_the_function():
