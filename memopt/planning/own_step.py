@@ -73,9 +73,13 @@ def own_step(
     options: Any = {"tx": tx, "learning_rate": rate, "accumulation": accumulation}
 
     def make(devices: Sequence[jax.Device], _: str) -> OwnStep:
-        rows = max((x.shape[0] for x in jax.tree.leaves(batch) if x.shape), default=1)
-        if rows % accumulation:
-            raise ValueError(f"accumulation={accumulation} does not divide batch, of {rows} rows.")
+        lengths = [x.shape[0] for x in jax.tree.leaves(batch) if x.shape]
+        for rows in lengths:
+            if rows % accumulation:
+                raise ValueError(
+                    f"accumulation={accumulation} does not divide batch, which has {rows} rows."
+                )
+        rows = max(lengths, default=1)
         mesh = make_mesh(given["mesh"], rows // accumulation, devices)
         placed = store_params(_place_params(params, mesh), given["weights"])
         state = abstract_state(placed, tx, mesh)
@@ -88,8 +92,8 @@ def own_step(
             function: Any = loss
             if isinstance(loss, StackedModel):
                 function = functools.partial(loss.loss, remat=remat == "full")
-            step = functools.partial(train_step, loss=function, **options)
             _check_loss(function, placed, batch, accumulation, mesh)
+            step = functools.partial(train_step, loss=function, **options)
         return OwnStep(step, state, _place_batch(batch, mesh), mesh)
 
     return make

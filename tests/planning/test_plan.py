@@ -224,6 +224,10 @@ def head(rest, x, batch):
     return jnp.sum((x @ rest["out"] - batch["y"]) ** 2), jnp.asarray(len(x))
 
 
+def no_count(rest, x, batch):
+    return head(rest, x, batch)[0]
+
+
 MODEL = StackedModel(embed, block, head)
 
 
@@ -371,10 +375,11 @@ def test_what_cannot_be_planned_is_refused_in_a_sentence(options, message):
         ({"release": True}, "release needs a memopt.models.StackedModel"),
         ({"seq_len": 8}, "seq_len must be left out with params"),
         ({"remat": "dots"}, "remat='dots' must be left out"),
-        ({"accumulation": 3}, "accumulation=3 does not divide batch, of 16 rows"),
+        ({"accumulation": 3}, "accumulation=3 does not divide batch, which has 16 rows"),
         ({"accumulation": 0}, "accumulation must be at least 1, got 0"),
         ({"loss": lambda params, batch: MODEL.loss(params, batch)[0]}, "loss must return"),
         ({"loss": lambda params, batch: batch["x"]}, "loss must return"),
+        ({"loss": StackedModel(embed, block, no_count), "release": True}, "head must return"),
     ],
 )
 def test_what_a_model_of_ones_own_decides_is_no_option(options, message):
