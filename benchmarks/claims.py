@@ -206,7 +206,7 @@ CLAIMS = (
 )
 """All sentences that are checked."""
 
-#: Tables with numbers that nobody measures: what stands there instead, by page and first columns.
+#: Tables whose numbers are not measured: the source of each, by page and first columns.
 NOT_MEASURED = {
     "docs/combinations.md": {"combination | what holds": "definitions"},
     "docs/controllers.md": {"column |": "fields of a file", "| | by default": "options of a class"},

@@ -1,4 +1,4 @@
-"""What each law recommends for a run, side by side."""
+"""Recommendations of each law for a run, side by side."""
 
 import dataclasses
 import math
