@@ -207,9 +207,10 @@ class _Loop:
                 broadcast({"decided": steering.decide(decision)})
             except ControlError as error:
                 raise Stopped(f"{error}", saved=jax.process_count() == 1) from error
-        except (Stopped, OSError) as error:
+        except Exception as error:  # a controller's own, too: the others wait to be told
             if alone:
-                broadcast({"failed": f"{error}"})
+                kind = "" if isinstance(error, Stopped | OSError) else f"{type(error).__name__}: "
+                broadcast({"failed": f"{kind}{error}"})
             raise
 
     def _follow(self, steering: Steering) -> None:

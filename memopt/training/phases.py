@@ -65,7 +65,7 @@ def resume(there: Config, here: Config, *, step: int, updates: int) -> Config:
         >>> there = Config(optimization=Optimization(steps=20))
         >>> here = Config(optimization=Optimization(steps=100))
         >>> describe_phases(resume(there, here, step=20, updates=20))
-        'cosine of 20 steps, then 0.0005 until step 100'
+        'cosine of 20 steps, from 0 to 0.005 in 2, then 0.0005 until step 100'
     """
     options, phases = here.optimization, there.phases
     last, count = phases[-1], phases[0].count + updates
@@ -107,7 +107,7 @@ def describe_phases(config: Config) -> str:
 
     Example:
         >>> describe_phases(Config())
-        'cosine of 600 steps'
+        'cosine of 600 steps, from 0 to 0.005 in 60'
     """
     phases = config.phases
     stops = [*(phase.step for phase in phases[1:]), config.optimization.steps]
@@ -133,10 +133,11 @@ def _describe(phase: Phase, stop: int) -> str:
     text = f"{phase.schedule} of {phase.steps} steps"
     if phase.options:
         text += f" ({', '.join(f'{name}={x}' for name, x in phase.options.items())})"
+    text += f", from {rate(0):.3g}"
+    if phase.warmup_steps:
+        text += f" to {rate(phase.warmup_steps):.3g} in {phase.warmup_steps}"
     if phase.step:
-        text = f"from step {phase.step + 1} {text}, from {rate(0):.3g}"
-        if phase.warmup_steps:
-            text += f" to {rate(phase.warmup_steps):.3g} in {phase.warmup_steps}"
+        text = f"from step {phase.step + 1} {text}"
     end = phase.step + phase.steps
     if end < stop:
         text += f", then {_kept_rate(phase, stop):.3g} until step {stop}"

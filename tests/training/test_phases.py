@@ -20,6 +20,7 @@ from memopt.training.open import open_run
 from memopt.training.phases import describe_phases, follow, resume
 
 BEGUN = {"steps": 20, "learning_rate": 5e-3}
+WARMUP = "from 0 to 0.005 in 2"  # a tenth of the steps
 
 
 def options(batch=(8, 128), **given):
@@ -54,7 +55,9 @@ def test_the_schedule_a_run_was_begun_with_goes_on_with_its_last_rate(schedule, 
     there = begun(schedule, decay=0.9)
     extended = go_on(there, step, steps=40)
     np.testing.assert_array_equal(rates(extended, range(60)), rates(there, range(60)))
-    assert describe_phases(extended) == f"{schedule} of 20 steps, then 0.0005 until step 40"
+    warmup = "from 0 to 0.0002 in 2" if schedule == "one_cycle" else WARMUP  # it rises on
+    then = "then 0.0005 until step 40"
+    assert describe_phases(extended) == f"{schedule} of 20 steps, {warmup}, {then}"
 
 
 @pytest.mark.parametrize("schedule", ["constant", "inverse_sqrt"])
@@ -64,7 +67,7 @@ def test_a_schedule_without_a_decay_goes_on(schedule):
     np.testing.assert_array_equal(rates(extended, range(21)), rates(there, range(21)))
     whole = begun(schedule, steps=40, warmup=0.05)
     np.testing.assert_array_equal(rates(extended, range(60)), rates(whole, range(60)))
-    assert describe_phases(extended) == f"{schedule} of 40 steps"
+    assert describe_phases(extended) == f"{schedule} of 40 steps, {WARMUP}"
     if schedule == "inverse_sqrt":
         assert rates(extended, [40]) == pytest.approx(5e-3 * (2 / 40) ** 0.5)
 
@@ -113,7 +116,7 @@ def test_power_moves_its_decay_to_the_new_last_step():
 
 def test_options_of_a_schedule_are_kept_and_replaced_with_it():
     there = begun("restarts", schedule_option=("cycles=2", "cycles=5"))
-    assert describe_phases(there) == "restarts of 20 steps (cycles=5)"
+    assert describe_phases(there) == f"restarts of 20 steps (cycles=5), {WARMUP}"
     assert Config.from_flat(json.loads(json.dumps(there.flat()))).phases == there.phases
     same = go_on(there, 10, schedule="restarts", schedule_option=("cycles=5",))
     assert same.phases == there.phases
@@ -128,7 +131,7 @@ def test_a_schedule_of_ones_own_extends_as_its_row_says(monkeypatch):
     shape = schedules.Shape(late, "to see", end=None, extends=True)
     monkeypatch.setitem(schedules.SHAPES, "late", shape)
     extended = go_on(begun("late"), step=10, steps=40)
-    assert describe_phases(extended) == "late of 40 steps"
+    assert describe_phases(extended) == f"late of 40 steps, {WARMUP}"
     np.testing.assert_allclose(rates(extended, [31, 32]), [5e-3, 0], rtol=1e-6)
 
 
@@ -136,7 +139,7 @@ def test_before_its_decay_wsd_goes_on_as_if_begun_with_the_new_steps():
     extended = go_on(begun("wsd"), step=16, steps=40)
     whole = begun("wsd", steps=40, warmup=0.05)
     np.testing.assert_array_equal(rates(extended, range(60)), rates(whole, range(60)))
-    assert describe_phases(extended) == "wsd of 40 steps"
+    assert describe_phases(extended) == f"wsd of 40 steps, {WARMUP}"
 
 
 def test_in_its_decay_wsd_decays_to_its_end_and_keeps_the_last_rate():
@@ -150,16 +153,18 @@ def test_with_fewer_steps_wsd_decays_at_once_and_others_are_cut_off():
     decay = rates(go_on(begun("wsd", steps=40), step=11, steps=12))
     np.testing.assert_allclose(decay[10:13], [5e-3, 5e-3, 5e-4], rtol=1e-6)
     in_warmup = go_on(begun("wsd", steps=600), step=10, steps=30)
-    assert describe_phases(in_warmup) == "wsd of 600 steps, cut off at step 30"
+    assert (
+        describe_phases(in_warmup) == "wsd of 600 steps, from 0 to 0.005 in 60, cut off at step 30"
+    )
     cut = go_on(begun("cosine"), step=10, steps=15)
     assert cut.phases == begun("cosine").phases
-    assert describe_phases(cut) == "cosine of 20 steps, cut off at step 15"
+    assert describe_phases(cut) == f"cosine of 20 steps, {WARMUP}, cut off at step 15"
 
 
 def test_a_schedule_of_the_same_name_rewarms_once():
     extended = go_on(begun("cosine"), step=10, schedule="cosine", rewarm=0.2)
     again = "from step 11 cosine of 10 steps, from 0.00314 to 0.005 in 2"
-    assert describe_phases(extended) == f"cosine of 20 steps, cut off at step 10; {again}"
+    assert describe_phases(extended) == f"cosine of 20 steps, {WARMUP}, cut off at step 10; {again}"
     for step in (10, 15):
         assert go_on(extended, step=step, schedule="cosine", rewarm=0.2).phases == extended.phases
 
@@ -176,7 +181,7 @@ def test_a_schedule_given_by_name_starts_from_the_rate_reached():
     expected = np.linspace(5e-3, 5e-4, 101)
     np.testing.assert_allclose(rates(named, range(20, 121)), expected, rtol=1e-5)
     assert describe_phases(named) == (
-        "constant of 20 steps; from step 21 linear of 100 steps, from 0.005"
+        f"constant of 20 steps, {WARMUP}; from step 21 linear of 100 steps, from 0.005"
     )
 
 
@@ -187,7 +192,8 @@ def test_a_schedule_rewarms_if_asked():
     assert (np.diff(found[30:121]) < 0).all()
     np.testing.assert_allclose(found[120:], 5e-4, rtol=1e-5)
     assert describe_phases(named) == (
-        "cosine of 20 steps; from step 21 cosine of 100 steps, from 0.0005 to 0.005 in 10"
+        f"cosine of 20 steps, {WARMUP}; "
+        "from step 21 cosine of 100 steps, from 0.0005 to 0.005 in 10"
     )
 
 
@@ -208,9 +214,11 @@ def test_each_schedule_is_described_up_to_the_step_where_the_next_begins():
     extended = go_on(begun("cosine"), steps=40)
     early = go_on(begun("cosine"), step=10, schedule="linear", steps=40)
     late = go_on(extended, step=40, schedule="linear", rewarm=0.25, steps=80)
-    assert describe_phases(early).startswith("cosine of 20 steps, cut off at step 10; from step 11")
+    assert describe_phases(early).startswith(
+        f"cosine of 20 steps, {WARMUP}, cut off at step 10; from step 11"
+    )
     assert describe_phases(late) == (
-        "cosine of 20 steps, then 0.0005 until step 40; "
+        f"cosine of 20 steps, {WARMUP}, then 0.0005 until step 40; "
         "from step 41 linear of 40 steps, from 0.0005 to 0.005 in 10"
     )
 

@@ -397,6 +397,15 @@ def test_if_the_first_process_cannot_write_its_trials_all_end(tmp_path, monkeypa
     assert not error.value.saved
 
 
+def test_if_the_first_process_cannot_decide_all_end(tmp_path, monkeypatch):
+    processes = Processes(monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        Decisions(tmp_path, Controller(dict, lambda state, seen, trial: 1 / 0)).decide()
+    processes.is_first = False
+    with pytest.raises(Stopped, match=r"^process 0: ZeroDivisionError: division by zero$"):
+        Decisions(tmp_path, Controller(dict, None)).decide()
+
+
 def fail_to_write(path, content):
     raise OSError(28, "no space left on device")
 
