@@ -56,7 +56,7 @@ from memopt.training.metrics import read_metrics
 from memopt.training.open import Training, open_run
 from memopt.training.phases import describe_phases
 from memopt.training.processes import init_distributed, is_main_process
-from memopt.training.report import plot_loss, sample_text
+from memopt.training.report import plot_diagnostics, plot_loss, sample_text
 from memopt.training.start import inherited_options
 from memopt.training.step import TrainState
 from memopt.training.writing import why
@@ -348,11 +348,15 @@ def _losses(run: Training) -> Iterator[str]:
 
 
 def _plot(run: Training) -> None:
-    image = run.directory / "loss.png"
-    try:
-        plot_loss(run.directory / "metrics.jsonl", image)
-    except OSError as error:
-        warnings.warn(f"{str(image)!r} cannot be written ({why(error)}).", stacklevel=1)
+    plots = {"loss": ("metrics", plot_loss)}
+    if run.config.run.log_diagnostics:
+        plots["diagnostics"] = ("diagnostics", plot_diagnostics)
+    for name, (lines, plot) in plots.items():
+        image = run.directory / f"{name}.png"
+        try:
+            plot(run.directory / f"{lines}.jsonl", image)
+        except OSError as error:
+            warnings.warn(f"{str(image)!r} cannot be written ({why(error)}).", stacklevel=1)
 
 
 def _memory_table(run: Training, state: TrainState, step: Compiled) -> Table:

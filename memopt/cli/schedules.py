@@ -102,10 +102,7 @@ def _plot(curves: Mapping[str, np.ndarray], image: Path) -> None:
         fail(f"plot must be a file whose name ends with .png, got {str(image)!r}.")
     panels: dict[str, dict[str, Curve]] = {}
     for name, values in curves.items():
-        panel = panels.setdefault(_kind(name), {})
-        i = len(panel)
-        style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
-        panel[name] = np.arange(len(values)), values, style
+        panels.setdefault(_kind(name), {})[name] = np.arange(len(values)), values, {}
     panels = {kind: panels[kind] for kind in COUNTED if kind in panels}
     try:
         plot_panels(panels, image, x=COUNTED[[*panels][-1]])

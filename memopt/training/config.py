@@ -234,6 +234,8 @@ class Run:
         keep: Latest checkpoints to keep. The one with the best validation loss is kept too.
         profile: Trace so many steps, after the first 3, into OUTPUT/profile, to be opened with
             XProf (TensorBoard) or Perfetto.
+        log_diagnostics: Record norms and ranks of each matrix's gradient and update every so many
+            steps, into OUTPUT/diagnostics.jsonl. It cannot be changed when the run is resumed.
     """
 
     output: Annotated[Path | None, conf.arg(metavar="DIRECTORY")] = None
@@ -250,6 +252,7 @@ class Run:
     checkpoint_every: int = 200
     keep: int = 3
     profile: Annotated[int, conf.arg(metavar="STEPS")] = 0
+    log_diagnostics: Annotated[int, conf.arg(metavar="STEPS")] = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

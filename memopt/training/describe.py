@@ -10,6 +10,7 @@ import jax
 import optax
 
 from memopt import optimizers
+from memopt.diagnostics import with_diagnostics
 from memopt.errors import check_at_least, check_choice
 from memopt.models import llama
 from memopt.optimizers.registry import METHODS
@@ -162,13 +163,17 @@ def _make_optimizer(
 ) -> tuple[optax.GradientTransformation, Predict | None]:
     """A run's optimizer, and what predicts its parameters: without decay, as XGrad does."""
     options, named = config.optimization, config.optimizer_options
-    if given is not None:
-        return quantize_state(given, options.state) if options.state else given, None
+
+    def wrapped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+        tx = quantize_state(tx, options.state) if options.state else tx
+        every = config.run.log_diagnostics
+        return with_diagnostics(tx, every=every) if every else tx
 
     def make(**named: Any) -> optax.GradientTransformation:
-        tx = optimizers.optimizer(options.optimizer, learning_rate=learning_rate, **named)
-        return quantize_state(tx, options.state) if options.state else tx
+        return wrapped(optimizers.optimizer(options.optimizer, learning_rate, **named))
 
+    if given is not None:
+        return wrapped(given), None
     steps = options.predict_steps
     if not steps:
         return make(**named), None

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from memopt.training.control import Control, Losses
-from memopt.training.metrics import Display, MetricsLog
+from memopt.training.metrics import DiagnosticsLog, Display, MetricsLog
 from memopt.training.open import Training
 from memopt.training.processes import StopAgreement, broadcast, is_main_process
 from memopt.training.profile import Profile
@@ -62,6 +62,11 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
         closing(MetricsLog(run.directory, start, run.config))
         if is_main_process()
         else contextlib.nullcontext() as log,
+        closing(
+            DiagnosticsLog(
+                run.directory, start, run.config.run.log_diagnostics if is_main_process() else 0
+            )
+        ) as diagnostics,
         Display(
             console,
             run.config.optimization.steps,
@@ -72,7 +77,7 @@ def train(run: Training, console: Console) -> tuple[TrainState, jax.stages.Compi
         _signals() as caught,
     ):
         compiled = setup.compile()
-        loop = _Loop(run, log, display, profile, caught)
+        loop = _Loop(run, log, diagnostics, display, profile, caught)
         try:
             loop.run()
         except Stopped as stopped:
@@ -99,11 +104,13 @@ class _Loop:
         self,
         run: Training,
         log: MetricsLog | None,
+        diagnostics: DiagnosticsLog,
         display: Display,
         profile: Profile,
         caught: list[signal.Signals],
     ):
         self._training, self._display, self._profile, self._caught = run, display, profile, caught
+        self._diagnostics = diagnostics
         self._agree, self._loss = StopAgreement(), jax.jit(run.setup.loss)
         self.state, self.step, self.batches = run.state, int(run.state.step), run.batches_used
         skipped = int(run.state.skipped_in_row)
@@ -130,6 +137,7 @@ class _Loop:
                 self.batches // every > before // every or self.batches == length
             )
             validate = self._validate if is_due(options.eval_every) else None
+            self._diagnostics.see(self.step, self.state.opt_state)
             if steering:
                 outcome = {**outcome, **steering.metrics(self.batches, run.batches.weights)}
             try:

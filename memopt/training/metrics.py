@@ -4,13 +4,14 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from memopt.diagnostics import recorded
 from memopt.json_lines import read_json_lines
 from memopt.training.config import Config
 from memopt.training.trackers import open_trackers
@@ -20,57 +21,53 @@ from memopt.training.writing import WriteError, why, write_whole
 SECONDS_BETWEEN_LINES = 5.0
 
 
-class MetricsLog:
-    """`metrics.jsonl` of a run, and its trackers.
+class StepLog:
+    """A file of a run with one line, a JSON object, for each step that has one.
 
-    Each step is one line, a JSON object; numbers that are not finite are null. Metrics of one
-    source of the data have its name after a space, which trackers get as "/". Every line is
-    handed to the operating system at once, so that none is lost when the process is killed.
+    Numbers that are not finite are null. Every line is handed to the operating system at once, so
+    that none is lost when the process is killed.
 
     Args:
-        directory: The run's directory.
+        path: The file.
         step: The step the run starts from; lines of later steps are from before a restart, and are
             removed: the steps will be taken again.
-        config: The options of the run, whose `log` names the trackers.
+
+    Attributes:
+        last: The last line; empty if there is none.
 
     Raises:
-        WriteError: `metrics.jsonl` cannot be written.
+        WriteError: It cannot be written.
     """
 
-    def __init__(self, directory: Path, step: int, config: Config | None = None):
-        self._path = directory / "metrics.jsonl"
+    def __init__(self, path: Path, step: int):
+        self._path = path
         with self._writing():
-            kept = [line for line in read_metrics(self._path) if line["step"] <= step]
-            write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-            self._file = self._path.open("a")
-        config = config or Config()
-        self._steps = config.optimization.steps
-        self._last = kept[-1].get("batches", step) if kept else step
-        self._trackers = open_trackers(config, directory, step + 1)
+            kept = [line for line in read_metrics(path) if line["step"] <= step]
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            self._file = path.open("a")
+        self.last: dict[str, Any] = kept[-1] if kept else {}
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes the metrics of one step.
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes the line of a step.
+
+        Args:
+            step: The step.
+            values: Numbers, and lists and dicts of them.
 
         Raises:
-            WriteError: `metrics.jsonl` cannot be written.
+            WriteError: The file cannot be written.
         """
-        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        self.last = {"step": step, **_finite(values)}
         with self._writing():
-            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.write(json.dumps(self.last) + "\n")
             self._file.flush()
-        self._last = metrics.get("batches", step)
-        grouped = {name.replace(" ", "/"): value for name, value in metrics.items()}
-        for tracker in self._trackers:
-            tracker.write(step, grouped)
 
     def close(self) -> None:
-        """Closes the file and the trackers.
+        """Closes the file.
 
         Raises:
-            WriteError: `metrics.jsonl` cannot be written.
+            WriteError: It cannot be written.
         """
-        for tracker in self._trackers:
-            tracker.close(done=self._last == self._steps)
         with self._writing():
             self._file.close()
 
@@ -83,6 +80,108 @@ class MetricsLog:
                 f"{str(self._path)!r} cannot be written ({why(error)}): make room or repair the "
                 "disk."
             ) from error
+
+
+def _finite(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {name: _finite(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [_finite(value) for value in values]
+    return values if math.isfinite(values) else None
+
+
+class MetricsLog:
+    """`metrics.jsonl` of a run with the metrics of each step, and its trackers.
+
+    Metrics of one source of the data have its name after a space, which trackers get as "/".
+
+    Args:
+        directory: The run's directory.
+        step: As in `StepLog`.
+        config: The options of the run, whose `log` names the trackers.
+
+    Raises:
+        WriteError: `metrics.jsonl` cannot be written.
+    """
+
+    def __init__(self, directory: Path, step: int, config: Config | None = None):
+        self._log = StepLog(directory / "metrics.jsonl", step)
+        config = config or Config()
+        self._steps = config.optimization.steps
+        self._used = self._log.last.get("batches", step)
+        self._trackers = open_trackers(config, directory, step + 1)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes the metrics of one step.
+
+        Raises:
+            WriteError: `metrics.jsonl` cannot be written.
+        """
+        self._log.write(step, metrics)
+        self._used = metrics.get("batches", step)
+        grouped = {name.replace(" ", "/"): value for name, value in metrics.items()}
+        for tracker in self._trackers:
+            tracker.write(step, grouped)
+
+    def close(self) -> None:
+        """Closes the file and the trackers.
+
+        Raises:
+            WriteError: `metrics.jsonl` cannot be written.
+        """
+        for tracker in self._trackers:
+            tracker.close(done=self._used == self._steps)
+        self._log.close()
+
+
+class DiagnosticsLog:
+    """`diagnostics.jsonl` of a run with the values of `memopt.diagnostics.with_diagnostics`.
+
+    A line has the step after which the values were read, and as `updates` the number of the update
+    that they are of: the same number, unless steps were skipped. A measure is an object with a
+    number for each parameter, or a list of one for each layer.
+
+    Args:
+        directory: The run's directory.
+        step: As in `StepLog`.
+        every: Steps between measurements; 0 writes nothing.
+
+    Raises:
+        WriteError: It cannot be written.
+    """
+
+    def __init__(self, directory: Path, step: int, every: int):
+        self._every = every
+        self._log = StepLog(directory / "diagnostics.jsonl", step) if every else None
+
+    def see(self, step: int, opt_state: Any) -> None:
+        """Writes the values measured in a step, if it has measured any.
+
+        Args:
+            step: The step.
+            opt_state: The optimizer's state after it, which is waited for if values are due.
+
+        Raises:
+            WriteError: The file cannot be written.
+        """
+        if self._log is None or (step - 1) % self._every:
+            return
+        updates = (int(opt_state.count) - 1) // self._every * self._every + 1
+        if updates != self._log.last.get("updates", 0):
+            values = {
+                name: {parameter: x.tolist() for parameter, x in found.items()}
+                for name, found in recorded(opt_state).items()
+            }
+            self._log.write(step, {"updates": updates, **values})
+
+    def close(self) -> None:
+        """Closes the file.
+
+        Raises:
+            WriteError: It cannot be written.
+        """
+        if self._log:
+            self._log.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

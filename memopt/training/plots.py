@@ -31,13 +31,16 @@ def plot_curves(curves: Mapping[str, Curve], image: Path, *, x: str, y: str) -> 
     plot_panels({y: curves}, image, x=x)
 
 
-def plot_panels(panels: Mapping[str, Mapping[str, Curve]], image: Path, *, x: str) -> None:
+def plot_panels(
+    panels: Mapping[str, Mapping[str, Curve]], image: Path, *, x: str, log: bool = False
+) -> None:
     """Draws curves into plots one below the other, as one PNG.
 
     Args:
         panels: The curves of each plot, by what its y axis shows.
         image: The file to write.
         x: Title of the x axes.
+        log: Whether the y axes are logarithmic.
 
     Raises:
         OSError: It cannot be written; a plot that was there before stays.
@@ -47,9 +50,10 @@ def plot_panels(panels: Mapping[str, Mapping[str, Curve]], image: Path, *, x: st
     figure = Figure(figsize=(7, 4 * len(panels)), layout="constrained")
     rows = figure.subplots(len(panels), squeeze=False)
     for (y, curves), axes in zip(panels.items(), rows[:, 0], strict=True):
-        for label, (xs, ys, style) in curves.items():
-            axes.plot(xs, ys, label=label, **style)
-        axes.set(xlabel=x, ylabel=y)
+        for i, (label, (xs, ys, style)) in enumerate(curves.items()):
+            told_apart = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
+            axes.plot(xs, ys, label=label, **told_apart | style)
+        axes.set(xlabel=x, ylabel=y, yscale="log" if log else "linear")
         axes.grid(alpha=0.3)
         axes.legend(**(BESIDE if len(curves) > FEW else {}))
     drawn = io.BytesIO()

@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 
 from memopt.training.metrics import read_metrics
 from memopt.training.open import Training
-from memopt.training.plots import Curve, plot_curves
+from memopt.training.plots import Curve, plot_curves, plot_panels
 from memopt.training.sampling import continuations
 
 
@@ -34,6 +34,32 @@ def plot_loss(metrics: Path, image: Path) -> None:
         "validation": (*curve(evaluated, "val_loss"), {"marker": "o"}),
     }
     plot_curves(curves, image, x=unit, y="loss a token (nats)")
+
+
+def plot_diagnostics(diagnostics: Path, image: Path) -> None:
+    """Draws a `diagnostics.jsonl` as a PNG: a plot for each measure, a curve for each parameter.
+
+    Of a stack of layers it shows the mean.
+
+    Args:
+        diagnostics: The file to read.
+        image: The file to write.
+
+    Raises:
+        OSError: It cannot be written; a plot that was there before stays.
+    """
+    lines = read_metrics(diagnostics)
+    at = [line["step"] for line in lines]
+    names = [name for name in lines[-1] if name not in ("step", "updates")]
+    mean = lambda values: np.mean(np.array(values, float)) or np.nan  # of zeros there is no log
+    panels: dict[str, dict[str, Curve]] = {
+        name: {
+            parameter: (at, [mean(line[name][parameter]) for line in lines], {"lw": 1.2})
+            for parameter in lines[-1][name]
+        }
+        for name in names
+    }
+    plot_panels(panels, image, x="step", log=True)
 
 
 def sample_text(

@@ -27,7 +27,7 @@ from memopt.training.lock import LOCK
 from memopt.training.loop import LateMetrics, Stopped, _signals, train
 from memopt.training.metrics import MetricsLog, read_metrics
 from memopt.training.open import Training, open_run
-from memopt.training.report import plot_loss, sample_text
+from memopt.training.report import plot_diagnostics, plot_loss, sample_text
 from memopt.training.setup import Setup
 from memopt.training.step import evaluate
 from memopt.training.writing import WriteError
@@ -245,6 +245,26 @@ def test_batches_are_placed_ahead_and_the_position_is_that_of_the_one_handed_out
     opened.batches.set_state(position)
     chex.assert_trees_all_equal(next(opened.batches), second)
     opened.batches.close()
+
+
+def test_diagnostics_of_a_resumed_run_are_those_of_one_that_was_not_stopped(config, tmp_path):
+    recording = change(config, steps=6, eval_every=6, checkpoint_every=3, log_diagnostics=2)
+    plain, _ = run(change(recording, log_diagnostics=0, output=tmp_path / "plain"))
+    state, _ = run(recording)
+    chex.assert_trees_all_equal(state.params, plain.params)
+    chex.assert_trees_all_equal(state.opt_state.inner, plain.opt_state)
+    path = config.run.output / "diagnostics.jsonl"
+    whole = read_metrics(path)
+    assert [(line["step"], line["updates"]) for line in whole] == [(1, 1), (3, 3), (5, 5)]
+    norms = np.array(whole[-1]["update_to_weight"]["blocks/mlp/up/kernel"])
+    assert norms.shape == (2,)
+    assert (norms > 0).all()
+    plot_diagnostics(path, config.run.output / "diagnostics.png")
+    shutil.rmtree(config.run.output / "checkpoints" / "6")
+    run(change(recording, resume=True))
+    assert read_metrics(path) == whole
+    with pytest.raises(ValueError, match="log_diagnostics"):
+        open_run(change(recording, resume=True, log_diagnostics=1))
 
 
 def test_a_profile_holds_the_steps_that_were_asked_for(config, capsys):

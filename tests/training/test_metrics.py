@@ -1,14 +1,18 @@
 """Metrics are recorded and shown, also on a full disk."""
 
 import io
+import math
 import struct
 import warnings
 
+import jax.numpy as jnp
+import optax
 import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from memopt.training.metrics import Display, MetricsLog, read_metrics
+from memopt import diagnostics
+from memopt.training.metrics import DiagnosticsLog, Display, MetricsLog, StepLog, read_metrics
 from memopt.training.trackers import Events
 from memopt.training.writing import WriteError
 from tests.training.disks import files_of_at_most
@@ -98,3 +102,32 @@ def test_each_validation_loss_has_a_line_that_stays(terminal):
     assert sum(line.endswith("step 2/9  validation loss 1.2500") for line in lines) == 1
     assert sum("step 1/9" in line for line in lines) == (0 if terminal else 1)
     assert "0 s left" not in shown.getvalue()
+
+
+def test_diagnostics_are_written_once_and_say_of_which_update_they_are(tmp_path):
+    """A step that is skipped moves the next measurement, and is of no update."""
+    names = {"ratio": diagnostics.update_to_weight()}
+    tx = diagnostics.with_diagnostics(optax.sgd(0.5), names, every=2)
+    params, log = {"w": jnp.ones((2, 2, 2))}, DiagnosticsLog(tmp_path, step=0, every=2)
+    state = tx.init(params)
+    for step in range(1, 8):
+        if step != 2:
+            _, state = tx.update({"w": params["w"] * step}, state, params)
+        log.see(step, state)
+    log.close()
+    lines = read_metrics(tmp_path / "diagnostics.jsonl")
+    assert [(line["step"], line["updates"]) for line in lines] == [(1, 1), (5, 3), (7, 5)]
+    assert [line["ratio"]["w"] for line in lines] == [[0.5, 0.5], [2.0, 2.0], [3.0, 3.0]]
+    DiagnosticsLog(tmp_path, step=5, every=2).close()
+    assert read_metrics(tmp_path / "diagnostics.jsonl") == lines[:2]
+    DiagnosticsLog(tmp_path / "other", step=0, every=0).see(1, state)
+    assert not (tmp_path / "other").exists()
+
+
+def test_numbers_that_are_not_finite_are_null_within_lists(tmp_path):
+    log = StepLog(tmp_path / "values.jsonl", step=0)
+    log.write(1, {"a": {"w": [1.0, math.nan], "b": math.inf}})
+    log.close()
+    assert read_metrics(tmp_path / "values.jsonl") == [
+        {"step": 1, "a": {"w": [1.0, None], "b": None}}
+    ]
