@@ -348,13 +348,14 @@ def _losses(run: Training) -> Iterator[str]:
 
 
 def _plot(run: Training) -> None:
-    plots = {"loss": ("metrics", plot_loss)}
+    plots: list[tuple[str, Callable[[Path, Path], None], str]]
+    plots = [("metrics.jsonl", plot_loss, "loss.png")]
     if run.config.run.log_diagnostics:
-        plots["diagnostics"] = ("diagnostics", plot_diagnostics)
-    for name, (lines, plot) in plots.items():
-        image = run.directory / f"{name}.png"
+        plots.append(("diagnostics.jsonl", plot_diagnostics, "diagnostics.png"))
+    for lines, plot, name in plots:
+        image = run.directory / name
         try:
-            plot(run.directory / f"{lines}.jsonl", image)
+            plot(run.directory / lines, image)
         except OSError as error:
             warnings.warn(f"{str(image)!r} cannot be written ({why(error)}).", stacklevel=1)
 
