@@ -31,6 +31,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
