@@ -1,7 +1,7 @@
 """Optimizers that a comparison needs to tell why another one is better; no methods of memopt.
 
-Run: memopt compare --preset cpu --output OUTPUT
-     --method "benchmarks.controls:adamw_slow_matrices, factor=0.1"
+Run: python -m memopt compare --preset cpu --output OUTPUT
+     --methods "benchmarks.controls:adamw_slow_matrices, factor=0.1"
 """
 
 from typing import Any
