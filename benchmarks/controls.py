@@ -1,6 +1,6 @@
 """Optimizers that a comparison needs to tell why another one is better; no methods of memopt.
 
-Run: python -m memopt compare --preset cpu --output OUTPUT
+Run: memopt compare --preset cpu --output OUTPUT
      --methods "benchmarks.controls:adamw_slow_matrices, factor=0.1"
 """
 
