@@ -229,8 +229,8 @@ def tables(shown: Sequence[Section]) -> list[Table]:
         table = Table(title=section.title, caption=section.remark, box=SIMPLE_HEAD, pad_edge=False)
         kept = [i for i, name in enumerate(section.columns) if name not in ONLY_IN_FILES]
         for i in kept:
-            width = max(6, *(len(row[i]) for row in section.rows))
-            name = textwrap.fill(section.columns[i], width)
+            width = max(len(row[i]) for row in section.rows)
+            name = textwrap.fill(section.columns[i], width, break_long_words=False)
             table.add_column(name, justify="right" if i else "left", no_wrap=i > 0)
         for row in section.rows:
             table.add_row(*(row[i] for i in kept))
