@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
@@ -25,7 +26,7 @@ def work_in_processes(
 ) -> None:
     """Makes all runs that are not finished, in processes that share the cores.
 
-    A process that is killed leaves its runs to the others.
+    A process that is killed leaves its runs to the others, with a warning.
 
     Args:
         grid: The runs.
@@ -36,7 +37,7 @@ def work_in_processes(
 
     Raises:
         ValueError: They would share a GPU.
-        IncompleteError: Methods could not be trained, or a process was killed.
+        IncompleteError: Methods could not be trained, or all processes were killed.
         OSError: The results cannot be written.
         OutOfTimeError: As many runs were made as fit into the minutes.
     """
@@ -61,6 +62,13 @@ def work_in_processes(
     finally:
         for process in processes:
             process.kill()  # a run that is not finished leaves nothing behind
+    if killed := [process.exitcode for process in processes if process.exitcode]:
+        told = f"{len(killed)} of {jobs} processes ended early ({_reason(killed[0])})"
+        if len(killed) == jobs:
+            raise IncompleteError(
+                f"{told}; all finished runs are kept: give the same command again for the others."
+            )
+        warnings.warn(f"{told}; the others took their runs over.", stacklevel=3)
     raised = []
     while not errors.empty():
         raised.append(errors.get())
@@ -68,11 +76,6 @@ def work_in_processes(
         for error in raised:
             if isinstance(error, kind):
                 raise error
-    if killed := [process.exitcode for process in processes if process.exitcode]:
-        raise IncompleteError(
-            f"{len(killed)} of {jobs} processes ended early ({_reason(killed[0])}); all finished "
-            "runs are kept: give the same command again for the others."
-        )
 
 
 def _cores(jobs: int) -> list[list[int]]:

@@ -160,17 +160,19 @@ def _cells_to_target(methods: Iterable[Sequence[Run]]) -> tuple[list[str], list[
     """Columns and rows of the methods that came to a loss, those with the fewest steps first."""
     rows = []
     for runs in sorted(methods, key=lambda runs: (runs[0]["steps"], runs[0]["method"])):
-        first = runs[0]
-        reached = sum(loss_of(run) <= first["target_loss"] for run in runs)
+        first, losses = runs[0], [loss_of(run) for run in runs]
+        reached = sum(loss <= first["target_loss"] for loss in losses)
         rows.append(
             [
                 *(first["method"], str(first["steps"]), short_count(first["tokens"])),
                 f"{reached} of {len(runs)}",
+                _shown(statistics.fmean(losses), ".3f"),
                 short_bytes(first["state_bytes"]),
                 f"{first['learning_rate']:.3g}",
             ]
         )
-    return ["method", "steps", "tokens", "seeds that reach it", "state", "learning rate"], rows
+    columns = ["method", "steps", "tokens", "seeds that reach it", "mean loss", "state"]
+    return [*columns, "learning rate"], rows
 
 
 def markdown(

@@ -41,10 +41,33 @@ def test_runs_of_before_are_not_shown_again(tmp_path, capsys):
 
 
 def test_targets_have_a_file_of_their_own(tmp_path):
-    options = ["--target-loss", "2.5", "--over", "batch_size"]
+    options = ["--target-loss", "2.5", "--over", "batch_size"]  # the loss is out of reach
     command.compare_command(["--output", str(tmp_path), "--methods", "lion", *options])
     assert [path.name for path in tmp_path.glob("*.jsonl")] == ["targets.jsonl"]
     assert {x["batch_size"] for x in read_records(tmp_path / "targets.jsonl")} == {2, 4}
+
+
+def test_options_change_the_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.txt").write_text("Text of one's own. " * 500)
+    given = "--steps 40 --batch-size 4 --seq-len 8 --eval-tokens 32 --tuning-runs 4 --seeds 5"
+    options = ["--output", "out", "--methods", "lion", "--data", "own.txt", *given.split()]
+    command.compare_command(["--output", "out", "--methods", "lion"])
+    command.compare_command(options)
+    first, last = (
+        [x for x in read_records(tmp_path / "out" / "compare.jsonl") if x["steps"] == steps]
+        for steps in (20, 40)
+    )
+    names = ("batch_size", "seq_len", "eval_tokens")
+    assert {tuple(x[name] for name in names) for x in last} == {(4, 8, 32)}
+    assert {x["text"] for x in last}.isdisjoint(x["text"] for x in first)
+    lion = [x for x in last if x["method"] == "lion"]
+    assert [x["seed"] for x in lion if x["tuned"]] == [5]
+    assert sum(not x["tuned"] for x in lion) >= 4
+    text = (tmp_path / "out" / "report.md").read_text()
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert len(titles) == 2
+    assert titles[1].startswith("## nano parameters, 40 steps of 4×8 tokens, 1.28k in all, text ")
 
 
 @pytest.mark.parametrize(
@@ -53,6 +76,13 @@ def test_targets_have_a_file_of_their_own(tmp_path):
         (["--methods", "lyon"], "method 'lyon' is unknown; did you mean 'lion'?"),
         (["--over", "batch_size"], "over must be given with target_loss"),
         (["--sizes", "3M"], "size '3M' is unknown"),
+        (["--steps", "30"], "steps must be a multiple of 20, got 30."),
+        (["--data", "nowhere"], "data 'nowhere' matches no text file"),
+        (["--batch-sizes", "4"], "batch_sizes must be given with over"),
+        (
+            ["--target-loss", "2", "--over", "batch_size", "--batch-size", "4"],
+            "batch_size must be left out with over",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(tmp_path, capsys, options, error):
@@ -72,6 +102,7 @@ def test_a_method_that_fails_is_named_and_the_others_are_trained(tmp_path, capsy
         "memopt: some methods cannot be trained, all others were (lion at nano: no room).\n"
     )
     assert {x["method"] for x in read_records(tmp_path / "compare.jsonl")} == {"adamw", "sgd"}
+    assert "| sgd |" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

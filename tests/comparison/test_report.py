@@ -161,9 +161,9 @@ def test_steps_to_a_target_are_a_table_of_each_batch_size(tmp_path):
     assert [section.title for section in shown] == [
         f"Fewest steps to a loss of 2.1, 2M parameters, {rows}×8 tokens a step" for rows in (4, 8)
     ]
-    assert [row[:4] for row in shown[0].rows] == [
-        ["muon", "200", "6.4k", "2 of 2"],
-        ["adamw", "400", "6.4k", "1 of 2"],
+    assert [row[:5] for row in shown[0].rows] == [
+        ["muon", "200", "6.4k", "2 of 2", "2.050"],
+        ["adamw", "400", "6.4k", "1 of 2", "2.100"],
     ]
     assert shown[0].remark == "Not reached or not finished: lion."
     assert shown[0].title in text

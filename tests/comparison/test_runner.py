@@ -4,6 +4,8 @@ import collections
 import dataclasses
 import functools
 import math
+import os
+import signal
 
 import numpy as np
 import optax
@@ -15,7 +17,7 @@ from memopt.comparison.protocol import PRESETS, TUNING_SEED
 from memopt.comparison.records import read_records
 from memopt.comparison.rows import METHOD_ROWS, ROWS, TUNED, Row, first_rate, tuned_options
 from memopt.comparison.tuning import Point
-from memopt.comparison.worker import OutOfTimeError, Worker
+from memopt.comparison.worker import IncompleteError, OutOfTimeError, Worker
 from memopt.errors import check_choice
 from memopt.optimizers.registry import METHODS, available
 from memopt.training.lock import Lock
@@ -27,6 +29,11 @@ def user_optimizer(learning_rate, *, momentum=0.5):
 
 
 OWN = f"{__name__}:user_optimizer"
+
+
+def lethal(learning_rate):
+    """An optimizer that ends its process, as the kernel does for lack of memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def by_method(records):
@@ -67,6 +74,13 @@ def test_rows_differ_from_their_exact_twins_in_precision_only(protocol, tmp_path
     assert weights["parameters"] == exact["parameters"]
     for record in (state, weights):
         assert 0 < abs(record["val_loss"] - exact["val_loss"]) < 0.1
+
+
+@pytest.mark.slow
+def test_processes_that_are_killed_are_told_and_lose_no_run(protocol, tmp_path):
+    with pytest.raises(IncompleteError, match=r"2 of 2 processes .* \(killed by SIGKILL"):
+        compare(tmp_path, protocol, methods=[f"{__name__}:lethal"], jobs=2)
+    assert by_method(read_records(tmp_path / "compare.jsonl")) == {"adamw": (3, 2)}
 
 
 def test_a_run_that_is_not_finite_has_diverged(protocol):
