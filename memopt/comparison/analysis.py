@@ -23,8 +23,8 @@ from memopt.comparison.rows import BASELINE
 #: Runs that differ in one of these fields are of different experiments, and are not compared.
 EXPERIMENT = ("size", "parameters", "batch_size", "seq_len", "steps", "text", "eval_tokens")
 
-#: Those of runs to a target loss, whose number of steps is the result.
-EXPERIMENT_TO_TARGET = (*EXPERIMENT[:4], "target_loss", *EXPERIMENT[5:])
+#: Those of runs to a target loss, whose number of steps is the result; without the batch size.
+EXPERIMENT_TO_TARGET = ("size", "parameters", "seq_len", "target_loss", "text", "eval_tokens")
 
 #: The fields of a method's setting, without the learning rate.
 OPTIONS = ("options", "schedule", "warmup", "final_learning_rate", "source")

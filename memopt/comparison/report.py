@@ -138,21 +138,39 @@ def _remark(group: Sequence[Summary]) -> str:
 
 
 def sections_to_target(runs: Iterable[Run]) -> list[Section]:
-    """Returns tables of runs whose number of steps was sought for a loss, of each batch size."""
-    experiments = by_experiment(runs, EXPERIMENT_TO_TARGET).values()
-    order = lambda of: (of["size"], of["target_loss"], of["batch_size"])
+    """Returns tables of runs whose number of steps was sought for a loss.
+
+    There is a table of steps at all batch sizes, if there are several, and one of each batch size.
+    """
     found = []
-    among = [of[0] for methods in experiments for of in methods.values()]
-    for methods in sorted(experiments, key=lambda methods: order(next(iter(methods.values()))[0])):
-        tuned = tuned_runs(methods)
-        first = next(iter(methods.values()))[0]
-        title = (
-            f"Fewest steps to a loss of {first['target_loss']:g}, "
-            f"{experiment_name(first, among=among, steps=False)}"
-        )
-        missing = [name for name in methods if name not in tuned]
-        remark = f"Not reached or not finished: {', '.join(missing)}." if missing else ""
-        found.append(Section(title, *_cells_to_target(tuned.values()), remark))
+    for methods in by_experiment(runs, EXPERIMENT_TO_TARGET).values():
+        every = [run for of in methods.values() for run in of]
+        first = every[0]
+        title = f"Fewest steps to a loss of {first['target_loss']:g}, {first['size']} parameters"
+        batches: dict[int, dict[str, list[Run]]] = {}
+        for batch in sorted({run["batch_size"] for run in every}):
+            at = [run for run in every if run["batch_size"] == batch]
+            [of] = by_experiment(at, EXPERIMENT_TO_TARGET).values()
+            tuned = tuned_runs(of)
+            missing = [name for name in of if name not in tuned]
+            remark = f"Not reached or not finished: {', '.join(missing)}." if missing else ""
+            batches[batch] = tuned
+            found.append(
+                Section(f"{title}, {batch} rows a batch", *_cells_to_target(tuned.values()), remark)
+            )
+        if len(batches) > 1:
+            rows = [
+                [
+                    name,
+                    *(
+                        str(of[name][0]["steps"]) if name in of else NOTHING
+                        for of in batches.values()
+                    ),
+                ]
+                for name in methods
+            ]
+            columns = ["method", *(f"{batch} rows" for batch in batches)]
+            found.insert(len(found) - len(batches), Section(title, columns, rows))
     return found
 
 

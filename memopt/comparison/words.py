@@ -5,29 +5,25 @@ from collections.abc import Sequence
 from memopt.comparison.records import Run
 
 
-def experiment_name(run: Run, *, among: Sequence[Run], steps: bool = True) -> str:
+def experiment_name(run: Run, *, among: Sequence[Run]) -> str:
     """Returns what the runs of an experiment have in common, in a few words.
 
     Args:
         run: A run of the experiment.
         among: Runs of all experiments that are shown: fields which are alike in all are left out,
             except for the most important.
-        steps: Whether to name the number of steps.
 
     Example:
         >>> run = {"size": "2M", "steps": 400, "batch_size": 8, "seq_len": 64, "tokens": 204800}
         >>> run |= {"text": "42a9ff", "eval_tokens": 16384, "parameters": 1_900_000}
         >>> experiment_name(run, among=[run])
         '2M parameters, 400 steps of 8×64 tokens, 205k in all'
-        >>> experiment_name(run, among=[run, run | {"text": "1fe77a"}], steps=False)
-        '2M parameters, 8×64 tokens a step, text 42a9ff'
+        >>> experiment_name(run, among=[run, run | {"text": "1fe77a"}])
+        '2M parameters, 400 steps of 8×64 tokens, 205k in all, text 42a9ff'
     """
-    batch = f"{run['batch_size']}×{run['seq_len']} tokens"
     parts = [f"{run['size']} parameters"]
-    if steps:
-        parts += [f"{run['steps']} steps of {batch}", f"{short_count(run['tokens'])} in all"]
-    else:
-        parts.append(f"{batch} a step")
+    parts.append(f"{run['steps']} steps of {run['batch_size']}×{run['seq_len']} tokens")
+    parts.append(f"{short_count(run['tokens'])} in all")
     if len({other["text"] for other in among}) > 1:
         parts.append(f"text {run['text'][:6]}")
     if len({other["eval_tokens"] for other in among}) > 1:

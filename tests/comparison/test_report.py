@@ -12,7 +12,14 @@ from rich.console import Console
 from memopt.comparison import report
 from memopt.comparison.analysis import summarize, unfinished
 from memopt.comparison.plots import plot_curves, plot_front, plot_sensitivity
-from memopt.comparison.report import ONLY_IN_FILES, sections, tables, to_json, write_report
+from memopt.comparison.report import (
+    ONLY_IN_FILES,
+    sections,
+    sections_to_target,
+    tables,
+    to_json,
+    write_report,
+)
 from tests.comparison.synthetic import run, seeds
 
 RUNS = [
@@ -158,15 +165,23 @@ def test_steps_to_a_target_are_a_table_of_each_batch_size(tmp_path):
         run("lion", 2.9, steps=800, tuned=False, **target),
     ]
     shown, text = written(tmp_path, runs, "targets.jsonl")
-    assert [section.title for section in shown] == [
-        f"Fewest steps to a loss of 2.1, 2M parameters, {rows}×8 tokens a step" for rows in (4, 8)
-    ]
-    assert [row[:5] for row in shown[0].rows] == [
+    all_sizes, four, eight = shown
+    assert four.title == "Fewest steps to a loss of 2.1, 2M parameters, 4 rows a batch"
+    assert four.title in text
+    assert [row[:5] for row in four.rows] == [
         ["muon", "200", "6.4k", "2 of 2", "2.050"],
         ["adamw", "400", "6.4k", "1 of 2", "2.100"],
     ]
-    assert shown[0].remark == "Not reached or not finished: lion."
-    assert shown[0].title in text
+    assert four.remark == "Not reached or not finished: lion."
+    assert [row[:2] for row in eight.rows] == [["muon", "100"]]
+    assert all_sizes.columns == ["method", "4 rows", "8 rows"]
+    assert all_sizes.rows == [["adamw", "400", "–"], ["muon", "200", "100"], ["lion", "–", "–"]]
+
+
+def test_runs_to_a_target_on_another_text_are_another_table():
+    target = {"target_loss": 2.1}
+    runs = [*seeds("adamw", 2.0, **target), *seeds("adamw", 2.0, text="other", **target)]
+    assert [section.rows[0][0] for section in sections_to_target(runs)] == ["adamw", "adamw"]
 
 
 @pytest.fixture
