@@ -40,8 +40,8 @@ class Options:
     Attributes:
         output: Directory of the results.
         preset: cpu: 0.5 and 2 million parameters, hours on two cores. gpu-small: 10, 25 and 60
-            million, minutes a run on one GPU. The following options change it; runs of other
-            protocols in the same output are not mixed with these.
+            million, for one GPU, where it was not run yet. --steps, --data and others change it;
+            runs of other protocols in the same output are not mixed with these.
         methods: Optimizers that `memopt optimizers` lists, or MODULE:FUNCTION of a function that
             maps learning_rate to an Optax transformation; each may be followed by options, "state
             int8", "weights int8" or "released", after commas. By default all that train matrices,
@@ -62,7 +62,8 @@ class Options:
         over: With --target-loss: find them at several batch sizes.
         batch_sizes: The batch sizes of --over; by default those of the preset.
         jobs: Processes to run, which share the cores. Times of steps are then not measured.
-        minutes: End before a run that would take longer than so many minutes from the start.
+        minutes: End before a run that would take longer than so many minutes from the start, by
+            the longest run so far.
     """
 
     output: Annotated[Path, conf.arg(metavar="DIRECTORY")]

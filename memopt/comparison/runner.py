@@ -47,8 +47,8 @@ def compare(
         over: "batch_size": find them at every batch size of the protocol.
         jobs: Processes to run, which share the cores. More than one need
             ``if __name__ == "__main__":`` in the caller's program.
-        minutes: Stop before a run that would end later than this after the start, by the longest
-            run so far; None: run all.
+        minutes: Stop before a run that would end later than this after the start, if it takes as
+            long as the longest run so far; the first one is always made. None: make all.
         console: Where to show progress; None: nowhere.
 
     Returns:
