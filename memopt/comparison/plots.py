@@ -131,7 +131,8 @@ def plot_curves(
         axes.grid(alpha=0.25)
         if ends:
             low = min(ends)[0]
-            top = max(statistics.median(starts), _top_of_front(group, baseline))
+            whole = [x for x, (_, name, _) in zip(starts, ends, strict=True) if name == baseline]
+            top = max(statistics.median(starts), *whole, _top_of_front(group, baseline))
             margin = 0.03 * (top - low) or 0.05
             axes.set_ylim(low - margin, top + margin)
         named.append((axes, ends))

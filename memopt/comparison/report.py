@@ -251,7 +251,7 @@ def tables(shown: Sequence[Section]) -> list[Table]:
         for i in kept:
             width = max(len(row[i]) for row in section.rows)
             name = textwrap.fill(section.columns[i], width, break_long_words=False)
-            table.add_column(name, justify="right" if i else "left", no_wrap=i > 0)
+            table.add_column(name, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
         for row in section.rows:
             table.add_row(*(row[i] for i in kept))
         found.append(table)
