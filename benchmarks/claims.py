@@ -209,6 +209,10 @@ CLAIMS = (
 #: Tables whose numbers are not measured: the source of each, by page and first columns.
 NOT_MEASURED = {
     "docs/combinations.md": {"combination | what holds": "definitions"},
+    "docs/comparison.md": {
+        "preset | models": "`memopt.comparison.PRESETS`",
+        "column | meaning": "definitions",
+    },
     "docs/controllers.md": {"column |": "fields of a file", "| | by default": "options of a class"},
     "docs/convergence.md": {"optimizers | default learning rate": "the registry, and `CLAIMS`"},
     "docs/design.md": {"floor | room": "`tests/test_rooms.py`"},

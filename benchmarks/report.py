@@ -5,7 +5,7 @@ import platform
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax
 from rich.console import Console
 
 from memopt.machine import core_count, cpu_model, versions
+from memopt.markdown import markdown_table as markdown_table
 
 GIB = 2**30
 PACKAGES = ("memopt", "jax", "jaxlib", "optax")
@@ -130,12 +131,6 @@ def measure_cells(
             results[name][column] = found(name, column)
             Console().print(f"{name:28} {column:20} {results[name][column]}")
             report.save()
-
-
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown, the first column on the left, numbers on the right."""
-    lines = [f"| {' | '.join(row)} |" for row in (columns, *rows)]
-    return "\n".join([lines[0], f"|---|{'--:|' * (len(columns) - 1)}", *lines[1:], ""])
 
 
 def milliseconds(run: Callable[[], Any]) -> float:

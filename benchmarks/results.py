@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from memopt.comparison.records import read_records
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
@@ -62,8 +64,18 @@ class Block(NamedTuple):
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Reads a result file."""
-    return json.loads(path.read_text())
+    """Reads a result file; one of `memopt compare` has a run on each line."""
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
+    runs = read_records(path)
+    told = lambda values: " and ".join(dict.fromkeys(map(str, values)))
+    return {
+        "command": told(run["command"] for run in runs),
+        "cpu": told(run["machine"]["cpu"] for run in runs),
+        "cores": told(run["machine"]["cores"] for run in runs),
+        "device": told(run["machine"]["device"] for run in runs),
+        "results": runs,
+    }
 
 
 def sources() -> list[Path]:
@@ -96,7 +108,7 @@ def pages() -> dict[Path, str]:
 def results_page(made: Mapping[Block, str]) -> str:
     """The page with all results, file by file."""
     parts = [INTRODUCTION]
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in sorted([*RESULTS.glob("*.json"), *RESULTS.glob("*.jsonl")]):
         parts.append(f"## {path.stem.replace('_', ' ')}\n\n{provenance(path)}\n")
         if path.with_suffix(".png").exists():
             link = f"../benchmarks/results/{path.stem}.png"

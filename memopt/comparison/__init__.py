@@ -2,5 +2,7 @@
 
 from memopt.comparison.protocol import PRESETS as PRESETS
 from memopt.comparison.protocol import Protocol as Protocol
+from memopt.comparison.protocol import make_protocol as make_protocol
+from memopt.comparison.records import Run as Run
 from memopt.comparison.rows import Row as Row
 from memopt.comparison.runner import compare as compare

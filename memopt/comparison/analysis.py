@@ -7,24 +7,27 @@ compared where each schedule ends.
 """
 
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 from scipy.special import ndtri, stdtr, stdtrit
 
+from memopt.comparison.records import Run, finite_loss, loss_of
 from memopt.comparison.rows import BASELINE
 
-Run = Mapping[str, Any]
-"""One run, a line of `compare.jsonl`."""
-
 #: Runs that differ in one of these fields are of different experiments, and are not compared.
-EXPERIMENT = ("size", "batch_size", "seq_len", "steps", "text", "eval_tokens")
+EXPERIMENT = ("size", "parameters", "batch_size", "seq_len", "steps", "text", "eval_tokens")
 
-#: The fields of a method's setting.
-SETTING = ("learning_rate", "options", "schedule", "warmup", "final_learning_rate", "source")
+#: Those of runs to a target loss, whose number of steps is the result; without the batch size.
+EXPERIMENT_TO_TARGET = ("size", "parameters", "seq_len", "target_loss", "text", "eval_tokens")
+
+#: The fields of a method's setting, without the learning rate.
+OPTIONS = ("options", "schedule", "warmup", "final_learning_rate", "source")
 
 #: Two losses differ if chance alone makes such a difference with less than this probability. The
 #: NanoGPT speed-run accepts a record by the same threshold
@@ -34,126 +37,181 @@ PROBABILITY = 0.01
 #: The z of that probability, both signs together: 2.58.
 THRESHOLD = -float(ndtri(PROBABILITY / 2))
 
-Verdict = Literal["better", "same", "worse", "unknown"]
+#: Learning rates count as equally good whose losses are above the least by at most this share.
+TOLERANCE = 0.01
+
+Verdict = Literal["better", "no difference", "worse", "unknown"]
+
+
+class Difference(NamedTuple):
+    """The difference of a method from the baseline.
+
+    Attributes:
+        loss: Mean loss minus the baseline's; None if one diverged.
+        standard_error: Its standard error; None for one seed, or if one diverged.
+        least: The least difference that the z-rule tells from chance; None as above.
+        z: As `z_score`.
+        learning_rate_ratio: Tuned learning rate over the baseline's.
+        speed_up: The baseline's steps to the target over the method's; None if one never comes to
+            it.
+    """
+
+    loss: float | None
+    standard_error: float | None
+    least: float | None
+    z: float | None
+    learning_rate_ratio: float
+    speed_up: float | None
+
+
+class RateRange(NamedTuple):
+    """The learning rates around the best one whose losses are nearly as low.
+
+    Attributes:
+        low: The lowest, over the best.
+        high: The highest, over the best.
+        whole: Whether a lower and a higher rate were tried, so that the range ends where it says.
+    """
+
+    low: float
+    high: float
+    whole: bool
+
+    @property
+    def doublings(self) -> float:
+        """The factors of two between the lowest and the highest."""
+        return math.log2(self.high / self.low)
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """The results of one method at one size.
+    """The results of one method in one experiment.
 
     Attributes:
-        size: Name of the model's size.
-        batch_size: Rows of a batch.
-        method: Name of the row.
-        optimizer: Name of the optimizer.
-        options: Its tuned options.
-        learning_rate: The tuned learning rate.
-        learning_rate_ratio: It, divided by the baseline's.
+        run: The first of the runs that count: the method, its setting, and what it was trained on.
         losses: Validation losses in nats at the end, one a seed; infinite if diverged.
-        loss: Their mean.
-        spread: Their sample standard deviation; None for one seed.
-        perplexity: The exponential of `loss`.
-        difference: `loss` minus the baseline's; None if one diverged.
-        least_difference: The least difference that `verdict` tells from chance.
-        z: The difference in standard errors, as by `z_score`.
-        verdict: The comparison with the baseline.
-        steps: Steps of a run.
-        tokens: Tokens of a run.
+        difference: That from the baseline; None for the baseline, and if it has no tuned runs.
         steps_to_target: Steps after which the loss stays at or below the target; None if never.
-        tokens_to_target: Tokens of these steps.
-        speed_up: The baseline's steps to the target over this method's.
-        state_bytes: Bytes of the optimizer's state.
-        parameter_bytes: Bytes of the parameters.
-        peak_bytes: Planned peak of a step's memory.
-        step_seconds: Median time of a step; None if other runs shared the machine.
+        step_seconds: Median time of a step; None if other programs used the processor.
         step_cpu_seconds: Median processor time of a step, of all cores together.
         settings: Settings of learning rate and options that were tried.
         left_out: Tuned runs with an earlier setting, which do not count.
-        experiment: The fields of `EXPERIMENT` that the runs have in common, as JSON.
         on_front: True if no other method has less loss with as little state.
         curve: Steps and mean losses over seeds.
         sensitivity: Learning rates and losses with the same options and seed.
     """
 
-    size: str
-    batch_size: int
-    method: str
-    optimizer: str
-    options: Mapping[str, Any]
-    learning_rate: float
-    learning_rate_ratio: float | None
+    run: Run
     losses: tuple[float, ...]
-    loss: float
-    spread: float | None
-    perplexity: float
-    difference: float | None
-    least_difference: float | None
-    z: float | None
-    verdict: Verdict
-    steps: int
-    tokens: int
+    difference: Difference | None
     steps_to_target: float | None
-    tokens_to_target: float | None
-    speed_up: float | None
-    state_bytes: int
-    parameter_bytes: int
-    peak_bytes: int | None
     step_seconds: float | None
     step_cpu_seconds: float | None
     settings: int
     left_out: int
-    experiment: str
     on_front: bool
     curve: tuple[tuple[float, float], ...]
     sensitivity: tuple[tuple[float, float], ...]
 
+    @property
+    def method(self) -> str:
+        """Name of the row."""
+        return self.run["method"]
+
+    @functools.cached_property
+    def loss(self) -> float:
+        """The mean of `losses`."""
+        return statistics.fmean(self.losses)
+
+    @functools.cached_property
+    def spread(self) -> float | None:
+        """The sample standard deviation of `losses`; None for one seed, or if one diverged."""
+        known = len(self.losses) > 1 and math.isfinite(self.loss)
+        return statistics.stdev(self.losses) if known else None
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of `loss`."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf  # math.exp raises above
+
+    @property
+    def verdict(self) -> Verdict:
+        """The comparison with the baseline; "unknown" for itself."""
+        return decide(self.difference and self.difference.z)
+
+    @property
+    def tokens_to_target(self) -> float | None:
+        """Tokens of `steps_to_target`."""
+        steps = self.steps_to_target
+        return steps and steps * self.run["tokens"] / self.run["steps"]
+
+    @property
+    def rate_range(self) -> RateRange | None:
+        """As `rate_range` of `sensitivity`."""
+        return rate_range(self.sensitivity)
+
 
 def summarize(
-    runs: Iterable[Run],
-    *,
-    baseline: str = BASELINE,
-    target_loss: float | None = None,
-    peak_bytes: Callable[[Run], int | None] | None = None,
-) -> list[Summary]:
+    runs: Iterable[Run], *, baseline: str = BASELINE, target_loss: float | None = None
+) -> list[list[Summary]]:
     """Summarizes the tuned runs of each method in each experiment.
 
     Runs that differ in a field of `EXPERIMENT` are not compared. Of a method's tuned runs those
     with the setting of the last one count; its setting may have been another one before.
 
-    A method without tuned runs at a size has no summary there; see `unfinished`.
+    A method without tuned runs in an experiment has no summary there; see `unfinished`.
 
     Args:
-        runs: The runs. Each has `method`, `optimizer`, `options`, `size`, `batch_size`, `seed`,
-            `learning_rate`, `tuned`, `steps`, `tokens`, `val_loss` (not finite or None if it
-            diverged), `val_losses` (pairs of step and loss), `state_bytes`, `parameter_bytes` and
-            `step_seconds` (or None); `peak_bytes` and `step_cpu_seconds` are optional.
+        runs: The runs.
         baseline: The method with which others are compared.
         target_loss: The loss, in nats, to which steps are counted; by default the baseline's mean
             at the end.
-        peak_bytes: Returns the planned peak of a run's step; by default the runs' `peak_bytes`.
 
     Returns:
-        Summaries in the order of the sizes in `runs`, then of their losses.
+        For each experiment with tuned runs, in their order in `runs`: summaries in the order of
+        their losses.
+    """
+    found = (_compare(group, baseline, target_loss) for group in by_experiment(runs).values())
+    return [summaries for summaries in found if summaries]
+
+
+def by_experiment(
+    runs: Iterable[Run], fields: Sequence[str] = EXPERIMENT
+) -> dict[str, dict[str, list[Run]]]:
+    """Returns the runs of each method of each experiment.
+
+    Args:
+        runs: The runs.
+        fields: The fields that the runs of an experiment have in common.
     """
     groups: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
-        group = groups.setdefault(_values(run, EXPERIMENT), {})
-        group.setdefault(run["method"], []).append(run)
-    peak = peak_bytes or (lambda run: run.get("peak_bytes"))
-    return [
-        summary
-        for group in groups.values()
-        for summary in _compare(group, baseline, target_loss, peak)
-    ]
+        groups.setdefault(_values(run, fields), {}).setdefault(run["method"], []).append(run)
+    return groups
 
 
-def unfinished(runs: Iterable[Run]) -> dict[tuple[str, int, str], int]:
-    """Counts the runs of methods that have no tuned run yet, by size, batch size and method."""
-    found: dict[tuple[str, int, str], list[bool]] = {}
-    for run in runs:
-        key = (run["size"], run["batch_size"], run["method"])
-        found.setdefault(key, []).append(bool(run["tuned"]))
-    return {key: len(tuned) for key, tuned in found.items() if not any(tuned)}
+def same_experiment(a: Run, b: Run) -> bool:
+    """Whether two runs agree in all fields of `EXPERIMENT`."""
+    return _values(a, EXPERIMENT) == _values(b, EXPERIMENT)
+
+
+def unfinished(runs: Iterable[Run]) -> list[tuple[Run, int, int]]:
+    """Finds the methods of experiments whose runs are not complete.
+
+    Returns:
+        For each, one of its runs, how many tune it, and how many at the tuned setting it has: none,
+        or fewer than most other methods of that experiment.
+    """
+    found = []
+    for methods in by_experiment(runs).values():
+        tuned = {name: len(of) for name, of in tuned_runs(methods).items()}
+        seeds = statistics.mode(tuned.values()) if tuned else 1
+        found += [
+            (of[0], sum(not run["tuned"] for run in of), tuned.get(name, 0))
+            for name, of in methods.items()
+            if tuned.get(name, 0) < seeds
+        ]
+    return found
 
 
 def z_score(losses: Sequence[float], baseline: Sequence[float]) -> float | None:
@@ -179,13 +237,14 @@ def z_score(losses: Sequence[float], baseline: Sequence[float]) -> float | None:
     if math.inf in losses or math.inf in baseline:
         sign = (math.inf in losses) - (math.inf in baseline)
         return sign * math.inf if sign else None
-    if len(losses) < 2 or len(baseline) < 2:
+    error = standard_error(losses, baseline)
+    if error is None:
         return None
     difference = statistics.fmean(losses) - statistics.fmean(baseline)
     if not difference:
         return 0.0
-    error, freedom = _standard_error(losses, baseline)
     t = abs(difference) / error if error else math.inf
+    freedom = len(losses) + len(baseline) - 2
     return math.copysign(-float(ndtri(stdtr(freedom, -t))), difference)
 
 
@@ -197,23 +256,22 @@ def least_difference(losses: Sequence[float], baseline: Sequence[float]) -> floa
         0.38
 
     """
-    if min(len(losses), len(baseline)) < 2 or not all(map(math.isfinite, (*losses, *baseline))):
-        return None
-    error, freedom = _standard_error(losses, baseline)
-    return error * -float(stdtrit(freedom, PROBABILITY / 2))
+    error = standard_error(losses, baseline)
+    freedom = len(losses) + len(baseline) - 2
+    return None if error is None else error * -float(stdtrit(freedom, PROBABILITY / 2))
 
 
 def decide(z: float | None) -> Verdict:
-    """The verdict of the z-rule: "same" means that chance alone may make such a difference.
+    """The verdict of the z-rule: "no difference" is one that chance alone may make.
 
     Example:
         >>> decide(-3.0), decide(1.0), decide(3.0), decide(None)
-        ('better', 'same', 'worse', 'unknown')
+        ('better', 'no difference', 'worse', 'unknown')
 
     """
     if z is None:
         return "unknown"
-    return "same" if abs(z) < THRESHOLD else "better" if z < 0 else "worse"
+    return "no difference" if abs(z) < THRESHOLD else "better" if z < 0 else "worse"
 
 
 def steps_to_loss(curve: Sequence[tuple[float, float]], target: float) -> float | None:
@@ -264,84 +322,67 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     return [p in finite and not any(beats(other, p) for other in finite) for p in points]
 
 
-def loss_of(run: Run) -> float:
-    """The final validation loss of a run; infinite if it diverged."""
-    return _finite(run["val_loss"])
-
-
 def _compare(
-    methods: Mapping[str, Sequence[Run]],
-    baseline: str,
-    target: float | None,
-    peak_bytes: Callable[[Run], int | None],
+    methods: Mapping[str, Sequence[Run]], baseline: str, target: float | None
 ) -> list[Summary]:
-    tuned = _tuned_runs(methods)
+    tuned = tuned_runs(methods)
     losses = {method: [loss_of(run) for run in runs] for method, runs in tuned.items()}
     base = losses.get(baseline, [])
-    base_loss = statistics.fmean(base) if base else math.inf
-    target = base_loss if target is None else target
+    if target is None:
+        target = statistics.fmean(base) if base else math.inf
     curves = {method: mean_curve(runs) for method, runs in tuned.items()}
     reached = {
         method: steps_to_loss(curve, target) if math.isfinite(target) else None
         for method, curve in curves.items()
     }
     front = pareto_front([(tuned[m][0]["state_bytes"], statistics.fmean(losses[m])) for m in tuned])
-    summaries = []
-    for (method, runs), on_front in zip(tuned.items(), front, strict=True):
-        first, of, steps = runs[0], losses[method], reached[method]
-        loss = statistics.fmean(of)
-        finite = math.isfinite(loss)
-        z = z_score(of, base) if base and method != baseline else None
-        rate = first["learning_rate"]
-        summaries.append(
-            Summary(
-                size=first["size"],
-                batch_size=first["batch_size"],
-                method=method,
-                optimizer=first["optimizer"],
-                options=first["options"],
-                learning_rate=rate,
-                learning_rate_ratio=rate / tuned[baseline][0]["learning_rate"] if base else None,
-                losses=tuple(of),
-                loss=loss,
-                spread=statistics.stdev(of) if finite and len(of) > 1 else None,
-                perplexity=_exp(loss),
-                difference=loss - statistics.fmean(base)
-                if finite and math.isfinite(base_loss)
-                else None,
-                least_difference=least_difference(of, base) if method != baseline else None,
-                z=z,
-                verdict=decide(z),
-                steps=first["steps"],
-                tokens=first["tokens"],
-                steps_to_target=steps,
-                tokens_to_target=steps and steps * first["tokens"] / first["steps"],
-                speed_up=_ratio(reached.get(baseline), steps),
-                state_bytes=first["state_bytes"],
-                parameter_bytes=first["parameter_bytes"],
-                peak_bytes=peak_bytes(first),
-                step_seconds=_median(run["step_seconds"] for run in runs),
-                step_cpu_seconds=_median(run.get("step_cpu_seconds") for run in runs),
-                settings=len({_values(run, SETTING) for run in methods[method]}),
-                left_out=sum(run["tuned"] for run in methods[method]) - len(runs),
-                experiment=_values(first, EXPERIMENT),
-                on_front=on_front,
-                curve=curves[method],
-                sensitivity=sensitivity(methods[method]),
-            )
+
+    def difference(method: str) -> Difference | None:
+        if not base or method == baseline:
+            return None
+        loss = statistics.fmean(losses[method]) - statistics.fmean(base)
+        rates = [tuned[name][0]["learning_rate"] for name in (method, baseline)]
+        return Difference(
+            loss=loss if math.isfinite(loss) else None,
+            standard_error=standard_error(losses[method], base),
+            least=least_difference(losses[method], base),
+            z=z_score(losses[method], base),
+            learning_rate_ratio=rates[0] / rates[1],
+            speed_up=_ratio(reached[baseline], reached[method]),
         )
+
+    summaries = [
+        Summary(
+            run=runs[0],
+            losses=tuple(losses[method]),
+            difference=difference(method),
+            steps_to_target=reached[method],
+            step_seconds=_median(run["step_seconds"] for run in runs),
+            step_cpu_seconds=_median(run["step_cpu_seconds"] for run in runs),
+            settings=len({_setting(run) for run in methods[method]}),
+            left_out=sum(run["tuned"] for run in methods[method]) - len(runs),
+            on_front=on_front,
+            curve=curves[method],
+            sensitivity=sensitivity(methods[method], like=runs[0]),
+        )
+        for (method, runs), on_front in zip(tuned.items(), front, strict=True)
+    ]
     return sorted(summaries, key=lambda summary: summary.loss)
 
 
-def _tuned_runs(methods: Mapping[str, Sequence[Run]]) -> dict[str, list[Run]]:
-    """The tuned runs of each method with its last setting, in the order of their seeds."""
+def tuned_runs(methods: Mapping[str, Sequence[Run]]) -> dict[str, list[Run]]:
+    """Returns the tuned runs of each method with its last setting, in the order of their seeds."""
     found = {}
     for method, runs in methods.items():
         if tuned := [run for run in runs if run["tuned"]]:
-            last = _values(tuned[-1], SETTING)
-            counted = [run for run in tuned if _values(run, SETTING) == last]
+            last = _setting(tuned[-1]), tuned[-1]["steps"]
+            counted = [run for run in tuned if (_setting(run), run["steps"]) == last]
             found[method] = sorted(counted, key=lambda run: run["seed"])
     return found
+
+
+def _setting(run: Run) -> str:
+    return _values(run, ("learning_rate", *OPTIONS))
 
 
 def _values(run: Run, fields: Iterable[str]) -> str:
@@ -353,30 +394,86 @@ def mean_curve(runs: Sequence[Run]) -> tuple[tuple[float, float], ...]:
 
     The last point is the mean of their final losses.
     """
-    curves = [{step: _finite(x) for step, x in run["val_losses"]} for run in runs]
+    curves = [{step: finite_loss(x) for step, x in run["val_losses"]} for run in runs]
     for curve, run in zip(curves, runs, strict=True):
         curve[run["steps"]] = loss_of(run)
     steps = sorted(set.intersection(*map(set, curves)))
     return tuple((step, statistics.fmean(curve[step] for curve in curves)) for step in steps)
 
 
-def sensitivity(runs: Sequence[Run]) -> tuple[tuple[float, float], ...]:
+def sensitivity(runs: Sequence[Run], like: Run) -> tuple[tuple[float, float], ...]:
     """Learning rates and losses of runs that differ in nothing else.
 
-    Of all options, seeds and numbers of steps those are taken with which most rates were tried.
+    Of all seeds and options those are taken with which most rates were tried; of equally many,
+    those of the run `like`.
+
+    Args:
+        runs: All runs of a method in an experiment.
+        like: A run at the tuned setting.
     """
     groups: dict[str, dict[float, float]] = {}
-    for run in runs:
-        key = repr((sorted(run["options"].items()), run["seed"], run["steps"]))
+    for run in sorted(runs, key=lambda run: _values(run, OPTIONS) != _values(like, OPTIONS)):
+        key = _values(run, (*OPTIONS, "seed"))
         groups.setdefault(key, {})[run["learning_rate"]] = loss_of(run)
     return tuple(sorted(max(groups.values(), key=len).items()))
 
 
-def _standard_error(a: Sequence[float], b: Sequence[float]) -> tuple[float, int]:
-    """The standard error of the difference of two means, and its degrees of freedom."""
-    freedom = len(a) + len(b) - 2
-    squares = (len(a) - 1) * statistics.variance(a) + (len(b) - 1) * statistics.variance(b)
-    return math.sqrt(squares / freedom * (1 / len(a) + 1 / len(b))), freedom
+def rate_range(
+    points: Sequence[tuple[float, float]], tolerance: float = TOLERANCE
+) -> RateRange | None:
+    """Finds the learning rates around the best one whose losses are nearly as low.
+
+    Between two rates the loss is taken to be linear in the logarithm of the rate.
+
+    Args:
+        points: Learning rates and losses, such as of `sensitivity`.
+        tolerance: By how much losses may be above the least, as a share of it.
+
+    Returns:
+        The range; None if all runs diverged, or fewer than two rates were tried.
+
+    Example:
+        >>> rate_range([(0.5, 2.04), (1, 2.0), (2, 2.01), (4, 2.04)])
+        RateRange(low=0.707..., high=2.519..., whole=True)
+        >>> rate_range([(1, 2.0), (2, 2.01)]).whole
+        False
+
+    """
+    points = sorted(points)
+    best, least = min(points, key=lambda point: point[1], default=(0.0, math.inf))
+    if not math.isfinite(least) or len(points) < 2:
+        return None
+    limit = least + tolerance * abs(least)
+    at = next(i for i, point in enumerate(points) if point[0] == best)
+    low, low_ends = _last_within(points[at::-1], limit)
+    high, high_ends = _last_within(points[at:], limit)
+    return RateRange(low / best, high / best, low_ends and high_ends)
+
+
+def _last_within(points: Sequence[tuple[float, float]], limit: float) -> tuple[float, bool]:
+    """The rate where the loss first comes above a limit, and whether it does."""
+    for (rate, loss), (next_rate, next_loss) in itertools.pairwise(points):
+        if next_loss > limit:
+            share = (limit - loss) / (next_loss - loss)  # 0 if the next one diverged
+            return rate * (next_rate / rate) ** share, True
+    return points[-1][0], False
+
+
+def standard_error(losses: Sequence[float], baseline: Sequence[float]) -> float | None:
+    """The standard error of the difference of two means; None if it cannot be known.
+
+    The variance over seeds of both is pooled.
+
+    Example:
+        >>> round(standard_error([1.0, 1.1, 0.9], [1.2, 1.3, 1.1]), 3)
+        0.082
+
+    """
+    seeds = len(losses), len(baseline)
+    if min(seeds) < 2 or not all(map(math.isfinite, (*losses, *baseline))):
+        return None
+    squares = sum((len(x) - 1) * statistics.variance(x) for x in (losses, baseline))
+    return math.sqrt(squares / (sum(seeds) - 2) * (1 / seeds[0] + 1 / seeds[1]))
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:
@@ -387,11 +484,3 @@ def _median(values: Iterable[float | None]) -> float | None:
     """The median of the values that are known."""
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
-
-
-def _finite(loss: float | None) -> float:
-    return loss if loss is not None and math.isfinite(loss) else math.inf
-
-
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf  # math.exp raises above

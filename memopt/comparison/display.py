@@ -3,26 +3,12 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-
-class Progressed(NamedTuple):
-    """How far a comparison is.
-
-    Attributes:
-        done: Cost of the finished runs.
-        planned: Cost of all runs.
-        runs: Finished runs.
-        planned_runs: All runs.
-    """
-
-    done: float
-    planned: float
-    runs: int
-    planned_runs: int
+from memopt.comparison.grid import Progressed
+from memopt.comparison.records import Run
 
 
 class Display(Progress):
@@ -33,14 +19,14 @@ class Display(Progress):
         measure: Maps all records to how far the comparison is.
     """
 
-    def __init__(self, console: Console, measure: Callable[[Sequence[dict[str, Any]]], Progressed]):
+    def __init__(self, console: Console, measure: Callable[[Sequence[Run]], Progressed]):
         columns = (BarColumn(bar_width=20), TextColumn("{task.fields[line]}"))
         super().__init__(*columns, console=console, disable=not console.is_terminal)
         self._measure, self._shown = measure, set[str]()
         self._first: tuple[float, float] | None = None
         self.add_task("", line="")
 
-    def show(self, records: Sequence[dict[str, Any]]) -> None:
+    def show(self, records: Sequence[Run]) -> None:
         """Shows what is new among the records.
 
         Args:
@@ -62,7 +48,7 @@ class Display(Progress):
         self.update(task.id, completed=at.done, total=at.planned, line=line)
 
 
-def describe(record: dict[str, Any]) -> str:
+def describe(record: Run) -> str:
     """Says what a run came to, in a line.
 
     Example:
@@ -92,7 +78,7 @@ def describe(record: dict[str, Any]) -> str:
     )
 
 
-def _name(record: dict[str, Any]) -> str:
+def _name(record: Run) -> str:
     return f"{record['method']} {record['key']}"
 
 

@@ -7,7 +7,8 @@ that were not tuned on.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from memopt.comparison.rows import BASELINE, SCHEDULES, Row, tuned_options
 from memopt.errors import check_at_least, check_choice
@@ -32,9 +33,9 @@ class Protocol:
         data: The text, as `memopt.training.config.Text.data`; read as bytes.
         eval_tokens: Held-out tokens that are evaluated on.
         seeds: Seeds of the runs that count.
-        tuning_runs: Runs that each method is tuned with. When they are used up, the grid of
-            learning rates still grows until the best is inside.
-        baseline_runs: Those of AdamW, which has one option more to tune.
+        tuning_runs: Runs that each method is tuned with; AdamW, which has one option more to tune,
+            with half as many again. When they are used up, the grid of learning rates still grows
+            until the best is inside.
         schedule: The schedule's name.
         warmup: Share of the steps in which the learning rate rises from 0.
         final_learning_rate: Learning rate at the end, as a share of the highest.
@@ -49,30 +50,26 @@ class Protocol:
     eval_tokens: int = 2**14
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_runs: int = 8
-    baseline_runs: int = 12
     schedule: str = "cosine"
     warmup: float = 0.1
     final_learning_rate: float = 0.0
     batch_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        least = {"batch_size": 1, "seq_len": 2, "tuning_runs": 1, "eval_tokens": self.seq_len}
+        for name, value in least.items():
+            check_at_least(name, getattr(self, name), value)
+        for size in self.batch_sizes:
+            check_at_least("batch_sizes", size, 1)
         check_at_least("seeds", len(self.seeds), 1)
         if TUNING_SEED in self.seeds:
             raise ValueError(f"seeds must not hold {TUNING_SEED}, which methods are tuned on.")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must differ, got {' '.join(map(str, self.seeds))}.")
+        for name in ("seeds", "batch_sizes"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must differ, got {' '.join(map(str, values))}.")
         if self.steps % PIECES or self.steps < PIECES:
             raise ValueError(f"steps must be a multiple of {PIECES}, got {self.steps}.")
-
-    def with_sizes(self, sizes: tuple[str, ...]) -> "Protocol":
-        """Returns the protocol of some of its models.
-
-        Raises:
-            ValueError: There is no such size.
-        """
-        for size in sizes:
-            check_choice("size", size, self.models)
-        return dataclasses.replace(self, models={size: self.models[size] for size in sizes})
 
     def schedule_of(self, row: Row) -> str:
         """Returns the schedule of a row: the protocol's, unless its method has its own."""
@@ -83,7 +80,7 @@ class Protocol:
         if row.exact != row:
             return 0
         with_decay = row.optimizer == BASELINE and "weight_decay" in tuned_options(row)
-        return self.baseline_runs if with_decay else self.tuning_runs
+        return self.tuning_runs * 3 // 2 if with_decay else self.tuning_runs
 
 
 def _bytes(hidden: int, intermediate: int, layers: int, heads: int, **more: str) -> LlamaConfig:
@@ -117,3 +114,27 @@ PRESETS = {
     ),
 }
 """Protocols by name."""
+
+
+def make_protocol(preset: str = "cpu", *, sizes: Sequence[str] = (), **changes: Any) -> Protocol:
+    """Returns a preset with other values of some fields.
+
+    Args:
+        preset: A name in `PRESETS`.
+        sizes: Sizes of the preset's models; by default all.
+        **changes: Fields of `Protocol`.
+
+    Raises:
+        ValueError: There is no such preset or size, or a value is not allowed.
+
+    Example:
+        >>> protocol = make_protocol("cpu", sizes=["0.5M"], steps=100, seeds=(0,))
+        >>> [*protocol.models], protocol.steps, protocol.batch_size
+        (['0.5M'], 100, 8)
+    """
+    check_choice("preset", preset, PRESETS)
+    models = PRESETS[preset].models
+    for size in sizes:
+        check_choice("size", size, models)
+    kept = {size: models[size] for size in sizes or models}
+    return dataclasses.replace(PRESETS[preset], models=kept, **changes)

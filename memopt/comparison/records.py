@@ -3,13 +3,14 @@
 import fcntl
 import functools
 import json
+import math
 import os
 import platform
 import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import jax
 
@@ -19,33 +20,104 @@ from memopt.json_lines import read_json_lines
 from memopt.machine import core_count, cpu_model, versions
 from memopt.training.writing import WriteError, why
 
-#: The file in the directory of a comparison, and that of steps to a target.
-RESULTS, TARGETS = "compare.jsonl", "targets.jsonl"
+
+class Run(TypedDict):
+    """The record of a run, a line of `compare.jsonl` or `targets.jsonl`.
+
+    Attributes:
+        method: Name of the row.
+        tuned_as: Name of the row whose setting it has, another one if it has fewer bits.
+        optimizer: As `memopt.comparison.rows.Row.optimizer`.
+        options: All options of the optimizer that were given.
+        state: Precision of the state; null: as the optimizer makes it.
+        weights: Precision of matrices; null: as the model has them.
+        release: Whether each block is updated while the backward pass runs.
+        source: A digest of the file with a user's optimizer; null for those of the registry.
+        size: Name of the model's size.
+        parameters: How many parameters the model has.
+        batch_size: Rows of a batch.
+        seq_len: Tokens of a row.
+        steps: Steps of the run.
+        tokens: Tokens of the run.
+        text: A digest of the text.
+        eval_tokens: Held-out tokens that are evaluated on.
+        seed: Decides the first weights and the order of the data.
+        learning_rate: The highest learning rate.
+        schedule: Name of the learning rate's schedule.
+        warmup: Share of the steps in which the learning rate rises from 0.
+        final_learning_rate: Learning rate at the end, as a share of the highest.
+        tuned: Whether the run counts: if not, it served to find the setting.
+        target_loss: The loss to which the fewest steps are sought; absent if none is.
+        val_loss: Loss on the held-out tokens at the end, in nats; null if the run diverged.
+        val_losses: Pairs of step and loss; of runs that count, at each twentieth of the run.
+        diverged: Whether the losses ceased to be finite.
+        state_bytes: Bytes of the optimizer's state.
+        parameter_bytes: Bytes of the parameters.
+        step_seconds: Median time of a step; null if other programs used the processor.
+        step_cpu_seconds: Median processor time of a step, of all cores together; null elsewhere.
+        seconds: Time of the run, with its compilation.
+        key: A digest of all that decides the result: runs of the same key are not repeated.
+        versions: Versions of the packages.
+        machine: Device, processor and number of cores.
+        command: The command.
+    """
+
+    method: str
+    tuned_as: str
+    optimizer: str
+    options: dict[str, Any]
+    state: str | None
+    weights: str | None
+    release: bool
+    source: str | None
+    size: str
+    parameters: int
+    batch_size: int
+    seq_len: int
+    steps: int
+    tokens: int
+    text: str
+    eval_tokens: int
+    seed: int
+    learning_rate: float
+    schedule: str
+    warmup: float
+    final_learning_rate: float
+    tuned: bool
+    target_loss: NotRequired[float]
+    val_loss: float | None
+    val_losses: list[list[float]]
+    diverged: bool
+    state_bytes: int
+    parameter_bytes: int
+    step_seconds: float | None
+    step_cpu_seconds: float | None
+    seconds: float
+    key: str
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    command: str
 
 
-#: Fields without which a run is not known.
-FIELDS = {"key", "method", "optimizer", "options", "size", "batch_size", "seed", "learning_rate"}
-FIELDS |= {"tuned", "steps", "tokens", "val_loss", "val_losses", "state_bytes", "parameter_bytes"}
+def results_file(directory: Path, target_loss: float | None = None) -> Path:
+    """Returns the file of the results in a directory: those to a target have another one."""
+    return directory / ("compare.jsonl" if target_loss is None else "targets.jsonl")
 
 
-def record(size: str, row: Row, cell: Cell, outcome: Outcome, *, tuned: bool) -> dict[str, Any]:
-    """Returns the JSON object of a run.
-
-    Beside the fields of `Row`, `Cell`, `Program` and `Outcome`, it has `method`, the name of the
-    row; `size`, that of the model; `tuned`, whether the run counts: if not, it served to find the
-    setting; `tuned_as`, the name of the row whose setting it has; `tokens`; `target_loss` if one is
-    given; `key`, `versions`, `machine`, `command`. `val_loss` is null if the run diverged.
+def make_record(size: str, row: Row, cell: Cell, outcome: Outcome, *, tuned: bool) -> Run:
+    """Returns the record of a run.
 
     Args:
         size: The name of the model's size.
         row: The row.
         cell: The run.
         outcome: What was measured.
-        tuned: As above.
+        tuned: As `Run.tuned`.
     """
     program = cell.program
-    finite = outcome._asdict() | {"val_loss": None if outcome.diverged else outcome.val_loss}
     return {
+        "method": row.name,
+        "tuned_as": row.exact.name,
         "optimizer": row.optimizer,
         "options": dict(program.options),
         "state": row.state,
@@ -65,22 +137,32 @@ def record(size: str, row: Row, cell: Cell, outcome: Outcome, *, tuned: bool) ->
         "schedule": cell.schedule,
         "warmup": cell.warmup,
         "final_learning_rate": cell.final_learning_rate,
-        **finite,
+        "val_loss": None if outcome.diverged else outcome.val_loss,
+        "val_losses": outcome.val_losses,
+        "diverged": outcome.diverged,
+        "state_bytes": outcome.state_bytes,
+        "parameter_bytes": outcome.parameter_bytes,
+        "parameters": outcome.parameters,
+        "step_seconds": outcome.step_seconds,
+        "step_cpu_seconds": outcome.step_cpu_seconds,
+        "seconds": outcome.seconds,
         "key": cell.key,
-        **_circumstances(),
+        "versions": _versions(),
+        "machine": _machine(),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
     }
 
 
 @functools.cache
-def _circumstances() -> dict[str, Any]:
-    """The versions, the machine and the command of a run; they do not decide its result."""
+def _versions() -> dict[str, str]:
     packages = versions(("memopt", "jax", "jaxlib", "optax"))
+    return packages | {"python": platform.python_version()}
+
+
+@functools.cache
+def _machine() -> dict[str, Any]:
     device = jax.devices()[0].device_kind
-    return {
-        "versions": packages | {"python": platform.python_version()},
-        "machine": {"device": device, "cpu": cpu_model(), "cores": core_count()},
-        "command": shlex.join([_program(), *sys.argv[1:]]),
-    }
+    return {"device": device, "cpu": cpu_model(), "cores": core_count()}
 
 
 def _program() -> str:
@@ -88,21 +170,36 @@ def _program() -> str:
     return "memopt" if name == "__main__.py" else name
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[Run]:
     """Reads the finished runs; none if there is no file.
 
     A last line without an end is being written, or was when its process was killed: it is left out.
     """
-    found = []
+    found: list[Run] = []
     for record in read_json_lines(path, "its run is repeated"):
-        if isinstance(record, dict) and record.keys() >= FIELDS:
-            found.append(record)
+        if isinstance(record, dict) and record.keys() >= Run.__required_keys__:
+            found.append(cast(Run, record))
         else:
             warnings.warn(f"{str(path)!r}: {str(record)[:40]!r} is no run; left out.", stacklevel=2)
     return found
 
 
-def append_record(path: Path, record: dict[str, Any]) -> None:
+def loss_of(run: Run) -> float:
+    """Returns the final validation loss of a run; infinite if it diverged."""
+    return finite_loss(run["val_loss"])
+
+
+def finite_loss(loss: float | None) -> float:
+    """Returns a loss, infinite if it is none or not a number.
+
+    Example:
+        >>> finite_loss(2.0), finite_loss(None), finite_loss(float("nan"))
+        (2.0, inf, inf)
+    """
+    return loss if loss is not None and math.isfinite(loss) else math.inf
+
+
+def append_record(path: Path, record: Run) -> None:
     """Adds a line, after the removal of one that a killed process has left without its end.
 
     Args:

@@ -1,11 +1,11 @@
 """Tables of compared optimizers in Markdown, JSON and the terminal."""
 
-import dataclasses
 import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,83 +13,83 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from memopt.comparison.analysis import (
+    EXPERIMENT,
+    EXPERIMENT_TO_TARGET,
     PROBABILITY,
     THRESHOLD,
-    Run,
+    TOLERANCE,
     Summary,
+    Verdict,
+    by_experiment,
     summarize,
+    tuned_runs,
     unfinished,
 )
-from memopt.comparison.plots import (
-    plot_curves,
-    plot_front,
-    plot_sensitivity,
-    short_bytes,
-    short_count,
-)
-from memopt.comparison.records import RESULTS, TARGETS, read_records
+from memopt.comparison.plots import plot_curves, plot_front, plot_sensitivity
+from memopt.comparison.records import Run, loss_of, read_records, results_file
 from memopt.comparison.rows import BASELINE
+from memopt.comparison.words import experiment_name, short_bytes, short_count
+from memopt.markdown import markdown_table
 from memopt.training.writing import write_whole
 
 RULE = (
-    f"A method is better or worse than {{baseline}} if chance alone makes such a difference of "
-    f"means with a probability below {PROBABILITY:g}: |z| ≥ {THRESHOLD:.2f}, where z is Student's "
-    "t of the seeds' pooled standard error, turned into the z of the same probability, so that few "
-    "seeds count for less. Otherwise it is the same as far as these seeds can tell. ± is the "
-    "standard deviation over seeds. Steps to the target are interpolated on the curve of the "
-    "tuned runs, whose learning rates have not yet decayed there: a schedule that ends there "
-    "would reach it sooner."
+    "Every method is tuned with the same number of runs and {baseline} with half as many again; "
+    "the grid of learning rates grows beyond that until the best is inside. The losses are those "
+    "at the end of the schedule, means over seeds that were not tuned on, ± their standard "
+    "deviation. A "
+    "method is better or worse than {baseline} if chance alone makes such a difference with a "
+    f"probability below {PROBABILITY:g}: |z| ≥ {THRESHOLD:.2f}, where z is Student's t of the "
+    "seeds' pooled standard error, turned into the z of the same probability, so that few seeds "
+    "count for less. Steps to the target, {target}, are interpolated on the curve of the tuned "
+    "runs, whose learning rates have not yet decayed there: a schedule that ends there would reach "
+    f"it sooner. Rates within {TOLERANCE:.0%}: the factor between the lowest and the highest "
+    f"learning rate whose loss is at most {TOLERANCE:.0%} above the least; ≥ if it is "
+    "wider than what was tried."
 )
 
 
 def write_report(
-    directory: Path,
-    *,
-    runs: Path | None = None,
-    baseline: str = BASELINE,
-    target_loss: float | None = None,
-    peak_bytes: Callable[[Run], int | None] | None = None,
+    directory: Path, *, baseline: str = BASELINE, target_loss: float | None = None
 ) -> list["Section"]:
     """Writes the tables and pictures of a comparison.
 
     Args:
-        directory: The directory to write into: `report.md`, `report.json`, and, as soon as there
-            are tuned runs, `front.png`, `curves.png` and `sensitivity.png`. Runs to a target loss
-            are read from `targets.jsonl` there.
-        runs: The file of runs, by default `compare.jsonl` in the directory.
+        directory: The directory with `compare.jsonl`, `targets.jsonl` or both. Written into it are
+            `report.md`, `report.json` and, as soon as there are tuned runs in `compare.jsonl`,
+            `front.png`, `curves.png` and `sensitivity.png`.
         baseline: The method with which others are compared.
         target_loss: As of `summarize`.
-        peak_bytes: As of `summarize`.
 
     Returns:
         The tables.
 
     Raises:
-        ValueError: If there is no file of runs.
-        OSError: If a file cannot be written.
+        ValueError: There is no file of runs.
+        OSError: A file cannot be written.
     """
-    paths = runs or directory / RESULTS, directory / TARGETS
+    paths = results_file(directory), results_file(directory, 0.0)
     if not any(path.is_file() for path in paths):
         raise ValueError(f"{paths[0]} is not a file: nothing was compared yet.")
     found, to_target = map(read_records, paths)
-    summaries = summarize(found, baseline=baseline, target_loss=target_loss, peak_bytes=peak_bytes)
-    shown = sections(summaries, to_target, baseline)
-    text = markdown(shown, baseline=baseline, runs=[*found, *to_target])
+    groups = summarize(found, baseline=baseline, target_loss=target_loss)
+    shown = [*sections(groups, baseline), *sections_to_target(to_target)]
+    missing = unfinished(found)
+    text = markdown(
+        shown,
+        rule=RULE.format(
+            baseline=baseline,
+            target=f"{baseline}'s loss" if target_loss is None else f"a loss of {target_loss:g}",
+        ),
+        runs=[*found, *to_target],
+        missing=missing,
+    )
     write_whole(directory / "report.md", text.encode())
-    write_whole(directory / "report.json", to_json(summaries).encode())
-    if summaries:
-        for plot, name in (
-            (plot_front, "front"),
-            (plot_curves, "curves"),
-            (plot_sensitivity, "sensitivity"),
-        ):
-            plot(by_size(summaries), directory / f"{name}.png", baseline)
+    write_whole(directory / "report.json", to_json(groups).encode())
+    if groups:
+        plot_front(groups, directory / "front.png", baseline=baseline, missing=missing)
+        plot_curves(groups, directory / "curves.png", baseline=baseline)
+        plot_sensitivity(groups, directory / "sensitivity.png", baseline=baseline)
     return shown
-
-
-def by_size(summaries: Iterable[Summary]) -> list[list[Summary]]:
-    """The summaries of each experiment, such as those of a size and a batch size."""
-    return [list(group) for _, group in itertools.groupby(summaries, lambda s: s.experiment)]
 
 
 class Section(NamedTuple):
@@ -99,7 +99,7 @@ class Section(NamedTuple):
         title: The title.
         columns: The names of the columns.
         rows: The rows, from the best to the worst.
-        remark: A sentence below it, or "".
+        remark: Sentences below it, or "".
     """
 
     title: str
@@ -108,114 +108,171 @@ class Section(NamedTuple):
     remark: str = ""
 
 
-def sections(
-    summaries: Sequence[Summary], to_target: Sequence[Run] = (), baseline: str = BASELINE
-) -> list[Section]:
-    """The tables of a comparison, one for each size and batch size.
+def sections(groups: Sequence[Sequence[Summary]], baseline: str = BASELINE) -> list[Section]:
+    """Returns a table of each experiment.
 
     Args:
-        summaries: The losses after a given number of steps.
-        to_target: Runs whose number of steps was sought for a loss.
+        groups: The summaries, as of `summarize`.
         baseline: The method with which others are compared.
     """
-    found = []
-    for group in by_size(summaries):
-        first, remark = group[0], ""
-        if told := [s.least_difference for s in group if s.least_difference is not None]:
-            remark = (
-                f"Differences below {statistics.median(told):.3f}, the median over methods, cannot "
-                "be told from chance."
-            )
-        if left_out := sum(s.left_out for s in group):
-            remark = f"{remark} {left_out} runs of earlier settings are left out.".strip()
-        title = (
-            f"{first.size} parameters, {first.steps} steps of {first.batch_size} rows, "
-            f"{short_count(first.tokens)} tokens"
+    return [
+        Section(
+            experiment_name(group[0].run, among=[s.run for of in groups for s in of]),
+            *_cells(group, baseline),
+            _remark(group),
         )
-        found.append(Section(title, *_cells(group, baseline), remark))
-    counted = [run for run in to_target if run["tuned"]]
-    key = lambda run: (run["size"], run["batch_size"], run["target_loss"])
-    for (size, rows, loss), of in itertools.groupby(sorted(counted, key=key), key):
-        title = f"Fewest steps to a loss of {loss:g}, {size} parameters, {rows} rows a batch"
-        found.append(Section(title, *_cells_to_target(list(of))))
+        for group in groups
+    ]
+
+
+def _remark(group: Sequence[Summary]) -> str:
+    parts = []
+    if told := [s.difference.least for s in group if s.difference and s.difference.least]:
+        parts.append(
+            f"Differences below {statistics.median(told):.3f}, the median over methods, cannot be "
+            "told from chance."
+        )
+    if left_out := sum(s.left_out for s in group):
+        parts.append(f"{left_out} runs of earlier settings are left out.")
+    return " ".join(parts)
+
+
+def sections_to_target(runs: Iterable[Run]) -> list[Section]:
+    """Returns tables of runs whose number of steps was sought for a loss.
+
+    There is a table of steps at all batch sizes, if there are several, and one of each batch size.
+    """
+    found = []
+    for methods in by_experiment(runs, EXPERIMENT_TO_TARGET).values():
+        every = [run for of in methods.values() for run in of]
+        first = every[0]
+        title = f"Fewest steps to a loss of {first['target_loss']:g}, {first['size']} parameters"
+        batches: dict[int, dict[str, list[Run]]] = {}
+        for batch in sorted({run["batch_size"] for run in every}):
+            at = [run for run in every if run["batch_size"] == batch]
+            [of] = by_experiment(at, EXPERIMENT_TO_TARGET).values()
+            tuned = tuned_runs(of)
+            missing = [name for name in of if name not in tuned]
+            remark = f"Not reached or not finished: {', '.join(missing)}." if missing else ""
+            batches[batch] = tuned
+            found.append(
+                Section(f"{title}, {batch} rows a batch", *_cells_to_target(tuned.values()), remark)
+            )
+        if len(batches) > 1:
+            rows = [
+                [
+                    name,
+                    *(
+                        str(of[name][0]["steps"]) if name in of else NOTHING
+                        for of in batches.values()
+                    ),
+                ]
+                for name in methods
+            ]
+            columns = ["method", *(f"{batch} rows" for batch in batches)]
+            found.insert(len(found) - len(batches), Section(title, columns, rows))
     return found
 
 
-def _cells_to_target(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+def _cells_to_target(methods: Iterable[Sequence[Run]]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the methods that came to a loss, those with the fewest steps first."""
     rows = []
-    key = lambda run: (run["steps"], run["method"])
-    for (steps, method), of in itertools.groupby(sorted(runs, key=key), key):
-        seeds = list(of)
-        losses = [math.inf if run["val_loss"] is None else run["val_loss"] for run in seeds]
-        reached = sum(loss <= run["target_loss"] for loss, run in zip(losses, seeds, strict=True))
-        first = seeds[0]
+    for runs in sorted(methods, key=lambda runs: (runs[0]["steps"], runs[0]["method"])):
+        first, losses = runs[0], [loss_of(run) for run in runs]
+        reached = sum(loss <= first["target_loss"] for loss in losses)
         rows.append(
             [
-                *(method, str(steps), short_count(first["tokens"])),
-                f"{reached} of {len(seeds)}",
+                *(first["method"], str(first["steps"]), short_count(first["tokens"])),
+                f"{reached} of {len(runs)}",
+                _shown(statistics.fmean(losses), ".3f"),
                 short_bytes(first["state_bytes"]),
                 f"{first['learning_rate']:.3g}",
             ]
         )
-    return ["method", "steps", "tokens", "seeds that reach it", "state", "learning rate"], rows
+    columns = ["method", "steps", "tokens", "seeds that reach it", "mean loss", "state"]
+    return [*columns, "learning rate"], rows
 
 
 def markdown(
-    shown: Sequence[Section], *, baseline: str = BASELINE, runs: Iterable[Run] = ()
+    shown: Sequence[Section],
+    *,
+    rule: str,
+    runs: Sequence[Run] = (),
+    missing: Sequence[tuple[Run, int, int]] = (),
 ) -> str:
-    """The tables in Markdown.
+    """Returns the tables in Markdown.
 
     Args:
         shown: The tables.
-        baseline: The method with which others are compared.
-        runs: All runs, for their commands, machines and versions, and for what is not finished.
+        rule: A paragraph above them.
+        runs: All runs, for their commands, machines and versions.
+        missing: As `unfinished` returns.
     """
-    runs = list(runs)
-    parts = ["# Optimizers compared", RULE.format(baseline=baseline)]
+    parts = ["# Optimizers compared", rule]
     for section in shown:
-        head = f"|---|{'--:|' * (len(section.columns) - 1)}"
-        first, *rows = (f"| {' | '.join(row)} |" for row in (section.columns, *section.rows))
-        parts += [f"## {section.title}", "\n".join([first, head, *rows])]
-        parts += [section.remark] if section.remark else []
-    for (size, batch, method), count in unfinished(runs).items():
-        parts.append(f"{method} at {size}, batches of {batch}: {count} runs, none tuned yet.")
+        table = markdown_table(section.columns, section.rows).rstrip()
+        parts += [f"## {section.title}", table, *([section.remark] if section.remark else [])]
+    if missing:
+        lines = [
+            f"- {run['method']}, {experiment_name(run, among=[r for r, *_ in missing])}: "
+            f"{tuning} runs to tune it, {seeds or 'none'} at the tuned setting."
+            for run, tuning, seeds in missing
+        ]
+        parts += ["## Not finished", "\n".join(lines)]
     parts += provenance(runs)
     return "\n\n".join(parts) + "\n"
 
 
-def to_json(summaries: Sequence[Summary]) -> str:
-    """The summaries as a JSON list; what is not finite is null."""
-    return json.dumps([_plain(dataclasses.asdict(s)) for s in summaries], indent=1) + "\n"
-
-
-#: Columns of the files alone: a terminal has no room for them.
-ONLY_IN_FILES = {"seeds", "perplexity", "z", "steps to target", "tokens to target", "peak"}
-ONLY_IN_FILES |= {"ms a step", "CPU ms a step", "rate ÷ the baseline's", "settings tried"}
+def to_json(groups: Iterable[Iterable[Summary]]) -> str:
+    """Returns the summaries as a JSON list; numbers that are not finite are null."""
+    setting = ("method", "optimizer", *EXPERIMENT, "options", "learning_rate", "schedule")
+    more = ("tokens", "state_bytes", "parameter_bytes")
+    own = [
+        *("losses", "loss", "spread", "perplexity", "verdict", "steps_to_target"),
+        *("tokens_to_target", "step_seconds", "step_cpu_seconds", "settings", "left_out"),
+        *("on_front", "curve", "sensitivity"),
+    ]
+    found = [
+        {name: s.run[name] for name in (*setting, *more)}  # type: ignore[literal-required]
+        | {name: getattr(s, name) for name in own}
+        | {"difference": s.difference and s.difference._asdict()}
+        | {"rate_range": s.rate_range and s.rate_range._asdict()}
+        for s in itertools.chain.from_iterable(groups)
+    ]
+    return json.dumps(_plain(found), indent=1) + "\n"
 
 
 def tables(shown: Sequence[Section]) -> list[Table]:
-    """The tables for the terminal, of the columns that fit 80 characters."""
+    """Returns the tables for the terminal, of the columns that fit 80 characters."""
     found = []
     for section in shown:
         table = Table(title=section.title, caption=section.remark, box=SIMPLE_HEAD, pad_edge=False)
         kept = [i for i, name in enumerate(section.columns) if name not in ONLY_IN_FILES]
         for i in kept:
-            table.add_column(section.columns[i], justify="right" if i else "left", no_wrap=i > 0)
+            width = max(len(row[i]) for row in section.rows)
+            name = textwrap.fill(section.columns[i], width, break_long_words=False)
+            table.add_column(name, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
         for row in section.rows:
             table.add_row(*(row[i] for i in kept))
         found.append(table)
     return found
 
 
+#: Columns of the files alone: a terminal has no room for them.
+ONLY_IN_FILES = {"seeds", "perplexity", "z", "speed-up", "tokens to target", "rate ratio"}
+ONLY_IN_FILES |= {"ms a step", "CPU ms a step", "settings tried", f"rates within {TOLERANCE:.0%}"}
+ONLY_IN_FILES |= {f"− {BASELINE}"}
+
+NOTHING = "–"
+
+VERDICTS: Mapping[Verdict, str] = {"unknown": "too few seeds"}
+
+
 def _cells(summaries: Sequence[Summary], baseline: str) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of one size's table; columns without any value are left out."""
+    """Columns and rows of one table; columns without any value are left out."""
     rows = [_row(s, baseline) for s in summaries]
     columns = [c for c in rows[0] if any(row[c] != NOTHING for row in rows)]
     return columns, [[row[c] for c in columns] for row in rows]
-
-
-NOTHING = "–"
 
 
 def _row(s: Summary, baseline: str) -> dict[str, str]:
@@ -224,36 +281,40 @@ def _row(s: Summary, baseline: str) -> dict[str, str]:
         loss = f"{diverged} of {len(s.losses)} diverged"
     else:
         loss = f"{s.loss:.3f}" + ("" if s.spread is None else f" ± {s.spread:.3f}")
-    tells = s.method == baseline or s.verdict in ("better", "worse")
-    reached = s.steps_to_target is not None and s.tokens_to_target is not None
+    other, steps, tokens = s.difference, s.steps_to_target, s.tokens_to_target
+    told = other and s.verdict in ("better", "worse")  # others have no speed-up but by chance
+    rates = s.rate_range
     return {
         "method": s.method,
         "loss": loss,
         "seeds": f"{len(s.losses)}",
         "perplexity": _shown(s.perplexity, ".2f"),
-        f"− {baseline}": NOTHING if s.method == baseline else _shown(s.difference, "+.3f"),
-        "z": NOTHING if s.method == baseline else _shown(s.z, "+.1f"),
-        "verdict": NOTHING if s.method == baseline else s.verdict,
-        "steps to target": _shown(s.steps_to_target, ".0f") if reached else "not reached",
-        "tokens to target": short_count(s.tokens_to_target or 0) if reached else NOTHING,
-        "speed-up": _shown(s.speed_up, ".2f") if tells else NOTHING,
-        "state": short_bytes(s.state_bytes),
-        "peak": NOTHING if s.peak_bytes is None else short_bytes(s.peak_bytes),
+        f"− {baseline}": _shown(other and other.loss, "+.3f"),
+        "z": _shown(other and other.z, "+.1f"),
+        f"p < {PROBABILITY:g}": VERDICTS.get(s.verdict, s.verdict) if other else NOTHING,
+        "steps to target": f"> {s.run['steps']}" if steps is None else f"{steps:.0f}",
+        "tokens to target": f"> {short_count(s.run['tokens'])}"
+        if tokens is None
+        else short_count(tokens),
+        "speed-up": _shown(other and other.speed_up, ".2f") if told else NOTHING,
+        "state": short_bytes(s.run["state_bytes"]),
         "ms a step": _shown(s.step_seconds and 1e3 * s.step_seconds, ".1f"),
         "CPU ms a step": _shown(s.step_cpu_seconds and 1e3 * s.step_cpu_seconds, ".1f"),
-        "learning rate": f"{s.learning_rate:.3g}",
-        "rate ÷ the baseline's": NOTHING
-        if s.method == baseline
-        else _shown(s.learning_rate_ratio, ".3g"),
+        "learning rate": f"{s.run['learning_rate']:.3g}",
+        "rate ratio": _shown(other and other.learning_rate_ratio, ".3g"),
+        f"rates within {TOLERANCE:.0%}": NOTHING
+        if rates is None
+        else ("" if rates.whole else "≥ ") + f"{rates.high / rates.low:.1f}×",
         "settings tried": f"{s.settings}",
     }
 
 
 def provenance(runs: Iterable[Run]) -> list[str]:
-    """Sentences on the commands, machines and versions of runs."""
+    """Returns sentences on the commands, machines and versions of runs."""
     found = []
+    runs = list(runs)
     for field, title in (("command", "Command"), ("machine", "Machine"), ("versions", "Versions")):
-        told = dict.fromkeys(_words(run[field]) for run in runs if run.get(field))
+        told = dict.fromkeys(_words(run[field]) for run in runs)  # type: ignore[literal-required]
         if told:
             found.append(f"{title}: " + "; ".join(f"`{one}`" for one in told) + ".")
     return found

@@ -3,20 +3,18 @@
 import pytest
 
 from memopt.cli import compare as command
-from memopt.comparison import report, runner
-from memopt.comparison.cells import Outcome
+from memopt.comparison import report
 from memopt.comparison.protocol import PRESETS
 from memopt.comparison.records import read_records
+from memopt.comparison.worker import OutOfTimeError
 
 
 @pytest.fixture(autouse=True)
-def quick(protocol, monkeypatch):
-    """Makes the preset small, and runs of it immediate."""
-    outcome = Outcome(2.0, [[20, 2.0]], False, 8, 4, 1, None, None, 0.5)
+def quick(protocol, trained, monkeypatch):
+    """Makes the preset small, runs of it immediate, and pictures empty."""
     monkeypatch.setitem(PRESETS, "cpu", protocol)
     for plot in ("plot_front", "plot_curves", "plot_sensitivity"):
-        monkeypatch.setattr(report, plot, lambda groups, path, baseline: path.touch())
-    monkeypatch.setattr(runner, "train", lambda cell, **options: outcome)
+        monkeypatch.setattr(report, plot, lambda groups, path, **options: path.touch())
 
 
 def test_it_shows_each_run_then_the_tables_and_writes_a_report(tmp_path, capsys):
@@ -25,11 +23,11 @@ def test_it_shows_each_run_then_the_tables_and_writes_a_report(tmp_path, capsys)
     runs = [line for line in shown.splitlines() if "2^" in line]
     records = read_records(tmp_path / "compare.jsonl")
     assert len(runs) == len(records)
-    assert runs[-1].startswith("nano  lion  2^-11 b2=0.99  20×2  seed 7  loss 2.0000  (0 s)")
+    assert runs[-1].startswith("nano  lion  2^-7 b2=0.99  20×2  seed 7  loss 7.0000  (0 s)")
     assert f"run {len(runs)}/{len(runs)}" in runs[-1]
     table = [line.split()[:2] for line in shown.splitlines() if line not in runs]
-    assert ["adamw", "2.000"] in table
-    assert ["lion", "2.000"] in table
+    assert ["adamw", "7.000"] in table
+    assert ["lion", "7.000"] in table
     assert {"report.md", "report.json", "front.png"} <= {path.name for path in tmp_path.iterdir()}
     assert shown.endswith(f"Tables and pictures: {tmp_path / 'report.md'}, and beside it.\n")
 
@@ -43,10 +41,33 @@ def test_runs_of_before_are_not_shown_again(tmp_path, capsys):
 
 
 def test_targets_have_a_file_of_their_own(tmp_path):
-    options = ["--target-loss", "2.5", "--over", "batch_size"]
+    options = ["--target-loss", "2.5", "--over", "batch_size"]  # the loss is out of reach
     command.compare_command(["--output", str(tmp_path), "--methods", "lion", *options])
     assert [path.name for path in tmp_path.glob("*.jsonl")] == ["targets.jsonl"]
     assert {x["batch_size"] for x in read_records(tmp_path / "targets.jsonl")} == {2, 4}
+
+
+def test_options_change_the_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.txt").write_text("Text of one's own. " * 500)
+    given = "--steps 40 --batch-size 4 --seq-len 8 --eval-tokens 32 --tuning-runs 4 --seeds 5"
+    options = ["--output", "out", "--methods", "lion", "--data", "own.txt", *given.split()]
+    command.compare_command(["--output", "out", "--methods", "lion"])
+    command.compare_command(options)
+    first, last = (
+        [x for x in read_records(tmp_path / "out" / "compare.jsonl") if x["steps"] == steps]
+        for steps in (20, 40)
+    )
+    names = ("batch_size", "seq_len", "eval_tokens")
+    assert {tuple(x[name] for name in names) for x in last} == {(4, 8, 32)}
+    assert {x["text"] for x in last}.isdisjoint(x["text"] for x in first)
+    lion = [x for x in last if x["method"] == "lion"]
+    assert [x["seed"] for x in lion if x["tuned"]] == [5]
+    assert sum(not x["tuned"] for x in lion) >= 4
+    text = (tmp_path / "out" / "report.md").read_text()
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert len(titles) == 2
+    assert titles[1].startswith("## nano parameters, 40 steps of 4×8 tokens, 1.28k in all, text ")
 
 
 @pytest.mark.parametrize(
@@ -55,6 +76,13 @@ def test_targets_have_a_file_of_their_own(tmp_path):
         (["--methods", "lyon"], "method 'lyon' is unknown; did you mean 'lion'?"),
         (["--over", "batch_size"], "over must be given with target_loss"),
         (["--sizes", "3M"], "size '3M' is unknown"),
+        (["--steps", "30"], "steps must be a multiple of 20, got 30."),
+        (["--data", "nowhere"], "data 'nowhere' matches no text file"),
+        (["--batch-sizes", "4"], "batch_sizes must be given with over"),
+        (
+            ["--target-loss", "2", "--over", "batch_size", "--batch-size", "4"],
+            "batch_size must be left out with over",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(tmp_path, capsys, options, error):
@@ -64,15 +92,8 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path, capsys, options, error)
     assert capsys.readouterr().err.startswith(f"memopt: {error}")
 
 
-def test_a_method_that_fails_is_named_and_the_others_are_trained(tmp_path, capsys, monkeypatch):
-    train = runner.train
-
-    def failing(cell, **options):
-        if cell.program.optimizer == "lion":
-            raise ValueError("no room")
-        return train(cell, **options)
-
-    monkeypatch.setattr(runner, "train", failing)
+def test_a_method_that_fails_is_named_and_the_others_are_trained(tmp_path, capsys, fail):
+    fail(ValueError("no room"), optimizer="lion")
     methods = ["lion", "lion, released", "sgd"]
     with pytest.raises(SystemExit) as ended:
         command.compare_command(["--output", str(tmp_path), "--methods", *methods])
@@ -81,20 +102,18 @@ def test_a_method_that_fails_is_named_and_the_others_are_trained(tmp_path, capsy
         "memopt: some methods cannot be trained, all others were (lion at nano: no room).\n"
     )
     assert {x["method"] for x in read_records(tmp_path / "compare.jsonl")} == {"adamw", "sgd"}
+    assert "| sgd |" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
     ("stop", "code", "shown"),
     [
         (KeyboardInterrupt, 130, "memopt: interrupted. All finished runs are kept"),
-        (runner.OutOfTimeError, None, "longer than --minutes 9. All finished runs are kept"),
+        (OutOfTimeError, None, "longer than --minutes 9. All finished runs are kept"),
     ],
 )
-def test_a_stop_says_how_to_go_on(tmp_path, capsys, monkeypatch, stop, code, shown):
-    def stopped(cell, **options):
-        raise stop
-
-    monkeypatch.setattr(runner, "train", stopped)
+def test_a_stop_says_how_to_go_on(tmp_path, capsys, fail, stop, code, shown):
+    fail(stop)
     ended = None
     try:
         command.compare_command(["--output", str(tmp_path), "--minutes", "9"])

@@ -1,11 +1,13 @@
 """The file of results, which several processes write and any of them may be killed."""
 
 import json
+import re
 import threading
+from pathlib import Path
 
 import pytest
 
-from memopt.comparison.records import append_record, read_records
+from memopt.comparison.records import Run, append_record, read_records
 from memopt.training.writing import WriteError
 from tests.comparison.synthetic import run
 
@@ -68,6 +70,12 @@ def test_writers_at_the_same_time_lose_nothing(path):
         (w, n) for w in (0, 1) for n in range(20)
     }
     assert len(found) == 40
+
+
+def test_the_page_on_comparisons_names_every_field():
+    page = (Path(__file__).parents[2] / "docs" / "comparison.md").read_text()
+    fields = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)))
+    assert {*fields} >= Run.__annotations__.keys()
 
 
 def test_infinite_numbers_are_refused(path):

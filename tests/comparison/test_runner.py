@@ -4,18 +4,20 @@ import collections
 import dataclasses
 import functools
 import math
+import os
+import signal
 
 import numpy as np
 import optax
 import pytest
 
-from memopt.comparison import cells, compare, runner
-from memopt.comparison.cells import Outcome
+from memopt.comparison import cells, compare, make_protocol, worker
+from memopt.comparison.grid import Grid, rows_of
 from memopt.comparison.protocol import PRESETS, TUNING_SEED
 from memopt.comparison.records import read_records
 from memopt.comparison.rows import METHOD_ROWS, ROWS, TUNED, Row, first_rate, tuned_options
-from memopt.comparison.runner import Grid, OutOfTimeError, rows_of
 from memopt.comparison.tuning import Point
+from memopt.comparison.worker import IncompleteError, OutOfTimeError, Worker
 from memopt.errors import check_choice
 from memopt.optimizers.registry import METHODS, available
 from memopt.training.lock import Lock
@@ -29,19 +31,9 @@ def user_optimizer(learning_rate, *, momentum=0.5):
 OWN = f"{__name__}:user_optimizer"
 
 
-@pytest.fixture
-def trained(monkeypatch):
-    """Replaces training by a loss that is least at a learning rate of 2^-7; counts the runs."""
-    calls = collections.Counter()
-
-    def train(cell, *, evaluate_pieces, alone):
-        calls[cell.key] += 1
-        loss = 2.0 + abs(math.log2(cell.learning_rate) + 7) + 100 / cell.steps
-        pieces = [[cell.steps, loss]] * (20 if evaluate_pieces else 1)
-        return Outcome(loss, pieces, False, 8, 4, 1, None, None, 0.5)
-
-    monkeypatch.setattr(runner, "train", train)
-    return calls
+def lethal(learning_rate):
+    """An optimizer that ends its process, as the kernel does for lack of memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def by_method(records):
@@ -73,7 +65,8 @@ def test_a_grid_from_end_to_end(protocol, tmp_path):
 @pytest.mark.slow
 def test_rows_differ_from_their_exact_twins_in_precision_only(protocol, tmp_path):
     names = ["muon, released", "muon, state int8", "muon, weights int8"]
-    records = compare(tmp_path, protocol, methods=names, jobs=2, seeds=(0,))
+    protocol = dataclasses.replace(protocol, seeds=(0,))
+    records = compare(tmp_path, protocol, methods=names, jobs=2)
     exact, released, state, weights = (x for x in records if x["tuned"] and x["method"] != "adamw")
     np.testing.assert_allclose(released["val_loss"], exact["val_loss"], rtol=1e-4)
     assert state["state_bytes"] < exact["state_bytes"]
@@ -83,8 +76,16 @@ def test_rows_differ_from_their_exact_twins_in_precision_only(protocol, tmp_path
         assert 0 < abs(record["val_loss"] - exact["val_loss"]) < 0.1
 
 
+@pytest.mark.slow
+def test_processes_that_are_killed_are_told_and_lose_no_run(protocol, tmp_path):
+    with pytest.raises(IncompleteError, match=r"2 of 2 processes .* \(killed by SIGKILL"):
+        compare(tmp_path, protocol, methods=[f"{__name__}:lethal"], jobs=2)
+    found = by_method(read_records(tmp_path / "compare.jsonl"))
+    assert [(name, tuned) for name, (_, tuned) in found.items()] == [("adamw", 2)]
+
+
 def test_a_run_that_is_not_finite_has_diverged(protocol):
-    grid = Grid(protocol, rows_of(["lion"]), (2,), None)
+    grid = Grid(protocol, rows_of(["lion"]), (2,))
     cell = grid.cell(grid.units[1], 20, Point(100.0, (0,)), 0)
     outcome = cells.train(cell, evaluate_pieces=True)
     assert (outcome.diverged, outcome.val_loss) == (True, math.inf)
@@ -95,7 +96,7 @@ def test_a_user_function_is_trained(protocol, trained, tmp_path):
     compare(tmp_path, protocol, methods=[f"{OWN}, momentum=0.8"])
     last = read_records(tmp_path / "compare.jsonl")[-1]
     assert (last["method"], last["options"]) == (f"{OWN}, momentum=0.8", {"momentum": 0.8})
-    grid = Grid(protocol, rows_of([last["method"]]), (2,), tmp_path)
+    grid = Grid(protocol, rows_of([last["method"]]), (2,))
     cell = grid.cell(grid.units[1], 20, Point(-4), 0)
     outcome = cells.train(cell, evaluate_pieces=False)
     assert outcome.val_loss < 5  # from 5.6
@@ -117,28 +118,22 @@ def test_another_text_or_an_edited_function_is_another_experiment(
 
 
 def test_a_process_enters_the_user_functions_of_its_grid(protocol, trained, tmp_path, monkeypatch):
-    grid = Grid(protocol, rows_of([OWN]), (2,), tmp_path)
+    grid = Grid(protocol, rows_of([OWN]), (2,))
     monkeypatch.delitem(METHODS, OWN)  # as in another process
-    grid.work(lambda records: None)
-    assert (OWN, True) in {(x["method"], x["tuned"]) for x in read_records(grid.path)}
+    Worker(grid, tmp_path, minutes=None, alone=True, progress=lambda runs: None).work()
+    found = read_records(tmp_path / "compare.jsonl")
+    assert (OWN, True) in {(x["method"], x["tuned"]) for x in found}
 
 
-def test_whatever_a_method_raises_the_others_are_trained(protocol, trained, tmp_path, monkeypatch):
-    train = runner.train
-
-    def failing(cell, **options):
-        if cell.program.optimizer == "lion":
-            raise KeyError("missing")
-        return train(cell, **options)
-
-    monkeypatch.setattr(runner, "train", failing)
+def test_whatever_a_method_raises_the_others_are_trained(protocol, fail, tmp_path):
+    fail(KeyError("missing"), optimizer="lion")
     with pytest.raises(ValueError, match="lion at nano: KeyError: 'missing'"):
         compare(tmp_path, protocol, methods=["lion", "muon"])
     assert by_method(read_records(tmp_path / "compare.jsonl"))["muon"][1] == len(protocol.seeds)
 
 
 def test_all_methods_have_the_same_budget_and_the_baseline_more(protocol, trained, tmp_path):
-    protocol = dataclasses.replace(protocol, tuning_runs=8, baseline_runs=12)
+    protocol = dataclasses.replace(protocol, tuning_runs=8)
     counts = by_method(compare(tmp_path, protocol, methods=["lion", "adam", "muon", OWN]))
     assert counts.pop("adamw") == (12, 2)
     assert set(counts.values()) == {(8, 2)}
@@ -158,17 +153,18 @@ def test_tuned_runs_have_the_best_setting_and_seeds_that_were_not_tuned_on(
 def test_the_baseline_comes_first_and_rows_at_the_settings_of_others_after_them(protocol):
     rows = rows_of(["muon, state int8", "lion, released", "sgd"])
     sizes = {"small": protocol.models["nano"], "large": protocol.models["nano"]}
-    units = Grid(dataclasses.replace(protocol, models=sizes), rows, (2,), None).units
+    units = Grid(dataclasses.replace(protocol, models=sizes), rows, (2,)).units
     names = ["adamw", "muon", "lion", "sgd", "muon, state int8", "lion, released"]
     assert [(x.size, x.row.name) for x in units] == [(s, n) for s in sizes for n in names]
 
 
 def test_no_run_is_repeated(protocol, trained, tmp_path):
-    given = functools.partial(compare, tmp_path, protocol, methods=["lion", "lion, state int8"])
-    records = given()
-    assert given() == records
+    methods = ["lion", "lion, state int8"]
+    records = compare(tmp_path, protocol, methods=methods)
+    assert compare(tmp_path, protocol, methods=methods) == records
     assert set(trained.values()) == {1}
-    more = given(seeds=(1, 2))
+    protocol = dataclasses.replace(protocol, seeds=(1, 2))
+    more = compare(tmp_path, protocol, methods=methods)
     assert {x["seed"] for x in more if x["tuned"]} == {1, 2}
     assert set(trained.values()) == {1}
 
@@ -181,19 +177,13 @@ def test_a_run_whose_line_was_torn_is_repeated_alone(protocol, trained, tmp_path
     assert sorted(trained.values()) == [1] * (len(records) - 1) + [2]
 
 
-def test_a_stopped_grid_goes_on(protocol, trained, tmp_path, monkeypatch):
-    train, left = runner.train, iter(range(4))
-
-    def killed(cell, **options):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return train(cell, **options)
-
-    monkeypatch.setattr(runner, "train", killed)
+def test_a_stopped_grid_goes_on(protocol, trained, fail, tmp_path, monkeypatch):
+    train = worker.train
+    fail(KeyboardInterrupt, after=4)
     with pytest.raises(KeyboardInterrupt):
         compare(tmp_path, protocol, methods=["lion"])
     assert len(read_records(tmp_path / "compare.jsonl")) == 4
-    monkeypatch.setattr(runner, "train", train)
+    monkeypatch.setattr(worker, "train", train)
     compare(tmp_path, protocol, methods=["lion"])
     assert set(trained.values()) == {1}
 
@@ -217,7 +207,7 @@ def test_a_row_that_another_process_works_on_is_left_to_it(
 
 def test_it_ends_before_a_run_that_would_take_too_long(protocol, trained, tmp_path, monkeypatch):
     clock = iter(range(0, 10_000, 30))
-    monkeypatch.setattr(runner.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(worker.time, "monotonic", lambda: next(clock))
     with pytest.raises(OutOfTimeError):
         compare(tmp_path, protocol, methods=["lion"], minutes=4)
     assert 0 < len(read_records(tmp_path / "compare.jsonl")) < 8
@@ -244,7 +234,7 @@ def test_runs_are_shared_between_targets(protocol, trained, tmp_path):
 
 
 def test_the_learning_rates_are_those_of_the_schedule(protocol):
-    grid = Grid(protocol, rows_of(["schedule_free"]), (2,), None)
+    grid = Grid(protocol, rows_of(["schedule_free"]), (2,))
     cosine, constant = (
         grid.cell(x, 20, Point(-3, (0,) * n), 0).rates
         for x, n in zip(grid.units, (2, 1), strict=True)
@@ -269,7 +259,7 @@ def changed(value):
 
 
 def test_the_key_covers_all_that_decides_a_result(protocol):
-    grid = Grid(protocol, rows_of(["lion"]), (2,), None)
+    grid = Grid(protocol, rows_of(["lion"]), (2,))
     cell = grid.cell(grid.units[1], 20, Point(-7, (0,)), 0)
     others = [
         dataclasses.replace(
@@ -328,16 +318,34 @@ def test_wrong_rows_are_refused(name, error):
 
 
 @pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"preset": "gpu"}, "preset 'gpu' is unknown"),
+        ({"sizes": ("3M",)}, "size '3M' is unknown"),
+        ({"seeds": ()}, "seeds must be at least 1"),
+        ({"seeds": (0, 0)}, "seeds must differ, got 0 0"),
+        ({"seeds": (TUNING_SEED,)}, "which methods are tuned on"),
+        ({"steps": 30}, "steps must be a multiple of 20, got 30"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_sizes": (4, 0)}, "batch_sizes must be at least 1, got 0"),
+        ({"seq_len": 1}, "seq_len must be at least 2, got 1"),
+        ({"eval_tokens": 63}, "eval_tokens must be at least 64, got 63"),
+        ({"tuning_runs": 0}, "tuning_runs must be at least 1, got 0"),
+    ],
+)
+def test_protocols_that_make_no_sense_are_refused(changes, error):
+    with pytest.raises(ValueError, match=error):
+        make_protocol(**changes)
+
+
+@pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"seeds": (0, 0)}, "seeds must differ"),
-        ({"seeds": (TUNING_SEED,)}, "which methods are tuned on"),
-        ({"sizes": ("3M",)}, "size '3M' is unknown"),
         ({"jobs": 0}, "jobs must be at least 1"),
         ({"over": "batch_size"}, "over must be given with target_loss"),
         ({"target_loss": math.nan}, "target_loss must be finite"),
         ({"minutes": math.nan}, "minutes must be at least 0, got nan"),
-        ({"preset": "gpu"}, "preset 'gpu' is unknown"),
+        ({"protocol": make_protocol(data=("nowhere",))}, "nowhere"),
     ],
 )
 def test_wrong_options_are_refused(options, error, tmp_path):

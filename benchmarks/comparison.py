@@ -1,0 +1,151 @@
+"""Tables of the runs that `memopt compare` made, for the page on which optimizer to choose.
+
+    memopt compare --preset cpu --output DIRECTORY
+
+The runs are in `benchmarks/results/compare.jsonl`, to which more are added as they are made;
+methods without runs at the tuned setting have no figures yet.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from memopt.comparison.analysis import (
+    Summary,
+    decide,
+    standard_error,
+    summarize,
+    unfinished,
+    z_score,
+)
+from memopt.comparison.protocol import PRESETS
+from memopt.comparison.records import Run
+from memopt.comparison.rows import BASELINE, ROWS
+from memopt.markdown import markdown_table
+
+NOTHING = "–"
+
+
+def by_method(runs: Sequence[Run]) -> dict[str, dict[str, Summary]]:
+    """The summaries of each method by the size's name; those of the least loss first.
+
+    A summary has the tuned setting (`run`), the losses of the seeds and their mean, the difference
+    from AdamW with its standard error, z and the ratio of learning rates (`difference`), the
+    verdict, and the learning rates within a hundredth of the least loss (`rate_range`).
+
+    Raises:
+      ValueError: if the runs of a size have two protocols.
+    """
+    found: dict[str, dict[str, Summary]] = {}
+    sizes = set[str]()
+    for group in summarize(runs):
+        size = group[0].run["size"]
+        if size in sizes:
+            raise ValueError(f"runs must have one protocol, got two of {size} parameters.")
+        sizes.add(size)
+        for summary in group:
+            found.setdefault(summary.method, {})[size] = summary
+    return found
+
+
+def losses(report: dict[str, Any]) -> str:
+    """State, loss, difference from AdamW ± its standard error, and verdict of each method."""
+    return _table(
+        report["results"],
+        ("loss", f"− {BASELINE}", "p < 0.01", "steps to its loss"),
+        lambda s, _: [
+            _number(s.loss, ".3f"),
+            _difference(s.difference and (s.difference.loss, s.difference.standard_error)),
+            s.verdict if s.difference else NOTHING,
+            NOTHING if s.steps_to_target is None else f"{s.steps_to_target / s.run['steps']:.0%}",
+        ],
+        lambda s: s.run["tuned_as"] == s.method,
+    )
+
+
+def rates(report: dict[str, Any]) -> str:
+    """Tuned learning rate, its ratio to AdamW's, and the rates within a hundredth of its loss."""
+    return _table(
+        report["results"],
+        ("rate", f"÷ {BASELINE}'s", "rates within 1%"),
+        lambda s, _: [
+            f"{s.run['learning_rate']:.2g}",
+            _number(s.difference and s.difference.learning_rate_ratio, ".2g"),
+            _range(s),
+        ],
+        lambda s: s.run["tuned_as"] == s.method,
+    )
+
+
+def twins(report: dict[str, Any]) -> str:
+    """Difference of rows with fewer bits, or released, from their exact twins, and the verdict."""
+
+    def cells(s: Summary, methods: Mapping[str, Mapping[str, Summary]]) -> list[str]:
+        exact = methods[s.run["tuned_as"]].get(s.run["size"])
+        if exact is None:
+            return [NOTHING, NOTHING]
+        error = standard_error(s.losses, exact.losses)
+        return [
+            _difference((s.loss - exact.loss, error)),
+            decide(z_score(s.losses, exact.losses)),
+        ]
+
+    return _table(
+        report["results"],
+        ("− exact", "p < 0.01"),
+        cells,
+        lambda s: s.run["tuned_as"] != s.method,
+    )
+
+
+def progress(report: dict[str, Any]) -> str:
+    """A sentence on the rows that are not finished."""
+    runs: list[Run] = report["results"]
+    done = by_method(runs)
+    begun = {(run["size"], run["method"]) for run, *_ in unfinished(runs)}
+    parts = []
+    for size in PRESETS["cpu"].models:
+        left = [name for name in ROWS if size not in done.get(name, {}) or (size, name) in begun]
+        if left:
+            parts.append(f"Not finished with {size} parameters: {'; '.join(left)}.")
+    return " ".join(parts or ["All rows are finished."]) + "\n"
+
+
+def _table(
+    runs: Sequence[Run],
+    columns: Sequence[str],
+    cells: Callable[[Summary, Mapping[str, Mapping[str, Summary]]], Sequence[str]],
+    kept: Callable[[Summary], bool],
+) -> str:
+    """A row for each method that is kept: its state and, for each size, the cells."""
+    methods = by_method(runs)
+    sizes = list(dict.fromkeys(size for of in methods.values() for size in of))
+    head = ["method", "state, bytes a parameter"]
+    head += [f"{size}: {column}" for size in sizes for column in columns]
+    rows = []
+    for method, of in methods.items():
+        first = next(iter(of.values()))
+        if kept(first):
+            state = f"{first.run['state_bytes'] / first.run['parameters']:.2g}"
+            found = [
+                cells(of[size], methods) if size in of else [NOTHING] * len(columns)
+                for size in sizes
+            ]
+            rows.append([method, state, *(cell for part in found for cell in part)])
+    return markdown_table(head, rows) if rows else "None is finished yet.\n"
+
+
+def _difference(given: tuple[float | None, float | None] | None) -> str:
+    if given is None or given[0] is None:
+        return NOTHING
+    return f"{given[0]:+.3f}" + ("" if given[1] is None else f" ± {given[1]:.3f}")
+
+
+def _range(summary: Summary) -> str:
+    found = summary.rate_range
+    if found is None:
+        return NOTHING
+    return f"{found.low:.2f}–{found.high:.2f}×" + ("" if found.whole else " or more")
+
+
+def _number(value: float | None, form: str) -> str:
+    return NOTHING if value is None or value == float("inf") else format(value, form)

@@ -1,0 +1,71 @@
+"""Tables of a comparison's runs, which may not be finished."""
+
+import json
+
+import pytest
+
+from benchmarks import comparison, results
+from memopt.comparison.rows import ROWS
+from tests.comparison.synthetic import run, seeds
+
+RUNS = [
+    *(run("adamw", x, 9, r, tuned=False) for r, x in ((0.0005, 2.04), (0.001, 2.0), (0.002, 2.04))),
+    *seeds("adamw", 2.0, 2.02, 1.98),
+    *seeds("muon", 1.5, 1.52, 1.48, rate=0.02),
+    *seeds("muon, state int8", 1.6, 1.62, 1.58, tuned_as="muon", state_bytes=250),
+    *(dict(one, size="0.5M") for one in seeds("adamw", 3.0, 3.02)),
+    run("lion", tuned=False),
+]
+
+
+def table(text):
+    head, _, *rows = (line.strip("| ").split(" | ") for line in text.splitlines())
+    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+
+def test_losses_differences_and_verdicts():
+    found = table(comparison.losses({"results": RUNS}))
+    assert [*found] == ["muon", "adamw"]
+    muon = found["muon"]
+    assert (muon["2M: loss"], muon["2M: − adamw"]) == ("1.500", "-0.500 ± 0.016")
+    assert (muon["2M: p < 0.01"], muon["2M: steps to its loss"]) == ("better", "80%")
+    assert (muon["state, bytes a parameter"], muon["0.5M: loss"]) == ("8", "–")
+    assert (found["adamw"]["0.5M: loss"], found["adamw"]["2M: p < 0.01"]) == ("3.010", "–")
+
+
+def test_tuned_rates_and_how_far_they_may_be_off():
+    found = table(comparison.rates({"results": RUNS}))
+    assert (found["muon"]["2M: rate"], found["muon"]["2M: ÷ adamw's"]) == ("0.02", "20")
+    assert found["adamw"]["2M: rates within 1%"] == "0.71–1.41×"
+    assert found["muon"]["2M: rates within 1%"] == "–"
+
+
+def test_rows_with_fewer_bits_are_compared_with_their_exact_twins():
+    found = table(comparison.twins({"results": RUNS}))
+    assert [*found] == ["muon, state int8"]
+    cells = found["muon, state int8"]
+    assert (cells["2M: − exact"], cells["2M: p < 0.01"]) == ("+0.100 ± 0.016", "worse")
+    assert comparison.twins({"results": seeds("adamw", 2.0)}) == "None is finished yet.\n"
+
+
+def test_rows_that_are_not_finished_are_named():
+    said = comparison.progress({"results": RUNS})
+    small, large = (part.partition("parameters: ")[2].split("; ") for part in said.split(". "))
+    assert small == [name for name in ROWS if name != "adamw"]
+    assert {*ROWS} - {name.rstrip(".\n") for name in large} == {"adamw", "muon", "muon, state int8"}
+
+
+def test_runs_of_two_protocols_are_refused():
+    with pytest.raises(ValueError, match="one protocol, got two of 2M"):
+        comparison.by_method([*seeds("adamw", 2.0), *seeds("adamw", 2.0, steps=200)])
+
+
+def test_a_file_of_runs_says_how_they_were_made(tmp_path):
+    machine = {"cpu": "abacus", "cores": 1, "device": "cpu"}
+    runs = [dict(one, machine=machine) for one in RUNS]
+    runs.append(dict(runs[0], command="memopt compare --jobs 2"))
+    (tmp_path / "compare.jsonl").write_text("".join(json.dumps(one) + "\n" for one in runs))
+    report = results.read(tmp_path / "compare.jsonl")
+    assert report["results"] == runs
+    assert report["command"] == "memopt compare and memopt compare --jobs 2"
+    assert "abacus, 1 cores; jax 0.10" in results.provenance(tmp_path / "compare.jsonl")
