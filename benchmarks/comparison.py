@@ -1,6 +1,7 @@
 """Tables of the runs that `memopt compare` made, for the page on which optimizer to choose.
 
-    memopt compare --preset cpu --output DIRECTORY
+    memopt compare --preset cpu --output DIRECTORY      # makes runs
+    python -m benchmarks.comparison                     # draws them, and writes the pages
 
 The runs are in `benchmarks/results/compare.jsonl`, to which more are added as they are made;
 methods without runs at the tuned setting have no figures yet.
@@ -9,6 +10,7 @@ methods without runs at the tuned setting have no figures yet.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.results import RESULTS, write_pages
 from memopt.comparison.analysis import (
     Summary,
     decide,
@@ -17,8 +19,9 @@ from memopt.comparison.analysis import (
     unfinished,
     z_score,
 )
+from memopt.comparison.plots import plot_front, plot_sensitivity
 from memopt.comparison.protocol import PRESETS
-from memopt.comparison.records import Run
+from memopt.comparison.records import Run, read_records
 from memopt.comparison.rows import BASELINE, ROWS
 from memopt.markdown import markdown_table
 
@@ -149,3 +152,16 @@ def _range(summary: Summary) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return NOTHING if value is None or value == float("inf") else format(value, form)
+
+
+def main() -> None:
+    """Draws the runs into PNG files beside theirs, and writes the pages."""
+    runs = read_records(RESULTS / "compare.jsonl")
+    groups = summarize(runs)
+    plot_front(groups, RESULTS / "compare.png", missing=unfinished(runs))
+    plot_sensitivity(groups, RESULTS / "compare_sensitivity.png")
+    write_pages()
+
+
+if __name__ == "__main__":
+    main()

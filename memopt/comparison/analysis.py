@@ -19,6 +19,7 @@ from scipy.special import ndtri, stdtr, stdtrit
 
 from memopt.comparison.records import Run, finite_loss, loss_of
 from memopt.comparison.rows import BASELINE
+from memopt.comparison.words import short_name
 
 #: Runs that differ in one of these fields are of different experiments, and are not compared.
 EXPERIMENT = ("size", "parameters", "batch_size", "seq_len", "steps", "text", "eval_tokens")
@@ -117,6 +118,11 @@ class Summary:
     def method(self) -> str:
         """Name of the row."""
         return self.run["method"]
+
+    @property
+    def label(self) -> str:
+        """Name of the row in pictures, without the module of a user's function."""
+        return short_name(self.method)
 
     @functools.cached_property
     def loss(self) -> float:

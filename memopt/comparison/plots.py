@@ -13,7 +13,7 @@ from memopt.comparison.analysis import PROBABILITY, Summary, Verdict, same_exper
 from memopt.comparison.labels import Point, name_ends, name_points
 from memopt.comparison.records import Run
 from memopt.comparison.rows import BASELINE
-from memopt.comparison.words import experiment_name, short_count
+from memopt.comparison.words import experiment_name, short_count, short_name
 from memopt.training.writing import write_whole
 
 #: Okabe and Ito's colours, which colour-blind people can tell apart (https://jfly.uni-koeln.de/color).
@@ -68,10 +68,12 @@ def plot_front(
         top = _top_of_front(finite, baseline) if finite else math.inf
         shown = [s for s in finite if s.loss <= top]
         notes = {
-            "Above this picture": [f"{s.method} {s.loss:.2f}" for s in finite if s.loss > top],
-            "Diverged": [s.method for s in summaries if s not in finite],
+            "Above this picture": [f"{s.label} {s.loss:.2f}" for s in finite if s.loss > top],
+            "Diverged": [s.label for s in summaries if s not in finite],
             "Not finished": [
-                run["method"] for run, *_ in missing if same_experiment(run, summaries[0].run)
+                short_name(run["method"])
+                for run, *_ in missing
+                if same_experiment(run, summaries[0].run)
             ],
         }
         lines = ["bytes of optimizer state a parameter"]
@@ -120,7 +122,7 @@ def plot_curves(
             losses = [x for _, x in curve]
             style = {"linewidth": 2.2, "zorder": 3} if at_baseline else {"linewidth": 1.2}
             axes.plot(tokens, losses, color=color, **style)
-            ends.append((losses[-1], s.method, color))
+            ends.append((losses[-1], s.label, color))
             starts.append(losses[0])
         axes.set_title(_title(summaries, groups), loc="left")
         axes.set(xlabel="tokens", ylabel="validation loss (nats)", xscale="log")
@@ -158,7 +160,7 @@ def plot_sensitivity(
     from matplotlib.figure import Figure
 
     curves = [
-        {s.method: points for s in group if len(points := _relative(s.sensitivity)) > 1}
+        {s.label: points for s in group if len(points := _relative(s.sensitivity)) > 1}
         for group in groups
     ]
     methods = list(dict.fromkeys(itertools.chain([baseline], *curves)))
@@ -227,7 +229,7 @@ def _draw_front(axes: Any, shown: Sequence[Summary], baseline: str) -> list[Poin
         }
         bars = {"elinewidth": 1, "capsize": 2}
         axes.errorbar(x(s), s.loss, s.spread, fmt="o", color=color, ms=6, zorder=3, **bars, **style)
-        points.append(Point(x(s), s.loss, s.method, color, s.on_front or base))
+        points.append(Point(x(s), s.loss, s.label, color, s.on_front or base))
         if base:
             axes.axhline(s.loss, color="black", linewidth=0.8, linestyle=":", zorder=1)
     ticks = [tick for tick in STATE_TICKS if low < tick <= high]

@@ -57,3 +57,14 @@ def short_bytes(count: float) -> str:
         if count >= unit:
             return f"{float(f'{count / unit:.3g}'):g} {name}"
     return f"{count:.0f} B" if count else "0"
+
+
+def short_name(method: str) -> str:
+    """Returns the name of a row without the module of a user's function.
+
+    Example:
+        >>> short_name("mypackage.optimizers:mine, factor=0.1"), short_name("muon, state int8")
+        ('mine, factor=0.1', 'muon, state int8')
+    """
+    optimizer, comma, options = method.partition(", ")
+    return optimizer.rpartition(":")[2] + comma + options
