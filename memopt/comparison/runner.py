@@ -24,7 +24,6 @@ from memopt.comparison.rows import (
     BASELINE,
     ROWS,
     Row,
-    find_method,
     first_rate,
     fixed_options,
     tuned_options,
@@ -32,6 +31,7 @@ from memopt.comparison.rows import (
 from memopt.comparison.targets import fewest_steps
 from memopt.comparison.tuning import Point, tune
 from memopt.errors import check_at_least, check_choice
+from memopt.optimizers.registry import find_method
 from memopt.training.lock import Lock
 
 #: Seconds between two looks at what other processes have done.

@@ -52,7 +52,7 @@ def test_targets_have_a_file_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        (["--methods", "lyon"], "method 'lyon' is unknown; did you mean 'lion'?"),
+        (["--methods", "lyon"], "optimizer 'lyon' is unknown; did you mean 'lion'?"),
         (["--over", "batch_size"], "over must be given with target_loss"),
         (["--sizes", "3M"], "size '3M' is unknown"),
     ],
