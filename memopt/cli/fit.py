@@ -10,8 +10,7 @@ from rich.table import Table
 
 from memopt.cli.listing import make_console
 from memopt.cli.plan_view import show, show_progress, shown
-from memopt.errors import check_choice
-from memopt.optimizers.registry import available
+from memopt.optimizers.registry import find_method
 from memopt.planning.fit import (
     RELEASES,
     STATES,
@@ -23,7 +22,7 @@ from memopt.planning.fit import (
     fit_mesh,
     fit_optimizer,
 )
-from memopt.planning.plan import Plan, plan
+from memopt.planning.plan import Plan
 
 if TYPE_CHECKING:
     from memopt.cli.plan import Options
@@ -36,7 +35,9 @@ def search(options: "Options") -> None:
         ValueError: The options cannot work together, or with this search.
     """
     arguments = options.arguments()
-    arguments["plan"] = functools.partial(plan, cache=arguments.pop("cache"))
+    arguments["plan"] = functools.partial(
+        options.planner(), cache=arguments.pop("cache"), skip_misfits=True
+    )
     if options.fit == "optimizer":
         _search_optimizers(options, arguments)
     else:
@@ -46,11 +47,11 @@ def search(options: "Options") -> None:
 def _search_edge(options: "Options", arguments: dict[str, Any]) -> None:
     """The largest batch or the smallest mesh."""
     if options.fit == "batch-size":
-        if arguments.pop("batch_size") is not None:
+        if "batch_size" in arguments:
             raise ValueError("--batch-size must be left out with --fit batch-size, which finds it.")
         find: Callable[..., Edge[Any]] = fit_batch_size
     else:
-        if arguments["batch_size"] is None:
+        if "batch_size" not in arguments:
             raise ValueError("--fit mesh needs --batch-size, the rows over all devices.")
         find = fit_mesh
     with show_progress(total=None) as (working, done):
@@ -58,10 +59,12 @@ def _search_edge(options: "Options", arguments: dict[str, Any]) -> None:
     if options.json:
         plans = {str(name): found.to_json() for name, found in edge.planned.items()}
         result = {"fit": options.fit, "fits": edge.fits, "exceeds": edge.exceeds, "plans": plans}
-        print(json.dumps(result))
+        print(json.dumps(result | {"failed": edge.failed}))
         return
     console = make_console()
     console.print(edge_table(options.fit or "", edge))
+    for name, words in edge.failed.items():
+        console.print(f"the compiler fails on {name}, which counts as not fitting: {words}")
     console.print(describe(options.fit or "", edge))
     if edge.fits is not None:
         console.print()
@@ -72,14 +75,15 @@ def edge_table(name: str, edge: Edge[Any]) -> Table:
     """The plans that a search made, in order of the batch or the mesh."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column(name, justify="right")
-    for column in ("peak", "a row" if name == "batch-size" else "state", "fits"):
+    for column in ("peak", "of weights", "of state", "of the rest", "fits"):
         table.add_column(column, justify="right")
     order = sorted(edge.planned.items(), key=lambda one: (one[1].devices, one[0]))
     for value, found in order:
-        more = (
-            shown(found.peak_bytes // value) if name == "batch-size" else shown(found.state_bytes)
+        rest = found.peak_bytes - found.parameter_bytes - found.state_bytes
+        table.add_row(
+            *(str(value), _peak(found), shown(found.parameter_bytes), shown(found.state_bytes)),
+            *(shown(rest) if found.compiler else "", _margin(found)),
         )
-        table.add_row(str(value), shown(found.peak_bytes), more, _margin(found))
     return table
 
 
@@ -87,9 +91,9 @@ def describe(name: str, edge: Edge[Any]) -> str:
     """Says what a search found, and what it assumed, in a sentence.
 
     Example:
-        >>> describe("batch-size", Edge(6, 7, {}))
+        >>> describe("batch-size", Edge(6, 7, {}, {}))
         'The largest batch that fits is 6; 7 does not fit. Assumed: what is smaller fits, too.'
-        >>> describe("mesh", Edge(None, "fsdp=4", {}))
+        >>> describe("mesh", Edge(None, "fsdp=4", {}, {}))
         'No mesh fits, up to fsdp=4, the largest that divides the rows.'
     """
     what = "largest batch" if name == "batch-size" else "smallest mesh"
@@ -112,14 +116,14 @@ def _search_optimizers(options: "Options", arguments: dict[str, Any]) -> None:
     if options.optimizer:
         raise ValueError("--optimizer must be left out with --fit optimizer; see --optimizers.")
     for name in options.optimizers:
-        check_choice("optimizers", name, available())
-    del arguments["optimizer"]
-    state, stored, release = (arguments.pop(name) for name in ("state", "weights", "release"))
+        find_method(name)
+    for name in ("state", "weights", "release"):
+        arguments.pop(name, None)
     chosen: dict[str, Any] = {
         "optimizers": options.optimizers or None,
-        "states": (state,) if state else STATES,
-        "storages": (stored,) if stored else STORAGES,
-        "releases": (True,) if release else RELEASES,
+        "states": (options.state,) if options.state else STATES,
+        "storages": (options.weights,) if options.weights else STORAGES,
+        "releases": (True,) if options.release else RELEASES,
     }
     with show_progress(total=count_rows(**chosen)) as (working, done):
         processes = 1 if options.processes is None else options.processes
@@ -156,7 +160,8 @@ def optimizer_table(rows: list[Row]) -> Table:
                 options["weights"] or "",
                 options["state"] or "",
                 "yes" if options["release"] else "",
-                *map(shown, (found.peak_bytes, found.parameter_bytes, found.state_bytes)),
+                _peak(found),
+                *map(shown, (found.parameter_bytes, found.state_bytes)),
                 "" if moved is None else shown(moved),
                 _margin(found),
             )
@@ -168,7 +173,13 @@ def _row_json(row: Row) -> dict[str, Any]:
     return dict(row.options) | found
 
 
+def _peak(found: Plan) -> str:
+    return f"{'' if found.compiler else '> '}{shown(found.peak_bytes)}"
+
+
 def _margin(found: Plan) -> str:
     if found.fits:
         return f"{shown(found.margin_bytes)} left"
+    if not found.compiler:
+        return f"no, weights and state alone {shown(-found.margin_bytes)} short"
     return f"no, {shown(-found.margin_bytes)} short" if found.margin_bytes < 0 else "no"
