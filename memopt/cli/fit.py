@@ -73,7 +73,7 @@ def _search_edge(options: "Options", arguments: dict[str, Any]) -> None:
 
 def edge_table(name: str, edge: Edge[Any]) -> Table:
     """The plans that a search made, in order of the batch or the mesh."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(name, justify="right")
     for column in ("peak", "of weights", "of state", "of the rest", "fits"):
         table.add_column(column, justify="right")
@@ -135,6 +135,7 @@ def _search_optimizers(options: "Options", arguments: dict[str, Any]) -> None:
         return
     console = make_console()
     console.print(optimizer_table(rows))
+    console.print(explain(rows))
     refused = [row for row in rows if row.plan is None]
     for reason in dict.fromkeys(row.refused for row in refused):
         names = dict.fromkeys(row.options["optimizer"] for row in refused if row.refused == reason)
@@ -145,27 +146,57 @@ def _search_optimizers(options: "Options", arguments: dict[str, Any]) -> None:
 
 
 def optimizer_table(rows: list[Row]) -> Table:
-    """The rows that could be planned, in their order."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    """The rows that could be planned, in their order; 80 columns hold a row on one line."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("optimizer", "weights", "state", "released"):
-        table.add_column(column)
-    for column in ("peak", "of weights", "of state", "traffic", "fits"):
-        table.add_column(column, justify="right")
+        table.add_column(column, no_wrap=True)
+    for column in ("peak", "state", "traffic", "left"):
+        table.add_column(f"{column}\nGiB", justify="right", no_wrap=True)
     for row in rows:
         if found := row.plan:
             options = row.options
-            moved = found.traffic_bytes
+            left = "refused" if found.margin_bytes >= 0 and not found.fits else ""
             table.add_row(
                 options["optimizer"],
                 options["weights"] or "",
                 options["state"] or "",
                 "yes" if options["release"] else "",
-                _peak(found),
-                *map(shown, (found.parameter_bytes, found.state_bytes)),
-                "" if moved is None else shown(moved),
-                _margin(found),
+                f"{'' if found.compiler else '>'}{gib(found.peak_bytes)}",
+                gib(found.state_bytes),
+                "" if found.traffic_bytes is None else gib(found.traffic_bytes),
+                left or gib(found.margin_bytes),
             )
     return table
+
+
+def explain(rows: list[Row]) -> str:
+    """Says how many rows of the table fit, and how to read it.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> fits = lambda fits, name: Row({}, SimpleNamespace(fits=fits, compiler=name))
+        >>> explain([fits(True, "libtpu"), fits(False, "libtpu")])
+        '1 of 2 fit. Bytes are those of one device; what is left is below 0 if it does not fit.'
+    """
+    plans = [row.plan for row in rows if row.plan]
+    text = (
+        f"{sum(found.fits for found in plans)} of {len(plans)} fit. Bytes are those of one device; "
+        "what is left is below 0 if it does not fit."
+    )
+    if all(found.compiler for found in plans):
+        return text
+    return f"{text} With '>' weights and state alone exceed the chip: the step was not compiled."
+
+
+def gib(size: int) -> str:
+    """A number of bytes in GiB, without the unit.
+
+    Example:
+        >>> [gib(int(x * 2**30)) for x in (1234.5, 12.345, 0.0012345, -3.21)]
+        ['1234', '12.3', '0.00123', '-3.21']
+    """
+    number = size / 2**30
+    return f"{number:.0f}" if abs(number) >= 1000 else f"{number:.3g}"
 
 
 def _row_json(row: Row) -> dict[str, Any]:
@@ -181,5 +212,5 @@ def _margin(found: Plan) -> str:
     if found.fits:
         return f"{shown(found.margin_bytes)} left"
     if not found.compiler:
-        return f"no, weights and state alone {shown(-found.margin_bytes)} short"
+        return f"no, over {shown(-found.margin_bytes)} short"
     return f"no, {shown(-found.margin_bytes)} short" if found.margin_bytes < 0 else "no"
