@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from memopt.cli.plan import Options
 
 
+#: Explains a plan without a compiler in a table.
+UNCOMPILED = "With '>' weights and state alone exceed the chip: the step was not compiled."
+
+
 def search(options: "Options") -> None:
     """Searches, and prints what was found.
 
@@ -63,6 +67,8 @@ def _search_edge(options: "Options", arguments: dict[str, Any]) -> None:
         return
     console = make_console()
     console.print(edge_table(options.fit or "", edge))
+    if not all(found.compiler for found in edge.planned.values()):
+        console.print(UNCOMPILED)
     for name, words in edge.failed.items():
         console.print(f"the compiler fails on {name}, which counts as not fitting: {words}")
     console.print(describe(options.fit or "", edge))
@@ -73,7 +79,7 @@ def _search_edge(options: "Options", arguments: dict[str, Any]) -> None:
 
 def edge_table(name: str, edge: Edge[Any]) -> Table:
     """The plans that a search made, in order of the batch or the mesh."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(name, justify="right")
     for column in ("peak", "of weights", "of state", "of the rest", "fits"):
         table.add_column(column, justify="right")
@@ -185,7 +191,7 @@ def explain(rows: list[Row]) -> str:
     )
     if all(found.compiler for found in plans):
         return text
-    return f"{text} With '>' weights and state alone exceed the chip: the step was not compiled."
+    return f"{text} {UNCOMPILED}"
 
 
 def gib(size: int) -> str:
@@ -212,5 +218,5 @@ def _margin(found: Plan) -> str:
     if found.fits:
         return f"{shown(found.margin_bytes)} left"
     if not found.compiler:
-        return f"no, over {shown(-found.margin_bytes)} short"
+        return f"no, >{shown(-found.margin_bytes)} short"
     return f"no, {shown(-found.margin_bytes)} short" if found.margin_bytes < 0 else "no"
