@@ -15,7 +15,6 @@ Without ``--optimizer`` it measures a list, prints a table and writes it as JSON
 
 import dataclasses
 import json
-import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -33,11 +32,10 @@ from rich.table import Table
 from benchmarks.report import GIB, markdown_table, save
 from benchmarks.training_step import without_refresh
 from memopt.planning.chips import CHIPS, GPUS, compiler, only_compile
-from memopt.planning.plan import Plan, plan_step
+from memopt.planning.plan import Plan, device_count, plan_compilable
 from memopt.planning.run_options import run_config
 from memopt.training.config import State, Weights
 from memopt.training.describe import describe_run
-from memopt.training.placement import parse_mesh
 from memopt.training.setup import Setup
 
 RELEASED: dict[str, Any] = {"release": True}
@@ -130,8 +128,8 @@ def measure(optimizer: str, options: Options) -> dict[str, Any]:
             return setup
         return dataclasses.replace(setup, step=without_refresh(setup.step))
 
-    count = math.prod(parse_mesh(options.mesh).values()) if options.mesh else 1
-    found = plan_step(
+    count = device_count(options.mesh)
+    found = plan_compilable(
         make, options.chip, count, cache=True, model=options.model, optimizer=optimizer
     ).to_json()
     planned = ("compiled_for", "compiler", *byte_fields(), "collectives", "refresh_collectives")

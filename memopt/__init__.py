@@ -112,6 +112,7 @@ from memopt.transforms import zero_statistics as zero_statistics
 
 if _TYPE_CHECKING:
     from memopt.planning.plan import plan as plan
+    from memopt.planning.plan import plan_step as plan_step
 
 try:
     __version__ = _version("memopt")
@@ -133,8 +134,8 @@ _find_renamed = renamed.finder(
 
 
 def __getattr__(name: str) -> _Any:
-    if name == "plan":  # needs more than JAX and Optax
-        from memopt.planning.plan import plan
+    if name in ("plan", "plan_step"):  # which need more than JAX and Optax
+        from memopt.planning import plan as planning
 
-        return plan
+        return getattr(planning, name)
     return _find_renamed(name)

@@ -45,8 +45,8 @@ def digest_of_source(name: str) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def call_function(name: str) -> Any:
-    """Returns what the function ``module:function`` returns without arguments.
+def call_function(name: str, *args: Any, **options: Any) -> Any:
+    """Returns what the function ``module:function`` returns.
 
     Raises:
       ValueError: if there is no such function, or it fails.
@@ -58,6 +58,6 @@ def call_function(name: str) -> Any:
     """
     function = find_function(name)
     try:
-        return function()
+        return function(*args, **options)
     except Exception as error:
         raise ValueError(f"{name!r} failed ({type(error).__name__}: {error}).") from error

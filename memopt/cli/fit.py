@@ -10,8 +10,7 @@ from rich.table import Table
 
 from memopt.cli.listing import make_console
 from memopt.cli.plan_view import show, show_progress, shown
-from memopt.errors import check_choice
-from memopt.optimizers.registry import available
+from memopt.optimizers.registry import find_method
 from memopt.planning.fit import (
     RELEASES,
     STATES,
@@ -23,10 +22,14 @@ from memopt.planning.fit import (
     fit_mesh,
     fit_optimizer,
 )
-from memopt.planning.plan import Plan, plan
+from memopt.planning.plan import Plan
 
 if TYPE_CHECKING:
     from memopt.cli.plan import Options
+
+
+#: Explains a plan without a compiler in a table.
+UNCOMPILED = "With '>' weights and state alone exceed the chip: the step was not compiled."
 
 
 def search(options: "Options") -> None:
@@ -36,7 +39,9 @@ def search(options: "Options") -> None:
         ValueError: The options cannot work together, or with this search.
     """
     arguments = options.arguments()
-    arguments["plan"] = functools.partial(plan, cache=arguments.pop("cache"))
+    arguments["plan"] = functools.partial(
+        options.planner(), cache=arguments.pop("cache"), skip_misfits=True
+    )
     if options.fit == "optimizer":
         _search_optimizers(options, arguments)
     else:
@@ -46,11 +51,11 @@ def search(options: "Options") -> None:
 def _search_edge(options: "Options", arguments: dict[str, Any]) -> None:
     """The largest batch or the smallest mesh."""
     if options.fit == "batch-size":
-        if arguments.pop("batch_size") is not None:
+        if "batch_size" in arguments:
             raise ValueError("--batch-size must be left out with --fit batch-size, which finds it.")
         find: Callable[..., Edge[Any]] = fit_batch_size
     else:
-        if arguments["batch_size"] is None:
+        if "batch_size" not in arguments:
             raise ValueError("--fit mesh needs --batch-size, the rows over all devices.")
         find = fit_mesh
     with show_progress(total=None) as (working, done):
@@ -58,10 +63,14 @@ def _search_edge(options: "Options", arguments: dict[str, Any]) -> None:
     if options.json:
         plans = {str(name): found.to_json() for name, found in edge.planned.items()}
         result = {"fit": options.fit, "fits": edge.fits, "exceeds": edge.exceeds, "plans": plans}
-        print(json.dumps(result))
+        print(json.dumps(result | {"failed": edge.failed}))
         return
     console = make_console()
     console.print(edge_table(options.fit or "", edge))
+    if not all(found.compiler for found in edge.planned.values()):
+        console.print(UNCOMPILED)
+    for name, words in edge.failed.items():
+        console.print(f"the compiler fails on {name}, which counts as not fitting: {words}")
     console.print(describe(options.fit or "", edge))
     if edge.fits is not None:
         console.print()
@@ -70,16 +79,17 @@ def _search_edge(options: "Options", arguments: dict[str, Any]) -> None:
 
 def edge_table(name: str, edge: Edge[Any]) -> Table:
     """The plans that a search made, in order of the batch or the mesh."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(name, justify="right")
-    for column in ("peak", "a row" if name == "batch-size" else "state", "fits"):
+    for column in ("peak", "of weights", "of state", "of the rest", "fits"):
         table.add_column(column, justify="right")
     order = sorted(edge.planned.items(), key=lambda one: (one[1].devices, one[0]))
     for value, found in order:
-        more = (
-            shown(found.peak_bytes // value) if name == "batch-size" else shown(found.state_bytes)
+        rest = found.peak_bytes - found.parameter_bytes - found.state_bytes
+        table.add_row(
+            *(str(value), _peak(found), shown(found.parameter_bytes), shown(found.state_bytes)),
+            *(shown(rest) if found.compiler else "", _margin(found)),
         )
-        table.add_row(str(value), shown(found.peak_bytes), more, _margin(found))
     return table
 
 
@@ -87,9 +97,9 @@ def describe(name: str, edge: Edge[Any]) -> str:
     """Says what a search found, and what it assumed, in a sentence.
 
     Example:
-        >>> describe("batch-size", Edge(6, 7, {}))
+        >>> describe("batch-size", Edge(6, 7, {}, {}))
         'The largest batch that fits is 6; 7 does not fit. Assumed: what is smaller fits, too.'
-        >>> describe("mesh", Edge(None, "fsdp=4", {}))
+        >>> describe("mesh", Edge(None, "fsdp=4", {}, {}))
         'No mesh fits, up to fsdp=4, the largest that divides the rows.'
     """
     what = "largest batch" if name == "batch-size" else "smallest mesh"
@@ -112,14 +122,14 @@ def _search_optimizers(options: "Options", arguments: dict[str, Any]) -> None:
     if options.optimizer:
         raise ValueError("--optimizer must be left out with --fit optimizer; see --optimizers.")
     for name in options.optimizers:
-        check_choice("optimizers", name, available())
-    del arguments["optimizer"]
-    state, stored, release = (arguments.pop(name) for name in ("state", "weights", "release"))
+        find_method(name)
+    for name in ("state", "weights", "release"):
+        arguments.pop(name, None)
     chosen: dict[str, Any] = {
         "optimizers": options.optimizers or None,
-        "states": (state,) if state else STATES,
-        "storages": (stored,) if stored else STORAGES,
-        "releases": (True,) if release else RELEASES,
+        "states": (options.state,) if options.state else STATES,
+        "storages": (options.weights,) if options.weights else STORAGES,
+        "releases": (True,) if options.release else RELEASES,
     }
     with show_progress(total=count_rows(**chosen)) as (working, done):
         processes = 1 if options.processes is None else options.processes
@@ -131,6 +141,7 @@ def _search_optimizers(options: "Options", arguments: dict[str, Any]) -> None:
         return
     console = make_console()
     console.print(optimizer_table(rows))
+    console.print(explain(rows))
     refused = [row for row in rows if row.plan is None]
     for reason in dict.fromkeys(row.refused for row in refused):
         names = dict.fromkeys(row.options["optimizer"] for row in refused if row.refused == reason)
@@ -141,26 +152,57 @@ def _search_optimizers(options: "Options", arguments: dict[str, Any]) -> None:
 
 
 def optimizer_table(rows: list[Row]) -> Table:
-    """The rows that could be planned, in their order."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    """The rows that could be planned, in their order; 80 columns hold a row on one line."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("optimizer", "weights", "state", "released"):
-        table.add_column(column)
-    for column in ("peak", "of weights", "of state", "traffic", "fits"):
-        table.add_column(column, justify="right")
+        table.add_column(column, no_wrap=True)
+    for column in ("peak", "state", "traffic", "left"):
+        table.add_column(f"{column}\nGiB", justify="right", no_wrap=True)
     for row in rows:
         if found := row.plan:
             options = row.options
-            moved = found.traffic_bytes
+            left = "refused" if found.margin_bytes >= 0 and not found.fits else ""
             table.add_row(
                 options["optimizer"],
                 options["weights"] or "",
                 options["state"] or "",
                 "yes" if options["release"] else "",
-                *map(shown, (found.peak_bytes, found.parameter_bytes, found.state_bytes)),
-                "" if moved is None else shown(moved),
-                _margin(found),
+                f"{'' if found.compiler else '>'}{gib(found.peak_bytes)}",
+                gib(found.state_bytes),
+                "" if found.traffic_bytes is None else gib(found.traffic_bytes),
+                left or gib(found.margin_bytes),
             )
     return table
+
+
+def explain(rows: list[Row]) -> str:
+    """Says how many rows of the table fit, and how to read it.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> fits = lambda fits, name: Row({}, SimpleNamespace(fits=fits, compiler=name))
+        >>> explain([fits(True, "libtpu"), fits(False, "libtpu")])
+        '1 of 2 fit. Bytes are those of one device; what is left is below 0 if it does not fit.'
+    """
+    plans = [row.plan for row in rows if row.plan]
+    text = (
+        f"{sum(found.fits for found in plans)} of {len(plans)} fit. Bytes are those of one device; "
+        "what is left is below 0 if it does not fit."
+    )
+    if all(found.compiler for found in plans):
+        return text
+    return f"{text} {UNCOMPILED}"
+
+
+def gib(size: int) -> str:
+    """A number of bytes in GiB, without the unit.
+
+    Example:
+        >>> [gib(int(x * 2**30)) for x in (1234.5, 12.345, 0.0012345, -3.21)]
+        ['1234', '12.3', '0.00123', '-3.21']
+    """
+    number = size / 2**30
+    return f"{number:.0f}" if abs(number) >= 1000 else f"{number:.3g}"
 
 
 def _row_json(row: Row) -> dict[str, Any]:
@@ -168,7 +210,13 @@ def _row_json(row: Row) -> dict[str, Any]:
     return dict(row.options) | found
 
 
+def _peak(found: Plan) -> str:
+    return f"{'' if found.compiler else '> '}{shown(found.peak_bytes)}"
+
+
 def _margin(found: Plan) -> str:
     if found.fits:
         return f"{shown(found.margin_bytes)} left"
+    if not found.compiler:
+        return f"no, >{shown(-found.margin_bytes)} short"
     return f"no, {shown(-found.margin_bytes)} short" if found.margin_bytes < 0 else "no"

@@ -11,15 +11,18 @@ Examples:
   memopt plan --model path/to/SmolLM-135M --chip h100 --batch-size 64 --seq-len 1024
   memopt plan --model 7b --optimizer lion --chip v5p --fit batch-size
   memopt plan --model 7b --chip rtx4090 --fit optimizer --optimizers adafactor apollo_mini
-  memopt plan --model my_model:describe --optimizer my_optimizer:make --chip v6e
+  memopt plan --model my_model:describe --optimizer optax:adam --chip v6e
 """
 
 import dataclasses
+import functools
+import inspect
 import json
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from typing import Annotated, Any, Literal
 
 import jax
-import optax
 import tyro
 from tyro import conf
 
@@ -30,7 +33,7 @@ from memopt.cli.plan_view import show, show_progress
 from memopt.functions import call_function
 from memopt.models.config import Remat
 from memopt.planning.chips import only_compile
-from memopt.planning.plan import plan
+from memopt.planning.plan import Plan, first_line, plan, plan_step
 from memopt.training.config import DType, State, Weights
 
 
@@ -42,14 +45,15 @@ class Options:
         model: A preset, such as 7b; a directory with a run or a Hugging Face model, of which only
             the config is read, and options that are not given are the run's; or MODULE:FUNCTION, a
             function that returns (parameters, loss, batch) of your own model, see docs/plan.md.
-        optimizer: A name that `memopt optimizers` lists; or MODULE:FUNCTION, a function
-            without arguments that returns an Optax transformation; by default apollo_mini.
+        optimizer: A name that `memopt optimizers` lists; or MODULE:FUNCTION of a function that
+            maps learning_rate to an Optax transformation, such as optax:adam; by default
+            apollo_mini.
         option: Argument of the optimizer, such as rank=128.
         chip: A TPU: v4, v5e, v5p, v6e, tpu7x; a GPU: a100-40, a100-80, h100, h200, b200, l40s,
             rtx3090, rtx4090, rtx5090; or cpu, this machine.
         mesh: Arrangement of the devices, such as data=2,fsdp=4; one device if not given.
         batch_size: Rows of a batch, over all devices and micro-batches; by default one row for each
-            part that the mesh splits a micro-batch into.
+            part that the mesh splits a micro-batch into, or those of the batch of your own model.
         seq_len: Tokens of a row; by default 2048, or as many as the model accepts.
         accumulation: Micro-batches that a batch is worked through in; by default 1.
         release: Update each block while the backward pass runs, so that all gradients are never
@@ -92,23 +96,27 @@ class Options:
     optimizers: Annotated[tuple[str, ...], conf.arg(metavar="NAME ...")] = ()
     processes: Annotated[int | None, conf.arg(metavar="INT")] = None
 
+    def planner(self) -> Callable[..., Plan]:
+        """Returns `memopt.plan`, or a function like it for a model of one's own."""
+        return functools.partial(plan_own, self.model) if ":" in self.model else plan
+
     def arguments(self) -> dict[str, Any]:
-        """These options as arguments of `memopt.plan`.
+        """These options as arguments of the planner.
 
         Raises:
-            ValueError: There is no such module or function, or it returns something else.
+            ValueError: An option is not for a model of one's own.
         """
         named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in ("json", "fit", "optimizers", "processes"):
             del named[name]
-        for name in ("option", "vocab_size", "num_layers"):
-            if named[name] in (None, ()):
-                del named[name]
-        if self.optimizer and ":" in self.optimizer:
-            named["optimizer"] = own_optimizer(self.optimizer)
+        named = {name: x for name, x in named.items() if x not in (None, ())}
         if ":" in self.model:
             del named["model"]
-            named |= own_model(self.model)
+            for name in named.keys() - inspect.signature(plan_step).parameters:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be left out with a model of your own, whose "
+                    "function decides it."
+                )
         return named
 
 
@@ -123,32 +131,29 @@ def plan_command(arguments: list[str]) -> None:
         if options.fit:
             return search(options)
         with show_progress() as (working, _):
-            found = plan(**options.arguments(), progress=working)
+            found = options.planner()(**options.arguments(), progress=working)
     except (ValueError, ImportError, OSError) as error:
         fail(error)
     except jax.errors.JaxRuntimeError as error:
-        fail(f"the compiler failed: {str(error).splitlines()[0]}", exit_code=1)
+        fail(f"the compiler failed: {first_line(error)}", exit_code=1)
+    except BrokenProcessPool:
+        fail(
+            "a process that compiled has ended, for want of memory perhaps: lower --processes. "
+            "What was compiled is kept.",
+            exit_code=1,
+        )
     if options.json:
         print(json.dumps(found.to_json()))
     else:
         show(found, make_console())
 
 
-def own_optimizer(name: str) -> optax.GradientTransformation:
-    """Returns the optimizer that a function named MODULE:FUNCTION returns."""
-    tx = call_function(name)
-    if not isinstance(tx, optax.GradientTransformation):
-        raise ValueError(
-            f"optimizer {name!r} must return an Optax transformation, got {type(tx).__name__}."
-        )
-    return tx
-
-
-def own_model(name: str) -> dict[str, Any]:
-    """Returns what a function named MODULE:FUNCTION returns, as arguments of `memopt.plan`."""
+def plan_own(name: str, **options: Any) -> Plan:
+    """Plans what a function named MODULE:FUNCTION returns, by `memopt.plan_step`."""
     found = call_function(name)
     if not (isinstance(found, tuple) and len(found) == 3):
         raise ValueError(
             f"model {name!r} must return (parameters, loss, batch), got {type(found).__name__}."
         )
-    return dict(zip(("params", "loss", "batch"), found, strict=True))
+    named = plan_step(*found, **options)
+    return dataclasses.replace(named, model=name)

@@ -19,12 +19,11 @@ import optax
 
 from memopt import schedules
 from memopt.comparison.protocol import PIECES
-from memopt.comparison.rows import find_method
 from memopt.functions import digest_of_source
 from memopt.machine import core_count
 from memopt.models import llama
 from memopt.models.config import LlamaConfig
-from memopt.optimizers.registry import optimizer
+from memopt.optimizers.registry import find_method, optimizer
 from memopt.state.codecs import bits_of
 from memopt.state.quantized_state import quantize_state
 from memopt.text.packing import FIELDS

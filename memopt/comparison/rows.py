@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
 
 from memopt.errors import check_choice
-from memopt.functions import find_function
-from memopt.optimizers.registry import METHODS, Method, available
+from memopt.optimizers.registry import METHODS, find_method
 from memopt.training.config import State, Weights
 
 #: The method that others are compared with; it is tuned first and with more runs.
@@ -94,22 +93,6 @@ def _value(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-
-
-def find_method(name: str) -> Method:
-    """Returns an optimizer of the registry, which a user's function enters here.
-
-    Args:
-        name: As `Row.optimizer`.
-
-    Raises:
-        ValueError: There is no such optimizer or function.
-    """
-    if ":" in name:
-        make = find_function(name)
-        METHODS[name] = Method(make, METHODS[BASELINE].learning_rate, "?", "", library="user")
-    check_choice("method", name, available())
-    return METHODS[name]
 
 
 class Tuned(NamedTuple):

@@ -19,9 +19,10 @@ from memopt.comparison.records import (
     read_records,
     results_file,
 )
-from memopt.comparison.rows import find_method, first_rate, tuned_options
+from memopt.comparison.rows import first_rate, tuned_options
 from memopt.comparison.targets import fewest_steps
 from memopt.comparison.tuning import Point, tune
+from memopt.optimizers.registry import find_method
 from memopt.training.lock import Lock
 
 #: Seconds between two looks at what other processes have done.

@@ -18,6 +18,7 @@ import optax.contrib
 from memopt import renamed
 from memopt.docstrings import argument_help
 from memopt.errors import check_choice, check_precision
+from memopt.functions import call_function, find_function
 from memopt.optimizers.by_partition import Common, finish
 from memopt.state.precision import with_gradient_dtypes
 
@@ -36,7 +37,7 @@ class Method(NamedTuple):
         million parameters (docs/convergence.md); larger ones want less.
       state: how many numbers it keeps for an m×n matrix; README's table explains the symbols.
       when: when to choose it, in a few words.
-      library: "memopt", or "optax" for a baseline.
+      library: "memopt", "optax" for a baseline, or "user".
       sums_projections: whether it sums projections of gradients over devices, and so communicates
         less if the shorter sides of matrices are not sharded; see `memopt.unshard_short_side`.
       eval_params: maps its state and the parameters to those to evaluate with, see
@@ -339,6 +340,44 @@ def options_of(base: Callable[P, R]) -> Callable[[Callable[..., R]], Callable[P,
     return decorate
 
 
+def find_method(name: str) -> Method:
+    """Returns an optimizer of the registry, which a user's function enters here.
+
+    Args:
+      name: one of `available()`, or ``module:function`` of a function that maps `learning_rate` to
+        an `optax.GradientTransformation`, such as ``optax:adam``; its other arguments are its
+        options. By default it has AdamW's learning rate.
+
+    Raises:
+      ValueError: if there is no such optimizer or function.
+
+    Example:
+      >>> find_method("lion").learning_rate
+      0.0005
+    """
+    if ":" in name:
+        make = _users(name)
+        METHODS[name] = Method(make, METHODS["adamw"].learning_rate, "?", "", library="user")
+    check_choice("optimizer", name, available())
+    return METHODS[name]
+
+
+def _users(name: str) -> Make:
+    """A user's function; what it fails with, or returns wrongly, is said in a sentence."""
+
+    @functools.wraps(find_function(name))
+    def make(*args: Any, **options: Any) -> Any:
+        tx = call_function(name, *args, **options)
+        if not isinstance(tx, optax.GradientTransformation):
+            raise ValueError(
+                f"optimizer {name!r} must return an optax.GradientTransformation, got "
+                f"{type(tx).__name__}."
+            )
+        return tx
+
+    return make
+
+
 def available(library: str | None = None) -> tuple[str, ...]:
     """Returns the names that `optimizer` accepts, memopt's own first.
 
@@ -361,7 +400,8 @@ def optimizer(
     """Builds an optimizer from its name.
 
     Args:
-      name: one of `available()`: a method of memopt, or a baseline from Optax.
+      name: one of `available()`: a method of memopt, or a baseline from Optax; or
+        ``module:function`` of a function that maps a learning rate to a transformation.
       learning_rate: a number or a schedule.
       **options: keyword arguments of the method.
 
@@ -379,8 +419,7 @@ def optimizer(
       Traceback (most recent call last):
       ValueError: optimizer 'apolo' is unknown; did you mean 'apollo'? Allowed: adafactor, ...
     """
-    check_choice("optimizer", name, available())
-    chosen = METHODS[name]
+    chosen = find_method(name)
     options = renamed.current(chosen.make, options)
     for option in options:
         check_choice(f"option of {name}:", option, chosen.defaults)
@@ -424,6 +463,5 @@ def eval_params(name: str, state: Any, params: Any) -> Any:
       >>> eval_params("lion", None, params) is params
       True
     """
-    check_choice("optimizer", name, available())
-    find = METHODS[name].eval_params
+    find = find_method(name).eval_params
     return params if find is None else find(state, params)

@@ -150,9 +150,12 @@ def devices(chip: str, count: int = 1) -> list[jax.Device]:
 def only_compile() -> None:
     """Keeps this process and those it starts off the machine's accelerators and their memory.
 
-    Call it before JAX starts, in a program that compiles and runs nothing.
+    Call it before JAX starts, in a program that compiles and runs nothing. Compilers' errors are
+    shown, their warnings, such as of a step that takes more than the memory, are not.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # which JAX sets if nobody does
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     jax.config.update("jax_platforms", "cpu")
 
 

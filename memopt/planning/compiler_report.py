@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from memopt.models.stacked import BLOCKS
 from memopt.planning import hlo
 from memopt.planning.buffers import Buffer, at_peak, read_files
+from memopt.planning.step_memory import peak_bytes
 from memopt.state.quantized_params import is_quantized
 from memopt.training.step import UPDATE, WEIGHTS
 
@@ -31,10 +32,7 @@ class CompilerReport:
     """A compiler's words on a program, for one device; JSON-serialisable by `dataclasses.asdict`.
 
     Attributes:
-        argument_bytes: What the program reads.
-        output_bytes: What it returns.
-        alias_bytes: The part of `output_bytes` that is stored in place of donated arguments.
-        temporary_bytes: What it allocates while it runs.
+        peak_bytes: The most that is held at any moment, see `memopt.planning.step_memory`.
         program_bytes: The program itself, where it is in the device's memory.
         gradient_bytes: Of the temporaries at the peak, the gradients, see `kind_of`.
         activation_bytes: Of the temporaries at the peak, what else the forward and backward pass
@@ -47,10 +45,7 @@ class CompilerReport:
         refresh_collectives: Those of a step that refreshes.
     """
 
-    argument_bytes: int = 0
-    output_bytes: int = 0
-    alias_bytes: int = 0
-    temporary_bytes: int = 0
+    peak_bytes: int
     program_bytes: int = 0
     gradient_bytes: int = 0
     activation_bytes: int = 0
@@ -58,11 +53,6 @@ class CompilerReport:
     traffic_bytes: int | None = None
     collectives: dict[str, dict[str, int]] | None = None
     refresh_collectives: dict[str, dict[str, int]] | None = None
-
-    @property
-    def peak_bytes(self) -> int:
-        """Arguments, results and temporaries, less what is donated."""
-        return self.argument_bytes + self.output_bytes + self.temporary_bytes - self.alias_bytes
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "CompilerReport":
@@ -84,21 +74,18 @@ def compile_report(lowered: jax.stages.Lowered, params: Any) -> CompilerReport:
         options: dict[str, str | bool] = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(options)
         files = read_files(Path(directory))
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    if memory is None:
+    memory, peak = compiled.memory_analysis(), peak_bytes(compiled)
+    if memory is None or peak is None:
         raise RuntimeError("the compiler reports no memory.")
     held = at_peak(files) if files else []
     shapes = parameter_shapes(params)
     sums: dict[str, int] = collections.Counter()
     for one in held:
         sums[kind_of(one, shapes)] += one.bytes
-    traffic = cost.get("bytes accessed")
+    traffic = (compiled.cost_analysis() or {}).get("bytes accessed")
     text = files.text if files else hlo.text(compiled)
     return CompilerReport(
-        argument_bytes=memory.argument_size_in_bytes,
-        output_bytes=memory.output_size_in_bytes,
-        alias_bytes=memory.alias_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes,
+        peak_bytes=peak,
         program_bytes=memory.generated_code_size_in_bytes,
         gradient_bytes=sums["gradient"],
         activation_bytes=sums["activation"],

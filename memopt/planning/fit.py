@@ -12,18 +12,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import jax
+
 from memopt.errors import check_at_least
 from memopt.models.sharding import BATCH_AXES
 from memopt.optimizers.registry import available
-from memopt.planning.plan import Plan, plan
+from memopt.planning.plan import Plan, first_line, plan
 from memopt.planning.run_options import inherited
 from memopt.training.placement import parse_mesh
 
 PlanStep = Callable[..., Plan]
 Report = Callable[[Plan], object]
 
-#: `memopt.plan`, which answers from the cache if it can.
-cached_plan: PlanStep = functools.partial(plan, cache=True)
+#: `memopt.plan`, which compiles only what may fit, and answers from the cache if it can.
+cached_plan: PlanStep = functools.partial(plan, cache=True, skip_misfits=True)
 
 T = TypeVar("T")
 
@@ -38,11 +40,42 @@ class Edge(NamedTuple, Generic[T]):
         fits: The largest batch or the smallest mesh that fits; None if none does.
         exceeds: The next one, which does not fit; None if none is left to try.
         planned: The plans that were made, by batch size or mesh, in the order they were made.
+        failed: Those that the compiler failed on, with its words. They count as not fitting.
     """
 
     fits: T | None
     exceeds: T | None
     planned: Mapping[T, Plan]
+    failed: Mapping[T, str]
+
+
+class _Search(Generic[T]):
+    """The plans of a search, as they are made.
+
+    Attributes:
+        planned: As in `Edge`.
+        failed: As in `Edge`.
+    """
+
+    def __init__(self, plan: PlanStep, report: Report):
+        self.planned: dict[T, Plan] = {}
+        self.failed: dict[T, str] = {}
+        self._plan, self._report = plan, report
+
+    def fits(self, name: T, **options: Any) -> bool:
+        """Whether the step of these options fits."""
+        try:
+            found = self._plan(**options)
+        except jax.errors.JaxRuntimeError as error:
+            self.failed[name] = first_line(error)
+            return False
+        self.planned[name] = found
+        self._report(found)
+        return found.fits
+
+    def edge(self, fits: T | None, exceeds: T | None) -> Edge[T]:
+        """The result."""
+        return Edge(fits, exceeds, self.planned, self.failed)
 
 
 class Row(NamedTuple):
@@ -74,7 +107,8 @@ def fit_batch_size(
     fourth one halves the range.
 
     Args:
-        plan: A function like `memopt.plan`, which it is by default, with its cache.
+        plan: A function like `memopt.plan`, which it is by default, with its cache; for a model of
+            your own, `memopt.plan_step` with it, by `functools.partial`.
         mesh: The mesh. Batches are multiples of the parts that it splits them into.
         accumulation: Micro-batches of a batch; batches are multiples of it, too.
         most: The largest batch to try.
@@ -104,23 +138,21 @@ def fit_batch_size(
         sizes.get(axis, 1) for axis in BATCH_AXES
     )
     check_at_least("most", most, multiple)
-    planned: dict[int, Plan] = {}
+    search = _Search[int](plan, report)
 
     def fits(n: int) -> bool:
         size = n * multiple
-        planned[size] = plan(batch_size=size, mesh=mesh, accumulation=accumulation, **options)
-        report(planned[size])
-        return planned[size].fits
+        return search.fits(size, batch_size=size, mesh=mesh, accumulation=accumulation, **options)
 
     def guess() -> int | None:
-        margins = [(size, found.margin_bytes) for size, found in planned.items()]
-        if len(margins) < 2:
+        margins = [(size, found.margin_bytes) for size, found in search.planned.items()]
+        if len(margins) < 2 or search.failed:
             return None
         (a, more), (b, less) = sorted(sorted(margins, key=lambda one: abs(one[1]))[:2])
         return int((a + more * (b - a) / (more - less)) / multiple) if more > less else None
 
     found = _boundary(fits, guess, most // multiple) * multiple
-    return Edge(found or None, found + multiple if found + multiple in planned else None, planned)
+    return search.edge(found or None, found + multiple if found + multiple <= most else None)
 
 
 def fit_mesh(
@@ -137,7 +169,8 @@ def fit_mesh(
     After a mesh whose peak is k limits, one of k times as many chips is tried.
 
     Args:
-        plan: A function like `memopt.plan`, which it is by default, with its cache.
+        plan: A function like `memopt.plan`, which it is by default, with its cache; for a model of
+            your own, `memopt.plan_step` with it, by `functools.partial`.
         batch_size: Rows of a batch, over all chips. The mesh must divide them.
         mesh: Other axes of the mesh, such as "tensor=2".
         accumulation: Micro-batches of a batch.
@@ -162,17 +195,16 @@ def fit_mesh(
         )
     rows = batch_size // parts
     most = (rows & -rows).bit_length()  # powers of two, from 1, that divide the rows
-    planned: dict[str, Plan] = {}
+    search = _Search[str](plan, report)
     name = lambda n: ",".join([*filter(None, [mesh]), f"fsdp={2 ** (n - 1)}"])
 
     def exceeds(n: int) -> bool:
-        planned[name(n)] = plan(
-            mesh=name(n), batch_size=batch_size, accumulation=accumulation, **options
+        return not search.fits(
+            name(n), mesh=name(n), batch_size=batch_size, accumulation=accumulation, **options
         )
-        report(planned[name(n)])
-        return not planned[name(n)].fits
 
     def guess() -> int | None:
+        planned = search.planned
         sizes = [n for n in range(1, most + 1) if name(n) in planned]
         large = [n for n in sizes if not planned[name(n)].fits]
         if not large:
@@ -181,7 +213,7 @@ def fit_mesh(
         return large[-1] + math.ceil(math.log2(1 - last.margin_bytes / last.limit_bytes))
 
     found = _boundary(exceeds, guess, most)
-    return Edge(name(found + 1) if found < most else None, name(found) if found else None, planned)
+    return search.edge(name(found + 1) if found < most else None, name(found) if found else None)
 
 
 def _inherited(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,7 +264,8 @@ def fit_optimizer(
     """Plans optimizers, each with every storage of its state and the weights, released and not.
 
     Args:
-        plan: A function like `memopt.plan`, which it is by default, with its cache.
+        plan: A function like `memopt.plan`, which it is by default, with its cache; for a model of
+            your own, `memopt.plan_step` with it, by `functools.partial`.
         optimizers: Names in `memopt.available()`; None: all of memopt's own.
         states: How the state is stored, see `memopt.quantize_state`; None: as the method does.
         storages: How weights are stored, see `memopt.quantize_params`; None: in the plan's `dtype`.
@@ -243,7 +276,8 @@ def fit_optimizer(
 
     Returns:
         The rows: first those that fit, by their peak, then those that do not, then those that
-        cannot be planned.
+        were not compiled since weights and state alone are too large, then those that cannot be
+        planned, such as a method that cannot be released or a step that the compiler fails on.
 
     Raises:
         ValueError: If none can be planned; with the reason of the first.
@@ -303,11 +337,15 @@ def _all_planned(
 def _row(plan: PlanStep, chosen: Mapping[str, Any], options: Mapping[str, Any]) -> Row:
     try:
         return Row(chosen, plan(**chosen, **options))
-    except ValueError as error:  # such as a method that cannot be released
+    except ValueError as error:
         return Row(chosen, None, str(error))
+    except jax.errors.JaxRuntimeError as error:
+        return Row(chosen, None, f"the compiler failed: {first_line(error)}")
 
 
 def _rank(row: Row) -> tuple[int, int]:
     if row.plan is None:
-        return 2, 0
+        return 3, 0
+    if not row.plan.compiler:
+        return 2, row.plan.peak_bytes
     return int(not row.plan.fits), row.plan.peak_bytes

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -47,29 +47,31 @@ class OwnStep:
 
 def own_step(
     params: Any,
-    loss: Loss | StackedModel | None,
+    loss: Loss | StackedModel,
     batch: Any,
+    *,
     optimizer: str | optax.GradientTransformation,
-    given: Mapping[str, Any],
+    mesh: str | None,
+    batch_size: int | None,
+    release: bool,
+    weights: str | None,
+    state: str | None,
+    remat: str | None,
+    accumulation: int,
 ) -> Callable[[Sequence[jax.Device], str], OwnStep]:
     """Returns a function that maps devices, and the chip they are of, to the step on them.
 
-    Args:
-        params: As in `memopt.plan`.
-        loss: As in `memopt.plan`.
-        batch: As in `memopt.plan`.
-        optimizer: As in `memopt.plan`.
-        given: The other arguments of `memopt.plan`, by name.
+    The arguments are those of `memopt.plan_step`.
 
     Raises:
         ValueError: The arguments do not go together.
     """
-    remat = _check(loss, batch, given)
+    check_at_least("accumulation", accumulation, 1)
+    remat = _check_remat(loss, release, remat)
+    batch = batch if batch_size is None else _with_rows(batch, batch_size)
     rate = optax.constant_schedule(1e-3)
     tx = named_optimizer(optimizer, rate) if isinstance(optimizer, str) else optimizer
-    tx = quantize_state(tx, given["state"]) if given["state"] else tx
-    accumulation = 1 if given["accumulation"] is None else given["accumulation"]
-    check_at_least("accumulation", accumulation, 1)
+    tx = quantize_state(tx, state) if state else tx
     options: Any = {"tx": tx, "learning_rate": rate, "accumulation": accumulation}
 
     def make(devices: Sequence[jax.Device], _: str) -> OwnStep:
@@ -80,37 +82,30 @@ def own_step(
                     f"accumulation={accumulation} does not divide batch, which has {rows} rows."
                 )
         rows = max(lengths, default=1)
-        mesh = make_mesh(given["mesh"], rows // accumulation, devices)
-        placed = store_params(_place_params(params, mesh), given["weights"])
-        state = abstract_state(placed, tx, mesh)
+        here = make_mesh(mesh, rows // accumulation, devices)
+        placed = store_params(_place_params(params, here), weights)
+        _check_loss(loss, placed, batch, accumulation, here)
         step: Any
-        if given["release"]:
+        if release:
             shardings = jax.tree.map(lambda x: x.sharding, placed)
             model: Any = loss
             step = functools.partial(release_step, model=model, shardings=shardings, **options)
         else:
-            function: Any = loss
+            whole: Any = loss
             if isinstance(loss, StackedModel):
-                function = functools.partial(loss.loss, remat=remat == "full")
-            _check_loss(function, placed, batch, accumulation, mesh)
-            step = functools.partial(train_step, loss=function, **options)
-        return OwnStep(step, state, _place_batch(batch, mesh), mesh)
+                whole = functools.partial(loss.loss, remat=remat == "full")
+            step = functools.partial(train_step, loss=whole, **options)
+        return OwnStep(step, abstract_state(placed, tx, here), _place_batch(batch, here), here)
 
     return make
 
 
-def _check(loss: Any, batch: Any, given: Mapping[str, Any]) -> str:
-    """Checks the arguments of `own_step`; returns what the backward pass computes again."""
-    if loss is None or batch is None:
-        raise ValueError("params goes with loss and batch, those of the same model.")
-    taken = ("mesh", "release", "weights", "state", "accumulation", "remat")
-    for name, value in given.items():
-        if name not in taken and value is not None:
-            raise ValueError(f"{name} must be left out with params, a model of your own.")
-    stacked, release = isinstance(loss, StackedModel), given["release"]
+def _check_remat(loss: Any, release: bool, remat: str | None) -> str:
+    """Checks what goes with a kind of loss; returns what the backward pass computes again."""
+    stacked = isinstance(loss, StackedModel)
     if release and not stacked:
         raise ValueError("release needs a memopt.models.StackedModel as loss, got a function.")
-    remat = given["remat"] or ("none" if release or not stacked else "full")
+    remat = remat or ("none" if release or not stacked else "full")
     if remat != "none" and (not stacked or release or remat != "full"):
         raise ValueError(
             f"remat={remat!r} must be left out: only a StackedModel's ordinary step takes 'full'."
@@ -118,18 +113,41 @@ def _check(loss: Any, batch: Any, given: Mapping[str, Any]) -> str:
     return remat
 
 
-def _check_loss(loss: Loss, params: Any, batch: Any, accumulation: int, mesh: Mesh) -> None:
+def _with_rows(batch: Any, rows: int) -> Any:
+    """A batch with another number of rows, abstractly."""
+    check_at_least("batch_size", rows, 1)
+    found = sorted({x.shape[0] for x in jax.tree.leaves(batch) if x.shape})
+    if len(found) != 1:
+        raise ValueError(
+            f"batch_size={rows} needs a batch whose arrays all have the same number of rows, got "
+            f"{', '.join(map(str, found)) or 'none'}."
+        )
+    resize = lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) if x.shape else x
+    return jax.tree.map(resize, batch)
+
+
+def _check_loss(
+    loss: Loss | StackedModel, params: Any, batch: Any, accumulation: int, mesh: Mesh
+) -> None:
     """Traces a loss on a micro-batch; raises unless it returns two scalars."""
+    whole, name = (loss.loss, "head") if isinstance(loss, StackedModel) else (loss, "loss")
 
     def of_micro_batch(params: Any, batch: Any) -> Any:
         pieces = cut_batch(batch, accumulation, None, jnp.zeros((), jnp.int32))
-        return loss(dequantize_params(params), jax.tree.map(lambda x: x[0], pieces))
+        return whole(dequantize_params(params), jax.tree.map(lambda x: x[0], pieces))
 
-    with jax.set_mesh(mesh):
-        found = jax.eval_shape(of_micro_batch, params, _place_batch(batch, mesh))
+    try:
+        with jax.set_mesh(mesh):
+            found = jax.eval_shape(of_micro_batch, params, _place_batch(batch, mesh))
+    except Exception as error:
+        shapes = ", ".join(str(x.shape) for x in jax.tree.leaves(batch))
+        line = next(iter(str(error).splitlines()), "")
+        raise ValueError(
+            f"loss fails on a batch of shapes {shapes} ({type(error).__name__}: {line})."
+        ) from error
     if not isinstance(found, tuple) or [getattr(x, "shape", None) for x in found] != [(), ()]:
         raise ValueError(
-            f"loss must return (summed loss, number of tokens), two scalars, got {found}."
+            f"{name} must return (summed loss, number of tokens), two scalars, got {found}."
         )
 
 

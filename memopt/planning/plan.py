@@ -1,7 +1,6 @@
 """Whether a training step fits a chip, by the chip's own compiler; no chip is needed."""
 
 import dataclasses
-import functools
 import math
 import os
 import re
@@ -20,12 +19,15 @@ from memopt.planning.compiler_report import CompilerReport, compile_report
 from memopt.planning.own_step import own_step
 from memopt.planning.run_options import check_options, run_command, run_config
 from memopt.planning.step_memory import bytes_here
-from memopt.training.config import Config
+from memopt.training.config import Config, Optimization
 from memopt.training.describe import PLAIN, describe_run
 from memopt.training.placement import parse_mesh
 from memopt.training.step import Loss, TrainState
 
 Progress = Callable[[str], None]
+
+#: Shows no progress.
+silent: Progress = lambda line: None
 
 #: The share of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION is set; see
 #: docs.jax.dev, "GPU memory allocation".
@@ -49,7 +51,8 @@ class Plan:
         devices: The number of devices of the mesh.
         compiled_for: The chip that the step was compiled for: another one if the step does not fit
             `chip`, or "cpu" if the compiler of `chip` is not installed.
-        compiler: The compiler's name and version.
+        compiler: The compiler's name and version; "" if the step was not compiled, since weights
+            and state alone exceed the chip: `peak_bytes` is then their sum, the least it can be.
         peak_bytes: The most that is held at any moment: arguments, results and temporaries, less
             what is donated, of `memory_analysis()`.
         parameter_bytes: The parameters.
@@ -116,7 +119,7 @@ Make = Callable[[Sequence[jax.Device], str], Compilable]
 
 
 def plan(
-    model: str | None = None,
+    model: str,
     *,
     optimizer: str | optax.GradientTransformation | None = None,
     chip: str = "v5e",
@@ -129,25 +132,24 @@ def plan(
     dtype: str | None = None,
     remat: str | None = None,
     accumulation: int | None = None,
-    params: Any = None,
-    loss: Loss | StackedModel | None = None,
-    batch: Any = None,
-    progress: Progress = lambda line: None,
+    progress: Progress = silent,
     cache: bool = False,
+    skip_misfits: bool = False,
     **options: Any,
 ) -> Plan:
     """Asks a chip's compiler what one training step needs; allocates no array, runs nothing.
 
-    The step is the one that `memopt pretrain` or `memopt finetune` compiles with these options, or
-    with a model of your own the one of `memopt.training.train_step` or `release_step`, jitted with
-    its state donated.
+    The step is the one that `memopt pretrain` or `memopt finetune` compiles with these options. For
+    a model of your own see `memopt.plan_step`.
 
     Args:
         model: A preset, such as "7b"; a directory with a Hugging Face model, of which only the
             config is read, or with a run. Options that are None or False are as
             `memopt pretrain` has them that starts from it: of a run, those of the run; the
             defaults below are those of others.
-        optimizer: A name in `memopt.available()`, or any Optax transformation. None: apollo_mini.
+        optimizer: A name in `memopt.available()`; "module:function" of a function that maps
+            learning_rate to an Optax transformation, such as "optax:adam"; or any Optax
+            transformation. None: apollo_mini.
         chip: A name in `memopt.planning.chips.CHIPS`, or "cpu" for this machine.
         mesh: Axes and their sizes, such as "fsdp=16". None: one device.
         batch_size: Rows of a batch, over all devices and micro-batches. None: one for each part
@@ -160,15 +162,11 @@ def plan(
         remat: What the backward pass computes again: "none", "dots" or "full". None: "full", or
             "none" with `release`, which computes each block again anyway.
         accumulation: Micro-batches of a batch. None: 1.
-        params: The parameters of a model of your own, in place of `model`: a tree of
-            `jax.ShapeDtypeStruct` or arrays. A leaf with a `NamedSharding` is split by the same
-            axes of `mesh`; others are copied to every device.
-        loss: Its loss, a function of (parameters, batch) that returns the summed loss and the
-            number of tokens, or its `memopt.models.StackedModel`, which `release` needs.
-        batch: A batch of it, likewise; first axes are split over `data` and `fsdp`.
         progress: Is given a line about what the compiler works on, which may take minutes.
         cache: Whether to keep what the compiler says on disk, and look there first; see
             `memopt.planning.cache`.
+        skip_misfits: Whether to leave a step uncompiled whose weights and state alone exceed the
+            chip, as searches do. No more is known of it then.
         **options: Any other option of `memopt pretrain` that the step depends on, such as
             ``num_layers=8`` or ``option=("rank=128",)``.
 
@@ -182,7 +180,6 @@ def plan(
         >>> found.peak_bytes > found.parameter_bytes + found.state_bytes
         True
     """
-    check_choice("chip", chip, [*chips.CHIPS, "cpu"])
     check_options(options)
     given = {
         "mesh": mesh,
@@ -196,52 +193,128 @@ def plan(
         "accumulation": accumulation,
         **options,
     }
-    if (model is None) == (params is None):
-        raise ValueError("model or params must say what to train: give one of them.")
     tx = optimizer if isinstance(optimizer, optax.GradientTransformation) else None
-    if params is not None:
-        optimizer = optimizer or Config().optimization.optimizer
-        make: Make = own_step(params, loss, batch, optimizer, given)
-        name = optimizer if isinstance(optimizer, str) else "own"
-        return plan_step(
-            make, chip, _device_count(mesh), progress, cache, model="own", optimizer=name
-        )
-    for name in ("option", "predict_steps"):
-        if tx is not None and options.get(name):
-            raise ValueError(f"{name} goes with the name of an optimizer.")
 
     def config(compiled_for: str) -> Config:
         instead = {"dtype": "float32"} if compiled_for == "cpu" != chip else {}
         name: Any = optimizer if tx is None else PLAIN
-        return run_config(str(model), name, given | instead, compiled_for)
+        return run_config(model, name, given | instead, compiled_for)
 
     def describe(devices: Sequence[jax.Device], compiled_for: str) -> Compilable:
         return describe_run(config(compiled_for), devices=devices, tx=tx)
 
     asked = config(chip)
-    name = asked.optimization.optimizer if tx is None else "own"
-    count = _device_count(asked.run.mesh)
-    found = plan_step(describe, chip, count, progress, cache, model=str(model), optimizer=name)
+    found = plan_compilable(
+        describe,
+        chip,
+        device_count(asked.run.mesh),
+        progress,
+        cache,
+        skip_misfits,
+        model=model,
+        optimizer=asked.optimization.optimizer if tx is None else "own",
+    )
     notes = found.notes
     if found.compiled_for in chips.GPUS:
         notes += (
             "Attention works through the queries in chunks: a GPU that has cuDNN takes its flash "
             "attention instead, whose memory only cuDNN itself reports.",
         )
-    command = run_command(config(found.compiled_for), str(model)) if tx is None else ""
+    command = run_command(config(found.compiled_for), model) if tx is None else ""
     return dataclasses.replace(found, notes=notes, command=command)
 
 
-def _device_count(mesh: str | None) -> int:
+def plan_step(
+    params: Any,
+    loss: Loss | StackedModel,
+    batch: Any,
+    *,
+    optimizer: str | optax.GradientTransformation | None = None,
+    chip: str = "v5e",
+    mesh: str | None = None,
+    batch_size: int | None = None,
+    release: bool = False,
+    weights: str | None = None,
+    state: str | None = None,
+    remat: str | None = None,
+    accumulation: int | None = None,
+    progress: Progress = silent,
+    cache: bool = False,
+    skip_misfits: bool = False,
+) -> Plan:
+    """Asks a chip's compiler what one training step of a model of your own needs.
+
+    The step is that of `memopt.training.train_step` or `release_step`, jitted with its state
+    donated. As in `memopt.plan`, nothing is allocated and nothing runs.
+
+    Args:
+        params: The parameters: a tree of `jax.ShapeDtypeStruct` or arrays. A leaf with a
+            `NamedSharding` is split by the same axes of `mesh`; others are copied to every device.
+        loss: The loss, a function of (parameters, batch) that returns the summed loss and the
+            number of tokens, or a `memopt.models.StackedModel`, which `release` needs.
+        batch: A batch, likewise; first axes are split over `data` and `fsdp`.
+        optimizer: As in `memopt.plan`.
+        chip: As in `memopt.plan`.
+        mesh: As in `memopt.plan`.
+        batch_size: Rows of a batch, the length of the first axis of all its arrays. None: as many
+            as `batch` has.
+        release: As in `memopt.plan`.
+        weights: As in `memopt.plan`.
+        state: As in `memopt.plan`.
+        remat: What the backward pass of a `StackedModel` computes again: "none" or "full". None:
+            "full", or "none" with `release`, which computes each block again anyway.
+        accumulation: As in `memopt.plan`.
+        progress: As in `memopt.plan`.
+        cache: As in `memopt.plan`.
+        skip_misfits: As in `memopt.plan`.
+
+    Raises:
+        ValueError: The arguments do not go together, or the loss fails; says what to change.
+
+    Example:
+        >>> shape = lambda *dims: jax.ShapeDtypeStruct(dims, "float32")
+        >>> loss = lambda params, batch: (jax.numpy.sum((batch @ params) ** 2), batch.shape[0])
+        >>> found = plan_step(shape(64, 8), loss, shape(16, 64), optimizer="lion", chip="cpu")
+        >>> found.parameter_bytes, found.command
+        (2048, '')
+    """
+    make = own_step(
+        params,
+        loss,
+        batch,
+        optimizer=optimizer or Optimization.optimizer,
+        mesh=mesh,
+        batch_size=batch_size,
+        release=release,
+        weights=weights,
+        state=state,
+        remat=remat,
+        accumulation=1 if accumulation is None else accumulation,
+    )
+    return plan_compilable(
+        make,
+        chip,
+        device_count(mesh),
+        progress,
+        cache,
+        skip_misfits,
+        model="own",
+        optimizer=optimizer if isinstance(optimizer, str) else "own",
+    )
+
+
+def device_count(mesh: str | None) -> int:
+    """The number of devices of a mesh; None is one."""
     return math.prod(parse_mesh(mesh).values()) if mesh else 1
 
 
-def plan_step(
+def plan_compilable(
     make: Make,
     chip: str,
     count: int,
-    progress: Progress = lambda line: None,
+    progress: Progress = silent,
     cache: bool = False,
+    skip_misfits: bool = False,
     *,
     model: str,
     optimizer: str,
@@ -254,21 +327,24 @@ def plan_step(
         count: The number of devices.
         progress: As in `plan`.
         cache: As in `plan`.
+        skip_misfits: As in `plan`.
         model: The model's name, for the record.
         optimizer: The optimizer's name, likewise.
+
+    Raises:
+        ValueError: The chip is unknown, or the step cannot work.
     """
-    found = _compile(make, chip, count, progress, cache)
-    state, report, notes = found.step.state, found.report, found.notes
-    if report is None:
-        notes += ("No chip of its kind has the memory: only the sum is known.",)
-        report = CompilerReport(temporary_bytes=_needed(found.refused))
+    check_choice("chip", chip, [*chips.CHIPS, "cpu"])
+    limit = memory_of(chip, count)
+    found = _compile(make, chip, count, progress, cache, limit if skip_misfits else None)
+    report, notes = found.report, found.notes
     parts = {
-        "parameter_bytes": bytes_here(state.params),
-        "state_bytes": bytes_here(state.opt_state),
+        "parameter_bytes": bytes_here(found.step.state.params),
+        "state_bytes": bytes_here(found.step.state.opt_state),
         "gradient_bytes": report.gradient_bytes,
         "activation_bytes": report.activation_bytes,
     }
-    peak, limit = report.peak_bytes, memory_of(chip, count)
+    peak = report.peak_bytes
     margin = limit - peak - report.program_bytes
     fits = not found.refused and margin >= 0
     if fits and chip in chips.GPUS and peak > PREALLOCATED * chips.GPUS[chip].memory:
@@ -282,7 +358,7 @@ def plan_step(
         chip=chip,
         devices=count,
         compiled_for=found.compiled_for,
-        compiler=chips.compiler(found.compiled_for),
+        compiler=found.compiler,
         peak_bytes=peak,
         **parts,
         temporary_bytes=peak - sum(parts.values()),
@@ -305,46 +381,74 @@ class _Compiled(NamedTuple):
     Attributes:
         step: The step.
         compiled_for: As in `Plan`.
-        report: The compiler's report; None if it refuses the step.
+        compiler: As in `Plan`.
+        report: The compiler's report, or what is known without one.
         refused: The reason why the compiler of the chip that was asked about refuses the step.
         notes: As in `Plan`.
     """
 
     step: Compilable
     compiled_for: str
-    report: CompilerReport | None
+    compiler: str
+    report: CompilerReport
     refused: str
     notes: tuple[str, ...]
 
 
-def _compile(make: Make, chip: str, count: int, progress: Progress, cache: bool) -> _Compiled:
-    """Compiles a step for a chip, or in its place for the CPU or a roomier chip."""
+def _compile(
+    make: Make, chip: str, count: int, progress: Progress, keep: bool, most: int | None
+) -> _Compiled:
+    """Compiles a step for a chip, or in its place for the CPU or a roomier chip.
+
+    Args:
+        make: As in `plan_compilable`.
+        chip: As in `plan_compilable`.
+        count: As in `plan_compilable`.
+        progress: As in `plan`.
+        keep: `cache` of `plan`.
+        most: Bytes of weights and state beyond which nothing is compiled; None: any.
+    """
     notes: tuple[str, ...] = ()
     compiled_for = chip
     try:
         chips.compiler(chip)
     except ModuleNotFoundError as error:
-        notes += (f"{error} Compiled for this machine's CPU instead, which computes in float32.",)
+        notes += (
+            f"{error} Compiled for this machine's CPU instead, which computes in float32, as the "
+            "command below does.",
+        )
         compiled_for = "cpu"
-    attempt = functools.partial(_try, make, count=count, progress=progress, keep=cache)
-    step, report, refused = attempt(compiled_for)
+
+    def described() -> Compilable:
+        progress(f"tracing the step for {count} × {compiled_for}")
+        with without_cudnn():
+            return make(chips.devices(compiled_for, count), compiled_for)
+
+    step = described()
+    least = bytes_here(step.state.params) + bytes_here(step.state.opt_state)
+    if most is not None and least > most:
+        notes += ("Weights and state alone exceed the chip: the step was not compiled.",)
+        return _Compiled(step, compiled_for, "", CompilerReport(least), "", notes)
+    report, refused = _report(step, compiled_for, count, progress, keep)
     if report is None:
         notes += (f"The compiler refuses the step for {chip}: {refused}.",)
         compiled_for = roomiest(chip)
         if compiled_for != chip:
-            step, report, _ = attempt(compiled_for)
+            step = described()
+            report, _ = _report(step, compiled_for, count, progress, keep)
             if report:
                 notes += (f"The figures are those of a step compiled for {compiled_for}.",)
-    return _Compiled(step, compiled_for, report, refused, notes)
+    if report is None:
+        notes += ("No chip of its kind has the memory: only the sum is known.",)
+        report = CompilerReport(_needed(refused))
+    return _Compiled(step, compiled_for, chips.compiler(compiled_for), report, refused, notes)
 
 
-def _try(
-    make: Make, chip: str, *, count: int, progress: Progress, keep: bool
-) -> tuple[Compilable, CompilerReport | None, str]:
+def _report(
+    step: Compilable, chip: str, count: int, progress: Progress, keep: bool
+) -> tuple[CompilerReport | None, str]:
     """Compiles a step for a chip; in place of a report returns why the compiler refuses it."""
-    progress(f"tracing the step for {count} × {chip}")
     with without_cudnn():
-        step = make(chips.devices(chip, count), chip)
         lowered = step.lower()
     key = cache.key_of(lowered, chip) if keep else ""
     record = cache.load(key) if keep else None
@@ -356,11 +460,16 @@ def _try(
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            record["refused"] = str(error).splitlines()[0].rstrip(".")
+            record["refused"] = first_line(error).rstrip(".")
         if keep:
             cache.save(key, record, _sources(record["report"]))
     report = record["report"] and CompilerReport.from_json(record["report"])
-    return step, report, record["refused"]
+    return report, record["refused"]
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a compiler's words, which often go on for pages."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _sources(report: dict[str, Any] | None) -> list[str]:

@@ -33,16 +33,21 @@ def step_memory(compiled: jax.stages.Compiled, params: Any, opt_state: Any) -> S
         opt_state: Its optimizer state, likewise.
 
     Returns:
-        Bytes on one device; the peak is arguments, results and temporaries, less what is donated.
+        Bytes on one device.
     """
-    stats = compiled.memory_analysis()
-    peak = stats and (
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        + stats.temp_size_in_bytes
-        - stats.alias_size_in_bytes
-    )
-    return StepMemory(bytes_here(params), bytes_here(opt_state), peak)
+    return StepMemory(bytes_here(params), bytes_here(opt_state), peak_bytes(compiled))
+
+
+def peak_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """The most that is held on a device while a program runs; None if the compiler does not say.
+
+    It is arguments, results and temporaries, less what is donated.
+    """
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    taken = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return taken - memory.alias_size_in_bytes
 
 
 def bytes_here(tree: Any) -> int:

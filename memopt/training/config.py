@@ -11,7 +11,7 @@ from tyro import conf
 from memopt.errors import check_choice
 from memopt.json_files import read_json
 from memopt.models.config import LlamaConfig, Remat
-from memopt.optimizers.registry import METHODS, available
+from memopt.optimizers.registry import find_method
 from memopt.schedules import SHAPES
 
 DType = Annotated[str, conf.arg(metavar="{float32,bfloat16}")]
@@ -147,14 +147,15 @@ class Optimization:
     """The optimizer and its schedule.
 
     Attributes:
-        optimizer: A name that `memopt optimizers` lists.
+        optimizer: A name that `memopt optimizers` lists; or MODULE:FUNCTION of a function that
+            maps learning_rate to an Optax transformation, such as optax:adam.
         option: Argument of the optimizer, such as rank=128 or weight_decay=0.1;
             `memopt optimizers NAME` describes them.
         state: Store the optimizer's state in fewer bits.
         release: Update each block while the backward pass runs, so that all gradients are never
             there.
         learning_rate: Highest learning rate; by default that of the optimizer, which
-            `memopt optimizers` lists.
+            `memopt optimizers` lists, and AdamW's for a function of yours.
         schedule: A name that `memopt schedules` lists; cosine by default. With --resume, it
             replaces the schedule for the remaining steps, from the learning rate reached, and the
             learning rate's other options may be given, too; without it, the run's schedule goes on.
@@ -181,7 +182,7 @@ class Optimization:
         seed: Decides the initial parameters and the order of the data.
     """
 
-    optimizer: str = "apollo_mini"
+    optimizer: Annotated[str, conf.arg(metavar="NAME|MODULE:FUNCTION")] = "apollo_mini"
     option: Annotated[tuple[str, ...], conf.UseAppendAction, conf.arg(metavar="NAME=VALUE")] = ()
     state: State | None = None
     release: bool = False
@@ -313,8 +314,7 @@ class Config:
         options = self.optimization
         if options.learning_rate is not None:
             return options.learning_rate
-        check_choice("optimizer", options.optimizer, available())
-        return METHODS[options.optimizer].learning_rate
+        return find_method(options.optimizer).learning_rate
 
     @property
     def phases(self) -> tuple[Phase, ...]:

@@ -13,7 +13,7 @@ from memopt import optimizers
 from memopt.diagnostics import with_diagnostics
 from memopt.errors import check_at_least, check_choice
 from memopt.models import llama
-from memopt.optimizers.registry import METHODS
+from memopt.optimizers.registry import find_method
 from memopt.state.quantized_state import quantize_state
 from memopt.text.packing import FIELDS
 from memopt.training.batches import shares
@@ -77,8 +77,8 @@ def describe_run(
             f"accumulation={options.accumulation} does not divide "
             f"batch_size={config.text.batch_size}: change one."
         )
-    check_choice("optimizer", options.optimizer, optimizers.available())
-    if options.state and METHODS[options.optimizer].eval_params:
+    method = find_method(options.optimizer)
+    if options.state and method.eval_params:
         raise ValueError(
             f"state={options.state} must be left out with optimizer {options.optimizer!r}, whose "
             "state holds weights."
@@ -118,7 +118,7 @@ def describe_run(
 def _check_words(config: Config) -> None:
     """Raises if a word is given for an option that takes none, such as nesterov=false."""
     name = config.optimization.optimizer
-    method = METHODS[name]
+    method = find_method(name)
     parameters = inspect.signature(method.make).parameters
     for option, value in config.optimizer_options.items():
         check_choice(f"option of {name}:", option, method.defaults)
@@ -173,12 +173,18 @@ def _make_optimizer(
         return wrapped(optimizers.optimizer(options.optimizer, learning_rate, **named))
 
     if given is not None:
+        for name in ("option", "predict_steps"):
+            if getattr(options, name):
+                raise ValueError(
+                    f"{name} must be left out with an optimizer that has no name; give it by its "
+                    "name, or that of a function, MODULE:FUNCTION."
+                )
         return wrapped(given), None
     steps = options.predict_steps
     if not steps:
         return make(**named), None
     undecayed = (
-        {"weight_decay": 0.0} if "weight_decay" in METHODS[options.optimizer].defaults else {}
+        {"weight_decay": 0.0} if "weight_decay" in find_method(options.optimizer).defaults else {}
     )
     other = make(**(named | undecayed))
     return make(**named), lambda state, params: predict_parameters(other, state, params, steps)

@@ -43,7 +43,8 @@ def choose_directory(config: Config) -> Path:
         'runs/that/nobody/made'
     """
     output = config.run.output
-    default = Path("runs", f"{config.architecture.model}-{config.optimization.optimizer}")
+    optimizer = config.optimization.optimizer.replace(":", "-")  # of MODULE:FUNCTION
+    default = Path("runs", f"{config.architecture.model}-{optimizer}")
     if config.run.resume:
         runs = default.parent.glob(f"{default.name}*/config.json")
         latest = max(runs, key=lambda path: path.stat().st_mtime, default=default / "config.json")

@@ -2,19 +2,22 @@
 
 import json
 
+import jax
 import pytest
 
-from memopt.cli import fit
+from memopt.cli import plan as command
 from memopt.cli.plan import plan_command
 from memopt.planning.plan import Plan
 
 GIB = 2**30
 
 
-def planned(*, batch_size=1, mesh=None, release=False, weights=None, optimizer="lion", **options):
+def planned(*, batch_size=1, mesh=None, release=False, weights=None, optimizer=None, **options):
     """16 GiB: 4 of weights and 2 of state on each chip of a mesh, 1.5 for a row."""
     if release and optimizer == "oasis":
         raise ValueError("oasis cannot be released.")
+    if optimizer == "mkor" or batch_size == 5:
+        raise jax.errors.JaxRuntimeError("INTERNAL: no tiles.")
     count = int(mesh.rpartition("=")[2]) if mesh else 1
     parameters = 4 * GIB // count // (2 if weights else 1)
     state = 2 * GIB // count
@@ -26,7 +29,7 @@ def planned(*, batch_size=1, mesh=None, release=False, weights=None, optimizer="
         chip="v5e",
         devices=count,
         compiled_for="v5e",
-        compiler="libtpu 1.0",
+        compiler="" if optimizer == "soap" else "libtpu 1.0",
         peak_bytes=peak,
         parameter_bytes=parameters,
         state_bytes=state,
@@ -35,8 +38,8 @@ def planned(*, batch_size=1, mesh=None, release=False, weights=None, optimizer="
         temporary_bytes=0,
         program_bytes=0,
         limit_bytes=16 * GIB,
-        fits=peak <= 16 * GIB,
-        margin_bytes=16 * GIB - peak,
+        fits=peak <= 16 * GIB and optimizer != "soap",
+        margin_bytes=-GIB if optimizer == "soap" else 16 * GIB - peak,
         largest=(),
         traffic_bytes=3 * peak,
         collectives=None,
@@ -48,7 +51,7 @@ def planned(*, batch_size=1, mesh=None, release=False, weights=None, optimizer="
 
 @pytest.fixture(autouse=True)
 def no_compiler(monkeypatch):
-    monkeypatch.setattr(fit, "plan", planned)
+    monkeypatch.setattr(command, "plan", planned)
 
 
 def run(capsys, *words):
@@ -77,8 +80,22 @@ def test_a_search_as_json(capsys):
 
 def test_optimizers_with_every_storage_and_the_reasons_why_some_cannot_be_planned(capsys):
     out = run(capsys, "--fit", "optimizer", "--optimizers", "lion", "oasis")
-    assert len([line for line in out.splitlines() if " left" in line]) == 8 + 4
+    lines = out.splitlines()
+    assert len([line for line in lines if line.strip().startswith(("lion", "oasis"))]) == 8 + 4
+    assert max(map(len, lines)) <= 80
+    assert "12 of 12 fit." in out
     assert "cannot be planned: oasis: oasis cannot be released." in out
+
+
+def test_what_the_compiler_fails_on_or_need_not_see_is_said(capsys):
+    out = run(capsys, "--fit", "optimizer", "--optimizers", "mkor", "soap", "--release")
+    assert "cannot be planned: mkor: the compiler failed: INTERNAL: no tiles." in out
+    assert ">7.5" in out
+    assert "0 of 4 fit." in out
+    assert "weights and state alone exceed the chip" in out
+    out = run(capsys, "--fit", "batch-size", "--accumulation", "5")
+    assert "the compiler fails on 5, which counts as not fitting: INTERNAL: no tiles." in out
+    assert "No batch fits: the smallest, 5, does not." in out
 
 
 def test_what_is_given_restricts_the_table(capsys):

@@ -16,8 +16,11 @@ def model():
     loss = lambda params, batch: (jnp.sum((batch @ params["w"]) ** 2), jnp.asarray(4))
     return {"w": shape(32, 16)}, loss, shape(4, 32)
 
-def optimizer():
-    return optax.adam(1e-3)
+def optimizer(learning_rate):
+    return optax.adam(learning_rate)
+
+def nothing(learning_rate):
+    return 3
 
 def wrong():
     return 3
@@ -71,7 +74,7 @@ def test_a_model_and_an_optimizer_of_ones_own_are_named_by_their_functions(own, 
     )
     found = json.loads(capsys.readouterr().out)
     assert found["parameter_bytes"] == 4 * 32 * 16
-    assert found["state_bytes"] == 2 * found["parameter_bytes"] + 4
+    assert found["state_bytes"] == 2 * found["parameter_bytes"] + 2 * 4  # counts of updates
 
 
 @pytest.mark.parametrize(
@@ -95,10 +98,14 @@ def test_a_model_and_an_optimizer_of_ones_own_are_named_by_their_functions(own, 
         (["--model", "nano", "--seq-len", "0"], "seq_len must be at least 1, got 0"),
         (["--model", "own_module:wrong"], "must return (parameters, loss, batch), got int"),
         (
-            ["--model", "nano", "--optimizer", "own_module:wrong"],
-            "an Optax transformation, got int",
+            ["--model", "nano", "--optimizer", "own_module:nothing"],
+            "an optax.GradientTransformation, got int",
         ),
-        (["--model", "own_module:model", "--seq-len", "8"], "seq_len must be left out"),
+        (
+            ["--model", "nano", "--optimizer", "own_module:wrong"],
+            "'own_module:wrong' failed (TypeError: wrong() takes 0",
+        ),
+        (["--model", "own_module:model", "--seq-len", "8"], "--seq-len must be left out"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_a_sentence(own, arguments, message, capsys):

@@ -73,7 +73,7 @@ def test_options_change_the_preset(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        (["--methods", "lyon"], "method 'lyon' is unknown; did you mean 'lion'?"),
+        (["--methods", "lyon"], "optimizer 'lyon' is unknown; did you mean 'lion'?"),
         (["--over", "batch_size"], "over must be given with target_loss"),
         (["--sizes", "3M"], "size '3M' is unknown"),
         (["--steps", "30"], "steps must be a multiple of 20, got 30."),

@@ -4,6 +4,7 @@ import itertools
 import json
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from memopt.planning.fit import fit_batch_size, fit_mesh, fit_optimizer
@@ -13,7 +14,11 @@ LIMIT = 1000
 
 def planned(peak):
     return SimpleNamespace(
-        peak_bytes=peak, limit_bytes=LIMIT, margin_bytes=LIMIT - peak, fits=peak <= LIMIT
+        peak_bytes=peak,
+        limit_bytes=LIMIT,
+        margin_bytes=LIMIT - peak,
+        fits=peak <= LIMIT,
+        compiler="a compiler",
     )
 
 
@@ -68,6 +73,19 @@ def test_every_plan_is_reported():
     seen = []
     edge = fit_batch_size(plan=by_batch(lambda b: 100 * b), report=seen.append)
     assert seen == list(edge.planned.values())
+
+
+def fails(*args):
+    raise jax.errors.JaxRuntimeError("INTERNAL: no tiles.\nAnd so on.")
+
+
+@pytest.mark.parametrize("most", [1, 5, 100])
+def test_a_batch_that_the_compiler_fails_on_counts_as_not_fitting(most):
+    edge = fit_batch_size(plan=by_batch(lambda b: b if b <= most else fails()))
+    assert (edge.fits, edge.exceeds) == (most, most + 1)
+    assert edge.failed[most + 1] == "INTERNAL: no tiles."
+    assert most + 1 not in edge.planned
+    assert len(edge.planned) + len(edge.failed) <= 15
 
 
 def by_mesh(peak):
@@ -127,6 +145,17 @@ def test_all_storages_of_each_optimizer_sorted_by_what_fits():
     assert ranks == sorted(ranks)
     assert {first for first, _ in ranks} == {0, 1, 2}
     assert {row.refused for row in rows if not row.plan} == {"release must be left out with oasis."}
+
+
+def test_a_step_that_the_compiler_fails_on_or_need_not_see_is_a_row():
+    def plan(*, optimizer, **options):
+        found = planned({"lion": 1001, "adamw": 9}.get(optimizer) or fails())
+        return SimpleNamespace(**vars(found) | {"compiler": "" if optimizer == "lion" else "x"})
+
+    once = {"states": [None], "storages": [None], "releases": [False]}
+    rows = fit_optimizer(plan=plan, optimizers=["muon", "lion", "adamw"], **once)
+    assert [row.options["optimizer"] for row in rows] == ["adamw", "lion", "muon"]
+    assert rows[2].refused == "the compiler failed: INTERNAL: no tiles."
 
 
 def test_some_storages_of_some_optimizers():

@@ -15,11 +15,13 @@ from memopt.models import StackedModel, llama
 from memopt.planning import cache, chips
 from memopt.planning import plan as planning
 from memopt.planning.buffers import absolute
-from memopt.planning.plan import Plan, plan, roomiest
+from memopt.planning.own_step import own_step
+from memopt.planning.plan import Plan, plan, plan_step, roomiest
 from memopt.planning.run_options import run_command, run_config
 from memopt.planning.step_memory import bytes_here
 from memopt.training.config import Config
 from memopt.training.describe import describe_run
+from memopt.training.directory import choose_directory
 from memopt.training.loop import train
 from memopt.training.open import open_run
 from tests.training import nano
@@ -229,6 +231,9 @@ def no_count(rest, x, batch):
 
 
 MODEL = StackedModel(embed, block, head)
+UNEVEN = {"x": jax.ShapeDtypeStruct((16, 64), "float32"), "y": jax.ShapeDtypeStruct((2,), "int32")}
+OPTIONS = {"optimizer": "lion", "mesh": None, "release": False, "weights": None, "state": None}
+OPTIONS |= {"remat": None, "accumulation": 1}
 
 
 def own():
@@ -242,7 +247,7 @@ def test_a_model_of_ones_own_is_planned_in_both_steps():
     params, batch = own()
     tx = optax.adam(1e-3)
     ordinary, released = (
-        plan(params=params, loss=loss, batch=batch, optimizer=tx, chip="cpu", release=release)
+        plan_step(params, loss, batch, optimizer=tx, chip="cpu", release=release)
         for loss, release in ((MODEL.loss, False), (MODEL, True))
     )
     size = 4 * (64 * 64 + 8 * 64 * 64 + 64)
@@ -252,15 +257,53 @@ def test_a_model_of_ones_own_is_planned_in_both_steps():
     assert released.peak_bytes < ordinary.peak_bytes
 
 
+def test_a_batch_of_ones_own_has_as_many_rows_as_are_asked_for():
+    params, batch = own()
+    rows = lambda n: {"x": (n, 64), "y": (n, 1)}
+    for size, wanted in ((None, 16), (6, 6)):
+        make = own_step(params, MODEL, batch, **OPTIONS | {"batch_size": size})
+        assert jax.tree.map(lambda x: x.shape, make(jax.devices()[:1], "cpu").batch) == rows(wanted)
+
+
+def test_a_step_whose_weights_and_state_exceed_the_chip_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(planning, "memory_of", lambda chip, count: 1000)
+    monkeypatch.setattr(planning, "compile_report", lambda *args: pytest.fail("compiled"))
+    params, batch = own()
+    found = plan_step(params, MODEL, batch, optimizer="lion", chip="cpu", skip_misfits=True)
+    assert found.peak_bytes == found.parameter_bytes + found.state_bytes > 1000
+    assert (found.fits, found.compiler, found.temporary_bytes) == (False, "", 0)
+    assert found.margin_bytes == 1000 - found.peak_bytes
+    assert "not compiled" in found.notes[0]
+
+
+def test_an_optimizer_without_a_name_predicts_no_parameters_of_a_run(tmp_path):
+    options = {"model": "nano", "optimizer": "sgd", "predict_steps": 2, "seq_len": 8}
+    (tmp_path / "config.json").write_text(json.dumps(Config.from_flat(options).flat()))
+    with pytest.raises(ValueError, match="predict_steps must be left out with an optimizer that"):
+        plan(str(tmp_path), optimizer=optax.sgd(1.0), chip="cpu")
+
+
+def test_a_function_of_a_module_names_an_optimizer_and_its_options():
+    given = {"seq_len": 8, "option": ("b1=0.8",), "predict_steps": 2}
+    config = run_config("nano", "optax:adamw", given, "cpu")
+    setup = describe_run(config, trace=False, devices=jax.devices()[:1])
+    named = describe_run(run_config("nano", "adamw", given, "cpu"), devices=jax.devices()[:1])
+    assert jax.tree.map(lambda x: x.shape, setup.state) == jax.tree.map(
+        lambda x: x.shape, named.state
+    )
+    assert run_command(config, "nano").startswith("memopt pretrain --model nano --optimizer optax:")
+    assert choose_directory(config).name == "nano-optax-adamw"
+
+
 def test_a_model_of_ones_own_is_split_as_its_leaves_say():
     params, batch = own()
     mesh = jax.sharding.AbstractMesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     place = jax.sharding.NamedSharding(mesh, jax.P(None, "fsdp"))
     split = jax.ShapeDtypeStruct((8, 64, 64), "float32", sharding=place)
-    found = plan(
-        params=params | {"blocks": {"kernel": split}},
-        loss=MODEL.loss,
-        batch=batch,
+    found = plan_step(
+        params | {"blocks": {"kernel": split}},
+        MODEL.loss,
+        batch,
         optimizer="lion",
         chip="cpu",
         mesh="fsdp=2",
@@ -280,6 +323,9 @@ def test_without_its_compiler_a_chip_is_planned_in_float32_on_the_cpu(monkeypatc
     assert found.limit_bytes == chips.CHIPS["v5e"].memory
     assert "pip install" in found.notes[0]
     assert "CPU instead, which computes in float32" in found.notes[0]
+    setup = describe_run(parse(shlex.split(found.command)[2:]), trace=False)
+    assert bytes_here(setup.state.params) == found.parameter_bytes
+    assert setup.model_config.dtype == "float32"
 
 
 def test_a_step_that_its_compiler_refuses_is_compiled_for_a_roomier_chip(monkeypatch, ordinary):
@@ -321,7 +367,7 @@ def test_the_roomiest_chip_is_of_the_same_kind():
 def test_the_same_question_is_answered_without_the_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     params, batch = own()
-    ask = lambda: plan(params=params, loss=MODEL.loss, batch=batch, chip="cpu", cache=True)
+    ask = lambda: plan_step(params, MODEL.loss, batch, chip="cpu", cache=True)
     first = ask()
     monkeypatch.setattr(planning, "compile_report", lambda *args: pytest.fail("compiled again"))
     assert ask() == first
@@ -337,7 +383,7 @@ def test_jaxs_own_cache_of_programs_takes_no_record_away(tmp_path):
         for name, value in options.items():
             jax.config.update(name, value)
         for _ in range(2):
-            found = plan(params=params, loss=MODEL.loss, batch=batch, chip="cpu")
+            found = plan_step(params, MODEL.loss, batch, chip="cpu")
             assert len(found.largest) == 5
         assert jax.config.jax_enable_compilation_cache
     finally:
@@ -354,14 +400,12 @@ def test_jaxs_own_cache_of_programs_takes_no_record_away(tmp_path):
         ({"model": "nano", "rank": 4}, "option 'rank' is unknown"),
         ({"model": "nano", "init": "nowhere"}, "option init must be left out"),
         ({"model": "nano", "seed": None}, "option seed must be left out"),
-        ({"model": "nano", "optimizer": optax.sgd(1.0), "predict_steps": 2}, "predict_steps goes"),
+        ({"model": "nano", "optimizer": optax.sgd(1.0), "predict_steps": 2}, "predict_steps must"),
         ({"model": "nano", "batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"model": "nano", "weights": "int5"}, "option weights must be"),
         ({"model": "nano", "mesh": "fsdp"}, "mesh 'fsdp' must name axes once and size them"),
         ({"model": "nano", "mesh": "fsdp=3", "batch_size": 2}, "does not divide its 2 rows"),
         ({"model": "nano", "optimizer": "muon", "release": True, "seq_len": 65}, "seq_len=65 is"),
-        ({}, "model or params must say what to train"),
-        ({"params": {}}, "params goes with loss and batch"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_a_sentence(options, message):
@@ -373,23 +417,26 @@ def test_what_cannot_be_planned_is_refused_in_a_sentence(options, message):
     ("options", "message"),
     [
         ({"release": True}, "release needs a memopt.models.StackedModel"),
-        ({"seq_len": 8}, "seq_len must be left out with params"),
         ({"remat": "dots"}, "remat='dots' must be left out"),
         ({"accumulation": 3}, "accumulation=3 does not divide batch, which has 16 rows"),
         ({"accumulation": 0}, "accumulation must be at least 1, got 0"),
         ({"loss": lambda params, batch: MODEL.loss(params, batch)[0]}, "loss must return"),
         ({"loss": lambda params, batch: batch["x"]}, "loss must return"),
         ({"loss": StackedModel(embed, block, no_count), "release": True}, "head must return"),
+        ({"loss": lambda params, batch: batch["z"]}, r"loss fails .*\(16, 64\), \(16, 1\) \(KeyE"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 8, "batch": UNEVEN}, "batch_size=8 needs a batch .* of rows, got 2, 16"),
     ],
 )
 def test_what_a_model_of_ones_own_decides_is_no_option(options, message):
     params, batch = own()
     with pytest.raises(ValueError, match=message):
-        plan(**{"params": params, "loss": MODEL.loss, "batch": batch, "chip": "cpu"} | options)
+        plan_step(params, **{"loss": MODEL.loss, "batch": batch, "chip": "cpu"} | options)
 
 
-def test_memopt_has_the_function():
+def test_memopt_has_the_functions():
     assert memopt.plan is plan
+    assert memopt.plan_step is plan_step
 
 
 def test_defaults_are_those_of_the_function_and_not_of_a_run():
