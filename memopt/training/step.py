@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memopt.state.precision import where_applied
+from memopt.state.precision import to_float32, where_applied
 from memopt.state.quantized_params import apply_rounded_updates, dequantize_params
 from memopt.training.measure import Measure, check_measure, measured_metrics, sum_measured
 from memopt.transforms.gradient_norm import global_norm
@@ -248,5 +248,19 @@ def _mean_gradient(
     )
     (total, tokens), gradients = sums
     tokens = jnp.maximum(tokens, 1)
-    gradients = jax.tree.map(lambda g, p: (g / tokens).astype(p.dtype), gradients, point)
+    gradients = mean_gradients(gradients, tokens, point)
     return total / tokens, gradients, tokens, measured_metrics(measured, counts)
+
+
+def mean_gradients(sums: Any, tokens: jax.Array | int, like: Any) -> Any:
+    """Divides sums of gradients by the number of tokens, in the dtypes of `like`.
+
+    By a product, which XLA for TPUs repeats for each reader; the result of a division it keeps, as
+    a second copy of the gradients.
+    """
+
+    def mean(total: jax.Array, like: Any) -> jax.Array:
+        total = to_float32(total)
+        return (total * (1 / jnp.asarray(tokens, total.dtype))).astype(like.dtype)
+
+    return jax.tree.map(mean, sums, like)

@@ -33,6 +33,7 @@ from memopt.training.step import (
     TrainState,
     cut_batch,
     finish_step,
+    mean_gradients,
 )
 from memopt.transforms.microbatches import sum_microbatches
 from memopt.transforms.skip_nonfinite import skips_matrices
@@ -420,7 +421,7 @@ class _ReleaseStep:
     def _means(self, gradients: Leaves) -> Leaves:
         """Divides sums of gradients by the tokens, unless `_head` has."""
         tokens = 1 if self.accumulation == 1 else self.tokens
-        return {i: (g / tokens).astype(self.like[i].dtype) for i, g in gradients.items()}
+        return mean_gradients(gradients, tokens, {i: self.like[i] for i in gradients})
 
     @jax.named_scope(WEIGHTS)
     def _load(self, stored: Any, leaves: Sequence[int], layer: Array | None = None) -> Leaves:
