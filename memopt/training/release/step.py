@@ -270,12 +270,9 @@ class _ReleaseStep:
         """
         measure = None if carry.measured is None else self.measure
         if self.first:
-            carry = visit(carry, self._means(self._of_first(gradients)), None)
             # The head is updated before the loop, or its gradient would be kept through it.
-            updated = {i: carry.params[i] for i in self.first}
-            cotangent, updated = jax.lax.optimization_barrier((cotangent, updated))
-            params = [updated.get(i, node) for i, node in enumerate(carry.params)]
-            carry = carry._replace(params=params)
+            carry = visit(carry, self._means(self._of_first(gradients)), None)
+            cotangent, carry = jax.lax.optimization_barrier((cotangent, carry))
 
         def block(back: tuple[_Carry, list[Array]], xs: tuple[Array, Any]) -> Any:
             (inside, cotangent), (layer, x) = back, xs
