@@ -135,7 +135,11 @@ def train_step(
     if observe:
         point = at, zero_statistics(at)
         gradient_of = lambda pair, batch: loss(pair[0], batch, statistics=pair[1])
-    mean_loss, found, tokens, measured = _mean_gradient(gradient_of, point, pieces, measure)
+    # Of a layer's statistics only one is a gradient, and would be scaled with the loss.
+    of_mean = accumulation == 1 and not observe
+    mean_loss, found, tokens, measured = _mean_gradient(
+        gradient_of, point, pieces, measure, of_mean
+    )
     gradients, statistics = found
     norm = global_norm(gradients)
     applied = jnp.isfinite(mean_loss)
@@ -227,7 +231,7 @@ def cut_batch(batch: Batch, accumulation: int, rng: jax.Array | None, step: jax.
 
 
 def _mean_gradient(
-    loss: Loss, point: Any, pieces: Any, measure: Measure | None
+    loss: Loss, point: Any, pieces: Any, measure: Measure | None, of_mean: bool
 ) -> tuple[jax.Array, Any, jax.Array, Metrics]:
     """Returns the mean loss a token, its gradient in dtypes of the point, tokens, measurements.
 
@@ -236,11 +240,12 @@ def _mean_gradient(
         point: A pair, of the parameters and what else the gradient is taken by.
         pieces: The micro-batches.
         measure: What to measure of the parameters' gradients.
+        of_mean: Whether the only micro-batch's loss is divided before it is differentiated.
     """
-    gradient = jax.value_and_grad(loss, has_aux=True)
 
     def one(piece: Any) -> tuple[Any, Any]:
-        (total, tokens), gradients = gradient(point, piece)
+        of_piece = lambda point: loss(point, piece)
+        (gradients,), total, tokens = differentiate(of_piece, point, of_mean=of_mean)
         return ((total, tokens), gradients), tokens if measure else None
 
     sums, counts, measured = sum_measured(
@@ -248,8 +253,24 @@ def _mean_gradient(
     )
     (total, tokens), gradients = sums
     tokens = jnp.maximum(tokens, 1)
-    gradients = mean_gradients(gradients, tokens, point)
+    gradients = mean_gradients(gradients, 1 if of_mean else tokens, point)
     return total / tokens, gradients, tokens, measured_metrics(measured, counts)
+
+
+def differentiate(
+    loss: Loss, *points: Any, of_mean: bool
+) -> tuple[tuple[Any, ...], jax.Array, jax.Array]:
+    """Returns the gradients by each point, the summed loss and the number of tokens.
+
+    Args:
+        loss: Maps the points to (summed loss, number of tokens).
+        *points: What to differentiate by.
+        of_mean: Whether the gradients are those of the mean loss a token. It spares scaling them:
+            XLA may keep gradients that it scales as a second copy.
+    """
+    total, pull, tokens = jax.vjp(loss, *points, has_aux=True)
+    divisor = jnp.maximum(tokens, 1) if of_mean else jnp.ones(())
+    return pull(1 / divisor.astype(total.dtype)), total, tokens
 
 
 def mean_gradients(sums: Any, tokens: jax.Array | int, like: Any) -> Any:

@@ -32,6 +32,7 @@ from memopt.training.step import (
     Metrics,
     TrainState,
     cut_batch,
+    differentiate,
     finish_step,
     mean_gradients,
 )
@@ -367,10 +368,9 @@ class _ReleaseStep:
         def one(x: Any, piece: Batch) -> Any:
             floats, join = split_floats(x)
             loss = lambda leaves, floats: self.model.head(rest(leaves), join(floats), piece)
-            total, pull, tokens = jax.vjp(loss, weights, floats, has_aux=True)
-            # Of the mean at once if it is known: no gradient need be scaled into another array.
-            mean = jnp.maximum(tokens, 1) if self.accumulation == 1 else jnp.ones(())
-            gradients, cotangent = pull((1 / mean).astype(total.dtype))
+            (gradients, cotangent), total, tokens = differentiate(
+                loss, weights, floats, of_mean=self.accumulation == 1
+            )
             return {i: gradients[i] for i in leaves}, (cotangent, total, tokens)
 
         return one
