@@ -36,12 +36,12 @@ def the_one(results, like):
     [
         ({"optimizer": "adafactor"} | BFLOAT16, 13.6),
         ({"optimizer": "adalomo"} | BFLOAT16, 13.6),
-        ({"optimizer": "apollo_mini"} | BFLOAT16, 14.25),  # aimed at 14.2
+        ({"optimizer": "apollo_mini"} | BFLOAT16, 14.2),
         ({"optimizer": "adafactor", "model": "7b"} | INT8, 8.0),
         ({"optimizer": "adalomo"} | INT8, 8.0),
         ({"optimizer": "apollo_mini"} | INT8, 8.5),
         ({"optimizer": "adafactor", "model": "13b"} | INT8, 15.75),
-        ({"optimizer": "adafactor", "mesh": "fsdp=16", "release": True}, 1.92),  # at 1.9
+        ({"optimizer": "adafactor", "mesh": "fsdp=16", "release": True}, 1.9),
     ],
 )
 def test_measured_peaks_on_a_v5e_stay_near_what_was_aimed_at(record, most):
@@ -55,19 +55,30 @@ def test_7b_in_int8_leaves_a_quarter_of_a_gpu_of_12_gb():
     assert found["peak_bytes"] <= 9e9
 
 
+def test_every_row_says_which_compiler_made_it():
+    assert {record["compiler"].split()[0] for record in V5E} == {"libtpu"}
+
+
 @pytest.mark.tpu
 @pytest.mark.parametrize(
-    ("optimizer", "options", "most"),
+    "like",
     [
-        ("adafactor", {}, 13.6),
-        ("adafactor", {"weights": "int8"}, 8.0),
+        {"optimizer": "adafactor", "release": False, "mesh": None},
+        {"optimizer": "adafactor"} | BFLOAT16,
+        {"optimizer": "adafactor", "model": "7b"} | INT8,
+        {"optimizer": "adafactor", "mesh": "fsdp=16", "release": True},
+        {"optimizer": "apollo_mini", "release": False},
     ],
+    ids=["ordinary", "released", "int8 weights", "fsdp", "int8 state"],
 )
-def test_7b_fits_one_v5e_chip(optimizer, options, most):
-    record = memory.measure(optimizer, memory.Options(release=True, **options))
-    assert record["compiled_for"] == "v5e"
-    assert record["parameter_bytes"] + record["gradient_bytes"] < record["peak_bytes"]
-    assert record["peak_bytes"] <= most * GIB
+def test_a_row_is_still_what_the_compiler_says(like):
+    """Measure the file again if this fails: the code has changed, or the compiler."""
+    record = the_one(V5E, like)
+    given = {name: record[name] for name in memory.Options._fields if name in record}
+    found = memory.measure(record["optimizer"], memory.Options(**given))
+    assert found["compiled_for"] == record["compiled_for"]
+    assert found["parameter_bytes"] + found["gradient_bytes"] < found["peak_bytes"]
+    assert found["peak_bytes"] == pytest.approx(record["peak_bytes"], rel=0.01), found["compiler"]
 
 
 @pytest.mark.gpu

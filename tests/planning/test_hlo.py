@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 
-from memopt.planning import hlo
+from memopt.planning import chips, hlo
 
 SIDE = 64
 SIZE = 4 * SIDE * SIDE
@@ -100,6 +100,42 @@ def test_the_branch_of_a_refresh_counts_when_it_is_asked_for():
     between = hlo.by_kind(hlo.collectives(text))
     assert "all-gather" not in between
     assert hlo.by_kind(hlo.collectives(text, refresh=True))["all-gather"]["bytes"] == SIZE
+
+
+def fsdp_product(devices):
+    """A product with weights split over the devices, and its gradients: text, bytes of weights."""
+    mesh = jax.sharding.Mesh(devices, ("x",), axis_types=(AxisType.Auto,))
+    place = lambda *shape: jax.ShapeDtypeStruct(
+        shape, jnp.float32, sharding=NamedSharding(mesh, SPLIT)
+    )
+    w, x = place(1024, 2048), place(512 * len(devices), 1024)
+    gradients = jax.grad(lambda w, x: jnp.square(jnp.tanh(x @ w)).sum(), argnums=(0, 1))
+    jitted = jax.jit(gradients, out_shardings=(w.sharding, x.sharding))
+    return jitted.lower(w, x).compile().as_text(), 4 * w.size
+
+
+def test_a_product_gathers_its_weights_and_sums_their_gradient():
+    text, weights = fsdp_product(jax.devices()[:8])
+    assert hlo.by_kind(hlo.collectives(text)) == {
+        "all-gather": {"bytes": weights, "count": 1},
+        "all-reduce": {"bytes": 2 * weights, "count": 1},
+    }
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+    ("count", "moved"),
+    [
+        (8, {"all-gather": (1, 1), "all-reduce": (2, 1)}),
+        # The compiler gathers by summing arrays that are zero but for a device's own part.
+        (64, {"all-reduce": (4, 2)}),
+    ],
+)
+def test_a_tpus_product_gathers_its_weights_and_sums_their_gradient(count, moved):
+    text, weights = fsdp_product(chips.devices("v5p", count))
+    assert hlo.by_kind(hlo.collectives(text)) == {
+        kind: {"bytes": times * weights, "count": count} for kind, (times, count) in moved.items()
+    }
 
 
 TPU = """

@@ -465,6 +465,21 @@ def test_a_tpus_compiler_refuses_what_is_too_large():
     assert found.peak_bytes > found.limit_bytes
 
 
+@pytest.mark.tpu
+@pytest.mark.parametrize(("optimizer", "state"), [("adafactor", None), ("apollo_mini", "int8")])
+def test_an_ordinary_step_on_a_tpu_holds_gradients_once(optimizer, state):
+    found = plan(
+        "7b",
+        optimizer=optimizer,
+        state=state,
+        chip="v5p",
+        num_layers=4,
+        vocab_size=256,
+        seq_len=128,
+    )
+    assert found.peak_bytes - found.state_bytes < 2.2 * found.parameter_bytes
+
+
 @pytest.mark.gpu
 def test_a_gpus_compiler_names_what_it_holds(lines):
     found = plan("tiny", optimizer="adamw", chip="rtx4090", mesh="fsdp=2", seq_len=256)
