@@ -208,6 +208,7 @@ CLAIMS = (
 
 #: Tables whose numbers are not measured: the source of each, by page and first columns.
 NOT_MEASURED = {
+    "docs/choosing.md": {"you want | take": "names of methods and precisions"},
     "docs/combinations.md": {"combination | what holds": "definitions"},
     "docs/comparison.md": {
         "preset | models": "`memopt.comparison.PRESETS`",
