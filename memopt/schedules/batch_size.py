@@ -20,7 +20,6 @@ def doubling(first: int, last: int, length: int) -> BatchSchedule:
     return lambda used: min(last, first << min(used, length) * doublings // length)
 
 
-#: Every schedule of the batch size by name; they map first, last and length to a `BatchSchedule`.
 BATCH_SHAPES: dict[str, Choice] = {
     "ramp": Choice(
         ramp,
@@ -33,6 +32,7 @@ BATCH_SHAPES: dict[str, Choice] = {
         "Smith et al., 2018, https://arxiv.org/abs/1711.00489, with a factor of 2",
     ),
 }
+"""Every schedule of the batch size by name; they map first, last and length to a `BatchSchedule`."""
 
 
 def batch_names() -> tuple[str, ...]:

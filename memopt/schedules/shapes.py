@@ -354,7 +354,6 @@ def restarts(
     )
 
 
-#: Every decay shape by name.
 SHAPES: dict[str, Shape] = {
     "constant": Shape(
         constant,
@@ -430,6 +429,7 @@ SHAPES: dict[str, Shape] = {
         "Loshchilov and Hutter, SGDR, 2017, https://arxiv.org/abs/1608.03983",
     ),
 }
+"""Every decay shape by name."""
 
 
 def register(name: str, shape: Shape) -> None:

@@ -17,7 +17,13 @@ from memopt.shapes import Bits, Numbers
 from memopt.state.codecs.base import Codec, Coded, reciprocal
 
 BLOCK = 128
-SUBLANES, LANES = 8, 128  # the tiles in which a TPU stores arrays of 32 bits
+"""Numbers that share a scale, by default."""
+
+SUBLANES = 8
+"""Rows of the tiles in which a TPU stores arrays of 32 bits."""
+
+LANES = 128
+"""Columns of these tiles."""
 
 
 @dataclasses.dataclass(frozen=True)

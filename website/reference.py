@@ -1,0 +1,229 @@
+"""The pages of the API reference: every public name, by the room that it is from.
+
+A module's public names are the functions and classes that it defines, and all that it imports as
+itself (``import x as x``), but for modules and names that begin with an underscore.
+"""
+
+import ast
+import functools
+import importlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from memopt.optimizers.registry import METHODS
+
+
+class Page(NamedTuple):
+    """A page of the reference.
+
+    Attributes:
+        name: its file's name.
+        title: its title.
+        about: a sentence or two below the title, in Markdown.
+        modules: the public modules whose names it has.
+        rooms: the beginnings of the modules in which these names are defined.
+    """
+
+    name: str
+    title: str
+    about: str
+    modules: tuple[str, ...]
+    rooms: tuple[str, ...] = ("memopt",)
+
+
+PAGES = (
+    Page(
+        "optimizers",
+        "Optimizers",
+        "Each method has [a page of its own](../methods/index.md). Here are the functions that find "
+        "one by name, and what all methods share.",
+        ("memopt.optimizers",),
+    ),
+    Page(
+        "transforms",
+        "Transformations",
+        "The parts of the methods, for chains of your own ([Compose](../compose.md)).",
+        ("memopt.transforms",),
+    ),
+    Page(
+        "projectors",
+        "Projectors",
+        "Rules that give each matrix the subspace in which `memopt.in_subspace` works "
+        "([Optimizers in a subspace](../subspace.md)).",
+        ("memopt.transforms.projectors",),
+    ),
+    Page(
+        "recombine",
+        "Recombinations",
+        "Rules that make a full-size update of one in a subspace.",
+        ("memopt.transforms.recombine",),
+    ),
+    Page(
+        "matrices",
+        "Matrices",
+        "Which axes of a parameter are rows and columns, and what it is taken for "
+        "([Models of other libraries](../models.md)).",
+        ("memopt",),
+        ("memopt.axes", "memopt.matrices", "memopt.parameters", "memopt.errors"),
+    ),
+    Page(
+        "state",
+        "State",
+        "Bytes, sharding and precision of the state of any Optax transformation.",
+        ("memopt",),
+        ("memopt.state",),
+    ),
+    Page(
+        "codecs",
+        "Codecs",
+        "Storage in 16, 8 or 4 bits ([Fewer bits](../precision.md)).",
+        ("memopt.state.codecs",),
+    ),
+    Page(
+        "schedules",
+        "Schedules",
+        "Learning rates and batch sizes as functions of the step "
+        "([Learning rates](../learning_rates.md)).",
+        ("memopt.schedules",),
+    ),
+    Page(
+        "laws",
+        "Laws",
+        "Published laws of rates, batches and losses ([Laws](../laws.md)).",
+        ("memopt.schedules.laws",),
+    ),
+    Page(
+        "models",
+        "Models",
+        "The model that the training steps take, and memopt's LLaMA "
+        "([Your own model](../own_models.md)).",
+        ("memopt.models", "memopt.models.llama"),
+    ),
+    Page(
+        "training",
+        "Training",
+        "The training step and the [released](../release.md) one, checkpoints and controllers.",
+        ("memopt.training", "memopt.training.release", "memopt.training.controllers"),
+    ),
+    Page(
+        "planning",
+        "Planning",
+        "The memory of a step, from the compiler of a chip ([Plan](../plan.md)).",
+        ("memopt", "memopt.planning"),
+        ("memopt.planning",),
+    ),
+    Page(
+        "comparison",
+        "Comparison",
+        "Optimizers tuned with the same budget, and compared.",
+        ("memopt.comparison",),
+    ),
+)
+
+
+def public_names(module: str) -> dict[str, str]:
+    """The public names of a module, each with the module that it is defined in.
+
+    Args:
+        module: an importable module.
+
+    Example:
+        >>> public_names("memopt.planning")["fit_mesh"]
+        'memopt.planning.fit'
+    """
+    return {
+        name: home
+        for name, home in _exported(_body(module), module)
+        if not name.startswith("_")
+        if not inspect.ismodule(getattr(importlib.import_module(module), name))
+    }
+
+
+@functools.cache
+def _body(module: str) -> list[ast.stmt]:
+    return ast.parse(Path(str(importlib.import_module(module).__file__)).read_text()).body
+
+
+def _exported(body: list[ast.stmt], module: str) -> Iterator[tuple[str, str]]:
+    for node in body:
+        match node:
+            case ast.ImportFrom(module=str(source)):
+                for alias in node.names:
+                    if alias.name == "*":
+                        names = importlib.import_module(source).__all__
+                        yield from ((name, _home(source, name)) for name in names)
+                    elif alias.asname == alias.name:
+                        yield alias.name, _home(source, alias.name)
+            case ast.ClassDef(name=name) | ast.FunctionDef(name=name):
+                yield name, module
+            case ast.If(test=ast.Name(id="TYPE_CHECKING" | "_TYPE_CHECKING")):
+                yield from _exported(node.body, module)
+
+
+def _home(module: str, name: str) -> str:
+    """The module that defines a name that another has imported."""
+    for node in _body(module):
+        if isinstance(node, ast.ImportFrom) and name in {alias.name for alias in node.names}:
+            return _home(str(node.module), name) if node.module != module else module
+    return module
+
+
+def has_docstring(module: str, name: str) -> bool:
+    """Whether the source of a module describes what it defines under a name."""
+    body = _body(module)
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        match node:
+            case ast.ClassDef() | ast.FunctionDef() if node.name == name:
+                return ast.get_docstring(node) is not None
+            case ast.Assign(targets=[ast.Name(id=found)]) | ast.AnnAssign(target=ast.Name(id=found)):
+                if found == name:
+                    return isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+    return False
+
+
+def names_on(page: Page) -> dict[str, str]:
+    """The names on a page, each with the module it is shown from; classes of states come last."""
+    found = {
+        name: module
+        for module in page.modules
+        for name, home in public_names(module).items()
+        if home.startswith(page.rooms) and name not in METHODS
+    }
+    return dict(sorted(found.items(), key=lambda item: (item[0].endswith("State"), item[0])))
+
+
+def undocumented() -> list[str]:
+    """Public names that have no docstring."""
+    return sorted(
+        f"{module}.{name}"
+        for module in {module for page in PAGES for module in page.modules}
+        for name, home in public_names(module).items()
+        if name not in METHODS and not has_docstring(home, name)
+    )
+
+
+def text(page: Page) -> str:
+    """The Markdown of a page."""
+    parts = [f"# {page.title}", page.about]
+    for name, module in names_on(page).items():
+        # Users find these names in memopt itself, or in its module of that name.
+        parts.append(f"[](){{ #{public_path(module, name)} }}\n\n::: {module}.{name}")
+    return "\n\n".join(parts) + "\n"
+
+
+def public_path(module: str, name: str) -> str:
+    """The shortest path by which users reach a name.
+
+    Example:
+        >>> public_path("memopt.transforms.projectors", "svd")
+        'memopt.projectors.svd'
+    """
+    import memopt
+
+    for start in (memopt, getattr(memopt, module.rpartition(".")[2], None)):
+        found = getattr(start, name, None)
+        if found is not None and found is getattr(importlib.import_module(module), name):
+            return f"{start.__name__.replace('transforms.', '').replace('state.', '')}.{name}"
+    return f"{module}.{name}"
