@@ -103,7 +103,7 @@ class _Equation:
         called = self.peek("word") or self.tokens[self.at][1].isalpha()
         base = bare = self.symbol()
         if base.startswith("<mrow><mo"):
-            bare = re.sub(r'^<mrow><mo[^>]*>\(</mo>(.*)<mo[^>]*>\)</mo></mrow>$', r"\1", base)
+            bare = re.sub(r"^<mrow><mo[^>]*>\(</mo>(.*)<mo[^>]*>\)</mo></mrow>$", r"\1", base)
         base, attached = self.scripts(base)
         if called and self.peek(values="("):
             base, again = self.scripts(_row(base + self.symbol()))
@@ -126,7 +126,9 @@ class _Equation:
                 below += self.unfenced()
             elif self.peek(values="^"):
                 self.take()
-                sign = f"<mo>{self.take().replace('-', '−')}</mo>" if self.peek(values="±−-") else ""
+                sign = (
+                    f"<mo>{self.take().replace('-', '−')}</mo>" if self.peek(values="±−-") else ""
+                )
                 above += sign + self.unfenced()
             else:
                 break
@@ -139,7 +141,7 @@ class _Equation:
 
     def unfenced(self) -> str:
         symbol = self.symbol()
-        return re.sub(r'^<mrow><mo[^>]*>\(</mo>(.*)<mo[^>]*>\)</mo></mrow>$', r"\1", symbol)
+        return re.sub(r"^<mrow><mo[^>]*>\(</mo>(.*)<mo[^>]*>\)</mo></mrow>$", r"\1", symbol)
 
     def symbol(self) -> str:
         """A letter, a word, a number or a parenthesis with its contents."""
@@ -148,7 +150,7 @@ class _Equation:
         if kind == "other" and value in FENCES:
             inside = self.row(FENCES[value])
             closing = self.take() if self.at < len(self.tokens) else ""
-            fence = lambda sign: f'<mo stretchy="false">{sign}</mo>'
+            fence = lambda sign: f"<mo>{sign}</mo>"
             return f"<mrow>{fence(value)}{inside}{fence(closing)}</mrow>"
         if kind == "quoted":
             return f'<mtext class="code">{escape(value.strip("`"))}</mtext>'
@@ -178,9 +180,9 @@ def math(text: str) -> str:
 
     Example:
         >>> math("U = G / √S")
-        '<math><mi>U</mi><mo>=</mo><mfrac><mrow><mi>G</mi></mrow><mrow><msqrt><mi>S</mi></msqrt></mrow></mfrac></math>'
+        '<math displaystyle="true"><mi>U</mi><mo>=</mo><mfrac><mrow><mi>G</mi></mrow><mrow><msqrt><mi>S</mi></msqrt></mrow></mfrac></math>'
     """
-    return f"<math>{_Equation(text).row()}</math>"
+    return f'<math displaystyle="true">{_Equation(text).row()}</math>'
 
 
 def _remark(text: str) -> str:
@@ -215,10 +217,12 @@ def box(block: str) -> str:
         if is_used
     )
     lines = "".join(f"<tr>{cells(row)}</tr>" for row in rows)
-    return f'<div class="algorithm"><table>{lines}</table></div>'
+    return f'<div class="algorithm"><table class="lines">{lines}</table></div>'
 
 
-LITERAL = re.compile(r"^(?P<before>.*?):?:\n\n(?P<block>(?:    .*\n?|\n(?=\n*    ))+)", re.MULTILINE)
+LITERAL = re.compile(
+    r"^(?P<before>.*?):?:\n\n(?P<block>(?:    .*\n?|\n(?=\n*    ))+)", re.MULTILINE
+)
 
 
 def with_boxes(docstring: str) -> str:

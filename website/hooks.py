@@ -49,7 +49,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for page in reference.PAGES:
         add(f"api/{page.name}.md", reference.text(page))
     add("changelog.md", (ROOT / "CHANGELOG.md").read_text())
-    linked = {m["path"] for f in files.documentation_pages() for m in OUTSIDE.finditer(f.content_string)}
+    linked = {
+        m["path"] for f in files.documentation_pages() for m in OUTSIDE.finditer(f.content_string)
+    }
     for path in sorted(linked):
         if files.get_file_from_path(path) is None and (ROOT / path).is_file():
             files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))

@@ -6,12 +6,11 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from benchmarks import convergence, readme
-from benchmarks.report import markdown_table
 from benchmarks.results import RESULTS, read
 from memopt.comparison.analysis import Summary, summarize
 from memopt.comparison.records import read_records
@@ -33,6 +32,12 @@ def rows(name: str) -> list[dict[str, Any]]:
 def summaries() -> tuple[Summary, ...]:
     """What the committed comparison came to; nothing as long as it has no tuned runs."""
     return tuple(summarize(read_records(COMPARISON))) if COMPARISON.exists() else ()
+
+
+def table(columns: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, with all columns on the left."""
+    lines = [columns, ["---"] * len(columns), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def sections(name: str) -> dict[str, str]:
@@ -83,7 +88,7 @@ def facts(name: str) -> str:
     if method.needs:
         needed = f"`{method.needs}`, {EXTRA_ARGUMENTS[method.needs]}"
         found.append(("its update needs", needed))
-    return markdown_table(("", ""), found)
+    return table(("", ""), found)
 
 
 def _sizes(name: str) -> list[tuple[str, str]]:
@@ -133,7 +138,7 @@ def options(name: str) -> str:
         for key in shown
         if key != "as_released"
     ]
-    return markdown_table(("option", "default", "meaning"), cells)
+    return table(("option", "default", "meaning"), cells)
 
 
 def _paper_and_code(name: str) -> str:
@@ -145,13 +150,13 @@ def _paper_and_code(name: str) -> str:
     runs = [r for r in rows("parity") if r["method"] == name]
     if not runs:
         return said
-    table = markdown_table(
+    errors = table(
         ("recorded run", "of", "largest error"),
         [(f"`{r['run']}`", r["from"], f"{r['error']:.1e}") for r in runs],
     )
     return (
         f"{said}\n\nErrors against runs recorded from others' code, relative to how far the "
-        f"parameter has moved (`python -m benchmarks.parity`):\n\n{table}"
+        f"parameter has moved (`python -m benchmarks.parity`):\n\n{errors}"
     )
 
 
@@ -231,7 +236,9 @@ def _draw(panels: Sequence[tuple[str, Mapping[str, Sequence[tuple[float, float]]
     with rc_context(colors | {"svg.hashsalt": "memopt", "font.size": 9}):
         figure = Figure(figsize=(4.2 * len(panels), 2.8), layout="constrained")
         figure.patch.set_alpha(0)
-        for axes, (label, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for axes, (label, curves) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
             axes.patch.set_alpha(0)
             for color, (method, points) in zip((METHOD, OTHER), curves.items(), strict=False):
                 x, y = zip(*[p for p in points if math.isfinite(p[1])], strict=True)
@@ -286,8 +293,10 @@ def _linked(text: str) -> str:
 
 def index() -> str:
     """The page with all methods, by their state."""
-    files = [json.loads((RESULTS / f"{name}.json").read_text()) for name in ("state_bytes", "parity")]
-    table = re.sub(r"`memopt\.(\w+)`", r"[`\1`](\1.md)", readme.table(*files))
+    files = [
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("state_bytes", "parity")
+    ]
+    kept = re.sub(r"`memopt\.(\w+)`", r"[`\1`](\1.md)", readme.table(*files))
     return f"""# Methods
 
 Each is a function of the learning rate that returns an Optax transformation. p ≤ q are the sides of
@@ -295,10 +304,10 @@ an m×n matrix; by default r = p/4 is the rank and ρ = ¼ the density. Bytes ar
 of the whole model, counted by `python -m benchmarks.state_bytes`. The error is the largest against
 runs recorded from the authors' code, or others', and how many there are.
 
-{table}
+{kept}
 Optax's optimizers can be built by name, too: [Baselines](../baselines.md).
 
 ## Which one
 
-{markdown_table(("method", "choose it for"), [(f"[{title(name)}]({name}.md)", METHODS[name].when) for name in available("memopt")])}
+{table(("method", "choose it for"), [(f"[{title(name)}]({name}.md)", METHODS[name].when) for name in available("memopt")])}
 """

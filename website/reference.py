@@ -177,21 +177,24 @@ def has_docstring(module: str, name: str) -> bool:
         match node:
             case ast.ClassDef() | ast.FunctionDef() if node.name == name:
                 return ast.get_docstring(node) is not None
-            case ast.Assign(targets=[ast.Name(id=found)]) | ast.AnnAssign(target=ast.Name(id=found)):
+            case (
+                ast.Assign(targets=[ast.Name(id=found)]) | ast.AnnAssign(target=ast.Name(id=found))
+            ):
                 if found == name:
                     return isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
     return False
 
 
-def names_on(page: Page) -> dict[str, str]:
-    """The names on a page, each with the module it is shown from; classes of states come last."""
+def names_on(page: Page) -> dict[str, tuple[str, str]]:
+    """The names on a page, functions first and states last, each with its module and its home."""
     found = {
-        name: module
+        name: (module, home)
         for module in page.modules
         for name, home in public_names(module).items()
         if home.startswith(page.rooms) and name not in METHODS
     }
-    return dict(sorted(found.items(), key=lambda item: (item[0].endswith("State"), item[0])))
+    order = lambda name: (name.endswith("State"), not name.islower(), name)
+    return {name: found[name] for name in sorted(found, key=order)}
 
 
 def undocumented() -> list[str]:
@@ -207,9 +210,10 @@ def undocumented() -> list[str]:
 def text(page: Page) -> str:
     """The Markdown of a page."""
     parts = [f"# {page.title}", page.about]
-    for name, module in names_on(page).items():
-        # Users find these names in memopt itself, or in its module of that name.
-        parts.append(f"[](){{ #{public_path(module, name)} }}\n\n::: {module}.{name}")
+    for name, (module, home) in names_on(page).items():
+        path = public_path(module, name)
+        anchor = f"[](){{ #{path} }}\n\n" if path != f"{home}.{name}" else ""
+        parts.append(f"{anchor}::: {home}.{name}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -37,6 +37,14 @@ def adafactor(
 ) -> optax.GradientTransformationExtraArgs:
     """Adafactor: a factored second moment of m + n numbers for an m×n matrix.
 
+    With β₂ₜ = 1 − t^−decay_rate and t = count + 1, for each matrix::
+
+        R ← β₂ₜ R + (1 − β₂ₜ) mean_cols(G² + ε₁)            m numbers
+        C ← β₂ₜ C + (1 − β₂ₜ) mean_rows(G² + ε₁)            n numbers
+        U = G / √(R C / mean(R))
+        U ← max(ε₂, RMS(W)) · U / max(1, RMS(U) / clip_threshold)
+        W ← W − lr · (U + weight_decay · W)
+
     All parameters are treated alike; vectors keep a full second moment. Each matrix of a stacked
     array has its own factorisation and root mean square. State: m + n float32 numbers per matrix,
     mn more with `b1`.

@@ -28,6 +28,14 @@ def adalomo(
 ) -> optax.GradientTransformationExtraArgs:
     """AdaLomo: LOMO with a factored second moment and updates normalised per matrix.
 
+    With β₂ₜ = 1 − t^−decay_rate and t = count + 1, for each matrix::
+
+        R ← β₂ₜ R + (1 − β₂ₜ) mean_cols(G² + ε₁)            m numbers
+        C ← β₂ₜ C + (1 − β₂ₜ) mean_rows(G² + ε₁)            n numbers
+        U = G / √(R C / mean(R))
+        U ← max(ε₂, RMS(W)) · U / max(1, RMS(U) / clip_threshold)
+        W ← W − lr · (U + weight_decay · W)
+
     Each update depends on one matrix only, so that it can run during the backward pass. All
     parameters are treated alike, including embeddings; vectors keep a full second moment. State:
     m + n float32 numbers per matrix.

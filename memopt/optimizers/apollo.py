@@ -139,6 +139,15 @@ def apollo_mini(
 ) -> optax.GradientTransformationExtraArgs:
     """APOLLO-Mini: APOLLO with rank 1 and one scaling factor per matrix, at SGD's memory cost.
 
+    With t = count + 1::
+
+        P ~ N(0, 1)                        drawn from the seed, never stored
+        R = PᵀG                            1×n (or G P, m×1, if m > n)
+        N = Adam(R), uncorrected
+        S = G · ‖N‖ / ‖R‖                  per matrix
+        U = √scale · limit_norm_growth(S)
+        W ← W − lr · (√(1−β₂ᵗ)/(1−β₁ᵗ) · U + weight_decay · W)
+
     State: 2q + 1 numbers for a matrix of longer side q, and the step counts. The arguments are
     those of `apollo`, with defaults rank 1, scale 128 and ``per="matrix"``.
 

@@ -22,6 +22,12 @@ def lion(
 ) -> optax.GradientTransformationExtraArgs:
     """Lion: the sign of an interpolated momentum.
 
+    ::
+
+        U = sign(β₁ M + (1 − β₁) G)
+        M ← β₂ M + (1 − β₂) G
+        W ← W − lr · (U + weight_decay · W)
+
     Use a learning rate 3 to 10 times lower than AdamW's, and a weight decay higher by the same
     factor. All parameters are treated alike, including embeddings and norms. State: mn numbers per
     matrix.

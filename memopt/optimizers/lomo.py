@@ -19,6 +19,10 @@ def lomo(
 ) -> optax.GradientTransformationExtraArgs:
     """LOMO: stochastic gradient descent that can run during the backward pass.
 
+    ::
+
+        W ← W − lr · (clip(G, ±clip_value) + weight_decay · W)
+
     The chain is plain SGD; the training loop decides whether each gradient is used and freed as
     soon as it exists. It clips elementwise, since the global norm is not known before the last
     gradient. All parameters are treated alike. State: none.

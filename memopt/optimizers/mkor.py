@@ -32,8 +32,8 @@ def mkor(
     Every `refresh_every` steps, with a layer's mean input a and summed output gradient g::
 
         J ← ζ J + (1 − ζ) I                        for J_A and J_G, if max|J| > ε
-        J_A ← (γ J_A⁻¹ + (1−γ) aaᵀ)⁻¹              by the identity of Sherman and Morrison
-        J_G ← (γ J_G⁻¹ + (1−γ) ggᵀ)⁻¹
+        J_A ← (γ J_A⁻¹ + (1−γ) a aᵀ)⁻¹             by the identity of Sherman and Morrison
+        J_G ← (γ J_G⁻¹ + (1−γ) g gᵀ)⁻¹
 
     and at every step, for kernels stored as (inputs, outputs)::
 

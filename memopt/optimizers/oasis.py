@@ -33,10 +33,10 @@ def oasis(
     With z random signs, H the Hessian and F the loss of this step's batch at both points, and norms
     over all parameters::
 
-        D ← β₂ D + (1 − β₂) z ∘ Hz                    the mean of many at the first step
+        D ← β₂ D + (1 − β₂) z ∘ H z                   the mean of many at the first step
         D̂ = max(|D|, min_curvature)
-        η ← min(√(1 + θ) η, ½ ‖Wₖ − Wₖ₋₁‖_D̂ / ‖∇F(Wₖ) − ∇F(Wₖ₋₁)‖_D̂⁻¹)       η₀ = first_step
-        θ ← η / η of the previous step                                       θ₀ = ∞
+        η ← min(√(1 + θ) η, ½ ‖Wₖ − Wₖ₋₁‖_D̂ / ‖∇F(Wₖ) − ∇F(Wₖ₋₁)‖_(D̂⁻¹))     η₀ = first_step
+        θ ← η / η_before                                                     θ₀ = ∞
         W ← W − lr · (η ∇F(Wₖ) / D̂ + weight_decay · W)
 
     A step costs two gradients and a product with the Hessian, as much as about two more; the first

@@ -32,7 +32,7 @@ BATCH_SHAPES: dict[str, Choice] = {
         "Smith et al., 2018, https://arxiv.org/abs/1711.00489, with a factor of 2",
     ),
 }
-"""Every schedule of the batch size by name; they map first, last and length to a `BatchSchedule`."""
+"""Every schedule of the batch size by name: functions of first, last and length."""
 
 
 def batch_names() -> tuple[str, ...]:

@@ -104,7 +104,7 @@ def scale_by_hutchinson(
 
     With H the Hessian of the loss and z random signs::
 
-        D ← β₂ D + (1 − β₂) z ∘ Hz             D = the mean of z ∘ Hz at the first step
+        D ← β₂ D + (1 − β₂) z ∘ H z            D = the mean of z ∘ H z at the first step
         U = G / max(|D|, min_curvature)
 
     The update needs the loss as a function of the parameters, `obj_fn`, as memopt's training step

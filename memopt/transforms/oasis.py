@@ -44,8 +44,8 @@ def scale_by_oasis(
     With D from `memopt.scale_by_hutchinson`, D̂ = max(|D|, min_curvature), F the loss of this
     step's batch at both points, and norms over all parameters, weighted by D̂ or its inverse::
 
-        η ← min(√(1 + θ) η, ½ ‖Wₖ − Wₖ₋₁‖_D̂ / ‖∇F(Wₖ) − ∇F(Wₖ₋₁)‖_D̂⁻¹)       η₀ = first_step
-        θ ← η / η of the previous step                                       θ₀ = ∞
+        η ← min(√(1 + θ) η, ½ ‖Wₖ − Wₖ₋₁‖_D̂ / ‖∇F(Wₖ) − ∇F(Wₖ₋₁)‖_(D̂⁻¹))     η₀ = first_step
+        θ ← η / η_before                                                     θ₀ = ∞
         U = η G / D̂
 
     A step costs two gradients, ∇F(Wₖ) and ∇F(Wₖ₋₁), and one product with the Hessian, which is as
