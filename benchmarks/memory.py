@@ -206,7 +206,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of LLaMA-7b for README, in GiB."""
+    """The table of LLaMA-7b for the docs, in GiB."""
     kinds: dict[str, dict[str, Any]] = {
         "ordinary": {"release": False, "weights": None},
         "released": {"release": True, "weights": None},
@@ -218,7 +218,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def fine_tuning_table(*reports: dict[str, Any]) -> str:
-    """The table of the released LLaMA-3-8b for README, in GiB, a column for each chip."""
+    """The table of the released LLaMA-3-8b for the docs, in GiB, a column for each chip."""
     rows = []
     for r in reports[0]["results"]:
         where = {key: r[key] for key in ("optimizer", "model", "weights", "state")}

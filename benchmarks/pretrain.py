@@ -38,7 +38,7 @@ class Options(NamedTuple):
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of bytes for README."""
+    """The table of bytes for the docs."""
     kept = report["results"]["bytes"]
     columns = {"bytes": "", "APOLLO-Mini": "apollo_mini", "optax.adamw": "adamw"}
     names = {"parameters": "parameters", "state": "optimizer state", "peak": "peak of a step"}

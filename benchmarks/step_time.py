@@ -164,7 +164,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table for README."""
+    """The table for the docs."""
     columns = ("optimizer", "from", "ms", "÷ optax.adamw", "min–max", "state MB")
     return markdown_table(columns, map(_row, report["results"]))
 

@@ -252,7 +252,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The paragraph for README: the methods by what they move, Optax's with its name."""
+    """The paragraph for the docs: the methods by what they move, Optax's with its name."""
     names = {r["optimizer"]: r["traffic"] for r in report["results"]}
     title = lambda name: f"`{METHODS[name].library}.{name.removeprefix('optax_')}`"
     words = [f"{title(name)} {names[name]:.2f}" for name in sorted(names, key=lambda n: names[n])]

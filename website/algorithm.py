@@ -64,7 +64,7 @@ class _Equation:
             if until and self.peek(values=until):
                 break
             if self.peek(values=OPERATORS):
-                parts.append(f"<mo>{escape(self.take().replace('-', '−'))}</mo>")
+                parts.append(_operator(self.take()))
                 joined = False
                 continue
             if self.at == len(self.tokens):
@@ -106,8 +106,7 @@ class _Equation:
             bare = re.sub(r"^<mrow><mo[^>]*>\(</mo>(.*)<mo[^>]*>\)</mo></mrow>$", r"\1", base)
         base, attached = self.scripts(base)
         if called and self.peek(values="("):
-            base, again = self.scripts(_row(base + self.symbol()))
-            attached = True
+            base, attached = self.scripts(_row(base + self.symbol()))[0], True
         return base, base if attached else bare
 
     def scripts(self, base: str) -> tuple[str, bool]:
@@ -168,6 +167,10 @@ def _symbol(value: str) -> str:
     return f"<mi>{value}</mi>" if value.isalpha() else f"<mo>{escape(value)}</mo>"
 
 
+def _operator(sign: str) -> str:
+    return f"<mo>{escape(sign.replace('-', '−'))}</mo>"
+
+
 def _row(content: str) -> str:
     return f"<mrow>{content}</mrow>"
 
@@ -179,8 +182,8 @@ def math(text: str) -> str:
         text: an equation in plain text.
 
     Example:
-        >>> math("U = G / √S")
-        '<math displaystyle="true"><mi>U</mi><mo>=</mo><mfrac><mrow><mi>G</mi></mrow><mrow><msqrt><mi>S</mi></msqrt></mrow></mfrac></math>'
+        >>> math("√S")
+        '<math displaystyle="true"><msqrt><mi>S</mi></msqrt></math>'
     """
     return f'<math displaystyle="true">{_Equation(text).row()}</math>'
 
@@ -221,12 +224,12 @@ def box(block: str) -> str:
 
 
 LITERAL = re.compile(
-    r"^(?P<before>.*?):?:\n\n(?P<block>(?:    .*\n?|\n(?=\n*    ))+)", re.MULTILINE
+    r"^(?P<before>.*?)::\n\n(?P<block>(?:    .*\n?|\n(?=\n*    ))+)", re.MULTILINE
 )
 
 
 def with_boxes(docstring: str) -> str:
-    """Replaces the literal blocks after ``::`` in a docstring by boxes, or by code if they are none.
+    """Replaces literal blocks after ``::`` by boxes, or by code if they have no mathematics.
 
     Args:
         docstring: Markdown, but for such blocks.

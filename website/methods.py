@@ -2,7 +2,6 @@
 
 import inspect
 import io
-import json
 import math
 import re
 import textwrap
@@ -10,11 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from benchmarks import convergence, readme
+from benchmarks import convergence
+from benchmarks.methods import MODELS, source
 from benchmarks.results import RESULTS, read
 from memopt.comparison.analysis import Summary, summarize
 from memopt.comparison.records import read_records
-from memopt.optimizers.registry import EXTRA_ARGUMENTS, METHODS, available
+from memopt.optimizers.by_partition import Common
+from memopt.optimizers.registry import EXTRA_ARGUMENTS, METHODS
 from website.algorithm import with_boxes
 
 BASELINE = "adamw"
@@ -83,7 +84,7 @@ def facts(name: str) -> str:
         ("state of an m×n matrix", f"{method.state} numbers; p ≤ q are its sides"),
         *((f"state of LLaMA-{model}", size) for model, size in _sizes(name)),
         ("learning rate", f"{method.learning_rate:g} for LLaMAs of a few million parameters"),
-        ("source", readme.source(name)),
+        ("source", source(name)),
     ]
     if method.needs:
         needed = f"`{method.needs}`, {EXTRA_ARGUMENTS[method.needs]}"
@@ -96,7 +97,7 @@ def _sizes(name: str) -> list[tuple[str, str]]:
     say = lambda b: f"{b / 1e9:.1f} GB" if b >= 1e9 else f"{b / 1e6:.1f} MB" if b else "none"
     return [
         (model, f"{say(kept[name, model])}, where AdamW keeps {say(kept[BASELINE, model])}")
-        for model in readme.MODELS
+        for model in MODELS
         if (name, model) in kept
     ]
 
@@ -111,14 +112,8 @@ def _signature(name: str) -> str:
 
 
 def _own_options(name: str) -> dict[str, Any]:
-    common = inspect.get_annotations(_common())
+    common = Common.__annotations__
     return {key: x for key, x in METHODS[name].defaults.items() if key not in common}
-
-
-def _common() -> Any:
-    import memopt
-
-    return memopt.Common
 
 
 def _default(value: Any) -> str:
@@ -289,25 +284,3 @@ def _entries(text: str) -> str:
 
 def _linked(text: str) -> str:
     return re.sub(r"https://[^\s,;]+[^\s,;.]", r"<\g<0>>", " ".join(text.split()))
-
-
-def index() -> str:
-    """The page with all methods, by their state."""
-    files = [
-        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("state_bytes", "parity")
-    ]
-    kept = re.sub(r"`memopt\.(\w+)`", r"[`\1`](\1.md)", readme.table(*files))
-    return f"""# Methods
-
-Each is a function of the learning rate that returns an Optax transformation. p ≤ q are the sides of
-an m×n matrix; by default r = p/4 is the rank and ρ = ¼ the density. Bytes are for the float32 state
-of the whole model, counted by `python -m benchmarks.state_bytes`. The error is the largest against
-runs recorded from the authors' code, or others', and how many there are.
-
-{kept}
-Optax's optimizers can be built by name, too: [Baselines](../baselines.md).
-
-## Which one
-
-{table(("method", "choose it for"), [(f"[{title(name)}]({name}.md)", METHODS[name].when) for name in available("memopt")])}
-"""

@@ -8,6 +8,7 @@ import ast
 import functools
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -37,8 +38,8 @@ PAGES = (
     Page(
         "optimizers",
         "Optimizers",
-        "Each method has [a page of its own](../methods/index.md). Here are the functions that find "
-        "one by name, and what all methods share.",
+        "Each method has [a page of its own](../methods.md). Here are the functions that "
+        "find one by name, and what all methods share.",
         ("memopt.optimizers",),
     ),
     Page(
@@ -231,3 +232,25 @@ def public_path(module: str, name: str) -> str:
         if found is not None and found is getattr(importlib.import_module(module), name):
             return f"{start.__name__.replace('transforms.', '').replace('state.', '')}.{name}"
     return f"{module}.{name}"
+
+
+@functools.cache
+def paths() -> frozenset[str]:
+    """The paths of all public names, and of the methods."""
+    names = {public_path(m, name) for page in PAGES for name, (m, _) in names_on(page).items()}
+    return frozenset(names | {f"memopt.{name}" for name in METHODS})
+
+
+def with_links(markdown: str) -> str:
+    """Makes links of the public names in Markdown, but for those in blocks of code.
+
+    Example:
+        >>> with_links("`memopt.lion` and `memopt.lionel`")
+        '[`memopt.lion`][memopt.lion] and `memopt.lionel`'
+    """
+    link = lambda m: f"[{m[0]}][{m[1]}]" if m[1] in paths() else m[0]
+    texts_and_blocks = re.split(r"(^```.*?^```)", markdown, flags=re.MULTILINE | re.DOTALL)
+    return "".join(
+        part if part.startswith("```") else re.sub(r"(?<!\[)`(memopt\.[\w.]+)`", link, part)
+        for part in texts_and_blocks
+    )

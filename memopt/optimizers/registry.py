@@ -1,6 +1,6 @@
 """The registry of optimizers: memopt's methods, registered where they are defined, and Optax's.
 
-All lists of methods (`memopt.available`, the command line, README's table, benchmarks, the tests'
+All lists of methods (`memopt.available`, the command line, the site, benchmarks, the tests'
 tables) are read from here.
 """
 
@@ -35,7 +35,7 @@ class Method(NamedTuple):
       make: the function that builds it.
       learning_rate: the highest learning rate of a run that is given none. It suits LLaMAs of a few
         million parameters (docs/convergence.md); larger ones want less.
-      state: how many numbers it keeps for an m×n matrix; README's table explains the symbols.
+      state: how many numbers it keeps for an m×n matrix; docs/methods.md explains the symbols.
       when: when to choose it, in a few words.
       library: "memopt", "optax" for a baseline, or "user".
       sums_projections: whether it sums projections of gradients over devices, and so communicates
