@@ -229,6 +229,8 @@ NOT_MEASURED = {
         "`rope_type` |": "a published formula",
         "|": "what a directory may hold",
     },
+    "docs/index.md": {"| |": "links"},
+    "docs/install.md": {"extra | for": "`pyproject.toml`"},
     "docs/laws.md": {"law | gives": "the laws' papers"},
     "docs/learning_rates.md": {
         "name | after the warm-up": "formulas",

@@ -223,9 +223,7 @@ def box(block: str) -> str:
     return f'<div class="algorithm"><table class="lines">{lines}</table></div>'
 
 
-LITERAL = re.compile(
-    r"^(?P<before>.*?)::\n\n(?P<block>(?:    .*\n?|\n(?=\n*    ))+)", re.MULTILINE
-)
+LITERAL = re.compile(r"^(?P<before>.*?)::\n\n(?P<block>(?:    .*\n?|\n(?=\n*    ))+)", re.MULTILINE)
 
 
 def with_boxes(docstring: str) -> str:

@@ -226,7 +226,7 @@ def _draw(panels: Sequence[tuple[str, Mapping[str, Sequence[tuple[float, float]]
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    colors = {"text.color": GRAY, "axes.edgecolor": GRAY, "axes.labelcolor": GRAY}
+    colors: dict[Any, Any] = {"text.color": GRAY, "axes.edgecolor": GRAY, "axes.labelcolor": GRAY}
     colors |= {"xtick.color": GRAY, "ytick.color": GRAY}
     with rc_context(colors | {"svg.hashsalt": "memopt", "font.size": 9}):
         figure = Figure(figsize=(4.2 * len(panels), 2.8), layout="constrained")

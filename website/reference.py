@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import memopt
 from memopt.optimizers.registry import METHODS
 
 
@@ -225,12 +226,10 @@ def public_path(module: str, name: str) -> str:
         >>> public_path("memopt.transforms.projectors", "svd")
         'memopt.projectors.svd'
     """
-    import memopt
-
-    for start in (memopt, getattr(memopt, module.rpartition(".")[2], None)):
-        found = getattr(start, name, None)
-        if found is not None and found is getattr(importlib.import_module(module), name):
-            return f"{start.__name__.replace('transforms.', '').replace('state.', '')}.{name}"
+    last, named = module.rpartition(".")[2], getattr(importlib.import_module(module), name)
+    for path, start in (("memopt", memopt), (f"memopt.{last}", getattr(memopt, last, None))):
+        if getattr(start, name, None) is named:
+            return f"{path}.{name}"
     return f"{module}.{name}"
 
 
