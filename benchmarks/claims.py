@@ -114,12 +114,21 @@ def _galore(results: Results) -> list[float]:
 
 
 CLAIMS = (
+    *(
+        Claim(
+            page,
+            "Bytes of optimizer state per parameter at 7B: AdamW {:.0f}, GaLore {:.1f}, "
+            "APOLLO-Mini {:.2f}, Adafactor {:.3f}",
+            ("state_bytes",),
+            _bytes_a_parameter,
+        )
+        for page in ("README.md", "docs/index.md", "docs/why.md")
+    ),
     Claim(
-        "README.md",
-        "Bytes of optimizer state per parameter at 7B: AdamW {:.0f}, GaLore {:.1f}, APOLLO-Mini "
-        "{:.2f}, Adafactor {:.3f}",
+        "docs/why.md",
+        "For a model of 7 billion parameters these are {:.0f} GB in float32",
         ("state_bytes",),
-        _bytes_a_parameter,
+        lambda r: [_row(r, optimizer="adamw", model="7b")["state_bytes"] / 1e9],
     ),
     Claim(
         "docs/five_minutes.md",

@@ -182,7 +182,7 @@ def _loss(name: str) -> list[str]:
         adamw = min(convergence.losses(rows("convergence"), BASELINE).values())
         found.append(
             f"On a small LLaMA ([convergence](../convergence.md)) its best loss is {at[best]:.3f}, "
-            f"at a learning rate of 2^{best}; AdamW's is {adamw:.3f}."
+            f"at a learning rate of {2.0**best:.2g}; AdamW's is {adamw:.3f}."
         )
         found.append(f"![Loss by learning rate]({name}-rates.svg)")
     return found
