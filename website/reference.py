@@ -17,6 +17,10 @@ import memopt
 from memopt.optimizers.registry import METHODS
 
 
+#: Code that begins with a name of memopt's, in a text.
+CODE = re.compile(r"(?<!\[)`(memopt\.[\w.]+)(?:\([^`]*\))?`")
+
+
 class Page(NamedTuple):
     """A page of the reference.
 
@@ -244,12 +248,11 @@ def with_links(markdown: str) -> str:
     """Makes links of the public names in Markdown, but for those in blocks of code.
 
     Example:
-        >>> with_links("`memopt.lion` and `memopt.lionel`")
-        '[`memopt.lion`][memopt.lion] and `memopt.lionel`'
+        >>> with_links("`memopt.lion(1e-4)` and `memopt.lionel`")
+        '[`memopt.lion(1e-4)`][memopt.lion] and `memopt.lionel`'
     """
     link = lambda m: f"[{m[0]}][{m[1]}]" if m[1] in paths() else m[0]
     texts_and_blocks = re.split(r"(^```.*?^```)", markdown, flags=re.MULTILINE | re.DOTALL)
     return "".join(
-        part if part.startswith("```") else re.sub(r"(?<!\[)`(memopt\.[\w.]+)`", link, part)
-        for part in texts_and_blocks
+        part if part.startswith("```") else CODE.sub(link, part) for part in texts_and_blocks
     )
