@@ -16,7 +16,6 @@ from typing import NamedTuple
 import memopt
 from memopt.optimizers.registry import METHODS
 
-
 #: Code that begins with a name of memopt's, in a text.
 CODE = re.compile(r"(?<!\[)`(memopt\.[\w.]+)(?:\([^`]*\))?`")
 
