@@ -16,10 +16,10 @@ class Claim(NamedTuple):
     """A sentence, or a part of one, with figures.
 
     Attributes:
-      page: the page, from the repository's root.
-      text: the words, with fields for the figures.
-      files: the names of result files.
-      figures: returns the figures, given the results in the files.
+        page: the page, from the repository's root.
+        text: the words, with fields for the figures.
+        files: the names of result files.
+        figures: returns the figures, given the results in the files.
     """
 
     page: str

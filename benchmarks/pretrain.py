@@ -29,8 +29,8 @@ class Options(NamedTuple):
     """The options of this benchmark.
 
     Attributes:
-      steps: training steps; by default those of the command.
-      output: the JSON file.
+        steps: training steps; by default those of the command.
+        output: the JSON file.
     """
 
     steps: int | None = None

@@ -45,10 +45,10 @@ class Block(NamedTuple):
     """A part of a page that is made from result files.
 
     Attributes:
-      page: the page.
-      files: the result files.
-      function: the name of the function that makes the text, in its module.
-      words: its further arguments.
+        page: the page.
+        files: the result files.
+        function: the name of the function that makes the text, in its module.
+        words: its further arguments.
     """
 
     page: Path

@@ -35,7 +35,7 @@ class Blockwise(Codec):
     number again.
 
     Attributes:
-      block: the number of values that share a scale, or None for the whole last axis.
+        block: the number of values that share a scale, or None for the whole last axis.
     """
 
     block: int | None = BLOCK
@@ -121,9 +121,9 @@ class Integers(Blockwise):
     numbers far below the largest of their block keep some relative precision.
 
     Attributes:
-      bits: 8 or 4.
-      power: 1, 2 or 4; with 1 codes are evenly spaced.
-      signed: whether numbers may be negative.
+        bits: 8 or 4.
+        power: 1, 2 or 4; with 1 codes are evenly spaced.
+        signed: whether numbers may be negative.
     """
 
     bits: int = 8
@@ -176,10 +176,10 @@ class Asymmetric(Blockwise):
     Each block has a scale and the code of zero, in three bytes.
 
     Attributes:
-      bits: 8 or 4.
+        bits: 8 or 4.
 
     References:
-      Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270 (Q-APOLLO's weights).
+        Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270 (Q-APOLLO's weights).
     """
 
     bits: int = 8
@@ -218,7 +218,7 @@ class Float8(Blockwise):
     """Hardware float8 relative to a block's largest number; see `Blockwise`.
 
     Attributes:
-      dtype: "float8_e4m3fn" or "float8_e5m2".
+        dtype: "float8_e4m3fn" or "float8_e5m2".
     """
 
     dtype: str = "float8_e4m3fn"
