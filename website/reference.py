@@ -100,6 +100,12 @@ PAGES = (
         ("memopt.schedules.laws",),
     ),
     Page(
+        "diagnostics",
+        "Diagnostics",
+        "Measurements of what an optimizer does to each matrix ([Diagnostics](../diagnostics.md)).",
+        ("memopt.diagnostics",),
+    ),
+    Page(
         "models",
         "Models",
         "The model that the training steps take, and memopt's LLaMA "

@@ -16,7 +16,6 @@ from memopt.errors import check_at_least
 from memopt.state.precision import zeros_of
 from memopt.trees import named_leaves
 
-#: The measures of `with_diagnostics` that is given none.
 DEFAULT: Mapping[str, Measure] = {
     "gradient_rms": rms("gradient"),
     "update_rms": rms("update"),
@@ -24,6 +23,7 @@ DEFAULT: Mapping[str, Measure] = {
     "gradient_stable_rank": of_matrices(stable_rank, "gradient"),
     "update_stable_rank": of_matrices(stable_rank, "update"),
 }
+"""The measures of `with_diagnostics` that is given none."""
 
 
 class WithDiagnosticsState(NamedTuple):

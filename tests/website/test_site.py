@@ -3,6 +3,7 @@
 `mkdocs build --strict`, which `.ci/run` runs, finds broken links.
 """
 
+import inspect
 import re
 from xml.etree import ElementTree
 
@@ -23,6 +24,7 @@ ANSWERS = {
     "my own model": ("own_models.md", "Your own model", "StackedModel"),
     "fine-tune": ("fine_tuning.md", "Fine-tuning", "memopt finetune --init"),
     "sweep": ("training.md", "Compare and sweep", "memopt compare"),
+    "log projected energy": ("diagnostics.md", "Diagnostics", "projected_energy("),
     "convert a checkpoint": ("take_home.md", "Bring a model, take one home", "memopt export"),
     "what changed": ("../CHANGELOG.md", "Changes", "New names"),
     "cite": ("index.md", "Cite", "@software"),
@@ -62,6 +64,16 @@ def test_public_names_are_documented_and_on_a_page():
     assert reference.undocumented() == []
     shown = {name for page in reference.PAGES for name in reference.names_on(page)}
     assert shown | METHODS.keys() >= reference.public_names("memopt").keys()
+    modules = re.findall(
+        r"^from [\w.]+ import (\w+) as \1$", (ROOT / "memopt/__init__.py").read_text(), re.M
+    )
+    pages = {module for page in reference.PAGES for module in page.modules}
+    found = {
+        getattr(memopt, name).__name__
+        for name in modules
+        if inspect.ismodule(getattr(memopt, name))
+    }
+    assert found <= pages
 
 
 def test_a_name_without_a_docstring_is_seen(monkeypatch):
