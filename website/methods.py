@@ -169,7 +169,7 @@ def _loss(name: str) -> list[str]:
     found = []
     for summary in _compared(name):
         baseline = next(_compared_with(summary), None)
-        against = f", {BASELINE}'s {baseline.loss:.3f}" if baseline and name != BASELINE else ""
+        against = f", AdamW's {baseline.loss:.3f}" if baseline and name != BASELINE else ""
         found.append(
             f"Validation loss of the LLaMA of {summary.size} parameters, each optimizer tuned with "
             f"the same number of runs: {summary.loss:.3f}{against} "
