@@ -17,8 +17,10 @@ sys.path.insert(0, str(ROOT))  # `mkdocs` does not, `python -m mkdocs` does
 from memopt.optimizers.registry import available  # noqa: E402
 from website import methods, reference  # noqa: E402
 
+#: Pages beside the code; their links begin at the root.
+BESIDE = ("CHANGELOG.md", "CONTRIBUTING.md")
 #: A link from a page to a file that is not in `docs`.
-OUTSIDE = re.compile(r"(\]\(|src=\")\.\./(?P<path>[\w./-]+\.\w+)")
+OUTSIDE = re.compile(r"(\]\()\.\./(?P<path>[\w./-]+)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -43,8 +45,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, path, content=content))
 
     pages = [file.content_string for file in files.documentation_pages()]
+    for name in BESIDE:
+        text = re.sub(r"\]\((?!https?:|#|docs/)", "](../", (ROOT / name).read_text())
+        pages.append(text)
+        add(name, text.replace("](docs/", "]("))
     for path in sorted({found["path"] for text in pages for found in OUTSIDE.finditer(text)}):
-        if (ROOT / path).is_file():
+        if (ROOT / path).is_file() and path not in BESIDE:
             files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     for name in available("memopt"):
         add(f"methods/{name}.md", methods.page(name))
@@ -52,7 +58,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             add(f"methods/{picture}", drawn)
     for page in reference.PAGES:
         add(f"api/{page.name}.md", reference.text(page))
-    add("changelog.md", (ROOT / "CHANGELOG.md").read_text().replace("](docs/", "]("))
     return files
 
 
