@@ -19,7 +19,7 @@ BOXES = {name: methods.sections(name)[""] for name in memopt.available("memopt")
 
 #: Where each question of a new user is answered: page, heading, and words of the answer.
 ANSWERS = {
-    "which optimizer": ("methods.md", "Methods", "numbers kept for an m×n matrix"),
+    "which optimizer": ("choosing.md", "Choose an optimizer", "## In short"),
     "which rate": ("convergence.md", "Default learning rates", "uses the optimizer's own"),
     "my own model": ("own_models.md", "Your own model", "StackedModel"),
     "fine-tune": ("fine_tuning.md", "Fine-tuning", "memopt finetune --init"),
