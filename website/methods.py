@@ -30,9 +30,9 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 
 @cache
-def summaries() -> tuple[Summary, ...]:
-    """What the committed comparison came to; nothing as long as it has no tuned runs."""
-    return tuple(summarize(read_records(COMPARISON))) if COMPARISON.exists() else ()
+def experiments() -> list[list[Summary]]:
+    """What the committed comparison came to: the tuned methods of each experiment."""
+    return summarize(read_records(COMPARISON)) if COMPARISON.exists() else []
 
 
 def table(columns: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
@@ -167,14 +167,13 @@ def measured(name: str) -> str:
 
 def _loss(name: str) -> list[str]:
     found = []
-    for summary in _compared(name):
-        baseline = next(_compared_with(summary), None)
-        against = f", AdamW's {baseline.loss:.3f}" if baseline and name != BASELINE else ""
+    for summary, baseline in _compared(name):
+        against = f", AdamW's {baseline.loss:.3f}" if baseline else ""
         found.append(
-            f"Validation loss of the LLaMA of {summary.size} parameters, each optimizer tuned with "
-            f"the same number of runs: {summary.loss:.3f}{against} "
-            f"(`memopt compare`, {summary.steps} steps, {len(summary.losses)} seeds).\n\n"
-            f"![Loss over steps and learning rates]({name}-{summary.size}.svg)"
+            f"Validation loss of the LLaMA of {summary.run['size']} parameters, each optimizer tuned "
+            f"with the same number of runs: {summary.loss:.3f}{against} "
+            f"(`memopt compare`, {summary.run['steps']} steps, {len(summary.losses)} seeds).\n\n"
+            f"![Loss over steps and learning rates]({name}-{summary.run['size']}.svg)"
         )
     at = convergence.losses(rows("convergence"), name)
     if at and not found:
@@ -188,24 +187,25 @@ def _loss(name: str) -> list[str]:
     return found
 
 
-def _compared(name: str) -> list[Summary]:
-    return [s for s in summaries() if s.method == name and math.isfinite(s.loss)]
-
-
-def _compared_with(summary: Summary) -> Any:
-    same = lambda other: (other.size, other.experiment) == (summary.size, summary.experiment)
-    return (s for s in summaries() if s.method == BASELINE and same(s))
+def _compared(name: str) -> list[tuple[Summary, Summary | None]]:
+    """A method's summaries, each with the baseline's of the same experiment."""
+    found = []
+    for group in experiments():
+        named = {s.run["method"]: s for s in group if math.isfinite(s.loss)}
+        if name in named:
+            found.append((named[name], named.get(BASELINE) if name != BASELINE else None))
+    return found
 
 
 def pictures(name: str) -> dict[str, str]:
     """The pictures of a method's page: SVGs by name."""
     found = {}
-    for s in _compared(name):
-        others = [*_compared_with(s)] if name != BASELINE else []
-        found[f"{name}-{s.size}.svg"] = _draw(
+    for summary, baseline in _compared(name):
+        shown = [one for one in (summary, baseline) if one]
+        found[f"{name}-{summary.run['size']}.svg"] = _draw(
             [
-                ("steps", {one.method: one.curve for one in (s, *others)}),
-                ("learning rate", {one.method: one.sensitivity for one in (s, *others)}),
+                ("steps", {one.run["method"]: one.curve for one in shown}),
+                ("learning rate", {one.run["method"]: one.sensitivity for one in shown}),
             ]
         )
     at = convergence.losses(rows("convergence"), name)
