@@ -170,8 +170,8 @@ def _loss(name: str) -> list[str]:
     for summary, baseline in _compared(name):
         against = f", AdamW's {baseline.loss:.3f}" if baseline else ""
         found.append(
-            f"Validation loss of the LLaMA of {summary.run['size']} parameters, each optimizer tuned "
-            f"with the same number of runs: {summary.loss:.3f}{against} "
+            f"Validation loss of the LLaMA of {summary.run['size']} parameters, each optimizer "
+            f"tuned with the same number of runs: {summary.loss:.3f}{against} "
             f"(`memopt compare`, {summary.run['steps']} steps, {len(summary.losses)} seeds).\n\n"
             f"![Loss over steps and learning rates]({name}-{summary.run['size']}.svg)"
         )
