@@ -81,9 +81,9 @@ class Baseline(NamedTuple):
     """An optimizer of Optax, the recordings that it is compared with, and what is to be known.
 
     Attributes:
-      note: what explains its errors.
-      runs: the recordings.
-      make: makes it as a recording was made.
+        note: what explains its errors.
+        runs: the recordings.
+        make: makes it as a recording was made.
     """
 
     note: str = ""
@@ -348,7 +348,7 @@ class Options(NamedTuple):
     """The options of this benchmark.
 
     Attributes:
-      optimizers: rows to measure; by default all.
+        optimizers: rows to measure; by default all.
     """
 
     optimizers: tuple[str, ...] = tuple(BASELINES)

@@ -16,10 +16,10 @@ class Claim(NamedTuple):
     """A sentence, or a part of one, with figures.
 
     Attributes:
-      page: the page, from the repository's root.
-      text: the words, with fields for the figures.
-      files: the names of result files.
-      figures: returns the figures, given the results in the files.
+        page: the page, from the repository's root.
+        text: the words, with fields for the figures.
+        files: the names of result files.
+        figures: returns the figures, given the results in the files.
     """
 
     page: str
@@ -114,22 +114,31 @@ def _galore(results: Results) -> list[float]:
 
 
 CLAIMS = (
-    Claim(
-        "README.md",
-        "Bytes of optimizer state per parameter at 7B: AdamW {:.0f}, GaLore {:.1f}, APOLLO-Mini "
-        "{:.2f}, Adafactor {:.3f}",
-        ("state_bytes",),
-        _bytes_a_parameter,
+    *(
+        Claim(
+            page,
+            "Bytes of optimizer state per parameter at 7B: AdamW {:.0f}, GaLore {:.1f}, "
+            "APOLLO-Mini {:.2f}, Adafactor {:.3f}",
+            ("state_bytes",),
+            _bytes_a_parameter,
+        )
+        for page in ("README.md", "docs/index.md", "docs/why.md")
     ),
     Claim(
-        "README.md",
+        "docs/why.md",
+        "For a model of 7 billion parameters these are {:.0f} GB in float32",
+        ("state_bytes",),
+        lambda r: [_row(r, optimizer="adamw", model="7b")["state_bytes"] / 1e9],
+    ),
+    Claim(
+        "docs/five_minutes.md",
         "After {} steps the 1.9M-parameter model reaches a validation loss of about {:.2f} nats "
         "per byte (perplexity {:.1f})",
         ("pretrain",),
         lambda r: [r["steps"], r["val_loss"], math.exp(r["val_loss"])],
     ),
     Claim(
-        "README.md",
+        "docs/release.md",
         "With 4-bit weights Adafactor needs {:.2f} GiB, and LLaMA-13b in int8 {:.2f}. On 4×4 chips "
         "with `--mesh fsdp=16` and 16 rows, Adafactor needs {:.2f} per chip, released {:.2f}. GPU "
         "compilers report similar figures: {:.2f} GB on an RTX 4090",
@@ -137,21 +146,21 @@ CLAIMS = (
         _memory,
     ),
     Claim(
-        "README.md",
+        "docs/speed.md",
         "AdamW with int8 state (`--optimizer adamw --state int8`) takes {:.1f} times as long as "
         "with float32 state",
         ("step_time_8bit",),
         lambda r: [_ratios(r)["adamw_8bit"]],
     ),
     Claim(
-        "README.md",
+        "docs/speed.md",
         "Muon is {:.1f} times as fast as `optax.contrib.muon` with stacked layers, and {:.1f} "
         "times as fast as with separate ones",
         ("muon",),
         lambda r: [_ratios(r)["optax_stacked"], _ratios(r)["optax_separate"]],
     ),
     Claim(
-        "README.md",
+        "docs/speed.md",
         "takes {:.0f} times less processor time (one CPU core) than by `jnp.linalg.svd` at rank "
         "128 and captures at least {:.1f}% of the best subspace's energy; at rank 512 it takes "
         "{:.0f} times less and captures {:.1f}%. For white noise, the worst case, it captures "
@@ -161,7 +170,7 @@ CLAIMS = (
         lambda r: [*_refresh(r)],
     ),
     Claim(
-        "README.md",
+        "docs/release.md",
         "the compiler predicts {:.2f} GiB for the ordinary step and {:.2f} for the released one; "
         "{:.2f} and {:.2f} became resident. The released step processes {:.2f} times as many "
         "tokens per second as the ordinary one ({:.2f}–{:.2f})",
@@ -169,7 +178,7 @@ CLAIMS = (
         _release,
     ),
     Claim(
-        "README.md",
+        "docs/speed.md",
         "for those of LLaMA-60m it keeps {:.1f} MB, as Adam does, where memopt's keeps {:.1f}",
         ("state_bytes_others_stacked",),
         lambda r: [
@@ -177,7 +186,7 @@ CLAIMS = (
         ],
     ),
     Claim(
-        "README.md",
+        "docs/speed.md",
         "With separate layers it keeps {:.1f} MB for the whole model and memopt's {:.1f}",
         ("state_bytes_others_list",),
         lambda r: [
@@ -214,6 +223,7 @@ NOT_MEASURED = {
         "preset | models": "`memopt.comparison.PRESETS`",
         "column | meaning": "definitions",
     },
+    "docs/compose.md": {"transformation | for": "names of transformations"},
     "docs/controllers.md": {"column |": "fields of a file", "| | by default": "options of a class"},
     "docs/convergence.md": {"optimizers | default learning rate": "the registry, and `CLAIMS`"},
     "docs/design.md": {"floor | room": "`tests/test_rooms.py`"},
@@ -228,6 +238,8 @@ NOT_MEASURED = {
         "`rope_type` |": "a published formula",
         "|": "what a directory may hold",
     },
+    "docs/index.md": {"| |": "links"},
+    "docs/install.md": {"extra | for": "`pyproject.toml`"},
     "docs/laws.md": {"law | gives": "the laws' papers"},
     "docs/learning_rates.md": {
         "name | after the warm-up": "formulas",

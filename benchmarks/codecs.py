@@ -41,10 +41,10 @@ class Rounded(Codec):
     """A codec of fixed values relative to the largest number of a block, rounded to the nearest.
 
     Attributes:
-      values: "softsign" or "square" (FlashOptim's, https://arxiv.org/abs/2602.23349), "signed" or
-        "unsigned" (the dynamic map of https://arxiv.org/abs/2110.02861).
-      block: the number of values that share a scale.
-      apart: store the largest number of a block in its scale, and others relative to the second.
+        values: "softsign" or "square" (FlashOptim's, https://arxiv.org/abs/2602.23349), "signed" or
+            "unsigned" (the dynamic map of https://arxiv.org/abs/2110.02861).
+        block: the number of values that share a scale.
+        apart: store the largest number of a block in its scale, and others relative to the second.
     """
 
     values: str
@@ -112,9 +112,9 @@ class Clipped(Codec):
     are choices made here.
 
     Attributes:
-      alpha: α; with 0 nothing is clipped.
-      large: large numbers are beyond this many root mean squares.
-      step: γ grows or shrinks by this fraction at each step.
+        alpha: α; with 0 nothing is clipped.
+        large: large numbers are beyond this many root mean squares.
+        step: γ grows or shrinks by this fraction at each step.
     """
 
     alpha: float
@@ -184,9 +184,9 @@ class Options:
     """The options of this benchmark.
 
     Attributes:
-      steps: steps of Adam; errors are averaged from the tenth on.
-      shape: the matrix whose errors are measured.
-      output: the JSON file.
+        steps: steps of Adam; errors are averaged from the tenth on.
+        shape: the matrix whose errors are measured.
+        output: the JSON file.
     """
 
     steps: int = 60

@@ -56,11 +56,11 @@ class Row(NamedTuple):
     """A run.
 
     Attributes:
-      question: what it is compared for.
-      options: its options.
-      times: how many times as many tokens as others it is trained on.
-      rows: how many times as many rows as theirs its batches have.
-      reference: the row whose last loss of each source is its reference, "" for none.
+        question: what it is compared for.
+        options: its options.
+        times: how many times as many tokens as others it is trained on.
+        rows: how many times as many rows as theirs its batches have.
+        reference: the row whose last loss of each source is its reference, "" for none.
     """
 
     question: str
@@ -130,8 +130,8 @@ class Panel(NamedTuple):
     """A panel of the plot.
 
     Attributes:
-      across: what is summed along the x axis.
-      up: what is shown along the y axis.
+        across: what is summed along the x axis.
+        up: what is shown along the y axis.
     """
 
     across: tuple[str, ...]
@@ -173,15 +173,15 @@ class Options:
     """The options of this benchmark.
 
     Attributes:
-      rows: the rows to train; by default all of them.
-      seeds: the seeds of initial weights and order of the data.
-      hidden_size: the width of the model.
-      layers: the number of blocks.
-      steps: batches of most rows.
-      seq_len: tokens per row.
-      batch_size: rows per batch.
-      eval_tokens: held-out tokens for the validation loss.
-      output: the JSON file.
+        rows: the rows to train; by default all of them.
+        seeds: the seeds of initial weights and order of the data.
+        hidden_size: the width of the model.
+        layers: the number of blocks.
+        steps: batches of most rows.
+        seq_len: tokens per row.
+        batch_size: rows per batch.
+        eval_tokens: held-out tokens for the validation loss.
+        output: the JSON file.
     """
 
     rows: tuple[str, ...] = tuple(ROWS)

@@ -21,9 +21,9 @@ def adamw_slow_matrices(
     of their gain is that.
 
     Args:
-      learning_rate: that of embedding, head and vectors.
-      factor: the learning rate of hidden matrices, relative to it.
-      b2: as in ``optax.adamw``.
+        learning_rate: that of embedding, head and vectors.
+        factor: the learning rate of hidden matrices, relative to it.
+        b2: as in ``optax.adamw``.
     """
 
     def role(params: Any) -> Any:

@@ -40,10 +40,10 @@ class Row(NamedTuple):
     """An optimizer to train with.
 
     Attributes:
-      optimizer: its name in `memopt.available()`.
-      rate: the power of two in the middle of its grid of learning rates.
-      options: its options.
-      stored: how its state is stored, see `memopt.quantize_state`; None: in float32.
+        optimizer: its name in `memopt.available()`.
+        rate: the power of two in the middle of its grid of learning rates.
+        options: its options.
+        stored: how its state is stored, see `memopt.quantize_state`; None: in float32.
     """
 
     optimizer: str
@@ -96,15 +96,15 @@ class Options:
     """The options of this benchmark.
 
     Attributes:
-      rows: the rows to train; by default all of them.
-      seeds: the seeds of initial weights and order of the data.
-      hidden_size: the width of the model.
-      layers: the number of blocks.
-      steps: training steps.
-      seq_len: tokens per row.
-      batch_size: rows per batch.
-      eval_tokens: held-out tokens for the validation loss.
-      output: the JSON file.
+        rows: the rows to train; by default all of them.
+        seeds: the seeds of initial weights and order of the data.
+        hidden_size: the width of the model.
+        layers: the number of blocks.
+        steps: training steps.
+        seq_len: tokens per row.
+        batch_size: rows per batch.
+        eval_tokens: held-out tokens for the validation loss.
+        output: the JSON file.
     """
 
     rows: tuple[str, ...] = tuple(ROWS)
@@ -176,8 +176,8 @@ def next_rate(done: Mapping[int, float], middle: int) -> int | None:
     """The learning rate to try next; None if the best of those tried has worse neighbours.
 
     Example:
-      >>> next_rate({}, 3), next_rate({2: 1.0, 3: 0.9, 4: 0.8}, 3), next_rate({2: 1, 3: 0, 4: 1}, 3)
-      (3, 5, None)
+        >>> next_rate({}, 3), next_rate({2: 1, 3: 0.9, 4: 0.8}, 3), next_rate({2: 1, 3: 0, 4: 1}, 3)
+        (3, 5, None)
     """
     best = min(done, key=lambda rate: (done[rate], rate), default=middle)
     return next((rate for rate in (best, best - 1, best + 1) if rate not in done), None)
@@ -189,11 +189,11 @@ def default_rate(best: int) -> float:
     `memopt pretrain`'s models are wider, and the best rate falls with the width.
 
     Args:
-      best: the power of two that is best here.
+        best: the power of two that is best here.
 
     Example:
-      >>> default_rate(-7), default_rate(-8), default_rate(1)
-      (0.005, 0.002, 1.0)
+        >>> default_rate(-7), default_rate(-8), default_rate(1)
+        (0.005, 0.002, 1.0)
     """
     rates = [float(f"{digit}e{power}") for digit in (1, 2, 5) for power in range(-8, 3)]
     return min(rates, key=lambda rate: abs(math.log(rate / 2.0 ** (best - 1))))

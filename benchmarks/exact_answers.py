@@ -32,13 +32,13 @@ class Options:
     """The options of this benchmark.
 
     Attributes:
-      prompts: how many prompts to learn, the first ones.
-      model: the preset whose sizes the random model has.
-      optimizer: the optimizer.
-      learning_rate: the highest learning rate.
-      epochs: passes over the prompts, at most.
-      every: steps between two counts of exact answers.
-      output: the plot.
+        prompts: how many prompts to learn, the first ones.
+        model: the preset whose sizes the random model has.
+        optimizer: the optimizer.
+        learning_rate: the highest learning rate.
+        epochs: passes over the prompts, at most.
+        every: steps between two counts of exact answers.
+        output: the plot.
     """
 
     prompts: int = 100
@@ -63,9 +63,9 @@ def count_exact(run: Training, likeliest: Callable[[Any, Any], jax.Array], param
     """How many answers of the validation set greedy decoding gives exactly.
 
     Args:
-      run: the run.
-      likeliest: the model's likeliest next tokens, given parameters and a batch.
-      params: the parameters.
+        run: the run.
+        likeliest: the model's likeliest next tokens, given parameters and a batch.
+        params: the parameters.
     """
     exact = 0
     for batch in run.validation[""]:
@@ -95,7 +95,7 @@ def learn(options: Options, directory: Path, console: Console) -> tuple[list[lis
     """Trains to the last epoch.
 
     Returns:
-      Step, loss and exact answers now and then, and how many generated answers are exact.
+        Step, loss and exact answers now and then, and how many generated answers are exact.
     """
     run, curve = open_example(options, directory), []
     began, state = time.monotonic(), run.state

@@ -50,10 +50,10 @@ class Options:
     """The options of this benchmark.
 
     Attributes:
-      steps: steps of the first task.
-      pretrained_steps: steps of the pretraining of the second task.
-      functions: functions of the second task.
-      output: the JSON file.
+        steps: steps of the first task.
+        pretrained_steps: steps of the pretraining of the second task.
+        functions: functions of the second task.
+        output: the JSON file.
     """
 
     steps: int = 80

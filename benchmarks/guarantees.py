@@ -314,7 +314,7 @@ class Options(NamedTuple):
     """The options of this benchmark.
 
     Attributes:
-      optimizers: rows of the table to measure; by default all.
+        optimizers: rows of the table to measure; by default all.
     """
 
     optimizers: tuple[str, ...] = rows()

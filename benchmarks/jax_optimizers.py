@@ -24,9 +24,9 @@ class JaxOptimizer(NamedTuple):
     """An optimizer of another library.
 
     Attributes:
-      package: the module that must be installed.
-      build: maps a learning rate and a rank to the optimizer.
-      apply: maps parameters, updates and the number of previous steps to the new parameters.
+        package: the module that must be installed.
+        build: maps a learning rate and a rank to the optimizer.
+        apply: maps parameters, updates and the number of previous steps to the new parameters.
     """
 
     package: str
@@ -81,7 +81,7 @@ def build(name: str, learning_rate: float, shapes: Any) -> optax.GradientTransfo
     """Builds the optimizer of that name for parameters of these shapes.
 
     Raises:
-      ValueError: if its package is not installed.
+        ValueError: if its package is not installed.
     """
     if name not in installed():
         package = JAX_OPTIMIZERS[name].package.replace("_", "-")

@@ -48,10 +48,10 @@ class Options:
     """The options of this benchmark.
 
     Attributes:
-      step_ms: the time of a step, about.
-      steps: the steps of a run.
-      repeats: the runs of each loop.
-      output: the JSON file.
+        step_ms: the time of a step, about.
+        steps: the steps of a run.
+        repeats: the runs of each loop.
+        output: the JSON file.
     """
 
     step_ms: float = 10.0
@@ -64,9 +64,9 @@ class Waiting(NamedTuple):
     """How long a device waited for the host, on average over the steps of a run.
 
     Attributes:
-      step_milliseconds: the time from a step to the next.
-      waiting_milliseconds: the part of it in which no step was queued, at most.
-      share: their quotient.
+        step_milliseconds: the time from a step to the next.
+        waiting_milliseconds: the part of it in which no step was queued, at most.
+        share: their quotient.
     """
 
     step_milliseconds: float

@@ -8,8 +8,8 @@ class Gpu(NamedTuple):
     """A GPU of this machine.
 
     Attributes:
-      name: the vendor's name.
-      memory: the bytes of its memory.
+        name: the vendor's name.
+        memory: the bytes of its memory.
     """
 
     name: str

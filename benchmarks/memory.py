@@ -71,22 +71,22 @@ class Options(NamedTuple):
     """The options of this benchmark.
 
     Attributes:
-      model: a preset.
-      optimizer: a name known to `memopt.optimizer`; by default those of `rows`, one by one.
-      release: update each block while the backward pass runs.
-      weights: how the parameters are stored; by default not quantised.
-      state: how the optimizer's state is stored; by default as in the method.
-      dtype: the dtype of parameters and activations; the CPU compiler widens bfloat16.
-      chip: the chip to compile for.
-      mesh: axes and their sizes, such as "fsdp=16"; by default one chip.
-      batch_size: rows over all chips.
-      seq_len: tokens per row.
-      accumulation: the number of micro-batches per batch.
-      refresh: whether the step may refresh a subspace, for example by an SVD, which the TPU
-        compiler takes half an hour to compile.
-      json: print one JSON object instead of a table.
-      output: the JSON file of a list; the plot has the same name.
-      rows: the list of configurations, of all methods or of llama-3-8b to fine-tune.
+        model: a preset.
+        optimizer: a name known to `memopt.optimizer`; by default those of `rows`, one by one.
+        release: update each block while the backward pass runs.
+        weights: how the parameters are stored; by default not quantised.
+        state: how the optimizer's state is stored; by default as in the method.
+        dtype: the dtype of parameters and activations; the CPU compiler widens bfloat16.
+        chip: the chip to compile for.
+        mesh: axes and their sizes, such as "fsdp=16"; by default one chip.
+        batch_size: rows over all chips.
+        seq_len: tokens per row.
+        accumulation: the number of micro-batches per batch.
+        refresh: whether the step may refresh a subspace, for example by an SVD, which the TPU
+            compiler takes half an hour to compile.
+        json: print one JSON object instead of a table.
+        output: the JSON file of a list; the plot has the same name.
+        rows: the list of configurations, of all methods or of llama-3-8b to fine-tune.
     """
 
     model: str = "7b"
@@ -206,7 +206,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of LLaMA-7b for README, in GiB."""
+    """The table of LLaMA-7b for the docs, in GiB."""
     kinds: dict[str, dict[str, Any]] = {
         "ordinary": {"release": False, "weights": None},
         "released": {"release": True, "weights": None},
@@ -218,7 +218,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def fine_tuning_table(*reports: dict[str, Any]) -> str:
-    """The table of the released LLaMA-3-8b for README, in GiB, a column for each chip."""
+    """The table of the released LLaMA-3-8b for the docs, in GiB, a column for each chip."""
     rows = []
     for r in reports[0]["results"]:
         where = {key: r[key] for key in ("optimizer", "model", "weights", "state")}

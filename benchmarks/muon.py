@@ -40,10 +40,10 @@ class Options:
     """The options of this benchmark.
 
     Attributes:
-      model: the preset whose hidden matrices are used.
-      mesh: the axes of the mesh of this machine's devices.
-      repeats: the number of timed rounds.
-      output: the JSON file.
+        model: the preset whose hidden matrices are used.
+        mesh: the axes of the mesh of this machine's devices.
+        repeats: the number of timed rounds.
+        output: the JSON file.
     """
 
     model: str = "60m"

@@ -30,8 +30,8 @@ class Options(NamedTuple):
     """The options of this benchmark.
 
     Attributes:
-      runs: names of recordings; by default all of them.
-      output: the JSON file.
+        runs: names of recordings; by default all of them.
+        output: the JSON file.
     """
 
     runs: tuple[str, ...] = tuple(recorded_runs.RUNS)

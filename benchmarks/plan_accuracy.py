@@ -79,12 +79,12 @@ class Options(NamedTuple):
     """The options of this benchmark.
 
     Attributes:
-      chip: "cpu", or the GPU of this machine by its name for `memopt plan`.
-      threads: whether a CPU's run has one core or all of them.
-      library: what computes a CPU's matrix products; XLA's default is YNNPACK.
-      rows: the names of rows; by default all.
-      output: the JSON file.
-      only: plan or run the one row in this process, and print the bytes as JSON.
+        chip: "cpu", or the GPU of this machine by its name for `memopt plan`.
+        threads: whether a CPU's run has one core or all of them.
+        library: what computes a CPU's matrix products; XLA's default is YNNPACK.
+        rows: the names of rows; by default all.
+        output: the JSON file.
+        only: plan or run the one row in this process, and print the bytes as JSON.
     """
 
     chip: str = "cpu"

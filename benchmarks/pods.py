@@ -64,8 +64,8 @@ class Options(NamedTuple):
     """The options of this benchmark.
 
     Attributes:
-      only: words that a row must have, such as "v5e fsdp=16 released"; by default all rows.
-      output: the JSON file; the plot has the same name.
+        only: words that a row must have, such as "v5e fsdp=16 released"; by default all rows.
+        output: the JSON file; the plot has the same name.
     """
 
     only: str = ""

@@ -61,14 +61,14 @@ class Options:
     """The options of this benchmark.
 
     Attributes:
-      cases: the cases to train.
-      seeds: the seeds of the initial weights and the order of the data.
-      steps: training steps.
-      seq_len: tokens per row.
-      batch_size: rows per batch.
-      eval_tokens: held-out tokens for the validation loss.
-      learning_rate: the peak; warm-up takes a tenth of the steps, a cosine decay the others.
-      output: the JSON file; the plot has the same name.
+        cases: the cases to train.
+        seeds: the seeds of the initial weights and the order of the data.
+        steps: training steps.
+        seq_len: tokens per row.
+        batch_size: rows per batch.
+        eval_tokens: held-out tokens for the validation loss.
+        learning_rate: the peak; warm-up takes a tenth of the steps, a cosine decay the others.
+        output: the JSON file; the plot has the same name.
     """
 
     cases: tuple[str, ...] = tuple(CASES)

@@ -29,8 +29,8 @@ class Options(NamedTuple):
     """The options of this benchmark.
 
     Attributes:
-      steps: training steps; by default those of the command.
-      output: the JSON file.
+        steps: training steps; by default those of the command.
+        output: the JSON file.
     """
 
     steps: int | None = None
@@ -38,7 +38,7 @@ class Options(NamedTuple):
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table of bytes for README."""
+    """The table of bytes for the docs."""
     kept = report["results"]["bytes"]
     columns = {"bytes": "", "APOLLO-Mini": "apollo_mini", "optax.adamw": "adamw"}
     names = {"parameters": "parameters", "state": "optimizer state", "peak": "peak of a step"}

@@ -47,12 +47,12 @@ class Options(NamedTuple):
     """The options of this benchmark.
 
     Attributes:
-      ranks: the ranks of the subspaces.
-      iterations: the iterations of `randomized_svd`, with a row for each; its own default is 0.
-      oversample: the oversampling of `randomized_svd`; by default its own default.
-      steps: steps of AdamW before the gradient is computed, 0 for the gradient at initialization.
-      repeats: the number of timed rounds.
-      output: the JSON file; the plot has the same name.
+        ranks: the ranks of the subspaces.
+        iterations: the iterations of `randomized_svd`, with a row for each; its own default is 0.
+        oversample: the oversampling of `randomized_svd`; by default its own default.
+        steps: steps of AdamW before the gradient is computed, 0 for the gradient at initialization.
+        repeats: the number of timed rounds.
+        output: the JSON file; the plot has the same name.
     """
 
     ranks: tuple[int, ...] = (128, 512)

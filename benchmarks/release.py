@@ -41,13 +41,13 @@ class Options:
     """The options of this benchmark.
 
     Attributes:
-      model: a preset.
-      optimizer: a name known to `memopt.optimizer`.
-      batch_size: rows per batch.
-      seq_len: tokens per row.
-      repeats: the number of timed rounds.
-      only: print the memory that a few steps of this kind take, as JSON.
-      output: the JSON file.
+        model: a preset.
+        optimizer: a name known to `memopt.optimizer`.
+        batch_size: rows per batch.
+        seq_len: tokens per row.
+        repeats: the number of timed rounds.
+        only: print the memory that a few steps of this kind take, as JSON.
+        output: the JSON file.
     """
 
     model: str = "350m"

@@ -28,15 +28,15 @@ class Report:
     It begins with the command that makes the whole file, settings, the machine and versions.
 
     Args:
-      benchmark: the name of the module in `benchmarks`.
-      arguments: the command's arguments; none of those that only choose rows of the file.
-      path: the JSON file.
-      results: the list or dict of results, to which may be added before each `save`.
-      packages: packages whose versions matter besides `PACKAGES`.
-      settings: further entries of the file that describe the run.
+        benchmark: the name of the module in `benchmarks`.
+        arguments: the command's arguments; none of those that only choose rows of the file.
+        path: the JSON file.
+        results: the list or dict of results, to which may be added before each `save`.
+        packages: packages whose versions matter besides `PACKAGES`.
+        settings: further entries of the file that describe the run.
 
     Attributes:
-      results: the list or dict that was given.
+        results: the list or dict that was given.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ def read_results(path: Path, settings: Mapping[str, Any] | None = None) -> Any:
     """The results in a file; an empty list if there is no file.
 
     Args:
-      path: the JSON file.
-      settings: the settings that they must have.
+        path: the JSON file.
+        settings: the settings that they must have.
 
     Raises:
-      ValueError: if they have others.
+        ValueError: if they have others.
     """
     if not path.exists():
         return []
@@ -96,9 +96,9 @@ def save(report: dict[str, Any], path: Path, plot: Callable[[Path], None] | None
     The file is replaced atomically: a run that is stopped loses nothing that it had written.
 
     Args:
-      report: a JSON-serialisable dict.
-      path: the JSON file.
-      plot: draws the image file with the given path.
+        report: a JSON-serialisable dict.
+        path: the JSON file.
+        plot: draws the image file with the given path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.new")
@@ -118,11 +118,11 @@ def measure_cells(
     """Measures rows of a table of words; prints and saves each cell as it is found.
 
     Args:
-      names: the rows to measure.
-      columns: the columns.
-      found: maps a row and a column to a word.
-      results: the words of all rows, to which these are added.
-      path: the JSON file.
+        names: the rows to measure.
+        columns: the columns.
+        found: maps a row and a column to a word.
+        results: the words of all rows, to which these are added.
+        path: the JSON file.
     """
     report = Report(path.stem, (), path, results)
     for name in names:

@@ -33,7 +33,7 @@ OLD_KEYS = ("jax", "optax", "libtpu")
 INTRODUCTION = """\
 # Results
 
-The measured tables of README and docs, by the files in `benchmarks/results` that they are from: the
+The measured tables of these pages, by the files in `benchmarks/results` that they are from: the
 command that made each file, the machine, and the versions of the packages and of the compiler. This
 page, and the tables on other pages, are written by `python -m benchmarks.results`; a test compares
 them with the files. Where no machine or version is named, the file is from before these were
@@ -45,10 +45,10 @@ class Block(NamedTuple):
     """A part of a page that is made from result files.
 
     Attributes:
-      page: the page.
-      files: the result files.
-      function: the name of the function that makes the text, in its module.
-      words: its further arguments.
+        page: the page.
+        files: the result files.
+        function: the name of the function that makes the text, in its module.
+        words: its further arguments.
     """
 
     page: Path
@@ -116,8 +116,13 @@ def results_page(made: Mapping[Block, str]) -> str:
         for block, text in made.items():
             if path == block.files[0]:
                 page = os.path.relpath(block.page, PAGE.parent)
-                parts.append(f"On [{block.page.name}]({page}):\n\n{text}")
+                parts.append(f"On [{title(block.page)}]({page}):\n\n{text}")
     return "\n".join(parts)
+
+
+def title(page: Path) -> str:
+    """The title of a page: its first heading."""
+    return page.read_text().partition("\n")[0].removeprefix("# ")
 
 
 def provenance(path: Path) -> str:

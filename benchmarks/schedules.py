@@ -40,10 +40,10 @@ class Shape(NamedTuple):
     """A schedule to train with.
 
     Attributes:
-      name: its name in `memopt.schedules.names()`.
-      steps: how many of `Options.steps` it lasts.
-      end: the last learning rate, as a part of the highest.
-      decay: the length of the decay of "wsd", as a part of `steps`.
+        name: its name in `memopt.schedules.names()`.
+        steps: how many of `Options.steps` it lasts.
+        end: the last learning rate, as a part of the highest.
+        decay: the length of the decay of "wsd", as a part of `steps`.
     """
 
     name: str
@@ -75,18 +75,18 @@ class Options:
     """The options of this benchmark.
 
     Attributes:
-      shapes: the schedules to train with.
-      hidden_size: the width of the model.
-      layers: the number of blocks.
-      steps: training steps of the longest schedule.
-      warmup: steps in which the learning rate rises.
-      peak: the highest learning rate.
-      every: steps between evaluations.
-      seq_len: tokens per row.
-      batch_size: rows per batch.
-      eval_tokens: held-out tokens for the validation loss.
-      seed: the seed of initial weights and order of the data.
-      output: the JSON file.
+        shapes: the schedules to train with.
+        hidden_size: the width of the model.
+        layers: the number of blocks.
+        steps: training steps of the longest schedule.
+        warmup: steps in which the learning rate rises.
+        peak: the highest learning rate.
+        every: steps between evaluations.
+        seq_len: tokens per row.
+        batch_size: rows per batch.
+        eval_tokens: held-out tokens for the validation loss.
+        seed: the seed of initial weights and order of the data.
+        output: the JSON file.
     """
 
     shapes: tuple[str, ...] = tuple(SHAPES)
@@ -113,8 +113,8 @@ def rates(settings: Mapping[str, Any], name: str) -> np.ndarray:
     """The learning rate of each step of a schedule, float64 (steps,).
 
     Args:
-      settings: `steps`, `warmup` and `peak` of `Options`, such as those in the JSON file.
-      name: one of `SHAPES`.
+        settings: `steps`, `warmup` and `peak` of `Options`, such as those in the JSON file.
+        name: one of `SHAPES`.
     """
     steps = round(SHAPES[name].steps * settings["steps"])
     return np.asarray(_schedule(settings, name)(jnp.arange(steps)), np.float64)

@@ -26,9 +26,9 @@ class Options(NamedTuple):
     """The options of this benchmark.
 
     Attributes:
-      optimizers: names known to `memopt.optimizer`; "NAME:int8" keeps the state in 8 bits.
-      arrays: the number of separate matrices.
-      output: the JSON file.
+        optimizers: names known to `memopt.optimizer`; "NAME:int8" keeps the state in 8 bits.
+        arrays: the number of separate matrices.
+        output: the JSON file.
     """
 
     optimizers: tuple[str, ...] = ("adamw", "adafactor", "galore", "adamw:int8")

@@ -27,11 +27,11 @@ class Options(NamedTuple):
     """The options of this benchmark.
 
     Attributes:
-      optimizers: names known to `memopt.optimizer`; by default AdamW and memopt's own.
-        Names in `JAX_OPTIMIZERS` are other libraries' optimizers.
-      layout: "stacked" for one array per kernel, "list" for one array per kernel and block.
-      models: presets whose shapes are used; optimizers are sorted by the bytes of the last one.
-      output: the JSON file; the plot has the same name.
+        optimizers: names known to `memopt.optimizer`; by default AdamW and memopt's own.
+            Names in `JAX_OPTIMIZERS` are other libraries' optimizers.
+        layout: "stacked" for one array per kernel, "list" for one array per kernel and block.
+        models: presets whose shapes are used; optimizers are sorted by the bytes of the last one.
+        output: the JSON file; the plot has the same name.
     """
 
     optimizers: tuple[str, ...] = ("adamw", *memopt.available("memopt"))

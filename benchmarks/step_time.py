@@ -56,14 +56,14 @@ class Options:
     """The options of this benchmark.
 
     Attributes:
-      optimizers: names known to `memopt.optimizer`, with the suffix _8bit for int8 state, and
-        those in `TORCH_OPTIMIZERS` and `JAX_OPTIMIZERS`; by default the methods of memopt, their
-        baselines, and those of other libraries that are installed.
-      model: the preset whose shapes are used.
-      layout: "stacked" for one array per kernel, "list" for one array per kernel and block.
-      dtype: the dtype of parameters and gradients.
-      repeats: the number of timed rounds.
-      output: the JSON file; the plot has the same name.
+        optimizers: names known to `memopt.optimizer`, with the suffix _8bit for int8 state, and
+            those in `TORCH_OPTIMIZERS` and `JAX_OPTIMIZERS`; by default the methods of memopt,
+            their baselines, and those of other libraries that are installed.
+        model: the preset whose shapes are used.
+        layout: "stacked" for one array per kernel, "list" for one array per kernel and block.
+        dtype: the dtype of parameters and gradients.
+        repeats: the number of timed rounds.
+        output: the JSON file; the plot has the same name.
     """
 
     optimizers: tuple[str, ...] = ()
@@ -164,7 +164,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table for README."""
+    """The table for the docs."""
     columns = ("optimizer", "from", "ms", "÷ optax.adamw", "min–max", "state MB")
     return markdown_table(columns, map(_row, report["results"]))
 

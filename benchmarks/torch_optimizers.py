@@ -13,8 +13,8 @@ class TorchOptimizer(NamedTuple):
     """One of torch's optimizers.
 
     Attributes:
-      package: the module that contains it.
-      build: builds it from the hidden matrices, the other parameters and a learning rate.
+        package: the module that contains it.
+        build: builds it from the hidden matrices, the other parameters and a learning rate.
     """
 
     package: str
@@ -76,11 +76,11 @@ class TorchParameters:
     """One set of torch parameters with fixed gradients, for several optimizers in turn.
 
     Args:
-      hidden: shapes ``(*stack, in, out)`` of the hidden matrices; each matrix of a stack becomes a
-        separate parameter (out, in), as in torch models.
-      rest: shapes of the other parameters.
-      dtype: the dtype of all parameters.
-      device: their device, "cpu" or "cuda".
+        hidden: shapes ``(*stack, in, out)`` of the hidden matrices; each matrix of a stack becomes
+            a separate parameter (out, in), as in torch models.
+        rest: shapes of the other parameters.
+        dtype: the dtype of all parameters.
+        device: their device, "cpu" or "cuda".
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class TorchParameters:
         """Builds the optimizer of that name and initializes its state.
 
         Raises:
-          ValueError: if it is not installed.
+            ValueError: if it is not installed.
         """
         if name not in installed():
             package = TORCH_OPTIMIZERS[name].package.replace("_", "-")

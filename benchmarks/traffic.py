@@ -57,16 +57,16 @@ class Options(NamedTuple):
     """The options of this benchmark.
 
     Attributes:
-      optimizer: a name known to `memopt.optimizer`; by default a list of them, one by one.
-      layout: "stacked" for one array per kernel, "list" for one array per kernel and block.
-      dtype: the dtype of parameters and gradients.
-      chip: the chip to compile for.
-      rank: the rank of methods whose rank is a fraction by default; APOLLO-Mini keeps its own.
-      state: how the optimizer's state is stored; by default as in the method.
-      cache: let the compiler keep arrays in fast memory, as it does by default.
-      json: print one JSON object instead of a table.
-      explain: also print the instructions that move the most bytes.
-      output: the JSON file of a list; the plot has the same name.
+        optimizer: a name known to `memopt.optimizer`; by default a list of them, one by one.
+        layout: "stacked" for one array per kernel, "list" for one array per kernel and block.
+        dtype: the dtype of parameters and gradients.
+        chip: the chip to compile for.
+        rank: the rank of methods whose rank is a fraction by default; APOLLO-Mini keeps its own.
+        state: how the optimizer's state is stored; by default as in the method.
+        cache: let the compiler keep arrays in fast memory, as it does by default.
+        json: print one JSON object instead of a table.
+        explain: also print the instructions that move the most bytes.
+        output: the JSON file of a list; the plot has the same name.
     """
 
     optimizer: str | None = None
@@ -252,7 +252,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The paragraph for README: the methods by what they move, Optax's with its name."""
+    """The paragraph for the docs: the methods by what they move, Optax's with its name."""
     names = {r["optimizer"]: r["traffic"] for r in report["results"]}
     title = lambda name: f"`{METHODS[name].library}.{name.removeprefix('optax_')}`"
     words = [f"{title(name)} {names[name]:.2f}" for name in sorted(names, key=lambda n: names[n])]

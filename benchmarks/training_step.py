@@ -20,18 +20,19 @@ class Options(NamedTuple):
     """The options of a training step.
 
     Attributes:
-      model: a preset.
-      optimizer: a name known to `memopt.optimizer`.
-      release: update each block while the backward pass runs; otherwise blocks are rematerialised.
-      weights: how the parameters are stored; by default not quantised.
-      state: how the optimizer's state is stored; by default as in the method.
-      dtype: the dtype of parameters and activations.
-      mesh: axes and their sizes, such as "fsdp=16"; by default one device.
-      batch_size: rows over all devices.
-      seq_len: tokens per row.
-      accumulation: the number of micro-batches per batch.
-      refresh: whether the step may refresh a subspace.
-      learning_rate: the constant learning rate.
+        model: a preset.
+        optimizer: a name known to `memopt.optimizer`.
+        release: update each block while the backward pass runs; otherwise blocks are
+            rematerialised.
+        weights: how the parameters are stored; by default not quantised.
+        state: how the optimizer's state is stored; by default as in the method.
+        dtype: the dtype of parameters and activations.
+        mesh: axes and their sizes, such as "fsdp=16"; by default one device.
+        batch_size: rows over all devices.
+        seq_len: tokens per row.
+        accumulation: the number of micro-batches per batch.
+        refresh: whether the step may refresh a subspace.
+        learning_rate: the constant learning rate.
     """
 
     model: str
@@ -54,13 +55,13 @@ class TrainingStep:
     A call maps a state, which is donated, and a batch to the new state and metrics.
 
     Args:
-      options: the options of the step.
-      devices: at least as many devices as the mesh has.
+        options: the options of the step.
+        devices: at least as many devices as the mesh has.
 
     Attributes:
-      config: the model's shapes and options.
-      setup: the step and its inputs for compilation.
-      like: the shapes and shardings of its state.
+        config: the model's shapes and options.
+        setup: the step and its inputs for compilation.
+        like: the shapes and shardings of its state.
     """
 
     def __init__(self, options: Options, devices: Sequence[jax.Device]) -> None:

@@ -33,15 +33,15 @@ class Contender(NamedTuple):
     """A compiled optimizer step.
 
     Attributes:
-      name: the optimizer's name.
-      library: its library, such as "memopt", "optax" or "torch".
-      step: takes one step and waits for it.
-      state_bytes: the bytes of its state.
-      temp_bytes: the bytes that a step allocates in addition to parameters, state and gradients;
-        None if unknown.
-      least_bytes: the minimum of bytes that a step moves: gradients read once, parameters and
-        state read and written once.
-      compile_seconds: seconds for tracing and compiling; None if nothing is compiled.
+        name: the optimizer's name.
+        library: its library, such as "memopt", "optax" or "torch".
+        step: takes one step and waits for it.
+        state_bytes: the bytes of its state.
+        temp_bytes: the bytes that a step allocates in addition to parameters, state and gradients;
+            None if unknown.
+        least_bytes: the minimum of bytes that a step moves: gradients read once, parameters and
+            state read and written once.
+        compile_seconds: seconds for tracing and compiling; None if nothing is compiled.
     """
 
     name: str
@@ -57,9 +57,10 @@ class Parameters:
     """One set of parameters with fixed gradients, shared by all contenders to save memory.
 
     Args:
-      shapes: the shapes and dtypes of parameters and gradients.
-      places: their shardings.
-      weights: how the parameters are stored, see `memopt.quantize_params`; None for not quantised.
+        shapes: the shapes and dtypes of parameters and gradients.
+        places: their shardings.
+        weights: how the parameters are stored, see `memopt.quantize_params`; None for not
+            quantised.
     """
 
     def __init__(self, shapes: Any, places: Any, weights: str | None = None) -> None:
@@ -88,10 +89,10 @@ class Parameters:
         """Compiles a step, with its state sharded by `memopt.state_sharding`.
 
         Args:
-          name: the contender's name.
-          library: the contender's library.
-          tx: the optimizer.
-          apply: maps parameters, updates and the number of previous steps to the new parameters.
+            name: the contender's name.
+            library: the contender's library.
+            tx: the optimizer.
+            apply: maps parameters, updates and the number of previous steps to the new parameters.
         """
 
         def one_step(params: Any, state: Any, count: jax.Array, gradients: Any) -> Any:

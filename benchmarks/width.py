@@ -55,16 +55,16 @@ class Options:
     """The options of this benchmark.
 
     Attributes:
-      schemes: the ways to train, of those above.
-      widths: the widths of the model; the first is the base.
-      rates: the learning rates, as powers of two.
-      seeds: the seeds of initial weights and order of the data.
-      layers: the number of blocks.
-      steps: training steps.
-      seq_len: tokens per row.
-      batch_size: rows per batch.
-      eval_tokens: held-out tokens for the validation loss.
-      output: the JSON file; the plot has the same name.
+        schemes: the ways to train, of those above.
+        widths: the widths of the model; the first is the base.
+        rates: the learning rates, as powers of two.
+        seeds: the seeds of initial weights and order of the data.
+        layers: the number of blocks.
+        steps: training steps.
+        seq_len: tokens per row.
+        batch_size: rows per batch.
+        eval_tokens: held-out tokens for the validation loss.
+        output: the JSON file; the plot has the same name.
     """
 
     schemes: tuple[str, ...] = ("mup", "global")

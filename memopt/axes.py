@@ -24,14 +24,14 @@ class Matrix:
     side that a subspace projects in square matrices; see `memopt.out_in`.
 
     Attributes:
-      rows: the axis, or axes, that index rows; negative ones count from the end.
-      cols: the axis, or axes, that index columns.
+        rows: the axis, or axes, that index rows; negative ones count from the end.
+        cols: the axis, or axes, that index columns.
 
     Example:
-      >>> Matrix()                        # a Dense kernel, scanned or not
-      Matrix(rows=-2, cols=-1)
-      >>> Matrix(rows=0, cols=(1, 2))     # an attention kernel (d, heads, head_dim)
-      Matrix(rows=0, cols=(1, 2))
+        >>> Matrix()                        # a Dense kernel, scanned or not
+        Matrix(rows=-2, cols=-1)
+        >>> Matrix(rows=0, cols=(1, 2))     # an attention kernel (d, heads, head_dim)
+        Matrix(rows=0, cols=(1, 2))
     """
 
     rows: int | tuple[int, ...] = -2
@@ -85,12 +85,12 @@ def _by_axis_names(names: tuple[str | None, ...]) -> tuple[Matrix | None, bool]:
     """Rows and columns by axis names, None for a vector; and whether the names determine them.
 
     Example:
-      >>> _by_axis_names(("embed", "layers", "q_heads", "kv"))
-      (Matrix(rows=0, cols=(2, 3)), True)
-      >>> _by_axis_names(("heads", "embed", "head_dim"))
-      (Matrix(rows=1, cols=(0, 2)), True)
-      >>> _by_axis_names(("norm", "layers")), _by_axis_names((None, "fsdp", None))
-      ((None, True), (None, False))
+        >>> _by_axis_names(("embed", "layers", "q_heads", "kv"))
+        (Matrix(rows=0, cols=(2, 3)), True)
+        >>> _by_axis_names(("heads", "embed", "head_dim"))
+        (Matrix(rows=1, cols=(0, 2)), True)
+        >>> _by_axis_names(("norm", "layers")), _by_axis_names((None, "fsdp", None))
+        ((None, True), (None, False))
     """
     core = [a for a, name in enumerate(names) if name not in STACK_AXES]
     heads = tuple(a for a in core if names[a] in HEAD_AXES)
@@ -193,9 +193,9 @@ def _to_heads(shape: tuple[int, ...], stack: tuple[int, ...], heads: int) -> Mat
     A fused (d, 3, heads, head_dim) or (3, d, heads, head_dim) kernel is a stack of three.
 
     Args:
-      shape: the shape of the array.
-      stack: the axes of layers.
-      heads: the number of the output's heads; keys and values may have fewer.
+        shape: the shape of the array.
+        stack: the axes of layers.
+        heads: the number of the output's heads; keys and values may have fewer.
     """
     core = [a for a in range(len(shape)) if a not in stack]
     if len(core) < 3 or shape[core[-2]] == 0 or heads % shape[core[-2]]:

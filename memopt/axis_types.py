@@ -20,16 +20,16 @@ def on_auto_axes(f: Callable[..., Any], args: Sequence[Any], like: Any) -> Any:
     Without Explicit axes this is ``f(*args)``. No mesh need be set.
 
     Args:
-      f: any traceable function.
-      args: its arguments, trees of arrays and other objects.
-      like: a tree with the structure of the result, of arrays, shapes or ``jax.P``.
+        f: any traceable function.
+        args: its arguments, trees of arrays and other objects.
+        like: a tree with the structure of the result, of arrays, shapes or ``jax.P``.
 
     Example:
-      >>> mesh = jax.make_mesh((1,), ("fsdp",))  # Explicit axes
-      >>> x = jax.device_put(jnp.ones((4, 2)), NamedSharding(mesh, jax.P("fsdp")))
-      >>> flat = on_auto_axes(lambda x: x.reshape(2, 4), (x,), jax.P(None, "fsdp"))
-      >>> jax.typeof(flat)
-      ShapedArray(float32[2,4@fsdp])
+        >>> mesh = jax.make_mesh((1,), ("fsdp",))  # Explicit axes
+        >>> x = jax.device_put(jnp.ones((4, 2)), NamedSharding(mesh, jax.P("fsdp")))
+        >>> flat = on_auto_axes(lambda x: x.reshape(2, 4), (x,), jax.P(None, "fsdp"))
+        >>> jax.typeof(flat)
+        ShapedArray(float32[2,4@fsdp])
     """
     structure: Any
     result: Any
@@ -72,12 +72,12 @@ def varying_as(like: Any, x: jax.Array) -> jax.Array:
     Arrays made anew vary over no axis, and could not stand in the place of those that do.
 
     Args:
-      like: an array, or its shape with the type of one.
-      x: numbers of any shape and dtype.
+        like: an array, or its shape with the type of one.
+        x: numbers of any shape and dtype.
 
     Example:
-      >>> varying_as(jnp.ones(3), jnp.zeros(2))
-      Array([0., 0.], dtype=float32)
+        >>> varying_as(jnp.ones(3), jnp.zeros(2))
+        Array([0., 0.], dtype=float32)
     """
     return x + jnp.zeros_like(like, shape=(), dtype=x.dtype)
 

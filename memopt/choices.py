@@ -12,10 +12,10 @@ class Choice:
     """A function that is chosen by its name in a table.
 
     Attributes:
-      make: the function; its keyword-only arguments are the options.
-      when: when to choose it.
-      source: where it is from.
-      needs: what it needs besides its options.
+        make: the function; its keyword-only arguments are the options.
+        when: when to choose it.
+        source: where it is from.
+        needs: what it needs besides its options.
     """
 
     make: Callable[..., Any]

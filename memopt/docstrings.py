@@ -11,11 +11,11 @@ def argument_help(function: Callable) -> dict[str, str]:
     """Returns the descriptions of a function's arguments, from its docstring.
 
     Args:
-      function: a function with a docstring of Google's style.
+        function: a function with a docstring of Google's style.
 
     Example:
-      >>> argument_help(argument_help)
-      {'function': "a function with a docstring of Google's style."}
+        >>> argument_help(argument_help)
+        {'function': "a function with a docstring of Google's style."}
     """
     base = getattr(function, "__options_of__", None)
     found = argument_help(base) if base else {}
@@ -33,11 +33,11 @@ def keyword_defaults(function: Callable) -> dict[str, Any]:
     """Returns the keyword-only arguments of a function with their defaults.
 
     Args:
-      function: the function.
+        function: the function.
 
     Example:
-      >>> keyword_defaults(sorted)
-      {'key': None, 'reverse': False}
+        >>> keyword_defaults(sorted)
+        {'key': None, 'reverse': False}
     """
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}

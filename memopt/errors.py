@@ -15,12 +15,12 @@ def check_choice(argument: str, given: Any, allowed: Iterable[Any]) -> None:
     """Raises unless `given` is one of `allowed`, and suggests the closest.
 
     Raises:
-      ValueError: names the argument, the closest allowed value and all allowed values.
+        ValueError: names the argument, the closest allowed value and all allowed values.
 
     Example:
-      >>> check_choice("side", "rihgt", ["left", "right"])
-      Traceback (most recent call last):
-      ValueError: side 'rihgt' is unknown; did you mean 'right'? Allowed: left, right.
+        >>> check_choice("side", "rihgt", ["left", "right"])
+        Traceback (most recent call last):
+        ValueError: side 'rihgt' is unknown; did you mean 'right'? Allowed: left, right.
     """
     allowed = list(allowed)
     if given in allowed:
@@ -36,7 +36,7 @@ def check_at_least(argument: str, given: Any, least: float) -> None:
     """Raises if `given` is a number below `least`; traced values are not checked.
 
     Raises:
-      ValueError: names the argument, the given value and the smallest allowed one.
+        ValueError: names the argument, the given value and the smallest allowed one.
     """
     if isinstance(given, numbers.Real) and not float(given) >= least:
         raise ValueError(f"{argument} must be at least {least}, got {given}.")
@@ -46,7 +46,7 @@ def check_above_zero(argument: str, given: Any) -> None:
     """Raises if `given` is a number that is not positive; traced values are not checked.
 
     Raises:
-      ValueError: names the argument and the given value.
+        ValueError: names the argument and the given value.
     """
     if isinstance(given, numbers.Real) and not float(given) > 0:
         raise ValueError(f"{argument} must be above 0, got {given}.")
@@ -56,7 +56,7 @@ def check_between(argument: str, given: Any, low: float, high: float) -> None:
     """Raises if `given` is a number that is not between two others; traced values are not checked.
 
     Raises:
-      ValueError: names the argument, the two numbers and the given one.
+        ValueError: names the argument, the two numbers and the given one.
     """
     if isinstance(given, numbers.Real) and not low < float(given) < high:
         raise ValueError(f"{argument} must be between {low} and {high}, got {given}.")
@@ -66,12 +66,12 @@ def check_given(argument: str, given: Any, what: str) -> None:
     """Raises unless an extra argument of an update is given.
 
     Raises:
-      ValueError: names the argument, what it is, and how it is passed.
+        ValueError: names the argument, what it is, and how it is passed.
 
     Example:
-      >>> check_given("value", None, "the loss")
-      Traceback (most recent call last):
-      ValueError: value, the loss, must be given: call update(updates, state, params, value=…).
+        >>> check_given("value", None, "the loss")
+        Traceback (most recent call last):
+        ValueError: value, the loss, must be given: call update(updates, state, params, value=…).
     """
     if given is None:
         call = f"update(updates, state, params, {argument}=…)"
@@ -82,7 +82,7 @@ def check_static(argument: str, given: Any) -> None:
     """Raises unless an argument that decides shapes or the program is a number.
 
     Raises:
-      TypeError: names the argument, and how `optax.inject_hyperparams` leaves it alone.
+        TypeError: names the argument, and how `optax.inject_hyperparams` leaves it alone.
     """
     if not isinstance(given, numbers.Real):
         raise TypeError(
@@ -95,16 +95,16 @@ def check_precision(**given: Any) -> None:
     """Raises if a hyperparameter is an array of floats narrower than float32.
 
     Args:
-      **given: the given values, of any kind.
+        **given: the given values, of any kind.
 
     Raises:
-      ValueError: names the argument and its dtype.
+        ValueError: names the argument and its dtype.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> check_precision(b2=jnp.bfloat16(0.999))
-      Traceback (most recent call last):
-      ValueError: b2 must be float32 or wider, got bfloat16, which rounds decays; for ...
+        >>> import jax.numpy as jnp
+        >>> check_precision(b2=jnp.bfloat16(0.999))
+        Traceback (most recent call last):
+        ValueError: b2 must be float32 or wider, got bfloat16, which rounds decays; for ...
     """
     for name, value in given.items():
         dtype = getattr(value, "dtype", None)
@@ -122,18 +122,18 @@ def check_unused(function: Callable[..., Any], why: str, **given: Any) -> None:
     Traced values are not checked.
 
     Args:
-      function: the function that has these arguments.
-      why: the reason why they have no effect.
-      **given: the given values.
+        function: the function that has these arguments.
+        why: the reason why they have no effect.
+        **given: the given values.
 
     Raises:
-      ValueError: names the argument, why it has no effect, and the given value.
+        ValueError: names the argument, why it has no effect, and the given value.
 
     Example:
-      >>> def draw(seed=0): ...
-      >>> check_unused(draw, "nothing is drawn", seed=3)
-      Traceback (most recent call last):
-      ValueError: seed must be left out, since nothing is drawn, got 3.
+        >>> def draw(seed=0): ...
+        >>> check_unused(draw, "nothing is drawn", seed=3)
+        Traceback (most recent call last):
+        ValueError: seed must be left out, since nothing is drawn, got 3.
     """
     parameters = inspect.signature(function).parameters
     for name, value in given.items():

@@ -14,11 +14,11 @@ def find_function(name: str) -> Callable[..., Any]:
     """Returns what ``module:function`` names; modules of the working directory are found, too.
 
     Raises:
-      ValueError: if there is no such module or function.
+        ValueError: if there is no such module or function.
 
     Example:
-      >>> find_function("math:sqrt")(4)
-      2.0
+        >>> find_function("math:sqrt")(4)
+        2.0
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -37,7 +37,7 @@ def digest_of_source(name: str) -> str:
     """Returns a digest of the file that defines the function ``module:function``.
 
     Raises:
-      ValueError: if there is no such function.
+        ValueError: if there is no such function.
     """
     function = find_function(name)
     file = inspect.getsourcefile(inspect.unwrap(function))
@@ -49,12 +49,12 @@ def call_function(name: str, *args: Any, **options: Any) -> Any:
     """Returns what the function ``module:function`` returns.
 
     Raises:
-      ValueError: if there is no such function, or it fails.
+        ValueError: if there is no such function, or it fails.
 
     Example:
-      >>> call_function("math:sqrt")
-      Traceback (most recent call last):
-      ValueError: 'math:sqrt' failed (TypeError: math.sqrt() takes exactly one argument (0 given)).
+        >>> call_function("math:sqrt")
+        Traceback (most recent call last):
+        ValueError: 'math:sqrt' failed (TypeError: math.sqrt() takes exactly one argument ...).
     """
     function = find_function(name)
     try:

@@ -20,17 +20,17 @@ def trace(f: Callable[..., Any], *args: Any) -> Program:
     """Traces a function on arrays or their shapes.
 
     Args:
-      f: any function that JAX can trace; arrays that it closes over become constants.
-      *args: trees of arrays or of `jax.ShapeDtypeStruct`.
+        f: any function that JAX can trace; arrays that it closes over become constants.
+        *args: trees of arrays or of `jax.ShapeDtypeStruct`.
 
     Returns:
-      A program with flat inputs and outputs, in the order of `jax.tree.leaves`.
+        A program with flat inputs and outputs, in the order of `jax.tree.leaves`.
 
     Example:
-      >>> program = trace(lambda x, y: (2 * x, x + y), 1.0, 2.0)
-      >>> double = program.needed([0])
-      >>> double.reads, double(3.0, None)[0].item()
-      ([True, False], 6.0)
+        >>> program = trace(lambda x, y: (2 * x, x + y), 1.0, 2.0)
+        >>> double = program.needed([0])
+        >>> double.reads, double(3.0, None)[0].item()
+        ([True, False], 6.0)
     """
     return _program(jax.make_jaxpr(f)(*args))
 
@@ -40,8 +40,8 @@ class Program:
     """A traced function with flat inputs and outputs.
 
     Attributes:
-      inputs: the input variables.
-      outputs: the output variables, with None for a literal.
+        inputs: the input variables.
+        outputs: the output variables, with None for a literal.
     """
 
     inputs: Sequence[Any]
@@ -55,11 +55,11 @@ class Program:
         No release of JAX has a public function for this dead-code elimination.
 
         Args:
-          outputs: the indices of the outputs, in ascending order; by default all.
+            outputs: the indices of the outputs, in ascending order; by default all.
 
         Example:
-          >>> trace(lambda x, y: x, 1.0, 2.0).needed().reads
-          [True, False]
+            >>> trace(lambda x, y: x, 1.0, 2.0).needed().reads
+            [True, False]
         """
         every = range(len(self.outputs))
         wanted = set(every if outputs is None else outputs)
@@ -74,13 +74,13 @@ class Program:
         Outputs that are computed from them then depend on these new inputs instead.
 
         Args:
-          known: the indices of the outputs.
+            known: the indices of the outputs.
 
         Example:
-          >>> program = trace(lambda x: ((y := 2 * x), y + 1), 1.0).from_outputs([0])
-          >>> part = program.needed([1])
-          >>> part.reads, part(None, 5.0)[0].item()
-          ([False, True], 6.0)
+            >>> program = trace(lambda x: ((y := 2 * x), y + 1), 1.0).from_outputs([0])
+            >>> part = program.needed([1])
+            >>> part.reads, part(None, 5.0)[0].item()
+            ([False, True], 6.0)
         """
         from jax.extend.core import Literal, Var  # imported here because it imports Pallas
 
@@ -110,7 +110,7 @@ class Part:
     """The part of a program that computes some of its outputs.
 
     Attributes:
-      reads: for each input of the program, whether this part reads it.
+        reads: for each input of the program, whether this part reads it.
     """
 
     reads: Sequence[bool]
@@ -128,10 +128,10 @@ class Equation(NamedTuple):
     """One operation of a program.
 
     Attributes:
-      name: the name of the primitive, such as ``"add"``.
-      inputs: the input variables, with None for a literal.
-      outputs: the output variables; each has an `aval` with a shape.
-      inner: the programs that the operation runs.
+        name: the name of the primitive, such as ``"add"``.
+        inputs: the input variables, with None for a literal.
+        outputs: the output variables; each has an `aval` with a shape.
+        inner: the programs that the operation runs.
     """
 
     name: str
@@ -173,8 +173,8 @@ class Call(NamedTuple):
     """Runs a program once on all inputs, as in `jax.jit`, `jax.checkpoint` or `jax.custom_vjp`.
 
     Attributes:
-      body: the program.
-      function: the name of a jitted function, otherwise "".
+        body: the program.
+        function: the name of a jitted function, otherwise "".
     """
 
     body: Program
@@ -230,11 +230,11 @@ def clusters() -> tuple[Any, ...]:
     would need permissions there.
 
     Returns:
-      Classes with `name`, `is_env_present()`, `get_process_count()` and `get_process_id()`.
+        Classes with `name`, `is_env_present()`, `get_process_count()` and `get_process_id()`.
 
     Example:
-      >>> [cluster.name for cluster in clusters()]
-      ['ompi', 'slurm', 'gketpu', 'gcetpu']
+        >>> [cluster.name for cluster in clusters()]
+        ['ompi', 'slurm', 'gketpu', 'gcetpu']
     """
     from jax._src import clusters
 
@@ -250,10 +250,10 @@ def shuffled(dataset: grain.IterDataset, window: int, seed: int) -> grain.IterDa
     """Shuffles a dataset within windows, by `grain.experimental.WindowShuffleIterDataset`.
 
     Example:
-      >>> import grain
-      >>> numbers = grain.MapDataset.range(4).to_iter_dataset()
-      >>> sorted(shuffled(numbers, window=4, seed=0))
-      [0, 1, 2, 3]
+        >>> import grain
+        >>> numbers = grain.MapDataset.range(4).to_iter_dataset()
+        >>> sorted(shuffled(numbers, window=4, seed=0))
+        [0, 1, 2, 3]
     """
     import grain
 
@@ -264,9 +264,9 @@ def prefetched(dataset: grain.IterDataset, count: int) -> grain.IterDataset:
     """Prefetches elements in a thread, by `grain.experimental.ThreadPrefetchIterDataset`.
 
     Example:
-      >>> import grain
-      >>> list(prefetched(grain.MapDataset.range(3).to_iter_dataset(), 2))
-      [0, 1, 2]
+        >>> import grain
+        >>> list(prefetched(grain.MapDataset.range(3).to_iter_dataset(), 2))
+        [0, 1, 2]
     """
     import grain
 
@@ -277,9 +277,9 @@ def limited(dataset: grain.IterDataset, count: int) -> grain.IterDataset:
     """Limits a dataset to its first elements, by `grain.experimental.LimitIterDataset`.
 
     Example:
-      >>> import grain
-      >>> list(limited(grain.MapDataset.range(9).to_iter_dataset(), 2))
-      [0, 1]
+        >>> import grain
+        >>> list(limited(grain.MapDataset.range(9).to_iter_dataset(), 2))
+        [0, 1]
     """
     import grain
 

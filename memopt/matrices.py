@@ -36,10 +36,10 @@ class Layout(NamedTuple):
     An array that is not a matrix is a stack of vectors along its last axis: `rows` is empty.
 
     Attributes:
-      name: the keys of its path joined by ``/``, such as ``"blocks/mlp/up/kernel"``.
-      stack: the stack axes.
-      rows: the axes that index rows.
-      cols: the axes that index columns.
+        name: the keys of its path joined by ``/``, such as ``"blocks/mlp/up/kernel"``.
+        stack: the stack axes.
+        rows: the axes that index rows.
+        cols: the axes that index columns.
     """
 
     name: str
@@ -90,12 +90,12 @@ def every_matrix(name: str, leaf: Any) -> Matrix | None:
     """Selects every matrix, including embeddings, heads and routers, stacked or not.
 
     Args:
-      name: the leaf's name, its keys joined by ``/``.
-      leaf: a `Parameter`; an array is read by its name and shape, without the tree around it.
+        name: the leaf's name, its keys joined by ``/``.
+        leaf: a `Parameter`; an array is read by its name and shape, without the tree around it.
 
     Returns:
-      The rows and columns, `Parameter.matrix`; None for a vector, which has fewer than two axes, a
-      side of length one, or the name of a norm, a bias or a scale.
+        The rows and columns, `Parameter.matrix`; None for a vector, which has fewer than two axes,
+        a side of length one, or the name of a norm, a bias or a scale.
     """
     parameter = read_parameter(name, leaf)
     parameter.warn_of_doubt("every_matrix")
@@ -109,19 +109,19 @@ def hidden_matrices(name: str, leaf: Any) -> Matrix | None:
     `memopt.describe` shows the result for each parameter.
 
     Args:
-      name: the leaf's name, its keys joined by ``/``.
-      leaf: a `Parameter`; an array is read by its name and shape, without the tree around it.
+        name: the leaf's name, its keys joined by ``/``.
+        leaf: a `Parameter`; an array is read by its name and shape, without the tree around it.
 
     Returns:
-      A `Matrix` or None.
+        A `Matrix` or None.
 
     Example:
-      >>> import jax
-      >>> kernel = jax.ShapeDtypeStruct((8, 512, 1376), "float32")
-      >>> hidden_matrices("blocks/mlp/up/kernel", kernel)
-      Matrix(rows=-2, cols=-1)
-      >>> print(hidden_matrices("lm_head/kernel", kernel))
-      None
+        >>> import jax
+        >>> kernel = jax.ShapeDtypeStruct((8, 512, 1376), "float32")
+        >>> hidden_matrices("blocks/mlp/up/kernel", kernel)
+        Matrix(rows=-2, cols=-1)
+        >>> print(hidden_matrices("lm_head/kernel", kernel))
+        None
     """
     parameter = read_parameter(name, leaf)
     if parameter.kind != MATRIX:
@@ -138,13 +138,13 @@ def out_in(name: str, leaf: Any) -> Matrix | None:
     are projected.
 
     Args:
-      name: the leaf's name, its keys joined by ``/``.
-      leaf: a `Parameter`; an array is read by its name and shape, without the tree around it.
+        name: the leaf's name, its keys joined by ``/``.
+        leaf: a `Parameter`; an array is read by its name and shape, without the tree around it.
 
     Example:
-      >>> import jax
-      >>> out_in("mlp/layers/0/weight", jax.ShapeDtypeStruct((256, 64), "float32"))
-      Matrix(rows=-1, cols=-2)
+        >>> import jax
+        >>> out_in("mlp/layers/0/weight", jax.ShapeDtypeStruct((256, 64), "float32"))
+        Matrix(rows=-1, cols=-2)
     """
     matrix = hidden_matrices(name, leaf)
     return None if matrix is None else Matrix(matrix.cols, matrix.rows)
@@ -161,22 +161,23 @@ def map_matrices(
     """Maps ``f(layout, leaf, *rest)`` over a tree, with the axes of every leaf.
 
     Args:
-      f: takes the leaf's `Layout`, the leaf, and the corresponding node of each of `rest`.
-      tree: any pytree of arrays; empty nodes (None, ``MaskedNode``) are unchanged. If an array is
-        in a box of another library, see `memopt.trees`, a result of its shape is put in the same
-        kind of box; any other result has none.
-      *rest: pytrees of which `tree` is a prefix.
-      matrices: which leaves are matrices, and which axes are their rows and columns: a callable
-        `Selection`, a pytree of `Matrix` and None (or a prefix of `tree`), or None for `default`.
-      default: the selection used for None.
-      outputs: the number of values that `f` returns; more than one gives a tuple of trees.
+        f: takes the leaf's `Layout`, the leaf, and the corresponding node of each of `rest`.
+        tree: any pytree of arrays; empty nodes (None, ``MaskedNode``) are unchanged. If an array is
+            in a box of another library, see `memopt.trees`, a result of its shape is put in the
+            same kind of box; any other result has none.
+        *rest: pytrees of which `tree` is a prefix.
+        matrices: which leaves are matrices, and which axes are their rows and columns: a callable
+            `Selection`, a pytree of `Matrix` and None (or a prefix of `tree`), or None for
+            `default`.
+        default: the selection used for None.
+        outputs: the number of values that `f` returns; more than one gives a tuple of trees.
 
     Returns:
-      A tree like `tree`, or a tuple of `outputs` of them.
+        A tree like `tree`, or a tuple of `outputs` of them.
 
     Raises:
-      ValueError: if a `Matrix` names axes that the leaf does not have, or `matrices` has no entry
-        for a leaf.
+        ValueError: if a `Matrix` names axes that the leaf does not have, or `matrices` has no entry
+            for a leaf.
     """
     select = default if matrices is None else _selection(matrices)
     nodes, structure = named_leaves(tree)
@@ -248,7 +249,7 @@ def layout_of(name: str, leaf: Any, matrix: Any) -> Layout:
     An array of no elements is a vector too: norms, means and ranks need sides of at least one.
 
     Raises:
-      ValueError: if the matrix names axes that the array does not have.
+        ValueError: if the matrix names axes that the array does not have.
     """
     ndim = len(leaf.shape)
     if matrix is None or 0 in leaf.shape:

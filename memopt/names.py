@@ -14,9 +14,9 @@ class Entry(NamedTuple):
     """The name, shape and axis names of a parameter.
 
     Attributes:
-      name: the parameter's keys joined by ``/``.
-      shape: the shape of the array.
-      axes: the names of its axes, if known.
+        name: the parameter's keys joined by ``/``.
+        shape: the shape of the array.
+        axes: the names of its axes, if known.
     """
 
     name: str
@@ -99,8 +99,8 @@ def words(part: str) -> str:
     """Converts a part of a path to snake case, without the number at its end.
 
     Example:
-      >>> words("LayerNorm_0"), words("wi_1"), words("_key_norm"), words("norm1")
-      ('layer_norm', 'wi', 'key_norm', 'norm')
+        >>> words("LayerNorm_0"), words("wi_1"), words("_key_norm"), words("norm1")
+        ('layer_norm', 'wi', 'key_norm', 'norm')
     """
     return re.sub(r"_?\d+$", "", snake_case(part)).strip("_")
 
@@ -109,8 +109,8 @@ def snake_case(name: str) -> str:
     """Converts a name from camel case to snake case.
 
     Example:
-      >>> snake_case("ScaleByAdam"), snake_case("ScaleBySM3")
-      ('scale_by_adam', 'scale_by_sm3')
+        >>> snake_case("ScaleByAdam"), snake_case("ScaleBySM3")
+        ('scale_by_adam', 'scale_by_sm3')
     """
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
@@ -123,16 +123,16 @@ def split_layer(name: str) -> tuple[str, int | None]:
     one layer and are kept. Below "layers", "blocks" or "h" without a number, layers are stacked.
 
     Returns:
-      The name that the parameter has if layers are stacked, and the index of the layer, None if
-      the name has none.
+        The name that the parameter has if layers are stacked, and the index of the layer, None if
+        the name has none.
 
     Example:
-      >>> split_layer("llama3/layers/12/up/kernel"), split_layer("Block_3/Dense_1/kernel")
-      (('llama3/layers/up/kernel', 12), ('Block/Dense_1/kernel', 3))
-      >>> split_layer("h/0/w1"), split_layer("stages/2/blocks/5/mlp/layers/1/weight")
-      (('h/w1', 0), ('stages/2/blocks/mlp/layers/1/weight', 5))
-      >>> split_layer("Dense_1/kernel"), split_layer("blocks/mlp/layers/1/weight")
-      (('Dense_1/kernel', None), ('blocks/mlp/layers/1/weight', None))
+        >>> split_layer("llama3/layers/12/up/kernel"), split_layer("Block_3/Dense_1/kernel")
+        (('llama3/layers/up/kernel', 12), ('Block/Dense_1/kernel', 3))
+        >>> split_layer("h/0/w1"), split_layer("stages/2/blocks/5/mlp/layers/1/weight")
+        (('h/w1', 0), ('stages/2/blocks/mlp/layers/1/weight', 5))
+        >>> split_layer("Dense_1/kernel"), split_layer("blocks/mlp/layers/1/weight")
+        (('Dense_1/kernel', None), ('blocks/mlp/layers/1/weight', None))
     """
     parts = name.split("/")
     numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
@@ -166,17 +166,17 @@ def kind_of(name: str) -> tuple[str, str] | None:
     """Returns the kind that a parameter's name implies, and the part of the name that implies it.
 
     Args:
-      name: the parameter's keys joined by ``/``.
+        name: the parameter's keys joined by ``/``.
 
     Returns:
-      "vector" (norms, biases, scales), "embedding", "position", "router" or "head", and the part
-      of the name; None if no part matches.
+        "vector" (norms, biases, scales), "embedding", "position", "router" or "head", and the part
+        of the name; None if no part matches.
 
     Example:
-      >>> kind_of("decoder/logits_dense/kernel"), kind_of("prenorm_attention/q/kernel")
-      (('head', 'logits_dense'), None)
-      >>> kind_of("layers/0/attention/output/dense/kernel"), kind_of("output/weight")
-      (None, ('head', 'output'))
+        >>> kind_of("decoder/logits_dense/kernel"), kind_of("prenorm_attention/q/kernel")
+        (('head', 'logits_dense'), None)
+        >>> kind_of("layers/0/attention/output/dense/kernel"), kind_of("output/weight")
+        (None, ('head', 'output'))
     """
     parts = [part for part in name.split("/") if not part.isdecimal()]
     for part in parts[-1:]:
@@ -207,12 +207,12 @@ def attention_part(name: str) -> tuple[str, str, str] | None:
     """Returns the part of an attention module that a parameter belongs to.
 
     Returns:
-      The name with a ``*`` in place of the part; "query", "key and value" or "output"; and the
-      part. None if no part of the name matches.
+        The name with a ``*`` in place of the part; "query", "key and value" or "output"; and the
+        part. None if no part of the name matches.
 
     Example:
-      >>> attention_part("layers/attn/q_proj/kernel")
-      ('layers/attn/*/kernel', 'query', 'q_proj')
+        >>> attention_part("layers/attn/q_proj/kernel")
+        ('layers/attn/*/kernel', 'query', 'q_proj')
     """
     parts = name.split("/")
     for i in range(len(parts) - 1, max(len(parts) - 3, -1), -1):

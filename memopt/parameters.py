@@ -22,15 +22,15 @@ class Parameter(NamedTuple):
     """The description of a parameter that is passed to selections of matrices.
 
     Attributes:
-      name: the parameter's keys joined by ``/``.
-      shape: the shape of the array.
-      dtype: the dtype of the array; None if it was read without a tree.
-      kind: "matrix", "embedding", "position", "router", "head" or "vector".
-      matrix: its rows and columns; None for a vector.
-      why: the reason for `kind` and `matrix`.
-      doubt: a reason why `matrix` may be wrong, or "".
-      otherwise: the rows and columns if the doubt is justified.
-      alike: names of the parameters with the same doubt.
+        name: the parameter's keys joined by ``/``.
+        shape: the shape of the array.
+        dtype: the dtype of the array; None if it was read without a tree.
+        kind: "matrix", "embedding", "position", "router", "head" or "vector".
+        matrix: its rows and columns; None for a vector.
+        why: the reason for `kind` and `matrix`.
+        doubt: a reason why `matrix` may be wrong, or "".
+        otherwise: the rows and columns if the doubt is justified.
+        alike: names of the parameters with the same doubt.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Parameter(NamedTuple):
         """Warns once if `matrix` is in doubt, and suggests the `matrices` that resolves it.
 
         Args:
-          selection: the name of the selection in `memopt` to use for the other parameters.
+            selection: the name of the selection in `memopt` to use for the other parameters.
         """
         subject = re.sub(r"\d+", "", self.doubt)
         if self.doubt and subject not in _WARNED:
@@ -88,16 +88,16 @@ def read_parameters(tree: Any) -> list[Parameter]:
     """Reads the kind, rows and columns of each parameter of a tree, in the order of its leaves.
 
     Args:
-      tree: any pytree of arrays or ``jax.ShapeDtypeStruct``, with or without boxes.
+        tree: any pytree of arrays or ``jax.ShapeDtypeStruct``, with or without boxes.
 
     Example:
-      >>> params = {"q": (64, 4, 16), "o": (4, 16, 64), "lm_head": (64, 512)}
-      >>> params = {name: jax.ShapeDtypeStruct(s, "float32") for name, s in params.items()}
-      >>> for p in read_parameters(params):
-      ...     print(p.name, p.kind, p.matrix, p.why, sep="; ")
-      lm_head; head; Matrix(rows=-2, cols=-1); 'lm_head' in its name
-      o; matrix; Matrix(rows=(0, 1), cols=2); it has the head axes of 'q'
-      q; matrix; Matrix(rows=0, cols=(1, 2)); it has the head axes of 'o'
+        >>> params = {"q": (64, 4, 16), "o": (4, 16, 64), "lm_head": (64, 512)}
+        >>> params = {name: jax.ShapeDtypeStruct(s, "float32") for name, s in params.items()}
+        >>> for p in read_parameters(params):
+        ...     print(p.name, p.kind, p.matrix, p.why, sep="; ")
+        lm_head; head; Matrix(rows=-2, cols=-1); 'lm_head' in its name
+        o; matrix; Matrix(rows=(0, 1), cols=2); it has the head axes of 'q'
+        q; matrix; Matrix(rows=0, cols=(1, 2)); it has the head axes of 'o'
     """
     nodes, _ = named_leaves(tree)
     arrays = [open_box(node) for _, node in nodes]
@@ -128,8 +128,8 @@ def read_parameter(name: str, leaf: Any) -> Parameter:
     """Reads a parameter from its own name and shape, without the tree around it.
 
     Args:
-      name: the parameter's keys joined by ``/``.
-      leaf: any object with a `shape`; a `Parameter` is returned unchanged.
+        name: the parameter's keys joined by ``/``.
+        leaf: any object with a `shape`; a `Parameter` is returned unchanged.
     """
     if isinstance(leaf, Parameter):
         return leaf
@@ -143,10 +143,10 @@ def known(parameters: Sequence[Parameter]) -> Iterator[None]:
     JAX's trace caches ignore this context; inside it, call functions directly or by `init_shapes`.
 
     Example:
-      >>> w = jax.ShapeDtypeStruct((8, 4), "float32")
-      >>> with known([Parameter("w", w.shape, w.dtype, "matrix", Matrix(1, 0), "as said")]):
-      ...     read_parameters({"w": w.update(shape=(8, 5))})[0].matrix
-      Matrix(rows=1, cols=0)
+        >>> w = jax.ShapeDtypeStruct((8, 4), "float32")
+        >>> with known([Parameter("w", w.shape, w.dtype, "matrix", Matrix(1, 0), "as said")]):
+        ...     read_parameters({"w": w.update(shape=(8, 5))})[0].matrix
+        Matrix(rows=1, cols=0)
     """
     token = _KNOWN.set({**_KNOWN.get(), **{p.name: p for p in parameters}})
     try:

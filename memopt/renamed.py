@@ -13,16 +13,16 @@ def finder(module: str, namespace: Mapping[str, Any], names: Mapping[str, str]) 
     """Makes a module's `__getattr__` that finds old names with a `DeprecationWarning`.
 
     Args:
-      module: the module's public name.
-      namespace: the module's `globals()`.
-      names: a mapping from old names to new ones.
+        module: the module's public name.
+        namespace: the module's `globals()`.
+        names: a mapping from old names to new ones.
 
     Example:
-      >>> getattr_ = finder("library", {"new": 1}, {"old": "new"})
-      >>> with warnings.catch_warnings(record=True) as caught:
-      ...     warnings.simplefilter("always")
-      ...     getattr_("old"), str(caught[-1].message)
-      (1, 'library.old is now library.new.')
+        >>> getattr_ = finder("library", {"new": 1}, {"old": "new"})
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     getattr_("old"), str(caught[-1].message)
+        (1, 'library.old is now library.new.')
     """
 
     def find(name: str) -> Any:
@@ -39,14 +39,14 @@ def keywords(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes a function accept old names of its arguments, with a `DeprecationWarning`.
 
     Args:
-      **names: a mapping from old names to new ones.
+        **names: a mapping from old names to new ones.
 
     Example:
-      >>> square = keywords(number="x")(lambda x: x * x)
-      >>> with warnings.catch_warnings(record=True) as caught:
-      ...     warnings.simplefilter("always")
-      ...     square(number=3), str(caught[-1].message)
-      (9, '<lambda>(number=…) is now <lambda>(x=…).')
+        >>> square = keywords(number="x")(lambda x: x * x)
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     square(number=3), str(caught[-1].message)
+        (9, '<lambda>(number=…) is now <lambda>(x=…).')
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:

@@ -61,12 +61,12 @@ def named_leaves(
     """Flattens a tree into named leaves, with boxes as leaves, and its structure.
 
     Args:
-      tree: any pytree; empty nodes (None, ``MaskedNode``) are part of the structure.
-      is_leaf: returns whether another node is a leaf.
+        tree: any pytree; empty nodes (None, ``MaskedNode``) are part of the structure.
+        is_leaf: returns whether another node is a leaf.
 
     Example:
-      >>> named_leaves({"up": {"kernel": 1}, "norm": None})[0]
-      [('up/kernel', 1)]
+        >>> named_leaves({"up": {"kernel": 1}, "norm": None})[0]
+        [('up/kernel', 1)]
     """
     stop = is_box if is_leaf is None else lambda x: is_box(x) or is_leaf(x)
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)
@@ -79,14 +79,14 @@ def map_named(
     """Maps ``f(name, array, *rest)`` over a tree, opening and refilling boxes.
 
     Args:
-      f: takes an array's name, the array, and the corresponding node of each of `rest`.
-      tree: any pytree.
-      *rest: pytrees of which `tree` is a prefix.
-      is_leaf: returns whether another node is a leaf.
+        f: takes an array's name, the array, and the corresponding node of each of `rest`.
+        tree: any pytree.
+        *rest: pytrees of which `tree` is a prefix.
+        is_leaf: returns whether another node is a leaf.
 
     Example:
-      >>> map_named(lambda name, x, y: (name, x + y), {"a": 1, "b": 2}, {"a": 3, "b": 4})
-      {'a': ('a', 4), 'b': ('b', 6)}
+        >>> map_named(lambda name, x, y: (name, x + y), {"a": 1, "b": 2}, {"a": 3, "b": 4})
+        {'a': ('a', 4), 'b': ('b', 6)}
     """
     leaves, structure = named_leaves(tree, is_leaf)
     columns = [[open_box(x) for x in structure.flatten_up_to(r)] for r in rest]
@@ -104,16 +104,16 @@ def transpose_tuples(kept: Any, tree: Any, count: int) -> tuple[Any, ...]:
     does not depend on `tree`, as ``optax.tree_map_params`` requires.
 
     Args:
-      kept: a tree like `tree`, with a tuple of arrays in place of each leaf.
-      tree: any pytree.
-      count: the number of trees.
+        kept: a tree like `tree`, with a tuple of arrays in place of each leaf.
+        tree: any pytree.
+        count: the number of trees.
 
     Raises:
-      ValueError: if a tuple has more than `count` arrays.
+        ValueError: if a tuple has more than `count` arrays.
 
     Example:
-      >>> transpose_tuples({"a": (1, 2), "b": (3,)}, {"a": 0, "b": 0}, 2)
-      ({'a': 1, 'b': 3}, {'a': 2, 'b': MaskedNode()})
+        >>> transpose_tuples({"a": (1, 2), "b": (3,)}, {"a": 0, "b": 0}, 2)
+        ({'a': 1, 'b': 3}, {'a': 2, 'b': MaskedNode()})
     """
     _, structure = named_leaves(tree)
     rows = structure.flatten_up_to(kept)
@@ -131,8 +131,8 @@ def untranspose_tuples(arrays: tuple[Any, ...], tree: Any) -> Any:
     """Inverts `transpose_tuples`.
 
     Example:
-      >>> untranspose_tuples(({"a": 1, "b": 3}, {"a": 2, "b": NOTHING}), {"a": 0, "b": 0})
-      {'a': (1, 2), 'b': (3,)}
+        >>> untranspose_tuples(({"a": 1, "b": 3}, {"a": 2, "b": NOTHING}), {"a": 0, "b": 0})
+        {'a': (1, 2), 'b': (3,)}
     """
     leaves, structure = named_leaves(tree)
     columns = [structure.flatten_up_to(a) for a in arrays]

@@ -10,10 +10,10 @@ class Job(NamedTuple):
     """Rows that are measured together, in one process.
 
     Attributes:
-      names: the names of the rows.
-      measure: maps the requested names, and whether to use tiny shapes, to records. A record
-        replaces an earlier one of the same name.
-      memory: the bytes of the GPU that the process may use; None for JAX's default.
+        names: the names of the rows.
+        measure: maps the requested names, and whether to use tiny shapes, to records. A record
+            replaces an earlier one of the same name.
+        memory: the bytes of the GPU that the process may use; None for JAX's default.
     """
 
     names: tuple[str, ...]

@@ -13,15 +13,15 @@ def longest_kernels(run: Callable[[], Any], count: int = 5) -> list[dict[str, An
     """Returns the kernels that take the most time.
 
     Args:
-      run: runs the program once and waits for it; it must have run before.
-      count: the number of kernels.
+        run: runs the program once and waits for it; it must have run before.
+        count: the number of kernels.
 
     Returns:
-      Records: the kernel's name, its instruction of HLO, how often it ran, and its milliseconds
-      and share of all kernels' time.
+        Records: the kernel's name, its instruction of HLO, how often it ran, and its milliseconds
+        and share of all kernels' time.
 
     Raises:
-      RuntimeError: if the profiler recorded no kernel.
+        RuntimeError: if the profiler recorded no kernel.
     """
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):

@@ -15,9 +15,9 @@ class Column(NamedTuple):
     """A column of a table.
 
     Attributes:
-      title: the figure's name and unit.
-      read: reads it from a row; raises KeyError or TypeError if the row has none.
-      form: its format specification, see `format`.
+        title: the figure's name and unit.
+        read: reads it from a row; raises KeyError or TypeError if the row has none.
+        form: its format specification, see `format`.
     """
 
     title: str

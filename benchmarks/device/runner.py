@@ -41,14 +41,14 @@ def run(
     """Measures the rows that are missing in a file.
 
     Args:
-      chosen: the names of pieces.
-      gpu: the GPU; None for tiny shapes on the CPU, without a time limit.
-      path: the file.
-      command: the user's command line.
-      seconds: the time after which no job is started.
+        chosen: the names of pieces.
+        gpu: the GPU; None for tiny shapes on the CPU, without a time limit.
+        path: the file.
+        command: the user's command line.
+        seconds: the time after which no job is started.
 
     Returns:
-      All rows of this device.
+        All rows of this device.
     """
     rows, console = read(path), Console(stderr=True, markup=False)
     about = {
@@ -81,11 +81,11 @@ def run_job(
     """Yields the records of a job, each with the seconds since the job started.
 
     Args:
-      piece: the job's piece.
-      job: the job.
-      names: the requested rows.
-      gpu: the GPU that it runs on; None for the CPU.
-      end: the time at which the job is stopped, by `time.monotonic`.
+        piece: the job's piece.
+        job: the job.
+        names: the requested rows.
+        gpu: the GPU that it runs on; None for the CPU.
+        end: the time at which the job is stopped, by `time.monotonic`.
     """
     start = time.monotonic()
     if end <= start:
@@ -118,10 +118,10 @@ def collect(
     """Yields the records that a process prints, and one with an error for each missing name.
 
     Args:
-      command: the command of the process.
-      names: the names of the records that it should print.
-      environment: its environment variables.
-      seconds: the time after which it and its child processes are killed.
+        command: the command of the process.
+        names: the names of the records that it should print.
+        environment: its environment variables.
+        seconds: the time after which it and its child processes are killed.
     """
     missing = dict.fromkeys(names)
     late = threading.Event()
@@ -159,7 +159,7 @@ def read(path: Path) -> list[Record]:
     """Reads the rows of a file; none if it does not exist.
 
     Raises:
-      ValueError: if it is not such a file.
+        ValueError: if it is not such a file.
     """
     if not path.exists():
         return []

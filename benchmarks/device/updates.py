@@ -33,10 +33,11 @@ class Case(NamedTuple):
     """An optimizer, and how parameters are stored.
 
     Attributes:
-      library: its library; updates of memopt's are applied by `memopt.apply_rounded_updates`.
-      build: builds the optimizer.
-      dtype: the dtype of parameters and gradients.
-      weights: how the parameters are stored, see `memopt.quantize_params`; None for not quantised.
+        library: its library; updates of memopt's are applied by `memopt.apply_rounded_updates`.
+        build: builds the optimizer.
+        dtype: the dtype of parameters and gradients.
+        weights: how the parameters are stored, see `memopt.quantize_params`; None for not
+            quantised.
     """
 
     library: str

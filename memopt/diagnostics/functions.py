@@ -23,14 +23,14 @@ def singular_values(x: Stack) -> Array:
     """Computes the singular values of each matrix of a stack.
 
     Args:
-      x: ``(*stack, m, n)``.
+        x: ``(*stack, m, n)``.
 
     Returns:
-      ``(*stack, min(m, n))``, float32 or wider, the largest first.
+        ``(*stack, min(m, n))``, float32 or wider, the largest first.
 
     Example:
-      >>> singular_values(jnp.diag(jnp.array([2.0, 3.0]))).tolist()
-      [3.0, 2.0]
+        >>> singular_values(jnp.diag(jnp.array([2.0, 3.0]))).tolist()
+        [3.0, 2.0]
     """
     return jnp.linalg.svd(to_float32(x), compute_uv=False)
 
@@ -42,17 +42,18 @@ def stable_rank(x: Stack) -> Array:
     products with a vector; the estimate is never too small.
 
     Args:
-      x: ``(*stack, m, n)``.
+        x: ``(*stack, m, n)``.
 
     Returns:
-      A number between 1 and min(m, n) for each matrix; NaN for a matrix of zeros.
+        A number between 1 and min(m, n) for each matrix; NaN for a matrix of zeros.
 
     References:
-      Rudelson & Vershynin, Sampling from large matrices, 2007, https://arxiv.org/abs/math/0503442.
+        Rudelson & Vershynin, Sampling from large matrices, 2007,
+        https://arxiv.org/abs/math/0503442.
 
     Example:
-      >>> round(float(stable_rank(jnp.eye(4))), 3), round(float(stable_rank(jnp.ones((4, 3)))), 3)
-      (4.0, 1.0)
+        >>> round(float(stable_rank(jnp.eye(4))), 3), round(float(stable_rank(jnp.ones((4, 3)))), 3)
+        (4.0, 1.0)
     """
     x = to_float32(x)
     x = x / jnp.abs(x).max((-2, -1), keepdims=True)
@@ -74,19 +75,19 @@ def codec_error(
     """Computes ‖decode(encode(X)) − X‖ / ‖X‖ of a whole array.
 
     Args:
-      x: an array of at least one axis.
-      codec: a name as of `memopt.quantize_state`, or a codec.
-      key: decides the stochastic rounding; None rounds to the nearest.
-      kind: which of the codecs of a name: "signed", for first moments, "unsigned", for second
-        moments, or "weights".
+        x: an array of at least one axis.
+        codec: a name as of `memopt.quantize_state`, or a codec.
+        key: decides the stochastic rounding; None rounds to the nearest.
+        kind: which of the codecs of a name: "signed", for first moments, "unsigned", for second
+            moments, or "weights".
 
     Raises:
-      ValueError: if there is no codec of this name or kind.
+        ValueError: if there is no codec of this name or kind.
 
     Example:
-      >>> x = jax.random.normal(jax.random.key(0), (64, 256))
-      >>> [round(float(codec_error(x, codec)), 3) for codec in ("bfloat16", "int8", "int4")]
-      [0.002, 0.013, 0.133]
+        >>> x = jax.random.normal(jax.random.key(0), (64, 256))
+        >>> [round(float(codec_error(x, codec)), 3) for codec in ("bfloat16", "int8", "int4")]
+        [0.002, 0.013, 0.133]
     """
     check_choice("kind", kind, Named._fields)
     x = to_float32(x)
@@ -108,22 +109,22 @@ def directional_sharpness(
     allows a longer step.
 
     Args:
-      loss: maps ``(params, *args)`` to a scalar.
-      params: a tree of real arrays.
-      direction: a tree like `params`, such as an optimizer's updates.
-      *args: passed on to `loss`.
+        loss: maps ``(params, *args)`` to a scalar.
+        params: a tree of real arrays.
+        direction: a tree like `params`, such as an optimizer's updates.
+        *args: passed on to `loss`.
 
     References:
-      Pan & Li, Toward understanding why Adam converges faster than SGD for transformers, 2023,
-      https://arxiv.org/abs/2306.00204, section 3.
+        Pan & Li, Toward understanding why Adam converges faster than SGD for transformers, 2023,
+        https://arxiv.org/abs/2306.00204, section 3.
 
     Example:
-      >>> loss = lambda w: w[0] ** 2 + 5 * w[1] ** 2
-      >>> w = jnp.ones(2)
-      >>> float(directional_sharpness(loss, w, jnp.array([1.0, 0.0])))
-      2.0
-      >>> float(directional_sharpness(loss, w, jnp.array([0.0, -3.0])))
-      10.0
+        >>> loss = lambda w: w[0] ** 2 + 5 * w[1] ** 2
+        >>> w = jnp.ones(2)
+        >>> float(directional_sharpness(loss, w, jnp.array([1.0, 0.0])))
+        2.0
+        >>> float(directional_sharpness(loss, w, jnp.array([0.0, -3.0])))
+        10.0
     """
     gradient = jax.grad(lambda params: loss(params, *args))
     direction = jax.tree.map(lambda d, p: d.astype(p.dtype), direction, params)

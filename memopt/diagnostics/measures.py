@@ -21,9 +21,9 @@ class Measure(NamedTuple):
     """A measure of a step: a pair of pure functions.
 
     Attributes:
-      init: maps the parameters to the measure's state.
-      update: maps ``(seen, state)`` to a tree of small arrays and the new state; `seen` has the
-        trees "gradient", "update" and "parameter".
+        init: maps the parameters to the measure's state.
+        update: maps ``(seen, state)`` to a tree of small arrays and the new state; `seen` has the
+            trees "gradient", "update" and "parameter".
     """
 
     init: Callable[[Any], Any]
@@ -34,17 +34,17 @@ def measure(rule: Callable[..., Any], *of: str, matrices: Matrices = None) -> Me
     """Makes a measure of a rule for one parameter.
 
     Args:
-      rule: maps ``(layout, *arrays)`` to a small array that begins with the axes of the stack, or
-        to ``memopt.trees.NOTHING``. It must treat each matrix of a stack separately.
-      *of: the arrays that it takes: "gradient", "update", "parameter".
-      matrices: which leaves are matrices; see `memopt.matrices`. By default
-        `memopt.every_matrix`.
+        rule: maps ``(layout, *arrays)`` to a small array that begins with the axes of the stack, or
+            to ``memopt.trees.NOTHING``. It must treat each matrix of a stack separately.
+        *of: the arrays that it takes: "gradient", "update", "parameter".
+        matrices: which leaves are matrices; see `memopt.matrices`. By default
+            `memopt.every_matrix`.
 
     Raises:
-      ValueError: if `of` names something else.
+        ValueError: if `of` names something else.
 
     Example:
-      >>> largest = measure(lambda layout, w: abs(w).max(layout.core), "parameter")
+        >>> largest = measure(lambda layout, w: abs(w).max(layout.core), "parameter")
     """
     for name in of:
         check_choice("of", name, ("gradient", "update", "parameter"))
@@ -60,13 +60,13 @@ def of_matrices(f: Callable[..., Array], *of: str, matrices: Matrices = None) ->
     """Makes a measure of a function of matrices, such as `stable_rank` or `singular_values`.
 
     Args:
-      f: maps arrays ``(*stack, m, n)`` to one that begins with the axes of the stack.
-      *of: as in `measure`.
-      matrices: as in `measure`.
+        f: maps arrays ``(*stack, m, n)`` to one that begins with the axes of the stack.
+        *of: as in `measure`.
+        matrices: as in `measure`.
 
     Example:
-      >>> from memopt import diagnostics
-      >>> spectrum = diagnostics.of_matrices(diagnostics.singular_values, "update")
+        >>> from memopt import diagnostics
+        >>> spectrum = diagnostics.of_matrices(diagnostics.singular_values, "update")
     """
 
     def rule(layout: Layout, *arrays: Array) -> Any:
@@ -79,7 +79,7 @@ def rms(of: str = "update") -> Measure:
     """Measures the root mean square of each matrix, and of each vector.
 
     Args:
-      of: as in `measure`.
+        of: as in `measure`.
     """
     return measure(lambda layout, x: _norm(layout, x) / _norm(layout, jnp.ones_like(x)), of)
 
@@ -100,19 +100,19 @@ def projected_energy(
     """Measures ‖P Pᵀ G‖² / ‖G‖², the share of a matrix that a subspace of rank r holds.
 
     Args:
-      projector: the rule that gives each matrix a subspace, with an orthonormal basis P; see
-        `memopt.projectors`.
-      refresh_every: after so many measurements the subspace is chosen again; with 1, it is chosen
-        for the gradient that is measured.
-      of: "gradient" or "update".
-      matrices: which leaves are projected; by default `memopt.hidden_matrices`.
+        projector: the rule that gives each matrix a subspace, with an orthonormal basis P; see
+            `memopt.projectors`.
+        refresh_every: after so many measurements the subspace is chosen again; with 1, it is chosen
+            for the gradient that is measured.
+        of: "gradient" or "update".
+        matrices: which leaves are projected; by default `memopt.hidden_matrices`.
 
     Raises:
-      ValueError: if `of` names something else, or the projector's bases are not orthonormal.
+        ValueError: if `of` names something else, or the projector's bases are not orthonormal.
 
     Example:
-      >>> from memopt import projectors
-      >>> energy = projected_energy(projectors.svd(4), refresh_every=20)
+        >>> from memopt import projectors
+        >>> energy = projected_energy(projectors.svd(4), refresh_every=20)
     """
     check_choice("of", of, ("gradient", "update"))
     if not projector.orthonormal:

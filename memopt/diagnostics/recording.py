@@ -16,7 +16,6 @@ from memopt.errors import check_at_least
 from memopt.state.precision import zeros_of
 from memopt.trees import named_leaves
 
-#: The measures of `with_diagnostics` that is given none.
 DEFAULT: Mapping[str, Measure] = {
     "gradient_rms": rms("gradient"),
     "update_rms": rms("update"),
@@ -24,16 +23,17 @@ DEFAULT: Mapping[str, Measure] = {
     "gradient_stable_rank": of_matrices(stable_rank, "gradient"),
     "update_stable_rank": of_matrices(stable_rank, "update"),
 }
+"""The measures of `with_diagnostics` that is given none."""
 
 
 class WithDiagnosticsState(NamedTuple):
     """State of `with_diagnostics`.
 
     Attributes:
-      count: steps taken, int32.
-      inner: the optimizer's state.
-      measures: the state of each measure, by name.
-      values: its last values, by name; NaN before the first.
+        count: steps taken, int32.
+        inner: the optimizer's state.
+        measures: the state of each measure, by name.
+        values: its last values, by name; NaN before the first.
     """
 
     count: Array  # type: ignore[assignment]
@@ -53,27 +53,27 @@ def with_diagnostics(
     Values are read by `recorded`. Between measurements a step costs nothing more.
 
     Args:
-      tx: any transformation; wrap it around a whole optimizer, so that "update" is what is added
-        to the parameters.
-      measures: measures by name; see `memopt.diagnostics`.
-      every: steps between measurements; the first step has one.
+        tx: any transformation; wrap it around a whole optimizer, so that "update" is what is added
+            to the parameters.
+        measures: measures by name; see `memopt.diagnostics`.
+        every: steps between measurements; the first step has one.
 
     Returns:
-      A transformation whose state is a `WithDiagnosticsState`.
+        A transformation whose state is a `WithDiagnosticsState`.
 
     Raises:
-      ValueError: if `every` is below one; by `update`, if the parameters are not given.
+        ValueError: if `every` is below one; by `update`, if the parameters are not given.
 
     Example:
-      >>> import memopt
-      >>> from memopt import diagnostics, projectors
-      >>> params = {"up": {"kernel": jnp.ones((3, 8, 16))}}            # three layers
-      >>> measures = {"energy": diagnostics.projected_energy(projectors.svd(2))}
-      >>> tx = diagnostics.with_diagnostics(memopt.muon(0.1), measures)
-      >>> _, state = tx.update(params, tx.init(params), params)
-      >>> for name, values in diagnostics.recorded(state)["energy"].items():
-      ...     print(name, values.round(3))
-      up/kernel [1. 1. 1.]
+        >>> import memopt
+        >>> from memopt import diagnostics, projectors
+        >>> params = {"up": {"kernel": jnp.ones((3, 8, 16))}}            # three layers
+        >>> measures = {"energy": diagnostics.projected_energy(projectors.svd(2))}
+        >>> tx = diagnostics.with_diagnostics(memopt.muon(0.1), measures)
+        >>> _, state = tx.update(params, tx.init(params), params)
+        >>> for name, values in diagnostics.recorded(state)["energy"].items():
+        ...     print(name, values.round(3))
+        up/kernel [1. 1. 1.]
     """
     check_at_least("every", every, 1)
     tx = optax.with_extra_args_support(tx)
@@ -112,15 +112,15 @@ def recorded(state: Any) -> dict[str, dict[str, np.ndarray]]:
     """Reads the last values of `with_diagnostics` from a state.
 
     Args:
-      state: the state of a transformation that contains `with_diagnostics`, in ``optax.chain`` and
-        other wrappers, too.
+        state: the state of a transformation that contains `with_diagnostics`, in ``optax.chain``
+            and other wrappers, too.
 
     Returns:
-      For each measure the arrays by the parameter's name, with one entry, or several, for each
-      matrix of a stack.
+        For each measure the arrays by the parameter's name, with one entry, or several, for each
+        matrix of a stack.
 
     Raises:
-      ValueError: if there is no `with_diagnostics`, or several have a measure of the same name.
+        ValueError: if there is no `with_diagnostics`, or several have a measure of the same name.
     """
     found: dict[str, dict[str, np.ndarray]] = {}
     states = list(_find(state))

@@ -210,6 +210,7 @@ PRESETS = {
         2048, 8192, 16, 32, max_seq_len=131072, rope_scaling=RopeScaling(factor=32.0), tied=True
     ),
 }
+"""The shapes of published models by name, as `memopt pretrain --model` takes them."""
 
 
 def preset(name: str) -> LlamaConfig:

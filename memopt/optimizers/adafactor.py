@@ -37,33 +37,41 @@ def adafactor(
 ) -> optax.GradientTransformationExtraArgs:
     """Adafactor: a factored second moment of m + n numbers for an m×n matrix.
 
+    With β₂ₜ = 1 − t^−decay_rate and t = count + 1, for each matrix::
+
+        R ← β₂ₜ R + (1 − β₂ₜ) mean_cols(G² + ε₁)            m numbers
+        C ← β₂ₜ C + (1 − β₂ₜ) mean_rows(G² + ε₁)            n numbers
+        U = G / √(R C / mean(R))
+        U ← max(ε₂, RMS(W)) · U / max(1, RMS(U) / clip_threshold)
+        W ← W − lr · (U + weight_decay · W)
+
     All parameters are treated alike; vectors keep a full second moment. Each matrix of a stacked
     array has its own factorisation and root mean square. State: m + n float32 numbers per matrix,
     mn more with `b1`.
 
     Args:
-      learning_rate: a number or a schedule, multiplied by RMS(W) if `scale_by_parameter`; by
-        default the paper's min(1e-2, 1/√t).
-      b1: decay of a first moment of the updates; None for no first moment.
-      decay_rate: the second moment's decay is 1 − t^−decay_rate.
-      clip_threshold: the largest root mean square of an update, d; None does not clip.
-      scale_by_parameter: multiply the step by max(min_scale, RMS(W)).
-      eps: ε₁, added to the squared gradient.
-      min_scale: ε₂, the smallest parameter scale.
-      as_released: follow the Adafactor of `transformers`: the first moment averages updates that
-        are already multiplied by the learning rate, and the decay is multiplied by
-        max(min_scale, RMS(W)) too.
-      **common: see `memopt.Common`.
+        learning_rate: a number or a schedule, multiplied by RMS(W) if `scale_by_parameter`; by
+            default the paper's min(1e-2, 1/√t).
+        b1: decay of a first moment of the updates; None for no first moment.
+        decay_rate: the second moment's decay is 1 − t^−decay_rate.
+        clip_threshold: the largest root mean square of an update, d; None does not clip.
+        scale_by_parameter: multiply the step by max(min_scale, RMS(W)).
+        eps: ε₁, added to the squared gradient.
+        min_scale: ε₂, the smallest parameter scale.
+        as_released: follow the Adafactor of `transformers`: the first moment averages updates that
+            are already multiplied by the learning rate, and the decay is multiplied by
+            max(min_scale, RMS(W)) too.
+        **common: see `memopt.Common`.
 
     References:
-      Shazeer & Stern, Adafactor, 2018, https://arxiv.org/abs/1804.04235, Algorithms 4 to 6.
+        Shazeer & Stern, Adafactor, 2018, https://arxiv.org/abs/1804.04235, Algorithms 4 to 6.
 
     Example:
-      >>> import memopt
-      >>> params = {"w": jnp.ones((16, 8))}
-      >>> tx = memopt.adafactor(1e-2)
-      >>> memopt.state_bytes(tx, params).total                   # (16 + 8) floats and the count
-      100
+        >>> import memopt
+        >>> params = {"w": jnp.ones((16, 8))}
+        >>> tx = memopt.adafactor(1e-2)
+        >>> memopt.state_bytes(tx, params).total                   # (16 + 8) floats and the count
+        100
     """
     matrices = common.get("matrices")
     if not scale_by_parameter:

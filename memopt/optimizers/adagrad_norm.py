@@ -30,26 +30,26 @@ def adagrad_norm(
     parameters are treated alike. State: 1 float32 number per matrix.
 
     Args:
-      learning_rate: a number or a schedule; the norm of each matrix's first step.
-      initial: S before the first step.
-      as_released: keep a sum for each output of a matrix, and for each entry of a vector, as the
-        code of AdAdaGrad does; it is AdaGrad for vectors. That code adds 1e-10 to √S, and decays
-        by the gradient instead of the weights, which is not followed.
-      **common: see `memopt.Common`.
+        learning_rate: a number or a schedule; the norm of each matrix's first step.
+        initial: S before the first step.
+        as_released: keep a sum for each output of a matrix, and for each entry of a vector, as the
+            code of AdAdaGrad does; it is AdaGrad for vectors. That code adds 1e-10 to √S, and
+            decays by the gradient instead of the weights, which is not followed.
+        **common: see `memopt.Common`.
 
     Raises:
-      ValueError: if `initial` is not above 0.
+        ValueError: if `initial` is not above 0.
 
     References:
-      Ward et al., AdaGrad Stepsizes: Sharp Convergence over Nonconvex Landscapes, 2018,
-      https://arxiv.org/abs/1806.01811, Algorithm 1; Lau et al., AdAdaGrad, 2024,
-      https://arxiv.org/abs/2402.11215, and their code, for `initial`.
+        Ward et al., AdaGrad Stepsizes: Sharp Convergence over Nonconvex Landscapes, 2018,
+        https://arxiv.org/abs/1806.01811, Algorithm 1; Lau et al., AdAdaGrad, 2024,
+        https://arxiv.org/abs/2402.11215, and their code, for `initial`.
 
     Example:
-      >>> import memopt, jax.numpy as jnp
-      >>> params = {"w": jnp.ones((3, 16, 8))}
-      >>> memopt.state_bytes(memopt.adagrad_norm(0.1), params)["w"]   # 3 floats
-      12
+        >>> import memopt, jax.numpy as jnp
+        >>> params = {"w": jnp.ones((3, 16, 8))}
+        >>> memopt.state_bytes(memopt.adagrad_norm(0.1), params)["w"]   # 3 floats
+        12
     """
     scaled = scale_by_past_norms(initial, per_column=as_released, matrices=common.get("matrices"))
     return finish(learning_rate, scaled, **common)

@@ -28,32 +28,40 @@ def adalomo(
 ) -> optax.GradientTransformationExtraArgs:
     """AdaLomo: LOMO with a factored second moment and updates normalised per matrix.
 
+    With β₂ₜ = 1 − t^−decay_rate and t = count + 1, for each matrix::
+
+        R ← β₂ₜ R + (1 − β₂ₜ) mean_cols(G² + ε₁)            m numbers
+        C ← β₂ₜ C + (1 − β₂ₜ) mean_rows(G² + ε₁)            n numbers
+        U = G / √(R C / mean(R))
+        U ← max(ε₂, RMS(W)) · U / max(1, RMS(U) / clip_threshold)
+        W ← W − lr · (U + weight_decay · W)
+
     Each update depends on one matrix only, so that it can run during the backward pass. All
     parameters are treated alike, including embeddings; vectors keep a full second moment. State:
     m + n float32 numbers per matrix.
 
     Args:
-      learning_rate: a number or a schedule, multiplied by max(min_scale, RMS(W)).
-      decay_rate: the second moment's decay is 1 − t^−decay_rate.
-      clip_threshold: the largest root mean square of an update.
-      eps: ε₁, added to the squared gradient.
-      min_scale: ε₂, the smallest parameter scale.
-      clip_value: the largest magnitude of a gradient's entry; None does not clip.
-      as_released: follow the authors' code: the decay, like the step, is multiplied by
-        max(min_scale, RMS(W)).
-      **common: see `memopt.Common`.
+        learning_rate: a number or a schedule, multiplied by max(min_scale, RMS(W)).
+        decay_rate: the second moment's decay is 1 − t^−decay_rate.
+        clip_threshold: the largest root mean square of an update.
+        eps: ε₁, added to the squared gradient.
+        min_scale: ε₂, the smallest parameter scale.
+        clip_value: the largest magnitude of a gradient's entry; None does not clip.
+        as_released: follow the authors' code: the decay, like the step, is multiplied by
+            max(min_scale, RMS(W)).
+        **common: see `memopt.Common`.
 
     Raises:
-      ValueError: if `clip_value` is negative.
+        ValueError: if `clip_value` is negative.
 
     References:
-      Lv et al., AdaLomo, 2023, https://arxiv.org/abs/2310.10195, Algorithm 1.
+        Lv et al., AdaLomo, 2023, https://arxiv.org/abs/2310.10195, Algorithm 1.
 
     Example:
-      >>> import memopt, jax.numpy as jnp
-      >>> params = {"w": jnp.ones((3, 16, 8)), "norm": jnp.ones(8)}
-      >>> memopt.state_bytes(memopt.adalomo(1e-3), params).states    # 3·(16 + 8) and 8 floats
-      {'norm': 32, 'w': 288}
+        >>> import memopt, jax.numpy as jnp
+        >>> params = {"w": jnp.ones((3, 16, 8)), "norm": jnp.ones(8)}
+        >>> memopt.state_bytes(memopt.adalomo(1e-3), params).states    # 3·(16 + 8) and 8 floats
+        {'norm': 32, 'w': 288}
     """
     matrices = common.get("matrices")
     steps = (

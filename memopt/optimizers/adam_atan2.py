@@ -36,28 +36,29 @@ def adam_atan2(
     its steps are a fifth smaller.
 
     Args:
-      learning_rate: a number or a schedule.
-      b1: β₁, the decay of the first moment.
-      b2: β₂, the decay of the second moment.
-      a: multiplies the update, which is at most aπ/2; 4/π ≈ 1.27 makes it one where M is the root
-        of V, as Adam's is.
-      b: multiplies the root of the second moment.
-      as_released: has no effect, since the authors released no code; every method has this switch.
-      **common: see `memopt.Common`.
+        learning_rate: a number or a schedule.
+        b1: β₁, the decay of the first moment.
+        b2: β₂, the decay of the second moment.
+        a: multiplies the update, which is at most aπ/2; 4/π ≈ 1.27 makes it one where M is the root
+            of V, as Adam's is.
+        b: multiplies the root of the second moment.
+        as_released: has no effect, since the authors released no code; every method has this
+            switch.
+        **common: see `memopt.Common`.
 
     Raises:
-      ValueError: if `b` is negative.
+        ValueError: if `b` is negative.
 
     References:
-      Everett et al., Scaling Exponents Across Parameterizations and Optimizers, 2024,
-      https://arxiv.org/abs/2407.05872.
+        Everett et al., Scaling Exponents Across Parameterizations and Optimizers, 2024,
+        https://arxiv.org/abs/2407.05872.
 
     Example:
-      >>> import memopt, jax.numpy as jnp
-      >>> params = {"w": jnp.ones((4, 4))}
-      >>> tx = memopt.adam_atan2(1e-3, weight_decay=0.1)
-      >>> updates, state = tx.update(params, tx.init(params), params)
-      >>> round(float(updates["w"][0, 0]), 6)                   # -1e-3 · (1.27 · π/4 + 0.1)
-      -0.001097
+        >>> import memopt, jax.numpy as jnp
+        >>> params = {"w": jnp.ones((4, 4))}
+        >>> tx = memopt.adam_atan2(1e-3, weight_decay=0.1)
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> round(float(updates["w"][0, 0]), 6)                   # -1e-3 · (1.27 · π/4 + 0.1)
+        -0.001097
     """
     return finish(learning_rate, scale_by_adam_atan2(b1, b2, a=a, b=b), is_flat=True, **common)

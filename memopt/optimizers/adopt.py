@@ -36,35 +36,35 @@ def adopt(
     All parameters are treated alike. State: 2mn float32 numbers per matrix.
 
     Args:
-      learning_rate: a number or a schedule, which counts step 0, too.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: the least that gradients are divided by.
-      clip_exponent: entries of U are bounded by t to this power; None does not bound them: an entry
-        whose first gradients are zeros then takes a step of G / ε.
-      as_released: has no effect, since the authors' code follows the paper; every method has this
-        switch. By default that code adds the decay to the gradient: place
-        `optax.add_decayed_weights` before `memopt.adopt`.
-      **common: see `memopt.Common`. Step 0 does not decay; behind `optax.contrib.adopt`,
-        `optax.add_decayed_weights` does.
+        learning_rate: a number or a schedule, which counts step 0, too.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: the least that gradients are divided by.
+        clip_exponent: entries of U are bounded by t to this power; None does not bound them: an
+            entry whose first gradients are zeros then takes a step of G / ε.
+        as_released: has no effect, since the authors' code follows the paper; every method has this
+            switch. By default that code adds the decay to the gradient: place
+            `optax.add_decayed_weights` before `memopt.adopt`.
+        **common: see `memopt.Common`. Step 0 does not decay; behind `optax.contrib.adopt`,
+            `optax.add_decayed_weights` does.
 
     Raises:
-      ValueError: if `clip_exponent` is negative.
+        ValueError: if `clip_exponent` is negative.
 
     References:
-      Taniguchi et al., ADOPT: Modified Adam Can Converge with Any β₂ with the Optimal Rate, 2024,
-      https://arxiv.org/abs/2411.02853, Algorithm 2.
+        Taniguchi et al., ADOPT: Modified Adam Can Converge with Any β₂ with the Optimal Rate, 2024,
+        https://arxiv.org/abs/2411.02853, Algorithm 2.
 
     Example:
-      >>> import memopt, jax.numpy as jnp
-      >>> params = {"w": jnp.ones(1)}
-      >>> tx = memopt.adopt(1.0, weight_decay=0.1)
-      >>> state = tx.init(params)
-      >>> for g in (2.0, 1.0):
-      ...     updates, state = tx.update({"w": jnp.array([g])}, state, params)
-      ...     print(round(updates["w"].item(), 3))          # the second: -(0.1·1/2 + 0.1·1)
-      -0.0
-      -0.15
+        >>> import memopt, jax.numpy as jnp
+        >>> params = {"w": jnp.ones(1)}
+        >>> tx = memopt.adopt(1.0, weight_decay=0.1)
+        >>> state = tx.init(params)
+        >>> for g in (2.0, 1.0):
+        ...     updates, state = tx.update({"w": jnp.array([g])}, state, params)
+        ...     print(round(updates["w"].item(), 3))          # the second: -(0.1·1/2 + 0.1·1)
+        -0.0
+        -0.15
     """
     steps = [scale_by_past_rms(b2, eps)]
     if clip_exponent is not None:

@@ -34,23 +34,23 @@ def amsgrad(
     treated alike. State: 3mn float32 numbers per matrix.
 
     Args:
-      learning_rate: a number or a schedule.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the root; the paper has none.
-      as_released: follow PyTorch: M and X are corrected for their bias.
-      **common: see `memopt.Common`.
+        learning_rate: a number or a schedule.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root; the paper has none.
+        as_released: follow PyTorch: M and X are corrected for their bias.
+        **common: see `memopt.Common`.
 
     References:
-      Reddi et al., On the Convergence of Adam and Beyond, 2018,
-      https://openreview.net/forum?id=ryQu7f-RZ, Algorithm 2.
+        Reddi et al., On the Convergence of Adam and Beyond, 2018,
+        https://openreview.net/forum?id=ryQu7f-RZ, Algorithm 2.
 
     Example:
-      >>> import memopt, jax.numpy as jnp
-      >>> params = {"w": jnp.ones((4, 8))}
-      >>> tx = memopt.amsgrad(1e-3)
-      >>> memopt.state_bytes(tx, params)["w"]                     # 3·4·8 floats
-      384
+        >>> import memopt, jax.numpy as jnp
+        >>> params = {"w": jnp.ones((4, 8))}
+        >>> tx = memopt.amsgrad(1e-3)
+        >>> memopt.state_bytes(tx, params)["w"]                     # 3·4·8 floats
+        384
     """
     moments = scale_by_raw_amsgrad(b1, b2, eps, debias=as_released)
     return finish(learning_rate, moments, **common)

@@ -20,16 +20,16 @@ def matrices_and_rest(
     """Partitions a tree: `method` for its hidden matrices, `rest` for everything else.
 
     Args:
-      method: updates the matrices.
-      rest: updates embeddings, output head, norms and biases; None means `method`.
-      matrices: which leaves are matrices; see `memopt.hidden_matrices`.
+        method: updates the matrices.
+        rest: updates embeddings, output head, norms and biases; None means `method`.
+        matrices: which leaves are matrices; see `memopt.hidden_matrices`.
 
     Example:
-      >>> import memopt, jax.numpy as jnp
-      >>> tx = memopt.matrices_and_rest(optax.sgd(1e-2), optax.adam(1e-3))
-      >>> params = {"up": {"kernel": jnp.ones((8, 16))}, "norm": {"scale": jnp.ones(8)}}
-      >>> memopt.state_bytes(tx, params).states
-      {'norm/scale': 64, 'up/kernel': 0}
+        >>> import memopt, jax.numpy as jnp
+        >>> tx = memopt.matrices_and_rest(optax.sgd(1e-2), optax.adam(1e-3))
+        >>> params = {"up": {"kernel": jnp.ones((8, 16))}, "norm": {"scale": jnp.ones(8)}}
+        >>> memopt.state_bytes(tx, params).states
+        {'norm/scale': 64, 'up/kernel': 0}
     """
     if rest is None:
         return optax.with_extra_args_support(method)
@@ -45,14 +45,14 @@ class Common(TypedDict, total=False):
     """Options that every method has.
 
     Attributes:
-      matrices: which leaves are matrices, and which axes are their rows and columns; by default
-        the hidden matrices, see `memopt.hidden_matrices`, or every matrix if a method treats all
-        parameters alike. Rows are inputs: for kernels stored as (out, in), as in Equinox, pass
-        ``matrices=memopt.out_in``.
-      rest: updates the leaves that are not hidden matrices, instead of the method's default, which
-        is the method itself or AdamW with the same learning rate and decay.
-      weight_decay: decoupled decay, multiplied by the learning rate.
-      weight_decay_mask: which leaves decay, as in ``optax.adamw``.
+        matrices: which leaves are matrices, and which axes are their rows and columns; by default
+            the hidden matrices, see `memopt.hidden_matrices`, or every matrix if a method treats
+            all parameters alike. Rows are inputs: for kernels stored as (out, in), as in Equinox,
+            pass ``matrices=memopt.out_in``.
+        rest: updates the leaves that are not hidden matrices, instead of the method's default,
+            which is the method itself or AdamW with the same learning rate and decay.
+        weight_decay: decoupled decay, multiplied by the learning rate.
+        weight_decay_mask: which leaves decay, as in ``optax.adamw``.
     """
 
     matrices: Matrices
@@ -75,25 +75,25 @@ def finish(
     """Appends decay and learning rate to a method's steps, and adds `rest` for other parameters.
 
     Args:
-      learning_rate: a number or a schedule.
-      *steps: map a matrix's gradient to the update to subtract.
-      others: does so for leaves that are not hidden matrices, with float32 statistics, unless
-        `rest` replaces it and its decay; None means `steps`.
-      decayed: the term that decays after the learning rate, as in released code, see
-        `decay_as_released`; None means that the weights decay before the learning rate.
-      is_flat: whether decay and learning rate are in one chain with the steps or in a chain of
-        their own. The structure of saved states depends on it.
-      matrices: see `Common`.
-      rest: see `Common`.
-      weight_decay: see `Common`.
-      weight_decay_mask: see `Common`.
+        learning_rate: a number or a schedule.
+        *steps: map a matrix's gradient to the update to subtract.
+        others: does so for leaves that are not hidden matrices, with float32 statistics, unless
+            `rest` replaces it and its decay; None means `steps`.
+        decayed: the term that decays after the learning rate, as in released code, see
+            `decay_as_released`; None means that the weights decay before the learning rate.
+        is_flat: whether decay and learning rate are in one chain with the steps or in a chain of
+            their own. The structure of saved states depends on it.
+        matrices: see `Common`.
+        rest: see `Common`.
+        weight_decay: see `Common`.
+        weight_decay_mask: see `Common`.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> tx = finish(0.5, optax.scale(2.0), weight_decay=0.5)
-      >>> w = jnp.array(4.0)
-      >>> float(tx.update(jnp.array(1.0), tx.init(w), w)[0])              # -0.5·(2·1 + 0.5·4)
-      -2.0
+        >>> import jax.numpy as jnp
+        >>> tx = finish(0.5, optax.scale(2.0), weight_decay=0.5)
+        >>> w = jnp.array(4.0)
+        >>> float(tx.update(jnp.array(1.0), tx.init(w), w)[0])              # -0.5·(2·1 + 0.5·4)
+        -2.0
     """
     decay, scale = (weight_decay, weight_decay_mask), optax.scale_by_learning_rate(learning_rate)
     if decayed is None:
@@ -112,12 +112,12 @@ def inner_or_adam(
     """Returns the optimizer to run in a subspace: `inner`, or Adam if it is None.
 
     Args:
-      inner: any Optax transformation, or None.
-      of: the method.
-      **options: the method's options for Adam.
+        inner: any Optax transformation, or None.
+        of: the method.
+        **options: the method's options for Adam.
 
     Raises:
-      ValueError: if an option for Adam is given together with `inner`.
+        ValueError: if an option for Adam is given together with `inner`.
     """
     if inner is None:
         return optax.scale_by_adam(**options)

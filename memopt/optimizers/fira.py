@@ -56,42 +56,42 @@ def fira(
     State: 2rq + rp + 1 numbers for a matrix of sides p ≤ q, and the step counts.
 
     Args:
-      learning_rate: a number or a schedule.
-      rank: the rank r of the subspace, a whole number from 1; below 1, a fraction of each matrix's
-        shorter side.
-      scale: the scale of the update, α.
-      refresh_every: steps between two refreshes of the subspace; the moments are kept.
-      refresh_phase: staggers refreshes over the matrices; see `memopt.in_subspace`.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the root of the uncorrected second moment.
-      growth_limit: the largest growth of the norm of S per step; None does not limit it. Unlike in
-        the released code, a gradient of zeros does not freeze its matrix.
-      projector: "randomized_svd", "svd", any other name in `memopt.projectors`, or a projector,
-        which has its own rank.
-      seed: the seed of random projectors.
-      as_released: follow the authors' code: the bias correction comes after the limiter, scale
-        multiplies only P N, S is formed from G − scale · P R, the limiter freezes a matrix after a
-        gradient of zeros, decay applies to the weights after the step, and all other parameters
-        are updated by that code's Adam.
-      **common: see `memopt.Common`.
+        learning_rate: a number or a schedule.
+        rank: the rank r of the subspace, a whole number from 1; below 1, a fraction of each
+            matrix's shorter side.
+        scale: the scale of the update, α.
+        refresh_every: steps between two refreshes of the subspace; the moments are kept.
+        refresh_phase: staggers refreshes over the matrices; see `memopt.in_subspace`.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the uncorrected second moment.
+        growth_limit: the largest growth of the norm of S per step; None does not limit it. Unlike
+            in the released code, a gradient of zeros does not freeze its matrix.
+        projector: "randomized_svd", "svd", any other name in `memopt.projectors`, or a projector,
+            which has its own rank.
+        seed: the seed of random projectors.
+        as_released: follow the authors' code: the bias correction comes after the limiter, scale
+            multiplies only P N, S is formed from G − scale · P R, the limiter freezes a matrix
+            after a gradient of zeros, decay applies to the weights after the step, and all other
+            parameters are updated by that code's Adam.
+        **common: see `memopt.Common`.
 
     Raises:
-      ValueError: if `rank`, `refresh_every` or `scale` is out of range, the rank is larger than a
-        matrix's side, or an option has no effect: rank or seed with a projector that has its own,
-        or seed with one that draws nothing.
+        ValueError: if `rank`, `refresh_every` or `scale` is out of range, the rank is larger than a
+            matrix's side, or an option has no effect: rank or seed with a projector that has its
+            own, or seed with one that draws nothing.
 
     References:
-      Chen et al., Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?,
-      2024, https://arxiv.org/abs/2410.01623, Algorithm 1.
+        Chen et al., Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?,
+        2024, https://arxiv.org/abs/2410.01623, Algorithm 1.
 
     Example:
-      >>> import memopt, jax.numpy as jnp
-      >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
-      >>> tx = memopt.fira(1e-2, rank=4)
-      >>> updates, state = tx.update(params, tx.init(params), params)
-      >>> memopt.state_bytes(tx, params)["up/kernel"]            # 2·4·64 + 4·16 + 1 floats
-      2308
+        >>> import memopt, jax.numpy as jnp
+        >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
+        >>> tx = memopt.fira(1e-2, rank=4)
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> memopt.state_bytes(tx, params)["up/kernel"]            # 2·4·64 + 4·16 + 1 floats
+        2308
     """
     matrices = common.get("matrices")
     check_at_least("scale", scale, 0)

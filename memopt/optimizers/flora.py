@@ -50,44 +50,44 @@ def flora(
     embedding, are updated by Adafactor with full-size momentum, unless `rest` replaces it.
 
     Args:
-      learning_rate: a number or a schedule.
-      rank: the rank r of the subspace, a whole number from 1; below 1, a fraction of each matrix's
-        shorter side.
-      b1: decay of the momentum.
-      refresh_every: steps between two projections, κ.
-      decay_rate: the second moment's decay is 1 − t^−decay_rate.
-      clip_threshold: the largest root mean square of Â, as in Adafactor; None, as in Flora's paper,
-        does not limit it. One entry far larger than its row and column then makes all others large
-        for many steps.
-      scale_by_parameter: multiply Â by max(min_scale, RMS(W)); off by default.
-      eps: ε₁, added to the squared gradient.
-      min_scale: ε₂, the smallest parameter scale.
-      projector: "gaussian", any other name in `memopt.projectors`, or a projector, which has its
-        own rank and seed.
-      seed: the seed of the projections.
-      as_released: follow the authors' PyTorch code: the newest update is added uncompressed;
-        clipping and parameter scale (by default on) come after the momentum; and
-        a new subspace is drawn one step earlier and lifted from one step later. That code keeps
-        full-size momentum for matrices with one side four times the other or below the rank; use
-        `matrices` to do the same.
-      **common: see `memopt.Common`.
+        learning_rate: a number or a schedule.
+        rank: the rank r of the subspace, a whole number from 1; below 1, a fraction of each
+            matrix's shorter side.
+        b1: decay of the momentum.
+        refresh_every: steps between two projections, κ.
+        decay_rate: the second moment's decay is 1 − t^−decay_rate.
+        clip_threshold: the largest root mean square of Â, as in Adafactor; None, as in Flora's
+            paper, does not limit it. One entry far larger than its row and column then makes all
+            others large for many steps.
+        scale_by_parameter: multiply Â by max(min_scale, RMS(W)); off by default.
+        eps: ε₁, added to the squared gradient.
+        min_scale: ε₂, the smallest parameter scale.
+        projector: "gaussian", any other name in `memopt.projectors`, or a projector, which has its
+            own rank and seed.
+        seed: the seed of the projections.
+        as_released: follow the authors' PyTorch code: the newest update is added uncompressed;
+            clipping and parameter scale (by default on) come after the momentum; and a new subspace
+            is drawn one step earlier and lifted from one step later. That code keeps full-size
+            momentum for matrices with one side four times the other or below the rank; use
+            `matrices` to do the same.
+        **common: see `memopt.Common`.
 
     Raises:
-      ValueError: if `rank` or `refresh_every` is out of range, the rank is larger than a matrix's
-        side, or an option has no effect: rank or seed with a projector that has its own, or seed
-        with one that draws nothing.
+        ValueError: if `rank` or `refresh_every` is out of range, the rank is larger than a matrix's
+            side, or an option has no effect: rank or seed with a projector that has its own, or
+            seed with one that draws nothing.
 
     References:
-      Hao et al., Flora: Low-Rank Adapters Are Secretly Gradient Compressors, 2024,
-      https://arxiv.org/abs/2402.03293, Algorithm 2.
+        Hao et al., Flora: Low-Rank Adapters Are Secretly Gradient Compressors, 2024,
+        https://arxiv.org/abs/2402.03293, Algorithm 2.
 
     Example:
-      >>> import memopt, jax.numpy as jnp
-      >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
-      >>> tx = memopt.flora(1e-2, rank=4)
-      >>> updates, state = tx.update(params, tx.init(params), params)
-      >>> memopt.state_bytes(tx, params)["up/kernel"]            # 4·64 + 64 + 16 floats
-      1344
+        >>> import memopt, jax.numpy as jnp
+        >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
+        >>> tx = memopt.flora(1e-2, rank=4)
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> memopt.state_bytes(tx, params)["up/kernel"]            # 4·64 + 64 + 16 floats
+        1344
     """
     if as_released:
         scale_by_parameter = scale_by_parameter is not False

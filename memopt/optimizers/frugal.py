@@ -47,44 +47,45 @@ def frugal(
     also ρp² for the basis.
 
     Args:
-      learning_rate: a number or a schedule.
-      density: ρ, the fraction that Adam updates: one over a whole number for "columns",
-        "coordinates" and "blocks"; otherwise the rank as a fraction of each matrix's shorter side.
-      inactive: the update of the residual, "sign" or "sgd".
-      scale: the learning rate of the residual, relative to Adam's.
-      refresh_every: steps between two selections.
-      refresh_phase: staggers refreshes over the matrices; see `memopt.in_subspace`.
-      on_refresh: "reset" initializes Adam again, including its bias correction; "carry" projects
-        the moments to the new subspace, as in the paper's appendix for SVD; see
-        `memopt.in_subspace`.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the root of the second moment.
-      inner: any Optax transformation, used in the subspace instead of Adam.
-      projector: "columns", "coordinates", "blocks" (whole layers of a stack), "svd",
-        "orthogonal", any other name in `memopt.projectors`, or a projector, which has its own
-        density or rank.
-      seed: the seed of the selections.
-      as_released: has no effect, since the authors' code follows the paper, except in how a
-        selection is drawn: that code draws any lines, memopt one of every 1/ρ.
-      **common: see `memopt.Common`.
+        learning_rate: a number or a schedule.
+        density: ρ, the fraction that Adam updates: one over a whole number for "columns",
+            "coordinates" and "blocks"; otherwise the rank as a fraction of each matrix's shorter
+            side.
+        inactive: the update of the residual, "sign" or "sgd".
+        scale: the learning rate of the residual, relative to Adam's.
+        refresh_every: steps between two selections.
+        refresh_phase: staggers refreshes over the matrices; see `memopt.in_subspace`.
+        on_refresh: "reset" initializes Adam again, including its bias correction; "carry" projects
+            the moments to the new subspace, as in the paper's appendix for SVD; see
+            `memopt.in_subspace`.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+        inner: any Optax transformation, used in the subspace instead of Adam.
+        projector: "columns", "coordinates", "blocks" (whole layers of a stack), "svd",
+            "orthogonal", any other name in `memopt.projectors`, or a projector, which has its own
+            density or rank.
+        seed: the seed of the selections.
+        as_released: has no effect, since the authors' code follows the paper, except in how a
+            selection is drawn: that code draws any lines, memopt one of every 1/ρ.
+        **common: see `memopt.Common`.
 
     Raises:
-      ValueError: if `density` or `refresh_every` is out of range, `inactive` is unknown, or an
-        option has no effect: `b1`, `b2` or `eps` with `inner`, density or seed with a projector
-        that has its own, or seed with one that draws nothing.
+        ValueError: if `density` or `refresh_every` is out of range, `inactive` is unknown, or an
+            option has no effect: `b1`, `b2` or `eps` with `inner`, density or seed with a projector
+            that has its own, or seed with one that draws nothing.
 
     References:
-      Zmushko et al., FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for
-      Scalable Training, 2024, https://arxiv.org/abs/2411.07837, Algorithm 1.
+        Zmushko et al., FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for
+        Scalable Training, 2024, https://arxiv.org/abs/2411.07837, Algorithm 1.
 
     Example:
-      >>> import memopt, jax.numpy as jnp
-      >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
-      >>> tx = memopt.frugal(1e-2)
-      >>> updates, state = tx.update(params, tx.init(params), params)
-      >>> memopt.state_bytes(tx, params)["up/kernel"]            # 2·16·16 floats
-      2048
+        >>> import memopt, jax.numpy as jnp
+        >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
+        >>> tx = memopt.frugal(1e-2)
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> memopt.state_bytes(tx, params)["up/kernel"]            # 2·16·16 floats
+        2048
     """
     matrices = common.get("matrices")
     check_choice("inactive", inactive, ("sign", "sgd"))

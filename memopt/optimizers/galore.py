@@ -46,39 +46,39 @@ def galore(
     State: 2rq + rp numbers for a matrix of sides p ≤ q, and the step counts.
 
     Args:
-      learning_rate: a number or a schedule.
-      rank: the rank r of the subspace, a whole number from 1; below 1, a fraction of each matrix's
-        shorter side.
-      scale: the scale of the lifted update, α.
-      refresh_every: steps between two refreshes of the subspace.
-      refresh_phase: staggers refreshes over the matrices; see `memopt.in_subspace`.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the root of the second moment.
-      inner: any Optax transformation, used in the subspace instead of Adam.
-      projector: "randomized_svd", "svd", any other name in `memopt.projectors`, or a projector,
-        which has its own rank.
-      seed: the seed of random projectors.
-      as_released: follow the authors' code: ε is added before Adam's bias correction, also for all
-        other parameters, and decay applies to the weights after the step.
-      **common: see `memopt.Common`.
+        learning_rate: a number or a schedule.
+        rank: the rank r of the subspace, a whole number from 1; below 1, a fraction of each
+            matrix's shorter side.
+        scale: the scale of the lifted update, α.
+        refresh_every: steps between two refreshes of the subspace.
+        refresh_phase: staggers refreshes over the matrices; see `memopt.in_subspace`.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+        inner: any Optax transformation, used in the subspace instead of Adam.
+        projector: "randomized_svd", "svd", any other name in `memopt.projectors`, or a projector,
+            which has its own rank.
+        seed: the seed of random projectors.
+        as_released: follow the authors' code: ε is added before Adam's bias correction, also for
+            all other parameters, and decay applies to the weights after the step.
+        **common: see `memopt.Common`.
 
     Raises:
-      ValueError: if `rank`, `refresh_every` or `scale` is out of range, the rank is larger than a
-        matrix's side, or an option has no effect: `b1`, `b2` or `eps` with `inner`, rank or seed
-        with a projector that has its own, or seed with one that draws nothing.
+        ValueError: if `rank`, `refresh_every` or `scale` is out of range, the rank is larger than a
+            matrix's side, or an option has no effect: `b1`, `b2` or `eps` with `inner`, rank or
+            seed with a projector that has its own, or seed with one that draws nothing.
 
     References:
-      Zhao et al., GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, 2024,
-      https://arxiv.org/abs/2403.03507, Algorithm 2.
+        Zhao et al., GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, 2024,
+        https://arxiv.org/abs/2403.03507, Algorithm 2.
 
     Example:
-      >>> import memopt, jax.numpy as jnp
-      >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
-      >>> tx = memopt.galore(1e-2, rank=4)
-      >>> updates, state = tx.update(params, tx.init(params), params)
-      >>> memopt.state_bytes(tx, params)["up/kernel"]            # 2·4·64 + 4·16 floats
-      2304
+        >>> import memopt, jax.numpy as jnp
+        >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
+        >>> tx = memopt.galore(1e-2, rank=4)
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> memopt.state_bytes(tx, params)["up/kernel"]            # 2·4·64 + 4·16 floats
+        2304
     """
     matrices = common.get("matrices")
     check_at_least("scale", scale, 0)

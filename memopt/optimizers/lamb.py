@@ -36,27 +36,27 @@ def lamb(
     stack. State: 2mn float32 numbers per matrix.
 
     Args:
-      learning_rate: a number or a schedule: the size of a step relative to its matrix.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the root of the second moment.
-      decoupled_decay: leave the decay out of U, and out of the ratio:
-        W ← W − lr · (‖W‖ / ‖A‖ · A + λ W).
-      as_released: follow the LAMB of BERT and ALBERT: Adam without bias correction, and no ratio
-        for leaves that `weight_decay_mask` excludes.
-      **common: see `memopt.Common`. The decay is multiplied by the ratio, too.
+        learning_rate: a number or a schedule: the size of a step relative to its matrix.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+        decoupled_decay: leave the decay out of U, and out of the ratio:
+            W ← W − lr · (‖W‖ / ‖A‖ · A + λ W).
+        as_released: follow the LAMB of BERT and ALBERT: Adam without bias correction, and no ratio
+            for leaves that `weight_decay_mask` excludes.
+        **common: see `memopt.Common`. The decay is multiplied by the ratio, too.
 
     References:
-      You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, 2019,
-      https://arxiv.org/abs/1904.00962, Algorithm 2.
+        You et al., Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, 2019,
+        https://arxiv.org/abs/1904.00962, Algorithm 2.
 
     Example:
-      >>> import memopt, jax.numpy as jnp
-      >>> params = {"layers": jnp.stack([jnp.full((4, 4), 2.0), jnp.full((4, 4), 3.0)])}
-      >>> tx = memopt.lamb(0.01)
-      >>> updates, _ = tx.update({"layers": jnp.ones((2, 4, 4))}, tx.init(params), params)
-      >>> [round(float(u), 3) for u in updates["layers"][:, 0, 0]]
-      [-0.02, -0.03]
+        >>> import memopt, jax.numpy as jnp
+        >>> params = {"layers": jnp.stack([jnp.full((4, 4), 2.0), jnp.full((4, 4), 3.0)])}
+        >>> tx = memopt.lamb(0.01)
+        >>> updates, _ = tx.update({"layers": jnp.ones((2, 4, 4))}, tx.init(params), params)
+        >>> [round(float(u), 3) for u in updates["layers"][:, 0, 0]]
+        [-0.02, -0.03]
     """
     matrices, mask = common.get("matrices"), common.get("weight_decay_mask")
     strength = common.get("weight_decay", 0.0)

@@ -39,29 +39,29 @@ def lars(
     for a stack. State: mn float32 numbers per matrix.
 
     Args:
-      learning_rate: a number or a schedule.
-      momentum: the decay of the momentum.
-      nesterov: use Nesterov momentum, W ← W − momentum · V − lr · r (G + λ W).
-      trust_coefficient: c, the size of a step relative to its matrix at a learning rate of 1.
-      eps: ε, added to the denominator of the ratio.
-      as_released: has no effect, since no code of the authors was found; every method has this
-        switch.
-      **common: see `memopt.Common`. The decay is part of the gradient, and so multiplied by r.
+        learning_rate: a number or a schedule.
+        momentum: the decay of the momentum.
+        nesterov: use Nesterov momentum, W ← W − momentum · V − lr · r (G + λ W).
+        trust_coefficient: c, the size of a step relative to its matrix at a learning rate of 1.
+        eps: ε, added to the denominator of the ratio.
+        as_released: has no effect, since no code of the authors was found; every method has this
+            switch.
+        **common: see `memopt.Common`. The decay is part of the gradient, and so multiplied by r.
 
     Raises:
-      ValueError: if `trust_coefficient`, `eps` or `weight_decay` is negative.
+        ValueError: if `trust_coefficient`, `eps` or `weight_decay` is negative.
 
     References:
-      You et al., Large Batch Training of Convolutional Networks, 2017,
-      https://arxiv.org/abs/1708.03888, Algorithm 1.
+        You et al., Large Batch Training of Convolutional Networks, 2017,
+        https://arxiv.org/abs/1708.03888, Algorithm 1.
 
     Example:
-      >>> import memopt, jax.numpy as jnp
-      >>> params = {"layers": jnp.stack([jnp.full((4, 4), 2.0), jnp.full((4, 4), 3.0)])}
-      >>> tx = memopt.lars(1.0, trust_coefficient=0.01)
-      >>> updates, _ = tx.update({"layers": jnp.ones((2, 4, 4))}, tx.init(params), params)
-      >>> [round(float(u), 3) for u in updates["layers"][:, 0, 0]]
-      [-0.02, -0.03]
+        >>> import memopt, jax.numpy as jnp
+        >>> params = {"layers": jnp.stack([jnp.full((4, 4), 2.0), jnp.full((4, 4), 3.0)])}
+        >>> tx = memopt.lars(1.0, trust_coefficient=0.01)
+        >>> updates, _ = tx.update({"layers": jnp.ones((2, 4, 4))}, tx.init(params), params)
+        >>> [round(float(u), 3) for u in updates["layers"][:, 0, 0]]
+        [-0.02, -0.03]
     """
     matrices = common.get("matrices")
     ratio = lambda decay: scale_by_matrix_trust_ratio(

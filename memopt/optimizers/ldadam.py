@@ -47,40 +47,41 @@ def ldadam(
     feedback has and which the authors keep in the gradients' buffer.
 
     Args:
-      learning_rate: a number or a schedule.
-      rank: the rank r of the subspace, a whole number from 1; below 1, a fraction of each matrix's
-        shorter side.
-      rho: ρ, the weight of the momentum in the subspace.
-      error_feedback: keep E; without it the part of A outside the subspace is dropped.
-      refresh_every: steps between two refreshes of the subspace.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the root of the second moment.
-      projector: "power_iteration", any other name in `memopt.projectors`, or a projector, which has
-        its own rank. If it is not a power iteration, successive subspaces may be far apart and V
-        is carried by the rule of `memopt.CarryOver`, which keeps its size.
-      seed: the seed of random projectors.
-      as_released: follow the authors' code, which squares T² once more, and updates all other
-        parameters with the same b1 and b2.
-      **common: see `memopt.Common`.
+        learning_rate: a number or a schedule.
+        rank: the rank r of the subspace, a whole number from 1; below 1, a fraction of each
+            matrix's shorter side.
+        rho: ρ, the weight of the momentum in the subspace.
+        error_feedback: keep E; without it the part of A outside the subspace is dropped.
+        refresh_every: steps between two refreshes of the subspace.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+        projector: "power_iteration", any other name in `memopt.projectors`, or a projector, which
+            has its own rank. If it is not a power iteration, successive subspaces may be far apart
+            and V is carried by the rule of `memopt.CarryOver`, which keeps its size.
+        seed: the seed of random projectors.
+        as_released: follow the authors' code, which squares T² once more, and updates all other
+            parameters with the same b1 and b2.
+        **common: see `memopt.Common`.
 
     Raises:
-      ValueError: if `rank` or `refresh_every` is out of range, the rank is larger than a matrix's
-        side, or an option has no effect: rank, rho or seed with a projector that has its own, rho
-        with one that has none, or seed with one that draws nothing.
-      IncompatiblePairingError: for error feedback with a projector whose bases are not orthonormal.
+        ValueError: if `rank` or `refresh_every` is out of range, the rank is larger than a matrix's
+            side, or an option has no effect: rank, rho or seed with a projector that has its own,
+            rho with one that has none, or seed with one that draws nothing.
+        IncompatiblePairingError: for error feedback with a projector whose bases are not
+            orthonormal.
 
     References:
-      Robert et al., LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics,
-      2024, https://arxiv.org/abs/2410.16103, Algorithm 1.
+        Robert et al., LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics,
+        2024, https://arxiv.org/abs/2410.16103, Algorithm 1.
 
     Example:
-      >>> import memopt, jax.numpy as jnp
-      >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
-      >>> tx = memopt.ldadam(1e-2, rank=4, error_feedback=False)
-      >>> updates, state = tx.update(params, tx.init(params), params)
-      >>> memopt.state_bytes(tx, params)["up/kernel"]            # 2·4·64 + 4·16 floats
-      2304
+        >>> import memopt, jax.numpy as jnp
+        >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
+        >>> tx = memopt.ldadam(1e-2, rank=4, error_feedback=False)
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> memopt.state_bytes(tx, params)["up/kernel"]            # 2·4·64 + 4·16 floats
+        2304
     """
     matrices = common.get("matrices")
     space = projectors.by_name(projector, ldadam, known={"b1": b1}, rank=rank, rho=rho, seed=seed)

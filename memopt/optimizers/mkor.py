@@ -32,8 +32,8 @@ def mkor(
     Every `refresh_every` steps, with a layer's mean input a and summed output gradient g::
 
         J ← ζ J + (1 − ζ) I                        for J_A and J_G, if max|J| > ε
-        J_A ← (γ J_A⁻¹ + (1−γ) aaᵀ)⁻¹              by the identity of Sherman and Morrison
-        J_G ← (γ J_G⁻¹ + (1−γ) ggᵀ)⁻¹
+        J_A ← (γ J_A⁻¹ + (1−γ) a aᵀ)⁻¹             by the identity of Sherman and Morrison
+        J_G ← (γ J_G⁻¹ + (1−γ) g gᵀ)⁻¹
 
     and at every step, for kernels stored as (inputs, outputs)::
 
@@ -56,42 +56,42 @@ def mkor(
     they do not stay positive definite.
 
     Args:
-      learning_rate: a number or a schedule.
-      decay: γ.
-      refresh_every: steps between two updates of the factors.
-      max_entry: ε.
-      blend: ζ.
-      clip_value: the largest length of a and g; the largest entry if `as_released`.
-      momentum: of the inner optimizer.
-      inner: any Optax transformation, in place of the momentum.
-      hybrid: MKOR-H: stop preconditioning once the loss has nearly stopped falling, by the rule of
-        `memopt.while_loss_falls`, which is memopt's, since none is published. The update then needs
-        `value`, the loss, too.
-      as_released: J ← J' − (J'v)(J'v)ᵀ / (1 + vᵀJ'v) with J' = γ J + (1−γ) I, as the authors' code,
-        which does not use the first statistics. That code bounds every token's entries by
-        `clip_value` before it averages them; here the entries of the averages are bounded.
-      **common: see `memopt.Common`.
+        learning_rate: a number or a schedule.
+        decay: γ.
+        refresh_every: steps between two updates of the factors.
+        max_entry: ε.
+        blend: ζ.
+        clip_value: the largest length of a and g; the largest entry if `as_released`.
+        momentum: of the inner optimizer.
+        inner: any Optax transformation, in place of the momentum.
+        hybrid: MKOR-H: stop preconditioning once the loss has nearly stopped falling, by the rule
+            of `memopt.while_loss_falls`, which is memopt's, since none is published. The update
+            then needs `value`, the loss, too.
+        as_released: J ← J' − (J'v)(J'v)ᵀ / (1 + vᵀJ'v) with J' = γ J + (1−γ) I, as the authors'
+            code, which does not use the first statistics. That code bounds every token's entries by
+            `clip_value` before it averages them; here the entries of the averages are bounded.
+        **common: see `memopt.Common`.
 
     Raises:
-      ValueError: if an option is out of range or has no effect; at an update, if a hidden matrix
-        has no statistics, or the loss is missing for `hybrid`.
+        ValueError: if an option is out of range or has no effect; at an update, if a hidden matrix
+            has no statistics, or the loss is missing for `hybrid`.
 
     References:
-      Mozaffari et al., MKOR: Momentum-Enabled Kronecker-Factor-Based Optimizer Using Rank-1
-      Updates, 2023, https://arxiv.org/abs/2306.01685.
+        Mozaffari et al., MKOR: Momentum-Enabled Kronecker-Factor-Based Optimizer Using Rank-1
+        Updates, 2023, https://arxiv.org/abs/2306.01685.
 
     Example:
-      >>> import jax, memopt, jax.numpy as jnp
-      >>> def loss(params, statistics, x):
-      ...     y = memopt.observe(statistics["hidden"], x, x @ params["hidden"])
-      ...     return jnp.square(y - 1).mean()
-      >>> params = {"hidden": jnp.eye(4, 3)}
-      >>> tx = memopt.mkor(0.1)
-      >>> gradient = jax.grad(loss, argnums=(0, 1))
-      >>> g, statistics = gradient(params, memopt.zero_statistics(params), jnp.ones((5, 4)))
-      >>> updates, state = tx.update(g, tx.init(params), params, statistics=statistics)
-      >>> memopt.state_bytes(tx, params)["hidden"]                # 4² + 3² + 4·3 floats
-      148
+        >>> import jax, memopt, jax.numpy as jnp
+        >>> def loss(params, statistics, x):
+        ...     y = memopt.observe(statistics["hidden"], x, x @ params["hidden"])
+        ...     return jnp.square(y - 1).mean()
+        >>> params = {"hidden": jnp.eye(4, 3)}
+        >>> tx = memopt.mkor(0.1)
+        >>> gradient = jax.grad(loss, argnums=(0, 1))
+        >>> g, statistics = gradient(params, memopt.zero_statistics(params), jnp.ones((5, 4)))
+        >>> updates, state = tx.update(g, tx.init(params), params, statistics=statistics)
+        >>> memopt.state_bytes(tx, params)["hidden"]                # 4² + 3² + 4·3 floats
+        148
     """
     if inner is not None:
         check_unused(mkor, "inner runs in the momentum's place", momentum=momentum)

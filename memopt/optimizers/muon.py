@@ -48,33 +48,33 @@ def muon(
     moved there and updates are moved back, see `memopt.orthogonalize`.
 
     Args:
-      learning_rate: a number or a schedule.
-      beta: the decay of the momentum.
-      nesterov: use Nesterov momentum, as above; otherwise O = NewtonSchulz(M).
-      ns_steps: the number of Newton–Schulz iterations.
-      ns_coeffs: a, b and c of its polynomial, or three numbers for each iteration.
-      eps: added to the norm before the iterations.
-      consistent_rms: scale updates by consistent_rms · √max(m, n) instead, to this root mean
-        square; 0.2 is about AdamW's, so that AdamW's learning rate and decay can be used.
-      replica_axis: the mesh axis over which parameters are replicated, if there is one; results do
-        not depend on it.
-      as_released: iterate in bfloat16, as the authors' code does.
-      **common: see `memopt.Common`.
+        learning_rate: a number or a schedule.
+        beta: the decay of the momentum.
+        nesterov: use Nesterov momentum, as above; otherwise O = NewtonSchulz(M).
+        ns_steps: the number of Newton–Schulz iterations.
+        ns_coeffs: a, b and c of its polynomial, or three numbers for each iteration.
+        eps: added to the norm before the iterations.
+        consistent_rms: scale updates by consistent_rms · √max(m, n) instead, to this root mean
+            square; 0.2 is about AdamW's, so that AdamW's learning rate and decay can be used.
+        replica_axis: the mesh axis over which parameters are replicated, if there is one; results
+            do not depend on it.
+        as_released: iterate in bfloat16, as the authors' code does.
+        **common: see `memopt.Common`.
 
     Raises:
-      ValueError: if `ns_steps` is below 1, `consistent_rms` is negative, or `ns_coeffs` are not
-        three numbers per iteration.
+        ValueError: if `ns_steps` is below 1, `consistent_rms` is negative, or `ns_coeffs` are not
+            three numbers per iteration.
 
     References:
-      Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024,
-      https://kellerjordan.github.io/posts/muon/; `consistent_rms`: Liu et al., Muon is Scalable
-      for LLM Training, 2025, https://arxiv.org/abs/2502.16982, section 2.2.
+        Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024,
+        https://kellerjordan.github.io/posts/muon/; `consistent_rms`: Liu et al., Muon is Scalable
+        for LLM Training, 2025, https://arxiv.org/abs/2502.16982, section 2.2.
 
     Example:
-      >>> import memopt
-      >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
-      >>> memopt.state_bytes(memopt.muon(2e-2), params)["up/kernel"]   # 64·16 floats
-      4096
+        >>> import memopt
+        >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
+        >>> memopt.state_bytes(memopt.muon(2e-2), params)["up/kernel"]   # 64·16 floats
+        4096
     """
     matrices = common.get("matrices")
     check_at_least("consistent_rms", consistent_rms, 0)

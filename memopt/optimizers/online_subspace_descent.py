@@ -46,38 +46,38 @@ def online_subspace_descent(
     belong to P's own Adam.
 
     Args:
-      learning_rate: a number or a schedule.
-      rank: the rank r of the subspace, a whole number from 1; below 1, a fraction of each matrix's
-        shorter side.
-      scale: the scale of the lifted update; 0.25 in the authors' scripts.
-      projector_learning_rate: the learning rate of P's own Adam, a number or a schedule.
-      projector_optimizer: updates P instead, with its own learning rate.
-      penalty: λ, which keeps P nearly orthonormal.
-      start: the projector that gives the first P; by default a randomised SVD.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the root of the second moment.
-      inner: any Optax transformation, used in the subspace instead of Adam.
-      as_released: follow the authors' code: no penalty, AdamW with decay 0.01 for P, and otherwise
-        as in `galore`.
-      **common: see `memopt.Common`.
+        learning_rate: a number or a schedule.
+        rank: the rank r of the subspace, a whole number from 1; below 1, a fraction of each
+            matrix's shorter side.
+        scale: the scale of the lifted update; 0.25 in the authors' scripts.
+        projector_learning_rate: the learning rate of P's own Adam, a number or a schedule.
+        projector_optimizer: updates P instead, with its own learning rate.
+        penalty: λ, which keeps P nearly orthonormal.
+        start: the projector that gives the first P; by default a randomised SVD.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+        inner: any Optax transformation, used in the subspace instead of Adam.
+        as_released: follow the authors' code: no penalty, AdamW with decay 0.01 for P, and
+            otherwise as in `galore`.
+        **common: see `memopt.Common`.
 
     Raises:
-      ValueError: if `rank` or `scale` is out of range, the rank is larger than a matrix's side, or
-        an option has no effect: `b1`, `b2` or `eps` with `inner`, `projector_learning_rate` with
-        `projector_optimizer`, `penalty` with `as_released`.
+        ValueError: if `rank` or `scale` is out of range, the rank is larger than a matrix's side,
+            or an option has no effect: `b1`, `b2` or `eps` with `inner`, `projector_learning_rate`
+            with `projector_optimizer`, `penalty` with `as_released`.
 
     References:
-      Liang et al., Memory-Efficient LLM Training with Online Subspace Descent, 2024,
-      https://arxiv.org/abs/2408.12857, Algorithm 1.
+        Liang et al., Memory-Efficient LLM Training with Online Subspace Descent, 2024,
+        https://arxiv.org/abs/2408.12857, Algorithm 1.
 
     Example:
-      >>> import memopt, jax.numpy as jnp
-      >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
-      >>> tx = memopt.online_subspace_descent(1e-2, rank=4)
-      >>> updates, state = tx.update(params, tx.init(params), params)
-      >>> memopt.state_bytes(tx, params)["up/kernel"]            # 2·4·64 + 3·4·16 + 1 numbers
-      2820
+        >>> import memopt, jax.numpy as jnp
+        >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
+        >>> tx = memopt.online_subspace_descent(1e-2, rank=4)
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> memopt.state_bytes(tx, params)["up/kernel"]            # 2·4·64 + 3·4·16 + 1 numbers
+        2820
     """
     if projector_optimizer is not None:
         own = {"projector_learning_rate": projector_learning_rate}

@@ -1,6 +1,6 @@
 """The registry of optimizers: memopt's methods, registered where they are defined, and Optax's.
 
-All lists of methods (`memopt.available`, the command line, README's table, benchmarks, the tests'
+All lists of methods (`memopt.available`, the command line, the site, benchmarks, the tests'
 tables) are read from here.
 """
 
@@ -32,19 +32,19 @@ class Method(NamedTuple):
     """A registered optimizer.
 
     Attributes:
-      make: the function that builds it.
-      learning_rate: the highest learning rate of a run that is given none. It suits LLaMAs of a few
-        million parameters (docs/convergence.md); larger ones want less.
-      state: how many numbers it keeps for an m×n matrix; README's table explains the symbols.
-      when: when to choose it, in a few words.
-      library: "memopt", "optax" for a baseline, or "user".
-      sums_projections: whether it sums projections of gradients over devices, and so communicates
-        less if the shorter sides of matrices are not sharded; see `memopt.unshard_short_side`.
-      eval_params: maps its state and the parameters to those to evaluate with, see
-        `memopt.eval_params`; None if they are the same.
-      needs: the extra argument without which it cannot update, a key of `EXTRA_ARGUMENTS`, or "".
-      finds_step: whether it finds the size of its steps itself, so that its learning rate is a
-        factor or a bound, which should be 1 at its highest.
+        make: the function that builds it.
+        learning_rate: the highest learning rate of a run that is given none. It suits LLaMAs of a
+            few million parameters (docs/convergence.md); larger ones want less.
+        state: how many numbers it keeps for an m×n matrix; docs/methods.md explains the symbols.
+        when: when to choose it, in a few words.
+        library: "memopt", "optax" for a baseline, or "user".
+        sums_projections: whether it sums projections of gradients over devices, and so communicates
+            less if the shorter sides of matrices are not sharded; see `memopt.unshard_short_side`.
+        eval_params: maps its state and the parameters to those to evaluate with, see
+            `memopt.eval_params`; None if they are the same.
+        needs: the extra argument without which it cannot update, a key of `EXTRA_ARGUMENTS`, or "".
+        finds_step: whether it finds the size of its steps itself, so that its learning rate is a
+            factor or a bound, which should be 1 at its highest.
     """
 
     make: Make
@@ -251,10 +251,10 @@ def method(
     `optax.inject_hyperparams` leaves those in `STATIC` alone.
 
     Args:
-      when: see `Method`.
-      learning_rate: see `Method`.
-      sums_projections: see `Method`.
-      needs: see `Method`.
+        when: see `Method`.
+        learning_rate: see `Method`.
+        sums_projections: see `Method`.
+        needs: see `Method`.
     """
 
     def enter(make: F) -> F:
@@ -280,7 +280,7 @@ def method(
 
         _set_signature(checked, read)
         options = (inspect.getdoc(Common) or "").partition("Attributes:\n")[2].rstrip()
-        line = "  **common: see `memopt.Common`."
+        line = "    **common: see `memopt.Common`."
         checked.__doc__ = (inspect.getdoc(make) or "").replace(line, options)
         described = " ".join(checked.__doc__.split())
         state = re.search(r"State: (none\b|.+?(?=(?: float32)? numbers?\b))", described)
@@ -321,13 +321,13 @@ def options_of(base: Callable[P, R]) -> Callable[[Callable[..., R]], Callable[P,
     Defaults of the function itself override those of `base`.
 
     Example:
-      >>> def power(x, *, exponent=2, scale=1.0):
-      ...     return scale * x**exponent
-      >>> @options_of(power)
-      ... def cube(x, *, exponent=3, **options):
-      ...     return power(x, exponent=exponent, **options)
-      >>> inspect.signature(cube)
-      <Signature (x, *, exponent=3, scale=1.0)>
+        >>> def power(x, *, exponent=2, scale=1.0):
+        ...     return scale * x**exponent
+        >>> @options_of(power)
+        ... def cube(x, *, exponent=3, **options):
+        ...     return power(x, exponent=exponent, **options)
+        >>> inspect.signature(cube)
+        <Signature (x, *, exponent=3, scale=1.0)>
     """
 
     def decorate(function: Callable[..., R]) -> Callable[P, R]:
@@ -344,16 +344,16 @@ def find_method(name: str) -> Method:
     """Returns an optimizer of the registry, which a user's function enters here.
 
     Args:
-      name: one of `available()`, or ``module:function`` of a function that maps `learning_rate` to
-        an `optax.GradientTransformation`, such as ``optax:adam``; its other arguments are its
-        options. By default it has AdamW's learning rate.
+        name: one of `available()`, or ``module:function`` of a function that maps `learning_rate`
+            to an `optax.GradientTransformation`, such as ``optax:adam``; its other arguments are
+            its options. By default it has AdamW's learning rate.
 
     Raises:
-      ValueError: if there is no such optimizer or function.
+        ValueError: if there is no such optimizer or function.
 
     Example:
-      >>> find_method("lion").learning_rate
-      0.0005
+        >>> find_method("lion").learning_rate
+        0.0005
     """
     if ":" in name:
         make = _users(name)
@@ -382,13 +382,13 @@ def available(library: str | None = None) -> tuple[str, ...]:
     """Returns the names that `optimizer` accepts, memopt's own first.
 
     Args:
-      library: "memopt" or "optax", to list the names of one library only.
+        library: "memopt" or "optax", to list the names of one library only.
 
     Example:
-      >>> available()[:2]
-      ('adafactor', 'adagrad_norm')
-      >>> available("optax")[:2]
-      ('adagrad', 'adam')
+        >>> available()[:2]
+        ('adafactor', 'adagrad_norm')
+        >>> available("optax")[:2]
+        ('adagrad', 'adam')
     """
     names = sorted(METHODS, key=lambda name: (METHODS[name].library, name))
     return tuple(name for name in names if library in (None, METHODS[name].library))
@@ -400,24 +400,24 @@ def optimizer(
     """Builds an optimizer from its name.
 
     Args:
-      name: one of `available()`: a method of memopt, or a baseline from Optax; or
-        ``module:function`` of a function that maps a learning rate to a transformation.
-      learning_rate: a number or a schedule.
-      **options: keyword arguments of the method.
+        name: one of `available()`: a method of memopt, or a baseline from Optax; or
+            ``module:function`` of a function that maps a learning rate to a transformation.
+        learning_rate: a number or a schedule.
+        **options: keyword arguments of the method.
 
     Returns:
-      The transformation that ``memopt.<name>`` or Optax's function of that name returns.
+        The transformation that ``memopt.<name>`` or Optax's function of that name returns.
 
     Raises:
-      ValueError: if the name or an option is unknown; the closest name is suggested. The update of
-        "sophia" raises it if `obj_fn`, the loss as a function of the parameters, is not given, and
-        those of "momo" and "momo_adam" if `value`, the loss, is not.
+        ValueError: if the name or an option is unknown; the closest name is suggested. The update
+            of "sophia" raises it if `obj_fn`, the loss as a function of the parameters, is not
+            given, and those of "momo" and "momo_adam" if `value`, the loss, is not.
 
     Example:
-      >>> tx = optimizer("apollo_mini", learning_rate=1e-2, weight_decay=0.1)
-      >>> optimizer("apolo", learning_rate=1e-2)
-      Traceback (most recent call last):
-      ValueError: optimizer 'apolo' is unknown; did you mean 'apollo'? Allowed: adafactor, ...
+        >>> tx = optimizer("apollo_mini", learning_rate=1e-2, weight_decay=0.1)
+        >>> optimizer("apolo", learning_rate=1e-2)
+        Traceback (most recent call last):
+        ValueError: optimizer 'apolo' is unknown; did you mean 'apollo'? Allowed: adafactor, ...
     """
     chosen = find_method(name)
     options = renamed.current(chosen.make, options)
@@ -443,25 +443,25 @@ def eval_params(name: str, state: Any, params: Any) -> Any:
     Schedule-free optimizers take gradients at one point and average another.
 
     Args:
-      name: one of `available()`.
-      state: the state of the optimizer of that name, without wrappers.
-      params: the parameters that it updates.
+        name: one of `available()`.
+        state: the state of the optimizer of that name, without wrappers.
+        params: the parameters that it updates.
 
     Raises:
-      ValueError: if the name is unknown.
+        ValueError: if the name is unknown.
 
     References:
-      Defazio et al., The Road Less Scheduled, 2024, https://arxiv.org/abs/2405.15682.
+        Defazio et al., The Road Less Scheduled, 2024, https://arxiv.org/abs/2405.15682.
 
     Example:
-      >>> params = jnp.ones(2)
-      >>> tx = optimizer("schedule_free", learning_rate=0.1)
-      >>> updates, state = tx.update(params, tx.init(params), params)
-      >>> x = eval_params("schedule_free", state, params + updates)
-      >>> [round(float(value), 3) for value in x]
-      [0.9, 0.9]
-      >>> eval_params("lion", None, params) is params
-      True
+        >>> params = jnp.ones(2)
+        >>> tx = optimizer("schedule_free", learning_rate=0.1)
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> x = eval_params("schedule_free", state, params + updates)
+        >>> [round(float(value), 3) for value in x]
+        [0.9, 0.9]
+        >>> eval_params("lion", None, params) is params
+        True
     """
     find = find_method(name).eval_params
     return params if find is None else find(state, params)

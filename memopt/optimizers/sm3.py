@@ -33,21 +33,21 @@ def sm3(
     numbers per matrix, without momentum m + n.
 
     Args:
-      learning_rate: a number or a schedule.
-      b1: decay of the momentum; None for no momentum.
-      as_released: has no effect, since the authors' code follows the paper; every method has this
-        switch.
-      **common: see `memopt.Common`.
+        learning_rate: a number or a schedule.
+        b1: decay of the momentum; None for no momentum.
+        as_released: has no effect, since the authors' code follows the paper; every method has this
+            switch.
+        **common: see `memopt.Common`.
 
     References:
-      Anil et al., Memory-Efficient Adaptive Optimization, 2019, https://arxiv.org/abs/1901.11150,
-      Algorithm SM3-II and section 4.
+        Anil et al., Memory-Efficient Adaptive Optimization, 2019, https://arxiv.org/abs/1901.11150,
+        Algorithm SM3-II and section 4.
 
     Example:
-      >>> import memopt, jax.numpy as jnp
-      >>> params = {"w": jnp.ones((3, 16, 8))}
-      >>> memopt.state_bytes(memopt.sm3(0.1, b1=None), params)["w"]   # 3·(16 + 8) floats
-      288
+        >>> import memopt, jax.numpy as jnp
+        >>> params = {"w": jnp.ones((3, 16, 8))}
+        >>> memopt.state_bytes(memopt.sm3(0.1, b1=None), params)["w"]   # 3·(16 + 8) floats
+        288
     """
     moment = optax.identity() if b1 is None else optax.ema(b1, debias=False)
     scaled = scale_by_matrix_sm3(matrices=common.get("matrices"))

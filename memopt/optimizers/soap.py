@@ -51,37 +51,39 @@ def soap(
     State: 2mn + 2m² + 2n² numbers per matrix; without the square of a side longer than `max_side`.
 
     Args:
-      learning_rate: a number or a schedule; the authors take 3e-3.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      factor_decay: decay of L and R; by default that of the second moment.
-      eps: added to the root of the second moment.
-      refresh_every: steps between two refreshes of the bases.
-      refresh_phase: shifts refreshes, or staggers them over the matrices; see `memopt.in_subspace`.
-      max_side: sides longer than this have no factor and no basis: only the other one is rotated.
-      block_size: sides longer than this are cut into equal blocks, each with a factor and a basis
-        of its own: the fewest of at most this length.
-      one_sided: rotate only the shorter side of each matrix (of a square one, the rows).
-      inner: any Optax transformation, used in the eigenbases instead of Adam.
-      projector: recorded first bases, see `memopt.projectors.replay`.
-      as_released: follow the authors' code: ε is added before Adam's bias correction, decay applies
-        to the weights after the step, and the first step moves no parameter of any kind.
-      **common: see `memopt.Common`.
+        learning_rate: a number or a schedule; the authors take 3e-3.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        factor_decay: decay of L and R; by default that of the second moment.
+        eps: added to the root of the second moment.
+        refresh_every: steps between two refreshes of the bases.
+        refresh_phase: shifts refreshes, or staggers them over the matrices; see
+            `memopt.in_subspace`.
+        max_side: sides longer than this have no factor and no basis: only the other one is rotated.
+        block_size: sides longer than this are cut into equal blocks, each with a factor and a basis
+            of its own: the fewest of at most this length.
+        one_sided: rotate only the shorter side of each matrix (of a square one, the rows).
+        inner: any Optax transformation, used in the eigenbases instead of Adam.
+        projector: recorded first bases, see `memopt.projectors.replay`.
+        as_released: follow the authors' code: ε is added before Adam's bias correction, decay
+            applies to the weights after the step, and the first step moves no parameter of any
+            kind.
+        **common: see `memopt.Common`.
 
     Raises:
-      ValueError: if `refresh_every`, `max_side` or `block_size` is below one, a side has no blocks
-        of about `block_size`, `projector` has no recorded bases, or `b1` or `eps` is given with
-        `inner`.
+        ValueError: if `refresh_every`, `max_side` or `block_size` is below one, a side has no
+            blocks of about `block_size`, `projector` has no recorded bases, or `b1` or `eps` is
+            given with `inner`.
 
     References:
-      Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, 2024,
-      https://arxiv.org/abs/2409.11321, Algorithm 3.
+        Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, 2024,
+        https://arxiv.org/abs/2409.11321, Algorithm 3.
 
     Example:
-      >>> import memopt, jax.numpy as jnp
-      >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
-      >>> memopt.state_bytes(memopt.soap(3e-3), params)["up/kernel"]  # 2·64·16 + 2·(64² + 16²)
-      43008
+        >>> import memopt, jax.numpy as jnp
+        >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
+        >>> memopt.state_bytes(memopt.soap(3e-3), params)["up/kernel"]  # 2·64·16 + 2·(64² + 16²)
+        43008
     """
     if projector is not None and not isinstance(projector, Replay):
         raise ValueError(

@@ -41,39 +41,39 @@ def tag(
     `memopt.scale_by_task_moments`.
 
     Args:
-      learning_rate: a number or a schedule.
-      tasks: the number of tasks, T. With one, `task` may be left out.
-      similarity: b; the larger, the smaller are the steps that go against an earlier task.
-      adam: take the bias-corrected first moment in place of G, and correct V; the authors' b2 is
-        then 0.999.
-      factored: keep row and column sums of the moments of matrices; not with `adam`.
-      b1: decay of the first moments.
-      b2: decay of the second moments.
-      eps: added to the root of V.
-      seed: the seed of the random signs in the factored first moments.
-      as_released: has no effect, since the authors' code follows this rule; it divides by zero
-        where an earlier task had no gradient, and does not return to one. Every method has this
-        switch.
-      **common: see `memopt.Common`.
+        learning_rate: a number or a schedule.
+        tasks: the number of tasks, T. With one, `task` may be left out.
+        similarity: b; the larger, the smaller are the steps that go against an earlier task.
+        adam: take the bias-corrected first moment in place of G, and correct V; the authors' b2 is
+            then 0.999.
+        factored: keep row and column sums of the moments of matrices; not with `adam`.
+        b1: decay of the first moments.
+        b2: decay of the second moments.
+        eps: added to the root of V.
+        seed: the seed of the random signs in the factored first moments.
+        as_released: has no effect, since the authors' code follows this rule; it divides by zero
+            where an earlier task had no gradient, and does not return to one. Every method has this
+            switch.
+        **common: see `memopt.Common`.
 
     Raises:
-      ValueError: if `tasks` is below 1, `adam` is `factored`, or `seed` is given with nothing to
-        draw; at an update, if the task is missing or is not one of them.
+        ValueError: if `tasks` is below 1, `adam` is `factored`, or `seed` is given with nothing to
+            draw; at an update, if the task is missing or is not one of them.
 
     References:
-      Malviya et al., TAG: Task-based Accumulated Gradients for Lifelong learning, 2021,
-      https://arxiv.org/abs/2105.05155.
+        Malviya et al., TAG: Task-based Accumulated Gradients for Lifelong learning, 2021,
+        https://arxiv.org/abs/2105.05155.
 
     Example:
-      >>> import memopt, jax.numpy as jnp
-      >>> params = {"up": {"kernel": jnp.ones((64, 16))}}
-      >>> tx = memopt.tag(1e-2, tasks=3)
-      >>> updates, state = tx.update(params, tx.init(params), params, task=0)
-      >>> memopt.state_bytes(tx, params)["up/kernel"]            # 3·2·64·16 floats
-      24576
-      >>> tx = memopt.tag(1e-2, tasks=3, factored=True)
-      >>> memopt.state_bytes(tx, params)["up/kernel"]            # 3·2·(64 + 16) floats
-      1920
+        >>> import memopt, jax.numpy as jnp
+        >>> params = {"up": {"kernel": jnp.ones((64, 16))}}
+        >>> tx = memopt.tag(1e-2, tasks=3)
+        >>> updates, state = tx.update(params, tx.init(params), params, task=0)
+        >>> memopt.state_bytes(tx, params)["up/kernel"]            # 3·2·64·16 floats
+        24576
+        >>> tx = memopt.tag(1e-2, tasks=3, factored=True)
+        >>> memopt.state_bytes(tx, params)["up/kernel"]            # 3·2·(64 + 16) floats
+        1920
     """
     if not factored:
         check_unused(tag, "nothing is drawn unless factored", seed=seed)

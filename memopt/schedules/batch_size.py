@@ -20,7 +20,6 @@ def doubling(first: int, last: int, length: int) -> BatchSchedule:
     return lambda used: min(last, first << min(used, length) * doublings // length)
 
 
-#: Every schedule of the batch size by name; they map first, last and length to a `BatchSchedule`.
 BATCH_SHAPES: dict[str, Choice] = {
     "ramp": Choice(
         ramp,
@@ -33,14 +32,15 @@ BATCH_SHAPES: dict[str, Choice] = {
         "Smith et al., 2018, https://arxiv.org/abs/1711.00489, with a factor of 2",
     ),
 }
+"""Every schedule of the batch size by name: functions of first, last and length."""
 
 
 def batch_names() -> tuple[str, ...]:
     """Returns the names that `batch_schedule` knows.
 
     Example:
-      >>> batch_names()
-      ('ramp', 'doubling')
+        >>> batch_names()
+        ('ramp', 'doubling')
     """
     return tuple(BATCH_SHAPES)
 
@@ -49,25 +49,25 @@ def batch_schedule(name: str, first: int, last: int, length: int) -> BatchSchedu
     """Makes a schedule by which a step takes more and more batches of the data.
 
     Args:
-      name: one of `batch_names()`: "ramp" grows linearly, "doubling" doubles.
-      first: how many batches a step takes at the beginning.
-      last: how many it takes from `length` on.
-      length: how many batches are used up until then.
+        name: one of `batch_names()`: "ramp" grows linearly, "doubling" doubles.
+        first: how many batches a step takes at the beginning.
+        last: how many it takes from `length` on.
+        length: how many batches are used up until then.
 
     Returns:
-      A function that maps how many batches are used up to how many the next step takes; both are
-      whole numbers.
+        A function that maps how many batches are used up to how many the next step takes; both are
+        whole numbers.
 
     Raises:
-      ValueError: the name is unknown, or a number is too small.
+        ValueError: the name is unknown, or a number is too small.
 
     Example:
-      >>> grow = batch_schedule("ramp", 1, 5, 100)
-      >>> [grow(used) for used in (0, 24, 25, 99, 100, 1000)]
-      [1, 1, 2, 4, 5, 5]
-      >>> grow = batch_schedule("doubling", 1, 8, 90)
-      >>> [grow(used) for used in (0, 29, 30, 60, 90)]
-      [1, 1, 2, 4, 8]
+        >>> grow = batch_schedule("ramp", 1, 5, 100)
+        >>> [grow(used) for used in (0, 24, 25, 99, 100, 1000)]
+        [1, 1, 2, 4, 5, 5]
+        >>> grow = batch_schedule("doubling", 1, 8, 90)
+        >>> [grow(used) for used in (0, 29, 30, 60, 90)]
+        [1, 1, 2, 4, 8]
     """
     check_choice("batch schedule", name, BATCH_SHAPES)
     for argument, given, least in (

@@ -23,9 +23,9 @@ class Exponential(NamedTuple):
     """The curve L(t) = a·e^(bt) + c with b < 0, which approaches c.
 
     Attributes:
-      a: its height above c at t = 0; below 0, it rises.
-      b: how fast it approaches c.
-      c: its limit.
+        a: its height above c at t = 0; below 0, it rises.
+        b: how fast it approaches c.
+        c: its limit.
     """
 
     a: float
@@ -53,26 +53,26 @@ def forecast(
     Otherwise its error may be many times their noise.
 
     Args:
-      steps: the steps of the losses, increasing.
-      losses: at least 4.
-      at: the step whose loss is forecast.
-      validation: whether they are validation losses, which are fewer and less noisy.
+        steps: the steps of the losses, increasing.
+        losses: at least 4.
+        at: the step whose loss is forecast.
+        validation: whether they are validation losses, which are fewer and less noisy.
 
     Returns:
-      The forecast; NaN if a loss is not finite.
+        The forecast; NaN if a loss is not finite.
 
     Raises:
-      ValueError: if there are fewer than 4 losses, all finite, or not as many as steps.
+        ValueError: if there are fewer than 4 losses, all finite, or not as many as steps.
 
     References:
-      Jin et al., AutoLRS, 2021, https://arxiv.org/abs/2105.10762, and their code.
+        Jin et al., AutoLRS, 2021, https://arxiv.org/abs/2105.10762, and their code.
 
     Example:
-      >>> steps = range(1, 101)
-      >>> round(forecast(steps, [2 * 0.98**t + 3 for t in steps], at=1000), 6)
-      3.0
-      >>> forecast(steps, [math.nan] * 100, at=1000)
-      nan
+        >>> steps = range(1, 101)
+        >>> round(forecast(steps, [2 * 0.98**t + 3 for t in steps], at=1000), 6)
+        3.0
+        >>> forecast(steps, [math.nan] * 100, at=1000)
+        nan
     """
     x, y = np.asarray(steps, float), np.asarray(losses, float)
     if not np.isfinite(y).all():
@@ -90,13 +90,13 @@ def drop_outliers(
     Degree, rounds, share and the rule for validation losses are those of the authors' code.
 
     Args:
-      steps: the steps, (n,), increasing.
-      losses: the losses, (n,), with n ≥ 4.
-      validation: whether one loss is dropped, once; otherwise, 3% are in each of 10 rounds.
+        steps: the steps, (n,), increasing.
+        losses: the losses, (n,), with n ≥ 4.
+        validation: whether one loss is dropped, once; otherwise, 3% are in each of 10 rounds.
 
     Returns:
-      The remaining steps and losses. Of those that are dropped in a round, the ones in the second
-      half stay.
+        The remaining steps and losses. Of those that are dropped in a round, the ones in the second
+        half stay.
     """
     middle = steps[(len(steps) - 1) // 2]
     for _ in range(1 if validation else ROUNDS):
@@ -114,8 +114,8 @@ def fit_exponential(steps: np.ndarray, losses: np.ndarray) -> Exponential:
     and from its best point by SciPy.
 
     Args:
-      steps: the steps, (n,), increasing.
-      losses: the losses, (n,), finite, with n ≥ 3.
+        steps: the steps, (n,), increasing.
+        losses: the losses, (n,), finite, with n ≥ 3.
     """
     first, length = steps[0], steps[-1] - steps[0]
 

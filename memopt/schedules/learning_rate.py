@@ -18,8 +18,8 @@ def names() -> tuple[str, ...]:
     """Returns the names that `schedule` knows.
 
     Example:
-      >>> names()[:3]
-      ('constant', 'linear', 'cosine')
+        >>> names()[:3]
+        ('constant', 'linear', 'cosine')
     """
     return tuple(SHAPES)
 
@@ -38,34 +38,34 @@ def schedule(
     """A linear warm-up to the peak, then a named shape.
 
     Args:
-      name: one of `names()`; `memopt schedules` lists them.
-      peak: the highest learning rate, reached after the warm-up.
-      steps: length of the whole schedule, in steps or in tokens.
-      init_value: the learning rate at the beginning of the warm-up.
-      warmup_steps: length of the warm-up.
-      end_value: the learning rate at `steps` and after; by default 0, or the share of the peak in
-        `memopt.schedules.SHAPES`. "constant", "inverse_sqrt" and "power" do not use it.
-      **options: those of the shape, which `memopt schedules NAME` lists, such as `decay_steps` of
-        "wsd".
+        name: one of `names()`; `memopt schedules` lists them.
+        peak: the highest learning rate, reached after the warm-up.
+        steps: length of the whole schedule, in steps or in tokens.
+        init_value: the learning rate at the beginning of the warm-up.
+        warmup_steps: length of the warm-up.
+        end_value: the learning rate at `steps` and after; by default 0, or the share of the peak in
+            `memopt.schedules.SHAPES`. "constant", "inverse_sqrt" and "power" do not use it.
+        **options: those of the shape, which `memopt schedules NAME` lists, such as `decay_steps` of
+            "wsd".
 
     Returns:
-      A function of the step count, as Optax's schedules are. The count is an integer or a float,
-      or an array of them, at which the function is differentiable almost everywhere.
+        A function of the step count, as Optax's schedules are. The count is an integer or a float,
+        or an array of them, at which the function is differentiable almost everywhere.
 
     Raises:
-      ValueError: the name or an option is unknown, a rate is below 0, or the parts are longer than
-        the whole.
+        ValueError: the name or an option is unknown, a rate is below 0, or the parts are longer
+            than the whole.
 
     Warns:
       UserWarning: a part of the schedule has so few steps that no step is trained with it.
 
     Example:
-      >>> rate = schedule("wsd", 1e-2, 100, warmup_steps=10, decay_steps=20)
-      >>> [round(float(rate(t)), 4) for t in (0, 5, 10, 80, 90, 100)]
-      [0.0, 0.005, 0.01, 0.01, 0.005, 0.0]
-      >>> schedule("wsd", 1e-2, 100, decay=20)
-      Traceback (most recent call last):
-      ValueError: option of wsd: 'decay' is unknown; did you mean 'decay_steps'? Allowed: ...
+        >>> rate = schedule("wsd", 1e-2, 100, warmup_steps=10, decay_steps=20)
+        >>> [round(float(rate(t)), 4) for t in (0, 5, 10, 80, 90, 100)]
+        [0.0, 0.005, 0.01, 0.01, 0.005, 0.0]
+        >>> schedule("wsd", 1e-2, 100, decay=20)
+        Traceback (most recent call last):
+        ValueError: option of wsd: 'decay' is unknown; did you mean 'decay_steps'? Allowed: ...
     """
     check_choice("schedule", name, SHAPES)
     shape = SHAPES[name]
@@ -101,17 +101,17 @@ def in_steps(tokens_schedule: optax.Schedule, tokens_per_step: int) -> optax.Sch
     Tokens are counted in floats, which are exact up to 2^24 and right to 7 digits beyond.
 
     Args:
-      tokens_schedule: a function of the number of tokens trained on.
-      tokens_per_step: tokens of a batch.
+        tokens_schedule: a function of the number of tokens trained on.
+        tokens_per_step: tokens of a batch.
 
     Raises:
-      ValueError: `tokens_per_step` is below 1.
+        ValueError: `tokens_per_step` is below 1.
 
     Example:
-      >>> by_tokens = schedule("linear", 1.0, 2**40)
-      >>> rate = in_steps(by_tokens, 2**20)
-      >>> [float(rate(step)) for step in (0, 2**18, 2**19, 2**20)]
-      [1.0, 0.75, 0.5, 0.0]
+        >>> by_tokens = schedule("linear", 1.0, 2**40)
+        >>> rate = in_steps(by_tokens, 2**20)
+        >>> [float(rate(step)) for step in (0, 2**18, 2**19, 2**20)]
+        [1.0, 0.75, 0.5, 0.0]
     """
     check_at_least("tokens_per_step", tokens_per_step, 1)
     return lambda count: tokens_schedule(float(tokens_per_step) * count)

@@ -23,10 +23,10 @@ class Span(NamedTuple):
     """The rates and lengths that a shape is made for.
 
     Attributes:
-      peak: the highest learning rate.
-      end: the learning rate at `steps` and after.
-      steps: length of the whole schedule.
-      warmup_steps: length of the warm-up.
+        peak: the highest learning rate.
+        end: the learning rate at `steps` and after.
+        steps: length of the whole schedule.
+        warmup_steps: length of the warm-up.
     """
 
     peak: float
@@ -45,15 +45,15 @@ class Shape(Choice):
     """A row of the table `SHAPES`.
 
     Attributes:
-      make: maps a `Span`, and options by keyword, to an Optax schedule. It counts from the end of
-        the warm-up, and is called with 0 to `Span.rest`; afterwards the last value is kept. Each
-        option has a default, and its description is in the docstring.
-      when: when to choose it.
-      source: where it is from.
-      end: the default of `Span.end`, as a share of the peak; None if the shape does not use it.
-      starts_at_peak: whether it starts at the peak. If not, the warm-up leads to where it starts.
-      extends: whether it depends on `Span.steps` only by a decay in the last `decay_steps`, or not
-        at all, so that a run that has not come to its decay may become longer.
+        make: maps a `Span`, and options by keyword, to an Optax schedule. It counts from the end of
+            the warm-up, and is called with 0 to `Span.rest`; afterwards the last value is kept.
+            Each option has a default, and its description is in the docstring.
+        when: when to choose it.
+        source: where it is from.
+        end: the default of `Span.end`, as a share of the peak; None if the shape does not use it.
+        starts_at_peak: whether it starts at the peak. If not, the warm-up leads to where it starts.
+        extends: whether it depends on `Span.steps` only by a decay in the last `decay_steps`, or
+            not at all, so that a run that has not come to its decay may become longer.
     """
 
     end: float | None = 0.0
@@ -135,8 +135,9 @@ def wsd(span: Span, *, decay_steps: int | None = None) -> optax.Schedule:
     MiniCPM's own decay is that of "wsd_exponential".
 
     Args:
-      span: what it is made for.
-      decay_steps: length of the decay; by default a fifth of the steps. A run has --decay instead.
+        span: what it is made for.
+        decay_steps: length of the decay; by default a fifth of the steps. A run has --decay
+            instead.
     """
     decay = lambda length: optax.linear_schedule(span.peak, span.end, length)
     return _then_decay(span, decay_steps, constant(span), decay)
@@ -149,8 +150,9 @@ def wsd_exponential(span: Span, *, decay_steps: int | None = None) -> optax.Sche
     end is reached at the last step. The end must be above 0.
 
     Args:
-      span: what it is made for.
-      decay_steps: length of the decay; by default a fifth of the steps. A run has --decay instead.
+        span: what it is made for.
+        decay_steps: length of the decay; by default a fifth of the steps. A run has --decay
+            instead.
     """
     if span.peak:
         check_above_zero("end_value of wsd_exponential", span.end)
@@ -166,8 +168,9 @@ def wsd_sqrt(span: Span, *, decay_steps: int | None = None) -> optax.Schedule:
     """Warm-up, stable, decay by 1 − √z, where z goes from 0 to 1 in the decay.
 
     Args:
-      span: what it is made for.
-      decay_steps: length of the decay; by default a fifth of the steps. A run has --decay instead.
+        span: what it is made for.
+        decay_steps: length of the decay; by default a fifth of the steps. A run has --decay
+            instead.
     """
 
     def decay(length: float) -> optax.Schedule:
@@ -224,15 +227,16 @@ def power(
     rate for a planned number of tokens, with a = 4.6, is for another use.
 
     Args:
-      span: what it is made for.
-      a: the factor of the law.
-      b: its exponent.
-      tokens_per_step: tokens of a batch. A run of memopt fills in its own.
-      batch_sequences: sequences of a batch; by default `tokens_per_step` / 4096, since the
-        constants were fitted with sequences of 4096 tokens.
-      tokens_seen: tokens trained on before the first step. A run that changes to this schedule
-        fills in those of its steps so far.
-      decay_steps: length of the decay; by default a fifth of the steps. A run has --decay instead.
+        span: what it is made for.
+        a: the factor of the law.
+        b: its exponent.
+        tokens_per_step: tokens of a batch. A run of memopt fills in its own.
+        batch_sequences: sequences of a batch; by default `tokens_per_step` / 4096, since the
+            constants were fitted with sequences of 4096 tokens.
+        tokens_seen: tokens trained on before the first step. A run that changes to this schedule
+            fills in those of its steps so far.
+        decay_steps: length of the decay; by default a fifth of the steps. A run has --decay
+            instead.
     """
     check_above_zero("tokens_per_step", tokens_per_step)
     check_at_least("tokens_seen", tokens_seen, 0)
@@ -259,9 +263,9 @@ def one_cycle(span: Span, *, pct_start: float = 0.3, div_factor: float = 25.0) -
     It rises by itself: give it no warm-up, or a warm-up leads to the learning rate it starts at.
 
     Args:
-      span: what it is made for.
-      pct_start: share of the steps, after a warm-up, in which it rises, rounded down to steps.
-      div_factor: the peak divided by the learning rate it starts at.
+        span: what it is made for.
+        pct_start: share of the steps, after a warm-up, in which it rises, rounded down to steps.
+        div_factor: the peak divided by the learning rate it starts at.
     """
     check_between("pct_start", pct_start, 0, 1)
     check_above_zero("div_factor", div_factor)
@@ -281,9 +285,9 @@ def inverse_sqrt(span: Span, *, timescale: float | None = None) -> optax.Schedul
     √(warm-up / step), as in the paper.
 
     Args:
-      span: what it is made for.
-      timescale: k, the steps after which the learning rate is divided by √2; by default those of
-        the warm-up, or 1 without one.
+        span: what it is made for.
+        timescale: k, the steps after which the learning rate is divided by √2; by default those of
+            the warm-up, or 1 without one.
     """
     k = max(1.0, span.warmup_steps) if timescale is None else timescale
     check_above_zero("timescale", k)
@@ -297,9 +301,9 @@ def rewarm(span: Span, *, new_steps: int | None = None, rewarm: float = 0.01) ->
     on the old data already is continued by `memopt pretrain --resume --schedule cosine --rewarm`.
 
     Args:
-      span: what it is made for.
-      new_steps: steps on the new data; by default half of those after the warm-up.
-      rewarm: share of `new_steps` in which the learning rate rises.
+        span: what it is made for.
+        new_steps: steps on the new data; by default half of those after the warm-up.
+        rewarm: share of `new_steps` in which the learning rate rises.
     """
     new = int(span.rest // 2) if new_steps is None else new_steps
     check_at_least("new_steps", new, 0)
@@ -326,11 +330,11 @@ def restarts(
     """Cosines one after another, each of which starts from its peak again.
 
     Args:
-      span: what it is made for.
-      cycles: how many there are. Their first steps are rounded; a cycle of less than half a step
-        is left out.
-      length_factor: length of a cycle divided by that of the one before (T_mult).
-      peak_factor: peak of a cycle divided by that of the one before.
+        span: what it is made for.
+        cycles: how many there are. Their first steps are rounded; a cycle of less than half a step
+            is left out.
+        length_factor: length of a cycle divided by that of the one before (T_mult).
+        peak_factor: peak of a cycle divided by that of the one before.
     """
     check_at_least("cycles", cycles, 1)
     cycles = int(cycles)
@@ -354,7 +358,6 @@ def restarts(
     )
 
 
-#: Every decay shape by name.
 SHAPES: dict[str, Shape] = {
     "constant": Shape(
         constant,
@@ -430,6 +433,7 @@ SHAPES: dict[str, Shape] = {
         "Loshchilov and Hutter, SGDR, 2017, https://arxiv.org/abs/1608.03983",
     ),
 }
+"""Every decay shape by name."""
 
 
 def register(name: str, shape: Shape) -> None:
@@ -438,33 +442,33 @@ def register(name: str, shape: Shape) -> None:
     It is made once for 1000 steps with its defaults, to see whether it works.
 
     Args:
-      name: its name, of letters, digits, "_" and "-"; that of no other schedule.
-      shape: its row.
+        name: its name, of letters, digits, "_" and "-"; that of no other schedule.
+        shape: its row.
 
     Raises:
-      ValueError: the name is taken or no such word, or `shape` is not a `Shape` whose function maps
-        a `Span` and options with defaults, by keyword only, to an Optax schedule.
+        ValueError: the name is taken or no such word, or `shape` is not a `Shape` whose function
+            maps a `Span` and options with defaults, by keyword only, to an Optax schedule.
 
     Example:
-      >>> def staircase(span, *, stairs=4):
-      ...     """Falls in equal steps.
-      ...
-      ...     Args:
-      ...       span: what it is made for.
-      ...       stairs: how many.
-      ...     """
-      ...     height = (span.peak - span.end) / stairs
-      ...     return lambda count: span.peak - height * jnp.floor(stairs * count / span.rest)
-      >>> register("staircase", Shape(staircase, "to see how a run reacts"))
-      >>> from memopt.schedules import schedule
-      >>> rate = schedule("staircase", 1.0, 100, stairs=2)
-      >>> [float(rate(t)) for t in (0, 49, 50, 100, 200)]
-      [1.0, 1.0, 0.5, 0.0, 0.0]
-      >>> SHAPES.pop("staircase").defaults
-      {'stairs': 4}
-      >>> register("staircase", staircase)
-      Traceback (most recent call last):
-      ValueError: shape must be a Shape, as Shape(staircase, "when to choose it"), got function.
+        >>> def staircase(span, *, stairs=4):
+        ...     """Falls in equal steps.
+        ...
+        ...     Args:
+        ...       span: what it is made for.
+        ...       stairs: how many.
+        ...     """
+        ...     height = (span.peak - span.end) / stairs
+        ...     return lambda count: span.peak - height * jnp.floor(stairs * count / span.rest)
+        >>> register("staircase", Shape(staircase, "to see how a run reacts"))
+        >>> from memopt.schedules import schedule
+        >>> rate = schedule("staircase", 1.0, 100, stairs=2)
+        >>> [float(rate(t)) for t in (0, 49, 50, 100, 200)]
+        [1.0, 1.0, 0.5, 0.0, 0.0]
+        >>> SHAPES.pop("staircase").defaults
+        {'stairs': 4}
+        >>> register("staircase", staircase)
+        Traceback (most recent call last):
+        ValueError: shape must be a Shape, as Shape(staircase, "when to choose it"), got function.
     '''
     if not (isinstance(name, str) and re.fullmatch(r"\w[\w-]*", name)):
         raise ValueError(f'name must be a word of letters, digits, "_" and "-", got {name!r}.')

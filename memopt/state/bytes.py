@@ -20,13 +20,13 @@ class StateBytes:
     """The result of `state_bytes`; ``print`` shows it as a table.
 
     Attributes:
-      parameters: {leaf name: bytes of the parameter}.
-      states: {leaf name: bytes of the state kept for it}.
-      shared: bytes of state that belongs to no single parameter: step counts, hyperparameters.
-      kept_by: {leaf name: the transformations that keep state for it}, by their states' names.
-      formulas: {leaf name: the shapes of the arrays kept for it}. ``"2·(8×64×4) + 8"`` means two
-        arrays of that shape and eight more numbers, in float32 unless another dtype is named.
-      shared_formula: the same for the shared state.
+        parameters: {leaf name: bytes of the parameter}.
+        states: {leaf name: bytes of the state kept for it}.
+        shared: bytes of state that belongs to no single parameter: step counts, hyperparameters.
+        kept_by: {leaf name: the transformations that keep state for it}, by their states' names.
+        formulas: {leaf name: the shapes of the arrays kept for it}. ``"2·(8×64×4) + 8"`` means two
+            arrays of that shape and eight more numbers, in float32 unless another dtype is named.
+        shared_formula: the same for the shared state.
     """
 
     parameters: Mapping[str, int]
@@ -58,21 +58,21 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
     """Counts the bytes of ``tx.init(params)``, exactly and without allocating memory.
 
     Args:
-      tx: any Optax transformation.
-      params: arrays or ``jax.ShapeDtypeStruct``.
+        tx: any Optax transformation.
+        params: arrays or ``jax.ShapeDtypeStruct``.
 
     Returns:
-      The bytes for each leaf, and the shapes they come from. Where a subtree of the
-      state has the structure of `params`, each of its nodes is charged to the parameter at the same
-      position, whatever its shape.
+        The bytes for each leaf, and the shapes they come from. Where a subtree of the state has the
+        structure of `params`, each of its nodes is charged to the parameter at the same position,
+        whatever its shape.
 
     Example:
-      >>> params = {"w": jax.ShapeDtypeStruct((8, 4), "bfloat16")}
-      >>> print(state_bytes(optax.adam(1e-3), params))
-      leaf          parameter            state  numbers kept (float32)
-      w                    64              128  2·(8×4) bfloat16
-      shared                0                4  1 int32
-      total                64              132
+        >>> params = {"w": jax.ShapeDtypeStruct((8, 4), "bfloat16")}
+        >>> print(state_bytes(optax.adam(1e-3), params))
+        leaf          parameter            state  numbers kept (float32)
+        w                    64              128  2·(8×4) bfloat16
+        shared                0                4  1 int32
+        total                64              132
     """
     leaves, structure = named_leaves(params)
     names = [name for name, _ in leaves]

@@ -19,15 +19,15 @@ class Described(NamedTuple):
     """One row of a `Description`.
 
     Attributes:
-      name: the parameter's keys joined by ``/``.
-      shape: the shape of the array.
-      kind: "matrix", "embedding", "position", "router", "head" or "vector"; "rest" for a matrix
-        that `matrices` excludes.
-      axes: the axes of rows, columns and stack, as text; "" if the optimizer treats the parameter
-        elementwise.
-      why: the reason for `kind` and `axes`.
-      kept_by: the transformations that keep state for it.
-      state: the bytes of that state; None if the optimizer refuses the parameters.
+        name: the parameter's keys joined by ``/``.
+        shape: the shape of the array.
+        kind: "matrix", "embedding", "position", "router", "head" or "vector"; "rest" for a matrix
+            that `matrices` excludes.
+        axes: the axes of rows, columns and stack, as text; "" if the optimizer treats the parameter
+            elementwise.
+        why: the reason for `kind` and `axes`.
+        kept_by: the transformations that keep state for it.
+        state: the bytes of that state; None if the optimizer refuses the parameters.
     """
 
     name: str
@@ -44,8 +44,8 @@ class Description:
     """The result of `describe`; ``print`` shows it as a table.
 
     Attributes:
-      rows: one for each parameter, in the order of the tree.
-      refused: the optimizer's error for these parameters, "" if it accepts them.
+        rows: one for each parameter, in the order of the tree.
+        refused: the optimizer's error for these parameters, "" if it accepts them.
     """
 
     rows: tuple[Described, ...]
@@ -79,25 +79,25 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
     """Shows how an optimizer treats each parameter, from shapes alone.
 
     Args:
-      tx: any Optax transformation.
-      params: arrays or ``jax.ShapeDtypeStruct``, possibly in boxes of Flax or Haliax.
+        tx: any Optax transformation.
+        params: arrays or ``jax.ShapeDtypeStruct``, possibly in boxes of Flax or Haliax.
 
     Returns:
-      A row for each parameter: its kind (matrix, embedding, position, router, head or vector), its
-      rows and columns, the reason (its name, the axis names in its box, its module, `matrices`),
-      the transformations that keep state for it, and the bytes of that state.
+        A row for each parameter: its kind (matrix, embedding, position, router, head or vector),
+        its rows and columns, the reason (its name, the axis names in its box, its module,
+        `matrices`), the transformations that keep state for it, and the bytes of that state.
 
     Example:
-      >>> import jax, memopt
-      >>> shape = lambda *s: jax.ShapeDtypeStruct(s, "float32")
-      >>> params = {"q": shape(64, 4, 16), "o": shape(4, 16, 64), "head": shape(64, 512)}
-      >>> found = describe(memopt.apollo_mini(1e-2), params)
-      >>> found["q"].axes, found["q"].state, found["head"].kept_by
-      ('rows 0, cols 1 2', 516, ('scale_by_adam',))
-      >>> for line in found.by_kind():
-      ...     print(line)
-      1  head    scale_by_adam                           262,144 bytes
-      2  matrix  scale_by_uncorrected_adam, in_subspace    1,032 bytes
+        >>> import jax, memopt
+        >>> shape = lambda *s: jax.ShapeDtypeStruct(s, "float32")
+        >>> params = {"q": shape(64, 4, 16), "o": shape(4, 16, 64), "head": shape(64, 512)}
+        >>> found = describe(memopt.apollo_mini(1e-2), params)
+        >>> found["q"].axes, found["q"].state, found["head"].kept_by
+        ('rows 0, cols 1 2', 516, ('scale_by_adam',))
+        >>> for line in found.by_kind():
+        ...     print(line)
+        1  head    scale_by_adam                           262,144 bytes
+        2  matrix  scale_by_uncorrected_adam, in_subspace    1,032 bytes
     """
     parameters = read_parameters(params)
     table, refused = None, ""

@@ -34,12 +34,12 @@ class Follower(NamedTuple):
     """The parameter and the axes that a state array follows.
 
     Attributes:
-      owner: the parameter that the array belongs to; None if it belongs to none, or changes with
-        several.
-      changes: whether it belongs to, or changes with, any parameter.
-      axes: pairs of an axis of the array and the axis of the owner that it follows.
-      unclear: axes of the owner for which valid tries give different results.
-      uneven: axes of the owner with which the array changes only in invalid tries.
+        owner: the parameter that the array belongs to; None if it belongs to none, or changes with
+            several.
+        changes: whether it belongs to, or changes with, any parameter.
+        axes: pairs of an axis of the array and the axis of the owner that it follows.
+        unclear: axes of the owner for which valid tries give different results.
+        uneven: axes of the owner with which the array changes only in invalid tries.
     """
 
     owner: int | None
@@ -70,18 +70,18 @@ def followers(
     out of proportion, and that try is invalid and ignored.
 
     Args:
-      tx: any Optax transformation.
-      params: a tree of ``jax.ShapeDtypeStruct``.
-      axes: for each parameter the axes of interest.
+        tx: any Optax transformation.
+        params: a tree of ``jax.ShapeDtypeStruct``.
+        axes: for each parameter the axes of interest.
 
     Returns:
-      A `Follower` for each array of ``tx.init(params)``, in the order of ``jax.tree.leaves``.
+        A `Follower` for each array of ``tx.init(params)``, in the order of ``jax.tree.leaves``.
 
     Example:
-      >>> w = jax.ShapeDtypeStruct((64, 32), "float32")
-      >>> rows, cols, momentum = followers(optax.sm3(1e-3), w, [[Axis(0, 4), Axis(1, 2)]])
-      >>> rows.axes, cols.axes, momentum.axes
-      (((0, 0),), ((0, 1),), ((0, 0), (1, 1)))
+        >>> w = jax.ShapeDtypeStruct((64, 32), "float32")
+        >>> rows, cols, momentum = followers(optax.sm3(1e-3), w, [[Axis(0, 4), Axis(1, 2)]])
+        >>> rows.axes, cols.axes, momentum.axes
+        (((0, 0),), ((0, 1),), ((0, 0), (1, 1)))
     """
     init = _Init(tx, params)
     base = init({})
@@ -141,8 +141,8 @@ class _Tries(NamedTuple):
     """Tries in which parameters grow, each parameter in its own combination of tries.
 
     Attributes:
-      combinations: for each parameter, the tries in which it grows.
-      moved: for each state array, the tries in which it changes.
+        combinations: for each parameter, the tries in which it grows.
+        moved: for each state array, the tries in which it changes.
     """
 
     combinations: Sequence[tuple[int, ...]]

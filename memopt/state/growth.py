@@ -37,32 +37,32 @@ def grow_depth(
     and C floating-point operations.
 
     Args:
-      params: the parameters, arrays or from `memopt.quantize_params`.
-      state: the state of any Optax transformation, or ``()``.
-      factor: how often the layers are repeated.
-      tx: the transformation whose state it is. The axes are found from its `init`, as in
-        `memopt.state_sharding`, whatever it is. Without it, arrays are repeated that have their
-        parameter's shape, or begin with the axes that stack its matrices, as memopt's do.
-      layers: the branch of `params` in which every array has an axis of layers, such as
-        "decoder/layers"; "" if they all have one.
-      axis: that axis, counted from the front.
+        params: the parameters, arrays or from `memopt.quantize_params`.
+        state: the state of any Optax transformation, or ``()``.
+        factor: how often the layers are repeated.
+        tx: the transformation whose state it is. The axes are found from its `init`, as in
+            `memopt.state_sharding`, whatever it is. Without it, arrays are repeated that have their
+            parameter's shape, or begin with the axes that stack its matrices, as memopt's do.
+        layers: the branch of `params` in which every array has an axis of layers, such as
+            "decoder/layers"; "" if they all have one.
+        axis: that axis, counted from the front.
 
     Returns:
-      The parameters and the state; other arrays than the layers' are the ones given.
+        The parameters and the state; other arrays than the layers' are the ones given.
 
     Raises:
-      ValueError: if `params` has no such branch, its layers are not stacked or differ in number, or
-        the axis of layers in a state array is not certain.
+        ValueError: if `params` has no such branch, its layers are not stacked or differ in number,
+            or the axis of layers in a state array is not certain.
 
     References:
-      Du et al., Stacking Your Transformers, 2024, https://arxiv.org/abs/2405.15319.
+        Du et al., Stacking Your Transformers, 2024, https://arxiv.org/abs/2405.15319.
 
     Example:
-      >>> params = {"blocks": {"up": jnp.ones((2, 4, 8))}, "embed": jnp.ones((16, 4))}
-      >>> tx = optax.adam(1e-3)
-      >>> params, (adam, _) = grow_depth(params, tx.init(params), 2, tx=tx)
-      >>> params["blocks"]["up"].shape, adam.mu["blocks"]["up"].shape, adam.mu["embed"].shape
-      ((4, 4, 8), (4, 4, 8), (16, 4))
+        >>> params = {"blocks": {"up": jnp.ones((2, 4, 8))}, "embed": jnp.ones((16, 4))}
+        >>> tx = optax.adam(1e-3)
+        >>> params, (adam, _) = grow_depth(params, tx.init(params), 2, tx=tx)
+        >>> params["blocks"]["up"].shape, adam.mu["blocks"]["up"].shape, adam.mu["embed"].shape
+        ((4, 4, 8), (4, 4, 8), (16, 4))
     """
     check_at_least("factor", factor, 1)
     count = layer_count(params, layers, axis)
@@ -99,11 +99,11 @@ def layer_count(params: Any, layers: str = "blocks", axis: int = 0) -> int:
     """The number of layers in a branch of stacked parameters; see `grow_depth`.
 
     Raises:
-      ValueError: if there is no such branch, or its layers are not stacked or differ in number.
+        ValueError: if there is no such branch, or its layers are not stacked or differ in number.
 
     Example:
-      >>> layer_count({"blocks": {"up": jnp.ones((2, 4, 8))}, "embed": jnp.ones((16, 4))})
-      2
+        >>> layer_count({"blocks": {"up": jnp.ones((2, 4, 8))}, "embed": jnp.ones((16, 4))})
+        2
     """
     nodes = named_leaves(params, is_quantized)[0]
     counts: dict[int, str] = {}

@@ -55,15 +55,15 @@ class StateArray(NamedTuple):
     """The owner and kind of a state array.
 
     Attributes:
-      name: the array's keys in the state, joined by ``/``.
-      parameter: the parameter's index among the leaves of its tree; None if it belongs to none.
-      kind: "first moment", "second moment", "count" or "other". A first moment has the shape of
-        its parameter; a second moment is recognised by the name of its field.
-      kept_by: the transformation whose state contains the array.
-      is_sum: whether it is a copy of the parameter or a sum without decay, so that errors stay.
-      is_exact: whether it must be kept as it is, because the rule fails if it is rounded.
-      second_moment: for a first moment, known by its field, the name of the second moment of the
-        same shape that the same transformation keeps in its place; None if there is none.
+        name: the array's keys in the state, joined by ``/``.
+        parameter: the parameter's index among the leaves of its tree; None if it belongs to none.
+        kind: "first moment", "second moment", "count" or "other". A first moment has the shape of
+            its parameter; a second moment is recognised by the name of its field.
+        kept_by: the transformation whose state contains the array.
+        is_sum: whether it is a copy of the parameter or a sum without decay, so that errors stay.
+        is_exact: whether it must be kept as it is, because the rule fails if it is rounded.
+        second_moment: for a first moment, known by its field, the name of the second moment of the
+            same shape that the same transformation keeps in its place; None if there is none.
     """
 
     name: str
@@ -79,12 +79,12 @@ class Part(NamedTuple):
     """A part of a state: a tree with a node for each parameter, or a single array.
 
     Attributes:
-      path: the part's keys in the state.
-      tree: the part.
-      has_parameters: whether it is a tree with a node for each parameter.
-      state: the class name of the innermost state that contains it, "" if there is none.
-      field: the field of that state.
-      state_path: the keys of that state.
+        path: the part's keys in the state.
+        tree: the part.
+        has_parameters: whether it is a tree with a node for each parameter.
+        state: the class name of the innermost state that contains it, "" if there is none.
+        field: the field of that state.
+        state_path: the keys of that state.
     """
 
     path: tuple[Any, ...]
@@ -123,16 +123,16 @@ def parts(state: Any, params: Any) -> Iterator[Part]:
     parameters that are a tuple of two.
 
     Args:
-      state: the state of any Optax transformation.
-      params: the parameters, or a tree like them.
+        state: the state of any Optax transformation.
+        params: the parameters, or a tree like them.
 
     Example:
-      >>> params = (jnp.ones(2), jnp.ones(3))
-      >>> for part in parts(optax.adam(1e-3).init(params), params):
-      ...     print(part.kept_by, part.field, part.has_parameters)
-      scale_by_adam count False
-      scale_by_adam mu True
-      scale_by_adam nu True
+        >>> params = (jnp.ones(2), jnp.ones(3))
+        >>> for part in parts(optax.adam(1e-3).init(params), params):
+        ...     print(part.kept_by, part.field, part.has_parameters)
+        scale_by_adam count False
+        scale_by_adam mu True
+        scale_by_adam nu True
     """
     return _parts(Part((), state, False), named_leaves(params)[1])
 
@@ -174,26 +174,27 @@ def owners(state: Any, params: Any) -> Any:
     """Finds the parameter and the kind of each array of a state from the two trees' structures.
 
     Args:
-      state: the state of any Optax transformation, or its shapes.
-      params: the parameters, or their shapes.
+        state: the state of any Optax transformation, or its shapes.
+        params: the parameters, or their shapes.
 
     Returns:
-      A tree like `state` of `StateArray`; a box counts as one array.
+        A tree like `state` of `StateArray`; a box counts as one array.
 
     Example:
-      >>> params = {"w": jnp.ones((4, 2)), "b": jnp.ones(2)}
-      >>> tx = optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=2), optax.trace(0.9))
-      >>> for x in jax.tree.leaves(owners(tx.init(params), params), is_leaf=is_state_array):
-      ...     print(x.name, x.parameter, x.kind)
-      0/count None count
-      0/v_row/b 0 second moment
-      0/v_row/w 1 second moment
-      0/v_col/b 0 second moment
-      0/v_col/w 1 second moment
-      0/v/b 0 second moment
-      0/v/w 1 second moment
-      1/trace/b 0 first moment
-      1/trace/w 1 first moment
+        >>> params = {"w": jnp.ones((4, 2)), "b": jnp.ones(2)}
+        >>> factored = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
+        >>> tx = optax.chain(factored, optax.trace(0.9))
+        >>> for x in jax.tree.leaves(owners(tx.init(params), params), is_leaf=is_state_array):
+        ...     print(x.name, x.parameter, x.kind)
+        0/count None count
+        0/v_row/b 0 second moment
+        0/v_row/w 1 second moment
+        0/v_col/b 0 second moment
+        0/v_col/w 1 second moment
+        0/v/b 0 second moment
+        0/v/w 1 second moment
+        1/trace/b 0 first moment
+        1/trace/w 1 first moment
     """
     leaves, structure = named_leaves(params)
     shapes = [_shape(x) for _, x in leaves]

@@ -24,12 +24,12 @@ def check_real(params: Any) -> None:
     """Raises if a parameter is complex; squares, signs and transposes of matrices would be wrong.
 
     Raises:
-      ValueError: names the parameter and its dtype.
+        ValueError: names the parameter and its dtype.
 
     Example:
-      >>> check_real({"w": jnp.zeros((2, 2), complex)})  # doctest: +ELLIPSIS
-      Traceback (most recent call last):
-      ValueError: params must be real, got 'w' of dtype complex64; wrap the optimizer in ...
+        >>> check_real({"w": jnp.zeros((2, 2), complex)})  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: params must be real, got 'w' of dtype complex64; wrap the optimizer in ...
     """
     for name, leaf in named_leaves(params)[0]:
         dtype = getattr(open_box(leaf), "dtype", None)
@@ -55,8 +55,8 @@ def bounded(x: Array) -> Array:
     stays NaN, and complex numbers are unchanged.
 
     Example:
-      >>> bounded(jnp.array([2.0, -1e20])).tolist()
-      [2.0, -1125899906842624.0]
+        >>> bounded(jnp.array([2.0, -1e20])).tolist()
+        [2.0, -1125899906842624.0]
     """
     x = to_float32(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -69,8 +69,8 @@ def bounded_squares(squares: Array, count: int = 1) -> Array:
     """Bounds the sum of `count` squares, which may have overflowed, by that of bounded numbers.
 
     Example:
-      >>> float(bounded_squares(jnp.square(jnp.float32(1e20))))
-      1.2676506002282294e+30
+        >>> float(bounded_squares(jnp.square(jnp.float32(1e20))))
+        1.2676506002282294e+30
     """
     most = largest_squared(squares.dtype) ** 2 * count
     return jnp.minimum(squares, min(most, float(jnp.finfo(squares.dtype).max)))
@@ -80,12 +80,12 @@ def zeros_of(f: Any, *args: Any) -> Any:
     """Zeros with the shapes, dtypes and shardings of ``f(*args)``, evaluated abstractly.
 
     Args:
-      f: any traceable function.
-      *args: arrays or ``jax.ShapeDtypeStruct``.
+        f: any traceable function.
+        *args: arrays or ``jax.ShapeDtypeStruct``.
 
     Example:
-      >>> zeros_of(lambda x: x.sum(0), jax.ShapeDtypeStruct((2, 3), "float32")).shape
-      (3,)
+        >>> zeros_of(lambda x: x.sum(0), jax.ShapeDtypeStruct((2, 3), "float32")).shape
+        (3,)
     """
     return jax.tree.map(jnp.zeros_like, jax.eval_shape(f, *args))
 
@@ -94,8 +94,8 @@ def float32_zeros(tree: Any) -> Any:
     """Zeros shaped like the arrays of a tree, in float32, or wider if they are.
 
     Example:
-      >>> float32_zeros(jnp.ones(2, jnp.bfloat16))
-      Array([0., 0.], dtype=float32)
+        >>> float32_zeros(jnp.ones(2, jnp.bfloat16))
+        Array([0., 0.], dtype=float32)
     """
     return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=statistics_dtype(x)), tree)
 
@@ -114,9 +114,9 @@ def where_applied(applied: Array, new: Array, old: Array) -> Array:
     their own.
 
     Args:
-      applied: a bool, or bools that broadcast to `new`.
-      new: any array.
-      old: an array like it.
+        applied: a bool, or bools that broadcast to `new`.
+        new: any array.
+        old: an array like it.
     """
     if new.dtype in (jnp.int4, jnp.int8, jnp.uint8):
         selected = jnp.where(applied, new.astype(jnp.float32), old.astype(jnp.float32))
@@ -128,8 +128,8 @@ def bias_correction(decay: Any, steps: Array, dtype: Any) -> Array:
     """1 − decay^steps, the sum of a moving average's weights, in the moment's dtype.
 
     Example:
-      >>> bias_correction(0.5, jnp.int32(2), jnp.float32)
-      Array(0.75, dtype=float32)
+        >>> bias_correction(0.5, jnp.int32(2), jnp.float32)
+        Array(0.75, dtype=float32)
     """
     return 1 - jnp.asarray(decay, dtype) ** steps.astype(dtype)
 
@@ -143,15 +143,15 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
     are `bounded`: an entry of 1e20 would make its second moment infinite, and stop the parameter.
 
     Args:
-      inner: any transformation.
+        inner: any transformation.
 
     Returns:
-      A transformation with the state of `inner`.
+        A transformation with the state of `inner`.
 
     Example:
-      >>> params = {"w": jnp.zeros((4,), jnp.bfloat16)}
-      >>> jax.tree.leaves(in_float32(optax.scale_by_rms()).init(params))[0].dtype
-      dtype('float32')
+        >>> params = {"w": jnp.zeros((4,), jnp.bfloat16)}
+        >>> jax.tree.leaves(in_float32(optax.scale_by_rms()).init(params))[0].dtype
+        dtype('float32')
     """
     inner = optax.with_extra_args_support(inner)
 

@@ -21,10 +21,10 @@ class Quantized:
     """A parameter stored by a codec, in place of its array in a tree.
 
     Attributes:
-      codes: an array of the parameter's shape.
-      scales: the codec's other arrays, such as scales.
-      codec: encodes and decodes the parameter.
-      dtype: the dtype of the dequantised parameter.
+        codes: an array of the parameter's shape.
+        scales: the codec's other arrays, such as scales.
+        codec: encodes and decodes the parameter.
+        dtype: the dtype of the dequantised parameter.
     """
 
     codes: Array
@@ -50,8 +50,8 @@ class Deferred:
     Its gradient is that of `change`, which is zero and need not be read.
 
     Attributes:
-      stored: the matrix.
-      change: zeros of its shape and dtype, added to it.
+        stored: the matrix.
+        change: zeros of its shape and dtype, added to it.
     """
 
     stored: Quantized
@@ -76,17 +76,17 @@ def take_rows(matrix: Array | Deferred, indices: Array) -> Array:
     """Returns rows of a matrix; of a deferred one only these are dequantised.
 
     Args:
-      matrix: ``(rows, cols)``.
-      indices: integers of any shape.
+        matrix: ``(rows, cols)``.
+        indices: integers of any shape.
 
     Returns:
-      ``(*indices.shape, cols)``.
+        ``(*indices.shape, cols)``.
 
     Example:
-      >>> stored = quantize_params({"w": jnp.arange(512.0).reshape(2, 256)})["w"]
-      >>> rows = take_rows(Deferred(stored, jnp.zeros((2, 256))), jnp.array([1, 1, 0]))
-      >>> rows.shape, bool((rows[0] == stored.dequantize()[1]).all())
-      ((3, 256), True)
+        >>> stored = quantize_params({"w": jnp.arange(512.0).reshape(2, 256)})["w"]
+        >>> rows = take_rows(Deferred(stored, jnp.zeros((2, 256))), jnp.array([1, 1, 0]))
+        >>> rows.shape, bool((rows[0] == stored.dequantize()[1]).all())
+        ((3, 256), True)
     """
     if not isinstance(matrix, Deferred):
         return jnp.take(matrix, indices, axis=0)
@@ -104,29 +104,29 @@ def quantize_params(params: Any, codec: str | Codec = "int8", *, matrices: Matri
     """Stores a tree's matrices in 8 bits, 4 bits, or bfloat16 with a remainder.
 
     Args:
-      params: arrays or ``jax.ShapeDtypeStruct``.
-      codec: "int8" or "int4" (asymmetric, with a scale for each 128 numbers of the last axis),
-        "float8", "bfloat16+8" (bfloat16 and the next eight bits of a float32), or a codec of
-        `memopt.codecs`.
-      matrices: which leaves to quantise; by default every matrix, embeddings included, see
-        `memopt.every_matrix`. Other leaves are unchanged.
+        params: arrays or ``jax.ShapeDtypeStruct``.
+        codec: "int8" or "int4" (asymmetric, with a scale for each 128 numbers of the last axis),
+            "float8", "bfloat16+8" (bfloat16 and the next eight bits of a float32), or a codec of
+            `memopt.codecs`.
+        matrices: which leaves to quantise; by default every matrix, embeddings included, see
+            `memopt.every_matrix`. Other leaves are unchanged.
 
     Returns:
-      A tree with a `Quantized` in place of each matrix, rounded to the nearest code.
+        A tree with a `Quantized` in place of each matrix, rounded to the nearest code.
 
     Raises:
-      ValueError: if the codec's name is unknown, or a parameter complex.
+        ValueError: if the codec's name is unknown, or a parameter complex.
 
     References:
-      Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270 (Q-APOLLO).
+        Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270 (Q-APOLLO).
 
     Example:
-      >>> params = {"up": jnp.ones((4, 256)), "norm": jnp.ones(4)}
-      >>> stored = quantize_params(params)
-      >>> stored["up"].codes.dtype, stored["up"].scales[0].shape, stored["norm"].dtype
-      (dtype('int8'), (4, 2), dtype('float32'))
-      >>> bool(abs(dequantize_params(stored)["up"] - 1).max() < 0.005)
-      True
+        >>> params = {"up": jnp.ones((4, 256)), "norm": jnp.ones(4)}
+        >>> stored = quantize_params(params)
+        >>> stored["up"].codes.dtype, stored["up"].scales[0].shape, stored["norm"].dtype
+        (dtype('int8'), (4, 2), dtype('float32'))
+        >>> bool(abs(dequantize_params(stored)["up"] - 1).max() < 0.005)
+        True
     """
     stored = named(codec).weights
     check_real(params)
@@ -147,7 +147,7 @@ def dequantize_params(params: Any) -> Any:
     """Decodes every `Quantized` in a tree; other leaves are unchanged.
 
     Args:
-      params: a tree from `quantize_params`, or any part of it.
+        params: a tree from `quantize_params`, or any part of it.
     """
     is_stored = lambda x: isinstance(x, Quantized | Deferred)
     return jax.tree.map(lambda x: x.dequantize() if is_stored(x) else x, params, is_leaf=is_stored)
@@ -163,20 +163,20 @@ def apply_rounded_updates(
     `quantize_params`. Parameters in float32 are updated as by ``optax.apply_updates``.
 
     Args:
-      params: a tree of arrays and `Quantized` parameters.
-      updates: a tree like it, of arrays; None leaves a parameter unchanged.
-      step: the number of previous steps, or any integer that differs from step to step.
-      seed: the seed of the rounding bits.
+        params: a tree of arrays and `Quantized` parameters.
+        updates: a tree like it, of arrays; None leaves a parameter unchanged.
+        step: the number of previous steps, or any integer that differs from step to step.
+        seed: the seed of the rounding bits.
 
     Returns:
-      The new parameters, stored as before.
+        The new parameters, stored as before.
 
     Example:
-      >>> w = {"w": jnp.ones((64, 64), jnp.bfloat16)}
-      >>> for step in range(100):
-      ...     w = apply_rounded_updates(w, {"w": jnp.full((64, 64), 1e-4)}, step)
-      >>> bool(abs(w["w"].astype("float32").mean() - 1.01) < 1e-4)
-      True
+        >>> w = {"w": jnp.ones((64, 64), jnp.bfloat16)}
+        >>> for step in range(100):
+        ...     w = apply_rounded_updates(w, {"w": jnp.full((64, 64), 1e-4)}, step)
+        >>> bool(abs(w["w"].astype("float32").mean() - 1.01) < 1e-4)
+        True
     """
 
     def add(name: str, p: Any, u: Any) -> Any:

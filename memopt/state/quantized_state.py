@@ -40,10 +40,10 @@ class QuantizedState(NamedTuple):
     """State of `quantize_state`.
 
     Attributes:
-      count: steps taken, int32.
-      codes: the inner state, with codes in place of the arrays that are quantised.
-      scales: the codecs' other arrays, such as scales: for each kind one tree like the inner
-        state, with ``MaskedNode`` where a codec has none.
+        count: steps taken, int32.
+        codes: the inner state, with codes in place of the arrays that are quantised.
+        scales: the codecs' other arrays, such as scales: for each kind one tree like the inner
+            state, with ``MaskedNode`` where a codec has none.
     """
 
     count: Array  # type: ignore[assignment]
@@ -75,36 +75,36 @@ def quantize_state(
     the parameters that `memopt.oasis` keeps are not quantised.
 
     Args:
-      inner: any Optax transformation.
-      codec: "int8", "int4" (first moments; second moments stay at 8 bits), "float8", "e5m2" ("int8"
-        of earlier releases), "bfloat16", or a codec of `memopt.codecs`; or {pattern: codec}, where
-        the first pattern found (`re.search`) in an array's name, such as
-        ``"nu/blocks/up/kernel"``, selects the codec, and arrays that match no pattern are not
-        quantised. Second moments, recognised by their field in Optax's states, use the unsigned
-        codec of a name.
-      min_size: matrices and vectors with fewer numbers are not quantised, nor is a single number.
-      seed: the seed of the rounding bits.
+        inner: any Optax transformation.
+        codec: "int8", "int4" (first moments; second moments stay at 8 bits), "float8", "e5m2"
+            ("int8" of earlier releases), "bfloat16", or a codec of `memopt.codecs`; or {pattern:
+            codec}, where the first pattern found (`re.search`) in an array's name, such as
+            ``"nu/blocks/up/kernel"``, selects the codec, and arrays that match no pattern are not
+            quantised. Second moments, recognised by their field in Optax's states, use the unsigned
+            codec of a name.
+        min_size: matrices and vectors with fewer numbers are not quantised, nor is a single number.
+        seed: the seed of the rounding bits.
 
     Returns:
-      A transformation whose state is a `QuantizedState`.
+        A transformation whose state is a `QuantizedState`.
 
     Raises:
-      ValueError: if a codec's name is unknown, or `min_size` negative.
+        ValueError: if a codec's name is unknown, or `min_size` negative.
 
     References:
-      Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021,
-      https://arxiv.org/abs/2110.02861, for the idea; the codecs are different, see
-      `memopt.codecs`.
+        Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021,
+        https://arxiv.org/abs/2110.02861, for the idea; the codecs are different, see
+        `memopt.codecs`.
 
     Example:
-      >>> adamw8bit = optax.chain(
-      ...     quantize_state(optax.scale_by_adam()),
-      ...     optax.add_decayed_weights(0.1),
-      ...     optax.scale_by_learning_rate(1e-3),
-      ... )
-      >>> state = adamw8bit.init({"w": jnp.zeros((64, 256))})
-      >>> state[0].codes.mu["w"].dtype, state[0].codes.nu["w"].dtype
-      (dtype('int8'), dtype('uint8'))
+        >>> adamw8bit = optax.chain(
+        ...     quantize_state(optax.scale_by_adam()),
+        ...     optax.add_decayed_weights(0.1),
+        ...     optax.scale_by_learning_rate(1e-3),
+        ... )
+        >>> state = adamw8bit.init({"w": jnp.zeros((64, 256))})
+        >>> state[0].codes.mu["w"].dtype, state[0].codes.nu["w"].dtype
+        (dtype('int8'), dtype('uint8'))
     """
     check_at_least("min_size", min_size, 0)
     rules = codec if isinstance(codec, Mapping) else {"": codec}
@@ -195,9 +195,9 @@ class Place(NamedTuple):
     """The parameter that a state array belongs to.
 
     Attributes:
-      owner: the parameter's name, or the array's own name if it belongs to none.
-      stack: the number of leading axes that are stack axes, as in the parameter.
-      array: what `owners` found about the array.
+        owner: the parameter's name, or the array's own name if it belongs to none.
+        stack: the number of leading axes that are stack axes, as in the parameter.
+        array: what `owners` found about the array.
     """
 
     owner: str
@@ -235,9 +235,9 @@ def _divisors(codecs: Any, places: Any, step: Callable[[], Program]) -> dict[str
     The 4 bits are relative to the largest number of a block, updates are relative to the root.
 
     Args:
-      codecs: the codec of each array.
-      places: the `Place` of each array.
-      step: returns the inner update, from the old to the new arrays.
+        codecs: the codec of each array.
+        places: the `Place` of each array.
+        step: returns the inner update, from the old to the new arrays.
     """
     index: dict[str, int] = {}
     pairs: dict[str, str] = {}

@@ -30,25 +30,25 @@ def rounding_bits(
     matrices of a stack have the same bits, however it is sharded.
 
     Args:
-      shape: the shape of the array; its last two axes are row and column.
-      name: the name of the array. Numbers in it are ignored, so that all layers have the same bits,
-        stacked or not.
-      step: the number of previous steps.
-      seed: the seed of the hash.
+        shape: the shape of the array; its last two axes are row and column.
+        name: the name of the array. Numbers in it are ignored, so that all layers have the same
+            bits, stacked or not.
+        step: the number of previous steps.
+        seed: the seed of the hash.
 
     Returns:
-      An array of uint32 of the given shape.
+        An array of uint32 of the given shape.
 
     References:
-      Low-discrepancy rounding: Weyl's sequence, in Kuipers & Niederreiter, Uniform distribution
-      of sequences, 1974; the hash is that of Wellons, Prospecting for hash functions, 2018.
+        Low-discrepancy rounding: Weyl's sequence, in Kuipers & Niederreiter, Uniform distribution
+        of sequences, 1974; the hash is that of Wellons, Prospecting for hash functions, 2018.
 
     Example:
-      >>> rounding_bits((3, 4, 5), "w", step=0).shape
-      (3, 4, 5)
-      >>> first, second = (rounding_bits((4, 5), "w", step) for step in (0, 1))
-      >>> bool((second == first + np.uint32(0x9E3779B9)).all())
-      True
+        >>> rounding_bits((3, 4, 5), "w", step=0).shape
+        (3, 4, 5)
+        >>> first, second = (rounding_bits((4, 5), "w", step) for step in (0, 1))
+        >>> bool((second == first + np.uint32(0x9E3779B9)).all())
+        True
     """
     stream = jnp.asarray(seed).astype(jnp.uint32) * _GOLDEN + np.uint32(
         zlib.crc32(re.sub(r"[/_]?\d+", "", name).lstrip("/").encode())

@@ -33,31 +33,33 @@ def state_sharding(
     or not clearly, are replicated. No array is allocated.
 
     Args:
-      tx: any Optax transformation.
-      params: arrays or ``jax.ShapeDtypeStruct``, each with a `NamedSharding` over Auto or Explicit
-        axes; parameters from `memopt.quantize_params` have the sharding of their codes.
-      spread_over: a mesh axis, such as "data", over which each state array is split further
-        (ZeRO-1): along its longest unsplit axis that is divisible, or else along a split one. An
-        Explicit mesh axis must not split any parameter, because an update's type would then be
-        split over it twice.
-      explain: whether to also return {name of a state array: a sentence with the reason}.
+        tx: any Optax transformation.
+        params: arrays or ``jax.ShapeDtypeStruct``, each with a `NamedSharding` over Auto or
+            Explicit axes; parameters from `memopt.quantize_params` have the sharding of their
+            codes.
+        spread_over: a mesh axis, such as "data", over which each state array is split further
+            (ZeRO-1): along its longest unsplit axis that is divisible, or else along a split one.
+            An Explicit mesh axis must not split any parameter, because an update's type would then
+            be split over it twice.
+        explain: whether to also return {name of a state array: a sentence with the reason}.
 
     Returns:
-      A tree like ``tx.init(params)`` of `NamedSharding`; with `explain`, a pair of that tree and
-      the sentences.
+        A tree like ``tx.init(params)`` of `NamedSharding`; with `explain`, a pair of that tree and
+        the sentences.
 
     Raises:
-      ValueError: if a parameter has no `NamedSharding`, parameters are on several meshes, or
-        `spread_over` is not an axis of their mesh.
+        ValueError: if a parameter has no `NamedSharding`, parameters are on several meshes, or
+            `spread_over` is not an axis of their mesh.
 
     Example:
-      >>> mesh = jax.make_mesh((1,), ("fsdp",))
-      >>> w = jax.ShapeDtypeStruct((64, 32), "float32", sharding=NamedSharding(mesh, jax.P("fsdp")))
-      >>> shardings, notes = state_sharding(optax.sm3(1e-3), {"w": w}, explain=True)
-      >>> [x.spec for x in jax.tree.leaves(shardings)]
-      [P('fsdp',), P(), P('fsdp',)]
-      >>> notes["0/mu/w/0"]
-      "axis 0 follows axis 0 of 'w' over 'fsdp'."
+        >>> mesh = jax.make_mesh((1,), ("fsdp",))
+        >>> rows = NamedSharding(mesh, jax.P("fsdp"))
+        >>> w = jax.ShapeDtypeStruct((64, 32), "float32", sharding=rows)
+        >>> shardings, notes = state_sharding(optax.sm3(1e-3), {"w": w}, explain=True)
+        >>> [x.spec for x in jax.tree.leaves(shardings)]
+        [P('fsdp',), P(), P('fsdp',)]
+        >>> notes["0/mu/w/0"]
+        "axis 0 follows axis 0 of 'w' over 'fsdp'."
     """
     placed = placed_params(params)
     mesh = placed[0].sharding.mesh
@@ -95,22 +97,22 @@ def init_sharded(
     No array is ever whole on one device, whatever `tx` does.
 
     Args:
-      tx: any Optax transformation.
-      params: arrays with a `NamedSharding`, over Auto or Explicit axes.
-      spread_over: as in `state_sharding`.
+        tx: any Optax transformation.
+        params: arrays with a `NamedSharding`, over Auto or Explicit axes.
+        spread_over: as in `state_sharding`.
 
     Returns:
-      The state.
+        The state.
 
     Raises:
-      ValueError: as in `state_sharding`.
+        ValueError: as in `state_sharding`.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> mesh = jax.make_mesh((1,), ("fsdp",))
-      >>> params = {"w": jax.device_put(jnp.ones((4, 2)), NamedSharding(mesh, jax.P("fsdp")))}
-      >>> init_sharded(optax.adam(1e-3), params)[0].mu["w"].sharding.spec
-      P('fsdp',)
+        >>> import jax.numpy as jnp
+        >>> mesh = jax.make_mesh((1,), ("fsdp",))
+        >>> params = {"w": jax.device_put(jnp.ones((4, 2)), NamedSharding(mesh, jax.P("fsdp")))}
+        >>> init_sharded(optax.adam(1e-3), params)[0].mu["w"].sharding.spec
+        P('fsdp',)
     """
     shardings = state_sharding(tx, params, spread_over=spread_over)
     mesh: Any = placed_params(params)[0].sharding.mesh
@@ -128,9 +130,9 @@ class Placed(NamedTuple):
     """The name, shape and sharding of a parameter, dequantised if it is quantised.
 
     Attributes:
-      name: the name in its tree.
-      like: the shape and dtype.
-      sharding: the sharding.
+        name: the name in its tree.
+        like: the shape and dtype.
+        sharding: the sharding.
     """
 
     name: str
@@ -167,7 +169,7 @@ def placed_params(params: Any) -> list[Placed]:
     """Returns the parameters in the order of their leaves.
 
     Raises:
-      ValueError: if there is none, one has no `NamedSharding`, or they are on several meshes.
+        ValueError: if there is none, one has no `NamedSharding`, or they are on several meshes.
     """
     placed = []
     for name, node in named_leaves(params, is_quantized)[0]:

@@ -26,9 +26,9 @@ class AccumulateState(NamedTuple):
     """State of `accumulate` and `accumulate_in_subspace`.
 
     Attributes:
-      micro_step: micro-steps taken, int32.
-      sum: the sum of the cycle's gradients, or of their projections.
-      inner: the inner optimizer's state.
+        micro_step: micro-steps taken, int32.
+        sum: the sum of the cycle's gradients, or of their projections.
+        inner: the inner optimizer's state.
     """
 
     micro_step: Array
@@ -40,10 +40,10 @@ class AccumulateByScheduleState(NamedTuple):
     """State of the same where `every_k_schedule` is a function.
 
     Attributes:
-      micro_step: micro-steps of this cycle taken, int32.
-      sum: as in `AccumulateState`.
-      inner: as in `AccumulateState`.
-      cycle: cycles finished, int32.
+        micro_step: micro-steps of this cycle taken, int32.
+        sum: as in `AccumulateState`.
+        inner: as in `AccumulateState`.
+        cycle: cycles finished, int32.
     """
 
     micro_step: Array
@@ -68,26 +68,26 @@ def accumulate(
     number per parameter, and the state of `inner`.
 
     Args:
-      inner: any Optax transformation.
-      every_k_schedule: k, the micro-steps in a cycle; or a function that maps the number of
-        finished cycles to k, which must be at least one.
+        inner: any Optax transformation.
+        every_k_schedule: k, the micro-steps in a cycle; or a function that maps the number of
+            finished cycles to k, which must be at least one.
 
     Returns:
-      A transformation whose state is an `AccumulateState` or `AccumulateByScheduleState`.
+        A transformation whose state is an `AccumulateState` or `AccumulateByScheduleState`.
 
     Raises:
-      ValueError: if k is a number below one.
+        ValueError: if k is a number below one.
 
     Example:
-      >>> tx = accumulate(optax.sgd(1.0), every_k_schedule=2)
-      >>> state = tx.init(jnp.zeros(1))
-      >>> for g in [1.0, 3.0, 5.0, 5.0]:
-      ...     u, state = tx.update(jnp.array([g]), state)
-      ...     print(float(u[0]))
-      0.0
-      -2.0
-      0.0
-      -5.0
+        >>> tx = accumulate(optax.sgd(1.0), every_k_schedule=2)
+        >>> state = tx.init(jnp.zeros(1))
+        >>> for g in [1.0, 3.0, 5.0, 5.0]:
+        ...     u, state = tx.update(jnp.array([g]), state)
+        ...     print(float(u[0]))
+        0.0
+        -2.0
+        0.0
+        -5.0
     """
     down = lambda layout, g, cycle: to_float32(g)
     up = lambda layout, mean, g, cycle: mean
@@ -118,31 +118,31 @@ def accumulate_in_subspace(
     per matrix, and the state of `inner`.
 
     Args:
-      inner: any Optax transformation; it receives full-size gradients.
-      every_k_schedule: k, as in `accumulate`.
-      rank: r, or a fraction of each matrix's shorter side.
-      projector: "gaussian", "rademacher" or "sparse"; or a random projector, which has its own
-        rank and seed (an orthogonal one is biased, unless its rank is the whole side); or a
-        replay, whose steps are cycles.
-      seed: the seed of the projections.
-      matrices: which leaves are projected, and which axes are their rows and columns; by
-        default the hidden matrices, see `memopt.hidden_matrices`.
+        inner: any Optax transformation; it receives full-size gradients.
+        every_k_schedule: k, as in `accumulate`.
+        rank: r, or a fraction of each matrix's shorter side.
+        projector: "gaussian", "rademacher" or "sparse"; or a random projector, which has its own
+            rank and seed (an orthogonal one is biased, unless its rank is the whole side); or a
+            replay, whose steps are cycles.
+        seed: the seed of the projections.
+        matrices: which leaves are projected, and which axes are their rows and columns; by
+            default the hidden matrices, see `memopt.hidden_matrices`.
 
     Returns:
-      A transformation whose state is an `AccumulateState` or `AccumulateByScheduleState`.
+        A transformation whose state is an `AccumulateState` or `AccumulateByScheduleState`.
 
     Raises:
-      ValueError: if k or `rank` is below one, a rank does not fit its matrix, the projector is of
-        another kind, or rank or seed is given together with a projector that has its own.
+        ValueError: if k or `rank` is below one, a rank does not fit its matrix, the projector is of
+            another kind, or rank or seed is given together with a projector that has its own.
 
     References:
-      Hao et al., Flora, 2024, https://arxiv.org/abs/2402.03293, Algorithm 1.
+        Hao et al., Flora, 2024, https://arxiv.org/abs/2402.03293, Algorithm 1.
 
     Example:
-      >>> tx = accumulate_in_subspace(optax.sgd(1.0), 8, rank=2)
-      >>> state = tx.init({"w": jnp.zeros((3, 16, 8)), "norm": jnp.zeros(8)})
-      >>> state.sum["w"].shape, state.sum["norm"].shape
-      ((3, 16, 2), (8,))
+        >>> tx = accumulate_in_subspace(optax.sgd(1.0), 8, rank=2)
+        >>> state = tx.init({"w": jnp.zeros((3, 16, 8)), "norm": jnp.zeros(8)})
+        >>> state.sum["w"].shape, state.sum["norm"].shape
+        ((3, 16, 2), (8,))
     """
     if isinstance(projector, str):
         check_choice("projector", projector, ("gaussian", "rademacher", "sparse"))

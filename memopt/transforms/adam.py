@@ -22,8 +22,8 @@ class ScaleByUncorrectedAdamState(NamedTuple):
     """State of `scale_by_uncorrected_adam`.
 
     Attributes:
-      mu: first moment, float32 or wider, shaped like the parameters.
-      nu: second moment, likewise.
+        mu: first moment, float32 or wider, shaped like the parameters.
+        nu: second moment, likewise.
     """
 
     mu: Any
@@ -41,21 +41,21 @@ def scale_by_uncorrected_adam(
     1/√(1−β₂) ≈ 32 times larger.
 
     Args:
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the root of the second moment.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
 
     Returns:
-      A transformation whose state is a `ScaleByUncorrectedAdamState`.
+        A transformation whose state is a `ScaleByUncorrectedAdamState`.
 
     References:
-      Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270, Algorithm 1.
+        Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270, Algorithm 1.
 
     Example:
-      >>> tx = scale_by_uncorrected_adam(0.9, 0.99, eps=0.0)
-      >>> u, _ = tx.update(jnp.array([2.0]), tx.init(jnp.zeros(1)))
-      >>> round(float(u[0]), 3)                                  # 0.1·2 / √(0.01·4)
-      1.0
+        >>> tx = scale_by_uncorrected_adam(0.9, 0.99, eps=0.0)
+        >>> u, _ = tx.update(jnp.array([2.0]), tx.init(jnp.zeros(1)))
+        >>> round(float(u[0]), 3)                                  # 0.1·2 / √(0.01·4)
+        1.0
     """
     check_precision(b1=b1, b2=b2, eps=eps)
 
@@ -82,15 +82,15 @@ def scale_by_released_adam(
     Chains `scale_by_uncorrected_adam` and `adam_bias_correction`.
 
     Args:
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the root of the uncorrected second moment.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the uncorrected second moment.
 
     Example:
-      >>> tx = scale_by_released_adam(eps=0.0)
-      >>> u, _ = tx.update(jnp.array([2.0]), tx.init(jnp.zeros(1)))
-      >>> round(float(u[0]), 3)
-      1.0
+        >>> tx = scale_by_released_adam(eps=0.0)
+        >>> u, _ = tx.update(jnp.array([2.0]), tx.init(jnp.zeros(1)))
+        >>> round(float(u[0]), 3)
+        1.0
     """
     return optax.chain(
         scale_by_uncorrected_adam(b1, b2, eps),
@@ -102,13 +102,13 @@ def adam_bias_correction(b1: float = 0.9, b2: float = 0.999) -> Callable[[Array]
     """Returns the schedule √(1 − β₂ᵗ) / (1 − β₁ᵗ), t = count + 1, that corrects Adam's bias.
 
     Args:
-      b1: decay of the first moment.
-      b2: decay of the second moment.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
 
     Example:
-      >>> tx = optax.chain(
-      ...     scale_by_uncorrected_adam(), optax.scale_by_schedule(adam_bias_correction())
-      ... )
+        >>> tx = optax.chain(
+        ...     scale_by_uncorrected_adam(), optax.scale_by_schedule(adam_bias_correction())
+        ... )
     """
     check_precision(b1=b1, b2=b2)
 
@@ -123,10 +123,10 @@ class ScaleByRawAmsgradState(NamedTuple):
     """State of `scale_by_raw_amsgrad`.
 
     Attributes:
-      count: steps taken, int32.
-      mu: first moment, float32 or wider, shaped like the parameters.
-      nu: second moment, likewise.
-      nu_max: the largest second moment so far, likewise.
+        count: steps taken, int32.
+        mu: first moment, float32 or wider, shaped like the parameters.
+        nu: second moment, likewise.
+        nu_max: the largest second moment so far, likewise.
     """
 
     count: Array  # type: ignore[assignment]
@@ -145,25 +145,25 @@ def scale_by_raw_amsgrad(
     smaller, for good. State: three numbers per parameter.
 
     Args:
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the root.
-      debias: divide M by 1 − β₁ᵗ and V_max by 1 − β₂ᵗ, as ``torch.optim.Adam`` does.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root.
+        debias: divide M by 1 − β₁ᵗ and V_max by 1 − β₂ᵗ, as ``torch.optim.Adam`` does.
 
     Returns:
-      A transformation whose state is a `ScaleByRawAmsgradState`.
+        A transformation whose state is a `ScaleByRawAmsgradState`.
 
     References:
-      Reddi et al., On the Convergence of Adam and Beyond, 2018,
-      https://openreview.net/forum?id=ryQu7f-RZ, Algorithm 2.
+        Reddi et al., On the Convergence of Adam and Beyond, 2018,
+        https://openreview.net/forum?id=ryQu7f-RZ, Algorithm 2.
 
     Example:
-      >>> tx = scale_by_raw_amsgrad(0.0, 0.99, eps=0.0)
-      >>> state = tx.init(jnp.zeros(1))
-      >>> for g in (10.0, 1.0):
-      ...     u, state = tx.update(jnp.array([g]), state)
-      >>> round(u.item(), 3)                                    # 1 / √max(0.01·10², 0.99 + 0.01)
-      1.0
+        >>> tx = scale_by_raw_amsgrad(0.0, 0.99, eps=0.0)
+        >>> state = tx.init(jnp.zeros(1))
+        >>> for g in (10.0, 1.0):
+        ...     u, state = tx.update(jnp.array([g]), state)
+        >>> round(u.item(), 3)                                    # 1 / √max(0.01·10², 0.99 + 0.01)
+        1.0
     """
     check_precision(b1=b1, b2=b2, eps=eps)
 
@@ -192,9 +192,9 @@ class ScaleByAdamAtan2State(NamedTuple):
     """State of `scale_by_adam_atan2`.
 
     Attributes:
-      count: steps taken, int32.
-      mu: first moment, float32 or wider, shaped like the parameters.
-      nu: second moment, likewise.
+        count: steps taken, int32.
+        mu: first moment, float32 or wider, shaped like the parameters.
+        nu: second moment, likewise.
     """
 
     count: Array  # type: ignore[assignment]
@@ -218,30 +218,30 @@ def scale_by_adam_atan2(
     numbers per parameter.
 
     Args:
-      b1: β₁, the decay of the first moment.
-      b2: β₂, the decay of the second moment.
-      a: multiplies the update; 4/π ≈ 1.27 makes it one where M is the root of V.
-      b: multiplies the root of the second moment; the smaller it is, the closer U is to
-        aπ/2 · sign(M).
+        b1: β₁, the decay of the first moment.
+        b2: β₂, the decay of the second moment.
+        a: multiplies the update; 4/π ≈ 1.27 makes it one where M is the root of V.
+        b: multiplies the root of the second moment; the smaller it is, the closer U is to
+            aπ/2 · sign(M).
 
     Returns:
-      A transformation whose state is a `ScaleByAdamAtan2State`.
+        A transformation whose state is a `ScaleByAdamAtan2State`.
 
     Raises:
-      ValueError: if `b` is negative.
+        ValueError: if `b` is negative.
 
     References:
-      Everett et al., Scaling Exponents Across Parameterizations and Optimizers, 2024,
-      https://arxiv.org/abs/2407.05872.
+        Everett et al., Scaling Exponents Across Parameterizations and Optimizers, 2024,
+        https://arxiv.org/abs/2407.05872.
 
     Example:
-      >>> tx = scale_by_adam_atan2()
-      >>> for scale in (1.0, 1e-12):
-      ...     g = scale * jnp.array([1.0, -1.0, 0.0])
-      ...     u, _ = tx.update(g, tx.init(g))
-      ...     print([round(float(x), 3) for x in u])
-      [0.997, -0.997, 0.0]
-      [0.997, -0.997, 0.0]
+        >>> tx = scale_by_adam_atan2()
+        >>> for scale in (1.0, 1e-12):
+        ...     g = scale * jnp.array([1.0, -1.0, 0.0])
+        ...     u, _ = tx.update(g, tx.init(g))
+        ...     print([round(float(x), 3) for x in u])
+        [0.997, -0.997, 0.0]
+        [0.997, -0.997, 0.0]
     """
     check_precision(b1=b1, b2=b2, a=a, b=b)
     check_at_least("b", b, 0)

@@ -37,40 +37,40 @@ def cached_value_and_grad(
     `encode`.
 
     Args:
-      encode: maps the parameters and a chunk to a tree of representations, arrays of floats with an
-        entry for each example in the first axis.
-      loss: maps such a tree for the whole batch, and the further arguments, to a scalar, or with
-        `has_aux` to a pair of it and other results.
-      chunks: in how many chunks a batch is encoded; it divides the examples. Chunk i has examples
-        i, i + chunks, i + 2·chunks, …, so that a batch that is sharded over its examples stays
-        where it is.
-      has_aux: as in ``jax.value_and_grad``.
+        encode: maps the parameters and a chunk to a tree of representations, arrays of floats with
+            an entry for each example in the first axis.
+        loss: maps such a tree for the whole batch, and the further arguments, to a scalar, or with
+            `has_aux` to a pair of it and other results.
+        chunks: in how many chunks a batch is encoded; it divides the examples. Chunk i has examples
+            i, i + chunks, i + 2·chunks, …, so that a batch that is sharded over its examples stays
+            where it is.
+        has_aux: as in ``jax.value_and_grad``.
 
     Returns:
-      A function of the parameters, the batch (arrays with an entry for each example in the first
-      axis) and further arguments of `loss`, which are not differentiated. It returns what `loss`
-      returns, and the gradient with respect to the parameters.
+        A function of the parameters, the batch (arrays with an entry for each example in the first
+        axis) and further arguments of `loss`, which are not differentiated. It returns what `loss`
+        returns, and the gradient with respect to the parameters.
 
     Raises:
-      ValueError: if `chunks` is below one or, from that function, does not divide the examples.
+        ValueError: if `chunks` is below one or, from that function, does not divide the examples.
 
     References:
-      Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, 2021,
-      https://arxiv.org/abs/2101.06983.
+        Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, 2021,
+        https://arxiv.org/abs/2101.06983.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> def encode(params, chunk):
-      ...     return jnp.tanh(chunk["query"] @ params), jnp.tanh(chunk["answer"] @ params)
-      >>> def loss(representations):
-      ...     query, answer = representations
-      ...     return -jnp.diagonal(jax.nn.log_softmax(query @ answer.T)).mean()
-      >>> draw = lambda seed: jax.random.normal(jax.random.key(seed), (8, 4))
-      >>> batch, params = {"query": draw(0), "answer": draw(1)}, draw(2)[:4]
-      >>> value, gradient = cached_value_and_grad(encode, loss, chunks=4)(params, batch)
-      >>> whole = jax.value_and_grad(lambda params: loss(encode(params, batch)))(params)
-      >>> bool(jnp.allclose(value, whole[0])), bool(jnp.allclose(gradient, whole[1], atol=1e-6))
-      (True, True)
+        >>> import jax.numpy as jnp
+        >>> def encode(params, chunk):
+        ...     return jnp.tanh(chunk["query"] @ params), jnp.tanh(chunk["answer"] @ params)
+        >>> def loss(representations):
+        ...     query, answer = representations
+        ...     return -jnp.diagonal(jax.nn.log_softmax(query @ answer.T)).mean()
+        >>> draw = lambda seed: jax.random.normal(jax.random.key(seed), (8, 4))
+        >>> batch, params = {"query": draw(0), "answer": draw(1)}, draw(2)[:4]
+        >>> value, gradient = cached_value_and_grad(encode, loss, chunks=4)(params, batch)
+        >>> whole = jax.value_and_grad(lambda params: loss(encode(params, batch)))(params)
+        >>> bool(jnp.allclose(value, whole[0])), bool(jnp.allclose(gradient, whole[1], atol=1e-6))
+        (True, True)
     """
     check_at_least("chunks", chunks, 1)
 

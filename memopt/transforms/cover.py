@@ -16,10 +16,10 @@ class ScaleByMatrixSm3State(NamedTuple):
     """State of `scale_by_matrix_sm3`.
 
     Attributes:
-      rows: for each matrix, the largest sum of squares of each row, with the array's other axes;
-        ``MaskedNode`` for a vector.
-      cols: for each matrix, that of each column, with the array's other axes; for a vector, its
-        sums of squares.
+        rows: for each matrix, the largest sum of squares of each row, with the array's other axes;
+            ``MaskedNode`` for a vector.
+        cols: for each matrix, that of each column, with the array's other axes; for a vector, its
+            sums of squares.
     """
 
     rows: Any
@@ -41,23 +41,23 @@ def scale_by_matrix_sm3(*, matrices: Matrices = None) -> optax.GradientTransform
     Entries beyond 2⁵⁰ ≈ 1e15 count as that. State: m + n numbers per matrix, in float32 or wider.
 
     Args:
-      matrices: which leaves are matrices, and which axes are their rows and columns; see
-        `memopt.matrices`. By default every array of two or more axes except norms and biases,
-        embeddings included.
+        matrices: which leaves are matrices, and which axes are their rows and columns; see
+            `memopt.matrices`. By default every array of two or more axes except norms and biases,
+            embeddings included.
 
     Returns:
-      A transformation whose state is a `ScaleByMatrixSm3State`.
+        A transformation whose state is a `ScaleByMatrixSm3State`.
 
     References:
-      Anil et al., Memory-Efficient Adaptive Optimization, 2019, https://arxiv.org/abs/1901.11150,
-      Algorithm SM3-II.
+        Anil et al., Memory-Efficient Adaptive Optimization, 2019, https://arxiv.org/abs/1901.11150,
+        Algorithm SM3-II.
 
     Example:
-      >>> tx = scale_by_matrix_sm3()
-      >>> g = jnp.array([[3.0, 0.0], [0.0, 4.0]])
-      >>> u, state = tx.update(g, tx.init(g))
-      >>> u.tolist(), state.rows.tolist(), state.cols.tolist()
-      ([[1.0, 0.0], [0.0, 1.0]], [9.0, 16.0], [9.0, 16.0])
+        >>> tx = scale_by_matrix_sm3()
+        >>> g = jnp.array([[3.0, 0.0], [0.0, 4.0]])
+        >>> u, state = tx.update(g, tx.init(g))
+        >>> u.tolist(), state.rows.tolist(), state.cols.tolist()
+        ([[1.0, 0.0], [0.0, 1.0]], [9.0, 16.0], [9.0, 16.0])
     """
     return per_matrix(divide_by_cover, ScaleByMatrixSm3State, largest_squares, matrices=matrices)
 

@@ -48,18 +48,18 @@ def decay_as_released(
     Place it last in a chain, after the learning rate. State: the step count.
 
     Args:
-      decayed: `weights`, `updated_weights`, or a function returned by `rms_scaled_weights`.
-      learning_rate: a number or a schedule.
-      weight_decay: the strength of the decay.
-      mask: which leaves decay, as in ``optax.add_decayed_weights``.
-      matrices: which leaves are matrices, and which axes are their rows and columns; see
-        `memopt.matrices`.
+        decayed: `weights`, `updated_weights`, or a function returned by `rms_scaled_weights`.
+        learning_rate: a number or a schedule.
+        weight_decay: the strength of the decay.
+        mask: which leaves decay, as in ``optax.add_decayed_weights``.
+        matrices: which leaves are matrices, and which axes are their rows and columns; see
+            `memopt.matrices`.
 
     Example:
-      >>> tx = decay_as_released(updated_weights, learning_rate=0.1, weight_decay=0.5)
-      >>> w = jnp.array([[2.0]])
-      >>> float(tx.update(jnp.array([[-1.0]]), tx.init(w), w)[0][0, 0])     # -1 - 0.05·(2-1)
-      -1.0499999523162842
+        >>> tx = decay_as_released(updated_weights, learning_rate=0.1, weight_decay=0.5)
+        >>> w = jnp.array([[2.0]])
+        >>> float(tx.update(jnp.array([[-1.0]]), tx.init(w), w)[0][0, 0])     # -1 - 0.05·(2-1)
+        -1.0499999523162842
     """
 
     def strength(count: Array) -> Any:
@@ -87,10 +87,10 @@ def from_second_step(value: Any) -> Any:
     For methods that move no parameter at their first step, as ADOPT and SOAP.
 
     Args:
-      value: a number or a schedule.
+        value: a number or a schedule.
 
     Example:
-      >>> [float(from_second_step(0.5)(count)) for count in (0, 1)]
-      [0.0, 0.5]
+        >>> [float(from_second_step(0.5)(count)) for count in (0, 1)]
+        [0.0, 0.5]
     """
     return lambda count: jnp.where(count > 0, value(count) if callable(value) else value, 0.0)

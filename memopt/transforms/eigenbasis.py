@@ -49,13 +49,13 @@ class InEigenbasisState(NamedTuple):
     """State of `in_eigenbasis`.
 
     Attributes:
-      count: steps taken, int32.
-      left: L, the average of G Gᵀ of each matrix, or of each block of its rows; ``MaskedNode`` for
-        a side without one.
-      right: R, the average of GᵀG, likewise.
-      left_basis: the basis of L, in its shape; zeros until it is chosen.
-      right_basis: the basis of R.
-      inner: the inner optimizer's state for the rotated gradients.
+        count: steps taken, int32.
+        left: L, the average of G Gᵀ of each matrix, or of each block of its rows; ``MaskedNode``
+            for a side without one.
+        right: R, the average of GᵀG, likewise.
+        left_basis: the basis of L, in its shape; zeros until it is chosen.
+        right_basis: the basis of R.
+        inner: the inner optimizer's state for the rotated gradients.
     """
 
     count: Array  # type: ignore[assignment]
@@ -99,37 +99,38 @@ def in_eigenbasis(
     gradients were all zeros waits for its first other one, and rests until then.
 
     Args:
-      inner: any Optax transformation; it receives float32 arrays of m×n numbers, and as parameters
-        Q_Lᵀ W Q_R. It must not keep parameters in its state.
-      decay: the decay of L and R.
-      refresh_every: steps between two refreshes of the bases.
-      refresh_phase: shifts refreshes, or staggers them over the matrices; see `memopt.in_subspace`.
-      max_side: sides longer than this have no factor and no basis: only the other one is rotated.
-      block_size: sides longer than this are cut into equal blocks, each with a factor and a basis
-        of its own: the fewest of at most this length.
-      one_sided: rotate only the shorter side of each matrix (of a square one, the rows).
-      start: recorded first bases, see `memopt.projectors.replay`; by default eigenvectors.
-      matrices: which leaves are rotated, and which axes are their rows and columns; by default the
-        hidden matrices, see `memopt.hidden_matrices`.
+        inner: any Optax transformation; it receives float32 arrays of m×n numbers, and as
+            parameters Q_Lᵀ W Q_R. It must not keep parameters in its state.
+        decay: the decay of L and R.
+        refresh_every: steps between two refreshes of the bases.
+        refresh_phase: shifts refreshes, or staggers them over the matrices; see
+            `memopt.in_subspace`.
+        max_side: sides longer than this have no factor and no basis: only the other one is rotated.
+        block_size: sides longer than this are cut into equal blocks, each with a factor and a basis
+            of its own: the fewest of at most this length.
+        one_sided: rotate only the shorter side of each matrix (of a square one, the rows).
+        start: recorded first bases, see `memopt.projectors.replay`; by default eigenvectors.
+        matrices: which leaves are rotated, and which axes are their rows and columns; by default
+            the hidden matrices, see `memopt.hidden_matrices`.
 
     Returns:
-      A transformation whose state is an `InEigenbasisState`.
+        A transformation whose state is an `InEigenbasisState`.
 
     Raises:
-      ValueError: if `refresh_every`, `max_side` or `block_size` is below one, or `start` lacks a
-        basis.
-      IncompatiblePairingError: by `init`, if the inner optimizer keeps parameters, or moments that
-        are neither known as first nor as second ones.
+        ValueError: if `refresh_every`, `max_side` or `block_size` is below one, or `start` lacks a
+            basis.
+        IncompatiblePairingError: by `init`, if the inner optimizer keeps parameters, or moments
+            that are neither known as first nor as second ones.
 
     References:
-      Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, 2024,
-      https://arxiv.org/abs/2409.11321, Algorithms 3 and 4, Claim 1.
+        Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, 2024,
+        https://arxiv.org/abs/2409.11321, Algorithms 3 and 4, Claim 1.
 
     Example:
-      >>> tx = in_eigenbasis(optax.scale_by_adam(), max_side=10)
-      >>> state = tx.init({"w": jnp.zeros((3, 16, 8))})        # three layers of 16×8
-      >>> state.left["w"], state.right["w"].shape, state.inner.mu["w"].shape
-      (MaskedNode(), (3, 8, 8), (3, 16, 8))
+        >>> tx = in_eigenbasis(optax.scale_by_adam(), max_side=10)
+        >>> state = tx.init({"w": jnp.zeros((3, 16, 8))})        # three layers of 16×8
+        >>> state.left["w"], state.right["w"].shape, state.inner.mu["w"].shape
+        (MaskedNode(), (3, 8, 8), (3, 16, 8))
     """
     if isinstance(refresh_phase, Sequence):
         return partition_by_phase(
@@ -215,9 +216,9 @@ class Sides(NamedTuple):
     """The blocks into which the two sides of a stack of matrices are cut.
 
     Attributes:
-      spec: the matrices.
-      blocks: for rows and columns the number of blocks, 1 for a whole side; 0 for a side that has
-        no factor and is not rotated.
+        spec: the matrices.
+        blocks: for rows and columns the number of blocks, 1 for a whole side; 0 for a side that has
+            no factor and is not rotated.
     """
 
     spec: MatrixSpec
@@ -227,8 +228,8 @@ class Sides(NamedTuple):
         """The shape of L, for side 0, or of R, for side 1: ``(*stack, [blocks,] length, length)``.
 
         Example:
-          >>> sides_of(MatrixSpec("w", (2, 6, 4), jnp.float32), block_size=4).factor_shape(0)
-          (2, 2, 3, 3)
+            >>> sides_of(MatrixSpec("w", (2, 6, 4), jnp.float32), block_size=4).factor_shape(0)
+            (2, 2, 3, 3)
         """
         count = self.blocks[side]
         length = self.spec.shape[side - 2] // count
@@ -245,19 +246,19 @@ def sides_of(
     """Decides which sides of a stack of matrices are rotated, and in how many blocks.
 
     Args:
-      spec: the matrices; None for another array.
-      max_side: as in `in_eigenbasis`.
-      block_size: as in `in_eigenbasis`.
-      one_sided: as in `in_eigenbasis`.
+        spec: the matrices; None for another array.
+        max_side: as in `in_eigenbasis`.
+        block_size: as in `in_eigenbasis`.
+        one_sided: as in `in_eigenbasis`.
 
     Raises:
-      ValueError: if a long side has no equal blocks of nearly `block_size`.
+        ValueError: if a long side has no equal blocks of nearly `block_size`.
 
     Example:
-      >>> sides_of(MatrixSpec("w", (16, 12000), jnp.float32)).blocks
-      (1, 0)
-      >>> sides_of(MatrixSpec("w", (16, 12000), jnp.float32), block_size=5000).blocks
-      (1, 3)
+        >>> sides_of(MatrixSpec("w", (16, 12000), jnp.float32)).blocks
+        (1, 0)
+        >>> sides_of(MatrixSpec("w", (16, 12000), jnp.float32), block_size=5000).blocks
+        (1, 3)
     """
     if spec is None:
         return None
@@ -316,11 +317,11 @@ def rotate(layout: Layout, x: Array, sides: Sides | None, left: Any, right: Any)
     """Computes Q_Lᵀ X Q_R in float32 or wider; an array that is no matrix is only cast.
 
     Args:
-      layout: the axes of the array.
-      x: a gradient or a parameter.
-      sides: its sides; None if it is not a matrix.
-      left: Q_L, or `NOTHING`.
-      right: Q_R, or `NOTHING`.
+        layout: the axes of the array.
+        x: a gradient or a parameter.
+        sides: its sides; None if it is not a matrix.
+        left: Q_L, or `NOTHING`.
+        right: Q_R, or `NOTHING`.
     """
     if sides is None:
         return bounded(x)
@@ -333,13 +334,13 @@ def rotate_back(
     """Computes Q_L N Q_Rᵀ in the shape and dtype of the gradient; zeros until `started`.
 
     Args:
-      started: a bool.
-      layout: the axes of the gradient.
-      g: the gradient.
-      sides: its sides; None if it is not a matrix.
-      left: Q_L, or `NOTHING`.
-      right: Q_R, or `NOTHING`.
-      low: N, the inner update.
+        started: a bool.
+        layout: the axes of the gradient.
+        g: the gradient.
+        sides: its sides; None if it is not a matrix.
+        left: Q_L, or `NOTHING`.
+        right: Q_R, or `NOTHING`.
+        low: N, the inner update.
     """
     if sides is not None:
         low = layout.from_matrices(_times(_BACK, sides, (left, right), low), g)
@@ -371,19 +372,19 @@ def update_bases(
     """Averages the factors and refreshes the bases at the end of a step.
 
     Args:
-      decay: the decay of the factors.
-      clock: the clock of this step.
-      start: recorded first bases, or None.
-      layout: the axes of the gradient.
-      g: the gradient.
-      sides: its sides; None if it is not a matrix.
-      left: L, or `NOTHING`.
-      right: R, or `NOTHING`.
-      left_basis: Q_L, or `NOTHING`.
-      right_basis: Q_R, or `NOTHING`.
+        decay: the decay of the factors.
+        clock: the clock of this step.
+        start: recorded first bases, or None.
+        layout: the axes of the gradient.
+        g: the gradient.
+        sides: its sides; None if it is not a matrix.
+        left: L, or `NOTHING`.
+        right: R, or `NOTHING`.
+        left_basis: Q_L, or `NOTHING`.
+        right_basis: Q_R, or `NOTHING`.
 
     Returns:
-      The new L, R, Q_L and Q_R, and for each side the order of its old columns, or None.
+        The new L, R, Q_L and Q_R, and for each side the order of its old columns, or None.
     """
     factors, bases = [left, right], [left_basis, right_basis]
     orders: list[Any] = [None, None]
@@ -412,13 +413,13 @@ def next_basis(
     """Refreshes bases by one step of the power iteration, and chooses those that wait.
 
     Args:
-      factor: L or R.
-      basis: the stored bases, zeros for one that waits for its first gradient.
-      clock: the clock of this step.
-      first: a function from factors to first bases.
+        factor: L or R.
+        basis: the stored bases, zeros for one that waits for its first gradient.
+        clock: the clock of this step.
+        first: a function from factors to first bases.
 
     Returns:
-      The new bases, and the order of the old columns in them.
+        The new bases, and the order of the old columns in them.
     """
     waiting = is_unchosen(basis)
     stay = jnp.broadcast_to(jnp.arange(basis.shape[-1], dtype=jnp.int32), basis.shape[:-1])
@@ -447,8 +448,8 @@ def eigenvectors(factor: Square) -> Square:
     completed from the eigenvectors, so that they do not depend on rounding.
 
     Example:
-      >>> eigenvectors(jnp.diag(jnp.array([0.0, 3.0, 0.0])))[:, 0].tolist()
-      [0.0, 1.0, 0.0]
+        >>> eigenvectors(jnp.diag(jnp.array([0.0, 3.0, 0.0])))[:, 0].tolist()
+        [0.0, 1.0, 0.0]
     """
     length = factor.shape[-1]
     vectors = leading_eigenvectors(factor, length)
@@ -463,12 +464,12 @@ def power_step(factor: Square, basis: Square) -> tuple[Square, Array]:
     """One step of the power iteration: qr(L Q), the columns of Q sorted by qᵀ L q first.
 
     Returns:
-      The new basis, and the order of the old columns, the largest eigenvalue first, int32.
+        The new basis, and the order of the old columns, the largest eigenvalue first, int32.
 
     Example:
-      >>> basis, order = power_step(jnp.diag(jnp.array([1.0, 3.0])), jnp.eye(2))
-      >>> jnp.abs(basis).tolist(), order.tolist()
-      ([[0.0, 1.0], [1.0, 0.0]], [1, 0])
+        >>> basis, order = power_step(jnp.diag(jnp.array([1.0, 3.0])), jnp.eye(2))
+        >>> jnp.abs(basis).tolist(), order.tolist()
+        ([[0.0, 1.0], [1.0, 0.0]], [1, 0])
     """
     moved = product("...ij,...jk->...ik", factor, basis)
     estimates = (basis * moved).sum(-2)

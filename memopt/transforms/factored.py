@@ -21,11 +21,11 @@ class ScaleByFactoredMatrixRmsState(NamedTuple):
     """State of `scale_by_factored_matrix_rms`.
 
     Attributes:
-      count: steps taken, int32.
-      rows: for each matrix, the mean square over its columns, with the array's other axes;
-        ``MaskedNode`` for a vector.
-      cols: for each matrix, the mean square over its rows, with the array's other axes; for a
-        vector, its full second moment.
+        count: steps taken, int32.
+        rows: for each matrix, the mean square over its columns, with the array's other axes;
+            ``MaskedNode`` for a vector.
+        cols: for each matrix, the mean square over its rows, with the array's other axes; for a
+            vector, its full second moment.
     """
 
     count: Array  # type: ignore[assignment]
@@ -50,24 +50,24 @@ def scale_by_factored_matrix_rms(
     per matrix, in float32 or wider, whatever the parameter's dtype.
 
     Args:
-      decay_rate: the exponent of the decay's schedule.
-      eps: ε, added to the squared gradient.
-      matrices: which leaves are matrices, and which axes are their rows and columns; see
-        `memopt.matrices`. By default every array of two or more axes except norms and biases,
-        embeddings included.
+        decay_rate: the exponent of the decay's schedule.
+        eps: ε, added to the squared gradient.
+        matrices: which leaves are matrices, and which axes are their rows and columns; see
+            `memopt.matrices`. By default every array of two or more axes except norms and biases,
+            embeddings included.
 
     Returns:
-      A transformation whose state is a `ScaleByFactoredMatrixRmsState`.
+        A transformation whose state is a `ScaleByFactoredMatrixRmsState`.
 
     References:
-      Shazeer & Stern, Adafactor, 2018, https://arxiv.org/abs/1804.04235, Algorithms 1, 2 and
-      section 7.2.
+        Shazeer & Stern, Adafactor, 2018, https://arxiv.org/abs/1804.04235, Algorithms 1, 2 and
+        section 7.2.
 
     Example:
-      >>> tx = scale_by_factored_matrix_rms()
-      >>> state = tx.init({"w": jnp.zeros((3, 6, 4)), "b": jnp.zeros((4,))})
-      >>> state.rows["w"].shape, state.cols["w"].shape, state.rows["b"], state.cols["b"].shape
-      ((3, 6), (3, 4), MaskedNode(), (4,))
+        >>> tx = scale_by_factored_matrix_rms()
+        >>> state = tx.init({"w": jnp.zeros((3, 6, 4)), "b": jnp.zeros((4,))})
+        >>> state.rows["w"].shape, state.cols["w"].shape, state.rows["b"], state.cols["b"].shape
+        ((3, 6), (3, 4), MaskedNode(), (4,))
     """
     check_precision(decay_rate=decay_rate, eps=eps)
     return per_matrix(
@@ -90,12 +90,12 @@ def divide_by_factored_rms(
     """Returns the update of `scale_by_factored_matrix_rms`, and the new moments.
 
     Args:
-      layout: the axes of the gradient.
-      g: the gradient.
-      rows: the mean squares over columns; `NOTHING` for a vector.
-      cols: the mean squares over rows; the second moment of a vector.
-      decay: β₂ₜ.
-      eps: ε.
+        layout: the axes of the gradient.
+        g: the gradient.
+        rows: the mean squares over columns; `NOTHING` for a vector.
+        cols: the mean squares over rows; the second moment of a vector.
+        decay: β₂ₜ.
+        eps: ε.
     """
     beta = decay.astype(statistics_dtype(g))
     new = mean_squares(layout, g, 1 - beta)

@@ -40,25 +40,25 @@ def clip_by_fraction(
     Adafactor.
 
     Args:
-      fraction: ρ, at least 0 and below 1.
-      per: "tree", or "matrix" for a threshold of its own for each matrix of a stack and each
-        vector, with N its entries; a released step can do only this.
-      matrices: with ``per="matrix"``, which leaves are matrices, and which axes are their rows and
-        columns; see `memopt.matrices`.
+        fraction: ρ, at least 0 and below 1.
+        per: "tree", or "matrix" for a threshold of its own for each matrix of a stack and each
+            vector, with N its entries; a released step can do only this.
+        matrices: with ``per="matrix"``, which leaves are matrices, and which axes are their rows
+            and columns; see `memopt.matrices`.
 
     Raises:
-      ValueError: if `fraction` is out of range or `per` unknown.
+        ValueError: if `fraction` is out of range or `per` unknown.
 
     References:
-      Pan & Li, Toward Understanding Why Adam Converges Faster Than SGD for Transformers, 2023,
-      https://arxiv.org/abs/2306.00204, Algorithm 1.
+        Pan & Li, Toward Understanding Why Adam Converges Faster Than SGD for Transformers, 2023,
+        https://arxiv.org/abs/2306.00204, Algorithm 1.
 
     Example:
-      >>> tx = clip_by_fraction(0.5)
-      >>> g = {"a": jnp.array([1.0, -8.0]), "b": jnp.array([3.0, 0.5])}
-      >>> updates, _ = tx.update(g, tx.init(g))
-      >>> updates["a"].tolist(), updates["b"].tolist()                   # τ = 1
-      ([1.0, -1.0], [1.0, 0.5])
+        >>> tx = clip_by_fraction(0.5)
+        >>> g = {"a": jnp.array([1.0, -8.0]), "b": jnp.array([3.0, 0.5])}
+        >>> updates, _ = tx.update(g, tx.init(g))
+        >>> updates["a"].tolist(), updates["b"].tolist()                   # τ = 1
+        ([1.0, -1.0], [1.0, 0.5])
     """
     check_static("fraction", fraction)
     if not 0 <= fraction < 1:
@@ -89,8 +89,8 @@ class ClipFirstMomentState(NamedTuple):
     """State of `clip_first_moment`.
 
     Attributes:
-      clip: the state of the clipping transformation.
-      inner: the state of the inner one.
+        clip: the state of the clipping transformation.
+        inner: the state of the inner one.
     """
 
     clip: Any
@@ -108,25 +108,25 @@ def clip_first_moment(
     twice once it is compiled. State: that of both.
 
     Args:
-      inner: any Optax transformation with a first moment, such as ``optax.scale_by_adam``.
-      clip: maps gradients to clipped ones, such as `memopt.clip_by_fraction`.
+        inner: any Optax transformation with a first moment, such as ``optax.scale_by_adam``.
+        clip: maps gradients to clipped ones, such as `memopt.clip_by_fraction`.
 
     Returns:
-      A transformation whose state is a `ClipFirstMomentState`.
+        A transformation whose state is a `ClipFirstMomentState`.
 
     Raises:
-      ValueError: by the update, if `inner` keeps no first moment, or its update also depends on
-        the gradient itself, as with Nesterov momentum.
+        ValueError: by the update, if `inner` keeps no first moment, or its update also depends on
+            the gradient itself, as with Nesterov momentum.
 
     References:
-      Pan & Li, Toward Understanding Why Adam Converges Faster Than SGD for Transformers, 2023,
-      https://arxiv.org/abs/2306.00204, Algorithm 1.
+        Pan & Li, Toward Understanding Why Adam Converges Faster Than SGD for Transformers, 2023,
+        https://arxiv.org/abs/2306.00204, Algorithm 1.
 
     Example:
-      >>> tx = clip_first_moment(optax.scale_by_adam(eps=0.0), optax.clip(1.0))
-      >>> g = jnp.array([4.0, 0.5])
-      >>> [round(float(u), 3) for u in tx.update(g, tx.init(g))[0]]
-      [0.25, 1.0]
+        >>> tx = clip_first_moment(optax.scale_by_adam(eps=0.0), optax.clip(1.0))
+        >>> g = jnp.array([4.0, 0.5])
+        >>> [round(float(u), 3) for u in tx.update(g, tx.init(g))[0]]
+        [0.25, 1.0]
     """
     inner, clip = map(optax.with_extra_args_support, (inner, clip))
 

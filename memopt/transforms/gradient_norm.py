@@ -15,7 +15,7 @@ class ClipByGradientNormState(NamedTuple):
     """State of `clip_by_gradient_norm` with `previous`.
 
     Attributes:
-      norm: the gradient norm of the previous step, float32; zero before the first step.
+        norm: the gradient norm of the previous step, float32; zero before the first step.
     """
 
     norm: Array
@@ -31,23 +31,23 @@ def clip_by_gradient_norm(
     that never holds all gradients can use this too; otherwise it is the norm of the given updates.
 
     Args:
-      max_norm: the largest norm that is not scaled down.
-      previous: use the norm of the previous step, which is known before this step's gradients;
-        the first step is not clipped. State: one number. By default there is no state.
+        max_norm: the largest norm that is not scaled down.
+        previous: use the norm of the previous step, which is known before this step's gradients;
+            the first step is not clipped. State: one number. By default there is no state.
 
     References:
-      Pascanu et al., On the difficulty of training recurrent neural networks, 2013,
-      https://arxiv.org/abs/1211.5063, Algorithm 1.
+        Pascanu et al., On the difficulty of training recurrent neural networks, 2013,
+        https://arxiv.org/abs/1211.5063, Algorithm 1.
 
     Example:
-      >>> tx = clip_by_gradient_norm(1.0, previous=True)
-      >>> state = tx.init(jnp.zeros(2))
-      >>> for g in [4.0, 1.0, 1.0]:
-      ...     u, state = tx.update(jnp.array([g, 0.0]), state)
-      ...     print(u[0])
-      4.0
-      0.25
-      1.0
+        >>> tx = clip_by_gradient_norm(1.0, previous=True)
+        >>> state = tx.init(jnp.zeros(2))
+        >>> for g in [4.0, 1.0, 1.0]:
+        ...     u, state = tx.update(jnp.array([g, 0.0]), state)
+        ...     print(u[0])
+        4.0
+        0.25
+        1.0
     """
 
     def init(params: Any) -> Any:

@@ -23,8 +23,8 @@ class ScaleByHutchinsonState(NamedTuple):
     """State of `scale_by_hutchinson`.
 
     Attributes:
-      count: steps taken, int32.
-      hessian: the average of the estimates, float32 or wider, shaped like the parameters.
+        count: steps taken, int32.
+        hessian: the average of the estimates, float32 or wider, shaped like the parameters.
     """
 
     count: Array  # type: ignore[assignment]
@@ -61,7 +61,7 @@ class HutchinsonRule(NamedTuple):
         """Averages in the estimate of this step.
 
         Raises:
-          ValueError: if `params` or `obj_fn` is None.
+            ValueError: if `params` or `obj_fn` is None.
         """
         check_given("params", params, "the parameters")
         check_given("obj_fn", obj_fn, "the loss as a function of the parameters")
@@ -104,7 +104,7 @@ def scale_by_hutchinson(
 
     With H the Hessian of the loss and z random signs::
 
-        D ← β₂ D + (1 − β₂) z ∘ Hz             D = the mean of z ∘ Hz at the first step
+        D ← β₂ D + (1 − β₂) z ∘ H z            D = the mean of z ∘ H z at the first step
         U = G / max(|D|, min_curvature)
 
     The update needs the loss as a function of the parameters, `obj_fn`, as memopt's training step
@@ -114,26 +114,26 @@ def scale_by_hutchinson(
     out. State: mn numbers per matrix.
 
     Args:
-      b2: decay of the estimate.
-      min_curvature: the smallest denominator, α.
-      first_probes: random vectors of the first step; all others have one.
-      refresh_every: steps between two estimates.
-      seed: the seed of the signs.
+        b2: decay of the estimate.
+        min_curvature: the smallest denominator, α.
+        first_probes: random vectors of the first step; all others have one.
+        refresh_every: steps between two estimates.
+        seed: the seed of the signs.
 
     Returns:
-      A transformation whose state is a `ScaleByHutchinsonState`. It raises a `ValueError` if
-      `obj_fn` is missing.
+        A transformation whose state is a `ScaleByHutchinsonState`. It raises a `ValueError` if
+        `obj_fn` is missing.
 
     References:
-      Jahani et al., Doubly Adaptive Scaled Algorithm for Machine Learning Using Second-Order
-      Information, 2021, https://arxiv.org/abs/2109.05198, section 3; Hutchinson's estimator:
-      Bekas et al., An estimator for the diagonal of a matrix, 2007.
+        Jahani et al., Doubly Adaptive Scaled Algorithm for Machine Learning Using Second-Order
+        Information, 2021, https://arxiv.org/abs/2109.05198, section 3; Hutchinson's estimator:
+        Bekas et al., An estimator for the diagonal of a matrix, 2007.
 
     Example:
-      >>> loss = lambda w: 0.5 * (jnp.array([4.0, 0.25]) * w**2).sum()
-      >>> tx, w = scale_by_hutchinson(), jnp.ones(2)
-      >>> tx.update(jax.grad(loss)(w), tx.init(w), w, obj_fn=loss)[0].tolist()
-      [1.0, 1.0]
+        >>> loss = lambda w: 0.5 * (jnp.array([4.0, 0.25]) * w**2).sum()
+        >>> tx, w = scale_by_hutchinson(), jnp.ones(2)
+        >>> tx.update(jax.grad(loss)(w), tx.init(w), w, obj_fn=loss)[0].tolist()
+        [1.0, 1.0]
     """
     rule = HutchinsonRule(b2, min_curvature, first_probes, refresh_every, seed)
     rule.check()
@@ -157,10 +157,10 @@ def random_signs(params: Any, seed: int | Array, step: Array, probe: Array | int
     """Draws ±1 for every entry of a tree; each matrix of a stack has its own, by its index.
 
     Args:
-      params: arrays, whose shapes and dtypes the signs have.
-      seed: the seed of the draws, which also depend on the parameter.
-      step: the number of previous steps.
-      probe: which of the draws of that step.
+        params: arrays, whose shapes and dtypes the signs have.
+        seed: the seed of the draws, which also depend on the parameter.
+        step: the number of previous steps.
+        probe: which of the draws of that step.
     """
 
     def draw(layout: Layout, p: Array) -> Array:

@@ -24,8 +24,8 @@ class KeepLargestChangeState(NamedTuple):
     """State of `keep_largest_change`.
 
     Attributes:
-      count: steps taken, int32.
-      base: the parameters to return to, arrays or `memopt.Quantized`.
+        count: steps taken, int32.
+        base: the parameters to return to, arrays or `memopt.Quantized`.
     """
 
     count: Array  # type: ignore[assignment]
@@ -62,36 +62,36 @@ def keep_largest_change(
     codes counts as a change otherwise.
 
     Args:
-      base: the parameters to return to, a tree with an entry for each parameter (a jitted `init`
-        makes them constants of its program); None for those that `init` is given.
-      fraction: the share of each matrix that keeps its change; the paper uses 0.05.
-      every: steps between two selections; the paper uses an epoch.
-      codec: how the matrices of the base are stored, see `memopt.quantize_params`; None: as they
-        are.
-      matrices: which leaves are matrices, and which axes are their rows and columns; see
-        `memopt.matrices`.
+        base: the parameters to return to, a tree with an entry for each parameter (a jitted `init`
+            makes them constants of its program); None for those that `init` is given.
+        fraction: the share of each matrix that keeps its change; the paper uses 0.05.
+        every: steps between two selections; the paper uses an epoch.
+        codec: how the matrices of the base are stored, see `memopt.quantize_params`; None: as they
+            are.
+        matrices: which leaves are matrices, and which axes are their rows and columns; see
+            `memopt.matrices`.
 
     Returns:
-      A transformation whose state is a `KeepLargestChangeState`.
+        A transformation whose state is a `KeepLargestChangeState`.
 
     Raises:
-      ValueError: if `fraction` is not between 0 and 1, `every` is below one or, from `init`, `base`
-        has no entry for a parameter, or one of another shape.
+        ValueError: if `fraction` is not between 0 and 1, `every` is below one or, from `init`,
+            `base` has no entry for a parameter, or one of another shape.
 
     References:
-      Aggarwal et al., Robust Learning of Diverse Code Edits, 2025,
-      https://arxiv.org/abs/2503.03656 (NextCoder).
+        Aggarwal et al., Robust Learning of Diverse Code Edits, 2025,
+        https://arxiv.org/abs/2503.03656 (NextCoder).
 
     Example:
-      >>> params = jnp.zeros(4)
-      >>> tx = optax.chain(optax.sgd(1.0), keep_largest_change(None, fraction=0.5, every=2))
-      >>> state = tx.init(params)
-      >>> for g in [jnp.array([1.0, 4.0, 2.0, 3.0]), jnp.array([5.0, 0.0, 0.0, -3.0])]:
-      ...     updates, state = tx.update(g, state, params)
-      ...     params = optax.apply_updates(params, updates)
-      ...     print(params.tolist())
-      [-1.0, -4.0, -2.0, -3.0]
-      [-6.0, -4.0, 0.0, 0.0]
+        >>> params = jnp.zeros(4)
+        >>> tx = optax.chain(optax.sgd(1.0), keep_largest_change(None, fraction=0.5, every=2))
+        >>> state = tx.init(params)
+        >>> for g in [jnp.array([1.0, 4.0, 2.0, 3.0]), jnp.array([5.0, 0.0, 0.0, -3.0])]:
+        ...     updates, state = tx.update(g, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        ...     print(params.tolist())
+        [-1.0, -4.0, -2.0, -3.0]
+        [-6.0, -4.0, 0.0, 0.0]
     """
     check_static("fraction", fraction)
     check_static("every", every)
@@ -132,13 +132,13 @@ def among_largest(x: Array, count: int, axes: tuple[int, ...]) -> Array:
     """Whether each number is one of the `count` largest along these axes, the first of equal ones.
 
     Args:
-      x: floats that are not negative.
-      count: how many to choose.
-      axes: counted from the front, in the order in which equal numbers are chosen.
+        x: floats that are not negative.
+        count: how many to choose.
+        axes: counted from the front, in the order in which equal numbers are chosen.
 
     Example:
-      >>> among_largest(jnp.array([1.0, 3.0, 3.0, 0.0, 3.0]), 2, (0,)).tolist()
-      [False, True, True, False, False]
+        >>> among_largest(jnp.array([1.0, 3.0, 3.0, 0.0, 3.0]), 2, (0,)).tolist()
+        [False, True, True, False, False]
     """
     size = math.prod(x.shape[axis] for axis in axes)
     if count == 0 or count == size:

@@ -24,10 +24,10 @@ class ScaleByKroneckerInversesState(NamedTuple):
     """State of `scale_by_kronecker_inverses`.
 
     Attributes:
-      count: steps taken, int32.
-      inputs: for each matrix the inverse factor of its inputs, ``(*stack, m, m)``;
-        ``MaskedNode`` for other leaves.
-      outputs: that of its outputs' gradients, ``(*stack, n, n)``.
+        count: steps taken, int32.
+        inputs: for each matrix the inverse factor of its inputs, ``(*stack, m, m)``;
+            ``MaskedNode`` for other leaves.
+        outputs: that of its outputs' gradients, ``(*stack, n, n)``.
     """
 
     count: Array  # type: ignore[assignment]
@@ -63,34 +63,34 @@ def scale_by_kronecker_inverses(
     wider.
 
     Args:
-      decay: γ.
-      refresh_every: steps between two updates of the factors.
-      max_entry: ε, beyond which a factor is drawn towards the identity; without data, J grows.
-      blend: ζ.
-      clip_value: the largest length of a statistic; if `as_released`, its largest entry. The
-        smallest eigenvalue of J stays near 1/clip_value² or above, and J positive definite.
-      as_released: J ← J' − (J'v)(J'v)ᵀ / (1 + vᵀJ'v) with J' = γ J + (1−γ) I; the first statistics
-        are not used.
-      matrices: which leaves are matrices; others are left alone. See `memopt.hidden_matrices`.
+        decay: γ.
+        refresh_every: steps between two updates of the factors.
+        max_entry: ε, beyond which a factor is drawn towards the identity; without data, J grows.
+        blend: ζ.
+        clip_value: the largest length of a statistic; if `as_released`, its largest entry. The
+            smallest eigenvalue of J stays near 1/clip_value² or above, and J positive definite.
+        as_released: J ← J' − (J'v)(J'v)ᵀ / (1 + vᵀJ'v) with J' = γ J + (1−γ) I; the first
+            statistics are not used.
+        matrices: which leaves are matrices; others are left alone. See `memopt.hidden_matrices`.
 
     Returns:
-      A transformation whose state is a `ScaleByKroneckerInversesState`.
+        A transformation whose state is a `ScaleByKroneckerInversesState`.
 
     Raises:
-      ValueError: if an argument is out of range; at an update, if a matrix has no statistics, or
-        of another shape.
+        ValueError: if an argument is out of range; at an update, if a matrix has no statistics, or
+            of another shape.
 
     References:
-      Mozaffari et al., MKOR: Momentum-Enabled Kronecker-Factor-Based Optimizer Using Rank-1
-      Updates, 2023, https://arxiv.org/abs/2306.01685.
+        Mozaffari et al., MKOR: Momentum-Enabled Kronecker-Factor-Based Optimizer Using Rank-1
+        Updates, 2023, https://arxiv.org/abs/2306.01685.
 
     Example:
-      >>> tx = scale_by_kronecker_inverses(refresh_every=1)
-      >>> params = {"hidden": jnp.eye(2)}
-      >>> seen = LayerStatistics(jnp.array([3.0, 0.0]), jnp.zeros(2), jnp.array(1.0))
-      >>> _, state = tx.update(params, tx.init(params), statistics={"hidden": seen})
-      >>> print(1 / jnp.diag(state.inputs["hidden"]))            # 0.95 + 0.05·3²
-      [1.4  0.95]
+        >>> tx = scale_by_kronecker_inverses(refresh_every=1)
+        >>> params = {"hidden": jnp.eye(2)}
+        >>> seen = LayerStatistics(jnp.array([3.0, 0.0]), jnp.zeros(2), jnp.array(1.0))
+        >>> _, state = tx.update(params, tx.init(params), statistics={"hidden": seen})
+        >>> print(1 / jnp.diag(state.inputs["hidden"]))            # 0.95 + 0.05·3²
+        [1.4  0.95]
     """
     check_precision(decay=decay, max_entry=max_entry, blend=blend, clip_value=clip_value)
     check_between("decay", decay, 0, 1)
@@ -160,7 +160,7 @@ def vectors(layout: Layout, g: Array, seen: Mapping[str, LayerStatistics]) -> tu
     """The mean input and the summed output gradient of a layer; zeros if it saw no token.
 
     Raises:
-      ValueError: if there are none, or of another shape; names the matrix.
+        ValueError: if there are none, or of another shape; names the matrix.
     """
     if layout.name not in seen:
         raise ValueError(
@@ -199,9 +199,9 @@ def rank_one(inverse: Square, v: Array, decay: Any) -> Square:
     """Computes (γ J⁻¹ + (1 − γ) vvᵀ)⁻¹ from J, for each matrix of a stack.
 
     Example:
-      >>> inverse = rank_one(jnp.eye(1), jnp.array([2.0]), 0.5)      # 1 / (0.5 + 0.5·2²)
-      >>> round(float(inverse[0, 0]), 4)
-      0.4
+        >>> inverse = rank_one(jnp.eye(1), jnp.array([2.0]), 0.5)      # 1 / (0.5 + 0.5·2²)
+        >>> round(float(inverse[0, 0]), 4)
+        0.4
     """
     ratio = (1 - decay) / decay
     u, length = _applied(inverse, v)

@@ -15,10 +15,10 @@ class LayerStatistics(NamedTuple):
     """Sums over the tokens of a batch, for a linear layer with an m×n kernel or a stack of them.
 
     Attributes:
-      inputs: the sum of its inputs over tokens, ``(*stack, m)``.
-      outputs: the sum over tokens of the loss's gradient with respect to its outputs,
-        ``(*stack, n)``.
-      tokens: the number of tokens that `inputs` is a sum of, in the shape of the stack.
+        inputs: the sum of its inputs over tokens, ``(*stack, m)``.
+        outputs: the sum over tokens of the loss's gradient with respect to its outputs,
+            ``(*stack, n)``.
+        tokens: the number of tokens that `inputs` is a sum of, in the shape of the stack.
     """
 
     inputs: Any
@@ -32,18 +32,18 @@ def zero_statistics(params: Any, *, matrices: Matrices = None) -> Any:
     See `observe`.
 
     Args:
-      params: the parameters, or their shapes.
-      matrices: which leaves are matrices; see `memopt.hidden_matrices`.
+        params: the parameters, or their shapes.
+        matrices: which leaves are matrices; see `memopt.hidden_matrices`.
 
     Returns:
-      A tree like `params`, with a `LayerStatistics` of float32 zeros for each hidden matrix, and
-      None for other leaves.
+        A tree like `params`, with a `LayerStatistics` of float32 zeros for each hidden matrix, and
+        None for other leaves.
 
     Example:
-      >>> params = {"up": {"kernel": jnp.ones((8, 4, 6))}, "norm": {"scale": jnp.ones(4)}}
-      >>> zeros = zero_statistics(params)
-      >>> [x.shape for x in zeros["up"]["kernel"]], zeros["norm"]["scale"]
-      ([(8, 4), (8, 6), (8,)], None)
+        >>> params = {"up": {"kernel": jnp.ones((8, 4, 6))}, "norm": {"scale": jnp.ones(4)}}
+        >>> zeros = zero_statistics(params)
+        >>> [x.shape for x in zeros["up"]["kernel"]], zeros["norm"]["scale"]
+        ([(8, 4), (8, 6), (8,)], None)
     """
 
     def zeros(layout: Layout, p: Any) -> Any:
@@ -95,19 +95,19 @@ def observe(statistics: LayerStatistics | None, x: Array, y: Array) -> Array:
     micro-batches; they are scaled as gradients are.
 
     Args:
-      statistics: zeros for one matrix. None notes nothing.
-      x: the layer's inputs, (…, m); m may be several axes.
-      y: its outputs, (…, n), with the bias or without.
+        statistics: zeros for one matrix. None notes nothing.
+        x: the layer's inputs, (…, m); m may be several axes.
+        y: its outputs, (…, n), with the bias or without.
 
     Example:
-      >>> def loss(params, statistics, x):
-      ...     w = params["hidden"]
-      ...     return jnp.square(observe(statistics["hidden"], x, x @ w)).mean()
-      >>> params = {"hidden": jnp.eye(2)}
-      >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
-      >>> zeros = zero_statistics(params)
-      >>> gradients, statistics = jax.grad(loss, argnums=(0, 1))(params, zeros, x)
-      >>> [x.tolist() for x in statistics["hidden"]]      # of 2 tokens
-      [[4.0, 6.0], [2.0, 3.0], 2.0]
+        >>> def loss(params, statistics, x):
+        ...     w = params["hidden"]
+        ...     return jnp.square(observe(statistics["hidden"], x, x @ w)).mean()
+        >>> params = {"hidden": jnp.eye(2)}
+        >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+        >>> zeros = zero_statistics(params)
+        >>> gradients, statistics = jax.grad(loss, argnums=(0, 1))(params, zeros, x)
+        >>> [x.tolist() for x in statistics["hidden"]]      # of 2 tokens
+        [[4.0, 6.0], [2.0, 3.0], 2.0]
     """
     return y if statistics is None else _observe(statistics, x, y)

@@ -16,13 +16,13 @@ def product(subscripts: str, a: Array, b: Array) -> Array:
     """Computes ``jnp.einsum`` of two stacks in full precision.
 
     Args:
-      subscripts: as for ``jnp.einsum``, with ``...`` for the stack axes.
-      a: the first stack.
-      b: the second stack, or one matrix for all matrices of `a`.
+        subscripts: as for ``jnp.einsum``, with ``...`` for the stack axes.
+        a: the first stack.
+        b: the second stack, or one matrix for all matrices of `a`.
 
     Example:
-      >>> product("...mn,...nr->...mr", jnp.ones((5, 2, 3)), jnp.ones((3, 4))).shape
-      (5, 2, 4)
+        >>> product("...mn,...nr->...mr", jnp.ones((5, 2, 3)), jnp.ones((3, 4))).shape
+        (5, 2, 4)
     """
     return jnp.einsum(subscripts, a, b, precision="highest")
 
@@ -52,10 +52,10 @@ def by_matrix(f: Callable[..., Array], x: Array, *others: Array) -> Array:
     Otherwise all devices work on one matrix after the other.
 
     Args:
-      f: takes `x` and `others`, and as `across` a function that it calls on a matrix and the axis
-        along which it may be split, or on one that each device needs whole.
-      x: ``(*stack, m, n)``.
-      *others: arrays with the same stack.
+        f: takes `x` and `others`, and as `across` a function that it calls on a matrix and the axis
+            along which it may be split, or on one that each device needs whole.
+        x: ``(*stack, m, n)``.
+        *others: arrays with the same stack.
     """
     mesh, names = _mesh_of(x)
     if not names:
@@ -75,12 +75,12 @@ def distributed(f: Callable[..., Any], *stacks: Array) -> Any:
     """Applies a function of square matrices to stacks, on a mesh with the same number per device.
 
     Args:
-      f: maps stacks to an array or a tuple of arrays with the same stack axes.
-      *stacks: ``(*stack, side, side)``, all of the same shape.
+        f: maps stacks to an array or a tuple of arrays with the same stack axes.
+        *stacks: ``(*stack, side, side)``, all of the same shape.
 
     Example:
-      >>> distributed(jnp.linalg.inv, 2 * jnp.eye(2)).tolist()
-      [[0.5, 0.0], [0.0, 0.5]]
+        >>> distributed(jnp.linalg.inv, 2 * jnp.eye(2)).tolist()
+        [[0.5, 0.0], [0.0, 0.5]]
     """
     mesh, names = _mesh_of(stacks[0])
     if not names:
@@ -162,8 +162,8 @@ def lengths_of(basis: Basis) -> Array:
     """The length of each basis vector, ``(*stack, 1, r)``; 1 for one of zeros.
 
     Example:
-      >>> lengths_of(jnp.array([[3.0, 0.0], [4.0, 0.0]])).tolist()
-      [[5.0, 1.0]]
+        >>> lengths_of(jnp.array([[3.0, 0.0], [4.0, 0.0]])).tolist()
+        [[5.0, 1.0]]
     """
     lengths = jnp.sqrt(jnp.square(basis).sum(-2, keepdims=True))
     return jnp.where(lengths > 0, lengths, 1)
@@ -175,9 +175,9 @@ def orthonormal(matrices: Basis) -> Basis:
     Rank-deficient matrices, zero included, are completed with arbitrary directions.
 
     Example:
-      >>> q = orthonormal(jnp.array([[3.0, 1.0], [0.0, 2.0], [0.0, 0.0]]))
-      >>> jnp.abs(q.T @ q - jnp.eye(2)).max() < 1e-6
-      Array(True, dtype=bool)
+        >>> q = orthonormal(jnp.array([[3.0, 1.0], [0.0, 2.0], [0.0, 0.0]]))
+        >>> jnp.abs(q.T @ q - jnp.eye(2)).max() < 1e-6
+        Array(True, dtype=bool)
     """
     return _per_matrix(lambda x: jnp.linalg.qr(x)[0], matrices)
 
@@ -188,8 +188,8 @@ def leading_eigenvectors(symmetric: Square, r: int) -> Basis:
     The entry of largest magnitude is made positive, so that rounding does not flip the sign.
 
     Example:
-      >>> leading_eigenvectors(jnp.diag(jnp.array([1.0, 3.0, 2.0])), 1)[:, 0].tolist()
-      [0.0, 1.0, 0.0]
+        >>> leading_eigenvectors(jnp.diag(jnp.array([1.0, 3.0, 2.0])), 1)[:, 0].tolist()
+        [0.0, 1.0, 0.0]
     """
 
     def leading(x: Array) -> Array:

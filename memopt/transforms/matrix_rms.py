@@ -25,18 +25,18 @@ def clip_by_matrix_rms(
     2⁵⁰ ≈ 1e15 count as that. No state.
 
     Args:
-      clip_threshold: the largest root mean square that is not scaled down, d in the paper.
-      matrices: which leaves are matrices, and which axes are their rows and columns; see
-        `memopt.matrices`.
+        clip_threshold: the largest root mean square that is not scaled down, d in the paper.
+        matrices: which leaves are matrices, and which axes are their rows and columns; see
+            `memopt.matrices`.
 
     References:
-      Shazeer & Stern, Adafactor, 2018, https://arxiv.org/abs/1804.04235, section 6.
+        Shazeer & Stern, Adafactor, 2018, https://arxiv.org/abs/1804.04235, section 6.
 
     Example:
-      >>> tx = clip_by_matrix_rms(1.0)
-      >>> layers = jnp.stack([jnp.full((2, 2), 3.0), jnp.full((2, 2), 0.5)])
-      >>> tx.update(layers, tx.init(layers))[0][:, 0, 0].tolist()
-      [1.0, 0.5]
+        >>> tx = clip_by_matrix_rms(1.0)
+        >>> layers = jnp.stack([jnp.full((2, 2), 3.0), jnp.full((2, 2), 0.5)])
+        >>> tx.update(layers, tx.init(layers))[0][:, 0, 0].tolist()
+        [1.0, 0.5]
     """
     return per_matrix(functools.partial(clip_rms, clip_threshold=clip_threshold), matrices=matrices)
 
@@ -49,21 +49,21 @@ def scale_by_parameter_rms(
     U ← max(min_scale, RMS(W)) · U, per matrix of the stack. No state.
 
     Args:
-      min_scale: the smallest scale, so that parameters can move away from zero.
-      matrices: which leaves are matrices, and which axes are their rows and columns; see
-        `memopt.matrices`.
+        min_scale: the smallest scale, so that parameters can move away from zero.
+        matrices: which leaves are matrices, and which axes are their rows and columns; see
+            `memopt.matrices`.
 
     Raises:
-      ValueError: if `update` is called without `params`.
+        ValueError: if `update` is called without `params`.
 
     References:
-      Shazeer & Stern, Adafactor, 2018, https://arxiv.org/abs/1804.04235, section 8.
+        Shazeer & Stern, Adafactor, 2018, https://arxiv.org/abs/1804.04235, section 8.
 
     Example:
-      >>> tx = scale_by_parameter_rms()
-      >>> w = jnp.full((2, 2), 0.5)
-      >>> tx.update(jnp.ones((2, 2)), tx.init(w), w)[0].tolist()
-      [[0.5, 0.5], [0.5, 0.5]]
+        >>> tx = scale_by_parameter_rms()
+        >>> w = jnp.full((2, 2), 0.5)
+        >>> tx.update(jnp.ones((2, 2)), tx.init(w), w)[0].tolist()
+        [[0.5, 0.5], [0.5, 0.5]]
     """
     return per_matrix(
         functools.partial(scale_by_rms_of, min_scale=min_scale),
@@ -81,19 +81,19 @@ def normalize_by_group(
     U ← max(min_scale, RMS(W)) · U / max(1, RMS(U) / clip_threshold). No state.
 
     Args:
-      clip_threshold: the largest root mean square that is not scaled down.
-      min_scale: the smallest scale taken from the parameter.
-      matrices: which leaves are matrices, and which axes are their rows and columns; see
-        `memopt.matrices`.
+        clip_threshold: the largest root mean square that is not scaled down.
+        min_scale: the smallest scale taken from the parameter.
+        matrices: which leaves are matrices, and which axes are their rows and columns; see
+            `memopt.matrices`.
 
     References:
-      Lv et al., AdaLomo, 2023, https://arxiv.org/abs/2310.10195, section 3.2.
+        Lv et al., AdaLomo, 2023, https://arxiv.org/abs/2310.10195, section 3.2.
 
     Example:
-      >>> tx = normalize_by_group()
-      >>> w = jnp.full((2, 2), 0.5)
-      >>> tx.update(jnp.full((2, 2), 4.0), tx.init(w), w)[0].tolist()
-      [[0.5, 0.5], [0.5, 0.5]]
+        >>> tx = normalize_by_group()
+        >>> w = jnp.full((2, 2), 0.5)
+        >>> tx.update(jnp.full((2, 2), 4.0), tx.init(w), w)[0].tolist()
+        [[0.5, 0.5], [0.5, 0.5]]
     """
     return optax.chain(
         clip_by_matrix_rms(clip_threshold, matrices=matrices),

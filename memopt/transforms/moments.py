@@ -48,15 +48,15 @@ class CarryOver:
     length, as in Flora. All other state, including factored second moments, is unchanged.
 
     Attributes:
-      b1: decay of the first moment, for its bias correction; 0 means no correction.
-      b2: decay of the second moment, likewise.
-      power: the power to which entries of T are raised for second moments: 2. LDAdam's released
-        code uses 4.
-      mean_outside: add (1 − s) · mean(V). LDAdam does not, whose successive subspaces are close.
+        b1: decay of the first moment, for its bias correction; 0 means no correction.
+        b2: decay of the second moment, likewise.
+        power: the power to which entries of T are raised for second moments: 2. LDAdam's released
+            code uses 4.
+        mean_outside: add (1 − s) · mean(V). LDAdam does not, whose successive subspaces are close.
 
     References:
-      Hao et al., Flora, 2024, https://arxiv.org/abs/2402.03293, section 3.3 (first moments);
-      Robert et al., LDAdam, 2024, https://arxiv.org/abs/2410.16103, section 3.2 (second).
+        Hao et al., Flora, 2024, https://arxiv.org/abs/2402.03293, section 3.3 (first moments);
+        Robert et al., LDAdam, 2024, https://arxiv.org/abs/2410.16103, section 3.2 (second).
     """
 
     b1: float | Array = 0.0
@@ -68,10 +68,10 @@ class CarryOver:
         """Carries over every moment shaped like `low`; other state is unchanged.
 
         Args:
-          state: the inner optimizer's state.
-          low: the projected gradients.
-          spaces: the new `Subspace` of each gradient; None for one that is not projected.
-          steps: the number of steps that the moments have averaged over.
+            state: the inner optimizer's state.
+            low: the projected gradients.
+            spaces: the new `Subspace` of each gradient; None for one that is not projected.
+            steps: the number of steps that the moments have averaged over.
         """
         fields = list(moment_fields(state, low))
 
@@ -115,11 +115,11 @@ def carry_second_moment(
     """Carries a second moment by the rule of `CarryOver`.
 
     Args:
-      space: the new subspace.
-      v: the second moment.
-      m: the first moment, if there is one.
-      rule: the options.
-      steps: the number of steps that the moments have averaged over.
+        space: the new subspace.
+        v: the second moment.
+        m: the first moment, if there is one.
+        rule: the options.
+        steps: the number of steps that the moments have averaged over.
     """
     old, new = space.lengths()
     v = v / old**2
@@ -159,11 +159,11 @@ def check_moments_are_known(
     """Raises `IncompatiblePairingError` for a moment that cannot be carried.
 
     Args:
-      state: the inner optimizer's state.
-      like: the projected gradients.
-      needed_by: the transformation, or the argument, that carries moments.
-      otherwise: what else can be done, at the end of the sentence.
-      per_matrix: whether each matrix keeps moments of its own.
+        state: the inner optimizer's state.
+        like: the projected gradients.
+        needed_by: the transformation, or the argument, that carries moments.
+        otherwise: what else can be done, at the end of the sentence.
+        per_matrix: whether each matrix keeps moments of its own.
     """
     for part, is_moment in moment_fields(state, like):
         if is_moment and part.moment is None and jax.tree.leaves(like):

@@ -23,8 +23,8 @@ class GrowthLimiter(NamedTuple):
     """The rule of `limit_norm_growth`, for callers that know the norm without the array.
 
     Attributes:
-      growth_limit: the largest ratio of a norm to the previous one, γ.
-      as_released: store every norm, including zero, as the authors' code does.
+        growth_limit: the largest ratio of a norm to the previous one, γ.
+        as_released: store every norm, including zero, as the authors' code does.
     """
 
     growth_limit: float = 1.01
@@ -34,8 +34,8 @@ class GrowthLimiter(NamedTuple):
         """Returns the factor that limits an update of this norm, and the norm to store.
 
         Args:
-          norm: the norm of the update.
-          previous: the norm stored by the previous call; 0 for none.
+            norm: the norm of the update.
+            previous: the norm stored by the previous call; 0 for none.
         """
         excess = jnp.maximum(norm / (previous + 1e-8), self.growth_limit) / self.growth_limit
         factor = jnp.where(previous > 0, 1.0 / excess, 1.0)
@@ -53,7 +53,7 @@ class LimitNormGrowthState(NamedTuple):
     """State of `limit_norm_growth`.
 
     Attributes:
-      norm: the norm of each matrix's last update, in the shape of the stack.
+        norm: the norm of each matrix's last update, in the shape of the stack.
     """
 
     norm: Any
@@ -75,25 +75,25 @@ def limit_norm_growth(
     State: one number per matrix.
 
     Args:
-      growth_limit: the largest ratio of two successive norms, γ.
-      matrices: which leaves are matrices, and which axes are their rows and columns; see
-        `memopt.matrices`.
-      as_released: store every norm, as the authors' code does, to reproduce its runs.
+        growth_limit: the largest ratio of two successive norms, γ.
+        matrices: which leaves are matrices, and which axes are their rows and columns; see
+            `memopt.matrices`.
+        as_released: store every norm, as the authors' code does, to reproduce its runs.
 
     References:
-      Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270, section 4.2; Chen et al., Fira,
-      2024, https://arxiv.org/abs/2410.01623.
+        Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270, section 4.2; Chen et al., Fira,
+        2024, https://arxiv.org/abs/2410.01623.
 
     Example:
-      >>> tx = limit_norm_growth(2.0)
-      >>> state = tx.init(jnp.zeros(1))
-      >>> for g in [1.0, 5.0, 0.0, 5.0]:
-      ...     u, state = tx.update(jnp.array([g]), state)
-      ...     print(round(float(u[0]), 4))
-      1.0
-      2.0
-      0.0
-      4.0
+        >>> tx = limit_norm_growth(2.0)
+        >>> state = tx.init(jnp.zeros(1))
+        >>> for g in [1.0, 5.0, 0.0, 5.0]:
+        ...     u, state = tx.update(jnp.array([g]), state)
+        ...     print(round(float(u[0]), 4))
+        1.0
+        2.0
+        0.0
+        4.0
     """
     check_precision(growth_limit=growth_limit)
     return per_matrix(
@@ -110,10 +110,10 @@ def limit_growth(
     """Scales each matrix down to its largest allowed norm, and returns the norms to store.
 
     Args:
-      layout: the axes of the update.
-      u: the update.
-      previous: the norms stored by the previous step, in the shape of the stack.
-      limiter: the rule.
+        layout: the axes of the update.
+        u: the update.
+        previous: the norms stored by the previous step, in the shape of the stack.
+        limiter: the rule.
     """
     factor, norm = limiter(matrix_norm(layout, u), previous)
     return (bounded(u) * jnp.expand_dims(factor, layout.core)).astype(u.dtype), norm

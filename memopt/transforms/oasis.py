@@ -18,10 +18,10 @@ class ScaleByOasisState(NamedTuple):
     """State of `scale_by_oasis`.
 
     Attributes:
-      curvature: the estimate of the Hessian's diagonal.
-      previous: the parameters of the previous step, in their dtype.
-      rate: the step size η of the previous step, float32 or wider.
-      ratio: its ratio θ to the one before; infinite before the second step.
+        curvature: the estimate of the Hessian's diagonal.
+        previous: the parameters of the previous step, in their dtype.
+        rate: the step size η of the previous step, float32 or wider.
+        ratio: its ratio θ to the one before; infinite before the second step.
     """
 
     curvature: ScaleByHutchinsonState
@@ -44,8 +44,8 @@ def scale_by_oasis(
     With D from `memopt.scale_by_hutchinson`, D̂ = max(|D|, min_curvature), F the loss of this
     step's batch at both points, and norms over all parameters, weighted by D̂ or its inverse::
 
-        η ← min(√(1 + θ) η, ½ ‖Wₖ − Wₖ₋₁‖_D̂ / ‖∇F(Wₖ) − ∇F(Wₖ₋₁)‖_D̂⁻¹)       η₀ = first_step
-        θ ← η / η of the previous step                                       θ₀ = ∞
+        η ← min(√(1 + θ) η, ½ ‖Wₖ − Wₖ₋₁‖_D̂ / ‖∇F(Wₖ) − ∇F(Wₖ₋₁)‖_(D̂⁻¹))     η₀ = first_step
+        θ ← η / η_before                                                     θ₀ = ∞
         U = η G / D̂
 
     A step costs two gradients, ∇F(Wₖ) and ∇F(Wₖ₋₁), and one product with the Hessian, which is as
@@ -53,32 +53,32 @@ def scale_by_oasis(
     State: 2mn numbers per matrix, and two.
 
     Args:
-      b2: decay of the estimate of the Hessian.
-      min_curvature: the smallest denominator, α.
-      first_step: η₀; small, since the next step is free to grow.
-      first_probes: random vectors of the first step; all others have one.
-      refresh_every: steps between two estimates of the Hessian.
-      seed: the seed of the random vectors.
+        b2: decay of the estimate of the Hessian.
+        min_curvature: the smallest denominator, α.
+        first_step: η₀; small, since the next step is free to grow.
+        first_probes: random vectors of the first step; all others have one.
+        refresh_every: steps between two estimates of the Hessian.
+        seed: the seed of the random vectors.
 
     Returns:
-      A transformation whose state is a `ScaleByOasisState`. It raises a `ValueError` if `obj_fn`,
-      the loss as a function of the parameters, is missing.
+        A transformation whose state is a `ScaleByOasisState`. It raises a `ValueError` if `obj_fn`,
+        the loss as a function of the parameters, is missing.
 
     References:
-      Jahani et al., Doubly Adaptive Scaled Algorithm for Machine Learning Using Second-Order
-      Information, 2021, https://arxiv.org/abs/2109.05198, Algorithm 1.
+        Jahani et al., Doubly Adaptive Scaled Algorithm for Machine Learning Using Second-Order
+        Information, 2021, https://arxiv.org/abs/2109.05198, Algorithm 1.
 
     Example:
-      >>> loss = lambda w: 0.5 * (jnp.array([4.0, 0.25]) * w**2).sum()
-      >>> tx, w = optax.chain(scale_by_oasis(), optax.scale(-1.0)), jnp.ones(2)
-      >>> state = tx.init(w)
-      >>> for _ in range(3):
-      ...     updates, state = tx.update(jax.grad(loss)(w), state, w, obj_fn=loss)
-      ...     w += updates
-      ...     print(round(float(w[0]), 4), round(float(state[0].rate), 4))
-      0.999 0.001
-      0.4995 0.5
-      0.2498 0.5
+        >>> loss = lambda w: 0.5 * (jnp.array([4.0, 0.25]) * w**2).sum()
+        >>> tx, w = optax.chain(scale_by_oasis(), optax.scale(-1.0)), jnp.ones(2)
+        >>> state = tx.init(w)
+        >>> for _ in range(3):
+        ...     updates, state = tx.update(jax.grad(loss)(w), state, w, obj_fn=loss)
+        ...     w += updates
+        ...     print(round(float(w[0]), 4), round(float(state[0].rate), 4))
+        0.999 0.001
+        0.4995 0.5
+        0.2498 0.5
     """
     check_precision(first_step=first_step)
     hessian = HutchinsonRule(b2, min_curvature, first_probes, refresh_every, seed)

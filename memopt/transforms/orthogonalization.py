@@ -50,31 +50,31 @@ def orthogonalize(
     moves only before and after them. A vector is a matrix of one row.
 
     Args:
-      ns_steps: the number of iterations.
-      ns_coeffs: a, b and c; or three numbers for each step, which then sets the number of steps.
-      eps: added to the norm.
-      dtype: the dtype of the iterations; by default float32, or wider if the updates are.
-      replica_axis: the mesh axis over which parameters are replicated, if there is one. It affects
-        what is communicated, not the results.
-      matrices: which leaves are matrices, and which axes are their rows and columns; see
-        `memopt.matrices`.
+        ns_steps: the number of iterations.
+        ns_coeffs: a, b and c; or three numbers for each step, which then sets the number of steps.
+        eps: added to the norm.
+        dtype: the dtype of the iterations; by default float32, or wider if the updates are.
+        replica_axis: the mesh axis over which parameters are replicated, if there is one. It
+            affects what is communicated, not the results.
+        matrices: which leaves are matrices, and which axes are their rows and columns; see
+            `memopt.matrices`.
 
     Returns:
-      A transformation whose update takes the extra argument `leaf_by_leaf`. A training step that
-      never holds all gradients sets it, so that parameters are not batched.
+        A transformation whose update takes the extra argument `leaf_by_leaf`. A training step that
+        never holds all gradients sets it, so that parameters are not batched.
 
     Raises:
-      ValueError: if `ns_steps` is below 1, or `ns_coeffs` are not three numbers per step.
+        ValueError: if `ns_steps` is below 1, or `ns_coeffs` are not three numbers per step.
 
     References:
-      Jordan et al., Muon, 2024, https://kellerjordan.github.io/posts/muon/.
+        Jordan et al., Muon, 2024, https://kellerjordan.github.io/posts/muon/.
 
     Example:
-      >>> g = jnp.array([[3.0, 0.0, 0.0], [0.0, 0.0, -2.0]])
-      >>> u, _ = orthogonalize(10, (1.5, -0.5, 0.0)).update({"w": g}, optax.EmptyState())
-      >>> print(u["w"].round(3) + 0.0)
-      [[ 1.  0.  0.]
-       [ 0.  0. -1.]]
+        >>> g = jnp.array([[3.0, 0.0, 0.0], [0.0, 0.0, -2.0]])
+        >>> u, _ = orthogonalize(10, (1.5, -0.5, 0.0)).update({"w": g}, optax.EmptyState())
+        >>> print(u["w"].round(3) + 0.0)
+        [[ 1.  0.  0.]
+         [ 0.  0. -1.]]
     """
     _polynomials(ns_steps, ns_coeffs)
     iterate = functools.partial(
@@ -114,21 +114,22 @@ def newton_schulz(
     """Runs the iterations of `orthogonalize` on an array of matrices.
 
     Args:
-      x: ``(*stack, m, n)``.
-      ns_steps: as in `orthogonalize`.
-      ns_coeffs: as in `orthogonalize`.
-      eps: as in `orthogonalize`.
-      dtype: as in `orthogonalize`.
+        x: ``(*stack, m, n)``.
+        ns_steps: as in `orthogonalize`.
+        ns_coeffs: as in `orthogonalize`.
+        eps: as in `orthogonalize`.
+        dtype: as in `orthogonalize`.
 
     Returns:
-      An array of the shape and dtype of `x`.
+        An array of the shape and dtype of `x`.
 
     Raises:
-      ValueError: as in `orthogonalize`.
+        ValueError: as in `orthogonalize`.
 
     Example:
-      >>> newton_schulz(jnp.array([[3.0, 0.0], [0.0, 1.0]]), 20, (1.5, -0.5, 0.0)).round(3).tolist()
-      [[1.0, 0.0], [0.0, 1.0]]
+        >>> g = jnp.array([[3.0, 0.0], [0.0, 1.0]])
+        >>> newton_schulz(g, 20, (1.5, -0.5, 0.0)).round(3).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
     """
     polynomials = _polynomials(ns_steps, ns_coeffs)
     x = jnp.asarray(x)
@@ -170,18 +171,19 @@ def scale_by_matrix_shape(
     orthogonal updates that root mean square. No state.
 
     Args:
-      consistent_rms: the root mean square of every update; 0.2 is about AdamW's.
-      matrices: which leaves are matrices, and which axes are their rows and columns; see
-        `memopt.matrices`. Rows are inputs, see `memopt.out_in`; a vector is a matrix of one row.
+        consistent_rms: the root mean square of every update; 0.2 is about AdamW's.
+        matrices: which leaves are matrices, and which axes are their rows and columns; see
+            `memopt.matrices`. Rows are inputs, see `memopt.out_in`; a vector is a matrix of one
+            row.
 
     References:
-      Jordan et al., Muon, 2024, https://kellerjordan.github.io/posts/muon/; Liu et al., Muon is
-      Scalable for LLM Training, 2025, https://arxiv.org/abs/2502.16982, section 2.2.
+        Jordan et al., Muon, 2024, https://kellerjordan.github.io/posts/muon/; Liu et al., Muon is
+        Scalable for LLM Training, 2025, https://arxiv.org/abs/2502.16982, section 2.2.
 
     Example:
-      >>> u, _ = scale_by_matrix_shape().update({"w": jnp.ones((2, 8))}, optax.EmptyState())
-      >>> float(u["w"][0, 0])
-      2.0
+        >>> u, _ = scale_by_matrix_shape().update({"w": jnp.ones((2, 8))}, optax.EmptyState())
+        >>> float(u["w"][0, 0])
+        2.0
     """
     return per_matrix(
         functools.partial(multiply_by_shape, consistent_rms=consistent_rms), matrices=matrices

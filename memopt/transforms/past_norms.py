@@ -17,8 +17,8 @@ class ScaleByPastNormsState(NamedTuple):
     """State of `scale_by_past_norms`.
 
     Attributes:
-      sums: the sum of each matrix's squared gradients, without `initial`, in the shape of the
-        stack; of each column with `per_column`.
+        sums: the sum of each matrix's squared gradients, without `initial`, in the shape of the
+            stack; of each column with `per_column`.
     """
 
     sums: Any
@@ -38,24 +38,24 @@ def scale_by_past_norms(
     one per column.
 
     Args:
-      initial: the sum before the first step.
-      per_column: keep a sum for each column, an output of the matrix; of vectors for each entry.
-      matrices: which leaves are matrices, and which axes are their rows and columns; see
-        `memopt.matrices`. A vector has a sum of its own.
+        initial: the sum before the first step.
+        per_column: keep a sum for each column, an output of the matrix; of vectors for each entry.
+        matrices: which leaves are matrices, and which axes are their rows and columns; see
+            `memopt.matrices`. A vector has a sum of its own.
 
     Raises:
-      ValueError: if `initial` is not above 0.
+        ValueError: if `initial` is not above 0.
 
     References:
-      Ward et al., AdaGrad Stepsizes: Sharp Convergence over Nonconvex Landscapes, 2018,
-      https://arxiv.org/abs/1806.01811, Algorithm 1.
+        Ward et al., AdaGrad Stepsizes: Sharp Convergence over Nonconvex Landscapes, 2018,
+        https://arxiv.org/abs/1806.01811, Algorithm 1.
 
     Example:
-      >>> tx = scale_by_past_norms(11.0)
-      >>> g = jnp.array([[3.0, 0.0], [0.0, 4.0]])
-      >>> u, state = tx.update(g, tx.init(g))
-      >>> print(u[0, 0], state.sums)                              # 3 / √(11 + 9 + 16)
-      0.5 25.0
+        >>> tx = scale_by_past_norms(11.0)
+        >>> g = jnp.array([[3.0, 0.0], [0.0, 4.0]])
+        >>> u, state = tx.update(g, tx.init(g))
+        >>> print(u[0, 0], state.sums)                              # 3 / √(11 + 9 + 16)
+        0.5 25.0
     """
     check_above_zero("initial", initial)
     axes = lambda layout: layout.rows if per_column else layout.core

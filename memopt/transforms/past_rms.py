@@ -15,8 +15,8 @@ class ScaleByPastRmsState(NamedTuple):
     """State of `scale_by_past_rms`.
 
     Attributes:
-      count: steps taken, int32.
-      nu: second moment, float32 or wider, shaped like the parameters.
+        count: steps taken, int32.
+        nu: second moment, float32 or wider, shaped like the parameters.
     """
 
     count: Array  # type: ignore[assignment]
@@ -39,24 +39,24 @@ def scale_by_past_rms(
     one number per parameter.
 
     Args:
-      b2: decay of the second moment.
-      eps: the least that is divided by.
+        b2: decay of the second moment.
+        eps: the least that is divided by.
 
     Returns:
-      A transformation whose state is a `ScaleByPastRmsState`.
+        A transformation whose state is a `ScaleByPastRmsState`.
 
     References:
-      Taniguchi et al., ADOPT: Modified Adam Can Converge with Any β₂ with the Optimal Rate, 2024,
-      https://arxiv.org/abs/2411.02853.
+        Taniguchi et al., ADOPT: Modified Adam Can Converge with Any β₂ with the Optimal Rate, 2024,
+        https://arxiv.org/abs/2411.02853.
 
     Example:
-      >>> tx = scale_by_past_rms()
-      >>> state = tx.init(jnp.zeros(1))
-      >>> for g in (2.0, 3.0):
-      ...     u, state = tx.update(jnp.array([g]), state)
-      ...     print(u.item())
-      0.0
-      1.5
+        >>> tx = scale_by_past_rms()
+        >>> state = tx.init(jnp.zeros(1))
+        >>> for g in (2.0, 3.0):
+        ...     u, state = tx.update(jnp.array([g]), state)
+        ...     print(u.item())
+        0.0
+        1.5
     """
     check_precision(b2=b2, eps=eps)
 
@@ -83,7 +83,7 @@ class ClipByStepState(NamedTuple):
     """State of `clip_by_step`.
 
     Attributes:
-      count: steps taken, int32.
+        count: steps taken, int32.
     """
 
     count: Array  # type: ignore[assignment]
@@ -99,26 +99,26 @@ def clip_by_step(
     early steps, whose second moment is an average of few gradients. State: the step count.
 
     Args:
-      exponent: the power; ADOPT's is ¼.
-      delay: the number of first steps whose bound is zero: 1 in ADOPT.
+        exponent: the power; ADOPT's is ¼.
+        delay: the number of first steps whose bound is zero: 1 in ADOPT.
 
     Returns:
-      A transformation whose state is a `ClipByStepState`.
+        A transformation whose state is a `ClipByStepState`.
 
     Raises:
-      ValueError: if `exponent` or `delay` is negative.
+        ValueError: if `exponent` or `delay` is negative.
 
     References:
-      Taniguchi et al., ADOPT: Modified Adam Can Converge with Any β₂ with the Optimal Rate, 2024,
-      https://arxiv.org/abs/2411.02853.
+        Taniguchi et al., ADOPT: Modified Adam Can Converge with Any β₂ with the Optimal Rate, 2024,
+        https://arxiv.org/abs/2411.02853.
 
     Example:
-      >>> tx = clip_by_step(0.5)
-      >>> state = tx.init(jnp.zeros(2))
-      >>> for _ in range(4):
-      ...     u, state = tx.update(jnp.array([0.5, -7.0]), state)
-      >>> u.tolist()
-      [0.5, -2.0]
+        >>> tx = clip_by_step(0.5)
+        >>> state = tx.init(jnp.zeros(2))
+        >>> for _ in range(4):
+        ...     u, state = tx.update(jnp.array([0.5, -7.0]), state)
+        >>> u.tolist()
+        [0.5, -2.0]
     """
     check_at_least("exponent", exponent, 0)
     check_at_least("delay", delay, 0)

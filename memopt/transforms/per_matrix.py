@@ -24,33 +24,33 @@ def per_matrix(
     """Makes a transformation from a rule that updates one parameter.
 
     Args:
-      rule: maps ``(layout, update, *arrays)`` to the new update, or, if the state keeps arrays, to
-        a tuple of the new update and the new arrays. It must treat each matrix of a stack
-        separately and in the same way.
-      state_type: the NamedTuple class of the state. A first field ``count`` counts steps, int32;
-        each other field is a tree with an array for each parameter. By default no state.
-      like: maps ``(layout, parameter)`` to arrays, one for each such field. It is evaluated
-        abstractly: the state starts with zeros of these shapes and dtypes.
-        ``memopt.trees.NOTHING`` keeps no array.
-      schedules: keyword arguments of the rule, as functions of the number of previous steps.
-      reads_params: whether the rule also takes the parameter, after the arrays.
-      matrices: which leaves are matrices, and which axes are their rows and columns; see
-        `memopt.matrices`. By default `memopt.matrices.every_matrix`.
+        rule: maps ``(layout, update, *arrays)`` to the new update, or, if the state keeps arrays,
+            to a tuple of the new update and the new arrays. It must treat each matrix of a stack
+            separately and in the same way.
+        state_type: the NamedTuple class of the state. A first field ``count`` counts steps, int32;
+            each other field is a tree with an array for each parameter. By default no state.
+        like: maps ``(layout, parameter)`` to arrays, one for each such field. It is evaluated
+            abstractly: the state starts with zeros of these shapes and dtypes.
+            ``memopt.trees.NOTHING`` keeps no array.
+        schedules: keyword arguments of the rule, as functions of the number of previous steps.
+        reads_params: whether the rule also takes the parameter, after the arrays.
+        matrices: which leaves are matrices, and which axes are their rows and columns; see
+            `memopt.matrices`. By default `memopt.matrices.every_matrix`.
 
     Returns:
-      A transformation whose state is a `state_type`.
+        A transformation whose state is a `state_type`.
 
     Raises:
-      ValueError: if a parameter is complex, or the rule reads parameters and `update` is called
-        without them.
+        ValueError: if a parameter is complex, or the rule reads parameters and `update` is called
+            without them.
 
     Example:
-      >>> def subtract_mean(layout, u):
-      ...     return u - u.mean(layout.core, keepdims=True)
-      >>> tx = per_matrix(subtract_mean)
-      >>> layers = jnp.array([[[1.0, 3.0]], [[5.0, 9.0]]])
-      >>> tx.update(layers, tx.init(layers))[0].tolist()
-      [[[-1.0, 1.0]], [[-2.0, 2.0]]]
+        >>> def subtract_mean(layout, u):
+        ...     return u - u.mean(layout.core, keepdims=True)
+        >>> tx = per_matrix(subtract_mean)
+        >>> layers = jnp.array([[[1.0, 3.0]], [[5.0, 9.0]]])
+        >>> tx.update(layers, tx.init(layers))[0].tolist()
+        [[[-1.0, 1.0]], [[-2.0, 2.0]]]
     """
     counted = state_type._fields[:1] == ("count",)
     if not counted and ("count" in state_type._fields or schedules):

@@ -29,28 +29,28 @@ def unshard_short_side(
     Pass the result to `reshard_update`, and to `memopt.state_sharding` to shard the state alike.
 
     Args:
-      params: arrays or ``jax.ShapeDtypeStruct``, each with a `NamedSharding`.
-      one_layer_at_a_time: whether updates are computed one layer at a time, as by a released step;
-        stacks are then not split further.
-      matrices: which leaves are matrices, and which axes are their rows and columns; see
-        `memopt.hidden_matrices`.
+        params: arrays or ``jax.ShapeDtypeStruct``, each with a `NamedSharding`.
+        one_layer_at_a_time: whether updates are computed one layer at a time, as by a released
+            step; stacks are then not split further.
+        matrices: which leaves are matrices, and which axes are their rows and columns; see
+            `memopt.hidden_matrices`.
 
     Returns:
-      ``jax.ShapeDtypeStruct`` like `params`. Shardings are unchanged for leaves that are not
-      matrices, for matrices whose stack and longer side are not divisible, and under Explicit
-      axes, where types fix the shardings.
+        ``jax.ShapeDtypeStruct`` like `params`. Shardings are unchanged for leaves that are not
+        matrices, for matrices whose stack and longer side are not divisible, and under Explicit
+        axes, where types fix the shardings.
 
     Raises:
-      ValueError: if a parameter has no `NamedSharding`, or they are on several meshes.
+        ValueError: if a parameter has no `NamedSharding`, or they are on several meshes.
 
     Example:
-      >>> mesh = jax.sharding.AbstractMesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
-      >>> rows = NamedSharding(mesh, jax.P(None, "fsdp"))
-      >>> params = {"up": jax.ShapeDtypeStruct((8, 16, 64), "float32", sharding=rows)}
-      >>> unshard_short_side(params)["up"].sharding.spec
-      P('fsdp',)
-      >>> unshard_short_side(params, one_layer_at_a_time=True)["up"].sharding.spec
-      P(None, None, 'fsdp')
+        >>> mesh = jax.sharding.AbstractMesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
+        >>> rows = NamedSharding(mesh, jax.P(None, "fsdp"))
+        >>> params = {"up": jax.ShapeDtypeStruct((8, 16, 64), "float32", sharding=rows)}
+        >>> unshard_short_side(params)["up"].sharding.spec
+        P('fsdp',)
+        >>> unshard_short_side(params, one_layer_at_a_time=True)["up"].sharding.spec
+        P(None, None, 'fsdp')
     """
     places = {p.name: p for p in placed_params(params)}
 
@@ -96,27 +96,27 @@ def reshard_update(
     too. Other optimizers have little to sum and do not need it.
 
     Args:
-      tx: any Optax transformation. Its state is unchanged; shard it by
-        ``memopt.state_sharding(tx, shardings)``.
-      params: arrays or ``jax.ShapeDtypeStruct``, each with a `NamedSharding` over Auto axes.
-        Updates with the same names, of all layers or of one, are assumed to be sharded alike.
-      shardings: a tree like `params`, of arrays or shapes with the shardings under which the
-        update is computed.
+        tx: any Optax transformation. Its state is unchanged; shard it by
+            ``memopt.state_sharding(tx, shardings)``.
+        params: arrays or ``jax.ShapeDtypeStruct``, each with a `NamedSharding` over Auto axes.
+            Updates with the same names, of all layers or of one, are assumed to be sharded alike.
+        shardings: a tree like `params`, of arrays or shapes with the shardings under which the
+            update is computed.
 
     Raises:
-      ValueError: if a parameter has no `NamedSharding`, parameters are on several meshes, or the
-        leaves of `shardings` are not those of `params`; at an update, if it has a leaf that
-        `params` does not have.
+        ValueError: if a parameter has no `NamedSharding`, parameters are on several meshes, or the
+            leaves of `shardings` are not those of `params`; at an update, if it has a leaf that
+            `params` does not have.
 
     Example:
-      >>> import memopt, jax.numpy as jnp
-      >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,))
-      >>> rows = NamedSharding(mesh, jax.P("fsdp"))
-      >>> params = {"up": {"kernel": jax.device_put(jnp.ones((16, 64)), rows)}}
-      >>> shardings = unshard_short_side(params)
-      >>> tx = reshard_update(memopt.galore(1e-2, rank=4), params, shardings)
-      >>> state = jax.jit(tx.init, out_shardings=memopt.state_sharding(tx, shardings))(params)
-      >>> updates, state = jax.jit(tx.update)(params, state, params)
+        >>> import memopt, jax.numpy as jnp
+        >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,))
+        >>> rows = NamedSharding(mesh, jax.P("fsdp"))
+        >>> params = {"up": {"kernel": jax.device_put(jnp.ones((16, 64)), rows)}}
+        >>> shardings = unshard_short_side(params)
+        >>> tx = reshard_update(memopt.galore(1e-2, rank=4), params, shardings)
+        >>> state = jax.jit(tx.init, out_shardings=memopt.state_sharding(tx, shardings))(params)
+        >>> updates, state = jax.jit(tx.update)(params, state, params)
     """
     here, there = ({p.name: p for p in placed_params(tree)} for tree in (params, shardings))
     if here.keys() != there.keys():

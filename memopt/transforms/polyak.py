@@ -21,8 +21,8 @@ class ScaleByPolyakState(NamedTuple):
     """State of `scale_by_polyak`.
 
     Attributes:
-      slack: the slack variable, float32; empty without one.
-      inner: the preconditioner's state.
+        slack: the slack variable, float32; empty without one.
+        inner: the preconditioner's state.
     """
 
     slack: Any
@@ -55,31 +55,31 @@ def scale_by_polyak(
     preconditioner, and one number for a slack.
 
     Args:
-      preconditioner: any Optax transformation whose update is D⁻¹G, such as
-        `memopt.scale_by_hutchinson` or ``optax.scale_by_rms``; None means the identity.
-      f_star: the smallest loss there is; 0 for models that can fit all data.
-      cap: the largest step size; None means no cap.
-      slack: "L1" or "L2", for a loss whose smallest value is not known; None means no slack.
-      slack_weight: λ, the penalty of the slack.
+        preconditioner: any Optax transformation whose update is D⁻¹G, such as
+            `memopt.scale_by_hutchinson` or ``optax.scale_by_rms``; None means the identity.
+        f_star: the smallest loss there is; 0 for models that can fit all data.
+        cap: the largest step size; None means no cap.
+        slack: "L1" or "L2", for a loss whose smallest value is not known; None means no slack.
+        slack_weight: λ, the penalty of the slack.
 
     Returns:
-      A transformation whose state is a `ScaleByPolyakState`. It raises a `ValueError` if `value`
-      is missing.
+        A transformation whose state is a `ScaleByPolyakState`. It raises a `ValueError` if `value`
+        is missing.
 
     Raises:
-      ValueError: if `slack` is unknown, or `cap` or `slack_weight` is negative.
+        ValueError: if `slack` is unknown, or `cap` or `slack_weight` is negative.
 
     References:
-      Abdukhakimov et al., Stochastic Gradient Descent with Preconditioned Polyak Step-size, 2023,
-      https://arxiv.org/abs/2310.02093; Loizou et al., Stochastic Polyak Step-size for SGD, 2020,
-      https://arxiv.org/abs/2002.10542.
+        Abdukhakimov et al., Stochastic Gradient Descent with Preconditioned Polyak Step-size, 2023,
+        https://arxiv.org/abs/2310.02093; Loizou et al., Stochastic Polyak Step-size for SGD, 2020,
+        https://arxiv.org/abs/2002.10542.
 
     Example:
-      >>> tx = optax.chain(scale_by_polyak(), optax.scale_by_learning_rate(1.0))
-      >>> loss, w = lambda w: (w**2).sum(), jnp.array([1.0, 2.0])
-      >>> g = jax.grad(loss)(w)
-      >>> tx.update(g, tx.init(w), w, value=loss(w))[0].tolist()           # γ = 5 / 20
-      [-0.5, -1.0]
+        >>> tx = optax.chain(scale_by_polyak(), optax.scale_by_learning_rate(1.0))
+        >>> loss, w = lambda w: (w**2).sum(), jnp.array([1.0, 2.0])
+        >>> g = jax.grad(loss)(w)
+        >>> tx.update(g, tx.init(w), w, value=loss(w))[0].tolist()           # γ = 5 / 20
+        [-0.5, -1.0]
     """
     check_choice("slack", slack, (None, "L1", "L2"))
     check_precision(f_star=f_star, cap=cap, slack_weight=slack_weight)

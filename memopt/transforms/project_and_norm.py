@@ -34,24 +34,25 @@ def project_and_norm(basis: Basis, gradient: Stack, left: bool, split: jax.P | N
     devices, XLA takes two passes.
 
     Args:
-      basis: P, one for the whole stack: ``(m, r)`` if `left`, else ``(n, r)``.
-      gradient: G, ``(*stack, m, n)``, of any floating dtype.
-      left: whether the rows are projected, or the columns.
-      split: the mesh axes that split each axis of G, if they are known.
+        basis: P, one for the whole stack: ``(m, r)`` if `left`, else ``(n, r)``.
+        gradient: G, ``(*stack, m, n)``, of any floating dtype.
+        left: whether the rows are projected, or the columns.
+        split: the mesh axes that split each axis of G, if they are known.
 
     Returns:
-      PᵀG, ``(*stack, r, n)``, and each column's sum of squares, ``(*stack, 1, n)``; or G P,
-      ``(*stack, m, r)``, and each row's, ``(*stack, m, 1)``. The dtype is float32, or as wide as
-      G's; products are in full precision.
+        PᵀG, ``(*stack, r, n)``, and each column's sum of squares, ``(*stack, 1, n)``; or G P,
+        ``(*stack, m, r)``, and each row's, ``(*stack, m, 1)``. The dtype is float32, or as wide as
+        G's; products are in full precision.
 
     References:
-      Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270, Algorithm 1: the two results are
-      what a step needs to scale G.
+        Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270, Algorithm 1: the two results are
+        what a step needs to scale G.
 
     Example:
-      >>> low, squares = project_and_norm(jnp.eye(2, 1), jnp.array([[3.0, 1.0], [4.0, 0.0]]), True)
-      >>> low.tolist(), squares.tolist()
-      ([[3.0, 1.0]], [[25.0, 1.0]])
+        >>> g = jnp.array([[3.0, 1.0], [4.0, 0.0]])
+        >>> low, squares = project_and_norm(jnp.eye(2, 1), g, True)
+        >>> low.tolist(), squares.tolist()
+        ([[3.0, 1.0]], [[25.0, 1.0]])
     """
     plain = functools.partial(_plain, left=left)
     one_pass = _one_pass(basis, gradient, left, split) or plain

@@ -25,18 +25,18 @@ class Subspace:
     """The subspace of one stack of matrices at one step, with the inner optimizer's results.
 
     Attributes:
-      projector: the rule that gave the basis.
-      spec: the name and shape of the matrices.
-      gradient: G, ``(*stack, m, n)``.
-      basis: P.
-      low_gradient: R, the gradient in the subspace: ``(*stack, r, n)`` or ``(*stack, m, r)``.
-      squares: the sum of squares of each of G's channels, with the other axis of length one; None
-        unless the recombination needs them.
-      previous_basis: a function that returns the basis that a refresh at this step replaces.
-      low_update: N, the inner optimizer's update for R.
-      old_momentum: the inner optimizer's first moment before this step, or None.
-      momentum: the same moment, carried over if a refresh at this step did so.
-      is_carried: whether a refresh at this step carried moments over.
+        projector: the rule that gave the basis.
+        spec: the name and shape of the matrices.
+        gradient: G, ``(*stack, m, n)``.
+        basis: P.
+        low_gradient: R, the gradient in the subspace: ``(*stack, r, n)`` or ``(*stack, m, r)``.
+        squares: the sum of squares of each of G's channels, with the other axis of length one; None
+            unless the recombination needs them.
+        previous_basis: a function that returns the basis that a refresh at this step replaces.
+        low_update: N, the inner optimizer's update for R.
+        old_momentum: the inner optimizer's first moment before this step, or None.
+        momentum: the same moment, carried over if a refresh at this step did so.
+        is_carried: whether a refresh at this step carried moments over.
     """
 
     projector: Projector
@@ -119,12 +119,12 @@ class Recombine:
     """A rule that forms a full-size update.
 
     Attributes:
-      update: maps a `Subspace` and the array kept between steps to the full-size update and the
-        new array to keep, `NOTHING` for none.
-      init: maps a `MatrixSpec` to the initial array, zeros.
-      correct: maps the gradient and the kept array to the gradient to project.
-      check: raises `IncompatiblePairingError` for a projector that the rule cannot work with.
-      needs_squares: whether the rule needs the norms of the gradient's channels.
+        update: maps a `Subspace` and the array kept between steps to the full-size update and the
+            new array to keep, `NOTHING` for none.
+        init: maps a `MatrixSpec` to the initial array, zeros.
+        correct: maps the gradient and the kept array to the gradient to project.
+        check: raises `IncompatiblePairingError` for a projector that the rule cannot work with.
+        needs_squares: whether the rule needs the norms of the gradient's channels.
     """
 
     update: Callable[[Subspace, Any], tuple[Array, Any]]
@@ -138,7 +138,7 @@ def lift() -> Recombine:
     """Lifts the inner update to full size: U = up(N). Nothing outside the subspace changes.
 
     References:
-      Zhao et al., GaLore, 2024, https://arxiv.org/abs/2403.03507, Algorithm 2.
+        Zhao et al., GaLore, 2024, https://arxiv.org/abs/2403.03507, Algorithm 2.
     """
     return Recombine(lambda space, state: (space.up(space.low_update), NOTHING))
 
@@ -147,10 +147,10 @@ def lift_and_sign(scale: float | Array = 1.0) -> Recombine:
     """Lifts the inner update, with sign descent outside: U = up(N) + scale·sign(G − up(R)).
 
     Args:
-      scale: the learning rate outside the subspace, relative to that inside.
+        scale: the learning rate outside the subspace, relative to that inside.
 
     References:
-      Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, Algorithm 1.
+        Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, Algorithm 1.
     """
 
     def update(space: Subspace, state: Any) -> tuple[Stack, Any]:
@@ -163,15 +163,15 @@ def lift_and_residual(scale: float | Array = 1.0, *, recover: float | Array = 0.
     """Lifts the inner update, with gradient descent outside: U = up(N) + scale·(G − up(R)).
 
     Args:
-      scale: the learning rate outside the subspace, relative to that inside.
-      recover: at a refresh, the factor with which the dropped part of the momentum is added. If
-        the inner optimizer is a momentum with decay β₁, ``lift_and_residual(1 - b1, recover=b1)``
-        is Flora's released code: gradients are compressed only after their own step, and never by
-        a subspace drawn after them.
+        scale: the learning rate outside the subspace, relative to that inside.
+        recover: at a refresh, the factor with which the dropped part of the momentum is added. If
+            the inner optimizer is a momentum with decay β₁, ``lift_and_residual(1 - b1,
+            recover=b1)`` is Flora's released code: gradients are compressed only after their own
+            step, and never by a subspace drawn after them.
 
     References:
-      Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, Algorithm 1; Hao et al.,
-      Flora, 2024, https://arxiv.org/abs/2402.03293.
+        Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, Algorithm 1; Hao et al.,
+        Flora, 2024, https://arxiv.org/abs/2402.03293.
     """
 
     def update(space: Subspace, state: Any) -> tuple[Stack, Any]:
@@ -195,13 +195,13 @@ def lift_and_scaled_residual(
     with one ratio for each index of the side that is not projected.
 
     Args:
-      scale: the scale of the lifted update, α.
-      limiter: bounds the growth of the second term's norm. State: one number per matrix.
-      as_released: the residual is G − scale·up(R), as in the authors' code, where lifting always
-        multiplies by α.
+        scale: the scale of the lifted update, α.
+        limiter: bounds the growth of the second term's norm. State: one number per matrix.
+        as_released: the residual is G − scale·up(R), as in the authors' code, where lifting always
+            multiplies by α.
 
     References:
-      Chen et al., Fira, 2024, https://arxiv.org/abs/2410.01623, Algorithm 1.
+        Chen et al., Fira, 2024, https://arxiv.org/abs/2410.01623, Algorithm 1.
     """
 
     def update(space: Subspace, state: Any) -> tuple[Stack, Any]:
@@ -233,10 +233,10 @@ def lift_with_error_feedback(b1: float | Array = 0.0) -> Recombine:
     subspace. State: a full-size array, which can replace an accumulated gradient.
 
     Args:
-      b1: the decay of the inner optimizer's first moment.
+        b1: the decay of the inner optimizer's first moment.
 
     References:
-      Robert et al., LDAdam, 2024, https://arxiv.org/abs/2410.16103, section 3.3.
+        Robert et al., LDAdam, 2024, https://arxiv.org/abs/2410.16103, section 3.3.
     """
     check_at_least("b1", b1, 0)
 
@@ -260,16 +260,16 @@ def scale_gradient(per: str = "channel", limiter: GrowthLimiter | None = None) -
     """Scales the gradient as the inner optimizer scales its projection: U = G · ‖N‖ / ‖R‖.
 
     Args:
-      per: "channel", one factor for each index of the side that is not projected, or "matrix",
-        one for each matrix.
-      limiter: bounds the growth of the update's norm, as a following `limit_norm_growth` would,
-        but without another pass over the gradient. State: one number per matrix.
+        per: "channel", one factor for each index of the side that is not projected, or "matrix",
+            one for each matrix.
+        limiter: bounds the growth of the update's norm, as a following `limit_norm_growth` would,
+            but without another pass over the gradient. State: one number per matrix.
 
     Raises:
-      ValueError: if `per` is neither.
+        ValueError: if `per` is neither.
 
     References:
-      Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270, section 4.
+        Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270, section 4.
     """
     check_choice("per", per, ("channel", "matrix"))
 

@@ -25,8 +25,8 @@ def share_of(fraction: float, size: int) -> int:
     """Computes ⌊fraction · size⌋ for the decimal number that the fraction is written as.
 
     Example:
-      >>> share_of(0.29, 100), int(0.29 * 100)
-      (29, 28)
+        >>> share_of(0.29, 100), int(0.29 * 100)
+        (29, 28)
     """
     return math.floor(Fraction(str(fraction)) * size)
 
@@ -46,19 +46,22 @@ def kth_largest(
     the arrays ⌈bits/3⌉ times. On a mesh only counts are exchanged.
 
     Args:
-      arrays: arrays of at least k entries together.
-      k: counted from 1. With `axes`, also a number for each matrix, its axes kept with length one.
-      bits: the bits of the integers, which are not negative; fewer than those of `dtype`.
-      dtype: unsigned integers.
-      at_least: which entries of an array reach an integer; for entries that are no integers
-        themselves, but in their order.
-      axes: for one array, the axes to search along, which the result keeps with length one; None
-        searches all entries of all arrays.
+        arrays: arrays of at least k entries together.
+        k: counted from 1. With `axes`, also a number for each matrix, its axes kept with length
+            one.
+        bits: the bits of the integers, which are not negative; fewer than those of `dtype`.
+        dtype: unsigned integers.
+        at_least: which entries of an array reach an integer; for entries that are no integers
+            themselves, but in their order.
+        axes: for one array, the axes to search along, which the result keeps with length one; None
+            searches all entries of all arrays.
 
     Example:
-      >>> x = jnp.array([[5, 1, 3], [0, 2, 2]], jnp.uint32)
-      >>> int(kth_largest([x], 2, 3, x.dtype)), kth_largest([x], 2, 3, x.dtype, axes=(1,)).tolist()
-      (3, [[3], [2]])
+        >>> x = jnp.array([[5, 1, 3], [0, 2, 2]], jnp.uint32)
+        >>> int(kth_largest([x], 2, 3, x.dtype))
+        3
+        >>> kth_largest([x], 2, 3, x.dtype, axes=(1,)).tolist()
+        [[3], [2]]
     """
 
     def reached(candidate: Array) -> Array:
@@ -87,13 +90,13 @@ def kth_magnitude(
     The bits of a positive float, read as an integer, are in the same order as the floats.
 
     Args:
-      arrays: arrays of floats, with at least k entries together.
-      k: counted from 1.
-      axes: as in `kth_largest`.
+        arrays: arrays of floats, with at least k entries together.
+        k: counted from 1.
+        axes: as in `kth_largest`.
 
     Example:
-      >>> float(kth_magnitude([jnp.array([1.0, -8.0]), jnp.array([3.0, 0.5])], 2))
-      3.0
+        >>> float(kth_magnitude([jnp.array([1.0, -8.0]), jnp.array([3.0, 0.5])], 2))
+        3.0
     """
     dtype = jnp.result_type(*arrays)
     bits = jnp.finfo(dtype).bits

@@ -16,7 +16,7 @@ class ScaleBySignMomentumState(NamedTuple):
     """State of `scale_by_sign_momentum`.
 
     Attributes:
-      mu: the momentum, shaped like the parameters.
+        mu: the momentum, shaped like the parameters.
     """
 
     mu: Any
@@ -35,26 +35,26 @@ def scale_by_sign_momentum(
     State: one number per parameter.
 
     Args:
-      b1: the weight of the momentum in the update.
-      b2: the decay of the momentum.
-      mu_dtype: the momentum's dtype; by default the parameter's. The averages are computed in
-        float32 and rounded once.
+        b1: the weight of the momentum in the update.
+        b2: the decay of the momentum.
+        mu_dtype: the momentum's dtype; by default the parameter's. The averages are computed in
+            float32 and rounded once.
 
     Returns:
-      A transformation whose state is a `ScaleBySignMomentumState`.
+        A transformation whose state is a `ScaleBySignMomentumState`.
 
     Raises:
-      ValueError: if `b2` is not above 0.
+        ValueError: if `b2` is not above 0.
 
     References:
-      Chen et al., Symbolic Discovery of Optimization Algorithms, 2023,
-      https://arxiv.org/abs/2302.06675, Algorithm 2.
+        Chen et al., Symbolic Discovery of Optimization Algorithms, 2023,
+        https://arxiv.org/abs/2302.06675, Algorithm 2.
 
     Example:
-      >>> tx = scale_by_sign_momentum()
-      >>> updates, _ = tx.update(jnp.array([0.2, -3.0, 0.0]), tx.init(jnp.zeros(3)))
-      >>> updates.tolist()
-      [1.0, -1.0, 0.0]
+        >>> tx = scale_by_sign_momentum()
+        >>> updates, _ = tx.update(jnp.array([0.2, -3.0, 0.0]), tx.init(jnp.zeros(3)))
+        >>> updates.tolist()
+        [1.0, -1.0, 0.0]
     """
     check_precision(b1=b1, b2=b2)
     if isinstance(b2, numbers.Real) and not b2 > 0:

@@ -25,8 +25,8 @@ class SkipNonfiniteState(NamedTuple):
     """State of `skip_nonfinite` with ``per="tree"``.
 
     Attributes:
-      skipped: steps skipped, int32.
-      inner: the state of the inner transformation.
+        skipped: steps skipped, int32.
+        inner: the state of the inner transformation.
     """
 
     skipped: Array
@@ -37,9 +37,9 @@ class SkipNonfiniteMatricesState(NamedTuple):
     """State of `skip_nonfinite` with ``per="matrix"``.
 
     Attributes:
-      skipped: a tree with the number of skipped steps of each matrix, int32 arrays of the stacks'
-        shapes.
-      inner: the state of the inner transformation.
+        skipped: a tree with the number of skipped steps of each matrix, int32 arrays of the stacks'
+            shapes.
+        inner: the state of the inner transformation.
     """
 
     skipped: Any
@@ -67,26 +67,26 @@ def skip_nonfinite(
     released step exact, at the price of a second backward pass.
 
     Args:
-      inner: any Optax transformation, such as a whole optimizer or a `memopt.quantize_state`.
-      per: "matrix" or "tree".
-      matrices: which leaves are matrices, and which axes are their rows and columns; see
-        `memopt.matrices`. By default `memopt.matrices.every_matrix`.
+        inner: any Optax transformation, such as a whole optimizer or a `memopt.quantize_state`.
+        per: "matrix" or "tree".
+        matrices: which leaves are matrices, and which axes are their rows and columns; see
+            `memopt.matrices`. By default `memopt.matrices.every_matrix`.
 
     Returns:
-      A transformation whose state is a `SkipNonfiniteMatricesState` or a `SkipNonfiniteState`.
+        A transformation whose state is a `SkipNonfiniteMatricesState` or a `SkipNonfiniteState`.
 
     Raises:
-      ValueError: if `per` is unknown, or `matrices` given with ``per="tree"``.
+        ValueError: if `per` is unknown, or `matrices` given with ``per="tree"``.
 
     Example:
-      >>> tx = skip_nonfinite(optax.adam(0.1))
-      >>> params = {"layers": jnp.ones((2, 4, 4))}
-      >>> gradient = {"layers": params["layers"].at[1, 0, 0].set(jnp.nan)}
-      >>> updates, state = tx.update(gradient, tx.init(params), params)
-      >>> [round(float(abs(u).max()), 4) for u in updates["layers"]]
-      [0.1, 0.0]
-      >>> state.skipped["layers"].tolist()
-      [0, 1]
+        >>> tx = skip_nonfinite(optax.adam(0.1))
+        >>> params = {"layers": jnp.ones((2, 4, 4))}
+        >>> gradient = {"layers": params["layers"].at[1, 0, 0].set(jnp.nan)}
+        >>> updates, state = tx.update(gradient, tx.init(params), params)
+        >>> [round(float(abs(u).max()), 4) for u in updates["layers"]]
+        [0.1, 0.0]
+        >>> state.skipped["layers"].tolist()
+        [0, 1]
     """
     check_choice("per", per, ("matrix", "tree"))
     inner = optax.with_extra_args_support(inner)
@@ -205,9 +205,9 @@ class Place(NamedTuple):
     """The place of each matrix in a state array.
 
     Attributes:
-      parameter: the index of the parameter that the array belongs to; None if there is none.
-      axes: for each axis of the parameter's stack the axis of the array that follows it; None if
-        one has none, so that several matrices share a place.
+        parameter: the index of the parameter that the array belongs to; None if there is none.
+        axes: for each axis of the parameter's stack the axis of the array that follows it; None if
+            one has none, so that several matrices share a place.
     """
 
     parameter: int | None
@@ -218,8 +218,8 @@ def _along(hit: Array, axes: tuple[int, ...], ndim: int) -> Array:
     """Returns `hit` with its axes at those of an array of `ndim` axes.
 
     Example:
-      >>> _along(jnp.ones((5, 2)), (3, 1), 4).shape
-      (1, 2, 1, 5)
+        >>> _along(jnp.ones((5, 2)), (3, 1), 4).shape
+        (1, 2, 1, 5)
     """
     order = sorted(range(len(axes)), key=lambda i: axes[i])
     others = [a for a in range(ndim) if a not in axes]

@@ -20,15 +20,15 @@ def update_of_state(
     read at the stored count, that of the coming step.
 
     Args:
-      tx: a transformation.
-      state: its state after some steps.
-      like: a tree with the shapes and dtypes of the gradients.
-      params: the parameters, if the update reads them.
-      **extra: its other arguments.
+        tx: a transformation.
+        state: its state after some steps.
+        like: a tree with the shapes and dtypes of the gradients.
+        params: the parameters, if the update reads them.
+        **extra: its other arguments.
 
     Raises:
-      ValueError: if the update also depends on the gradient, as Nesterov's and Lion's do, or on
-        numbers that are rounded before they are stored.
+        ValueError: if the update also depends on the gradient, as Nesterov's and Lion's do, or on
+            numbers that are rounded before they are stored.
     """
     structure: Any = jax.tree.structure(like)
     count = structure.num_leaves
@@ -70,27 +70,27 @@ def predict_parameters(
     ``weight_decay=0``, which has the same state.
 
     Args:
-      tx: a transformation, such as a whole optimizer; in `memopt.keep_update` it may be any, and
-        its last update is applied again.
-      state: its state after the previous step.
-      params: the parameters.
-      steps: how many steps to predict, such as the delay of an asynchronous gradient.
+        tx: a transformation, such as a whole optimizer; in `memopt.keep_update` it may be any, and
+            its last update is applied again.
+        state: its state after the previous step.
+        params: the parameters.
+        steps: how many steps to predict, such as the delay of an asynchronous gradient.
 
     Returns:
-      Parameters like `params`, at which to evaluate the loss.
+        Parameters like `params`, at which to evaluate the loss.
 
     Raises:
-      ValueError: if the update depends on the gradient beside the state that is stored.
+        ValueError: if the update depends on the gradient beside the state that is stored.
 
     References:
-      Guan, XGrad: Boosting Gradient-Based Optimizers With Weight Prediction, 2023,
-      https://arxiv.org/abs/2305.18240.
+        Guan, XGrad: Boosting Gradient-Based Optimizers With Weight Prediction, 2023,
+        https://arxiv.org/abs/2305.18240.
 
     Example:
-      >>> tx, w = optax.sgd(0.1, momentum=0.9), jnp.array([1.0])
-      >>> _, state = tx.update(jnp.array([2.0]), tx.init(w), w)
-      >>> predict_parameters(tx, state, w, steps=3).tolist()            # 1 - 3 · 0.1 · 2
-      [0.3999999761581421]
+        >>> tx, w = optax.sgd(0.1, momentum=0.9), jnp.array([1.0])
+        >>> _, state = tx.update(jnp.array([2.0]), tx.init(w), w)
+        >>> predict_parameters(tx, state, w, steps=3).tolist()            # 1 - 3 · 0.1 · 2
+        [0.3999999761581421]
     """
 
     def move(p: Any, u: Any) -> Any:
@@ -105,8 +105,8 @@ class KeepUpdateState(NamedTuple):
     """State of `keep_update`.
 
     Attributes:
-      update: the last update, shaped like the parameters.
-      inner: the state of the inner transformation.
+        update: the last update, shaped like the parameters.
+        inner: the state of the inner transformation.
     """
 
     update: Any
@@ -121,17 +121,17 @@ def keep_update(inner: optax.GradientTransformation) -> optax.GradientTransforma
     optimizer. State: mn numbers per matrix, in the gradient's dtype, and that of `inner`.
 
     Args:
-      inner: any Optax transformation.
+        inner: any Optax transformation.
 
     Returns:
-      A transformation whose state is a `KeepUpdateState`.
+        A transformation whose state is a `KeepUpdateState`.
 
     Example:
-      >>> import memopt
-      >>> tx, w = keep_update(memopt.lion(0.25)), jnp.array([1.0])
-      >>> _, state = tx.update(jnp.array([2.0]), tx.init(w), w)
-      >>> predict_parameters(tx, state, w, steps=2).tolist()
-      [0.5]
+        >>> import memopt
+        >>> tx, w = keep_update(memopt.lion(0.25)), jnp.array([1.0])
+        >>> _, state = tx.update(jnp.array([2.0]), tx.init(w), w)
+        >>> predict_parameters(tx, state, w, steps=2).tolist()
+        [0.5]
     """
     inner = optax.with_extra_args_support(inner)
 

@@ -38,11 +38,11 @@ class InSubspaceState(NamedTuple):
     """State of `in_subspace`.
 
     Attributes:
-      count: steps taken, int32.
-      projector: one tree for each array that the projector keeps per matrix; empty for bases drawn
-        from a seed.
-      inner: the inner optimizer's state for the projected gradients.
-      recombine: the array that the recombination keeps for each leaf.
+        count: steps taken, int32.
+        projector: one tree for each array that the projector keeps per matrix; empty for bases
+            drawn from a seed.
+        inner: the inner optimizer's state for the projected gradients.
+        recombine: the array that the recombination keeps for each leaf.
     """
 
     count: Array  # type: ignore[assignment]
@@ -73,41 +73,41 @@ def in_subspace(
     A leaf that is not a matrix is passed to `inner` without projection.
 
     Args:
-      inner: any Optax transformation; it receives float32 arrays of r×n or m×r numbers, and as
-        parameters their projections, PᵀW or W P. It must not keep parameters in its state, as
-        ``optax.contrib.schedule_free`` does.
-      projector: the rule that gives each matrix a subspace; see `memopt.projectors`.
-      recombine: the rule that forms a full-size update; see `memopt.recombine`.
-      refresh_every: steps between two refreshes of the subspace; the first step has one.
-      on_refresh: what happens to the inner state at a refresh. "keep" leaves it unchanged;
-        "reset" initializes it again; "reset_moments" does so except for the step count, so that
-        Adam's bias correction continues; "carry" transforms the moments to the new subspace, as
-        does a `CarryOver`, which has options.
-      refresh_phase: shifts refreshes: they happen at step 0 and at steps where
-        ``(step + refresh_phase) % refresh_every == 0``. With several numbers, matrices are assigned
-        to them in turn, by name, so that no step refreshes all of them; the state is then an
-        ``optax.partition``.
-      matrices: which leaves are projected, and which axes are their rows and columns; by
-        default the hidden matrices, see `memopt.hidden_matrices`.
+        inner: any Optax transformation; it receives float32 arrays of r×n or m×r numbers, and as
+            parameters their projections, PᵀW or W P. It must not keep parameters in its state, as
+            ``optax.contrib.schedule_free`` does.
+        projector: the rule that gives each matrix a subspace; see `memopt.projectors`.
+        recombine: the rule that forms a full-size update; see `memopt.recombine`.
+        refresh_every: steps between two refreshes of the subspace; the first step has one.
+        on_refresh: what happens to the inner state at a refresh. "keep" leaves it unchanged;
+            "reset" initializes it again; "reset_moments" does so except for the step count, so that
+            Adam's bias correction continues; "carry" transforms the moments to the new subspace, as
+            does a `CarryOver`, which has options.
+        refresh_phase: shifts refreshes: they happen at step 0 and at steps where ``(step +
+            refresh_phase) % refresh_every == 0``. With several numbers, matrices are assigned to
+            them in turn, by name, so that no step refreshes all of them; the state is then an
+            ``optax.partition``.
+        matrices: which leaves are projected, and which axes are their rows and columns; by
+            default the hidden matrices, see `memopt.hidden_matrices`.
 
     Returns:
-      A transformation whose state is an `InSubspaceState`.
+        A transformation whose state is an `InSubspaceState`.
 
     Raises:
-      ValueError: if `refresh_every` is below one, or a rank does not fit its matrix.
-      IncompatiblePairingError: if projector, recombination and `on_refresh` cannot be combined; by
-        `init`, if the inner optimizer keeps parameters, or moments that cannot be carried.
+        ValueError: if `refresh_every` is below one, or a rank does not fit its matrix.
+        IncompatiblePairingError: if projector, recombination and `on_refresh` cannot be combined;
+            by `init`, if the inner optimizer keeps parameters, or moments that cannot be carried.
 
     References:
-      Zhao et al., GaLore, 2024, https://arxiv.org/abs/2403.03507; Zhu et al., APOLLO, 2024,
-      https://arxiv.org/abs/2412.05270.
+        Zhao et al., GaLore, 2024, https://arxiv.org/abs/2403.03507; Zhu et al., APOLLO, 2024,
+        https://arxiv.org/abs/2412.05270.
 
     Example:
-      >>> from memopt import projectors, recombine
-      >>> tx = in_subspace(optax.scale_by_adam(), projectors.gaussian(2), recombine.lift())
-      >>> state = tx.init({"w": jnp.zeros((3, 16, 8))})        # three layers of 16×8
-      >>> state.inner.mu["w"].shape
-      (3, 16, 2)
+        >>> from memopt import projectors, recombine
+        >>> tx = in_subspace(optax.scale_by_adam(), projectors.gaussian(2), recombine.lift())
+        >>> state = tx.init({"w": jnp.zeros((3, 16, 8))})        # three layers of 16×8
+        >>> state.inner.mu["w"].shape
+        (3, 16, 2)
     """
     if isinstance(refresh_phase, Sequence):
         return partition_by_phase(
@@ -242,19 +242,19 @@ def enter_subspace(
     """Projects a gradient.
 
     Args:
-      projector: gives the basis.
-      recombine: may correct the gradient first, and may need its squares.
-      clock: the clock of this step.
-      layout: the axes of the gradient.
-      gradient: an array of the parameter's shape.
-      spec: the spec of its matrices; None if it is not a matrix and not projected.
-      kept: the projector's arrays.
-      rule: the recombination's array.
-      momentum: the inner optimizer's first moment in the previous step's subspace, or None.
+        projector: gives the basis.
+        recombine: may correct the gradient first, and may need its squares.
+        clock: the clock of this step.
+        layout: the axes of the gradient.
+        gradient: an array of the parameter's shape.
+        spec: the spec of its matrices; None if it is not a matrix and not projected.
+        kept: the projector's arrays.
+        rule: the recombination's array.
+        momentum: the inner optimizer's first moment in the previous step's subspace, or None.
 
     Returns:
-      The subspace, the projected gradient in float32, and the projector's new arrays. Entries that
-      are too large to be squared are bounded, see `memopt.state.precision.bounded`.
+        The subspace, the projected gradient in float32, and the projector's new arrays. Entries
+        that are too large to be squared are bounded, see `memopt.state.precision.bounded`.
     """
     if spec is None:
         return None, bounded(gradient), ()
@@ -285,18 +285,18 @@ def leave_subspace(
     """Recombines the inner optimizer's update with the gradient.
 
     Args:
-      recombine: the rule.
-      carried: whether moments were carried to a new subspace at this step.
-      layout: the axes of the gradient.
-      gradient: an array of the parameter's shape.
-      space: the gradient's subspace; None if it is not projected.
-      low_update: the inner optimizer's update.
-      old_momentum: the inner optimizer's first moment before this step, or None.
-      momentum: the first moment after the refresh, if there was one.
-      rule: the recombination's array.
+        recombine: the rule.
+        carried: whether moments were carried to a new subspace at this step.
+        layout: the axes of the gradient.
+        gradient: an array of the parameter's shape.
+        space: the gradient's subspace; None if it is not projected.
+        low_update: the inner optimizer's update.
+        old_momentum: the inner optimizer's first moment before this step, or None.
+        momentum: the first moment after the refresh, if there was one.
+        rule: the recombination's array.
 
     Returns:
-      The update, in the gradient's shape and dtype, and the recombination's new array.
+        The update, in the gradient's shape and dtype, and the recombination's new array.
     """
     if space is None:
         return low_update.astype(gradient.dtype), NOTHING
@@ -322,7 +322,7 @@ def _refresh(
     """Applies `on_refresh` to the inner state if this step refreshes.
 
     Returns:
-      The new inner state, and whether its moments were carried over.
+        The new inner state, and whether its moments were carried over.
     """
     never = jnp.zeros((), bool)
     if isinstance(on_refresh, CarryOver):
@@ -349,7 +349,7 @@ def as_stacks_of_matrices(
     """A context in which arrays are read as the matrices that they are projections of.
 
     Args:
-      projections: the spec of the gradient of each, and its shape.
+        projections: the spec of the gradient of each, and its shape.
     """
 
     def parameter(spec: MatrixSpec, shape: tuple[int, ...]) -> Parameter:
@@ -422,8 +422,8 @@ def check_keeps_no_values(init: Callable[[Any], Any], params: Any) -> None:
     Their projections are not known before the first gradient, and differ after a refresh.
 
     Args:
-      init: the inner optimizer's.
-      params: projected parameters.
+        init: the inner optimizer's.
+        params: projected parameters.
     """
     if any(trace(init, params).needed().reads):
         raise IncompatiblePairingError(

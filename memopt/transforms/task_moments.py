@@ -31,12 +31,12 @@ class ScaleByTaskMomentsState(NamedTuple):
     """State of `scale_by_task_moments`. The first axis of every array counts tasks.
 
     Attributes:
-      count: steps taken on each task, int32.
-      mu_rows: of a factored matrix, the first moment of its sums over columns with random signs;
-        else ``MaskedNode``.
-      mu: of a factored matrix, that of its sums over rows; else the first moment.
-      rows: of a factored matrix, the mean square over its columns; else ``MaskedNode``.
-      cols: of a factored matrix, that over its rows; else the second moment.
+        count: steps taken on each task, int32.
+        mu_rows: of a factored matrix, the first moment of its sums over columns with random signs;
+            else ``MaskedNode``.
+        mu: of a factored matrix, that of its sums over rows; else the first moment.
+        rows: of a factored matrix, the mean square over its columns; else ``MaskedNode``.
+        cols: of a factored matrix, that over its rows; else the second moment.
     """
 
     count: Array  # type: ignore[assignment]
@@ -79,38 +79,38 @@ def scale_by_task_moments(
     without outstanding rows and columns. State: 2T·(m + n) numbers per matrix.
 
     Args:
-      tasks: the number of tasks, T. With one, `task` may be left out.
-      similarity: b.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the root.
-      adam: update with the first moment, and correct the bias of both by the steps k on this task:
-        U = (M_t / (1 − β₁ᵏ)) / (√(Σ_τ α_τ V_τ / (1 − β₂ᵏ)) + ε).
-      factored: keep 2T·(m + n) numbers; not with `adam`, which needs M_t. Vectors, and leaves that
-        `matrices` excludes, are kept as they are.
-      seed: the seed of the random signs.
-      matrices: which leaves are matrices, and which axes are their rows and columns; see
-        `memopt.matrices`.
+        tasks: the number of tasks, T. With one, `task` may be left out.
+        similarity: b.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root.
+        adam: update with the first moment, and correct the bias of both by the steps k on this
+            task: U = (M_t / (1 − β₁ᵏ)) / (√(Σ_τ α_τ V_τ / (1 − β₂ᵏ)) + ε).
+        factored: keep 2T·(m + n) numbers; not with `adam`, which needs M_t. Vectors, and leaves
+            that `matrices` excludes, are kept as they are.
+        seed: the seed of the random signs.
+        matrices: which leaves are matrices, and which axes are their rows and columns; see
+            `memopt.matrices`.
 
     Returns:
-      A transformation whose state is a `ScaleByTaskMomentsState`. A task is a number from 0 to
-      T − 1, in any order. A traced one beyond makes the updates NaN.
+        A transformation whose state is a `ScaleByTaskMomentsState`. A task is a number from 0 to
+        T − 1, in any order. A traced one beyond makes the updates NaN.
 
     Raises:
-      ValueError: if `tasks` is below 1 or `adam` is `factored`; at an update, if the task is
-        missing or is not one of them.
+        ValueError: if `tasks` is below 1 or `adam` is `factored`; at an update, if the task is
+            missing or is not one of them.
 
     References:
-      Malviya et al., TAG: Task-based Accumulated Gradients for Lifelong learning, 2021,
-      https://arxiv.org/abs/2105.05155.
+        Malviya et al., TAG: Task-based Accumulated Gradients for Lifelong learning, 2021,
+        https://arxiv.org/abs/2105.05155.
 
     Example:
-      >>> tx = scale_by_task_moments(2, b2=0.0, eps=0.0)
-      >>> g = jnp.array([1.0, 2.0])
-      >>> first, state = tx.update(g, tx.init(g), task=0)
-      >>> second, state = tx.update(-g, state, task=1)
-      >>> print(first / second)                           # cos = −1: √(e⁵ + e⁻⁵) times smaller
-      [-12.182768 -12.182768]
+        >>> tx = scale_by_task_moments(2, b2=0.0, eps=0.0)
+        >>> g = jnp.array([1.0, 2.0])
+        >>> first, state = tx.update(g, tx.init(g), task=0)
+        >>> second, state = tx.update(-g, state, task=1)
+        >>> print(first / second)                           # cos = −1: √(e⁵ + e⁻⁵) times smaller
+        [-12.182768 -12.182768]
     """
     check_precision(similarity=similarity, b1=b1, b2=b2, eps=eps)
     check_static("tasks", tasks)

@@ -34,25 +34,25 @@ def scale_by_matrix_trust_ratio(
     treats layers separately. Entries of U beyond 2⁵⁰ ≈ 1e15 count as that. No state.
 
     Args:
-      trust_coefficient: the norm of an update relative to that of its parameter.
-      eps: ε, added to the denominator.
-      weight_decay: λ, multiplied by the ratio, too.
-      matrices: which leaves are matrices, and which axes are their rows and columns; see
-        `memopt.matrices`. Vectors have ratios of their own.
+        trust_coefficient: the norm of an update relative to that of its parameter.
+        eps: ε, added to the denominator.
+        weight_decay: λ, multiplied by the ratio, too.
+        matrices: which leaves are matrices, and which axes are their rows and columns; see
+            `memopt.matrices`. Vectors have ratios of their own.
 
     Raises:
-      ValueError: if an argument is negative, or `update` is called without `params`.
+        ValueError: if an argument is negative, or `update` is called without `params`.
 
     References:
-      You et al., Large Batch Training of Convolutional Networks, 2017,
-      https://arxiv.org/abs/1708.03888; You et al., Large Batch Optimization for Deep Learning,
-      2019, https://arxiv.org/abs/1904.00962.
+        You et al., Large Batch Training of Convolutional Networks, 2017,
+        https://arxiv.org/abs/1708.03888; You et al., Large Batch Optimization for Deep Learning,
+        2019, https://arxiv.org/abs/1904.00962.
 
     Example:
-      >>> tx = scale_by_matrix_trust_ratio()
-      >>> w = jnp.stack([jnp.full((2, 2), 3.0), jnp.zeros((2, 2))])
-      >>> tx.update(jnp.ones((2, 2, 2)), tx.init(w), w)[0][:, 0, 0].tolist()
-      [3.0, 1.0]
+        >>> tx = scale_by_matrix_trust_ratio()
+        >>> w = jnp.stack([jnp.full((2, 2), 3.0), jnp.zeros((2, 2))])
+        >>> tx.update(jnp.ones((2, 2, 2)), tx.init(w), w)[0][:, 0, 0].tolist()
+        [3.0, 1.0]
     """
     options: dict[str, Any] = {
         "trust_coefficient": trust_coefficient,

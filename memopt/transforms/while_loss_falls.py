@@ -14,12 +14,12 @@ class WhileLossFallsState(NamedTuple):
     """State of `while_loss_falls`.
 
     Attributes:
-      count: steps taken, int32.
-      loss: the average loss, float32.
-      fall: the average decrease of that average in a step, float32.
-      largest: the largest `fall` so far, float32.
-      applied: 1 as long as the transformation is applied, then 0, int32.
-      inner: the transformation's state.
+        count: steps taken, int32.
+        loss: the average loss, float32.
+        fall: the average decrease of that average in a step, float32.
+        largest: the largest `fall` so far, float32.
+        applied: 1 as long as the transformation is applied, then 0, int32.
+        inner: the transformation's state.
     """
 
     count: Array  # type: ignore[assignment]
@@ -49,20 +49,20 @@ def while_loss_falls(
     its authors publish no rule for that: this one is memopt's.
 
     Args:
-      inner: any transformation of updates.
-      share: the share of the largest decrease below which `inner` is no longer applied.
-      decay: d.
+        inner: any transformation of updates.
+        share: the share of the largest decrease below which `inner` is no longer applied.
+        decay: d.
 
     Raises:
-      ValueError: at an update, if `value` is missing.
+        ValueError: at an update, if `value` is missing.
 
     Example:
-      >>> tx = while_loss_falls(optax.scale(2.0), decay=0.5)
-      >>> state = tx.init(jnp.ones(1))
-      >>> for loss in (8, 4, 2, 1, 1, 1, 1, 1, 1, 1):
-      ...     updates, state = tx.update(jnp.ones(1), state, value=loss)
-      ...     print(int(updates[0]), end=" ")
-      2 2 2 2 2 2 2 2 2 1
+        >>> tx = while_loss_falls(optax.scale(2.0), decay=0.5)
+        >>> state = tx.init(jnp.ones(1))
+        >>> for loss in (8, 4, 2, 1, 1, 1, 1, 1, 1, 1):
+        ...     updates, state = tx.update(jnp.ones(1), state, value=loss)
+        ...     print(int(updates[0]), end=" ")
+        2 2 2 2 2 2 2 2 2 1
     """
     check_precision(share=share, decay=decay)
     check_between("decay", decay, 0, 1)

@@ -24,9 +24,9 @@ class Exponents(NamedTuple):
     """The exponents of a role: the weight is n^-a W, W starts at n^-b, the learning rate is n^-c.
 
     Attributes:
-      a: of the multiplier in the forward pass.
-      b: of the standard deviation of the initial values.
-      c: of the learning rate.
+        a: of the multiplier in the forward pass.
+        b: of the standard deviation of the initial values.
+        c: of the learning rate.
     """
 
     a: float
@@ -57,28 +57,29 @@ def width_exponents(
     """Returns the exponents of each role under a parameterisation.
 
     Args:
-      parameterization: "standard", "ntk", "mup" or "mean_field".
-      alignment: "full" if the inputs of a matrix are aligned with its updates, which allows for the
-        largest effect of a step; "none" if they are as random vectors.
-      multipliers: whether the forward pass multiplies weights by (n / n_base)^-a. If not, as in
-        `memopt.models.llama`, the exponents are (0, a + b, a + c): for an optimizer whose updates
-        do not depend on the scale of gradients, such as Adam, this is the same training.
+        parameterization: "standard", "ntk", "mup" or "mean_field".
+        alignment: "full" if the inputs of a matrix are aligned with its updates, which allows for
+            the largest effect of a step; "none" if they are as random vectors.
+        multipliers: whether the forward pass multiplies weights by (n / n_base)^-a. If not, as in
+            `memopt.models.llama`, the exponents are (0, a + b, a + c): for an optimizer whose
+            updates do not depend on the scale of gradients, such as Adam, this is the same
+            training.
 
     Returns:
-      {"embedding": …, "hidden": …, "readout": …}, each an `Exponents`.
+        {"embedding": …, "hidden": …, "readout": …}, each an `Exponents`.
 
     Raises:
-      ValueError: if a name is unknown.
+        ValueError: if a name is unknown.
 
     References:
-      Everett et al., Scaling Exponents Across Parameterizations and Optimizers, 2024,
-      https://arxiv.org/abs/2407.05872.
+        Everett et al., Scaling Exponents Across Parameterizations and Optimizers, 2024,
+        https://arxiv.org/abs/2407.05872.
 
     Example:
-      >>> width_exponents("mup")["readout"]
-      Exponents(a=0.5, b=0.5, c=0.5)
-      >>> width_exponents("mup", multipliers=False)["readout"]
-      Exponents(a=0.0, b=1.0, c=1.0)
+        >>> width_exponents("mup")["readout"]
+        Exponents(a=0.5, b=0.5, c=0.5)
+        >>> width_exponents("mup", multipliers=False)["readout"]
+        Exponents(a=0.0, b=1.0, c=1.0)
     """
     check_choice("parameterization", parameterization, PARAMETERIZATIONS)
     check_choice("alignment", alignment, ALIGNMENTS)
@@ -93,8 +94,8 @@ class WidthRole(NamedTuple):
     """The role of a parameter in a model that becomes wider.
 
     Attributes:
-      role: "embedding", "hidden", "readout", or "fixed" if it has the same size at both widths.
-      growth: n / n_base: the growth of its inputs, or of its outputs if its inputs do not grow.
+        role: "embedding", "hidden", "readout", or "fixed" if it has the same size at both widths.
+        growth: n / n_base: the growth of its inputs, or of its outputs if its inputs do not grow.
     """
 
     role: str
@@ -114,33 +115,33 @@ def width_roles(
     weights with the embedding is an embedding; see `scale_by_width`.
 
     Args:
-      params: the parameters, or their shapes.
-      base: the parameters, or their shapes, of the same model at the base width, by the same names,
-        such as ``jax.eval_shape`` of its construction.
-      wider: those at any other width, from which the roles are found in place of `params`.
-      matrices: which axes of each matrix are its rows, the inputs, and its columns; see
-        `memopt.matrices`. By default those that `memopt.every_matrix` finds. Embeddings and heads
-        are matrices here.
+        params: the parameters, or their shapes.
+        base: the parameters, or their shapes, of the same model at the base width, by the same
+            names, such as ``jax.eval_shape`` of its construction.
+        wider: those at any other width, from which the roles are found in place of `params`.
+        matrices: which axes of each matrix are its rows, the inputs, and its columns; see
+            `memopt.matrices`. By default those that `memopt.every_matrix` finds. Embeddings and
+            heads are matrices here.
 
     Returns:
-      {name: role} for each parameter.
+        {name: role} for each parameter.
 
     Raises:
-      ValueError: if `base` or `wider` lacks a parameter, if one has another number of axes there,
-        if one side of a matrix grows while the other shrinks, or if `matrices` excludes a matrix
-        that grows.
+        ValueError: if `base` or `wider` lacks a parameter, if one has another number of axes there,
+            if one side of a matrix grows while the other shrinks, or if `matrices` excludes a
+            matrix that grows.
 
     Example:
-      >>> import jax
-      >>> def shapes(d):
-      ...     sizes = {"embed": (256, d), "up": (8, d, 4 * d), "norm": (8, d), "head": (d, 256)}
-      ...     return {name: jax.ShapeDtypeStruct(s, "float32") for name, s in sizes.items()}
-      >>> for name, role in width_roles(shapes(512), base=shapes(128)).items():
-      ...     print(name, *role)
-      embed embedding 4.0
-      head readout 4.0
-      norm embedding 4.0
-      up hidden 4.0
+        >>> import jax
+        >>> def shapes(d):
+        ...     sizes = {"embed": (256, d), "up": (8, d, 4 * d), "norm": (8, d), "head": (d, 256)}
+        ...     return {name: jax.ShapeDtypeStruct(s, "float32") for name, s in sizes.items()}
+        >>> for name, role in width_roles(shapes(512), base=shapes(128)).items():
+        ...     print(name, *role)
+        embed embedding 4.0
+        head readout 4.0
+        norm embedding 4.0
+        up hidden 4.0
     """
     at_base, at_other = _shapes(base), None if wider is None else _shapes(wider)
     parameters = {p.name: p for p in read_parameters(params)}
@@ -203,41 +204,41 @@ def scale_by_width(
     Inside `jax.shard_map`, where arrays are parts, shapes in `base` must be those of parts.
 
     Args:
-      parameterization: "standard", "ntk", "mup" or "mean_field".
-      base: the parameters of the same model at the base width, or their shapes, such as
-        ``jax.eval_shape`` of its construction. It may have more parameters than are updated.
-      alignment: "full" or "none", see `width_exponents`. Everett et al. recommend "standard" with
-        full alignment for Adam. Updates relative to the parameter's size, as Adafactor's are by
-        default, shrink with n^-b by themselves: without alignment they need no exponents.
-      multipliers: whether the forward pass multiplies weights by (n / n_base)^-a.
-      constants: γ of embeddings, hidden matrices and readouts, tuned at the base width;
-        `memopt.transforms.width.MUP_ADAM_CONSTANTS` are the paper's for Adam and µP.
-      wider: the parameters or shapes at any other width, to find roles from in place of the updated
-        parameters. Needed with `constants`, which count at the base width too, where shapes do not
-        tell roles.
-      matrices: which axes of each matrix are its inputs and outputs; see `width_roles`.
+        parameterization: "standard", "ntk", "mup" or "mean_field".
+        base: the parameters of the same model at the base width, or their shapes, such as
+            ``jax.eval_shape`` of its construction. It may have more parameters than are updated.
+        alignment: "full" or "none", see `width_exponents`. Everett et al. recommend "standard" with
+            full alignment for Adam. Updates relative to the parameter's size, as Adafactor's are by
+            default, shrink with n^-b by themselves: without alignment they need no exponents.
+        multipliers: whether the forward pass multiplies weights by (n / n_base)^-a.
+        constants: γ of embeddings, hidden matrices and readouts, tuned at the base width;
+            `memopt.transforms.width.MUP_ADAM_CONSTANTS` are the paper's for Adam and µP.
+        wider: the parameters or shapes at any other width, to find roles from in place of the
+            updated parameters. Needed with `constants`, which count at the base width too, where
+            shapes do not tell roles.
+        matrices: which axes of each matrix are its inputs and outputs; see `width_roles`.
 
     Raises:
-      ValueError: if a name is unknown or a constant not above 0; by `init` if `base` lacks a
-        parameter; by `update` as `width_roles`, and if `constants` are given at the base width
-        without `wider`.
+        ValueError: if a name is unknown or a constant not above 0; by `init` if `base` lacks a
+            parameter; by `update` as `width_roles`, and if `constants` are given at the base width
+            without `wider`.
 
     References:
-      Everett et al., Scaling Exponents Across Parameterizations and Optimizers, 2024,
-      https://arxiv.org/abs/2407.05872; Yang et al., Tensor Programs V, 2022,
-      https://arxiv.org/abs/2203.03466.
+        Everett et al., Scaling Exponents Across Parameterizations and Optimizers, 2024,
+        https://arxiv.org/abs/2407.05872; Yang et al., Tensor Programs V, 2022,
+        https://arxiv.org/abs/2203.03466.
 
     Example:
-      >>> import jax, jax.numpy as jnp, memopt
-      >>> params = lambda d: {"embed": jnp.ones((256, d)), "up": jnp.ones((d, 4 * d))}
-      >>> tx = optax.chain(
-      ...     memopt.scale_by_adam_atan2(),
-      ...     scale_by_width("standard", base=jax.eval_shape(lambda: params(16))),
-      ...     optax.scale_by_learning_rate(1e-2),
-      ... )
-      >>> updates, _ = tx.update(params(64), tx.init(params(64)))
-      >>> jax.tree.map(lambda u: round(float(u[0, 0]), 5), updates)
-      {'embed': -0.00997, 'up': -0.00249}
+        >>> import jax, jax.numpy as jnp, memopt
+        >>> params = lambda d: {"embed": jnp.ones((256, d)), "up": jnp.ones((d, 4 * d))}
+        >>> tx = optax.chain(
+        ...     memopt.scale_by_adam_atan2(),
+        ...     scale_by_width("standard", base=jax.eval_shape(lambda: params(16))),
+        ...     optax.scale_by_learning_rate(1e-2),
+        ... )
+        >>> updates, _ = tx.update(params(64), tx.init(params(64)))
+        >>> jax.tree.map(lambda u: round(float(u[0, 0]), 5), updates)
+        {'embed': -0.00997, 'up': -0.00249}
     """
     exponents = width_exponents(parameterization, alignment, multipliers=multipliers)
     if len(constants) != len(ROLES) or not all(gamma > 0 for gamma in constants):
@@ -284,28 +285,28 @@ def scale_initial_by_width(
     At the base width it is the identity. Vectors, which do not start at random, stay as they are.
 
     Args:
-      params: the initial parameters, as the model draws them.
-      base: those of the same model at the base width, or their shapes.
-      parameterization: "standard", "ntk", "mup" or "mean_field".
-      multipliers: whether the forward pass multiplies weights by (n / n_base)^-a. If not, as in
-        `memopt.models.llama`, the exponent is a + b.
-      drawn: the exponents b with which the model draws embeddings, hidden matrices and readouts.
-        By default it draws them with the same standard deviation at all widths, as
-        `memopt.models.llama`; Flax's Dense and most others draw with n^-½, (0, 0.5, 0.5).
-      matrices: which axes of each matrix are its inputs and outputs; see `width_roles`.
+        params: the initial parameters, as the model draws them.
+        base: those of the same model at the base width, or their shapes.
+        parameterization: "standard", "ntk", "mup" or "mean_field".
+        multipliers: whether the forward pass multiplies weights by (n / n_base)^-a. If not, as in
+            `memopt.models.llama`, the exponent is a + b.
+        drawn: the exponents b with which the model draws embeddings, hidden matrices and readouts.
+            By default it draws them with the same standard deviation at all widths, as
+            `memopt.models.llama`; Flax's Dense and most others draw with n^-½, (0, 0.5, 0.5).
+        matrices: which axes of each matrix are its inputs and outputs; see `width_roles`.
 
     Returns:
-      A tree like `params`.
+        A tree like `params`.
 
     Raises:
-      ValueError: as `width_exponents` and `width_roles`.
+        ValueError: as `width_exponents` and `width_roles`.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> params = lambda d: {"up": jnp.ones((8, d, 4 * d)), "head": jnp.ones((d, 256))}
-      >>> found = scale_initial_by_width(params(64), params(16), "mup", multipliers=False)
-      >>> {name: float(x.mean()) for name, x in found.items()}          # 4^-½ and 4^-1
-      {'head': 0.25, 'up': 0.5}
+        >>> import jax.numpy as jnp
+        >>> params = lambda d: {"up": jnp.ones((8, d, 4 * d)), "head": jnp.ones((d, 256))}
+        >>> found = scale_initial_by_width(params(64), params(16), "mup", multipliers=False)
+        >>> {name: float(x.mean()) for name, x in found.items()}          # 4^-½ and 4^-1
+        {'head': 0.25, 'up': 0.5}
     """
     exponents = width_exponents(parameterization, multipliers=multipliers)
     scales = {role: (1.0, exponents[role].b - b) for role, b in zip(ROLES, drawn, strict=True)}
@@ -363,7 +364,7 @@ def _role(layout: Layout, narrow: tuple[int, ...], wide: tuple[int, ...]) -> str
     """The role of a parameter, from its shapes at two widths.
 
     Raises:
-      ValueError: if one side grows while the other shrinks.
+        ValueError: if one side grows while the other shrinks.
     """
     inputs, outputs = _growths(layout, narrow, wide)
     if (inputs - 1) * (outputs - 1) < 0:

@@ -32,7 +32,7 @@ def test_another_figure_in_a_file_is_seen(monkeypatch):
     """The tables come from the files: a step that takes a second more is another table."""
     [block] = [
         block
-        for _, block in results.blocks(results.ROOT / "README.md")
+        for _, block in results.blocks(results.ROOT / "docs" / "speed.md")
         if block.function == "benchmarks.step_time.markdown"
     ]
     before, read = block.text(), results.read

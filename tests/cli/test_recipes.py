@@ -83,8 +83,8 @@ def test_each_command_of_the_documentation_that_fine_tunes_can_be_read(path):
 
 
 @pytest.mark.slow
-def test_the_readme_brings_a_model_fine_tunes_it_and_takes_it_home(tmp_path):
-    text = (ROOT / "README.md").read_text()
+def test_the_page_brings_a_model_fine_tunes_it_and_takes_it_home(tmp_path):
+    text = (ROOT / "docs" / "fine_tuning.md").read_text()
     [block] = [part for part in text.split("```") if "examples.capitals" in part]
     paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": ROOT}
     done = subprocess.run(
@@ -101,8 +101,8 @@ def test_the_readme_brings_a_model_fine_tunes_it_and_takes_it_home(tmp_path):
     assert load_tokenizer(str(tmp_path / "capitals" / "tuned")).encode("Paris").size
 
 
-def test_the_readme_learns_the_tokenizer_of_its_first_large_model():
-    text = (ROOT / "README.md").read_text()
+def test_the_page_learns_the_tokenizer_of_its_first_large_model():
+    text = (ROOT / "docs" / "training.md").read_text()
     [learn] = commands(text, "memopt tokenizer train")
     options = tyro.cli(Options, args=learn)
     assert options.vocab_size == preset("60m").vocab_size

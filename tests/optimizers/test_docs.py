@@ -1,4 +1,4 @@
-"""The tables of docs/subspace.md, and README's of methods, say what memopt does."""
+"""The tables of docs/subspace.md, and that of methods in docs/methods.md, say what memopt does."""
 
 import inspect
 import re
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import memopt
-from benchmarks import parity, readme
+from benchmarks import methods, parity
 from benchmarks.report import read_results
 from memopt.optimizers.registry import METHODS
 from tests.optimizers import pairings
@@ -125,7 +125,7 @@ def test_a_method_says_when_to_choose_it_and_what_its_options_are(name):
 
 @pytest.mark.parametrize("name", memopt.available("memopt"))
 def test_a_docstring_says_where_its_method_comes_from(name):
-    assert re.fullmatch(r"\[\S.* \d{4}\]\(https://\S+\)", readme.source(name))
+    assert re.fullmatch(r"\[\S.* \d{4}\]\(https://\S+\)", methods.source(name))
 
 
 def test_recorded_runs_are_within_tolerance():

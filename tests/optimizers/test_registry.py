@@ -105,7 +105,7 @@ def test_a_method_documents_all_its_options_and_refuses_others(name):
     assert {"matrices", "rest", "weight_decay", "weight_decay_mask"} <= set(options)
     assert not {p.kind for p in options.values()} & {inspect.Parameter.VAR_KEYWORD}
     if name != "apollo_mini":  # refers to apollo's
-        documented = set(re.findall(r"^ {2}(\w+): ", inspect.getdoc(make), re.MULTILINE))
+        documented = set(re.findall(r"^ {4}(\w+): ", inspect.getdoc(make), re.MULTILINE))
         assert set(options) <= documented
     for as_released in (False, True):
         with pytest.raises(TypeError, match="unexpected keyword argument 'weigth_decay'"):

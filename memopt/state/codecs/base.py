@@ -15,9 +15,9 @@ class Coded(NamedTuple):
     """Numbers as stored by a codec.
 
     Attributes:
-      codes: an array of the numbers' shape.
-      side_data: the codec's other arrays, such as scales, of the same shape except for a shorter
-        last axis.
+        codes: an array of the numbers' shape.
+        side_data: the codec's other arrays, such as scales, of the same shape except for a shorter
+            last axis.
     """
 
     codes: Array
@@ -38,10 +38,10 @@ class Codec(abc.ABC):
         """Encodes numbers.
 
         Args:
-          x: float32, ``(..., n)``.
-          bits: uint32, broadcastable to `x`, which decide the rounding; see
-            `memopt.state.rounding`.
-          like: the previous codes, whose scales are kept if they still fit; None to fit new ones.
+            x: float32, ``(..., n)``.
+            bits: uint32, broadcastable to `x`, which decide the rounding; see
+                `memopt.state.rounding`.
+            like: the previous codes, whose scales are kept if they still fit; None to fit new ones.
         """
 
     @abc.abstractmethod
@@ -81,8 +81,8 @@ def bits_of(dtype: Any) -> int:
     """The number of bits of a dtype; NumPy counts 4-bit dtypes as 8 bits.
 
     Example:
-      >>> bits_of(jnp.int4), bits_of(jnp.bfloat16)
-      (4, 16)
+        >>> bits_of(jnp.int4), bits_of(jnp.bfloat16)
+        (4, 16)
     """
     dtype = jnp.dtype(dtype)
     return 4 if dtype.name in ("int4", "uint4") else 8 * dtype.itemsize

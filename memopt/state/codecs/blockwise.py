@@ -17,7 +17,13 @@ from memopt.shapes import Bits, Numbers
 from memopt.state.codecs.base import Codec, Coded, reciprocal
 
 BLOCK = 128
-SUBLANES, LANES = 8, 128  # the tiles in which a TPU stores arrays of 32 bits
+"""Numbers that share a scale, by default."""
+
+SUBLANES = 8
+"""Rows of the tiles in which a TPU stores arrays of 32 bits."""
+
+LANES = 128
+"""Columns of these tiles."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Blockwise(Codec):
     number again.
 
     Attributes:
-      block: the number of values that share a scale, or None for the whole last axis.
+        block: the number of values that share a scale, or None for the whole last axis.
     """
 
     block: int | None = BLOCK
@@ -115,9 +121,9 @@ class Integers(Blockwise):
     numbers far below the largest of their block keep some relative precision.
 
     Attributes:
-      bits: 8 or 4.
-      power: 1, 2 or 4; with 1 codes are evenly spaced.
-      signed: whether numbers may be negative.
+        bits: 8 or 4.
+        power: 1, 2 or 4; with 1 codes are evenly spaced.
+        signed: whether numbers may be negative.
     """
 
     bits: int = 8
@@ -170,10 +176,10 @@ class Asymmetric(Blockwise):
     Each block has a scale and the code of zero, in three bytes.
 
     Attributes:
-      bits: 8 or 4.
+        bits: 8 or 4.
 
     References:
-      Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270 (Q-APOLLO's weights).
+        Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270 (Q-APOLLO's weights).
     """
 
     bits: int = 8
@@ -212,7 +218,7 @@ class Float8(Blockwise):
     """Hardware float8 relative to a block's largest number; see `Blockwise`.
 
     Attributes:
-      dtype: "float8_e4m3fn" or "float8_e5m2".
+        dtype: "float8_e4m3fn" or "float8_e5m2".
     """
 
     dtype: str = "float8_e4m3fn"

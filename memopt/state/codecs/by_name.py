@@ -13,9 +13,9 @@ class Named(NamedTuple):
     """The codecs of one name.
 
     Attributes:
-      weights: the codec for parameters.
-      signed: the codec for first moments and other arrays that may be negative.
-      unsigned: the codec for second moments.
+        weights: the codec for parameters.
+        signed: the codec for first moments and other arrays that may be negative.
+        unsigned: the codec for second moments.
     """
 
     weights: Codec
@@ -38,7 +38,7 @@ def named(codec: "str | Codec") -> Named:
     """Returns the codecs of a name; a given codec is used for all three purposes.
 
     Raises:
-      ValueError: if the name is unknown; the closest name is suggested.
+        ValueError: if the name is unknown; the closest name is suggested.
     """
     if isinstance(codec, Codec):
         return Named(codec, codec, codec)

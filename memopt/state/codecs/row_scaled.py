@@ -31,8 +31,8 @@ class RowScaled(Codec):
     zero, because updates are divided by second moments.
 
     Attributes:
-      signed: whether numbers may be negative.
-      headroom: the number of octaves above the largest number of the previous step.
+        signed: whether numbers may be negative.
+        headroom: the number of octaves above the largest number of the previous step.
     """
 
     signed: bool
@@ -164,9 +164,9 @@ class Tapered(RowScaled):
     stochastic rounding is unbiased.
 
     Attributes:
-      signed: whether numbers may be negative.
-      octaves: 4, 8 or 16.
-      headroom: the number of octaves above the largest number of the previous step.
+        signed: whether numbers may be negative.
+        octaves: 4, 8 or 16.
+        headroom: the number of octaves above the largest number of the previous step.
     """
 
     signed: bool = True
@@ -237,10 +237,10 @@ class Dynamic(RowScaled):
     the scale.
 
     Attributes:
-      exponent_bits: there are 2^exponent_bits − 1 octaves.
-      mantissa_bits: there are 2^mantissa_bits codes per octave.
-      signed: whether numbers may be negative.
-      headroom: the number of octaves above the largest number of the previous step.
+        exponent_bits: there are 2^exponent_bits − 1 octaves.
+        mantissa_bits: there are 2^mantissa_bits codes per octave.
+        signed: whether numbers may be negative.
+        headroom: the number of octaves above the largest number of the previous step.
     """
 
     exponent_bits: int = 5

@@ -16,8 +16,6 @@ from memopt.training.controllers.noise_ramp import noise_ramp
 #: For controllers that estimate the noise of gradients.
 MICRO_BATCHES = "--accumulation 2 or more, since it compares the gradients of micro-batches"
 
-#: Every controller by name. Each maps a `Plan`, and options by keyword with annotated types, to a
-#: `Controller`.
 CONTROLLERS: dict[str, Choice] = {
     "adadagrad": Choice(
         adadagrad,
@@ -54,6 +52,10 @@ CONTROLLERS: dict[str, Choice] = {
         MICRO_BATCHES,
     ),
 }
+"""Every controller by name.
+
+Each maps a `Plan`, and options by keyword with annotated types, to a `Controller`.
+"""
 
 
 def controller(name: str, plan: Plan, options: Mapping[str, Any]) -> Controller:

@@ -29,26 +29,26 @@ class PerParameterUpdate:
     Parameters and state arrays are numbered as in ``jax.tree.leaves``.
 
     Args:
-      tx: any transformation; it is given `value` and `gradient_norm` as extra arguments.
-      params: its parameters, or their shapes.
-      stacked: for each parameter whether its first axis counts layers; all count as many.
+        tx: any transformation; it is given `value` and `gradient_norm` as extra arguments.
+        params: its parameters, or their shapes.
+        stacked: for each parameter whether its first axis counts layers; all count as many.
 
     Attributes:
-      axes: for each state array the axis that counts layers, or None.
-      needs_norm: whether an update depends on the norm of this step's whole gradient.
+        axes: for each state array the axis that counts layers, or None.
+        needs_norm: whether an update depends on the norm of this step's whole gradient.
 
     Raises:
-      ValueError: if the update of a parameter depends on other parameters or their gradients,
-        or that of a layer on other layers.
+        ValueError: if the update of a parameter depends on other parameters or their gradients,
+            or that of a layer on other layers.
 
     Example:
-      >>> params = {"a": jnp.ones(2), "b": jnp.ones(3)}
-      >>> tx = optax.adam(0.1)
-      >>> per_parameter = PerParameterUpdate(tx, params, [False, False])
-      >>> state = jax.tree.leaves(tx.init(params))
-      >>> update, state = per_parameter.update(1, jnp.ones(3), params["b"], state, (0.0, 0.0))
-      >>> update.shape, list(state)                        # of b: its update, and its two moments
-      ((3,), [2, 4])
+        >>> params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+        >>> tx = optax.adam(0.1)
+        >>> per_parameter = PerParameterUpdate(tx, params, [False, False])
+        >>> state = jax.tree.leaves(tx.init(params))
+        >>> update, state = per_parameter.update(1, jnp.ones(3), params["b"], state, (0.0, 0.0))
+        >>> update.shape, list(state)                        # of b: its update, and its two moments
+        ((3,), [2, 4])
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class PerParameterUpdate:
         """Finds the state arrays of a parameter, or of none: counts, hyperparameters.
 
         Args:
-          leaf: the parameter, or None.
-          layered: whether to return those with an axis of layers or those without.
+            leaf: the parameter, or None.
+            layered: whether to return those with an axis of layers or those without.
         """
         own = zip(self._owners, self.axes, strict=True)
         return [i for i, (o, axis) in enumerate(own) if o == leaf and (axis is not None) == layered]
@@ -95,11 +95,11 @@ class PerParameterUpdate:
         """Computes the update of a parameter, and its new state arrays.
 
         Args:
-          leaf: the parameter.
-          gradient: its gradient, that of a layer as a stack of one.
-          param: its value, a layer as a stack of one.
-          state: all state arrays before the step, layers as stacks of one.
-          scalars: the loss, and the norm of the whole gradient, read only if `needs_norm`.
+            leaf: the parameter.
+            gradient: its gradient, that of a layer as a stack of one.
+            param: its value, a layer as a stack of one.
+            state: all state arrays before the step, layers as stacks of one.
+            scalars: the loss, and the norm of the whole gradient, read only if `needs_norm`.
         """
         owned, leaves = self.state_of(leaf, layered=self.stacked[leaf]), len(self.names)
         given: list[Any] = [None] * 2 * leaves
@@ -188,8 +188,8 @@ def _layer_axes(states: Sequence[Sequence[Any]], counts: tuple[int, int, int]) -
     """Finds the axis of each state array that counts layers, or None.
 
     Args:
-      states: the arrays' shapes for each number of layers.
-      counts: these numbers.
+        states: the arrays' shapes for each number of layers.
+        counts: these numbers.
     """
     refused = ValueError(
         "the optimizer's state does not grow by equal parts with the number of layers, so that it "
@@ -218,12 +218,12 @@ def _mixed(program: Program, tags: Sequence[int], prime: int) -> list[int]:
     an axis to one without mixes layers; so does a random draw of such an array.
 
     Args:
-      program: traced with `prime` layers.
-      tags: for each input `_CLEAN`, `_BY_LAYER` or `_MIXED`.
-      prime: the number of layers.
+        program: traced with `prime` layers.
+        tags: for each input `_CLEAN`, `_BY_LAYER` or `_MIXED`.
+        prime: the number of layers.
 
     Returns:
-      The tags of its outputs.
+        The tags of its outputs.
     """
     seen = dict(zip(program.inputs, tags, strict=True))
     tag = lambda v: seen.get(v, _CLEAN)  # a variable without a tag is a constant

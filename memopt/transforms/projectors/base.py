@@ -27,11 +27,11 @@ class MatrixSpec(NamedTuple):
     """The name, shape and dtype of a stack of matrices.
 
     Attributes:
-      name: the parameter's name in the tree.
-      shape: ``(*stack, m, n)``.
-      dtype: the dtype of the gradient's statistics.
-      gradient_dtype: the dtype of the gradient itself; None if it is `dtype`.
-      split: the mesh axes that split the gradient, if its type has them (under Explicit axes).
+        name: the parameter's name in the tree.
+        shape: ``(*stack, m, n)``.
+        dtype: the dtype of the gradient's statistics.
+        gradient_dtype: the dtype of the gradient itself; None if it is `dtype`.
+        split: the mesh axes that split the gradient, if its type has them (under Explicit axes).
     """
 
     name: str
@@ -67,9 +67,9 @@ class RefreshClock(NamedTuple):
     """The current step and refresh.
 
     Attributes:
-      step: the number of previous steps, int32.
-      refresh: the index of the refresh that gave the current basis, from 0, int32.
-      refresh_now: whether this step begins with a refresh, bool.
+        step: the number of previous steps, int32.
+        refresh: the index of the refresh that gave the current basis, from 0, int32.
+        refresh_now: whether this step begins with a refresh, bool.
     """
 
     step: Array
@@ -99,15 +99,15 @@ class Projector(abc.ABC):
     """A rule that gives every matrix a subspace; subclasses define its basis.
 
     Attributes:
-      rank: r, or a fraction of each matrix's shorter side.
-      side: which side is projected: "short", "long", "left" or "right".
-      stored: whether the basis is stored between refreshes, in an array of side×r numbers, or
-        computed at every step.
-      orthonormal: whether up∘down is an orthogonal projection.
-      per_matrix: whether R has a matrix for each matrix of G.
-      moves: whether the basis also changes between refreshes.
-      from_gradients: whether a stored basis is computed from the gradient; a matrix whose gradient
-        is zero then waits for its basis, see `basis_at`.
+        rank: r, or a fraction of each matrix's shorter side.
+        side: which side is projected: "short", "long", "left" or "right".
+        stored: whether the basis is stored between refreshes, in an array of side×r numbers, or
+            computed at every step.
+        orthonormal: whether up∘down is an orthogonal projection.
+        per_matrix: whether R has a matrix for each matrix of G.
+        moves: whether the basis also changes between refreshes.
+        from_gradients: whether a stored basis is computed from the gradient; a matrix whose
+            gradient is zero then waits for its basis, see `basis_at`.
     """
 
     rank: int | float
@@ -139,7 +139,7 @@ class Projector(abc.ABC):
         """Computes a basis for a gradient ``(*stack, m, n)``.
 
         Returns:
-          ``(*stack, side, r)``, or ``(side, r)`` if all matrices share one basis.
+            ``(*stack, side, r)``, or ``(side, r)`` if all matrices share one basis.
         """
 
     @property
@@ -168,12 +168,12 @@ class Projector(abc.ABC):
         its first gradient that is not zero; each matrix of a stack by itself.
 
         Args:
-          spec: the parameter's matrices.
-          kept: the arrays kept by the previous step.
-          gradient: G, ``(*stack, m, n)``.
-          clock: the current step and refresh.
-          momentum: the inner optimizer's first moment in the previous step's subspace; None if it
-            has none.
+            spec: the parameter's matrices.
+            kept: the arrays kept by the previous step.
+            gradient: G, ``(*stack, m, n)``.
+            clock: the current step and refresh.
+            momentum: the inner optimizer's first moment in the previous step's subspace; None if it
+                has none.
         """
         if not self.stored:
             return self.basis(spec, gradient, clock), ()
@@ -190,11 +190,11 @@ class Projector(abc.ABC):
         """Computes new bases from a stack of gradients for the matrices that need one.
 
         Args:
-          spec: the parameter's matrices.
-          old: the stored bases, zeros for a matrix that waits for its first gradient.
-          gradient: G, ``(*stack, m, n)``.
-          clock: the current step and refresh.
-          now: whether all matrices need a new basis, or only those that wait.
+            spec: the parameter's matrices.
+            old: the stored bases, zeros for a matrix that waits for its first gradient.
+            gradient: G, ``(*stack, m, n)``.
+            clock: the current step and refresh.
+            now: whether all matrices need a new basis, or only those that wait.
         """
         wanted = now | is_unchosen(old)
 
@@ -291,12 +291,12 @@ class Projector(abc.ABC):
         """Transforms coordinates of an old subspace to a new one: down_new(up_old(R)).
 
         Args:
-          spec: the parameter's matrices.
-          old: the previous basis.
-          new: the new basis.
-          low: R, or the second moment of its entries.
-          power: the power to which entries of the r×r change of basis are raised, 2 for a second
-            moment.
+            spec: the parameter's matrices.
+            old: the previous basis.
+            new: the new basis.
+            low: R, or the second moment of its entries.
+            power: the power to which entries of the r×r change of basis are raised, 2 for a second
+                moment.
         """
         change_of_basis = product("...ms,...mr->...sr", new, old) ** power
         if self.is_left(spec):
@@ -308,8 +308,8 @@ def is_unchosen(basis: Basis) -> Array:
     """Whether each basis of a stack is zeros; only first columns are read, as none is zero alone.
 
     Example:
-      >>> is_unchosen(jnp.stack([jnp.eye(3, 2), jnp.zeros((3, 2))])).tolist()
-      [False, True]
+        >>> is_unchosen(jnp.stack([jnp.eye(3, 2), jnp.zeros((3, 2))])).tolist()
+        [False, True]
     """
     return (basis[..., 0] == 0).all(-1)
 
@@ -320,13 +320,13 @@ def scale_to_one(matrices: Stack) -> tuple[Array, Array]:
     Squares of the scaled entries neither overflow nor vanish, and no digit changes.
 
     Returns:
-      The factors, ``(*stack, 1, 1)``, and whether each matrix is finite and not zero, ``stack``;
-      the factor of another matrix is one.
+        The factors, ``(*stack, 1, 1)``, and whether each matrix is finite and not zero, ``stack``;
+        the factor of another matrix is one.
 
     Example:
-      >>> factor, exists = scale_to_one(jnp.stack([jnp.full((1, 2), 3.0), jnp.zeros((1, 2))]))
-      >>> factor.ravel().tolist(), exists.tolist()
-      ([0.25, 1.0], [True, False])
+        >>> factor, exists = scale_to_one(jnp.stack([jnp.full((1, 2), 3.0), jnp.zeros((1, 2))]))
+        >>> factor.ravel().tolist(), exists.tolist()
+        ([0.25, 1.0], [True, False])
     """
     largest = jnp.abs(matrices).max((-2, -1))
     exists = (largest > 0) & jnp.isfinite(largest)

@@ -33,22 +33,22 @@ def by_name(
     """Returns a given projector unchanged, or builds one by name.
 
     Args:
-      projector: a `Projector`, or the name of a function of `memopt.projectors`.
-      of: the function whose arguments `options` are.
-      known: further arguments, ignored if the projector's function does not have them.
-      **options: `rank` or `density`, and other arguments of the projector's function. Those that
-        it does not have, and all if a `Projector` is given, must be at the defaults of `of`.
+        projector: a `Projector`, or the name of a function of `memopt.projectors`.
+        of: the function whose arguments `options` are.
+        known: further arguments, ignored if the projector's function does not have them.
+        **options: `rank` or `density`, and other arguments of the projector's function. Those that
+            it does not have, and all if a `Projector` is given, must be at the defaults of `of`.
 
     Raises:
-      ValueError: if the name is unknown, or an option has no effect.
+        ValueError: if the name is unknown, or an option has no effect.
 
     Example:
-      >>> def method(rank=0.25, seed=0): ...
-      >>> by_name("rademacher", method, rank=4, seed=1) == rademacher(4, seed=1)
-      True
-      >>> by_name("svd", method, rank=4, seed=1)
-      Traceback (most recent call last):
-      ValueError: seed must be left out, since projector 'svd' does not take it, got 1.
+        >>> def method(rank=0.25, seed=0): ...
+        >>> by_name("rademacher", method, rank=4, seed=1) == rademacher(4, seed=1)
+        True
+        >>> by_name("svd", method, rank=4, seed=1)
+        Traceback (most recent call last):
+        ValueError: seed must be left out, since projector 'svd' does not take it, got 1.
     """
     size = "density" if "density" in options else "rank"
     if isinstance(projector, Projector):

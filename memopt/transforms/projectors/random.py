@@ -25,7 +25,7 @@ class RandomProjector(Projector):
     held in memory while it is used, suffices for all layers.
 
     Attributes:
-      seed: the seed of the draws, which also depend on parameter and refresh.
+        seed: the seed of the draws, which also depend on parameter and refresh.
     """
 
     seed: int | Array = 0
@@ -98,21 +98,21 @@ def gaussian(
     """Random bases with entries N(0, 1/r), not orthogonalised; E[P Pᵀ] = identity.
 
     Args:
-      rank: r, or a fraction of each matrix's shorter side.
-      side: "short", "long", "left" or "right".
-      seed: the seed of the draws, which also depend on parameter and refresh.
-      stored: store the basis (side×r numbers per parameter) and draw only at refreshes; useful if
-        drawing costs more than reading. By default nothing is stored.
+        rank: r, or a fraction of each matrix's shorter side.
+        side: "short", "long", "left" or "right".
+        seed: the seed of the draws, which also depend on parameter and refresh.
+        stored: store the basis (side×r numbers per parameter) and draw only at refreshes; useful if
+            drawing costs more than reading. By default nothing is stored.
 
     Raises:
-      ValueError: if `rank` is below one, or larger than the side it projects.
+        ValueError: if `rank` is below one, or larger than the side it projects.
 
     References:
-      Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270, section 4.1.
+        Zhu et al., APOLLO, 2024, https://arxiv.org/abs/2412.05270, section 4.1.
 
     Example:
-      >>> gaussian(4).size(MatrixSpec("w", (8, 512, 1376), jnp.float32))
-      (512, 4)
+        >>> gaussian(4).size(MatrixSpec("w", (8, 512, 1376), jnp.float32))
+        (512, 4)
     """
     return Gaussian(rank, side, stored, seed)
 
@@ -123,20 +123,20 @@ def rademacher(
     """Random bases with entries ±1/√r: the cheapest to draw, with one random bit per entry.
 
     Args:
-      rank: r, or a fraction of each matrix's shorter side.
-      side: "short", "long", "left" or "right".
-      seed: the seed of the draws, which also depend on parameter and refresh.
-      stored: store the basis between refreshes; see `gaussian`.
+        rank: r, or a fraction of each matrix's shorter side.
+        side: "short", "long", "left" or "right".
+        seed: the seed of the draws, which also depend on parameter and refresh.
+        stored: store the basis between refreshes; see `gaussian`.
 
     Raises:
-      ValueError: if `rank` is below one, or larger than the side it projects.
+        ValueError: if `rank` is below one, or larger than the side it projects.
 
     References:
-      Achlioptas, Database-friendly random projections, 2003, Theorem 1.1.
+        Achlioptas, Database-friendly random projections, 2003, Theorem 1.1.
 
     Example:
-      >>> rademacher(0.25).size(MatrixSpec("w", (96, 32), jnp.float32))
-      (32, 8)
+        >>> rademacher(0.25).size(MatrixSpec("w", (96, 32), jnp.float32))
+        (32, 8)
     """
     return Rademacher(rank, side, stored, seed)
 
@@ -147,22 +147,22 @@ def sparse(
     """Random bases with entries √(3/r)·{-1, 0, 1}; two in three entries are 0.
 
     Args:
-      rank: r, or a fraction of each matrix's shorter side.
-      side: "short", "long", "left" or "right".
-      seed: the seed of the draws, which also depend on parameter and refresh.
-      stored: store the basis between refreshes; see `gaussian`.
+        rank: r, or a fraction of each matrix's shorter side.
+        side: "short", "long", "left" or "right".
+        seed: the seed of the draws, which also depend on parameter and refresh.
+        stored: store the basis between refreshes; see `gaussian`.
 
     Raises:
-      ValueError: if `rank` is below one, or larger than the side it projects.
+        ValueError: if `rank` is below one, or larger than the side it projects.
 
     References:
-      Achlioptas, Database-friendly random projections, 2003, Theorem 1.1.
+        Achlioptas, Database-friendly random projections, 2003, Theorem 1.1.
 
     Example:
-      >>> spec = MatrixSpec("w", (300, 300), jnp.float32)
-      >>> p = sparse(100).basis(spec, None, RefreshClock.first())
-      >>> 0.6 < (p == 0).mean() < 0.7
-      Array(True, dtype=bool)
+        >>> spec = MatrixSpec("w", (300, 300), jnp.float32)
+        >>> p = sparse(100).basis(spec, None, RefreshClock.first())
+        >>> 0.6 < (p == 0).mean() < 0.7
+        Array(True, dtype=bool)
     """
     return Sparse(rank, side, stored, seed)
 
@@ -173,21 +173,22 @@ def orthogonal(
     """Random orthonormal bases: PᵀP = identity.
 
     Args:
-      rank: r, or a fraction of each matrix's shorter side.
-      side: "short", "long", "left" or "right".
-      seed: the seed of the draws, which also depend on parameter and refresh.
-      stored: store the basis between refreshes, side×r numbers per parameter; False draws and
-        orthogonalises it at every step.
+        rank: r, or a fraction of each matrix's shorter side.
+        side: "short", "long", "left" or "right".
+        seed: the seed of the draws, which also depend on parameter and refresh.
+        stored: store the basis between refreshes, side×r numbers per parameter; False draws and
+            orthogonalises it at every step.
 
     Raises:
-      ValueError: if `rank` is below one, or larger than the side it projects.
+        ValueError: if `rank` is below one, or larger than the side it projects.
 
     References:
-      Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, section 5.1.
+        Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, section 5.1.
 
     Example:
-      >>> p = orthogonal(2).basis(MatrixSpec("w", (4, 6), jnp.float32), None, RefreshClock.first())
-      >>> jnp.abs(p.T @ p - jnp.eye(2)).max() < 1e-6
-      Array(True, dtype=bool)
+        >>> spec = MatrixSpec("w", (4, 6), jnp.float32)
+        >>> p = orthogonal(2).basis(spec, None, RefreshClock.first())
+        >>> jnp.abs(p.T @ p - jnp.eye(2)).max() < 1e-6
+        Array(True, dtype=bool)
     """
     return Orthogonal(rank, side, stored, seed)

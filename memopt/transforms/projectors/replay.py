@@ -22,7 +22,7 @@ class Replay(Projector):
     """Given bases; see `replay`.
 
     Attributes:
-      matrices: {leaf name: {step first used: matrix}}.
+        matrices: {leaf name: {step first used: matrix}}.
     """
 
     matrices: Recorded = dataclasses.field(default_factory=dict)
@@ -69,7 +69,7 @@ class ReplaySelected(Selected):
     """Given selections of lines, entries or whole matrices; see `replay`.
 
     Attributes:
-      matrices: {leaf name: {step first used: selection}}.
+        matrices: {leaf name: {step first used: selection}}.
     """
 
     matrices: Recorded = dataclasses.field(default_factory=dict)
@@ -120,24 +120,24 @@ def replay(matrices: Recorded, *, side: str = "short") -> Projector:
     """Uses recorded bases, to reproduce a run of another framework.
 
     Args:
-      matrices: {leaf name: {step first used, from 1: matrix}}. A matrix may be side×r or r×side;
-        its longer side determines which side it projects. For square parameters, r×side projects
-        the columns and side×r the rows, as stored by the released code of GaLore and related
-        methods. A selection in place of a matrix selects entries, as recorded from FRUGAL's code:
-        integers are indices of lines (columns, or rows with ``side="left"``) or, if there are more
-        integers than lines, of entries in row-major order; a bool selects the whole matrix or
-        nothing.
-      side: "left" or "right", to set the projected side explicitly.
+        matrices: {leaf name: {step first used, from 1: matrix}}. A matrix may be side×r or r×side;
+            its longer side determines which side it projects. For square parameters, r×side
+            projects the columns and side×r the rows, as stored by the released code of GaLore and
+            related methods. A selection in place of a matrix selects entries, as recorded from
+            FRUGAL's code: integers are indices of lines (columns, or rows with ``side="left"``) or,
+            if there are more integers than lines, of entries in row-major order; a bool selects the
+            whole matrix or nothing.
+        side: "left" or "right", to set the projected side explicitly.
 
     `memopt.soap` and `memopt.in_eigenbasis` take the first bases of both sides, recorded as
     {leaf name: {"1.Q0": that of the rows, "1.Q1": that of the columns}}.
 
     Raises:
-      ValueError: if a leaf has no matrices, none from step 1, or of a wrong shape.
+        ValueError: if a leaf has no matrices, none from step 1, or of a wrong shape.
 
     Example:
-      >>> replay({"w": {1: np.eye(4)[:2]}}).is_left(MatrixSpec("w", (4, 4), jnp.float32))
-      False
+        >>> replay({"w": {1: np.eye(4)[:2]}}).is_left(MatrixSpec("w", (4, 4), jnp.float32))
+        False
     """
     some = next((m for steps in matrices.values() for m in steps.values()), np.eye(1))
     if np.ndim(some) >= 2:

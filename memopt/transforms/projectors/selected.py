@@ -40,8 +40,8 @@ class Strata(Selected):
     leaves (b, width). Both directions are elementwise.
 
     Attributes:
-      every: c; `rank` is 1/c.
-      seed: the seed of the draws, which also depend on parameter and refresh.
+        every: c; `rank` is 1/c.
+        seed: the seed of the draws, which also depend on parameter and refresh.
     """
 
     every: int = 4
@@ -213,22 +213,22 @@ def columns(density: float = 0.25, *, side: str = "left", seed: int | Array = 0)
     The authors' code calls these lines columns; in a kernel (in, out) they are rows.
 
     Args:
-      density: ρ, one over a whole number.
-      side: "left" selects rows, "right" columns; "short" and "long" depend on a matrix's shape.
-      seed: the seed of the draws, which also depend on parameter and refresh.
+        density: ρ, one over a whole number.
+        side: "left" selects rows, "right" columns; "short" and "long" depend on a matrix's shape.
+        seed: the seed of the draws, which also depend on parameter and refresh.
 
     Raises:
-      ValueError: if `density` is not one over a whole number.
+        ValueError: if `density` is not one over a whole number.
 
     References:
-      Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, section 4.
+        Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, section 4.
 
     Example:
-      >>> spec, g = MatrixSpec("w", (8, 6), jnp.float32), jnp.ones((8, 6))
-      >>> some = columns(0.25)
-      >>> low = some.down(spec, some.basis(spec, g, RefreshClock.first()), g)
-      >>> low.shape, some.up(spec, some.basis(spec, g, RefreshClock.first()), low).sum()
-      ((2, 6), Array(12., dtype=float32))
+        >>> spec, g = MatrixSpec("w", (8, 6), jnp.float32), jnp.ones((8, 6))
+        >>> some = columns(0.25)
+        >>> low = some.down(spec, some.basis(spec, g, RefreshClock.first()), g)
+        >>> low.shape, some.up(spec, some.basis(spec, g, RefreshClock.first()), low).sum()
+        ((2, 6), Array(12., dtype=float32))
     """
     return Lines(density, side, False, _one_in(density), seed)
 
@@ -240,21 +240,21 @@ def coordinates(density: float = 0.25, *, side: str = "left", seed: int | Array 
     is drawn; the selection is not stored.
 
     Args:
-      density: ρ, one over a whole number.
-      side: the side along which entries are drawn.
-      seed: the seed of the draws, which also depend on parameter and refresh.
+        density: ρ, one over a whole number.
+        side: the side along which entries are drawn.
+        seed: the seed of the draws, which also depend on parameter and refresh.
 
     Raises:
-      ValueError: if `density` is not one over a whole number.
+        ValueError: if `density` is not one over a whole number.
 
     References:
-      Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, section 4 ("RandK").
+        Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, section 4 ("RandK").
 
     Example:
-      >>> spec, g = MatrixSpec("w", (8, 6), jnp.float32), jnp.ones((8, 6))
-      >>> some = coordinates(0.5)
-      >>> some.down(spec, some.basis(spec, g, RefreshClock.first()), g).shape
-      (4, 6)
+        >>> spec, g = MatrixSpec("w", (8, 6), jnp.float32), jnp.ones((8, 6))
+        >>> some = coordinates(0.5)
+        >>> some.down(spec, some.basis(spec, g, RefreshClock.first()), g).shape
+        (4, 6)
     """
     return Coordinates(density, side, False, _one_in(density), seed)
 
@@ -268,20 +268,20 @@ def blocks(density: float = 0.25, *, seed: int | Array = 0) -> Projector:
     while it is not selected, so that no memory is saved.
 
     Args:
-      density: ρ, one over a whole number.
-      seed: the seed of the draws, which also depend on parameter and refresh.
+        density: ρ, one over a whole number.
+        seed: the seed of the draws, which also depend on parameter and refresh.
 
     Raises:
-      ValueError: if `density` is not one over a whole number.
+        ValueError: if `density` is not one over a whole number.
 
     References:
-      Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, section 4 ("Blockwise").
+        Zmushko et al., FRUGAL, 2024, https://arxiv.org/abs/2411.07837, section 4 ("Blockwise").
 
     Example:
-      >>> spec, g = MatrixSpec("w", (8, 3, 5), jnp.float32), jnp.ones((8, 3, 5))
-      >>> some = blocks(0.25)
-      >>> some.down(spec, some.basis(spec, g, RefreshClock.first()), g).shape
-      (2, 3, 5)
+        >>> spec, g = MatrixSpec("w", (8, 3, 5), jnp.float32), jnp.ones((8, 3, 5))
+        >>> some = blocks(0.25)
+        >>> some.down(spec, some.basis(spec, g, RefreshClock.first()), g).shape
+        (2, 3, 5)
     """
     return Blocks(density, "short", False, _one_in(density), seed)
 

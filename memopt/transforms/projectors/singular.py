@@ -106,21 +106,21 @@ def svd(rank: int | float, *, side: str = "short") -> Projector:
     less. The basis is stored: side×r numbers per matrix.
 
     Args:
-      rank: r, or a fraction of each matrix's shorter side.
-      side: "short", "long", "left" or "right".
+        rank: r, or a fraction of each matrix's shorter side.
+        side: "short", "long", "left" or "right".
 
     Raises:
-      ValueError: if `rank` is below one, or larger than the matrix's shorter side.
+        ValueError: if `rank` is below one, or larger than the matrix's shorter side.
 
     References:
-      Zhao et al., GaLore, 2024, https://arxiv.org/abs/2403.03507, section 4.
+        Zhao et al., GaLore, 2024, https://arxiv.org/abs/2403.03507, section 4.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> g = jnp.diag(jnp.array([1.0, 3.0, 2.0]))
-      >>> p = svd(2).basis(MatrixSpec("w", (3, 3), jnp.float32), g, RefreshClock.first())
-      >>> jnp.abs(p.T @ g).max(1).tolist()
-      [3.0, 2.0]
+        >>> import jax.numpy as jnp
+        >>> g = jnp.diag(jnp.array([1.0, 3.0, 2.0]))
+        >>> p = svd(2).basis(MatrixSpec("w", (3, 3), jnp.float32), g, RefreshClock.first())
+        >>> jnp.abs(p.T @ g).max(1).tolist()
+        [3.0, 2.0]
     """
     return Svd(rank, side)
 
@@ -147,25 +147,26 @@ def randomized_svd(
     factorised. The basis is stored: side×r numbers per matrix.
 
     Args:
-      rank: r, or a fraction of each matrix's shorter side.
-      side: "short", "long", "left" or "right".
-      iterations: power iterations, two passes over the gradient and one QR each.
-      oversample: columns of the sketch beyond r; by default the sketch has r + 64 columns, or
-        min(4r, 512) if that is more.
-      seed: the seed of the sketches, which also depend on parameter and refresh.
+        rank: r, or a fraction of each matrix's shorter side.
+        side: "short", "long", "left" or "right".
+        iterations: power iterations, two passes over the gradient and one QR each.
+        oversample: columns of the sketch beyond r; by default the sketch has r + 64 columns, or
+            min(4r, 512) if that is more.
+        seed: the seed of the sketches, which also depend on parameter and refresh.
 
     Raises:
-      ValueError: if `rank` is below one, or larger than the matrix's shorter side.
+        ValueError: if `rank` is below one, or larger than the matrix's shorter side.
 
     References:
-      Halko, Martinsson & Tropp, Finding structure with randomness, 2011,
-      https://arxiv.org/abs/0909.4061, Algorithms 4.1 and 4.4, structured sketches in section 4.6.
+        Halko, Martinsson & Tropp, Finding structure with randomness, 2011,
+        https://arxiv.org/abs/0909.4061, Algorithms 4.1 and 4.4, structured sketches in section 4.6.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> g = jnp.diag(jnp.array([1.0, 3.0, 2.0]))
-      >>> p = randomized_svd(2).basis(MatrixSpec("w", (3, 3), jnp.float32), g, RefreshClock.first())
-      >>> jnp.round(jnp.abs(p.T @ g).max(1)).tolist()
-      [3.0, 2.0]
+        >>> import jax.numpy as jnp
+        >>> g = jnp.diag(jnp.array([1.0, 3.0, 2.0]))
+        >>> spec = MatrixSpec("w", (3, 3), jnp.float32)
+        >>> p = randomized_svd(2).basis(spec, g, RefreshClock.first())
+        >>> jnp.round(jnp.abs(p.T @ g).max(1)).tolist()
+        [3.0, 2.0]
     """
     return RandomizedSvd(rank, side, True, iterations, oversample, seed)

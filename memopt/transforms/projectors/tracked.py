@@ -28,7 +28,7 @@ class Tracked(Projector):
     """A basis that is updated, starting from one that another projector gives.
 
     Attributes:
-      start: the projector of the first basis; by default `randomized_svd`.
+        start: the projector of the first basis; by default `randomized_svd`.
     """
 
     stored: bool = True
@@ -184,23 +184,23 @@ def online_pca(
     basis, side×r numbers per matrix, and its optimizer's state.
 
     Args:
-      rank: r, or a fraction of each matrix's shorter side.
-      side: "short", "long", "left" or "right".
-      optimizer: the optimizer of the basis; by default ``optax.adam(5e-3)``. The released code
-        uses ``optax.adamw(1 / refresh_every, weight_decay=0.01)``.
-      penalty: λ, which keeps the basis nearly orthonormal; 0 in the released code.
-      start: the projector that gives the first basis; by default `randomized_svd`.
+        rank: r, or a fraction of each matrix's shorter side.
+        side: "short", "long", "left" or "right".
+        optimizer: the optimizer of the basis; by default ``optax.adam(5e-3)``. The released code
+            uses ``optax.adamw(1 / refresh_every, weight_decay=0.01)``.
+        penalty: λ, which keeps the basis nearly orthonormal; 0 in the released code.
+        start: the projector that gives the first basis; by default `randomized_svd`.
 
     Raises:
-      ValueError: if `rank` is below one, or larger than the matrix's shorter side.
+        ValueError: if `rank` is below one, or larger than the matrix's shorter side.
 
     References:
-      Liang et al., Memory-Efficient LLM Training with Online Subspace Descent, 2024,
-      https://arxiv.org/abs/2408.12857, section 4.
+        Liang et al., Memory-Efficient LLM Training with Online Subspace Descent, 2024,
+        https://arxiv.org/abs/2408.12857, section 4.
 
     Example:
-      >>> [x.shape for x in online_pca(2).init(MatrixSpec("w", (3, 8, 4), jnp.float32))]
-      [(3, 4, 2), (), (3, 4, 2), (3, 4, 2)]
+        >>> [x.shape for x in online_pca(2).init(MatrixSpec("w", (3, 8, 4), jnp.float32))]
+        [(3, 4, 2), (), (3, 4, 2), (3, 4, 2)]
     """
     check_at_least("penalty", penalty, 0)
     return OnlinePca(rank, side, True, start, optimizer or optax.adam(5e-3), penalty)
@@ -226,21 +226,21 @@ def power_iteration(
     first moment, B = G. State: the basis, side×r numbers per matrix.
 
     Args:
-      rank: r, or a fraction of each matrix's shorter side.
-      side: "short", "long", "left" or "right".
-      rho: ρ, the weight of the momentum.
-      b1: decay of that momentum, for its bias correction; 0 means no correction.
-      start: the projector that gives the first basis; by default `randomized_svd`.
+        rank: r, or a fraction of each matrix's shorter side.
+        side: "short", "long", "left" or "right".
+        rho: ρ, the weight of the momentum.
+        b1: decay of that momentum, for its bias correction; 0 means no correction.
+        start: the projector that gives the first basis; by default `randomized_svd`.
 
     Raises:
-      ValueError: if `rank` is below one, or larger than the matrix's shorter side.
+        ValueError: if `rank` is below one, or larger than the matrix's shorter side.
 
     References:
-      Robert et al., LDAdam, 2024, https://arxiv.org/abs/2410.16103, section 3.1.
+        Robert et al., LDAdam, 2024, https://arxiv.org/abs/2410.16103, section 3.1.
 
     Example:
-      >>> [x.shape for x in power_iteration(2).init(MatrixSpec("w", (3, 8, 4), jnp.float32))]
-      [(3, 4, 2)]
+        >>> [x.shape for x in power_iteration(2).init(MatrixSpec("w", (3, 8, 4), jnp.float32))]
+        [(3, 4, 2)]
     """
     check_at_least("rho", rho, 0)
     return PowerIteration(rank, side, True, start, rho, b1)

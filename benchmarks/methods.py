@@ -1,4 +1,4 @@
-"""README's table of methods, from the registry, docstrings and the benchmarks' results.
+"""The table of docs/methods.md, from the registry, docstrings and the benchmarks' results.
 
 A method's formula of state and its source are taken from its docstring, the bytes for whole models
 from `benchmarks.state_bytes`, and the errors from `benchmarks.parity`.

@@ -1,0 +1,122 @@
+"""The documentation site: what is generated, and how far answers are from its front page.
+
+`mkdocs build --strict`, which `.ci/run` runs, finds broken links.
+"""
+
+import inspect
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+import memopt
+from benchmarks.results import ROOT
+from memopt.optimizers.registry import METHODS
+from website import algorithm, methods, reference
+
+DOCS = ROOT / "docs"
+BOXES = {name: methods.sections(name)[""] for name in memopt.available("memopt")}
+
+#: Where each question of a new user is answered: page, heading, and words of the answer.
+ANSWERS = {
+    "which optimizer": ("choosing.md", "Choose an optimizer", "## In short"),
+    "which rate": ("convergence.md", "Default learning rates", "uses the optimizer's own"),
+    "my own model": ("own_models.md", "Your own model", "StackedModel"),
+    "fine-tune": ("fine_tuning.md", "Fine-tuning", "memopt finetune --init"),
+    "sweep": ("training.md", "Compare and sweep", "memopt compare"),
+    "log projected energy": ("diagnostics.md", "Diagnostics", "projected_energy("),
+    "convert a checkpoint": ("take_home.md", "Bring a model, take one home", "memopt export"),
+    "what changed": ("../CHANGELOG.md", "Changes", "New names"),
+    "cite": ("index.md", "Cite", "@software"),
+    "resume on another mesh": ("pods.md", "3. The same mesh on a laptop", "--resume"),
+    "what fits on 24 GB": ("plan.md", "Search for what fits", "--chip rtx4090"),
+    "MaxText": ("models.md", "Names", "MaxText"),
+    "Levanter": ("models.md", "Names", "Levanter"),
+    "Tunix": ("models.md", "Names", "Tunix"),
+    "Keras": ("models.md", "Names", "Keras"),
+    "contribute a method": ("../CONTRIBUTING.md", "Add a method", "algorithm box"),
+}
+
+
+def links(page):
+    """The pages that a page of docs links to."""
+    return set(re.findall(r"\]\(([\w./-]+\.md)(?:#[\w-]*)?\)", (DOCS / page).read_text()))
+
+
+@pytest.mark.parametrize("question", ANSWERS)
+def test_an_answer_is_within_two_clicks_of_the_front_page(question):
+    page, heading, words = ANSWERS[question]
+    near = {"index.md"} | links("index.md")
+    near |= {two for one in near if (DOCS / one).parent == DOCS for two in links(one)}
+    assert page in near
+    text = (DOCS / page).read_text()
+    [section] = re.findall(rf"^#+ {re.escape(heading)}$.*?(?=^# |\Z)", text, re.DOTALL | re.M)
+    assert words in section
+
+
+def test_all_pages_are_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert [page.name for page in DOCS.glob("*.md") if f" {page.name}" not in navigation] == []
+
+
+def test_public_names_are_documented_and_on_a_page():
+    assert reference.undocumented() == []
+    shown = {name for page in reference.PAGES for name in reference.names_on(page)}
+    assert shown | METHODS.keys() >= reference.public_names("memopt").keys()
+    modules = re.findall(
+        r"^from [\w.]+ import (\w+) as \1$", (ROOT / "memopt/__init__.py").read_text(), re.M
+    )
+    pages = {module for page in reference.PAGES for module in page.modules}
+    found = {
+        getattr(memopt, name).__name__
+        for name in modules
+        if inspect.ismodule(getattr(memopt, name))
+    }
+    assert found <= pages
+
+
+def test_a_name_without_a_docstring_is_seen(monkeypatch):
+    monkeypatch.setattr(reference, "has_docstring", lambda module, name: name != "in_subspace")
+    assert reference.undocumented() == ["memopt.in_subspace", "memopt.transforms.in_subspace"]
+
+
+@pytest.mark.parametrize("name", BOXES)
+def test_a_method_has_a_box_that_updates_the_weights(name):
+    made = algorithm.with_boxes(BOXES[name])
+    assert "::" not in made
+    boxes = re.findall(r'<div class="algorithm">.*?</div>', made)
+    equations = [
+        "".join(cell.itertext())
+        for box in boxes
+        for cell in ElementTree.fromstring(box.replace("&emsp;", " ")).iter("td")
+        if cell.get("class") == "equation"
+    ]
+    assert any(equation.startswith("W←W−") for equation in equations)
+
+
+@pytest.mark.parametrize("name", BOXES)
+def test_the_page_of_a_method_has_its_options_and_where_paper_and_code_differ(name):
+    page = methods.page(name)
+    for option in METHODS[name].defaults:
+        assert option == "as_released" or f"| `{option}` |" in page
+    assert METHODS[name].help["as_released"] in page
+    assert METHODS[name].state in page
+    assert "nan" not in re.findall(r"\w+", page)
+
+
+@pytest.mark.parametrize(
+    ("equation", "parts"),
+    [
+        ("‖W‖ / (g + ε)", ["<mfrac><mrow><mrow><mo>‖</mo><mi>W</mi>", "<mi>ε</mi></mrow></mfrac>"]),
+        ("√max(1, n/m) · O", ["<msqrt><mrow><mtext>max</mtext>", "</msqrt><mo>·</mo><mi>O</mi>"]),
+        ("Q_Lᵀ G", ["<msubsup><mi>Q</mi><mrow><mi>L</mi></mrow><mrow><mo>⊤</mo></mrow></msubsup>"]),
+        ("t^−decay", ["<msup><mi>t</mi><mrow><mo>−</mo><mtext>decay</mtext></mrow></msup>"]),
+        ("M̂", ['<mover accent="true"><mi>M</mi><mo>^</mo></mover>']),
+        ("β₁ᵗ", ["<msubsup><mi>β</mi><mrow><mn>1</mn></mrow><mrow><mi>t</mi></mrow></msubsup>"]),
+        ("‖x‖_(D̂⁻¹)", ["<msub><mrow><mo>‖</mo><mi>x</mi><mo>‖</mo></mrow><mrow><msup>"]),
+    ],
+)  # fmt: skip
+def test_plain_text_is_set_as_mathematics(equation, parts):
+    made = algorithm.math(equation)
+    ElementTree.fromstring(made)
+    assert [part for part in parts if part not in made] == []

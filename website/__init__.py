@@ -1,0 +1,1 @@
+"""Makes the documentation site: what it adds to `docs/`, as a hook of MkDocs."""
