@@ -11,17 +11,19 @@ Only the chip's main memory is counted: its fast memory is reserved for kernels.
 compiler also keeps arrays that fit in fast memory, and then counts their bytes twice or more, for
 the copy and for reads; ``--cache`` allows this.
 
-Without ``--optimizer`` it measures a list, prints a table and writes it as JSON, with a plot. Each
-record is saved as it is found, and not measured again with the same options and compiler.
+Without ``--optimizer`` it measures a list, in both layouts and dtypes, prints tables and writes all
+as JSON, with a plot. Each record is saved as it is found, and not measured again with the same
+options and compiler.
 """
 
+import itertools
 import json
 import re
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 import memopt
-from benchmarks.report import COMPILERS, Report, read_results
+from benchmarks.report import COMPILERS, Report, markdown_table, read_results
 from benchmarks.step_time import COLORS
 from benchmarks.updates import between_refreshes
 from memopt.machine import versions
@@ -50,6 +52,8 @@ NO_CACHE: dict[str, str | bool] = {
     "xla_tpu_scoped_vmem_limit_kib": str(2**17)
 }  # reserves all of the fast memory for kernels
 LEARNING_RATE = 1e-3
+Layout = Literal["stacked", "list"]
+DType = Literal["float32", "bfloat16"]
 EXPLAINED = 40
 
 
@@ -58,8 +62,9 @@ class Options(NamedTuple):
 
     Attributes:
         optimizer: a name known to `memopt.optimizer`; by default a list of them, one by one.
-        layout: "stacked" for one array per kernel, "list" for one array per kernel and block.
-        dtype: the dtype of parameters and gradients.
+        layout: "stacked" for one array per kernel, "list" for one array per kernel and block; by
+            default stacked, and both for a list.
+        dtype: the dtype of parameters and gradients; by default float32, and both for a list.
         chip: the chip to compile for.
         rank: the rank of methods whose rank is a fraction by default; APOLLO-Mini keeps its own.
         state: how the optimizer's state is stored; by default as in the method.
@@ -70,8 +75,8 @@ class Options(NamedTuple):
     """
 
     optimizer: str | None = None
-    layout: Literal["stacked", "list"] = "stacked"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    layout: Layout | None = None
+    dtype: DType | None = None
     chip: Literal["v4", "v5e", "v5p", "v6e", "tpu7x"] = "v5e"
     rank: int = 256
     state: Literal["int8", "int4", "float8", "e5m2", "bfloat16"] | None = None
@@ -141,6 +146,16 @@ def compile_step(
     state, params = place(jax.eval_shape(tx.init, params)), place(params)
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
     return lowered.compile(compiler_options=None if cache else NO_CACHE)
+
+
+def cases(options: Options) -> list[tuple[str, Options]]:
+    """The optimizers to measure, with the layout and dtype of each measurement."""
+    names = [options.optimizer] if options.optimizer else compared()
+    all_of = lambda given, default: [given] if given else get_args(default)
+    pairs = itertools.product(all_of(options.layout, Layout), all_of(options.dtype, DType))
+    found = [options._replace(layout=layout, dtype=dtype) for layout, dtype in pairs]
+    found = found[:1] if options.optimizer else found
+    return [(name, one) for one in found for name in names]
 
 
 def measure(name: str, options: Options) -> tuple[dict[str, Any], jax.stages.Compiled]:
@@ -214,15 +229,14 @@ def movers(text: str | None) -> list[tuple[int, str]]:
 
 def table(results: Sequence[dict[str, Any]]) -> Table:
     """The records as a table for the terminal."""
-    first = results[0]
-    title = f"Bytes a step moves ÷ bytes of parameters, {first['dtype']}, {first['layout']}"
-    shown = Table(title=title, box=SIMPLE_HEAD)
-    shown.add_column("optimizer")
+    shown = Table(title="Bytes a step moves ÷ bytes of parameters", box=SIMPLE_HEAD)
+    for column in ("optimizer", "layout", "dtype"):
+        shown.add_column(column)
     for column in ("rank", "traffic", "state MB", "temp MB"):
         shown.add_column(column, justify="right")
     for r in results:
         shown.add_row(
-            r["optimizer"],
+            *(r["optimizer"], r["layout"], r["dtype"]),
             str(r["rank"] or ""),
             f"{r['traffic']:.3f}",
             f"{r['state_bytes'] / 1e6:,.1f}",
@@ -231,10 +245,16 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
-def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws the traffic as bars, with a colour for each library."""
+def of_case(records: Iterable[dict[str, Any]], layout: str, dtype: str) -> list[dict[str, Any]]:
+    """The records of one layout and dtype."""
+    return [r for r in records if (r["layout"], r["dtype"]) == (layout, dtype)]
+
+
+def plot(records: Iterable[dict[str, Any]], path: Path) -> None:
+    """Draws the traffic of stacked layers in float32 as bars, with a colour for each library."""
     from matplotlib.figure import Figure
 
+    results = of_case(records, "stacked", "float32")
     figure = Figure(figsize=(7, 0.9 + 0.32 * len(results)), layout="constrained")
     axes = figure.subplots()
     for library in ("memopt", "optax"):
@@ -253,48 +273,66 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 def markdown(report: dict[str, Any]) -> str:
     """The paragraph for the docs: the methods by what they move, Optax's with its name."""
-    names = {r["optimizer"]: r["traffic"] for r in report["results"]}
-    title = lambda name: f"`{METHODS[name].library}.{name.removeprefix('optax_')}`"
-    words = [f"{title(name)} {names[name]:.2f}" for name in sorted(names, key=lambda n: names[n])]
+    names = _by_name(report, "stacked", "float32")
+    words = [f"{_title(name)} {names[name]:.2f}" for name in sorted(names, key=lambda n: names[n])]
     return textwrap.fill(", ".join(words) + ".", 100, break_on_hyphens=False)
+
+
+def layouts_table(report: dict[str, Any]) -> str:
+    """The traffic in every layout and dtype, as a table in Markdown."""
+    pairs = [*itertools.product(get_args(Layout), get_args(DType))]
+    columns = [_by_name(report, *pair) for pair in pairs]
+    rows = [
+        [_title(name), *(f"{column[name]:.2f}" if name in column else "–" for column in columns)]
+        for name in columns[0]
+    ]
+    return markdown_table(["optimizer", *map(", ".join, pairs)], rows)
+
+
+def _by_name(report: dict[str, Any], layout: str, dtype: str) -> dict[str, float]:
+    return {r["optimizer"]: r["traffic"] for r in of_case(report["results"], layout, dtype)}
+
+
+def _title(name: str) -> str:
+    return f"`{METHODS[name].library}.{name.removeprefix('optax_')}`"
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measures, prints and, for a list, writes the files."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
     only_compile()
-    names = [options.optimizer] if options.optimizer else compared()
+    chosen = cases(options)
     console = Console()
-    saved = [] if options.optimizer else read_results(options.output)
     report = Report("traffic", arguments, options.output, [], COMPILERS)
-    found: dict[str, dict[str, Any]] = {}
-    for r in saved:
-        if r["optimizer"] in names and setting(r["optimizer"], options).items() <= r.items():
-            found[r["optimizer"]] = r
+    key = lambda r: (r["layout"], r["dtype"], r["optimizer"])
+    saved = [] if options.optimizer else read_results(options.output)
+    found = {key(r): r for r in saved if r["optimizer"] in compared()}
+    results = []
     try:
-        for name in names:
-            if name in found:
-                continue
-            record, compiled = measure(name, options)
-            found[name] = record
-            if options.explain:
-                print(f"{name}: parameter sizes that each instruction moves, at most")
-                for moved, text in movers(compiled.as_text())[:EXPLAINED]:
-                    print(f"  {moved / record['parameter_bytes']:.4f}  {text}")
-            if not options.optimizer:
-                console.print(f"{name:24} {record['traffic']:.3f}")
-                report.results[:] = found.values()
-                report.save()
+        for name, one in chosen:
+            wanted = setting(name, one)
+            record = found.get(key(wanted), {})
+            if not wanted.items() <= record.items():
+                record, compiled = measure(name, one)
+                if options.explain:
+                    print(f"{name}: parameter sizes that each instruction moves, at most")
+                    for moved, text in movers(compiled.as_text())[:EXPLAINED]:
+                        print(f"  {moved / record['parameter_bytes']:.4f}  {text}")
+                if not options.optimizer:
+                    found[key(record)] = record
+                    console.print(f"{name:24} {one.layout:8} {one.dtype:9} {record['traffic']:.3f}")
+                    report.results[:] = found.values()
+                    report.save()
+            results.append(record)
     except (ValueError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
-    results = [found[name] for name in names]
     if options.json:
         print(json.dumps(results[0] if options.optimizer else results))
     else:
         console.print(table(results))
     if not options.optimizer:
-        report.results[:] = results
-        report.save(lambda path: plot(results, path))
+        report.results[:] = found.values()
+        report.save(lambda path: plot(found.values(), path))
 
 
 if __name__ == "__main__":
