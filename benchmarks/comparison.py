@@ -27,12 +27,15 @@ from memopt.markdown import markdown_table
 
 NOTHING = "–"
 
+#: AdamW with two learning rates, as methods for matrices have.
+CONTROL = "benchmarks.controls:adamw_slow_matrices, factor=0.1"
 
-def by_method(runs: Sequence[Run]) -> dict[str, dict[str, Summary]]:
+
+def by_method(runs: Sequence[Run], baseline: str = BASELINE) -> dict[str, dict[str, Summary]]:
     """The summaries of each method by the size's name; those of the least loss first.
 
     A summary has the tuned setting (`run`), the losses of the seeds and their mean, the difference
-    from AdamW with its standard error, z and the ratio of learning rates (`difference`), the
+    from the baseline with its standard error, z and the ratio of learning rates (`difference`), the
     verdict, and the learning rates within a hundredth of the least loss (`rate_range`).
 
     Raises:
@@ -40,7 +43,7 @@ def by_method(runs: Sequence[Run]) -> dict[str, dict[str, Summary]]:
     """
     found: dict[str, dict[str, Summary]] = {}
     sizes = set[str]()
-    for group in summarize(runs):
+    for group in summarize(runs, baseline=baseline):
         size = group[0].run["size"]
         if size in sizes:
             raise ValueError(f"runs must have one protocol, got two of {size} parameters.")
@@ -63,6 +66,24 @@ def losses(report: dict[str, Any]) -> str:
         ],
         lambda s: s.run["tuned_as"] == s.method,
     )
+
+
+def against_control(report: dict[str, Any]) -> str:
+    """Difference from AdamW with two learning rates, of the methods better than AdamW."""
+    runs: list[Run] = report["results"]
+    better = {name for name, of in by_method(runs).items() if of["0.5M"].verdict == "better"}
+    methods = by_method(runs, CONTROL)
+    rows = [
+        [
+            name,
+            f"{s.loss:.3f}",
+            _difference((s.difference.loss, s.difference.standard_error)),
+            s.verdict,
+        ]
+        for name, of in methods.items()
+        if name in better and (s := of["0.5M"]).difference
+    ]
+    return markdown_table(["method", "loss", "− control", "p < 0.01"], rows)
 
 
 def rates(report: dict[str, Any]) -> str:
