@@ -24,10 +24,9 @@ from tyro import conf
 from memopt.cli import listing
 from memopt.cli.arguments import Step
 from memopt.cli.errors import fail
-from memopt.errors import check_at_least, check_choice
+from memopt.errors import check_at_least
 from memopt.models import llama
-from memopt.optimizers import available
-from memopt.optimizers.registry import METHODS
+from memopt.optimizers.registry import find_method
 from memopt.schedules import laws
 from memopt.training.load import LoadedModel, load_run
 from memopt.training.noise import MeasuredNoise, measure_noise, summarize_run
@@ -112,7 +111,7 @@ def suggestions(options: Options) -> dict[str, Any]:
     """
     tokens = parse_tokens(options.tokens)
     if options.optimizer is not None:
-        check_choice("optimizer", options.optimizer, available())
+        find_method(options.optimizer)
     for name in ("batch_size", "seq_len"):
         check_at_least(name, getattr(options, name), 1)
     if options.model is None and options.run is None:
@@ -150,7 +149,7 @@ def suggestions(options: Options) -> dict[str, Any]:
     found.append(
         laws.Suggestion(
             law=f"default of {optimizer}",
-            learning_rate=METHODS[optimizer].learning_rate,
+            learning_rate=find_method(optimizer).learning_rate,
             source="memopt optimizers",
             range="no law; tuned on a small LLaMA, docs/convergence.md",
             outside=None,

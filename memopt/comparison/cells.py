@@ -23,7 +23,7 @@ from memopt.functions import digest_of_source
 from memopt.machine import core_count
 from memopt.models import llama
 from memopt.models.config import LlamaConfig
-from memopt.optimizers.registry import find_method, optimizer
+from memopt.optimizers.registry import optimizer
 from memopt.state.codecs import bits_of
 from memopt.state.quantized_state import quantize_state
 from memopt.text.packing import FIELDS
@@ -250,8 +250,6 @@ class _Compiled(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def _compiled(program: Program) -> _Compiled:
-    find_method(program.optimizer)
-
     def remake(rate: optax.Schedule) -> tuple[optax.GradientTransformation, Predict | None]:
         tx = optimizer(program.optimizer, rate, **dict(program.options))
         return (quantize_state(tx, program.state) if program.state else tx), None

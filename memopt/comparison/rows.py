@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
 
 from memopt.errors import check_choice
-from memopt.optimizers.registry import METHODS, find_method
+from memopt.optimizers.registry import find_method
 from memopt.training.config import State, Weights
 
 #: The method that others are compared with; it is tuned first and with more runs.
@@ -182,7 +182,7 @@ def fixed_options(row: Row) -> dict[str, Any]:
         >>> fixed_options(Row("nadamw"))
         {'weight_decay': 0.0}
     """
-    decay = {"weight_decay": 0.0} if METHODS[row.optimizer].defaults.get("weight_decay") else {}
+    decay = {"weight_decay": 0.0} if find_method(row.optimizer).defaults.get("weight_decay") else {}
     return {**decay, **FIXED.get(row.optimizer, {}), **dict(row.options)}
 
 
@@ -206,7 +206,7 @@ def first_rate(row: Row) -> int:
         >>> first_rate(Row("adamw")), first_rate(Row("dog"))
         (-9, 0)
     """
-    rate = STARTS.get(row.optimizer, METHODS[row.optimizer].learning_rate)
+    rate = STARTS.get(row.optimizer, find_method(row.optimizer).learning_rate)
     return round(math.log2(rate))
 
 

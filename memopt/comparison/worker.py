@@ -22,7 +22,6 @@ from memopt.comparison.records import (
 from memopt.comparison.rows import first_rate, tuned_options
 from memopt.comparison.targets import fewest_steps
 from memopt.comparison.tuning import Point, tune
-from memopt.optimizers.registry import find_method
 from memopt.training.lock import Lock
 
 #: Seconds between two looks at what other processes have done.
@@ -73,8 +72,6 @@ class Worker:
             OutOfTimeError: As many runs were made as fit into the minutes.
             IncompleteError: Methods could not be trained; all others were.
         """
-        for row in self._grid.rows:
-            find_method(row.optimizer)  # a user's function, which another process has not entered
         failed = dict[Unit, str]()
         left = self._grid.units
         while left:

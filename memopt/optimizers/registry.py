@@ -341,7 +341,7 @@ def options_of(base: Callable[P, R]) -> Callable[[Callable[..., R]], Callable[P,
 
 
 def find_method(name: str) -> Method:
-    """Returns an optimizer of the registry, which a user's function enters here.
+    """Returns an optimizer of the registry, or one that a user's function makes.
 
     Args:
         name: one of `available()`, or ``module:function`` of a function that maps `learning_rate`
@@ -356,14 +356,14 @@ def find_method(name: str) -> Method:
         0.0005
     """
     if ":" in name:
-        make = _users(name)
-        METHODS[name] = Method(make, METHODS["adamw"].learning_rate, "?", "", library="user")
+        rate = METHODS["adamw"].learning_rate
+        return Method(_users_function(name), rate, state="?", when="", library="user")
     check_choice("optimizer", name, available())
     return METHODS[name]
 
 
-def _users(name: str) -> Make:
-    """A user's function; what it fails with, or returns wrongly, is said in a sentence."""
+def _users_function(name: str) -> Make:
+    """Returns a user's function that raises `ValueError` if it fails or returns another type."""
 
     @functools.wraps(find_function(name))
     def make(*args: Any, **options: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from memopt.models import llama
-from memopt.optimizers.registry import METHODS
+from memopt.optimizers.registry import find_method
 from memopt.state.quantized_params import dequantize_params
 from memopt.text.chats import ANSWERS, Chat, ChatEncoder
 from memopt.text.tokenizer import TEMPLATE, Tokenizer, load_tokenizer, read_template
@@ -104,7 +104,7 @@ def load_run(
     config = Config.from_flat(read_options(config_file))
     on_one_device = dataclasses.replace(config.run, mesh="data=1")
     setup = describe_run(dataclasses.replace(config, run=on_one_device), trace=False)
-    params_only = METHODS[setup.optimizer].eval_params is None
+    params_only = find_method(setup.optimizer).eval_params is None
     checkpoints = Checkpoints(path / "checkpoints")
     state, val_loss = checkpoints.read(step, setup.state, params_only=params_only)
     params = setup.eval_params(state)

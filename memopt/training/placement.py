@@ -9,7 +9,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from memopt.models.sharding import BATCH_AXES
-from memopt.optimizers.registry import METHODS
+from memopt.optimizers.registry import find_method
 from memopt.parameters import init_shapes
 from memopt.state.sharding import dense_like, state_sharding
 from memopt.training.step import TrainState
@@ -92,7 +92,7 @@ def place_update(
 
     Args:
         tx: The optimizer.
-        name: Its name in `memopt.available()`.
+        name: Its name, as of `memopt.optimizer`.
         params: The parameters, arrays or `ShapeDtypeStruct`s, with shardings.
         one_layer_at_a_time: Whether a layer is updated at a time.
 
@@ -102,7 +102,7 @@ def place_update(
         `params`: of state placed otherwise XLA's loop keeps a second copy (7B on 16 chips:
         3.8 GiB, not 3.1).
     """
-    if not METHODS[name].sums_projections:
+    if not find_method(name).sums_projections:
         return tx, params
     places = unshard_short_side(params, one_layer_at_a_time=one_layer_at_a_time)
     return reshard_update(tx, params, places), params if one_layer_at_a_time else places

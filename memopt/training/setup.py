@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from memopt.models import llama
-from memopt.optimizers.registry import METHODS, eval_params
+from memopt.optimizers.registry import eval_params, find_method
 from memopt.state.quantized_params import dequantize_params, quantize_params
 from memopt.training.measure import Measure
 from memopt.training.placement import abstract_state, batch_sharding, place_update
@@ -40,7 +40,7 @@ class Setup:
         batch: The shapes, dtypes and shardings of a batch.
         step: `train_step` or `release_step` with this model and optimizer, a pure function. That of
             a controlled run takes a tuple of batches and the learning rate, in place of a batch.
-        optimizer: The optimizer's name in `memopt.available()`.
+        optimizer: The optimizer's name, as of `memopt.optimizer`.
         controlled: Whether the run has a controller.
     """
 
@@ -68,7 +68,7 @@ class Setup:
 
         They are those of the state, stored as there, or other ones, which are not quantised.
         """
-        if METHODS[self.optimizer].eval_params is None:
+        if find_method(self.optimizer).eval_params is None:
             return state.params
         return self._eval_params(state.opt_state, state.params)
 
@@ -151,7 +151,7 @@ def set_up(
         mesh: The devices, with Auto axes; those of a compiler will do.
         tx: The optimizer.
         batch: The shapes and shardings of a batch, as `abstract_batch` returns them.
-        optimizer: The optimizer's name in `memopt.available()`; decides where its update runs.
+        optimizer: The optimizer's name, as of `memopt.optimizer`; decides where its update runs.
         learning_rate: The schedule `tx` follows.
         weights: How to store matrices, see `memopt.quantize_params`; None: as they are.
         release: Whether to update each block while the backward pass runs.
@@ -197,7 +197,7 @@ def set_up(
     if release:
         given |= {"model": llama.stacked_model(model_config), "shardings": _shardings(params)}
     else:
-        given["observe"] = METHODS[optimizer].needs == "statistics"
+        given["observe"] = find_method(optimizer).needs == "statistics"
         given["loss"] = lambda params, batch, **given: llama.loss(
             llama.build_model(model_config, params), batch, **given
         )

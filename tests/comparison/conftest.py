@@ -7,17 +7,8 @@ import pytest
 
 from memopt.comparison import Protocol, worker
 from memopt.comparison.cells import Outcome
-from memopt.optimizers.registry import METHODS
 from tests.training.conftest import compilation_cache as compilation_cache
 from tests.training.nano import NANO, write_text
-
-
-@pytest.fixture(autouse=True)
-def registry():
-    """Functions of users that a test enters leave the registry after it."""
-    yield
-    for name in [name for name, method in METHODS.items() if method.library == "user"]:
-        del METHODS[name]
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import pytest
 
 import memopt
 from benchmarks.extra_arguments import with_extra_arguments
-from memopt.optimizers.registry import METHODS
+from memopt.optimizers.registry import METHODS, find_method
 from tests.optimizers.kinds import slow_unless
 
 
@@ -84,6 +84,20 @@ def test_an_optimizer_is_a_method_of_memopt_or_of_optax():
     defined = {n: getattr(m.make, "func", m.make) for n, m in METHODS.items()}  # nadamw is partial
     modules = {n: make.__module__.partition(".")[0] for n, make in defined.items()}
     assert modules == libraries
+
+
+def test_a_users_function_is_an_optimizer_that_stays_out_of_the_registry():
+    before = memopt.available()
+    params = jnp.ones(3)
+    tx, expected = memopt.optimizer("optax:adam", 0.1, b1=0.5), optax.adam(0.1, b1=0.5)
+    found, expected = (x.update(params, x.init(params), params)[0] for x in (tx, expected))
+    chex.assert_trees_all_equal(found, expected)
+    assert find_method("optax:adam").learning_rate == METHODS["adamw"].learning_rate
+    assert memopt.available() == before
+    with pytest.raises(
+        ValueError, match=r"must return an optax\.GradientTransformation, got float"
+    ):
+        memopt.optimizer("math:sqrt", 4.0)
 
 
 def test_apollo_mini_is_apollo_with_other_defaults():
