@@ -7,11 +7,13 @@ The runs are in `benchmarks/results/compare.jsonl`, to which more are added as t
 methods without runs at the tuned setting have no figures yet.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.results import RESULTS, write_pages
 from memopt.comparison.analysis import (
+    PROBABILITY,
+    TOLERANCE,
     Summary,
     decide,
     standard_error,
@@ -23,9 +25,11 @@ from memopt.comparison.plots import plot_front, plot_sensitivity
 from memopt.comparison.protocol import PRESETS
 from memopt.comparison.records import Run, read_records
 from memopt.comparison.rows import BASELINE, ROWS
+from memopt.comparison.words import NOTHING, short_number
 from memopt.markdown import markdown_table
 
-NOTHING = "–"
+#: The column of verdicts.
+VERDICT = f"p < {PROBABILITY:g}"
 
 #: AdamW with two learning rates, as methods for matrices have.
 CONTROL = "benchmarks.controls:adamw_slow_matrices, factor=0.1"
@@ -33,10 +37,6 @@ CONTROL = "benchmarks.controls:adamw_slow_matrices, factor=0.1"
 
 def by_method(runs: Sequence[Run], baseline: str = BASELINE) -> dict[str, dict[str, Summary]]:
     """The summaries of each method by the size's name; those of the least loss first.
-
-    A summary has the tuned setting (`run`), the losses of the seeds and their mean, the difference
-    from the baseline with its standard error, z and the ratio of learning rates (`difference`), the
-    verdict, and the learning rates within a hundredth of the least loss (`rate_range`).
 
     Raises:
       ValueError: if the runs of a size have two protocols.
@@ -57,14 +57,16 @@ def losses(report: dict[str, Any]) -> str:
     """State, loss, difference from AdamW ± its standard error, and verdict of each method."""
     return _table(
         report["results"],
-        ("loss", f"− {BASELINE}", "p < 0.01", "steps to its loss"),
-        lambda s, _: [
-            _number(s.loss, ".3f"),
-            _difference(s.difference and (s.difference.loss, s.difference.standard_error)),
+        ("loss", f"− {BASELINE}", VERDICT, "steps to its loss"),
+        lambda s: [
+            short_number(s.loss, ".3f"),
+            _difference(s.difference.loss, s.difference.standard_error)
+            if s.difference
+            else NOTHING,
             s.verdict if s.difference else NOTHING,
             NOTHING if s.steps_to_target is None else f"{s.steps_to_target / s.run['steps']:.0%}",
         ],
-        lambda s: s.run["tuned_as"] == s.method,
+        exact=True,
     )
 
 
@@ -77,55 +79,48 @@ def against_control(report: dict[str, Any]) -> str:
         [
             name,
             f"{s.loss:.3f}",
-            _difference((s.difference.loss, s.difference.standard_error)),
+            _difference(s.difference.loss, s.difference.standard_error),
             s.verdict,
         ]
         for name, of in methods.items()
         if name in better and (s := of["0.5M"]).difference
     ]
-    return markdown_table(["method", "loss", "− control", "p < 0.01"], rows)
+    return markdown_table(["method", "loss", "− control", VERDICT], rows)
 
 
 def rates(report: dict[str, Any]) -> str:
     """Tuned learning rate, its ratio to AdamW's, and the rates within a hundredth of its loss."""
     return _table(
         report["results"],
-        ("rate", f"÷ {BASELINE}'s", "rates within 1%"),
-        lambda s, _: [
+        ("rate", f"÷ {BASELINE}'s", f"rates within {TOLERANCE:.0%}"),
+        lambda s: [
             f"{s.run['learning_rate']:.2g}",
-            _number(s.difference and s.difference.learning_rate_ratio, ".2g"),
+            short_number(s.difference and s.difference.learning_rate_ratio, ".2g"),
             _range(s),
         ],
-        lambda s: s.run["tuned_as"] == s.method,
+        exact=True,
     )
 
 
 def twins(report: dict[str, Any]) -> str:
     """Difference of rows with fewer bits, or released, from their exact twins, and the verdict."""
+    methods = by_method(report["results"])
 
-    def cells(s: Summary, methods: Mapping[str, Mapping[str, Summary]]) -> list[str]:
-        exact = methods[s.run["tuned_as"]].get(s.run["size"])
+    def cells(s: Summary) -> list[str]:
+        exact = methods.get(s.run["tuned_as"], {}).get(s.run["size"])
         if exact is None:
             return [NOTHING, NOTHING]
         error = standard_error(s.losses, exact.losses)
-        return [
-            _difference((s.loss - exact.loss, error)),
-            decide(z_score(s.losses, exact.losses)),
-        ]
+        return [_difference(s.loss - exact.loss, error), decide(z_score(s.losses, exact.losses))]
 
-    return _table(
-        report["results"],
-        ("− exact", "p < 0.01"),
-        cells,
-        lambda s: s.run["tuned_as"] != s.method,
-    )
+    return _table(report["results"], ("− exact", VERDICT), cells, exact=False)
 
 
 def progress(report: dict[str, Any]) -> str:
     """A sentence on the rows that are not finished."""
     runs: list[Run] = report["results"]
     done = by_method(runs)
-    begun = {(run["size"], run["method"]) for run, *_ in unfinished(runs)}
+    begun = {(one.run["size"], one.run["method"]) for one in unfinished(runs)}
     parts = []
     for size in PRESETS["cpu"].models:
         left = [name for name in ROWS if size not in done.get(name, {}) or (size, name) in begun]
@@ -137,10 +132,11 @@ def progress(report: dict[str, Any]) -> str:
 def _table(
     runs: Sequence[Run],
     columns: Sequence[str],
-    cells: Callable[[Summary, Mapping[str, Mapping[str, Summary]]], Sequence[str]],
-    kept: Callable[[Summary], bool],
+    cells: Callable[[Summary], Sequence[str]],
+    *,
+    exact: bool,
 ) -> str:
-    """A row for each method that is kept: its state and, for each size, the cells."""
+    """A row for each method, exact or not: its state and, for each size, the cells."""
     methods = by_method(runs)
     sizes = list(dict.fromkeys(size for of in methods.values() for size in of))
     head = ["method", "state, bytes a parameter"]
@@ -148,20 +144,15 @@ def _table(
     rows = []
     for method, of in methods.items():
         first = next(iter(of.values()))
-        if kept(first):
-            state = f"{first.run['state_bytes'] / first.run['parameters']:.2g}"
-            found = [
-                cells(of[size], methods) if size in of else [NOTHING] * len(columns)
-                for size in sizes
-            ]
+        if first.is_exact == exact:
+            found = [cells(of[size]) if size in of else [NOTHING] * len(columns) for size in sizes]
+            state = f"{first.state_bytes_per_parameter:.2g}"
             rows.append([method, state, *(cell for part in found for cell in part)])
     return markdown_table(head, rows) if rows else "None is finished yet.\n"
 
 
-def _difference(given: tuple[float | None, float | None] | None) -> str:
-    if given is None or given[0] is None:
-        return NOTHING
-    return f"{given[0]:+.3f}" + ("" if given[1] is None else f" ± {given[1]:.3f}")
+def _difference(loss: float | None, error: float | None) -> str:
+    return short_number(loss, "+.3f") + ("" if error is None else f" ± {error:.3f}")
 
 
 def _range(summary: Summary) -> str:
@@ -169,10 +160,6 @@ def _range(summary: Summary) -> str:
     if found is None:
         return NOTHING
     return f"{found.low:.2f}–{found.high:.2f}×" + ("" if found.whole else " or more")
-
-
-def _number(value: float | None, form: str) -> str:
-    return NOTHING if value is None or value == float("inf") else format(value, form)
 
 
 def main() -> None:

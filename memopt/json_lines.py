@@ -1,7 +1,9 @@
-"""Reads files with a JSON value on each line, which a killed process may have left torn."""
+"""Files with a JSON value on each line, which a killed process may have left torn."""
 
 import json
+import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +35,18 @@ def read_json_lines(path: Path, effect: str = "") -> list[Any]:
                 f"{str(path)!r}: line {number} is damaged and left out{rest}", stacklevel=3
             )
     return values
+
+
+def finite(value: Any) -> Any:
+    """Returns a value of JSON with None in place of numbers that are not finite.
+
+    Example:
+        >>> finite({"loss": float("nan"), "losses": (2.0, float("inf"))})
+        {'loss': None, 'losses': [2.0, None]}
+
+    """
+    if isinstance(value, Mapping):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

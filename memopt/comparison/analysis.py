@@ -50,7 +50,8 @@ class Difference(NamedTuple):
     Attributes:
         loss: Mean loss minus the baseline's; None if one diverged.
         standard_error: Its standard error; None for one seed, or if one diverged.
-        least: The least difference that the z-rule tells from chance; None as above.
+        least: The least difference that the z-rule tells from chance; None if there is no
+            standard error.
         z: As `z_score`.
         learning_rate_ratio: Tuned learning rate over the baseline's.
         speed_up: The baseline's steps to the target over the method's; None if one never comes to
@@ -77,11 +78,6 @@ class RateRange(NamedTuple):
     low: float
     high: float
     whole: bool
-
-    @property
-    def doublings(self) -> float:
-        """The factors of two between the lowest and the highest."""
-        return math.log2(self.high / self.low)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +137,16 @@ class Summary:
         return math.exp(self.loss) if self.loss < 700 else math.inf  # math.exp raises above
 
     @property
+    def is_exact(self) -> bool:
+        """Whether it has a tuned setting of its own; rows with fewer bits have that of another."""
+        return self.run["tuned_as"] == self.method
+
+    @property
+    def state_bytes_per_parameter(self) -> float:
+        """Bytes of optimizer state, divided by the parameters."""
+        return self.run["state_bytes"] / self.run["parameters"]
+
+    @property
     def verdict(self) -> Verdict:
         """The comparison with the baseline; "unknown" for itself."""
         return decide(self.difference and self.difference.z)
@@ -153,8 +159,22 @@ class Summary:
 
     @property
     def rate_range(self) -> RateRange | None:
-        """As `rate_range` of `sensitivity`."""
+        """The learning rates around the best one whose losses are nearly as low."""
         return rate_range(self.sensitivity)
+
+
+class Unfinished(NamedTuple):
+    """A method of an experiment whose runs are not complete.
+
+    Attributes:
+        run: One of its runs.
+        tuning: How many runs tune it.
+        seeds: How many it has at the tuned setting.
+    """
+
+    run: Run
+    tuning: int
+    seeds: int
 
 
 def summarize(
@@ -169,7 +189,7 @@ def summarize(
 
     Args:
         runs: The runs.
-        baseline: The method with which others are compared.
+        baseline: The method with which others are compared. Pictures and tables are of the default.
         target_loss: The loss, in nats, to which steps are counted; by default the baseline's mean
             at the end.
 
@@ -201,19 +221,14 @@ def same_experiment(a: Run, b: Run) -> bool:
     return _values(a, EXPERIMENT) == _values(b, EXPERIMENT)
 
 
-def unfinished(runs: Iterable[Run]) -> list[tuple[Run, int, int]]:
-    """Finds the methods of experiments whose runs are not complete.
-
-    Returns:
-        For each, one of its runs, how many tune it, and how many at the tuned setting it has: none,
-        or fewer than most other methods of that experiment.
-    """
+def unfinished(runs: Iterable[Run]) -> list[Unfinished]:
+    """Finds the methods that have fewer tuned runs than most others of their experiment."""
     found = []
     for methods in by_experiment(runs).values():
         tuned = {name: len(of) for name, of in tuned_runs(methods).items()}
         seeds = statistics.mode(tuned.values()) if tuned else 1
         found += [
-            (of[0], sum(not run["tuned"] for run in of), tuned.get(name, 0))
+            Unfinished(of[0], sum(not run["tuned"] for run in of), tuned.get(name, 0))
             for name, of in methods.items()
             if tuned.get(name, 0) < seeds
         ]
@@ -268,7 +283,7 @@ def least_difference(losses: Sequence[float], baseline: Sequence[float]) -> floa
 
 
 def decide(z: float | None) -> Verdict:
-    """The verdict of the z-rule: "no difference" is one that chance alone may make.
+    """Returns the verdict on a z: "no difference" below `THRESHOLD`, "unknown" without a z.
 
     Example:
         >>> decide(-3.0), decide(1.0), decide(3.0), decide(None)
@@ -331,6 +346,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
 def _compare(
     methods: Mapping[str, Sequence[Run]], baseline: str, target: float | None
 ) -> list[Summary]:
+    """Summarizes the methods of one experiment."""
     tuned = tuned_runs(methods)
     losses = {method: [loss_of(run) for run in runs] for method, runs in tuned.items()}
     base = losses.get(baseline, [])

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 Box = tuple[float, float, float, float]
 
 
-class Point(NamedTuple):
+class NamedPoint(NamedTuple):
     """A point with its name.
 
     Attributes:
-        x: In data coordinates, as y.
-        y: See above.
+        x: Where it is, in data coordinates.
+        y: Likewise.
         name: The name.
         color: Color of the name.
         strong: Whether the name is bold.
@@ -27,7 +27,7 @@ class Point(NamedTuple):
     strong: bool
 
 
-def name_points(axes: Any, points: Sequence[Point]) -> None:
+def name_points(axes: Any, points: Sequence[NamedPoint]) -> None:
     """Writes each name near its point, where it covers no other name and no point.
 
     Args:

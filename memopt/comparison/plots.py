@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from memopt.comparison.analysis import PROBABILITY, Summary, Verdict, same_experiment
-from memopt.comparison.labels import Point, name_ends, name_points
-from memopt.comparison.records import Run
+from memopt.comparison.analysis import PROBABILITY, Summary, Unfinished, Verdict, same_experiment
+from memopt.comparison.labels import NamedPoint, name_ends, name_points
 from memopt.comparison.rows import BASELINE
 from memopt.comparison.words import experiment_name, short_count, short_name
 from memopt.training.writing import write_whole
@@ -24,9 +23,9 @@ COLORS: dict[Verdict, str] = {
     "unknown": "#CC79A7",
 }
 MEANING: dict[Verdict, str] = {
-    "better": "less loss than {}",
-    "no difference": f"no difference from {{}} at p < {PROBABILITY:g}",
-    "worse": "more loss than {}",
+    "better": f"less loss than {BASELINE}",
+    "no difference": f"no difference from {BASELINE} at p < {PROBABILITY:g}",
+    "worse": f"more loss than {BASELINE}",
     "unknown": "too few seeds to decide",
 }
 
@@ -45,8 +44,7 @@ def plot_front(
     groups: Sequence[Sequence[Summary]],
     image: Path,
     *,
-    baseline: str = BASELINE,
-    missing: Sequence[tuple[Run, int, int]] = (),
+    missing: Sequence[Unfinished] = (),
 ) -> None:
     """Draws validation loss against bytes of optimizer state, with the Pareto front.
 
@@ -56,8 +54,7 @@ def plot_front(
     Args:
         groups: The summaries, as of `summarize`.
         image: The PNG to write.
-        baseline: The method whose loss is marked.
-        missing: Methods that are not finished, as of `unfinished`; they are named below.
+        missing: Methods that are not finished; they are named below.
     """
     figure, rows = _figure([7.0] * len(groups), width=11)
     named = []
@@ -65,15 +62,15 @@ def plot_front(
         axes.set_title(_title(summaries, groups), loc="left")
         axes.set_ylabel("validation loss (nats)")
         finite = [s for s in summaries if math.isfinite(s.loss)]
-        top = _top_of_front(finite, baseline) if finite else math.inf
+        top = _top_of_front(finite) if finite else math.inf
         shown = [s for s in finite if s.loss <= top]
         notes = {
             "Above this picture": [f"{s.label} {s.loss:.2f}" for s in finite if s.loss > top],
             "Diverged": [s.label for s in summaries if s not in finite],
             "Not finished": [
-                short_name(run["method"])
-                for run, *_ in missing
-                if same_experiment(run, summaries[0].run)
+                short_name(one.run["method"])
+                for one in missing
+                if same_experiment(one.run, summaries[0].run)
             ],
         }
         lines = ["bytes of optimizer state a parameter"]
@@ -84,7 +81,7 @@ def plot_front(
         ]
         axes.set_xlabel("\n".join(lines))
         if shown:
-            named.append((axes, _draw_front(axes, shown, baseline)))
+            named.append((axes, _draw_front(axes, shown)))
     _add_legend(figure)
     figure.draw_without_rendering()  # decides where the axes are
     figure.set_layout_engine("none")
@@ -93,34 +90,32 @@ def plot_front(
     _save(figure, image)
 
 
-def plot_curves(
-    groups: Sequence[Sequence[Summary]], image: Path, *, baseline: str = BASELINE
-) -> None:
+def plot_curves(groups: Sequence[Sequence[Summary]], image: Path) -> None:
     """Draws the validation loss of each method against tokens, from a tenth of the run on.
 
-    Rows at the setting of another one, such as those with fewer bits, are left out.
+    The baseline is black. Rows at the setting of another one, such as those with fewer bits, are
+    left out.
 
     Args:
         groups: The summaries, as of `summarize`.
         image: The PNG to write.
-        baseline: The method drawn in black.
     """
     from matplotlib import colormaps
     from matplotlib.ticker import LogLocator
 
-    drawn = [[s for s in group if math.isfinite(s.loss) and _is_exact(s)] for group in groups]
+    drawn = [[s for s in group if math.isfinite(s.loss) and s.is_exact] for group in groups]
     figure, rows = _figure([max(5.0, 1.5 + 0.14 * len(group)) for group in drawn], width=10)
     named = []
     for axes, summaries, group in zip(rows, groups, drawn, strict=True):
         ends, starts = [], []
         for i, s in enumerate(group):
             curve = [(at, x) for at, x in s.curve if at >= s.run["steps"] / 10 and x < math.inf]
-            at_baseline = s.method == baseline
+            is_baseline = s.method == BASELINE
             bright = colormaps["turbo"](0.05 + 0.9 * i / len(group))[:3]
-            color = "black" if at_baseline else tuple(0.8 * x for x in bright)
+            color = "black" if is_baseline else tuple(0.8 * x for x in bright)
             tokens = [step * s.run["tokens"] / s.run["steps"] for step, _ in curve]
             losses = [x for _, x in curve]
-            style = {"linewidth": 2.2, "zorder": 3} if at_baseline else {"linewidth": 1.2}
+            style = {"linewidth": 2.2, "zorder": 3} if is_baseline else {"linewidth": 1.2}
             axes.plot(tokens, losses, color=color, **style)
             ends.append((losses[-1], s.label, color))
             starts.append(losses[0])
@@ -133,8 +128,8 @@ def plot_curves(
         axes.grid(alpha=0.25)
         if ends:
             low = min(ends)[0]
-            whole = [x for x, (_, name, _) in zip(starts, ends, strict=True) if name == baseline]
-            top = max(statistics.median(starts), *whole, _top_of_front(group, baseline))
+            whole = [x for x, (_, name, _) in zip(starts, ends, strict=True) if name == BASELINE]
+            top = max(statistics.median(starts), *whole, _top_of_front(group))
             margin = 0.03 * (top - low) or 0.05
             axes.set_ylim(low - margin, top + margin)
         named.append((axes, ends))
@@ -144,18 +139,15 @@ def plot_curves(
     _save(figure, image)
 
 
-def plot_sensitivity(
-    groups: Sequence[Sequence[Summary]], image: Path, *, baseline: str = BASELINE
-) -> None:
+def plot_sensitivity(groups: Sequence[Sequence[Summary]], image: Path) -> None:
     """Draws the loss above each method's least one against its learning rate over its best one.
 
-    Methods of which fewer than two rates were tried, such as those at the setting of another one,
-    are left out.
+    The baseline's curve is pale behind every other one. Methods of which fewer than two rates were
+    tried, such as those at the setting of another one, are left out.
 
     Args:
         groups: The summaries, as of `summarize`.
         image: The PNG to write.
-        baseline: The method drawn behind every other one.
     """
     from matplotlib.figure import Figure
 
@@ -163,7 +155,7 @@ def plot_sensitivity(
         {s.label: points for s in group if len(points := _relative(s.sensitivity)) > 1}
         for group in groups
     ]
-    methods = list(dict.fromkeys(itertools.chain([baseline], *curves)))
+    methods = list(dict.fromkeys(itertools.chain([BASELINE], *curves)))
     columns = min(5, len(methods))
     rows = math.ceil(len(methods) / columns)
     figure = Figure(figsize=(2.2 * columns + 0.6, 1.8 * rows + 1), layout="constrained")
@@ -175,8 +167,8 @@ def plot_sensitivity(
             continue
         for summaries, of, color in zip(groups, curves, itertools.cycle(colors), strict=False):
             title = _title(summaries, groups)
-            behind, points = of.get(baseline, []), of.get(method, [])
-            if method != baseline and behind:
+            behind, points = of.get(BASELINE, []), of.get(method, [])
+            if method != BASELINE and behind:
                 axes.plot(*zip(*behind, strict=True), color=color, alpha=0.25, linewidth=4)
             style: dict[str, Any] = {"color": color, "markersize": 3, "linewidth": 1.3}
             if points:
@@ -193,21 +185,22 @@ def plot_sensitivity(
     first.set_xticks(
         [2.0**n for n in exponents], [f"1/{2**-n}" if n < 0 else 2**n for n in exponents]
     )
-    figure.supxlabel(f"learning rate, divided by the best one (pale: {baseline})", fontsize=10)
+    figure.supxlabel(f"learning rate, divided by the best one (pale: {BASELINE})", fontsize=10)
     figure.supylabel("loss above the least (nats)", fontsize=10)
     _add_legend(figure, columns=1 if columns < 4 else 2)
     _save(figure, image)
 
 
-def _draw_front(axes: Any, shown: Sequence[Summary], baseline: str) -> list[Point]:
+def _draw_front(axes: Any, shown: Sequence[Summary]) -> list[NamedPoint]:
     """Draws points and front; returns the names of the points."""
     axes.set_xscale("log")
-    stored = [state for s in shown if (state := _state(s)) >= LEAST_STATE]
+    state = lambda s: s.state_bytes_per_parameter
+    stored = [state(s) for s in shown if state(s) >= LEAST_STATE]
     high = 2.5 * max(stored, default=1.0)
     place, broken = LEAST_STATE / 3, len(stored) < len(shown)  # place of those without state
     low = 0.6 * place if broken else min(stored) / 1.6
-    x = lambda s: state if (state := _state(s)) >= LEAST_STATE else place
-    front = sorted((s for s in shown if s.on_front), key=lambda s: (_state(s), s.loss))
+    x = lambda s: state(s) if state(s) >= LEAST_STATE else place
+    front = sorted((s for s in shown if s.on_front), key=lambda s: (state(s), s.loss))
     axes.step(
         [*map(x, front), high],
         [*(s.loss for s in front), front[-1].loss],
@@ -221,15 +214,15 @@ def _draw_front(axes: Any, shown: Sequence[Summary], baseline: str) -> list[Poin
     )
     points = []
     for s in sorted(shown, key=lambda s: [*COLORS].index(s.verdict)):
-        base = s.method == baseline
+        base = s.method == BASELINE
         color = "black" if base else COLORS[s.verdict]
         style: dict[str, Any] = {
-            "label": baseline if base else MEANING[s.verdict].format(baseline),
+            "label": BASELINE if base else MEANING[s.verdict],
             "markerfacecolor": color if s.on_front or base else "white",
         }
         bars = {"elinewidth": 1, "capsize": 2}
         axes.errorbar(x(s), s.loss, s.spread, fmt="o", color=color, ms=6, zorder=3, **bars, **style)
-        points.append(Point(x(s), s.loss, s.label, color, s.on_front or base))
+        points.append(NamedPoint(x(s), s.loss, s.label, color, s.on_front or base))
         if base:
             axes.axhline(s.loss, color="black", linewidth=0.8, linestyle=":", zorder=1)
     ticks = [tick for tick in STATE_TICKS if low < tick <= high]
@@ -247,21 +240,11 @@ def _draw_front(axes: Any, shown: Sequence[Summary], baseline: str) -> list[Poin
     return points
 
 
-def _state(summary: Summary) -> float:
-    """Bytes of optimizer state a parameter."""
-    return summary.run["state_bytes"] / summary.run["parameters"]
-
-
-def _is_exact(summary: Summary) -> bool:
-    """Whether a row has a tuned setting of its own."""
-    return summary.run["tuned_as"] == summary.method
-
-
-def _top_of_front(shown: Sequence[Summary], baseline: str) -> float:
+def _top_of_front(shown: Sequence[Summary]) -> float:
     """The highest loss that is shown: not those far above most others."""
     losses = [s.loss for s in shown]
     low, median = min(losses), statistics.median(losses)
-    least = [s.loss for s in shown if s.method == baseline]
+    least = [s.loss for s in shown if s.method == BASELINE]
     return max([*least, low + 2.5 * max(median - low, 0.02)])
 
 

@@ -20,6 +20,9 @@ from memopt.json_lines import read_json_lines
 from memopt.machine import core_count, cpu_model, versions
 from memopt.training.writing import WriteError, why
 
+#: Files in the directory of a comparison.
+RESULTS, RESULTS_TO_TARGET = "compare.jsonl", "targets.jsonl"
+
 
 class Run(TypedDict):
     """The record of a run, a line of `compare.jsonl` or `targets.jsonl`.
@@ -99,9 +102,9 @@ class Run(TypedDict):
     command: str
 
 
-def results_file(directory: Path, target_loss: float | None = None) -> Path:
+def results_file(directory: Path, target_loss: float | None) -> Path:
     """Returns the file of the results in a directory: those to a target have another one."""
-    return directory / ("compare.jsonl" if target_loss is None else "targets.jsonl")
+    return directory / (RESULTS if target_loss is None else RESULTS_TO_TARGET)
 
 
 def make_record(size: str, row: Row, cell: Cell, outcome: Outcome, *, tuned: bool) -> Run:

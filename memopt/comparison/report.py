@@ -19,6 +19,7 @@ from memopt.comparison.analysis import (
     THRESHOLD,
     TOLERANCE,
     Summary,
+    Unfinished,
     Verdict,
     by_experiment,
     summarize,
@@ -26,70 +27,42 @@ from memopt.comparison.analysis import (
     unfinished,
 )
 from memopt.comparison.plots import plot_curves, plot_front, plot_sensitivity
-from memopt.comparison.records import Run, loss_of, read_records, results_file
+from memopt.comparison.records import RESULTS, RESULTS_TO_TARGET, Run, loss_of, read_records
 from memopt.comparison.rows import BASELINE
-from memopt.comparison.words import experiment_name, short_bytes, short_count
+from memopt.comparison.words import (
+    NOTHING,
+    experiment_name,
+    short_bytes,
+    short_count,
+    short_number,
+)
+from memopt.json_lines import finite
 from memopt.markdown import markdown_table
 from memopt.training.writing import write_whole
 
+#: The paragraph above the tables.
 RULE = (
-    "Every method is tuned with the same number of runs and {baseline} with half as many again; "
+    f"Every method is tuned with the same number of runs and {BASELINE} with half as many again; "
     "the grid of learning rates grows beyond that until the best is inside. The losses are those "
     "at the end of the schedule, means over seeds that were not tuned on, ± their standard "
-    "deviation. A "
-    "method is better or worse than {baseline} if chance alone makes such a difference with a "
-    f"probability below {PROBABILITY:g}: |z| ≥ {THRESHOLD:.2f}, where z is Student's t of the "
-    "seeds' pooled standard error, turned into the z of the same probability, so that few seeds "
-    "count for less. Steps to the target, {target}, are interpolated on the curve of the tuned "
-    "runs, whose learning rates have not yet decayed there: a schedule that ends there would reach "
-    f"it sooner. Rates within {TOLERANCE:.0%}: the factor between the lowest and the highest "
-    f"learning rate whose loss is at most {TOLERANCE:.0%} above the least; ≥ if it is "
-    "wider than what was tried."
+    f"deviation. A method is better or worse than {BASELINE} if chance alone makes such a "
+    f"difference with a probability below {PROBABILITY:g}: |z| ≥ {THRESHOLD:.2f}, where z is "
+    "Student's t of the seeds' pooled standard error, turned into the z of the same probability, "
+    f"so that few seeds count for less. Steps to the target, {BASELINE}'s loss, are interpolated "
+    "on the curve of the tuned runs, whose learning rates have not yet decayed there: a schedule "
+    f"that ends there would reach it sooner. Rates within {TOLERANCE:.0%}: the factor between the "
+    "lowest and the highest learning rate whose loss is at most "
+    f"{TOLERANCE:.0%} above the least; ≥ if it is wider than what was tried."
 )
 
 
-def write_report(
-    directory: Path, *, baseline: str = BASELINE, target_loss: float | None = None
-) -> list["Section"]:
-    """Writes the tables and pictures of a comparison.
+#: Columns of the files alone: a terminal has no room for them.
+ONLY_IN_FILES = {"seeds", "perplexity", "z", "speed-up", "tokens to target", "rate ratio"}
+ONLY_IN_FILES |= {"ms a step", "CPU ms a step", "settings tried", f"rates within {TOLERANCE:.0%}"}
+ONLY_IN_FILES |= {f"− {BASELINE}"}
 
-    Args:
-        directory: The directory with `compare.jsonl`, `targets.jsonl` or both. Written into it are
-            `report.md`, `report.json` and, as soon as there are tuned runs in `compare.jsonl`,
-            `front.png`, `curves.png` and `sensitivity.png`.
-        baseline: The method with which others are compared.
-        target_loss: As of `summarize`.
-
-    Returns:
-        The tables.
-
-    Raises:
-        ValueError: There is no file of runs.
-        OSError: A file cannot be written.
-    """
-    paths = results_file(directory), results_file(directory, 0.0)
-    if not any(path.is_file() for path in paths):
-        raise ValueError(f"{paths[0]} is not a file: nothing was compared yet.")
-    found, to_target = map(read_records, paths)
-    groups = summarize(found, baseline=baseline, target_loss=target_loss)
-    shown = [*sections(groups, baseline), *sections_to_target(to_target)]
-    missing = unfinished(found)
-    text = markdown(
-        shown,
-        rule=RULE.format(
-            baseline=baseline,
-            target=f"{baseline}'s loss" if target_loss is None else f"a loss of {target_loss:g}",
-        ),
-        runs=[*found, *to_target],
-        missing=missing,
-    )
-    write_whole(directory / "report.md", text.encode())
-    write_whole(directory / "report.json", to_json(groups).encode())
-    if groups:
-        plot_front(groups, directory / "front.png", baseline=baseline, missing=missing)
-        plot_curves(groups, directory / "curves.png", baseline=baseline)
-        plot_sensitivity(groups, directory / "sensitivity.png", baseline=baseline)
-    return shown
+#: The words for verdicts, where they differ.
+VERDICTS: Mapping[Verdict, str] = {"unknown": "too few seeds"}
 
 
 class Section(NamedTuple):
@@ -108,17 +81,48 @@ class Section(NamedTuple):
     remark: str = ""
 
 
-def sections(groups: Sequence[Sequence[Summary]], baseline: str = BASELINE) -> list[Section]:
+def write_report(directory: Path) -> list[Section]:
+    """Writes the tables and pictures of a comparison.
+
+    Args:
+        directory: The directory with `compare.jsonl`, `targets.jsonl` or both. Written into it are
+            `report.md`, `report.json` and, as soon as there are tuned runs in `compare.jsonl`,
+            `front.png`, `curves.png` and `sensitivity.png`.
+
+    Returns:
+        The tables.
+
+    Raises:
+        ValueError: There is no file of runs.
+        OSError: A file cannot be written.
+    """
+    paths = directory / RESULTS, directory / RESULTS_TO_TARGET
+    if not any(path.is_file() for path in paths):
+        raise ValueError(f"{paths[0]} is not a file: nothing was compared yet.")
+    found, to_target = map(read_records, paths)
+    groups = summarize(found)
+    shown = [*sections(groups), *sections_to_target(to_target)]
+    missing = unfinished(found)
+    text = markdown(shown, runs=[*found, *to_target], missing=missing)
+    write_whole(directory / "report.md", text.encode())
+    write_whole(directory / "report.json", to_json(groups).encode())
+    if groups:
+        plot_front(groups, directory / "front.png", missing=missing)
+        plot_curves(groups, directory / "curves.png")
+        plot_sensitivity(groups, directory / "sensitivity.png")
+    return shown
+
+
+def sections(groups: Sequence[Sequence[Summary]]) -> list[Section]:
     """Returns a table of each experiment.
 
     Args:
         groups: The summaries, as of `summarize`.
-        baseline: The method with which others are compared.
     """
     return [
         Section(
             experiment_name(group[0].run, among=[s.run for of in groups for s in of]),
-            *_cells(group, baseline),
+            *_cells(group),
             _remark(group),
         )
         for group in groups
@@ -126,6 +130,7 @@ def sections(groups: Sequence[Sequence[Summary]], baseline: str = BASELINE) -> l
 
 
 def _remark(group: Sequence[Summary]) -> str:
+    """Sentences below the table of an experiment."""
     parts = []
     if told := [s.difference.least for s in group if s.difference and s.difference.least]:
         parts.append(
@@ -147,6 +152,7 @@ def sections_to_target(runs: Iterable[Run]) -> list[Section]:
         every = [run for of in methods.values() for run in of]
         first = every[0]
         title = f"Fewest steps to a loss of {first['target_loss']:g}, {first['size']} parameters"
+        at_batch_sizes = []
         batches: dict[int, dict[str, list[Run]]] = {}
         for batch in sorted({run["batch_size"] for run in every}):
             at = [run for run in every if run["batch_size"] == batch]
@@ -155,7 +161,7 @@ def sections_to_target(runs: Iterable[Run]) -> list[Section]:
             missing = [name for name in of if name not in tuned]
             remark = f"Not reached or not finished: {', '.join(missing)}." if missing else ""
             batches[batch] = tuned
-            found.append(
+            at_batch_sizes.append(
                 Section(f"{title}, {batch} rows a batch", *_cells_to_target(tuned.values()), remark)
             )
         if len(batches) > 1:
@@ -170,7 +176,8 @@ def sections_to_target(runs: Iterable[Run]) -> list[Section]:
                 for name in methods
             ]
             columns = ["method", *(f"{batch} rows" for batch in batches)]
-            found.insert(len(found) - len(batches), Section(title, columns, rows))
+            found.append(Section(title, columns, rows))
+        found += at_batch_sizes
     return found
 
 
@@ -184,7 +191,7 @@ def _cells_to_target(methods: Iterable[Sequence[Run]]) -> tuple[list[str], list[
             [
                 *(first["method"], str(first["steps"]), short_count(first["tokens"])),
                 f"{reached} of {len(runs)}",
-                _shown(statistics.fmean(losses), ".3f"),
+                short_number(statistics.fmean(losses), ".3f"),
                 short_bytes(first["state_bytes"]),
                 f"{first['learning_rate']:.3g}",
             ]
@@ -196,25 +203,23 @@ def _cells_to_target(methods: Iterable[Sequence[Run]]) -> tuple[list[str], list[
 def markdown(
     shown: Sequence[Section],
     *,
-    rule: str,
     runs: Sequence[Run] = (),
-    missing: Sequence[tuple[Run, int, int]] = (),
+    missing: Sequence[Unfinished] = (),
 ) -> str:
-    """Returns the tables in Markdown.
+    """Returns the tables in Markdown, below the rule that they follow.
 
     Args:
         shown: The tables.
-        rule: A paragraph above them.
         runs: All runs, for their commands, machines and versions.
         missing: As `unfinished` returns.
     """
-    parts = ["# Optimizers compared", rule]
+    parts = ["# Optimizers compared", RULE]
     for section in shown:
         table = markdown_table(section.columns, section.rows).rstrip()
         parts += [f"## {section.title}", table, *([section.remark] if section.remark else [])]
     if missing:
         lines = [
-            f"- {run['method']}, {experiment_name(run, among=[r for r, *_ in missing])}: "
+            f"- {run['method']}, {experiment_name(run, among=[one.run for one in missing])}: "
             f"{tuning} runs to tune it, {seeds or 'none'} at the tuned setting."
             for run, tuning, seeds in missing
         ]
@@ -239,7 +244,7 @@ def to_json(groups: Iterable[Iterable[Summary]]) -> str:
         | {"rate_range": s.rate_range and s.rate_range._asdict()}
         for s in itertools.chain.from_iterable(groups)
     ]
-    return json.dumps(_plain(found), indent=1) + "\n"
+    return json.dumps(finite(found), indent=1) + "\n"
 
 
 def tables(shown: Sequence[Section]) -> list[Table]:
@@ -258,24 +263,15 @@ def tables(shown: Sequence[Section]) -> list[Table]:
     return found
 
 
-#: Columns of the files alone: a terminal has no room for them.
-ONLY_IN_FILES = {"seeds", "perplexity", "z", "speed-up", "tokens to target", "rate ratio"}
-ONLY_IN_FILES |= {"ms a step", "CPU ms a step", "settings tried", f"rates within {TOLERANCE:.0%}"}
-ONLY_IN_FILES |= {f"− {BASELINE}"}
-
-NOTHING = "–"
-
-VERDICTS: Mapping[Verdict, str] = {"unknown": "too few seeds"}
-
-
-def _cells(summaries: Sequence[Summary], baseline: str) -> tuple[list[str], list[list[str]]]:
+def _cells(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of one table; columns without any value are left out."""
-    rows = [_row(s, baseline) for s in summaries]
+    rows = [_row(s) for s in summaries]
     columns = [c for c in rows[0] if any(row[c] != NOTHING for row in rows)]
     return columns, [[row[c] for c in columns] for row in rows]
 
 
-def _row(s: Summary, baseline: str) -> dict[str, str]:
+def _row(s: Summary) -> dict[str, str]:
+    """All cells of a method by the names of their columns."""
     diverged = sum(not math.isfinite(x) for x in s.losses)
     if diverged:
         loss = f"{diverged} of {len(s.losses)} diverged"
@@ -288,20 +284,20 @@ def _row(s: Summary, baseline: str) -> dict[str, str]:
         "method": s.method,
         "loss": loss,
         "seeds": f"{len(s.losses)}",
-        "perplexity": _shown(s.perplexity, ".2f"),
-        f"− {baseline}": _shown(other and other.loss, "+.3f"),
-        "z": _shown(other and other.z, "+.1f"),
+        "perplexity": short_number(s.perplexity, ".2f"),
+        f"− {BASELINE}": short_number(other and other.loss, "+.3f"),
+        "z": short_number(other and other.z, "+.1f"),
         f"p < {PROBABILITY:g}": VERDICTS.get(s.verdict, s.verdict) if other else NOTHING,
         "steps to target": f"> {s.run['steps']}" if steps is None else f"{steps:.0f}",
-        "tokens to target": f"> {short_count(s.run['tokens'])}"
-        if tokens is None
-        else short_count(tokens),
-        "speed-up": _shown(other and other.speed_up, ".2f") if told else NOTHING,
+        "tokens to target": short_count(tokens)
+        if tokens is not None
+        else f"> {short_count(s.run['tokens'])}",
+        "speed-up": short_number(other and other.speed_up, ".2f") if told else NOTHING,
         "state": short_bytes(s.run["state_bytes"]),
-        "ms a step": _shown(s.step_seconds and 1e3 * s.step_seconds, ".1f"),
-        "CPU ms a step": _shown(s.step_cpu_seconds and 1e3 * s.step_cpu_seconds, ".1f"),
+        "ms a step": short_number(s.step_seconds and 1e3 * s.step_seconds, ".1f"),
+        "CPU ms a step": short_number(s.step_cpu_seconds and 1e3 * s.step_cpu_seconds, ".1f"),
         "learning rate": f"{s.run['learning_rate']:.3g}",
-        "rate ratio": _shown(other and other.learning_rate_ratio, ".3g"),
+        "rate ratio": short_number(other and other.learning_rate_ratio, ".3g"),
         f"rates within {TOLERANCE:.0%}": NOTHING
         if rates is None
         else ("" if rates.whole else "≥ ") + f"{rates.high / rates.low:.1f}×",
@@ -324,15 +320,3 @@ def _words(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {one}" for key, one in value.items())
     return str(value)
-
-
-def _shown(value: float | None, form: str) -> str:
-    return NOTHING if value is None or not math.isfinite(value) else format(value, form)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,8 +1,12 @@
-"""Names of experiments, and counts in few characters."""
+"""Names of experiments, and numbers in few characters."""
 
+import math
 from collections.abc import Sequence
 
 from memopt.comparison.records import Run
+
+#: Shown in place of a number that is not known.
+NOTHING = "–"
 
 
 def experiment_name(run: Run, *, among: Sequence[Run]) -> str:
@@ -31,6 +35,16 @@ def experiment_name(run: Run, *, among: Sequence[Run]) -> str:
     if len({other["parameters"] for other in among if other["size"] == run["size"]}) > 1:
         parts.append(f"{short_count(run['parameters'])} exactly")
     return ", ".join(parts)
+
+
+def short_number(value: float | None, form: str) -> str:
+    """Returns a number in a format, `NOTHING` for none and for one that is not finite.
+
+    Example:
+        >>> short_number(2.5, "+.2f"), short_number(None, "+.2f"), short_number(math.inf, ".1f")
+        ('+2.50', '–', '–')
+    """
+    return NOTHING if value is None or not math.isfinite(value) else format(value, form)
 
 
 def short_count(count: float) -> str:

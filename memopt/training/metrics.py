@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from memopt.diagnostics import recorded
-from memopt.json_lines import read_json_lines
+from memopt.json_lines import finite, read_json_lines
 from memopt.training.config import Config
 from memopt.training.trackers import open_trackers
 from memopt.training.writing import WriteError, why, write_whole
@@ -57,7 +57,7 @@ class StepLog:
         Raises:
             WriteError: The file cannot be written.
         """
-        self.last = {"step": step, **_finite(values)}
+        self.last = {"step": step, **finite(values)}
         with self._writing():
             self._file.write(json.dumps(self.last) + "\n")
             self._file.flush()
@@ -80,14 +80,6 @@ class StepLog:
                 f"{str(self._path)!r} cannot be written ({why(error)}): make room or repair the "
                 "disk."
             ) from error
-
-
-def _finite(values: Any) -> Any:
-    if isinstance(values, Mapping):
-        return {name: _finite(value) for name, value in values.items()}
-    if isinstance(values, list):
-        return [_finite(value) for value in values]
-    return values if math.isfinite(values) else None
 
 
 class MetricsLog:

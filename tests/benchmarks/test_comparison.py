@@ -13,6 +13,7 @@ RUNS = [
     *seeds("adamw", 2.0, 2.02, 1.98),
     *seeds("muon", 1.5, 1.52, 1.48, rate=0.02),
     *seeds("muon, state int8", 1.6, 1.62, 1.58, tuned_as="muon", state_bytes=250),
+    *seeds("soap, state int8", 1.7, 1.72, tuned_as="soap"),
     *(dict(one, size="0.5M") for one in seeds("adamw", 3.0, 3.02)),
     run("lion", tuned=False),
 ]
@@ -42,9 +43,10 @@ def test_tuned_rates_and_how_far_they_may_be_off():
 
 def test_rows_with_fewer_bits_are_compared_with_their_exact_twins():
     found = table(comparison.twins({"results": RUNS}))
-    assert [*found] == ["muon, state int8"]
+    assert [*found] == ["muon, state int8", "soap, state int8"]
     cells = found["muon, state int8"]
     assert (cells["2M: − exact"], cells["2M: p < 0.01"]) == ("+0.100 ± 0.016", "worse")
+    assert found["soap, state int8"]["2M: − exact"] == "–"  # its twin is not finished
     assert comparison.twins({"results": seeds("adamw", 2.0)}) == "None is finished yet.\n"
 
 
