@@ -98,7 +98,7 @@ def describe(name: str, edge: Edge[Any]) -> str:
 
     Example:
         >>> describe("batch-size", Edge(6, 7, {}, {}))
-        'The largest batch that fits is 6; 7 does not fit. Assumed: what is smaller fits, too.'
+        'The largest batch that fits is 6; 7 does not fit. All smaller ones are assumed to fit.'
         >>> describe("mesh", Edge(None, "fsdp=4", {}, {}))
         'No mesh fits, up to fsdp=4, the largest that divides the rows.'
     """
@@ -112,7 +112,7 @@ def describe(name: str, edge: Edge[Any]) -> str:
         most = "largest that was to be tried" if name == "batch-size" else "smallest there is"
         return f"{text}, the {most}."
     others = "smaller" if name == "batch-size" else "larger"
-    return f"{text}; {edge.exceeds} does not fit. Assumed: what is {others} fits, too."
+    return f"{text}; {edge.exceeds} does not fit. All {others} ones are assumed to fit."
 
 
 def _search_optimizers(options: "Options", arguments: dict[str, Any]) -> None:

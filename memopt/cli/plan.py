@@ -112,7 +112,7 @@ class Options:
         named = {name: x for name, x in named.items() if x not in (None, ())}
         if ":" in self.model:
             del named["model"]
-            for name in named.keys() - inspect.signature(plan_step).parameters:
+            for name in sorted(named.keys() - inspect.signature(plan_step).parameters):
                 raise ValueError(
                     f"--{name.replace('_', '-')} must be left out with a model of your own, whose "
                     "function decides it."

@@ -182,8 +182,8 @@ def summarize(
 ) -> list[list[Summary]]:
     """Summarizes the tuned runs of each method in each experiment.
 
-    Runs that differ in a field of `EXPERIMENT` are not compared. Of a method's tuned runs those
-    with the setting of the last one count; its setting may have been another one before.
+    Runs that differ in a field of `EXPERIMENT` are not compared. If the setting of a method has
+    changed, its tuned runs with the last setting count.
 
     A method without tuned runs in an experiment has no summary there; see `unfinished`.
 
@@ -426,8 +426,8 @@ def mean_curve(runs: Sequence[Run]) -> tuple[tuple[float, float], ...]:
 def sensitivity(runs: Sequence[Run], like: Run) -> tuple[tuple[float, float], ...]:
     """Learning rates and losses of runs that differ in nothing else.
 
-    Of all seeds and options those are taken with which most rates were tried; of equally many,
-    those of the run `like`.
+    They have the seed and options with which most rates were tried; if several have as many, the
+    options of the run `like`.
 
     Args:
         runs: All runs of a method in an experiment.
@@ -440,16 +440,13 @@ def sensitivity(runs: Sequence[Run], like: Run) -> tuple[tuple[float, float], ..
     return tuple(sorted(max(groups.values(), key=len).items()))
 
 
-def rate_range(
-    points: Sequence[tuple[float, float]], tolerance: float = TOLERANCE
-) -> RateRange | None:
+def rate_range(points: Sequence[tuple[float, float]]) -> RateRange | None:
     """Finds the learning rates around the best one whose losses are nearly as low.
 
     Between two rates the loss is taken to be linear in the logarithm of the rate.
 
     Args:
         points: Learning rates and losses, such as of `sensitivity`.
-        tolerance: By how much losses may be above the least, as a share of it.
 
     Returns:
         The range; None if all runs diverged, or fewer than two rates were tried.
@@ -465,7 +462,7 @@ def rate_range(
     best, least = min(points, key=lambda point: point[1], default=(0.0, math.inf))
     if not math.isfinite(least) or len(points) < 2:
         return None
-    limit = least + tolerance * abs(least)
+    limit = least + TOLERANCE * abs(least)
     at = next(i for i, point in enumerate(points) if point[0] == best)
     low, low_ends = _last_within(points[at::-1], limit)
     high, high_ends = _last_within(points[at:], limit)

@@ -24,7 +24,7 @@ from memopt.machine import core_count
 from memopt.models import llama
 from memopt.models.config import LlamaConfig
 from memopt.optimizers.registry import optimizer
-from memopt.state.codecs import bits_of
+from memopt.state.bytes import bytes_of
 from memopt.state.quantized_state import quantize_state
 from memopt.text.packing import FIELDS
 from memopt.text.tokenizer import load_tokenizer
@@ -88,7 +88,7 @@ class Cell:
         warmup: Share of the steps in which the learning rate rises from 0.
         final_learning_rate: Learning rate at the end, as a share of the highest.
         data: The text, as `memopt.training.config.Text.data`.
-        text: What identifies its content.
+        text: A digest of its content, as `text_identity` returns.
         eval_tokens: Held-out tokens that are evaluated on.
     """
 
@@ -161,7 +161,7 @@ class Outcome(NamedTuple):
 
 @functools.cache
 def text_identity(data: tuple[str, ...]) -> str:
-    """Returns what identifies the content of a text, read as bytes.
+    """Returns a digest of the content of a text, read as bytes.
 
     Args:
         data: As `memopt.training.config.Text.data`.
@@ -220,8 +220,8 @@ def train(cell: Cell, *, evaluate_pieces: bool, alone: bool = True) -> Outcome:
         val_loss=math.inf if diverged else losses[-1][1],
         val_losses=[pair for pair in losses if math.isfinite(pair[1])],
         diverged=diverged,
-        state_bytes=_bytes(setup.state.opt_state),
-        parameter_bytes=_bytes(setup.state.params),
+        state_bytes=bytes_of(setup.state.opt_state),
+        parameter_bytes=bytes_of(setup.state.params),
         parameters=program.parameters,
         step_seconds=step if alone and times[1:] and _quiet() else None,
         step_cpu_seconds=cpu if times[1:] and jax.default_backend() == "cpu" else None,
@@ -332,10 +332,6 @@ def count_parameters(model: LlamaConfig) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(llama.abstract_params(model)))
 
 
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(x.shape) * bits_of(x.dtype) // 8 for x in jax.tree.leaves(tree))
-
-
 def _quiet() -> bool:
-    """Whether about no other program used the processor in the last minute."""
+    """Whether other programs hardly used the processor in the last minute."""
     return os.getloadavg()[0] <= (core_count() or 1) + 0.5

@@ -12,12 +12,12 @@ from typing import Any
 
 from memopt.comparison.rows import BASELINE, SCHEDULES, Row, tuned_options
 from memopt.errors import check_at_least, check_choice
-from memopt.models.config import LlamaConfig, preset
+from memopt.models.config import DType, LlamaConfig, preset
 
-#: A run is trained in so many pieces of equal length; runs that count are evaluated after each.
+#: Pieces of equal length that a run is trained in; runs that count are evaluated after each.
 PIECES = 20
 
-#: Decides weights and data of the runs that tune; the seeds that count are others.
+#: The seed of the runs that tune, which no run that counts may have.
 TUNING_SEED = 10_000
 
 
@@ -83,17 +83,31 @@ class Protocol:
         return self.tuning_runs * 3 // 2 if with_decay else self.tuning_runs
 
 
-def _bytes(hidden: int, intermediate: int, layers: int, heads: int, **more: str) -> LlamaConfig:
-    """A LLaMA that reads bytes, of as many ids as the preset tiny."""
-    sizes: dict[str, int] = {"hidden_size": hidden, "intermediate_size": intermediate}
-    sizes |= {"num_layers": layers, "num_heads": heads, "num_kv_heads": heads}
-    return dataclasses.replace(preset("tiny"), **sizes, head_dim=hidden // heads, **more)  # type: ignore[arg-type]
+def _byte_model(
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    dtype: DType = "float32",
+) -> LlamaConfig:
+    """A LLaMA that reads bytes, with as many ids as the preset tiny."""
+    return dataclasses.replace(
+        preset("tiny"),
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=hidden // heads,
+        dtype=dtype,
+    )
 
 
+#: Protocols by name.
 PRESETS = {
     # 205,000 tokens, 0.4 and 0.1 for each parameter: what two cores train 500 times in hours.
     "cpu": Protocol(
-        models={"0.5M": _bytes(128, 384, 2, 4), "2M": preset("tiny")},
+        models={"0.5M": _byte_model(128, 384, 2, 4), "2M": preset("tiny")},
         steps=400,
         batch_size=8,
         seq_len=64,
@@ -102,9 +116,9 @@ PRESETS = {
     # 33 million tokens, 3.3, 1.3 and 0.5 for each parameter: minutes a run on one GPU.
     "gpu-small": Protocol(
         models={
-            "10M": _bytes(320, 864, 8, 5, dtype="bfloat16"),
-            "25M": _bytes(512, 1376, 8, 8, dtype="bfloat16"),
-            "60M": _bytes(640, 1728, 12, 10, dtype="bfloat16"),
+            "10M": _byte_model(320, 864, 8, 5, dtype="bfloat16"),
+            "25M": _byte_model(512, 1376, 8, 8, dtype="bfloat16"),
+            "60M": _byte_model(640, 1728, 12, 10, dtype="bfloat16"),
         },
         steps=2000,
         batch_size=64,
@@ -113,7 +127,6 @@ PRESETS = {
         batch_sizes=(16, 32, 64, 128, 256),
     ),
 }
-"""Protocols by name."""
 
 
 def make_protocol(preset: str = "cpu", *, sizes: Sequence[str] = (), **changes: Any) -> Protocol:

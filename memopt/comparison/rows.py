@@ -101,7 +101,7 @@ class Tuned(NamedTuple):
     Attributes:
         option: Its name.
         values: Its values; the search starts with the first.
-        reason: The reason why this one, and the source of its values.
+        reason: Why this option is tuned, or the source of its values.
     """
 
     option: str
@@ -116,7 +116,7 @@ _B2 = (
 _SCALE = "the size of the matrices' updates relative to the others', which the paper tunes"
 _REFRESH = "the life of a subspace, which the paper's ablation varies; 200 is for longer runs"
 
-#: The option of each method that is tuned. Those without a line use their runs for the rate.
+#: The tuned option of each method. A method without one has all runs for its learning rate.
 TUNED: Mapping[str, Tuned] = {
     "adamw": Tuned("b2", (0.999, 0.99, 0.95), _B2),
     "adafactor": Tuned("decay_rate", (0.8, 0.9, 0.6), "the paper's c, section 7"),
@@ -158,7 +158,7 @@ TUNED: Mapping[str, Tuned] = {
     "tag": Tuned("b2", (0.99, 0.999, 0.95), _B2),
 }
 
-#: Tuned of the baseline alone; other methods have no weight decay.
+#: Tuned for the baseline alone; other methods have no weight decay.
 DECAY = Tuned("weight_decay", (0.0, 0.1), "0.1 in Wen et al., 2025, and for LLaMA")
 
 #: Options that differ from the defaults.

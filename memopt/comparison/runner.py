@@ -36,8 +36,9 @@ def compare(
 
     Args:
         output: The directory of the results.
-        protocol: What all runs have in common, as `memopt.comparison.make_protocol` returns.
-        methods: Names of rows, as of `memopt.comparison.rows.Row`; by default
+        protocol: The models, text and steps that all runs have in common, as of
+            `memopt.comparison.make_protocol`.
+        methods: Names of rows, as `memopt.comparison.Row` reads them; by default
             `memopt.comparison.rows.ROWS`. The exact twins of rows with fewer bits are added, and
             so is the baseline, AdamW.
         target_loss: Find the fewest steps in which each method comes to this loss, with a schedule
@@ -52,12 +53,12 @@ def compare(
         console: Where to show progress; None: nowhere.
 
     Returns:
-        The records of all finished runs of these rows and this protocol. Functions of
-        `memopt.comparison.analysis` and `memopt.comparison.report` summarize them.
+        The records of all finished runs of these rows and this protocol, for
+        `memopt.comparison.summarize`; `write_report` reads them from `output`.
 
     Raises:
-        ValueError: A name is unknown, an optimizer cannot work in this way, or `over` is given
-            without `target_loss`.
+        ValueError: A name is unknown, or `over` is given without `target_loss`.
+        IncompleteError: Optimizers cannot work in this way; all others are finished.
         OutOfTimeError: As many runs were made as fit into `minutes`.
         WriteError: The results cannot be written.
 

@@ -97,9 +97,9 @@ class Worker:
             raise IncompleteError(f"some methods cannot be trained, all others were ({reasons}).")
 
     def _finish(self, unit: Unit) -> bool:
-        """Makes the runs of a unit; False if another process does, or must finish another first."""
-        what = f"{unit.size} {unit.row.name} {unit.batch_size} {self._grid.target_loss}"
-        name = hashlib.sha256(what.encode()).hexdigest()[:16]
+        """Makes the runs of a unit; False if another process makes them, or others they need."""
+        text = f"{unit.size} {unit.row.name} {unit.batch_size} {self._grid.target_loss}"
+        name = hashlib.sha256(text.encode()).hexdigest()[:16]
         directory = self._directory / "locks" / name
         directory.mkdir(parents=True, exist_ok=True)
         lock = Lock(directory)

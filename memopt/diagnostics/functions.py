@@ -76,10 +76,10 @@ def codec_error(
 
     Args:
         x: an array of at least one axis.
-        codec: a name as of `memopt.quantize_state`, or a codec.
+        codec: a codec, or its name, such as "int8"; see `memopt.quantize_state`.
         key: decides the stochastic rounding; None rounds to the nearest.
-        kind: which of the codecs of a name: "signed", for first moments, "unsigned", for second
-            moments, or "weights".
+        kind: the use that decides the codec of a name: "signed" for first moments, "unsigned" for
+            second moments, or "weights".
 
     Raises:
         ValueError: if there is no codec of this name or kind.
@@ -128,5 +128,5 @@ def directional_sharpness(
     """
     gradient = jax.grad(lambda params: loss(params, *args))
     direction = jax.tree.map(lambda d, p: d.astype(p.dtype), direction, params)
-    _, product = jax.jvp(gradient, (params,), (direction,))
-    return optax.tree.vdot(direction, product) / optax.tree.vdot(direction, direction)
+    _, curvature = jax.jvp(gradient, (params,), (direction,))
+    return optax.tree.vdot(direction, curvature) / optax.tree.vdot(direction, direction)

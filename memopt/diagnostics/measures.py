@@ -1,5 +1,6 @@
 """Measures of gradients, updates and parameters, for `with_diagnostics`."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -81,7 +82,8 @@ def rms(of: str = "update") -> Measure:
     Args:
         of: as in `measure`.
     """
-    return measure(lambda layout, x: _norm(layout, x) / _norm(layout, jnp.ones_like(x)), of)
+    size = lambda layout, x: math.prod(x.shape[axis] for axis in layout.core)
+    return measure(lambda layout, x: _norm(layout, x) / math.sqrt(size(layout, x)), of)
 
 
 def update_to_weight() -> Measure:
@@ -102,8 +104,8 @@ def projected_energy(
     Args:
         projector: the rule that gives each matrix a subspace, with an orthonormal basis P; see
             `memopt.projectors`.
-        refresh_every: after so many measurements the subspace is chosen again; with 1, it is chosen
-            for the gradient that is measured.
+        refresh_every: measurements between two choices of the subspace; with 1, it is chosen for
+            the gradient that is measured.
         of: "gradient" or "update".
         matrices: which leaves are projected; by default `memopt.hidden_matrices`.
 

@@ -80,14 +80,14 @@ def with_diagnostics(
 
     def measured(seen: dict[str, Any], kept: dict[str, Any]) -> tuple[Any, Any]:
         found = {name: one.update(seen, kept[name]) for name, one in measures.items()}
-        values, kept = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
-        return values, kept
+        values = {name: value for name, (value, _) in found.items()}
+        return values, {name: state for name, (_, state) in found.items()}
 
     def init(params: Any) -> WithDiagnosticsState:
         kept = {name: one.init(params) for name, one in measures.items()}
         seen = dict.fromkeys(("gradient", "update", "parameter"), params)
-        nothing = zeros_of(lambda seen, kept: measured(seen, kept)[0], seen, kept)
-        values = jax.tree.map(lambda x: x + jnp.nan, nothing)
+        zeros = zeros_of(lambda seen, kept: measured(seen, kept)[0], seen, kept)
+        values = jax.tree.map(lambda x: x + jnp.nan, zeros)
         return WithDiagnosticsState(jnp.zeros((), jnp.int32), tx.init(params), kept, values)
 
     def step(gradients: Any, state: WithDiagnosticsState, params: Any, extra: Any) -> Any:

@@ -99,7 +99,7 @@ TPUS = {
 # A100, H100, H200 and B200: the target configurations of XLA, xla/backends/gpu/target_config/specs
 # Others: what deviceQuery prints on them, in public reports; bandwidths from NVIDIA's data sheets.
 # The memory of the 40 GB A100 and the H200, nominal in XLA's files, is deviceQuery's and PyTorch's.
-# What CUDA reports as memory varies with the driver by 1%.
+# The memory that CUDA reports varies by 1% with the driver.
 _HOPPER = ((9, 0), 132, 128, 2048, 228, 50 * 2**20, 1.98)
 _A100 = ((8, 0), 108, 64, 2048, 164, 40 * 2**20, 1.41)
 _RTX = (128, 1536, 100)  # lanes, threads and shared memory
@@ -150,8 +150,8 @@ def devices(chip: str, count: int = 1) -> list[jax.Device]:
 def only_compile() -> None:
     """Keeps this process and those it starts off the machine's accelerators and their memory.
 
-    Call it before JAX starts, in a program that compiles and runs nothing. Compilers' errors are
-    shown, their warnings, such as of a step that takes more than the memory, are not.
+    Call it before JAX starts, in a program that compiles and runs nothing. Compilers' warnings,
+    such as of a step that takes more than the memory, are hidden; their errors are shown.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # which JAX sets if nobody does

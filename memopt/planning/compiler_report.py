@@ -1,4 +1,4 @@
-"""Compiles a step, and keeps what its compiler says of memory, traffic and collectives."""
+"""Compiles a step, and reads its compiler's records of memory, traffic and collectives."""
 
 import collections
 import contextlib
@@ -29,14 +29,13 @@ LARGEST = 5
 
 @dataclasses.dataclass(frozen=True)
 class CompilerReport:
-    """A compiler's words on a program, for one device; JSON-serialisable by `dataclasses.asdict`.
+    """A compiler's figures of a step, for one device; JSON-serialisable by `dataclasses.asdict`.
 
     Attributes:
         peak_bytes: The most that is held at any moment, see `memopt.planning.step_memory`.
         program_bytes: The program itself, where it is in the device's memory.
-        gradient_bytes: Of the temporaries at the peak, the gradients, see `kind_of`.
-        activation_bytes: Of the temporaries at the peak, what else the forward and backward pass
-            make.
+        gradient_bytes: Gradients among the temporaries at the peak, see `kind_of`.
+        activation_bytes: Other arrays of the forward and backward pass among them.
         largest: The largest temporaries at the peak; none if the compiler wrote no record of them.
         traffic_bytes: Bytes that the program reads and writes in memory, by the compiler's cost
             analysis; None where it has none, as for GPUs.
@@ -131,8 +130,8 @@ def simplified(shape: Iterable[int]) -> tuple[int, ...]:
 def kind_of(one: Buffer, shapes: Collection[tuple[int, ...]]) -> str:
     """Returns "gradient", "activation" or "temporary" for a temporary array of a training step.
 
-    What the update makes is temporary, and so are weights as the model reads them. Of the rest,
-    what has the shape of a parameter is a gradient, and everything else an activation.
+    An array that the update makes is temporary, and so are weights as the model reads them. Any
+    other array is a gradient if it has the shape of a parameter, or else an activation.
 
     Args:
         one: The array.

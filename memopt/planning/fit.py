@@ -1,4 +1,4 @@
-"""Searches for what fits a chip: the largest batch, the smallest mesh, the optimizers.
+"""Searches for the largest batch, the smallest mesh and the optimizers that fit a chip.
 
 Each plan is a compilation, of seconds to minutes. Compilers' answers are cached: a search that was
 stopped continues where it was when it is called again.
@@ -40,7 +40,7 @@ class Edge(NamedTuple, Generic[T]):
         fits: The largest batch or the smallest mesh that fits; None if none does.
         exceeds: The next one, which does not fit; None if none is left to try.
         planned: The plans that were made, by batch size or mesh, in the order they were made.
-        failed: Those that the compiler failed on, with its words. They count as not fitting.
+        failed: The compiler's error for each that it failed on. They count as not fitting.
     """
 
     fits: T | None
@@ -244,9 +244,11 @@ def _boundary(holds: Callable[[int], bool], guess: Callable[[], int | None], mos
     return low
 
 
-#: How `fit_optimizer` stores what, by default, and whether it releases.
+#: The storages of state and weights that `fit_optimizer` plans by default; None: unquantised.
 STATES: tuple[str | None, ...] = (None, "int8")
 STORAGES: tuple[str | None, ...] = (None, "int8")
+
+#: Whether it releases: both, by default.
 RELEASES = (False, True)
 
 
@@ -335,6 +337,7 @@ def _all_planned(
 
 
 def _row(plan: PlanStep, chosen: Mapping[str, Any], options: Mapping[str, Any]) -> Row:
+    """Plans one configuration, or says why it cannot be planned."""
     try:
         return Row(chosen, plan(**chosen, **options))
     except ValueError as error:
@@ -344,6 +347,7 @@ def _row(plan: PlanStep, chosen: Mapping[str, Any], options: Mapping[str, Any]) 
 
 
 def _rank(row: Row) -> tuple[int, int]:
+    """The place of a row in the result of `fit_optimizer`."""
     if row.plan is None:
         return 3, 0
     if not row.plan.compiler:

@@ -1,4 +1,4 @@
-"""Whether a training step fits a chip, by the chip's own compiler; no chip is needed."""
+"""Plans: the memory of a training step by the compiler of a chip, which is not needed itself."""
 
 import dataclasses
 import math
@@ -162,11 +162,11 @@ def plan(
         remat: What the backward pass computes again: "none", "dots" or "full". None: "full", or
             "none" with `release`, which computes each block again anyway.
         accumulation: Micro-batches of a batch. None: 1.
-        progress: Is given a line about what the compiler works on, which may take minutes.
-        cache: Whether to keep what the compiler says on disk, and look there first; see
+        progress: Called with a line before each compilation, which may take minutes.
+        cache: Whether to keep the compiler's answers on disk, and to look there first; see
             `memopt.planning.cache`.
         skip_misfits: Whether to leave a step uncompiled whose weights and state alone exceed the
-            chip, as searches do. No more is known of it then.
+            chip, as searches do. Its plan then has their sum as the peak.
         **options: Any other option of `memopt pretrain` that the step depends on, such as
             ``num_layers=8`` or ``option=("rank=128",)``.
 
@@ -252,7 +252,8 @@ def plan_step(
             `NamedSharding` is split by the same axes of `mesh`; others are copied to every device.
         loss: The loss, a function of (parameters, batch) that returns the summed loss and the
             number of tokens, or a `memopt.models.StackedModel`, which `release` needs.
-        batch: A batch, likewise; first axes are split over `data` and `fsdp`.
+        batch: A batch, a tree of arrays or `jax.ShapeDtypeStruct`. Their first axes are split over
+            `data` and `fsdp`.
         optimizer: As in `memopt.plan`.
         chip: As in `memopt.plan`.
         mesh: As in `memopt.plan`.
@@ -319,7 +320,7 @@ def plan_compilable(
     model: str,
     optimizer: str,
 ) -> Plan:
-    """Compiles a step for a chip, or for a roomier one that it fits, and reads what it needs.
+    """Plans a step for a chip; see `plan`.
 
     Args:
         make: Returns the step on given devices.
@@ -376,7 +377,7 @@ def plan_compilable(
 
 
 class _Compiled(NamedTuple):
-    """A step, and the words of a compiler on it.
+    """A compiled step.
 
     Attributes:
         step: The step.
@@ -398,7 +399,7 @@ class _Compiled(NamedTuple):
 def _compile(
     make: Make, chip: str, count: int, progress: Progress, keep: bool, most: int | None
 ) -> _Compiled:
-    """Compiles a step for a chip, or in its place for the CPU or a roomier chip.
+    """Compiles a step for a chip; failing that, for the CPU or for a chip with more memory.
 
     Args:
         make: As in `plan_compilable`.
@@ -468,7 +469,7 @@ def _report(
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a compiler's words, which often go on for pages."""
+    """The first line of a compiler's error, which may have pages."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
@@ -487,7 +488,7 @@ def roomiest(chip: str) -> str:
 def memory_of(chip: str, count: int) -> int:
     """The bytes of memory that programs may use on one of so many devices.
 
-    Those of "cpu" share this machine's memory; of a GPU's, JAX takes 95% at most.
+    Devices of "cpu" share this machine's memory. JAX may take 95% of a GPU's.
     """
     if chip == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // count

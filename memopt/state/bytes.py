@@ -90,17 +90,18 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
                 kept[name] += arrays
                 kept_by[name][part.kept_by] = None
     return StateBytes(
-        parameters={name: _bytes([leaf]) for name, leaf in leaves},
-        states={name: _bytes(arrays) for name, arrays in kept.items()},
-        shared=_bytes(shared),
+        parameters={name: bytes_of([leaf]) for name, leaf in leaves},
+        states={name: bytes_of(arrays) for name, arrays in kept.items()},
+        shared=bytes_of(shared),
         kept_by={name: tuple(keepers) for name, keepers in kept_by.items()},
         formulas={name: _formula(arrays) for name, arrays in kept.items()},
         shared_formula=_formula(shared),
     )
 
 
-def _bytes(arrays: Any) -> int:
-    return sum(math.prod(x.shape) * bits_of(x.dtype) // 8 for x in jax.tree.leaves(arrays))
+def bytes_of(tree: Any) -> int:
+    """The bytes of all arrays of a tree, or of `jax.ShapeDtypeStruct`."""
+    return sum(math.prod(x.shape) * bits_of(x.dtype) // 8 for x in jax.tree.leaves(tree))
 
 
 def _formula(arrays: list[Any]) -> str:

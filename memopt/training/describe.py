@@ -161,7 +161,10 @@ def describe_controller(config: Config) -> Controller | None:
 def _make_optimizer(
     config: Config, given: optax.GradientTransformation | None, learning_rate: optax.Schedule
 ) -> tuple[optax.GradientTransformation, Predict | None]:
-    """A run's optimizer, and what predicts its parameters: without decay, as XGrad does."""
+    """Returns a run's optimizer, and a function that predicts its parameters or None.
+
+    Predictions leave out weight decay, as those of XGrad do.
+    """
     options, named = config.optimization, config.optimizer_options
 
     def wrapped(tx: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -147,7 +147,7 @@ class DiagnosticsLog:
         self._log = StepLog(directory / "diagnostics.jsonl", step) if every else None
 
     def see(self, step: int, opt_state: Any) -> None:
-        """Writes the values measured in a step, if it has measured any.
+        """Writes the values that a step has measured, if it was its turn.
 
         Args:
             step: The step.
@@ -177,7 +177,7 @@ class DiagnosticsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads a `metrics.jsonl`; leaves out lines that are not whole.
+    """Reads a `metrics.jsonl` or `diagnostics.jsonl`; leaves out lines that are not whole.
 
     The last line may be cut short, by a kill or a full disk. Any other is warned about.
     """

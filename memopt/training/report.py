@@ -39,7 +39,7 @@ def plot_loss(metrics: Path, image: Path) -> None:
 def plot_diagnostics(diagnostics: Path, image: Path) -> None:
     """Draws a `diagnostics.jsonl` as a PNG: a plot for each measure, a curve for each parameter.
 
-    Of a stack of layers it shows the mean.
+    A stack of layers is drawn as its mean.
 
     Args:
         diagnostics: The file to read.

@@ -135,7 +135,7 @@ def train_step(
     if observe:
         point = at, zero_statistics(at)
         gradient_of = lambda pair, batch: loss(pair[0], batch, statistics=pair[1])
-    # Of a layer's statistics only one is a gradient, and would be scaled with the loss.
+    # Only one of a layer's statistics is a gradient: a divided loss would not divide the others.
     of_mean = accumulation == 1 and not observe
     mean_loss, found, tokens, measured = _mean_gradient(
         gradient_of, point, pieces, measure, of_mean
