@@ -103,7 +103,6 @@ def _byte_model(
     )
 
 
-#: Protocols by name.
 PRESETS = {
     # 205,000 tokens, 0.4 and 0.1 for each parameter: what two cores train 500 times in hours.
     "cpu": Protocol(
@@ -127,6 +126,7 @@ PRESETS = {
         batch_sizes=(16, 32, 64, 128, 256),
     ),
 }
+"""Protocols by name."""
 
 
 def make_protocol(preset: str = "cpu", *, sizes: Sequence[str] = (), **changes: Any) -> Protocol:

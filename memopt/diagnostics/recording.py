@@ -23,7 +23,7 @@ DEFAULT: Mapping[str, Measure] = {
     "gradient_stable_rank": of_matrices(stable_rank, "gradient"),
     "update_stable_rank": of_matrices(stable_rank, "update"),
 }
-"""The measures of `with_diagnostics` that is given none."""
+"""The measures that `with_diagnostics` records by default."""
 
 
 class WithDiagnosticsState(NamedTuple):
