@@ -58,7 +58,9 @@ class Options:
     step: Step = "last"
     batch_size: Annotated[int | None, conf.arg(metavar="ROWS", help_behavior_hint="")] = None
     seq_len: Annotated[int | None, conf.arg(metavar="TOKENS", help_behavior_hint="")] = None
-    optimizer: Annotated[str | None, conf.arg(metavar="NAME", help_behavior_hint="")] = None
+    optimizer: Annotated[
+        str | None, conf.arg(metavar="NAME|MODULE:FUNCTION", help_behavior_hint="")
+    ] = None
     json: bool = False
 
 

@@ -62,6 +62,12 @@ def test_what_is_outside_and_disagreements_are_printed(capsys) -> None:
     assert "need a run: give --run" in printed
 
 
+def test_a_function_of_ones_own_has_adamws_default() -> None:
+    found = suggestions(Options(model="60m", tokens="2B", optimizer="optax:adam"))
+    *_, last = found["laws"]
+    assert (last["law"], last["learning_rate"]) == ("default of optax:adam", 2e-3)
+
+
 @pytest.mark.parametrize("text_", ["2.2X", "-1", "", "B", "nan", "inf", "0"])
 def test_numbers_that_are_no_tokens_are_refused(text_) -> None:
     with pytest.raises(ValueError, match=r"tokens must be a number such as 2\.2B"):
