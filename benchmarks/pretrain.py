@@ -140,7 +140,7 @@ def profiled(step: Callable[[], None], text: str) -> dict[str, float]:
         [path] = Path(directory).rglob("*.xplane.pb")
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
             for event in (event for line in plane.lines for event in line.events):
-                if kind := parts.get(dict(event.stats).get("hlo_op")):
+                if kind := parts.get(str(dict(event.stats).get("hlo_op"))):
                     totals[kind] += event.duration_ns
     return {kind: round(ns / totals.total(), 3) for kind, ns in totals.most_common()}
 

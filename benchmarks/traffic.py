@@ -165,7 +165,7 @@ def measure(name: str, options: Options) -> tuple[dict[str, Any], jax.stages.Com
     if options.state:
         tx = memopt.quantize_state(tx, options.state)
     layers = FEWER_LAYERS.get(name, LAYERS)
-    params = blocks(options.layout, options.dtype, layers)
+    params = blocks(options.layout or "stacked", options.dtype or "float32", layers)
     counted = memopt.state_bytes(tx, params)
     compiled = compile_step(tx, params, one_chip(options.chip), cache=options.cache)
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
