@@ -114,5 +114,5 @@ def scale_by_rms_of(layout: Layout, u: Array, w: Array, *, min_scale: float) -> 
 def rms(layout: Layout, x: Array) -> Array:
     """Root mean square of each matrix of `x`; reduced axes are kept with length one."""
     square = jnp.square(x.astype(statistics_dtype(x)))
-    size = math.prod(x.shape[a] for a in layout.core) or 1
+    size = float(math.prod(x.shape[a] for a in layout.core) or 1)  # may exceed an int32
     return jnp.sqrt(bounded_squares(total(square, layout.core, keepdims=True) / size))

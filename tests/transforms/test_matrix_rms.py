@@ -34,6 +34,12 @@ def test_optax_pools_a_stack():
     assert rms(pooled["w"][0], (0, 1)) < 0.1 * rms(G["w"][0], (0, 1))
 
 
+def test_a_matrix_may_have_more_entries_than_an_int32_counts():
+    tx, matrix = memopt.normalize_by_group(), jax.ShapeDtypeStruct((2**16, 2**16), "float32")
+    updates, _ = jax.eval_shape(lambda g: tx.update(g, tx.init(g), g), matrix)
+    assert updates.shape == matrix.shape
+
+
 def test_normalize_by_group_is_clip_times_parameter_rms():
     params = jax.tree.map(lambda g: 0.01 * g[::-1], G)
     tx = memopt.normalize_by_group(0.5, 1e-2)
