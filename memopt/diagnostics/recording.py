@@ -14,6 +14,7 @@ from memopt.diagnostics.functions import stable_rank
 from memopt.diagnostics.measures import Measure, of_matrices, rms, update_to_weight
 from memopt.errors import check_at_least
 from memopt.state.precision import zeros_of
+from memopt.state.quantized_state import QuantizedState
 from memopt.trees import named_leaves
 
 DEFAULT: Mapping[str, Measure] = {
@@ -135,8 +136,10 @@ def recorded(state: Any) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _find(state: Any) -> Iterator[WithDiagnosticsState]:
-    is_recorded = lambda x: isinstance(x, WithDiagnosticsState)
-    for node in jax.tree.leaves(state, is_leaf=is_recorded):
-        if is_recorded(node):
+    known = WithDiagnosticsState | QuantizedState
+    for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, known)):
+        if isinstance(node, QuantizedState):
+            yield from _find(node.codes)
+        elif isinstance(node, WithDiagnosticsState):
             yield node
             yield from _find(node.inner)

@@ -93,6 +93,18 @@ EXTRA_ARGUMENTS = {
 }
 """Extra arguments of `update` that some methods need; memopt's training step passes them."""
 
+
+def _averaged(state: Any, params: Any) -> Any:
+    """The parameters that `schedule_free` averages, whatever wraps it."""
+    of_average = lambda x: isinstance(x, optax.contrib.ScheduleFreeState)
+    found = list(filter(of_average, jax.tree.leaves(state, is_leaf=of_average)))
+    if len(found) != 1:
+        raise ValueError(
+            f"state must hold one optax.contrib.ScheduleFreeState, not quantised, got {len(found)}."
+        )
+    return optax.contrib.schedule_free_eval_params(found[0], params)
+
+
 METHODS: dict[str, Method] = {
     "adagrad": Method(optax.adagrad, 2e-2, "mn", "sparse gradients, convex problems", "optax"),
     "adam": Method(optax.adam, 2e-3, "2mn", "the baseline without weight decay", "optax"),
@@ -189,7 +201,7 @@ METHODS: dict[str, Method] = {
         "2mn",
         "AdamW that averages instead of decaying: no end to plan",
         "optax",
-        eval_params=optax.contrib.schedule_free_eval_params,
+        eval_params=_averaged,
     ),
     "sgd": Method(optax.sgd, 5e-2, "0", "no state, for models that plain SGD trains", "optax"),
     "sophia": Method(
@@ -444,7 +456,8 @@ def eval_params(name: str, state: Any, params: Any) -> Any:
 
     Args:
         name: one of `available()`.
-        state: the state of the optimizer of that name, without wrappers.
+        state: the state of the optimizer of that name, in wrappers other than `quantize_state`,
+            too.
         params: the parameters that it updates.
 
     Raises:

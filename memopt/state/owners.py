@@ -47,6 +47,7 @@ _EXACT: dict[str, tuple[str, ...]] = {
     # Rounded, an inverse is not positive definite, and grows to infinity.
     "ScaleByKroneckerInversesState": ("inputs", "outputs"),
     "ScaleByOasisState": ("previous",),  # a rounded step would have another curvature
+    "WithDiagnosticsState": ("values",),  # they are for reading
 }
 """Fields that are never rounded."""
 

@@ -159,7 +159,7 @@ class DiagnosticsLog:
         if self._log is None or (step - 1) % self._every:
             return
         updates = (int(opt_state.count) - 1) // self._every * self._every + 1
-        if updates != self._log.last.get("updates", 0):
+        if updates > self._log.last.get("updates", 0):
             values = {
                 name: {parameter: x.tolist() for parameter, x in found.items()}
                 for name, found in recorded(opt_state).items()

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from memopt.diagnostics import WithDiagnosticsState
 from memopt.models import hugging_face, llama
 from memopt.models.config import LlamaConfig, preset
 from memopt.state.growth import grow_depth
@@ -153,6 +154,10 @@ class RunOrigin(Origin):
                 state.params, state.opt_state, config.start.grow, tx=self.setup.tx
             )
             first = init_state(_stored_like(params, setup), setup.tx)
+            # Diagnostics start anew: the new run may have none, or at other steps.
+            kept = kept.inner if isinstance(kept, WithDiagnosticsState) else kept
+            if isinstance(first.opt_state, WithDiagnosticsState):
+                kept = first.opt_state._replace(inner=kept)
             return first._replace(opt_state=kept)
 
         with jax.set_mesh(setup.mesh):

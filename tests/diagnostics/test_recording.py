@@ -122,6 +122,27 @@ def test_sharded_values_are_the_unsharded_ones():
     chex.assert_trees_all_close(recorded(state), recorded(expected), rtol=1e-4)
 
 
+def test_values_are_read_in_a_quantised_state_and_are_not_rounded():
+    inner = with_diagnostics(
+        optax.adam(0.1), {"g": diagnostics.measure(lambda layout, g: g, "gradient")}
+    )
+    tx = memopt.quantize_state(inner, min_size=8)
+    _, state = jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS)
+    assert state.codes.inner[0].mu["up"]["kernel"].dtype == "int8"
+    np.testing.assert_array_equal(recorded(state)["g"]["up/kernel"], PARAMS["up"]["kernel"])
+
+
+def test_averaged_parameters_are_those_without_diagnostics():
+    tx = memopt.optimizer("schedule_free", 0.1)
+    state = tx.init(PARAMS)
+    _, state = tx.update(tree(1), state, PARAMS)
+    wrapped = with_diagnostics(tx).init(PARAMS)._replace(inner=state)
+    found = (memopt.eval_params("schedule_free", x, tree(2)) for x in (state, wrapped))
+    chex.assert_trees_all_equal(*found)
+    with pytest.raises(ValueError, match="state must hold one optax.contrib.ScheduleFreeState"):
+        memopt.eval_params("schedule_free", memopt.quantize_state(tx).init(PARAMS), PARAMS)
+
+
 def test_what_cannot_work_is_refused():
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         with_diagnostics(optax.sgd(0.1), every=0)

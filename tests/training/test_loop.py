@@ -265,6 +265,13 @@ def test_diagnostics_of_a_resumed_run_are_those_of_one_that_was_not_stopped(conf
     assert read_metrics(path) == whole
     with pytest.raises(ValueError, match="log_diagnostics"):
         open_run(change(recording, resume=True, log_diagnostics=1))
+    for every in (0, 3):
+        changes = {"init": config.run.output, "carry_state": True, "log_diagnostics": every}
+        carried = open_run(change(recording, output=tmp_path / f"every {every}", **changes))
+        found = carried.state.opt_state
+        chex.assert_trees_all_equal(found.inner if every else found, state.opt_state.inner)
+        assert not every or int(found.count) == 0
+        carried.checkpoints.close()
 
 
 def test_a_profile_holds_the_steps_that_were_asked_for(config, capsys):
