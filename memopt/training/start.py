@@ -231,8 +231,11 @@ def read_origin(directory: Path, config: Config) -> Origin:
     optimization = dataclasses.replace(
         there.optimization, accumulation=config.optimization.accumulation
     )
+    run = dataclasses.replace(config.run, log_diagnostics=there.run.log_diagnostics)
     setup = describe_run(
-        dataclasses.replace(config, architecture=there.architecture, optimization=optimization)
+        dataclasses.replace(
+            config, architecture=there.architecture, optimization=optimization, run=run
+        )
     )
     restored = Checkpoints(directory / "checkpoints").restore(setup.state, set_aside=False)
     if restored is None:

@@ -139,7 +139,7 @@ def test_averaged_parameters_are_those_without_diagnostics():
     wrapped = with_diagnostics(tx).init(PARAMS)._replace(inner=state)
     found = (memopt.eval_params("schedule_free", x, tree(2)) for x in (state, wrapped))
     chex.assert_trees_all_equal(*found)
-    with pytest.raises(ValueError, match="state must hold one optax.contrib.ScheduleFreeState"):
+    with pytest.raises(ValueError, match=r"state must hold one optax\.contrib\.ScheduleFreeState"):
         memopt.eval_params("schedule_free", memopt.quantize_state(tx).init(PARAMS), PARAMS)
 
 
