@@ -417,9 +417,7 @@ def _compile(
     try:
         chips.compiler(chip)
     except ModuleNotFoundError as error:
-        notes += (
-            f"{error} Compiled for this machine's CPU instead.",
-        )
+        notes += (f"{error} Compiled for this machine's CPU instead.",)
         compiled_for = "cpu"
 
     def described() -> Compilable:

@@ -32,7 +32,7 @@ ANSWERS = {
     "resume on another mesh": ("pods.md", "3. The same mesh on a laptop", "--resume"),
     "what fits on 24 GB": ("plan.md", "Search for what fits", "--chip rtx4090"),
     "my own model on 24 GB": ("plan.md", "Other optimizers and models", "my_module:net"),
-    "my own optimizer": ("comparison.md", "Choose what is compared", "mine:heavy_ball --sizes"),
+    "my own optimizer": ("comparison.md", "Choose what is compared", "MODULE:FUNCTION"),
     "MaxText": ("models.md", "Names", "MaxText"),
     "Levanter": ("models.md", "Names", "Levanter"),
     "Tunix": ("models.md", "Names", "Tunix"),
