@@ -126,7 +126,7 @@ def progress(report: dict[str, Any]) -> str:
         there = [name for name in ROWS if size in done.get(name, {})]
         fewer = [name for name in there if (size, name) in begun]
         part = f"With {size} parameters {len(there) - len(fewer)} of {len(ROWS)} rows are finished"
-        parts.append(part + f"; fewer seeds: {', '.join(fewer)}." * bool(fewer) + "." * (not fewer))
+        parts.append(part + f"; fewer seeds: {'; '.join(fewer)}." * bool(fewer) + "." * (not fewer))
     return " ".join(parts) + "\n"
 
 
