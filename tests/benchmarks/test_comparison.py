@@ -63,7 +63,8 @@ def test_how_many_rows_are_finished_is_said():
     said = comparison.progress({"results": [*RUNS, *seeds("lion", 1.9)]})
     assert said == (
         f"With 0.5M parameters 1 of {len(ROWS)} rows are finished. "
-        f"With 2M parameters 3 of {len(ROWS)} rows are finished; fewer seeds: lion; soap, state int8.\n"
+        f"With 2M parameters 3 of {len(ROWS)} rows are finished; "
+        "fewer seeds: lion; soap, state int8.\n"
     )
 
 
