@@ -92,7 +92,7 @@ def rates(report: dict[str, Any]) -> str:
     """Tuned learning rate, its ratio to AdamW's, and the rates within a hundredth of its loss."""
     return _table(
         report["results"],
-        ("rate", f"÷ {BASELINE}'s", f"rates within {TOLERANCE:.0%}"),
+        ("rate", f"× {BASELINE}'s", f"rates within {TOLERANCE:.0%}"),
         lambda s: [
             f"{s.run['learning_rate']:.2g}",
             short_number(s.difference and s.difference.learning_rate_ratio, ".2g"),
@@ -117,16 +117,17 @@ def twins(report: dict[str, Any]) -> str:
 
 
 def progress(report: dict[str, Any]) -> str:
-    """A sentence on the rows that are not finished."""
+    """A sentence on how many rows are finished, and one on those with fewer seeds."""
     runs: list[Run] = report["results"]
     done = by_method(runs)
     begun = {(one.run["size"], one.run["method"]) for one in unfinished(runs)}
     parts = []
     for size in PRESETS["cpu"].models:
-        left = [name for name in ROWS if size not in done.get(name, {}) or (size, name) in begun]
-        if left:
-            parts.append(f"Not finished with {size} parameters: {'; '.join(left)}.")
-    return " ".join(parts or ["All rows are finished."]) + "\n"
+        there = [name for name in ROWS if size in done.get(name, {})]
+        fewer = [name for name in there if (size, name) in begun]
+        part = f"With {size} parameters {len(there) - len(fewer)} of {len(ROWS)} rows are finished"
+        parts.append(part + f"; fewer seeds: {'; '.join(fewer)}." * bool(fewer) + "." * (not fewer))
+    return " ".join(parts) + "\n"
 
 
 def _table(

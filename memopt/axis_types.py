@@ -79,6 +79,9 @@ def varying_as(like: Any, x: jax.Array) -> jax.Array:
         >>> varying_as(jnp.ones(3), jnp.zeros(2))
         Array([0., 0.], dtype=float32)
     """
+    if isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer):
+        # It varies over no axis; on a mesh of one device JAX would give the zero its sharding.
+        return x
     return x + jnp.zeros_like(like, shape=(), dtype=x.dtype)
 
 

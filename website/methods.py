@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from benchmarks import convergence
+from benchmarks import convergence, traffic
 from benchmarks.methods import MODELS, source
 from benchmarks.results import RESULTS, read
 from memopt.comparison.analysis import Summary, summarize
@@ -171,8 +171,9 @@ def _loss(name: str) -> list[str]:
         against = f", AdamW's {baseline.loss:.3f}" if baseline else ""
         found.append(
             f"Validation loss of the LLaMA of {summary.run['size']} parameters, each optimizer "
-            f"tuned with the same number of runs: {summary.loss:.3f}{against} "
-            f"(`memopt compare`, {summary.run['steps']} steps, {len(summary.losses)} seeds).\n\n"
+            f"tuned ([with which budget](../comparison.md#protocol)): {summary.loss:.3f}{against} "
+            f"(`memopt compare`, {summary.run['steps']} steps, {len(summary.losses)} seeds). "
+            "[Choose an optimizer](../choosing.md#limits) says what follows from it.\n\n"
             f"![Loss over steps and learning rates]({name}-{summary.run['size']}.svg)"
         )
     at = convergence.losses(rows("convergence"), name)
@@ -249,13 +250,13 @@ def _draw(panels: Sequence[tuple[str, Mapping[str, Sequence[tuple[float, float]]
 
 
 def _traffic(name: str) -> list[str]:
-    moved = {r["optimizer"]: r for r in rows("traffic")}
+    moved = {r["optimizer"]: r for r in traffic.of_case(rows("traffic"), "stacked", "float32")}
     if name not in moved:
         return []
     return [
         f"A step without a refresh moves {moved[name]['traffic']:.2f} times the bytes of the "
-        f"parameters in the main memory of a TPU {moved[name]['chip']}, where AdamW moves "
-        f"{moved[BASELINE]['traffic']:.2f} (`python -m benchmarks.traffic`, "
+        f"parameters, stacked in float32, in the main memory of a TPU {moved[name]['chip']}, where "
+        f"AdamW moves {moved[BASELINE]['traffic']:.2f} (`python -m benchmarks.traffic`, "
         f"[figures](../benchmarks/results/traffic.json))."
     ]
 

@@ -93,7 +93,7 @@ def show(found: Plan, console: Console) -> None:
 
 def _verdict(found: Plan) -> str:
     sizes = f"{shown(found.peak_bytes)} of {shown(found.limit_bytes)}"
-    guess = " by the CPU's compiler in float32" * (found.compiled_for == "cpu" != found.chip)
+    guess = " by the CPU's compiler" * (found.compiled_for == "cpu" != found.chip)
     if found.fits:
         return f"fits{guess}, {sizes}, {shown(found.margin_bytes)} left"
     short = f", {shown(-found.margin_bytes)} short" if found.margin_bytes < 0 else ""

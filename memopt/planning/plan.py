@@ -215,6 +215,8 @@ def plan(
         optimizer=asked.optimization.optimizer if tx is None else "own",
     )
     notes = found.notes
+    if found.compiled_for == "cpu" != chip:
+        notes += ("For a CPU the step is planned in float32.",)
     if found.compiled_for in chips.GPUS:
         notes += (
             "Attention works through the queries in chunks: a GPU that has cuDNN takes its flash "
@@ -279,11 +281,12 @@ def plan_step(
         >>> found.parameter_bytes, found.command
         (2048, '')
     """
+    optimizer = Optimization.optimizer if optimizer is None else optimizer
     make = own_step(
         params,
         loss,
         batch,
-        optimizer=optimizer or Optimization.optimizer,
+        optimizer=optimizer,
         mesh=mesh,
         batch_size=batch_size,
         release=release,
@@ -414,10 +417,7 @@ def _compile(
     try:
         chips.compiler(chip)
     except ModuleNotFoundError as error:
-        notes += (
-            f"{error} Compiled for this machine's CPU instead, which computes in float32, as the "
-            "command below does.",
-        )
+        notes += (f"{error} Compiled for this machine's CPU instead.",)
         compiled_for = "cpu"
 
     def described() -> Compilable:

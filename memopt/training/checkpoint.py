@@ -139,8 +139,9 @@ class Checkpoints:
         that is removed while it is read, by a run that goes on, is not damaged.
 
         Args:
-            like: A state of the same shapes, dtypes and shardings, of arrays (such as the first
-                state) or `ShapeDtypeStruct`s.
+            like: A state of the same shapes and dtypes, of arrays (such as the first state) or
+                `ShapeDtypeStruct`s. The arrays are put where its shardings say: on another mesh
+                than the one they were saved on, too.
             set_aside: Whether to do so; otherwise they are left out, and nothing is written.
 
         Returns:

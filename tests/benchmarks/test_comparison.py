@@ -36,7 +36,7 @@ def test_losses_differences_and_verdicts():
 
 def test_tuned_rates_and_how_far_they_may_be_off():
     found = table(comparison.rates({"results": RUNS}))
-    assert (found["muon"]["2M: rate"], found["muon"]["2M: ÷ adamw's"]) == ("0.02", "20")
+    assert (found["muon"]["2M: rate"], found["muon"]["2M: × adamw's"]) == ("0.02", "20")
     assert found["adamw"]["2M: rates within 1%"] == "0.71–1.41×"
     assert found["muon"]["2M: rates within 1%"] == "–"
 
@@ -50,11 +50,22 @@ def test_rows_with_fewer_bits_are_compared_with_their_exact_twins():
     assert comparison.twins({"results": seeds("adamw", 2.0)}) == "None is finished yet.\n"
 
 
-def test_rows_that_are_not_finished_are_named():
-    said = comparison.progress({"results": RUNS})
-    small, large = (part.partition("parameters: ")[2].split("; ") for part in said.split(". "))
-    assert small == [name for name in ROWS if name != "adamw"]
-    assert {*ROWS} - {name.rstrip(".\n") for name in large} == {"adamw", "muon", "muon, state int8"}
+def test_methods_better_than_adamw_are_compared_with_the_control():
+    runs = [*seeds("adamw", 2.0, 2.02, 1.98), *seeds("muon", 1.5, 1.52, 1.48)]
+    runs += [*seeds("lion", 2.0, 2.01, 1.99), *seeds(comparison.CONTROL, 1.52, 1.54, 1.5)]
+    found = table(comparison.against_control({"results": [dict(r, size="0.5M") for r in runs]}))
+    assert [*found] == ["muon"]
+    assert found["muon"]["− control"] == "-0.020 ± 0.016"
+    assert found["muon"]["p < 0.01"] == "no difference"
+
+
+def test_how_many_rows_are_finished_is_said():
+    said = comparison.progress({"results": [*RUNS, *seeds("lion", 1.9)]})
+    assert said == (
+        f"With 0.5M parameters 1 of {len(ROWS)} rows are finished. "
+        f"With 2M parameters 3 of {len(ROWS)} rows are finished; "
+        "fewer seeds: lion; soap, state int8.\n"
+    )
 
 
 def test_runs_of_two_protocols_are_refused():

@@ -462,6 +462,13 @@ EXPLICIT = {"galore", "optax_muon", "optax_galore", "optax_adafactor"}
 """Under explicit axes, where tests/optimizers/test_common.py trains our own of each kind."""
 
 
+def test_a_state_is_made_of_parameters_on_a_mesh_of_one_device():
+    split = NamedSharding(jax.make_mesh((1,), ("a",), devices=jax.devices()[:1]), jax.P(None, "a"))
+    params = {"up": jax.device_put(jnp.ones((8, 4)), split)}
+    for name in ("galore", "soap", "mkor"):
+        memopt.optimizer(name, learning_rate=1e-2).init(params)
+
+
 def leaves_of(name):
     return ("matrix" if name in NOT_EXPLICIT else "stack", "norm")
 

@@ -21,6 +21,7 @@ BOXES = {name: methods.sections(name)[""] for name in memopt.available("memopt")
 ANSWERS = {
     "which optimizer": ("choosing.md", "Choose an optimizer", "## In short"),
     "which rate": ("convergence.md", "Default learning rates", "uses the optimizer's own"),
+    "AdamW's rate": ("choosing.md", "I have AdamW's learning rate: what do I set?", "rest="),
     "my own model": ("own_models.md", "Your own model", "StackedModel"),
     "fine-tune": ("fine_tuning.md", "Fine-tuning", "memopt finetune --init"),
     "sweep": ("training.md", "Compare and sweep", "memopt compare"),
@@ -30,6 +31,8 @@ ANSWERS = {
     "cite": ("index.md", "Cite", "@software"),
     "resume on another mesh": ("pods.md", "3. The same mesh on a laptop", "--resume"),
     "what fits on 24 GB": ("plan.md", "Search for what fits", "--chip rtx4090"),
+    "my own model on 24 GB": ("plan.md", "Other optimizers and models", "my_module:net"),
+    "my own optimizer": ("comparison.md", "Choose what is compared", "MODULE:FUNCTION"),
     "MaxText": ("models.md", "Names", "MaxText"),
     "Levanter": ("models.md", "Names", "Levanter"),
     "Tunix": ("models.md", "Names", "Tunix"),
@@ -120,3 +123,8 @@ def test_plain_text_is_set_as_mathematics(equation, parts):
     made = algorithm.math(equation)
     ElementTree.fromstring(made)
     assert [part for part in parts if part not in made] == []
+
+
+def test_a_method_moves_as_many_bytes_on_its_page_as_on_the_page_of_speed():
+    [moved] = re.findall(r"moves ([\d.]+) times", methods.page("muon"))
+    assert f"`memopt.muon` {moved}" in " ".join((DOCS / "speed.md").read_text().split())
