@@ -36,12 +36,12 @@ def the_one(results, like):
     [
         ({"optimizer": "adafactor"} | BFLOAT16, 13.6),
         ({"optimizer": "adalomo"} | BFLOAT16, 13.6),
-        ({"optimizer": "apollo_mini"} | BFLOAT16, 14.25),  # aimed at 14.2
+        ({"optimizer": "apollo_mini"} | BFLOAT16, 14.2),
         ({"optimizer": "adafactor", "model": "7b"} | INT8, 8.0),
         ({"optimizer": "adalomo"} | INT8, 8.0),
         ({"optimizer": "apollo_mini"} | INT8, 8.5),
         ({"optimizer": "adafactor", "model": "13b"} | INT8, 15.75),
-        ({"optimizer": "adafactor", "mesh": "fsdp=16", "release": True}, 1.92),  # at 1.9
+        ({"optimizer": "adafactor", "mesh": "fsdp=16", "release": True}, 1.9),
     ],
 )
 def test_measured_peaks_on_a_v5e_stay_near_what_was_aimed_at(record, most):
