@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 
+from memopt.internals import is_traced
+
 
 def on_auto_axes(f: Callable[..., Any], args: Sequence[Any], like: Any) -> Any:
     """Computes ``f(*args)`` under Auto axes, with results sharded like `like`.
@@ -79,7 +81,7 @@ def varying_as(like: Any, x: jax.Array) -> jax.Array:
         >>> varying_as(jnp.ones(3), jnp.zeros(2))
         Array([0., 0.], dtype=float32)
     """
-    if isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer):
+    if isinstance(like, jax.Array) and not is_traced(like):
         # It varies over no axis; on a mesh of one device JAX would give the zero its sharding.
         return x
     return x + jnp.zeros_like(like, shape=(), dtype=x.dtype)

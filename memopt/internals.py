@@ -284,3 +284,13 @@ def limited(dataset: grain.IterDataset, count: int) -> grain.IterDataset:
     import grain
 
     return grain.experimental.LimitIterDataset(dataset, count)
+
+
+def is_traced(x: Any) -> bool:
+    """Whether an array stands for one in a function that is being traced.
+
+    Example:
+        >>> is_traced(jax.numpy.ones(2)), bool(jax.jit(lambda x: is_traced(x))(1.0))
+        (False, True)
+    """
+    return isinstance(x, jax.core.Tracer)

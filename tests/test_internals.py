@@ -34,6 +34,13 @@ def test_a_part_of_a_traced_function_reads_and_computes_what_its_outputs_need():
     assert [float(x) for x in second(None, 2.0, 3.0)] == [6.0, 1.0]
 
 
+def test_arrays_of_a_traced_function_are_told_from_others():
+    """Fails when `jax.core.Tracer` is no longer the class of all of them."""
+    seen = []
+    jax.jit(jax.vmap(jax.grad(lambda x: seen.append(internals.is_traced(x)) or x)))(jnp.ones(3))
+    assert (seen, internals.is_traced(jnp.ones(3))) == ([True], False)
+
+
 def test_a_part_keeps_constants_that_are_still_being_computed():
     """Fails when a traced function's constants may no longer be tracers, as quantised states."""
 

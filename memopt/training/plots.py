@@ -51,11 +51,22 @@ def plot_panels(
     rows = figure.subplots(len(panels), squeeze=False)
     for (y, curves), axes in zip(panels.items(), rows[:, 0], strict=True):
         for i, (label, (xs, ys, style)) in enumerate(curves.items()):
-            told_apart = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
-            axes.plot(xs, ys, label=label, **told_apart | style)
+            axes.plot(xs, ys, label=label, **line_style(i) | style)
         axes.set(xlabel=x, ylabel=y, yscale="log" if log else "linear")
         axes.grid(alpha=0.3)
         axes.legend(**(BESIDE if len(curves) > FEW else {}))
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=150)
     write_whole(image, drawn.getvalue())
+
+
+def line_style(i: int) -> dict[str, Any]:
+    """Returns color and dashes of the i-th of up to 30 curves, which are told apart by them.
+
+    Example:
+        >>> line_style(0), line_style(11)
+        ({'color': 'C0', 'linestyle': '-'}, {'color': 'C1', 'linestyle': '--'})
+        >>> len({tuple(line_style(i).values()) for i in range(30)})
+        30
+    """
+    return {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}

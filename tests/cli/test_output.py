@@ -12,6 +12,7 @@ from memopt.cli import pretrain
 from memopt.cli.main import main
 from memopt.cli.output import lasting_output
 from memopt.training.checkpoint import Best
+from memopt.training.config import Config
 from memopt.training.loop import Stopped
 from memopt.training.writing import WriteError
 
@@ -105,5 +106,5 @@ def test_a_plot_that_cannot_be_written_is_warned_about(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     (tmp_path / "loss.png" / "in the way").mkdir(parents=True)
     with pytest.warns(UserWarning, match=r"loss.png' cannot be written \("):
-        pretrain._plot(SimpleNamespace(directory=tmp_path))
+        pretrain._plot(SimpleNamespace(directory=tmp_path, config=Config()))
     assert not list(tmp_path.glob("*.tmp"))
