@@ -86,6 +86,25 @@ def _mechanic(learning_rate: optax.ScalarOrSchedule, **options: Any) -> Any:
     return optax.contrib.mechanize(optax.adamw(learning_rate), **options)
 
 
+LEAST_RATE = 1e-6
+"""A learning rate as good as 0 for a method that multiplies it by a step that it finds."""
+
+
+def _above_zero(make: Make) -> Make:
+    """Takes a warm-up that begins with a learning rate of 0, of which Optax's methods make 0/0."""
+
+    @functools.wraps(make)
+    def build(learning_rate: optax.ScalarOrSchedule = 1.0, **options: Any) -> Any:
+        rate: Any = learning_rate
+        if callable(learning_rate):
+            rate = lambda count: jnp.maximum(learning_rate(count), LEAST_RATE)
+        elif isinstance(learning_rate, jax.Array):
+            rate = jnp.maximum(learning_rate, LEAST_RATE)
+        return make(rate, **options)
+
+    return build
+
+
 EXTRA_ARGUMENTS = {
     "value": "the loss",
     "obj_fn": "the loss as a function of the parameters",
@@ -127,7 +146,7 @@ METHODS: dict[str, Method] = {
         finds_step=True,
     ),
     "dadapt_adamw": Method(
-        optax.contrib.dadapt_adamw,
+        _above_zero(optax.contrib.dadapt_adamw),
         1.0,
         "3mn",
         "no learning rate to find: estimates AdamW's",
@@ -188,7 +207,7 @@ METHODS: dict[str, Method] = {
     ),
     "optax_sm3": Method(_sm3, 2e-2, "mn + m + n", "Optax's, to compare with memopt's", "optax"),
     "prodigy": Method(
-        optax.contrib.prodigy,
+        _above_zero(optax.contrib.prodigy),
         1.0,
         "4mn",
         "no learning rate to find: estimates AdamW's, faster",

@@ -292,3 +292,20 @@ def test_an_optimizer_says_what_its_update_needs(name, argument, given, sentence
     with pytest.raises(ValueError, match=sentence):
         tx.update(params, state, params)
     tx.update(params, state, params, **{argument: given})
+
+
+@pytest.mark.parametrize("name", [name for name in memopt.available() if METHODS[name].finds_step])
+def test_those_that_find_their_step_take_a_warmup_from_a_learning_rate_of_0(name):
+    """Optax's Prodigy and D-Adaptation divide 0 by 0 in such a step, and are NaN from then on."""
+    tx = optax.with_extra_args_support(
+        memopt.optimizer(name, optax.linear_schedule(0.0, METHODS[name].learning_rate, 4))
+    )
+    params = {"w": jnp.linspace(1.0, 2.0, 6).reshape(2, 3)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    start = params
+    for _ in range(8):
+        value = jnp.square(params["w"]).sum()
+        updates, state = update({"w": 2 * params["w"]}, state, params, value=value)
+        params = optax.apply_updates(params, updates)
+    assert jnp.isfinite(params["w"]).all()
+    assert (params["w"] < start["w"]).all()
