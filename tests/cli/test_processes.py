@@ -149,6 +149,7 @@ def test_several_processes_decide_as_one_does(home, monkeypatch, name, options):
     check_same(home / f"{name}-together", home / f"{name}-alone")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["this process", pytest.param("two", marks=pytest.mark.slow)])
 def test_one_is_killed_all_end_and_resumed_by_any_number_they_do_what_one_does(
     home, alone, monkeypatch, by

@@ -106,6 +106,7 @@ def test_the_peak_is_that_of_the_step_that_the_command_compiles(options):
     assert found.peak_bytes == peak_of(setup.compile())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{}, {"optimizer": "adamw", "accumulation": 1}])
 def test_of_a_run_it_plans_and_prints_the_step_that_starts_from_it(tmp_path, given):
     options = {"model": "nano", "seq_len": 16, "batch_size": 4, "accumulation": 2}

@@ -265,6 +265,12 @@ def test_diagnostics_of_a_resumed_run_are_those_of_one_that_was_not_stopped(conf
     assert read_metrics(path) == whole
     with pytest.raises(ValueError, match="log_diagnostics"):
         open_run(change(recording, resume=True, log_diagnostics=1))
+
+
+@pytest.mark.slow
+def test_a_run_with_diagnostics_is_continued_with_and_without(config, tmp_path):
+    recording = change(config, steps=3, eval_every=3, checkpoint_every=3, log_diagnostics=2)
+    state, _ = run(recording)
     for every in (0, 3):
         changes = {"init": config.run.output, "carry_state": True, "log_diagnostics": every}
         carried = open_run(change(recording, output=tmp_path / f"every {every}", **changes))

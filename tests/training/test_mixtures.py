@@ -140,6 +140,7 @@ def test_other_weights_apply_from_the_step_on_that_a_run_is_resumed_at(begun):
     assert [entry.after for entry in data.read_history(begun / "run")] == [0]
 
 
+@pytest.mark.slow
 def test_moved_sources_go_on_and_another_source_must_be_accepted(begun):
     run = go_on(begun)
     expected = next(run.batches)["inputs"]

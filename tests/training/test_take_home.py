@@ -238,6 +238,7 @@ def test_the_model_card_has_the_facts_of_the_run(run, text):
         assert fact in card
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_files_of_its_tokenizer(tmp_path, text):
     file = tmp_path / "words.json"
     train_tokenizer(["ab abc abcd"] * 9, 270, file)
@@ -270,6 +271,7 @@ def with_bos(tmp_path):
     return directory, (bos,), (tokenizer.token_to_id("</s>"),)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_old", [False, True])
 def test_prompts_begin_as_the_documents_of_the_run_did(with_bos, tmp_path, monkeypatch, is_old):
     directory, bos, eos = with_bos
@@ -497,6 +499,7 @@ def shown(capsys, command, *arguments):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_commands_print_what_the_functions_return(run, tmp_path, capsys):
     directory, model, text = run[0], tmp_path / "model", tmp_path / "text.txt"
     text.write_text("größer " * 99)

@@ -42,6 +42,7 @@ def trials(config):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
