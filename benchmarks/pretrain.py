@@ -146,7 +146,7 @@ def profiled(step: Callable[[], None], text: str) -> dict[str, float]:
 
 
 def part(one: hlo.Instruction, computations: dict[str, list[hlo.Instruction]]) -> str | None:
-    """What an instruction does; None of one whose parts have times of their own."""
+    """Names the kind of an instruction; None if its parts have times of their own."""
     if one.opcode in ("while", "conditional", "call"):
         return None
     inner = [x for name in one.named("calls") for x in computations.get(name, [])]

@@ -31,7 +31,7 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 @cache
 def experiments() -> list[list[Summary]]:
-    """What the committed comparison came to: the tuned methods of each experiment."""
+    """Returns the tuned methods of each experiment of the committed comparison."""
     return summarize(read_records(COMPARISON)) if COMPARISON.exists() else []
 
 

@@ -1,6 +1,5 @@
 """Measures of gradients, updates and parameters, for `with_diagnostics`."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,8 +9,8 @@ from jax import Array
 
 from memopt.errors import check_choice
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
-from memopt.reductions import total
-from memopt.state.precision import bounded
+from memopt.transforms.matrix_rms import rms as matrix_rms
+from memopt.transforms.norm_growth import matrix_norm
 from memopt.transforms.projectors import Projector
 from memopt.transforms.recombine import Recombine, Subspace
 from memopt.transforms.subspace import in_subspace
@@ -82,18 +81,13 @@ def rms(of: str = "update") -> Measure:
     Args:
         of: as in `measure`.
     """
-    size = lambda layout, x: math.prod(x.shape[axis] for axis in layout.core)
-    return measure(lambda layout, x: _norm(layout, x) / math.sqrt(size(layout, x)), of)
+    return measure(lambda layout, x: matrix_rms(layout, x).squeeze(layout.core), of)
 
 
 def update_to_weight() -> Measure:
     """Measures ‖U‖ / ‖W‖ of each matrix, and of each vector; infinite for parameters of zeros."""
-    ratio = lambda layout, u, w: _norm(layout, u) / _norm(layout, w)
+    ratio = lambda layout, u, w: matrix_norm(layout, u) / matrix_norm(layout, w)
     return measure(ratio, "update", "parameter")
-
-
-def _norm(layout: Layout, x: Array) -> Array:
-    return jnp.sqrt(total(jnp.square(bounded(x)), layout.core))
 
 
 def projected_energy(
