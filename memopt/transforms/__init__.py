@@ -87,6 +87,12 @@ from memopt.transforms.width import scale_by_width as scale_by_width
 from memopt.transforms.width import scale_initial_by_width as scale_initial_by_width
 from memopt.transforms.width import width_exponents as width_exponents
 from memopt.transforms.width import width_roles as width_roles
+from memopt.transforms.wrappers import CautiousDecayState as CautiousDecayState
+from memopt.transforms.wrappers import CautiousState as CautiousState
+from memopt.transforms.wrappers import HyperballState as HyperballState
+from memopt.transforms.wrappers import cautious as cautious
+from memopt.transforms.wrappers import cautious_decay as cautious_decay
+from memopt.transforms.wrappers import hyperball as hyperball
 
 __getattr__ = renamed.finder(
     "memopt.transforms",

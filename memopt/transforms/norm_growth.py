@@ -72,7 +72,7 @@ def limit_norm_growth(
     The first step is not limited. An update smaller than a thousandth of the previous one, for
     example of an expert without tokens, is not limited and its norm is not stored: the published
     rule would keep the matrix at that size permanently. Entries beyond 2⁵⁰ ≈ 1e15 count as that.
-    State: one number per matrix.
+    Place it before the learning rate: a warm-up grows faster than γ. State: one number per matrix.
 
     Args:
         growth_limit: the largest ratio of two successive norms, γ.

@@ -7,6 +7,7 @@ import optax
 
 import memopt
 from memopt import projectors
+from memopt.transforms.decay import decay_as_released, weights
 from tests.optimizers.tasks import on_tasks
 from tests.yardstick import yardstick
 
@@ -251,6 +252,41 @@ def _tag(method, transpose):
     return on_tasks(tx, np.searchsorted(h["task_ends"], range(50), side="right"))
 
 
+NO_EPS = 1e-14
+"""HeavyBall divides by max(√V, ε), and the recorded √V are larger than its ε."""
+
+
+def _cautious(method, transpose):
+    _, _, meta = yardstick.load(method)
+    h, rate = meta["hyperparameters"], meta["lr"]
+    betas = dict(zip(("b1", "b2"), h["betas"], strict=True))
+    adam = memopt.scale_by_released_adam if h.get("correct_bias") else optax.scale_by_adam
+    eps = NO_EPS if "heavyball" in meta["source"] else h["eps"]
+    tx = optax.chain(adam(**betas, eps=eps), optax.scale_by_learning_rate(rate))
+    decay = {"learning_rate": rate, "weight_decay": h["weight_decay"]}
+    if method == "adamw_cwd_caution_hb":  # where a masked entry counts as a step up
+        grows = lambda u: jnp.signbit(u) | (u == 0)
+        decayed = lambda layout, w, u: jnp.where(grows(u) != jnp.signbit(w), w, 0)
+        return optax.chain(memopt.cautious(tx), decay_as_released(decayed, **decay))
+    if "cwd" in method:
+        return memopt.cautious_decay(tx, **decay)
+    return optax.chain(memopt.cautious(tx), decay_as_released(weights, **decay))
+
+
+def _hyperball(method, transpose):
+    _, _, meta = yardstick.load(method)
+    h, rate = meta["hyperparameters"], meta["lr"]
+    if "coefficients" in h:
+        momentum = optax.trace(h["momentum"], nesterov=h["nesterov"])
+        steps = momentum, memopt.orthogonalize(ns_coeffs=h["coefficients"], eps=1e-15)
+        return memopt.hyperball(optax.chain(*steps, optax.scale(-1.0)), rate)
+    steps = optax.scale_by_rms(h["betas"][1], eps=NO_EPS, eps_in_sqrt=False, bias_correction=True)
+    tx = optax.chain(steps, optax.scale_by_learning_rate(rate))
+    if h["weight_decay"]:
+        tx = memopt.cautious_decay(tx, rate, h["weight_decay"])
+    return memopt.hyperball(tx, rate)
+
+
 METHODS = {
     "adafactor": (
         _adafactor,
@@ -266,6 +302,16 @@ METHODS = {
     ),
     "apollo": (_apollo, ("apollo", "apollo_nozero", "apollo_wd", "apollo_gap10")),
     "apollo_mini": (_apollo, ("apollo_mini", "apollo_mini_front_gap10")),
+    "cautious": (
+        _cautious,
+        (
+            "cautious_adamw",
+            "cautious_adamw_timm",
+            "adamw_cwd_hb",
+            "adamw_cwd_caution_hb",
+            "adamw_cwd_dion",
+        ),
+    ),
     "clip_by_fraction": (_clip_by_fraction, ("coord_clip_sgd", "coord_clip_adam")),
     "flora": (_flora, ("flora", "flora_kappa10")),
     "frugal": (
@@ -278,6 +324,10 @@ METHODS = {
     "galore": (
         _galore,
         ("galore", "galore_gap10", "galore_adafactor", "galore_reverse", "galore_rand_osd"),
+    ),
+    "hyperball": (
+        _hyperball,
+        ("hyperball_adamw_hb", "hyperball_adamw_hb_cwd", "muon_hyperball_nv"),
     ),
     "lamb": (_lamb, ("lamb_timm", "lamb_timm_plain", "lamb_timm_wd", "lamb_timm_decoupled")),
     "lars": (_lars, ("lars_timm", "lars_timm_wd_nesterov", "lars_po")),
@@ -314,6 +364,9 @@ def follow(tx, params, gradients, transpose=False):
         t: turn(jax.tree.map(lambda x, t=t: np.asarray(x[t - 1]), history)) for t in yardstick.SNAP
     }
 
+
+SIGN_OF_ZERO = ("adamw_cwd_caution_hb", "hyperball_adamw_hb_cwd")
+"""HeavyBall's masks compare sign bits: the gradient of zeros at step 7 counts as positive."""
 
 ROUNDED_TWICE = ("adafactor_hf_beta1_wd", "adopt_wd")
 
@@ -359,6 +412,8 @@ def tolerances(run):
         if run == "soap_maxdim64_wd_f5" and leaf == "w_square" and step >= 25:
             # At the refresh of step 21 the order of two eigenvalues is left to rounding: they are
             # 1e-8 of the largest apart.
+            allowed = 0.2
+        if run in SIGN_OF_ZERO and leaf == "w_square" and step > 7:
             allowed = 0.2
         return allowed
 

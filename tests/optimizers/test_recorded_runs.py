@@ -12,6 +12,7 @@ BOTH = {  # in both orientations; `test_rederived` tries matrices of either shap
     *("adafactor_torch", "apollo", "frugal_svd", "galore", "lion"),
 }
 SLOW = {  # beside a quick run of the same method
+    *("cautious_adamw_timm", "adamw_cwd_hb", "hyperball_adamw_hb"),
     *("adamw_amsgrad_torch", "adopt", "adopt_noclip", "lamb_timm", "lamb_timm_plain"),
     *("lamb_timm_decoupled", "lars_po", "lars_timm", "adafactor_hf_fixed", "adalomo_wd"),
     *("apollo_nozero", "apollo_gap10", "frugal_random", "galore_gap10", "galore_reverse"),

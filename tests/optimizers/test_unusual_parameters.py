@@ -18,9 +18,12 @@ SHAPES = {
     **{"nothing": (0,), "no_rows": (0, 4), "no_cols": (2, 4, 0), "no_layers": (0, 8, 4)},
 }
 TRANSFORMS = {
+    "cautious": lambda: memopt.cautious(memopt.lion(0.1)),
+    "cautious_decay": lambda: memopt.cautious_decay(memopt.lion(0.1), 0.1, 0.1),
     "clip_by_gradient_norm": functools.partial(memopt.clip_by_gradient_norm, 1.0, previous=True),
     "clip_by_matrix_rms": memopt.clip_by_matrix_rms,
     "clip_by_step": memopt.clip_by_step,
+    "hyperball": lambda: memopt.hyperball(memopt.lion(0.1), 0.1),
     "limit_norm_growth": memopt.limit_norm_growth,
     "normalize_by_group": memopt.normalize_by_group,
     "orthogonalize": memopt.orthogonalize,

@@ -192,6 +192,11 @@ def test_clipping_by_the_norm_of_the_step_before(accumulation):
     np.testing.assert_allclose(released[0].opt_state[0].norm, released[1]["gradient_norm"])
 
 
+def test_wrappers_of_an_optimizer():
+    tx = memopt.cautious_decay(memopt.cautious(optax.sgd(RATE, momentum=0.9)), RATE, 0.1)
+    assert_same(*both(memopt.hyperball(tx, 0.01)))
+
+
 def test_clipping_each_matrix():
     assert_same(*both(optax.chain(memopt.clip_by_matrix_rms(1e-3), optax.sgd(RATE, momentum=0.9))))
 
