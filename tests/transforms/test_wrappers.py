@@ -111,9 +111,7 @@ def test_hyperball_equals_a_decayed_run_of_the_same_updates():
         u = jax.random.normal(key, w.shape)
         relative = rate * np.linalg.norm(u) / ((1 - rate * decay) * np.linalg.norm(w))
         w = (1 - rate * decay) * w - rate * np.asarray(u, np.float64)
-        step, kept = step_on_sphere(
-            memopt.Layout("w", (), (0,), (1,)), -u, kept, sphere, rate=relative
-        )
+        step, kept = step_on_sphere(layout, -u, kept, sphere, rate=relative)
         sphere = sphere + step
     np.testing.assert_allclose(sphere / radius, w / np.linalg.norm(w), atol=2e-6)
 
