@@ -49,6 +49,7 @@ from memopt.transforms import LayerStatistics as LayerStatistics
 from memopt.transforms import LimitNormGrowthState as LimitNormGrowthState
 from memopt.transforms import ScaleByAdamAtan2State as ScaleByAdamAtan2State
 from memopt.transforms import ScaleByFactoredMatrixRmsState as ScaleByFactoredMatrixRmsState
+from memopt.transforms import ScaleByGroupedRmsState as ScaleByGroupedRmsState
 from memopt.transforms import ScaleByHutchinsonState as ScaleByHutchinsonState
 from memopt.transforms import ScaleByKroneckerInversesState as ScaleByKroneckerInversesState
 from memopt.transforms import ScaleByMatrixSm3State as ScaleByMatrixSm3State
@@ -70,6 +71,7 @@ from memopt.transforms import adam_bias_correction as adam_bias_correction
 from memopt.transforms import cached_value_and_grad as cached_value_and_grad
 from memopt.transforms import cautious as cautious
 from memopt.transforms import cautious_decay as cautious_decay
+from memopt.transforms import choose_groups as choose_groups
 from memopt.transforms import clip_by_fraction as clip_by_fraction
 from memopt.transforms import clip_by_gradient_norm as clip_by_gradient_norm
 from memopt.transforms import clip_by_matrix_rms as clip_by_matrix_rms
@@ -92,6 +94,7 @@ from memopt.transforms import recombine as recombine
 from memopt.transforms import reshard_update as reshard_update
 from memopt.transforms import scale_by_adam_atan2 as scale_by_adam_atan2
 from memopt.transforms import scale_by_factored_matrix_rms as scale_by_factored_matrix_rms
+from memopt.transforms import scale_by_grouped_rms as scale_by_grouped_rms
 from memopt.transforms import scale_by_hutchinson as scale_by_hutchinson
 from memopt.transforms import scale_by_kronecker_inverses as scale_by_kronecker_inverses
 from memopt.transforms import scale_by_matrix_shape as scale_by_matrix_shape

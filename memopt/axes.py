@@ -137,7 +137,8 @@ def _one_attention(
     module: str, kinds: Mapping[str, Sequence[Entry]], entries: Sequence[Entry]
 ) -> dict[str, Axes]:
     """Rows and columns of one module's kernels, from the shapes of its output and query."""
-    inputs = [*kinds.get("query", ()), *kinds.get("key and value", ())]
+    parts = ("query", "key", "value", "key and value")
+    inputs = [e for part in parts for e in kinds.get(part, ())]
     outputs = kinds.get("output", ())
     if not inputs:
         return {}  # an output without a query, for example of an MLP

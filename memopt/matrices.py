@@ -40,12 +40,15 @@ class Layout(NamedTuple):
         stack: the stack axes.
         rows: the axes that index rows.
         cols: the axes that index columns.
+        kind: the kind of the parameter: "matrix", "embedding", "position", "router", "head" or
+            "vector". It may be another than how the array is treated: an embedding may be a matrix.
     """
 
     name: str
     stack: tuple[int, ...]
     rows: tuple[int, ...]
     cols: tuple[int, ...]
+    kind: str = MATRIX
 
     @property
     def is_matrix(self) -> bool:
@@ -64,7 +67,7 @@ class Layout(NamedTuple):
 
     def shape(self, array: Any) -> tuple[int, ...]:
         """The shape ``(*stack, m, n)`` of the matrices of `array`."""
-        stack, m, n = ([array.shape[a] for a in axes] for axes in self[1:])
+        stack, m, n = ([array.shape[a] for a in axes] for axes in self[1:4])
         return (*stack, math.prod(m), math.prod(n))
 
     def to_matrices(self, array: Array) -> Array:
@@ -185,7 +188,7 @@ def map_matrices(
     seen, results = _SEEN.get(), []
     for (name, node), p, *other in zip(nodes, read_parameters(tree), *others, strict=True):
         leaf = open_box(node)
-        layout = layout_of(name, leaf, select(name, p))
+        layout = layout_of(name, leaf, select(name, p))._replace(kind=p.kind)
         if seen is not None and (layout.is_matrix or name not in seen):
             seen[name] = layout
         result = f(layout, leaf, *other)

@@ -34,16 +34,19 @@ LIBRARIES: dict[str, dict[str, str]] = {
         "head": "head *_head logitdense",
         "outer head": "output_layer",
         "query": "query",
-        "key and value": "key value",
+        "key": "key",
+        "value": "value",
         "output": "out",
     },
-    "memopt": {"query": "q", "key and value": "k v", "output": "o"},
+    "memopt": {"query": "q", "key": "k", "value": "v", "output": "o"},
     "Tunix": {
         "norm": "*layernorm",
         "embedding": "embedder *_embedder",
         "router": "router",
         "query": "q_proj q_einsum",
-        "key and value": "k_proj v_proj kv_einsum qkv_einsum",
+        "key": "k_proj",
+        "value": "v_proj",
+        "key and value": "kv_einsum qkv_einsum",
         "output": "o_proj attn_vec_einsum",
     },
     "MaxText": {
@@ -58,12 +61,13 @@ LIBRARIES: dict[str, dict[str, str]] = {
         "embedding": "emb *_emb",
         "head": "unembed* logits *_logits",
         "query": "query_proj",
-        "key and value": "key_proj value_proj",
+        "key": "key_proj",
+        "value": "value_proj",
         "output": "output_proj",
     },
     "Haiku": {"vector": "offset", "output": "linear"},
     "Keras": {"norm": "*_normalization", "vector": "gamma beta", "output": "attention_output"},
-    "Meta": {"outer head": "output", "query": "wq", "key and value": "wk wv", "output": "wo"},
+    "Meta": {"outer head": "output", "query": "wq", "key": "wk", "value": "wv", "output": "wo"},
     "Hugging Face": {
         "norm": "ln ln_* layernorm_*",
         "embedding": "embed_tokens wte",
@@ -73,7 +77,9 @@ LIBRARIES: dict[str, dict[str, str]] = {
         "head": "classifier",
         "outer head": "score",
         "query": "to_q",
-        "key and value": "qkv kv to_k to_v",
+        "key": "to_k",
+        "value": "to_v",
+        "key and value": "qkv kv",
         "output": "out_proj to_out",
     },
 }
@@ -81,8 +87,8 @@ LIBRARIES: dict[str, dict[str, str]] = {
 
 "vector" is matched with the last part of a path; "norm", "router" and "embedding" with the last
 two; "position", "head" and "patches" with the last three; "outer head" and "outer embedding" with
-the first. "patches" are embeddings too. "query", "key and value" and "output" are the parts of an
-attention module.
+the first. "patches" are embeddings too. "query", "key", "value", "key and value" (in one array) and
+"output" are the parts of an attention module.
 """
 
 _AROUND_ALL = {"params", "model", "module", "net", "network", "decoder", "transformer"}
@@ -207,8 +213,8 @@ def attention_part(name: str) -> tuple[str, str, str] | None:
     """Returns the part of an attention module that a parameter belongs to.
 
     Returns:
-        The name with a ``*`` in place of the part; "query", "key and value" or "output"; and the
-        part. None if no part of the name matches.
+        The name with a ``*`` in place of the part; "query", "key", "value", "key and value" or
+        "output"; and the part. None if no part of the name matches.
 
     Example:
         >>> attention_part("layers/attn/q_proj/kernel")
@@ -216,7 +222,7 @@ def attention_part(name: str) -> tuple[str, str, str] | None:
     """
     parts = name.split("/")
     for i in range(len(parts) - 1, max(len(parts) - 3, -1), -1):
-        for kind in ("query", "key and value", "output"):
+        for kind in ("query", "key", "value", "key and value", "output"):
             if is_called(kind, parts[i]):
                 return "/".join([*parts[:i], "*", *parts[i + 1 :]]), kind, parts[i]
     return None

@@ -123,6 +123,7 @@ TUNED: Mapping[str, Tuned] = {
     "adagrad": Tuned("initial_accumulator_value", (0.1, 0.01, 0.001), "bounds the first steps"),
     "adagrad_norm": Tuned("initial", (0.01, 0.1, 0.001), "the paper's b₀, section 4"),
     "adalomo": Tuned("decay_rate", (0.8, 0.9, 0.6), "Adafactor's c"),
+    "adam_mini": Tuned("b2", (0.999, 0.99, 0.95), _B2),
     "adam_atan2": Tuned("b2", (0.99, 0.999, 0.95), _B2),
     "ademamix": Tuned("b3", (0.9999, 0.999, 0.99), "the slow momentum must fit into the run"),
     "adopt": Tuned("b2", (0.9999, 0.99, 0.95), _B2),
@@ -152,6 +153,7 @@ TUNED: Mapping[str, Tuned] = {
     "prodigy": Tuned("betas", ((0.9, 0.999), (0.9, 0.99), (0.9, 0.95)), _B2),
     "schedule_free": Tuned("b1", (0.9, 0.95, 0.98), "the paper's β, section 4.2"),
     "sgd": Tuned("momentum", (0.9, 0.95, 0.98), "the memory of its only moment"),
+    "slim_adam": Tuned("b2", (0.999, 0.99, 0.95), _B2),
     "sm3": Tuned("b1", (0.9, 0.95, 0.8), "the memory of its only moment"),
     "soap": Tuned("b2", (0.95, 0.99, 0.9), _B2),
     "sophia": Tuned("gamma", (0.01, 0.05, 0.002), "the share of clipped coordinates, section 3.1"),
@@ -218,6 +220,7 @@ METHOD_ROWS = (
     *("lamb", "lars", "schedule_free", "ademamix", "adopt", "adam_atan2", "nadamw", "amsgrad"),
     *("sophia", "prodigy", "mkor", "oasis", "tag", "adagrad", "adagrad_norm", "momo_adam", "momo"),
     *("dadapt_adamw", "mechanic", "dog", "dowg", "cocob"),
+    *("adam_mini", "slim_adam"),
 )
 
 #: Rows that differ from an exact twin in precision only.

@@ -6,6 +6,7 @@ from memopt.optimizers.adafactor import adafactor as adafactor
 from memopt.optimizers.adagrad_norm import adagrad_norm as adagrad_norm
 from memopt.optimizers.adalomo import adalomo as adalomo
 from memopt.optimizers.adam_atan2 import adam_atan2 as adam_atan2
+from memopt.optimizers.adam_mini import adam_mini as adam_mini
 from memopt.optimizers.adopt import adopt as adopt
 from memopt.optimizers.amsgrad import amsgrad as amsgrad
 from memopt.optimizers.apollo import apollo as apollo
@@ -30,6 +31,7 @@ from memopt.optimizers.online_subspace_descent import (
 from memopt.optimizers.registry import available as available
 from memopt.optimizers.registry import eval_params as eval_params
 from memopt.optimizers.registry import optimizer as optimizer
+from memopt.optimizers.slim_adam import slim_adam as slim_adam
 from memopt.optimizers.sm3 import sm3 as sm3
 from memopt.optimizers.soap import soap as soap
 from memopt.optimizers.tag import tag as tag

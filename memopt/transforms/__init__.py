@@ -29,6 +29,9 @@ from memopt.transforms.fraction import clip_by_fraction as clip_by_fraction
 from memopt.transforms.fraction import clip_first_moment as clip_first_moment
 from memopt.transforms.gradient_norm import ClipByGradientNormState as ClipByGradientNormState
 from memopt.transforms.gradient_norm import clip_by_gradient_norm as clip_by_gradient_norm
+from memopt.transforms.grouped import ScaleByGroupedRmsState as ScaleByGroupedRmsState
+from memopt.transforms.grouped import choose_groups as choose_groups
+from memopt.transforms.grouped import scale_by_grouped_rms as scale_by_grouped_rms
 from memopt.transforms.hutchinson import ScaleByHutchinsonState as ScaleByHutchinsonState
 from memopt.transforms.hutchinson import scale_by_hutchinson as scale_by_hutchinson
 from memopt.transforms.kept_change import KeepLargestChangeState as KeepLargestChangeState

@@ -211,6 +211,20 @@ def _adam_atan2(method, transpose):
     return memopt.adam_atan2(meta["lr"], weight_decay=h["weight_decay"], **options)
 
 
+def _adam_mini(method, transpose):
+    _, _, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    of_outputs = "column" if transpose else "row"
+    head_dim = yardstick.SHAPES["w_tall"][1] // h["n_heads"]
+    groups = {
+        **{"w_tall": (of_outputs, head_dim), "w_wide": "matrix", "w_square": of_outputs},
+        **{"big": of_outputs, "bias": "entry", "norm": "matrix"},
+    }
+    decays = lambda params: {name: name not in ("norm", "bias") for name in params}
+    strength = {"weight_decay": h["weight_decay"], "weight_decay_mask": decays}
+    return memopt.adam_mini(meta["lr"], groups=groups, **strength)
+
+
 def _soap(method, transpose):
     _, bases, meta = yardstick.load(method)
     h = meta["hyperparameters"]
@@ -294,6 +308,7 @@ METHODS = {
     ),
     "adalomo": (_adalomo, ("adalomo", "adalomo_wd", "flora_default")),
     "adam_atan2": (_adam_atan2, ("adam_atan2", "adam_atan2_wd")),
+    "adam_mini": (_adam_mini, ("adam_mini_heads",)),
     "adamw": (_adamw, ("adamw_torch",)),
     "adopt": (_adopt, ("adopt", "adopt_noclip", "adopt_wd")),
     "amsgrad": (

@@ -143,6 +143,12 @@ CASES = {
         once,
     ),
     "adam_atan2": Case(variant(memopt.adam_atan2, **decays), twice, twice, twice),
+    "adam_mini": Case(
+        variant(memopt.adam_mini, **decays),
+        lambda k, m, n: k * (m * n + n),
+        lambda m, n: m * n + m,
+        lambda *shape: math.prod(shape) + math.prod(shape[:-1]),
+    ),
     "apollo": Case(
         variant(memopt.apollo, **ranks, **decays), moments, twice, twice
     ),
@@ -162,6 +168,12 @@ CASES = {
     "amsgrad": Case(variant(memopt.amsgrad, **decays), thrice, thrice, thrice),
     "lamb": Case(variant(memopt.lamb, **decays), twice, twice, twice),
     "lars": Case(variant(memopt.lars, **decays), once, once, once),
+    "slim_adam": Case(
+        variant(memopt.slim_adam, **decays),
+        lambda k, m, n: k * (m * n + m),
+        lambda m, n: m * n + m,
+        twice,
+    ),
     "sm3": Case(
         variant(memopt.sm3, **decays),
         lambda k, m, n: k * (m * n + m + n),

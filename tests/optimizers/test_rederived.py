@@ -334,6 +334,21 @@ def adam_atan2(w, gradients, name):
         yield w
 
 
+@stacked
+def adam_mini(w, gradients, name, axis=0, is_norm=True):
+    """Adam with a second moment for each output; a norm has one, unless it is SlimAdam's."""
+    m, v = np.zeros_like(w), 0.0
+    for t, g in enumerate(gradients, 1):
+        squares = np.square(g)
+        if w.ndim > 1:
+            squares = squares.mean(axis, keepdims=True)
+        elif name == "norm" and is_norm:
+            squares = squares.mean()
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * squares
+        w = descend(w, m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8))
+        yield w
+
+
 @wide
 def apollo(w, gradients, name, r=RANK, scale=1.0, axis=0):
     bases, before = given(name, len(w), r), None
@@ -603,6 +618,12 @@ METHODS = {
     "adafactor": (adafactor, memopt.adafactor, {}),
     "adalomo": (adalomo, memopt.adalomo, {"clip_value": 0.05}),
     "adam_atan2": (adam_atan2, memopt.adam_atan2, {}),
+    "adam_mini": (adam_mini, memopt.adam_mini, {}),
+    "slim_adam": (
+        functools.partial(adam_mini, axis=1, is_norm=False),
+        memopt.slim_adam,
+        {},
+    ),
     "lomo": (lomo, memopt.lomo, {"clip_value": 0.05}),
     "adopt": (adopt, memopt.adopt, {}),
     "adopt_unbounded": (
