@@ -34,7 +34,8 @@ def slim_adam(
     By default the axes that the paper finds for language models: queries and keys share over
     inputs, all other matrices over outputs, the embedding and the head over a token; norms and
     biases have a full V. `memopt.choose_groups` measures them for a model of your own, from the
-    second moments of a short run of Adam. State: mn + m or mn + n numbers for an m×n matrix.
+    second moments of a short run of Adam. State: mn + m numbers for an m×n matrix, mn + n for
+    queries and keys.
 
     Args:
         learning_rate: a number or a schedule, as for AdamW.
