@@ -19,6 +19,11 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 gc.set_threshold(50_000, 20, 100)  # tracing makes many objects, and few that form cycles
 
 
+def pytest_collection_finish():
+    """What was imported is no garbage: a collection, which some tests ask for, passes it over."""
+    gc.freeze()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Gives each worker tests that stand together: they share what they trace and compile."""

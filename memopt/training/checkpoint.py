@@ -13,7 +13,7 @@ import time
 import warnings
 import weakref
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,7 +152,7 @@ class Checkpoints:
         """
         found: tuple[TrainState, Record] | None = None
         failed: dict[Path, str] = {}
-        with _quiet():
+        with _quiet(failed):
             for path in sorted(self._steps(), key=lambda path: -int(path.name)):
                 try:
                     metadata = _metadata(path)
@@ -200,8 +200,8 @@ class Checkpoints:
             )
         if step not in ("best", "last"):
             paths = [path for path in paths if int(path.name) == step]
-        found, failed = None, []
-        with _quiet():
+        found, failed = None, list[str]()
+        with _quiet(failed):
             for path in sorted(paths, key=_val_loss) if step == "best" else paths:
                 try:
                     metadata = _metadata(path)
@@ -281,15 +281,20 @@ def _take_error(record: logging.LogRecord) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences what Orbax logs about a torn file, and the warnings of abandoned coroutines."""
+def _quiet(failed: Collection[Any]) -> Iterator[None]:
+    """Silences what Orbax logs about a torn file, and the warnings of abandoned coroutines.
+
+    Args:
+        failed: What could not be read, known by the end: its coroutines are collected then.
+    """
     disabled, hook = logging.root.manager.disable, sys.unraisablehook
     logging.disable(logging.CRITICAL)
     sys.unraisablehook = lambda _: None
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
-            gc.collect()
+            if failed:
+                gc.collect()  # takes up to a second
     finally:
         logging.disable(disabled)
         sys.unraisablehook = hook

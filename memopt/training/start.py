@@ -235,7 +235,8 @@ def read_origin(directory: Path, config: Config) -> Origin:
     setup = describe_run(
         dataclasses.replace(
             config, architecture=there.architecture, optimization=optimization, run=run
-        )
+        ),
+        trace=False,
     )
     restored = Checkpoints(directory / "checkpoints").restore(setup.state, set_aside=False)
     if restored is None:

@@ -39,25 +39,28 @@ OF_NO_STEP |= {"eval_every", "checkpoint_every", "keep", "log", "controller", "c
 OF_NO_STEP_STEERED = OF_NO_STEP | {"steps", "learning_rate", "warmup", "phases", "max_skipped"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True, scope="module")
 def shared_setups():
     """Runs of the same options take the same step, which is traced and compiled once."""
     found = {}
 
-    def share(config):
+    def share(config, **options):
         controller = describe_controller(config)
+        carried, measure = config.phases[0].count, controller and [controller.measure]
         left_out = OF_NO_STEP_STEERED if controller else OF_NO_STEP
-        options = {name: x for name, x in config.flat().items() if name not in left_out}
-        key = json.dumps([options, controller and [controller.measure]], default=str)
+        of_step = {name: x for name, x in config.flat().items() if name not in left_out}
+        key = json.dumps([of_step, carried, measure, options], default=str)
         if key not in found:
-            setup = found[key] = describe_run(config)
+            setup = found[key] = describe_run(config, **options)
             kept = {"compile": functools.cache(setup.compile), "loss": jax.jit(setup.loss)}
             vars(setup).update(kept, jitted=setup.jitted, jit_init=functools.cache(setup.jit_init))
         setup = copy.copy(found[key])
-        assert config.phases[0].count == 0
-        vars(setup)["learning_rate"] = follow(config.phases)
+        if controller:
+            assert carried == 0
+            vars(setup)["learning_rate"] = follow(config.phases)
         return setup
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("memopt.training.open.describe_run", share)
+        for module in ("open", "load"):
+            patch.setattr(f"memopt.training.{module}.describe_run", share)
         yield

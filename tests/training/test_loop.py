@@ -399,6 +399,7 @@ def test_steps_that_are_not_finite_stop_the_run_and_change_nothing(config, monke
         return total * jnp.nan, tokens
 
     monkeypatch.setattr(llama, "loss", loss)
+    monkeypatch.setattr("memopt.training.open.describe_run", describe_run)
     opened = open_run(change(config, max_skipped=3))
     before = jax.device_get(opened.state)
     with pytest.raises(Stopped, match="3 steps up to 3") as stopped:

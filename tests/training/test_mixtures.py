@@ -27,7 +27,7 @@ FLAGS += ["--schedule=constant", "--warmup=0", "--eval-every=2", "--checkpoint-e
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small_windows(shared_setups):
+def small_windows():
     """Small windows, so that opening a run tokenizes little."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("memopt.text.batches.WINDOW_TOKENS", 2**10)

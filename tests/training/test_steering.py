@@ -63,7 +63,7 @@ def tries(
 
 
 @pytest.fixture(autouse=True, scope="module")
-def controllers(shared_setups):
+def controllers():
     with pytest.MonkeyPatch.context() as patch:
         # A trial puts the batches back, for which a window is packed again.
         patch.setattr("memopt.text.batches.WINDOW_TOKENS", 2**10)

@@ -19,7 +19,7 @@ OPTIONS = ("candidates=2", "trial_steps=4", "stage_steps=8", "most_stage_steps=8
 
 
 @pytest.fixture
-def config(tmp_path, text, monkeypatch, shared_setups):
+def config(tmp_path, text, monkeypatch):
     """Two batches of warm-up, and stages that end after 10 and 18; the second is validated."""
     monkeypatch.setattr("memopt.text.batches.WINDOW_TOKENS", 2**10)  # packed after each trial
     return Config(

@@ -19,7 +19,7 @@ OPTIONS = {
 
 
 @pytest.fixture
-def config(tmp_path, text, shared_setups):
+def config(tmp_path, text):
     return Config(
         architecture=Architecture(model="nano"),
         text=Text(data=(str(text),), batch_size=4, seq_len=32, eval_tokens=256),
