@@ -32,6 +32,10 @@ Record = dict[str, Any]
 #: Seconds between looks for a failure while a save is waited for.
 SECONDS_BETWEEN_LOOKS = 0.5
 
+#: The least part of a replicated array, in bytes, that is written by each of its devices. Orbax
+#: compiles a program for each shape and device to cut it out, which takes longer than to write it.
+LEAST_PART = 2**20
+
 
 class Best(NamedTuple):
     """A checkpoint with the lowest validation loss."""
@@ -82,7 +86,9 @@ class Checkpoints:
         """
         self.wait()
         step = int(state.step)
-        with self._writing():
+        context = ocp.Context()
+        context.array.saving.min_slice_bytes_for_replica_parallel = LEAST_PART
+        with self._writing(), context:
             if any(checkpoint.step == step for checkpoint in self._checkpointer.checkpoints):
                 return
             self._val_loss[step] = val_loss

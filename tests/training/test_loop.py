@@ -248,7 +248,8 @@ def test_batches_are_placed_ahead_and_the_position_is_that_of_the_one_handed_out
 
 
 def test_diagnostics_of_a_resumed_run_are_those_of_one_that_was_not_stopped(config, tmp_path):
-    recording = change(config, steps=6, eval_every=6, checkpoint_every=3, log_diagnostics=2)
+    options = {"optimizer": "lion", "steps": 6, "eval_every": 6, "checkpoint_every": 3}
+    recording = change(config, log_diagnostics=2, **options)
     plain, _ = run(change(recording, log_diagnostics=0, output=tmp_path / "plain"))
     state, _ = run(recording)
     chex.assert_trees_all_equal(state.params, plain.params)
