@@ -88,7 +88,7 @@ make_batch = functools.partial(text_batch, rows=ROWS, length=LENGTH)
 def make_model() -> tuple[StackedModel, dict[str, Any]]:
     """Returns the model as three functions, and its parameters."""
     whole = Model()
-    params = whole.init(jax.random.key(0), make_batch(0))["params"]
+    params = jax.jit(whole.init)(jax.random.key(0), make_batch(0))["params"]
     embed = lambda rest, batch: whole.apply({"params": rest}, batch["inputs"], method="embed")
     block = lambda layer, x, batch: Block().apply({"params": layer}, x)[0]
     head = lambda rest, x, batch: whole.apply({"params": rest}, x, batch["targets"], method="loss")

@@ -27,6 +27,7 @@ examples = pytest.mark.parametrize(
 )
 
 
+@functools.cache
 def load(name):
     """The example's StackedModel, its parameters, and its batches."""
     example = importlib.import_module(f"examples.{name}")
