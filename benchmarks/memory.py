@@ -57,12 +57,18 @@ LIST: list[tuple[str, dict[str, Any]]] = [
     ("adafactor", RELEASED | FSDP),
 ]
 LLAMA_3: dict[str, Any] = INT8 | {"model": "llama-3-8b"}  # a vocabulary of 128256
+POD: dict[str, Any] = FSDP | {"model": "70b", "chip": "v5p"}
 LISTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "methods": LIST,
     "fine-tuning": [
         ("adafactor", LLAMA_3),
         ("apollo_mini", LLAMA_3 | {"state": "int8"}),
         ("adafactor", LLAMA_3 | {"weights": "int4"}),
+    ],
+    "over-time": [
+        ("adafactor", where | released)
+        for where in ({}, {"model": "llama-3-8b"}, POD)
+        for released in ({}, RELEASED)
     ],
 }
 
@@ -86,7 +92,8 @@ class Options(NamedTuple):
             compiler takes half an hour to compile.
         json: print one JSON object instead of a table.
         output: the JSON file of a list; the plot has the same name.
-        rows: the list of configurations, of all methods or of llama-3-8b to fine-tune.
+        rows: the list of configurations: of all methods, of llama-3-8b to fine-tune, or of the
+            models of which results have the memory over the program's time, too.
     """
 
     model: str = "7b"
@@ -103,7 +110,7 @@ class Options(NamedTuple):
     refresh: bool = True
     json: bool = False
     output: Path = Path(__file__).parent / "results" / "memory.json"
-    rows: Literal["methods", "fine-tuning"] = "methods"
+    rows: Literal["methods", "fine-tuning", "over-time"] = "methods"
 
 
 def measure(optimizer: str, options: Options) -> dict[str, Any]:
@@ -132,7 +139,7 @@ def measure(optimizer: str, options: Options) -> dict[str, Any]:
     found = plan_compilable(
         make, options.chip, count, cache=True, model=options.model, optimizer=optimizer
     ).to_json()
-    planned = ("compiled_for", "compiler", *byte_fields(), "collectives", "refresh_collectives")
+    planned = ("compiled_for", "compiler", *byte_fields(), "over_time", "collectives", "refresh_collectives")
     return {
         "optimizer": optimizer,
         **{name: getattr(options, name) for name in ("model", *names, "chip", "refresh")},
@@ -246,7 +253,10 @@ def main(arguments: Sequence[str]) -> None:
         for optimizer, changes in track(chosen, transient=True, disable=len(chosen) == 1):
             if changes.get("mesh") and options.chip in GPUS:
                 continue  # then the list has only this card
-            results.append(measure(optimizer, options._replace(**changes)))
+            record = measure(optimizer, options._replace(**changes))
+            if options.rows != "over-time":
+                del record["over_time"]
+            results.append(record)
             if not options.optimizer:  # saved after each, because each takes minutes
                 report = {"command": command, "results": results}
                 save(report, options.output, lambda path: plot(results, path))
