@@ -5,6 +5,7 @@ python notebooks/run.py --write compose   # runs one, and saves its outputs
 """
 
 import argparse
+import os
 import resource
 import sys
 from pathlib import Path
@@ -13,13 +14,12 @@ import nbformat
 from nbclient import NotebookClient
 
 
-def execute(path: Path, write: bool = False, env: dict[str, str] | None = None) -> None:
+def execute(path: Path, write: bool = False) -> None:
     """Runs one notebook from its own folder; an error in a cell is raised.
 
     Args:
         path: the notebook.
         write: whether to replace the notebook by the executed one.
-        env: the environment of its process; by default that of this one.
     """
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
@@ -28,7 +28,7 @@ def execute(path: Path, write: bool = False, env: dict[str, str] | None = None) 
         kernel_name="python3",
         record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
-    ).execute(env=env)
+    ).execute(env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"})  # those of tests
     if write:
         notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
         nbformat.write(notebook, path)
