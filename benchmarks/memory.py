@@ -133,7 +133,8 @@ def measure(optimizer: str, options: Options) -> dict[str, Any]:
     found = plan_compilable(
         make, options.chip, count, cache=True, model=options.model, optimizer=optimizer
     ).to_json()
-    planned = ("compiled_for", "compiler", *byte_fields(), "over_time", "collectives", "refresh_collectives")
+    planned = ("compiled_for", "compiler", *byte_fields(), "over_time")
+    planned += ("collectives", "refresh_collectives")
     return {
         "optimizer": optimizer,
         **{name: getattr(options, name) for name in ("model", *names, "chip", "refresh")},
