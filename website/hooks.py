@@ -50,20 +50,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, path, content=content))
 
     pages = [file.content_string for file in files.documentation_pages()]
-    for path in notebooks.paths():
-        found = notebooks.notebook(path)
-        text = notebooks.page(found, config.repo_url)
-        pages.append(text)
-        add(f"notebooks/{path.stem}.md", text)
-        add(f"notebooks/{path.name}", path.read_text())
-        for picture, drawn in found.pictures.items():
-            add(f"notebooks/{picture}", drawn)
+    for file in notebooks.paths():
+        essay = notebooks.notebook(file)
+        pages.append(notebooks.page(essay, config.repo_url))
+        add(f"notebooks/{file.stem}.md", pages[-1])
+        add(f"notebooks/{file.name}", file.read_text())
+        for picture, content in essay.pictures.items():
+            add(f"notebooks/{picture}", content)
     for name in BESIDE:
         text = re.sub(r"\]\((?!https?:|#|docs/)", "](../", (ROOT / name).read_text())
         pages.append(text)
         add(name, text.replace("](docs/", "]("))
     for path in sorted({found["path"] for text in pages for found in OUTSIDE.finditer(text)}):
-        if (ROOT / path).is_file() and path not in BESIDE:
+        is_there = path in BESIDE or files.get_file_from_path(path)
+        if (ROOT / path).is_file() and not is_there:
             files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     for name in available("memopt"):
         add(f"methods/{name}.md", methods.page(name))
