@@ -42,7 +42,7 @@ def test_readme_links_to_it(path):
 def test_the_gallery_shows_it(path):
     found = notebooks.notebook(path)
     assert f"**[{found.title}](notebooks/{path.stem}.md)**" in notebooks.gallery()
-    assert len(found.summary) < 400
+    assert len(found.summary) < 600
     assert found.thumbnail in found.pictures
 
 
