@@ -15,7 +15,6 @@ Without ``--optimizer`` it measures a list, prints a table and writes it as JSON
 
 import dataclasses
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.report import GIB, markdown_table, save
+from benchmarks.report import COMPILERS, GIB, Report, markdown_table
 from benchmarks.training_step import without_refresh
 from memopt.planning.chips import CHIPS, GPUS, compiler, only_compile
 from memopt.planning.plan import Plan, device_count, plan_compilable
@@ -64,6 +63,7 @@ LISTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("apollo_mini", LLAMA_3 | {"state": "int8"}),
         ("adafactor", LLAMA_3 | {"weights": "int4"}),
     ],
+    "over-time": [("adafactor", {}), ("adafactor", RELEASED)],
 }
 
 
@@ -86,7 +86,8 @@ class Options(NamedTuple):
             compiler takes half an hour to compile.
         json: print one JSON object instead of a table.
         output: the JSON file of a list; the plot has the same name.
-        rows: the list of configurations, of all methods or of llama-3-8b to fine-tune.
+        rows: the list of configurations: of all methods, of llama-3-8b to fine-tune, or two of
+            which the results have the memory over the program's time, too.
     """
 
     model: str = "7b"
@@ -103,7 +104,7 @@ class Options(NamedTuple):
     refresh: bool = True
     json: bool = False
     output: Path = Path(__file__).parent / "results" / "memory.json"
-    rows: Literal["methods", "fine-tuning"] = "methods"
+    rows: Literal["methods", "fine-tuning", "over-time"] = "methods"
 
 
 def measure(optimizer: str, options: Options) -> dict[str, Any]:
@@ -132,7 +133,8 @@ def measure(optimizer: str, options: Options) -> dict[str, Any]:
     found = plan_compilable(
         make, options.chip, count, cache=True, model=options.model, optimizer=optimizer
     ).to_json()
-    planned = ("compiled_for", "compiler", *byte_fields(), "collectives", "refresh_collectives")
+    planned = ("compiled_for", "compiler", *byte_fields(), "over_time")
+    planned += ("collectives", "refresh_collectives")
     return {
         "optimizer": optimizer,
         **{name: getattr(options, name) for name in ("model", *names, "chip", "refresh")},
@@ -241,15 +243,17 @@ def main(arguments: Sequence[str]) -> None:
     only_compile()
     chosen = [(options.optimizer, {})] if options.optimizer else LISTS[options.rows]
     results: list[dict[str, Any]] = []
-    command = shlex.join(["python", "-m", "benchmarks.memory", *arguments])
+    report = Report("memory", arguments, options.output, results, COMPILERS)
     try:
         for optimizer, changes in track(chosen, transient=True, disable=len(chosen) == 1):
             if changes.get("mesh") and options.chip in GPUS:
                 continue  # then the list has only this card
-            results.append(measure(optimizer, options._replace(**changes)))
+            record = measure(optimizer, options._replace(**changes))
+            if options.rows != "over-time":
+                del record["over_time"]
+            results.append(record)
             if not options.optimizer:  # saved after each, because each takes minutes
-                report = {"command": command, "results": results}
-                save(report, options.output, lambda path: plot(results, path))
+                report.save(lambda path: plot(results, path))
     except (ValueError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     if options.json:

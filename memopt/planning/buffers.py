@@ -1,4 +1,4 @@
-"""The temporary arrays that a compiled program holds at its peak, from the compiler's own records.
+"""The temporary arrays that a compiled program holds over time, from the compiler's own records.
 
 XLA's compilers for CPUs, GPUs and TPUs write the same files to ``xla_dump_to``: which arrays share
 the memory of temporaries (the buffer assignment), from when to when each is needed (live ranges),
@@ -8,9 +8,11 @@ and the scheduled program.
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from memopt.planning import hlo
 
@@ -86,31 +88,63 @@ class _Value(NamedTuple):
     end: int
 
 
-def at_peak(files: Files) -> list[Buffer]:
-    """Returns the temporary arrays that are held when most bytes of them are, the largest first.
+class Assignment:
+    """The temporary arrays of a program: what they are, and when they are held.
 
     On a TPU only those in its main memory count.
     """
-    values, program = list(_values(files)), _Program(files.text)
-    places: dict[int, list[_Value]] = collections.defaultdict(list)
-    moment = _peak(values)
-    for value in values:
-        if value.start <= moment <= value.end:
-            places[value.offset].append(value)
 
-    def describe(here: list[_Value]) -> Buffer:
+    def __init__(self, files: Files) -> None:
+        """Reads what a compiler wrote.
+
+        Args:
+            files: The files.
+        """
+        self._values = list(_values(files))
+        self._totals = _totals(self._values)
+        self._program = _Program(files.text)
+        self._described: dict[tuple[_Value, ...], Buffer] = {}
+
+    def at_peak(self) -> list[Buffer]:
+        """Returns the arrays that are held when most bytes of them are, the largest first."""
+        return self._at(int(self._totals.argmax())) if self._values else []
+
+    def over_time(self, moments: int) -> list[list[Buffer]]:
+        """Returns the arrays that are held over time, each list as that of `at_peak`.
+
+        The instructions are cut into equally long parts, and each part is shown at the moment when
+        most bytes are held. The body of a loop is there once, however often it turns.
+
+        Args:
+            moments: The number of parts; there are fewer if the program is shorter.
+        """
+        if not self._values:
+            return []
+        parts = np.array_split(np.arange(len(self._totals)), min(moments, len(self._totals)))
+        return [self._at(part[self._totals[part].argmax()]) for part in parts]
+
+    def _at(self, moment: int) -> list[Buffer]:
+        places: dict[int, list[_Value]] = collections.defaultdict(list)
+        for value in self._values:
+            if value.start <= moment <= value.end:
+                places[value.offset].append(value)
+        held = [self._describe(tuple(here)) for here in places.values()]
+        return sorted(held, key=lambda buffer: -buffer.bytes)
+
+    def _describe(self, here: tuple["_Value", ...]) -> Buffer:
         """One array of those that share a place; a loop's own name says less than an operation."""
-        for group in here, [value for one in here for value in _same(one, values)]:
-            origins = [(program.origin(value.name, value.element), value) for value in group]
+        if here in self._described:
+            return self._described[here]
+        for group in here, [value for one in here for value in _same(one, self._values)]:
+            origins = [(self._program.origin(value.name, value.element), value) for value in group]
             known = lambda pair: (pair[0] is not None, not pair[1].is_phi, pair[1].start)
             origin, value = max(origins, key=known)
             if origin:
                 break
-        op, source = program.describe(origin) if origin else (f"compiler: {value.name}", "")
+        op, source = self._program.describe(origin) if origin else (f"compiler: {value.name}", "")
         shape = re.sub(r"{[^}]*}", "", value.shape)
-        return Buffer(max(value.size for value in here), shape, op, source)
-
-    return sorted(map(describe, places.values()), key=lambda buffer: -buffer.bytes)
+        found = Buffer(max(value.size for value in here), shape, op, source)
+        return self._described.setdefault(here, found)
 
 
 def _values(files: Files) -> Iterator[_Value]:
@@ -132,23 +166,22 @@ def _values(files: Files) -> Iterator[_Value]:
                 yield _Value(name, which, bool(phi), int(size), int(offset), shape, *span)
 
 
-def _peak(values: Iterable[_Value]) -> int:
-    """The moment at which the arrays alive take most bytes; arrays at one place count once."""
-    events = []
+def _totals(values: Sequence[_Value]) -> np.ndarray:
+    """The bytes alive at each moment; arrays at one place count once."""
+    events: dict[int, list[tuple[int, _Value]]] = collections.defaultdict(list)
     for value in values:
-        events += [(value.start, 0, value), (value.end, 1, value)]
+        events[value.start].append((1, value))
+        events[value.end + 1].append((-1, value))
     alive: dict[int, collections.Counter[int]] = collections.defaultdict(collections.Counter)
-    total = most = moment = 0
-    for time, ends, value in sorted(events, key=lambda event: event[:2]):
-        sizes = alive[value.offset]
-        total -= max(sizes, default=0)
-        sizes[value.size] += -1 if ends else 1
-        if not sizes[value.size]:
-            del sizes[value.size]
-        total += max(sizes, default=0)
-        if total > most:
-            most, moment = total, time
-    return moment
+    total, totals = 0, np.zeros(max(events, default=0), np.int64)
+    for time in range(len(totals)):
+        for change, value in events.get(time, ()):
+            sizes = alive[value.offset]
+            total -= max(+sizes, default=0)
+            sizes[value.size] += change
+            total += max(+sizes, default=0)
+        totals[time] = total
+    return totals
 
 
 def _same(one: _Value, values: Iterable[_Value]) -> list[_Value]:

@@ -3,19 +3,20 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import math
 import re
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from memopt.models.stacked import BLOCKS
 from memopt.planning import hlo
-from memopt.planning.buffers import Buffer, at_peak, read_files
+from memopt.planning.buffers import Assignment, Buffer, read_files
 from memopt.planning.step_memory import peak_bytes
 from memopt.state.quantized_params import is_quantized
 from memopt.training.step import UPDATE, WEIGHTS
@@ -25,6 +26,31 @@ LAYER = "jit(dynamic_index_in_dim)"
 
 #: How many of the largest temporary arrays are reported.
 LARGEST = 5
+
+#: How many moments of a program are reported.
+MOMENTS = 200
+
+
+class Moment(NamedTuple):
+    """Bytes of the temporary arrays that a program holds at a moment.
+
+    Attributes:
+        gradient_bytes: Gradients, see `kind_of`.
+        activation_bytes: Other arrays of the forward and backward pass.
+        temporary_bytes: The rest.
+    """
+
+    gradient_bytes: int
+    activation_bytes: int
+    temporary_bytes: int
+
+    @classmethod
+    def of(cls, held: Iterable[Buffer], kinds: Callable[[Buffer], str]) -> "Moment":
+        """Adds up arrays by their kinds."""
+        sums: dict[str, int] = collections.Counter()
+        for one in held:
+            sums[kinds(one)] += one.bytes
+        return cls(sums["gradient"], sums["activation"], sums["temporary"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +62,7 @@ class CompilerReport:
         program_bytes: The program itself, where it is in the device's memory.
         gradient_bytes: Gradients among the temporaries at the peak, see `kind_of`.
         activation_bytes: Other arrays of the forward and backward pass among them.
+        over_time: What is held at moments of the program, in their order; see `Moment`.
         largest: The largest temporaries at the peak; none if the compiler wrote no record of them.
         traffic_bytes: Bytes that the program reads and writes in memory, by the compiler's cost
             analysis; None where it has none, as for GPUs.
@@ -48,6 +75,7 @@ class CompilerReport:
     program_bytes: int = 0
     gradient_bytes: int = 0
     activation_bytes: int = 0
+    over_time: tuple[Moment, ...] = ()
     largest: tuple[Buffer, ...] = ()
     traffic_bytes: int | None = None
     collectives: dict[str, dict[str, int]] | None = None
@@ -56,7 +84,9 @@ class CompilerReport:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "CompilerReport":
         """Inverts `dataclasses.asdict`, also of values that went through JSON."""
-        return cls(**values | {"largest": tuple(Buffer(**one) for one in values["largest"])})
+        largest = tuple(Buffer(**one) for one in values["largest"])
+        over_time = tuple(Moment(*one) for one in values["over_time"])
+        return cls(**values | {"largest": largest, "over_time": over_time})
 
 
 def compile_report(lowered: jax.stages.Lowered, params: Any) -> CompilerReport:
@@ -76,18 +106,21 @@ def compile_report(lowered: jax.stages.Lowered, params: Any) -> CompilerReport:
     memory, peak = compiled.memory_analysis(), peak_bytes(compiled)
     if memory is None or peak is None:
         raise RuntimeError("the compiler reports no memory.")
-    held = at_peak(files) if files else []
+    assignment = Assignment(files) if files else None
+    held = assignment.at_peak() if assignment else []
     shapes = parameter_shapes(params)
-    sums: dict[str, int] = collections.Counter()
-    for one in held:
-        sums[kind_of(one, shapes)] += one.bytes
+    kinds = functools.cache(lambda one: kind_of(one, shapes))
+    at_peak = Moment.of(held, kinds)
     traffic = (compiled.cost_analysis() or {}).get("bytes accessed")
     text = files.text if files else hlo.text(compiled)
     return CompilerReport(
         peak_bytes=peak,
         program_bytes=memory.generated_code_size_in_bytes,
-        gradient_bytes=sums["gradient"],
-        activation_bytes=sums["activation"],
+        gradient_bytes=at_peak.gradient_bytes,
+        activation_bytes=at_peak.activation_bytes,
+        over_time=tuple(
+            Moment.of(some, kinds) for some in (assignment.over_time(MOMENTS) if assignment else ())
+        ),
         largest=tuple(held[:LARGEST]),
         traffic_bytes=None if traffic is None else int(traffic),
         collectives=_collectives(text, refresh=False),

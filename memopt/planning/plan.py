@@ -15,7 +15,7 @@ from memopt.models.attention import without_cudnn
 from memopt.models.stacked import StackedModel
 from memopt.planning import cache, chips
 from memopt.planning.buffers import Buffer, absolute
-from memopt.planning.compiler_report import CompilerReport, compile_report
+from memopt.planning.compiler_report import CompilerReport, Moment, compile_report
 from memopt.planning.own_step import own_step
 from memopt.planning.run_options import check_options, run_command, run_config
 from memopt.planning.step_memory import bytes_here
@@ -66,6 +66,9 @@ class Plan:
             the limit.
         margin_bytes: The limit less peak and program.
         largest: The largest temporary arrays at that moment.
+        over_time: Gradients, activations and other temporaries, in bytes, at up to 200 moments of
+            the compiled program, in their order; the body of a loop is there once. Weights and
+            state are held all the time. Empty if the compiler wrote no record.
         traffic_bytes: Bytes that a step reads and writes in memory, by the compiler's cost
             analysis; None where it has none (GPUs).
         collectives: {kind: {"bytes": bytes moved, "count": number of runs}} of a step between two
@@ -92,6 +95,7 @@ class Plan:
     fits: bool
     margin_bytes: int
     largest: tuple[Buffer, ...]
+    over_time: tuple[Moment, ...]
     traffic_bytes: int | None
     collectives: dict[str, dict[str, int]] | None
     refresh_collectives: dict[str, dict[str, int]] | None
@@ -371,6 +375,7 @@ def plan_compilable(
         fits=fits,
         margin_bytes=margin,
         largest=report.largest,
+        over_time=report.over_time,
         traffic_bytes=report.traffic_bytes,
         collectives=report.collectives,
         refresh_collectives=report.refresh_collectives,

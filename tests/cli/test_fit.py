@@ -41,6 +41,7 @@ def planned(*, batch_size=1, mesh=None, release=False, weights=None, optimizer=N
         fits=peak <= 16 * GIB and optimizer != "soap",
         margin_bytes=-GIB if optimizer == "soap" else 16 * GIB - peak,
         largest=(),
+        over_time=(),
         traffic_bytes=3 * peak,
         collectives=None,
         refresh_collectives=None,

@@ -159,6 +159,21 @@ def test_gradients_are_all_there_or_those_of_a_block(ordinary, released):
     assert 0 < released.gradient_bytes < ordinary.gradient_bytes / 2
 
 
+def test_memory_over_time_has_the_peak(ordinary, released):
+    for found in (ordinary, released):
+        temporaries = found.peak_bytes - found.parameter_bytes - found.state_bytes
+        most = max(found.over_time, key=sum)
+        assert sum(most) <= temporaries
+        assert (found.gradient_bytes, found.activation_bytes) == most[:2]
+        assert sum(one.bytes for one in found.largest) <= sum(most)
+        assert 20 < len(found.over_time) <= 200
+
+
+def test_over_time_all_gradients_are_held_or_those_of_a_block(ordinary, released):
+    most = [max(one.gradient_bytes for one in found.over_time) for found in (ordinary, released)]
+    assert most[0] > 0.9 * ordinary.parameter_bytes > 2 * most[1]
+
+
 def test_the_largest_temporaries_name_their_lines(ordinary):
     sizes = [one.bytes for one in ordinary.largest]
     assert len(sizes) == 5
