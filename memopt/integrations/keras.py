@@ -9,6 +9,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from memopt.state.sharding import init_sharded
+from memopt.trees import leaf_name
 
 
 def keras_optimizer(
@@ -85,7 +86,12 @@ def _optimizer_class() -> Any:
             self._state = [self._add(path, x) for path, x in leaves]
 
         def _add(self, path: Any, value: jax.Array) -> Any:
-            name = jax.tree_util.keystr(path, simple=True, separator="_").replace("/", "_")
+            name = leaf_name(path).replace("/", "_")
+            if value.dtype != jnp.bfloat16 and getattr(value.dtype, "isbuiltin", 0) != 1:
+                raise ValueError(
+                    f"tx keeps {name!r} in {value.dtype}, which Keras cannot save; memopt."
+                    'quantize_state stores in "int8" or "bfloat16" what Keras can.'
+                )
             layout = value.sharding if isinstance(value.sharding, NamedSharding) else None
             variable = self.add_variable(value.shape, dtype=value.dtype, layout=layout, name=name)
             variable.assign(jnp.array(value))  # a copy: Keras donates every variable
