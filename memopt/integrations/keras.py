@@ -108,7 +108,9 @@ def _optimizer_class() -> Any:
                 if v.path not in params and not _is_overwritten(v)
             ]
             if missing:
-                raise ValueError(f"an optimizer of Optax needs all gradients, got none of {missing}.")
+                raise ValueError(
+                    f"an optimizer of Optax needs all gradients, got none of {missing}."
+                )
             state = self._structure.unflatten([v.value for v in self._state])
             gradients = dict(zip(params, grads, strict=True))
             updates, state = self.tx.update(gradients, state, params)
@@ -137,7 +139,9 @@ def _by_path(variables: Any) -> dict[str, jax.Array]:
     if len(params) < len(variables):
         paths = [v.path for v in variables]
         twice = next(path for path in paths if paths.count(path) > 1)
-        raise ValueError(f"variables must have different paths, two have {twice!r}: name the layers.")
+        raise ValueError(
+            f"variables must have different paths, two have {twice!r}: name the layers."
+        )
     return params
 
 
