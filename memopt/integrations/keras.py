@@ -17,26 +17,32 @@ def keras_optimizer(
 ) -> Any:
     """Makes a Keras optimizer of an Optax transformation, for Keras on JAX.
 
-    The transformation sees the trainable variables by their paths, such as
-    ``"dense_1/kernel"``. Its state is the optimizer's variables: Keras saves them with the model,
-    and on a ``keras.distribution`` each is sharded by `memopt.state_sharding`.
+    The transformation gets the trainable variables in a dict by their paths, such as
+    ``"dense_1/kernel"``. Its state is stored in variables of the optimizer: Keras saves them with
+    the model, and with a ``keras.distribution`` they are sharded by `memopt.state_sharding`.
 
-    A file has the state but not the functions of `tx`. Load it as
+    ```python
+    model.compile(optimizer=memopt.integrations.keras_optimizer(tx), loss=loss)
+    model.fit(x, y)
+    model.save("model.keras")
+    ```
+
+    The file contains the state, but not the functions of `tx`. To continue from it:
 
     ```python
     model = keras.saving.load_model("model.keras", compile=False)
     model.compile(optimizer=memopt.integrations.keras_optimizer(tx), loss=loss)
     model.optimizer.build(model.trainable_variables)
-    model.load_weights("model.keras")  # weights and state; or a file of `save_weights`
+    model.load_weights("model.keras")  # weights and state
     ```
 
     Args:
-        tx: any Optax transformation whose update needs gradients and parameters alone.
-        learning_rate: multiplies the updates of `tx`, which has a rate of its own: a float or a
-            schedule of Keras. Callbacks that change an optimizer's rate change this one.
-        **options: options of ``keras.optimizers.Optimizer``: ``clipnorm``, ``global_clipnorm``,
-            ``clipvalue``, ``gradient_accumulation_steps``, ``use_ema``, ``loss_scale_factor``,
-            ``name`` and others. Decay of the weights is an option of `tx`.
+        tx: any Optax transformation whose update needs only gradients and parameters.
+        learning_rate: a float or a Keras schedule that multiplies the updates of `tx`, which has
+            its own learning rate. Callbacks that change the optimizer's learning rate change it.
+        **options: other options of ``keras.optimizers.Optimizer``, such as ``global_clipnorm``,
+            ``gradient_accumulation_steps``, ``use_ema`` and ``name``; not ``weight_decay``, which
+            is an option of `tx`.
 
     Returns:
         A ``keras.optimizers.Optimizer``.
@@ -44,12 +50,9 @@ def keras_optimizer(
     Raises:
         ImportError: if Keras is not installed.
         ValueError: if Keras has another backend than JAX, or `weight_decay` is given; when the
-            optimizer is built, if two variables have one path; in an update, if a variable has no
+            optimizer is built, if two variables have the same path, or if Keras cannot save an
+            array of the state (4-bit integers and float8); in an update, if a variable has no
             gradient.
-
-    Example:
-        >>> optimizer = keras_optimizer(memopt.apollo_mini(1e-2))  # doctest: +SKIP
-        >>> model.compile(optimizer=optimizer, loss="mse")         # doctest: +SKIP
     """
     if options.get("weight_decay") is not None:
         raise ValueError(

@@ -20,14 +20,21 @@ OPTIMIZERS = run({}, FOR_ANY, "optimizers")["OPTIMIZERS"] | {
 
 # Keras's own, in `Variable.numpy`.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+INTEGRATIONS = pytest.mark.integrations
 
 
 def each_library(*quick: str) -> Any:
     """All of them; what is not in the environment of the tests, with ``-m integrations``."""
-    marks = lambda library: [] if library in quick else [pytest.mark.integrations]
+    marks = lambda library: [] if library in quick else [INTEGRATIONS]
     return pytest.mark.parametrize(
         "library", [pytest.param(name, marks=marks(name)) for name in LIBRARIES]
     )
+
+
+optimizers = pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param(name, marks=[INTEGRATIONS] if i else []) for i, name in enumerate(OPTIMIZERS)],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +83,7 @@ BATCHES = TOKENS.reshape(4, 2, -1)
 
 
 @each_library("Flax linen")
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@optimizers
 def test_goes_on_from_a_file_as_if_it_had_not_stopped(library, optimizer, tmp_path):
     given = {"tx": OPTIMIZERS[optimizer], "directory": tmp_path}
     names = run(model_of(library, **given), library, "optimizer")
@@ -91,7 +98,7 @@ def test_goes_on_from_a_file_as_if_it_had_not_stopped(library, optimizer, tmp_pa
 
 
 @each_library()
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@optimizers
 def test_parameters_and_state_are_split_on_a_mesh(library, optimizer):
     names = run({}, FOR_ANY, "optimizers") | {"tx": OPTIMIZERS[optimizer]}
     if library == "Keras":
@@ -139,7 +146,7 @@ def test_the_page_has_the_names_of_each_kind(library):
     assert f"| {library} | {' | '.join(map(braced, columns))} |" in PAGE
 
 
-@pytest.mark.integrations
+@INTEGRATIONS
 @pytest.mark.parametrize("library", ["Equinox"])
 def test_rows_are_inputs_in_equinox_with_out_in(library):
     names = run(model_of(library), library, "out_in")
