@@ -92,8 +92,8 @@ def _optimizer_class() -> Any:
             name = leaf_name(path).replace("/", "_")
             if value.dtype != jnp.bfloat16 and getattr(value.dtype, "isbuiltin", 0) != 1:
                 raise ValueError(
-                    f"tx keeps {name!r} in {value.dtype}, which Keras cannot save; memopt."
-                    'quantize_state stores in "int8" or "bfloat16" what Keras can.'
+                    f"tx keeps {name!r} in {value.dtype}, which Keras cannot save; it can save "
+                    '"int8" and "bfloat16" of memopt.quantize_state.'
                 )
             layout = value.sharding if isinstance(value.sharding, NamedSharding) else None
             variable = self.add_variable(value.shape, dtype=value.dtype, layout=layout, name=name)
@@ -111,9 +111,7 @@ def _optimizer_class() -> Any:
                 if v.path not in params and not _is_overwritten(v)
             ]
             if missing:
-                raise ValueError(
-                    f"an optimizer of Optax needs all gradients, got none of {missing}."
-                )
+                raise ValueError(f"grads must have one for each variable, got none for {missing}.")
             state = self._structure.unflatten([v.value for v in self._state])
             gradients = dict(zip(params, grads, strict=True))
             updates, state = self.tx.update(gradients, state, params)
