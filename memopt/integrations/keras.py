@@ -112,7 +112,7 @@ def _optimizer_class() -> Any:
             ]
             if missing:
                 raise ValueError(f"grads must have one for each variable, got none for {missing}.")
-            state = self._structure.unflatten([v.value for v in self._state])
+            state = jax.tree.unflatten(self._structure, [v.value for v in self._state])
             gradients = dict(zip(params, grads, strict=True))
             updates, state = self.tx.update(gradients, state, params)
             rate = jnp.asarray(learning_rate)
