@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from memopt import diagnostics as diagnostics
+from memopt import integrations as integrations
 from memopt import renamed
 from memopt import schedules as schedules
 from memopt import transforms as transforms

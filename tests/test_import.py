@@ -8,7 +8,7 @@ import pytest
 HEAVY = (
     *("jax.experimental.pallas", "jax._src.pallas", "jax.extend"),
     *("flax", "grain", "orbax", "tokenizers", "safetensors", "datasets", "tyro", "rich"),
-    *("matplotlib", "tensorboardX"),
+    *("matplotlib", "tensorboardX", "keras"),
     *("memopt.cli", "memopt.models", "memopt.text", "memopt.training"),
 )
 

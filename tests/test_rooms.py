@@ -9,7 +9,7 @@ import memopt
 
 ROOT = Path(memopt.__file__).parent
 FLOORS = {
-    **{"cli": 6, "planning": 5, "comparison": 5, "training": 4},
+    **{"cli": 6, "planning": 5, "comparison": 5, "training": 4, "integrations": 4},
     **{"text": 3, "models": 3, "optimizers": 3, "diagnostics": 3},
     **{"transforms": 2, "schedules": 2, "state": 1},
 }

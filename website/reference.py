@@ -126,6 +126,13 @@ PAGES = (
         ("memopt.planning",),
     ),
     Page(
+        "integrations",
+        "Integrations",
+        "Adapters to libraries that do not take an Optax transformation "
+        "([Flax, Equinox, Haiku and Keras](../libraries.md)).",
+        ("memopt.integrations",),
+    ),
+    Page(
         "comparison",
         "Comparison",
         "Optimizers tuned with the same budget, and compared.",

@@ -146,7 +146,7 @@ def bare_linen_training(method: str) -> tuple[Any, Step]:
     return state.replace(step=jax.numpy.asarray(0)), step_of_train_state
 
 
-@methods("lion")
+@methods()
 def test_linen_train_state(method, tmp_path):
     with jax.set_mesh(make_mesh()):
         check(*bare_linen_training(method), tmp_path)

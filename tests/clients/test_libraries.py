@@ -11,6 +11,7 @@ import pytest
 
 import memopt
 from tests.clients.optimizers import METHODS
+from tests.clients.page import model_of
 from tests.clients.training import (
     HEADS,
     HIDDEN,
@@ -31,49 +32,14 @@ pytestmark = pytest.mark.integrations
 
 def equinox_model() -> tuple[Any, Callable[[Any], jax.Array]]:
     eqx = pytest.importorskip("equinox")
-    keys = jax.random.split(jax.random.key(0), 8)
-
-    class Model(eqx.Module):
-        embedding: eqx.nn.Embedding
-        pos: jax.Array
-        attention: eqx.nn.MultiheadAttention
-        norm1: eqx.nn.LayerNorm
-        mlp: eqx.nn.MLP
-        unembed: eqx.nn.Linear
-
-        def __call__(self, tokens):
-            x = jax.vmap(self.embedding)(tokens) + self.pos
-            y = jax.vmap(self.norm1)(x)
-            x = x + self.attention(y, y, y, mask=jnp.tri(LENGTH, dtype=bool))
-            return jax.vmap(self.unembed)(x + jax.vmap(self.mlp)(x))
-
-    model = Model(
-        eqx.nn.Embedding(VOCABULARY, WIDTH, key=keys[0]),
-        0.02 * jax.random.normal(keys[1], (LENGTH, WIDTH)),
-        eqx.nn.MultiheadAttention(HEADS, WIDTH, key=keys[2]),
-        eqx.nn.LayerNorm(WIDTH),
-        eqx.nn.MLP(WIDTH, WIDTH, HIDDEN, 1, key=keys[3]),
-        eqx.nn.Linear(WIDTH, VOCABULARY, use_bias=False, key=keys[4]),
-    )
-    params, static = eqx.partition(model, eqx.is_array)
+    params, static = eqx.partition(model_of("Equinox")["model"], eqx.is_array)
     return params, lambda params: jax.vmap(eqx.combine(params, static))(TOKENS)
 
 
 def haiku_model() -> tuple[Any, Callable[[Any], jax.Array]]:
-    hk = pytest.importorskip("haiku")
-
-    def forward(tokens):
-        init = hk.initializers.VarianceScaling(1.0)
-        x = hk.Embed(VOCABULARY, WIDTH)(tokens)
-        y = hk.LayerNorm(-1, create_scale=True, create_offset=True)(x)
-        attention = hk.MultiHeadAttention(HEADS, WIDTH // HEADS, w_init=init, model_size=WIDTH)
-        x = x + attention(y, y, y, mask=jnp.tri(LENGTH, dtype=bool)[None, None])
-        y = hk.Linear(HIDDEN)(x)
-        x = x + hk.Linear(WIDTH)(jax.nn.gelu(y))
-        return hk.Linear(VOCABULARY)(x)
-
-    model = hk.without_apply_rng(hk.transform(forward))
-    return model.init(jax.random.key(0), TOKENS), lambda params: model.apply(params, TOKENS)
+    pytest.importorskip("haiku")
+    names = model_of("Haiku")
+    return names["params"], lambda params: names["model"].apply(params, TOKENS)
 
 
 def keras_model(by_name: bool = True) -> tuple[Any, Callable[[Any], jax.Array]]:
@@ -81,13 +47,7 @@ def keras_model(by_name: bool = True) -> tuple[Any, Callable[[Any], jax.Array]]:
     keras = pytest.importorskip("keras")
     keras.backend.clear_session()
     keras.utils.set_random_seed(0)
-    tokens = keras.Input((LENGTH,), dtype="int32")
-    x = keras.layers.Embedding(VOCABULARY, WIDTH)(tokens)
-    y = keras.layers.LayerNormalization()(x)
-    x = x + keras.layers.MultiHeadAttention(HEADS, WIDTH // HEADS)(y, y, use_causal_mask=True)
-    y = keras.layers.Dense(HIDDEN, activation="gelu")(x)
-    x = x + keras.layers.Dense(WIDTH)(y)
-    model = keras.Model(tokens, keras.layers.Dense(VOCABULARY)(x))
+    model = model_of("Keras")["model"]
     names = [v.path for v in model.trainable_variables]
     others = model.non_trainable_variables
 

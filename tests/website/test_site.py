@@ -36,7 +36,11 @@ ANSWERS = {
     "MaxText": ("models.md", "Names", "MaxText"),
     "Levanter": ("models.md", "Names", "Levanter"),
     "Tunix": ("models.md", "Names", "Tunix"),
-    "Keras": ("models.md", "Names", "Keras"),
+    "Keras": ("libraries.md", "Keras", "keras_optimizer(tx)"),
+    "Flax NNX": ("libraries.md", "Flax NNX", "nnx.Optimizer(model, tx"),
+    "Flax linen": ("libraries.md", "Flax linen", "TrainState.create("),
+    "Equinox": ("libraries.md", "Equinox", "memopt.out_in"),
+    "Haiku": ("libraries.md", "Haiku", "pickle"),
     "contribute a method": ("../CONTRIBUTING.md", "Add a method", "algorithm box"),
 }
 
