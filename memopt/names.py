@@ -32,7 +32,6 @@ LIBRARIES: dict[str, dict[str, str]] = {
         "patches": "patch_emb*",
         "position": "pos_emb* posembed* pos_enc*",
         "head": "head *_head logitdense",
-        "before head": "pre_logits",
         "outer head": "output_layer",
         "query": "query",
         "key": "key",
@@ -56,6 +55,7 @@ LIBRARIES: dict[str, dict[str, str]] = {
         "router": "shared_expert_gate",
         "head": "logits_dense",
     },
+    "Kauldron": {"patches": "patchifier", "before head": "pre_logits"},
     "Levanter": {"norm": "norm", "embedding": "embeddings *_embeddings"},
     "Equinox": {
         "position": "pos",
