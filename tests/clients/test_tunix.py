@@ -52,17 +52,18 @@ def arguments(example):
     }
 
 
-def given(directory):
+def given(directory, method, mesh=None):
     """What the page takes as given: a model, its data and what the model takes of them."""
     batch = peft_trainer.TrainingInput(input_tokens=TOKENS, input_mask=np.ones_like(TOKENS))
-    return {
+    return run({}, "Tunix", "optimizer") | {
         "model": make_model(),
+        "tx": METHODS[method](rate(method)),
         "batches": [batch] * STEPS,
         "inputs": arguments,
         "steps": STEPS,
         "directory": directory,
         "checkpoints": CheckpointManagerOptions(save_interval_steps=2),
-        "mesh": contextlib.nullcontext(),
+        "mesh": contextlib.nullcontext() if mesh is None else mesh,
     }
 
 
@@ -76,11 +77,10 @@ def arrays(names):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_trains(method):
-    names = run(given(None), "Tunix", "mesh", mesh=make_mesh(), tx=METHODS[method](rate(method)))
+    names = run(given(None, method, make_mesh()), "Tunix", "mesh")
     before = jax.device_get(nnx.to_pure_dict(nnx.state(names["model"], nnx.Param)))
-    run(names, "Tunix", "train")
-    params, state = arrays(names)
-    change = jax.tree.map(lambda a, b: (a != b).any(), before, params)
+    params, state = arrays(run(names, "Tunix", "train"))
+    change = jax.tree.map(lambda a, b: (a != b).any(), before, jax.device_get(params))
     assert all(jax.tree.leaves(change))
     chex.assert_tree_all_finite((params, state))
 
@@ -97,24 +97,24 @@ def shifted(model, of):
 )
 def test_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(method, blocks, tmp_path):
     """The first run saves after two steps and after all three; the second goes on from two."""
-    trained = nnx.LoRAParam if "LoRA" in blocks else nnx.Param
+    is_lora, is_split = "LoRA" in blocks, "mesh" in blocks
     both = []
     for is_second in (False, True):
-        names = given(tmp_path) | {"tx": METHODS[method](rate(method))}
-        names |= {"mesh": make_mesh()} if "mesh" in blocks else {}
-        run(names, "Tunix", *(["LoRA"] if "LoRA" in blocks else []))
-        names |= {"model": shifted(names["model"], trained)} if is_second else {}
-        run(names, "Tunix", *(["mesh"] if "mesh" in blocks else []), "train")
+        names = given(tmp_path, method, make_mesh() if is_split else None)
+        run(names, "Tunix", *["LoRA"] * is_lora)
+        if is_second:
+            names["model"] = shifted(names["model"], nnx.LoRAParam if is_lora else nnx.Param)
+        run(names, "Tunix", *["mesh"] * is_split, "train")
         shutil.rmtree(tmp_path / str(STEPS))
         both.append(arrays(names))
     chex.assert_tree_all_finite(both)
     assert_same(*both)
     split = [not x.sharding.is_fully_replicated for x in jax.tree.leaves(both[0][1])]
-    assert any(split) == ("mesh" in blocks)
+    assert any(split) == is_split
 
 
 def test_the_page_has_its_names():
-    names = run(given(None), "Tunix", "optimizer")
+    names = given(None, "apollo_mini")
     assert_on_the_page("Tunix", names["tx"], nnx.state(names["model"], nnx.Param))
 
 
