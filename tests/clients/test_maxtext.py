@@ -70,6 +70,6 @@ def test_maxtexts_wrappers_stay_around_it():
 def test_another_opt_type_is_refused():
     with (
         maxtext_optimizer("apollo_mini"),
-        pytest.raises(ValueError, match="opt_type must be 'adam_pax', .*apollo_mini, got 'adamw'"),
+        pytest.raises(ValueError, match=r"opt_type must be 'adam_pax', .*apollo_mini, got 'adamw'"),
     ):
         made(opt_type="adamw")
