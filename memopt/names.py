@@ -88,8 +88,8 @@ LIBRARIES: dict[str, dict[str, str]] = {
 
 "vector" is matched with the last part of a path; "norm", "router" and "embedding" with the last
 two; "position", "head" and "patches" with the last three; "outer head" and "outer embedding" with
-the first. "patches" are embeddings too; "before head" are matrices named like a head. "query", "key",
-"value", "key and value" (in one array) and "output" are the parts of an attention module.
+the first. "patches" are embeddings too; "before head" are matrices named like a head. "query",
+"key", "value", "key and value" (in one array) and "output" are the parts of an attention module.
 """
 
 _AROUND_ALL = {"params", "model", "module", "net", "network", "decoder", "transformer"}
