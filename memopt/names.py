@@ -192,8 +192,8 @@ def kind_of(name: str) -> tuple[str, str] | None:
     for part in () if parts[-1:] == ["kernel"] else parts[-2:]:
         if is_called("norm", part):
             return "vector", part
-    is_hidden = re.search("attention|multi_?head", name.lower()) or attention_part(name)
-    is_hidden = is_hidden or any(is_called("before head", part) for part in parts[-3:])
+    is_attention = re.search("attention|multi_?head", name.lower()) or attention_part(name)
+    is_hidden = is_attention or any(is_called("before head", part) for part in parts[-3:])
     for kind, among in {
         "router": 2,
         "position": 3,
