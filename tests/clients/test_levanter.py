@@ -91,7 +91,7 @@ def trained(directory, seed, optimizer):
         "config": config,
         "tx": optimizer.build(config.num_train_steps),
         "loss": loss_of,
-        "key": jax.random.key(0),
+        "key": jax.random.PRNGKey(0),  # Levanter cannot save the new kind
         "model_init": lambda: make_model(seed),
         "batches": itertools.repeat(hax.named(jnp.asarray(TOKENS), ("batch", "position"))),
     }
