@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from jax import Array
 
 from memopt.axes import Matrix as Matrix
 from memopt.axes import as_tuple
-from memopt.names import MATRIX
+from memopt.names import EMBEDDING, MATRIX, POSITION
 from memopt.parameters import read_parameter, read_parameters
 from memopt.trees import is_boxed, named_leaves, open_box, refill
 
@@ -133,24 +134,38 @@ def hidden_matrices(name: str, leaf: Any) -> Matrix | None:
     return parameter.matrix
 
 
-def out_in(name: str, leaf: Any) -> Matrix | None:
-    """Selects the hidden matrices of a model that stores kernels as (outputs, inputs).
+@dataclasses.dataclass(frozen=True)
+class Reoriented:
+    """Selects what a method selects by default, kernels with other rows and columns.
 
-    Use it for Equinox and Levanter; Flax, Haiku and Keras store (inputs, outputs), the default.
-    The orientation matters for Muon's scale, and for subspaces of square matrices, whose inputs
-    are projected.
+    Tables of embeddings and positions keep theirs: a token is a row in every library.
 
-    Args:
-        name: the leaf's name, its keys joined by ``/``.
-        leaf: a `Parameter`; an array is read by its name and shape, without the tree around it.
+    Attributes:
+        change: maps a leaf's name and its `Matrix` to another `Matrix`.
+        default: selects the leaves; `map_matrices` puts a method's own selection here.
 
     Example:
         >>> import jax
         >>> out_in("mlp/layers/0/weight", jax.ShapeDtypeStruct((256, 64), "float32"))
         Matrix(rows=-1, cols=-2)
     """
-    matrix = hidden_matrices(name, leaf)
-    return None if matrix is None else Matrix(matrix.cols, matrix.rows)
+
+    change: Callable[[str, Matrix], Matrix]
+    default: Selection = hidden_matrices
+
+    def __call__(self, name: str, leaf: Any) -> Matrix | None:
+        """Returns the changed `Matrix` of a leaf; None if `default` does not select it."""
+        matrix = self.default(name, leaf)
+        is_table = read_parameter(name, leaf).kind in (EMBEDDING, POSITION)
+        return matrix if matrix is None or is_table else self.change(name, matrix)
+
+
+out_in = Reoriented(lambda _, matrix: Matrix(matrix.cols, matrix.rows))
+"""Selects the same leaves of a model that stores kernels as (outputs, inputs).
+
+Use it for Equinox; Flax, Haiku and Keras store (inputs, outputs), the default. The orientation
+matters for Muon's scale, and for subspaces of square matrices, whose inputs are projected.
+"""
 
 
 def map_matrices(
@@ -182,7 +197,7 @@ def map_matrices(
         ValueError: if a `Matrix` names axes that the leaf does not have, or `matrices` has no entry
             for a leaf.
     """
-    select = default if matrices is None else _selection(matrices)
+    select = default if matrices is None else _selection(matrices, default)
     nodes, structure = named_leaves(tree)
     others = [[open_box(x) for x in structure.flatten_up_to(r)] for r in rest]
     seen, results = _SEEN.get(), []
@@ -202,8 +217,10 @@ def map_matrices(
     return trees[0] if outputs == 1 else trees
 
 
-def _selection(matrices: Matrices) -> Selection:
+def _selection(matrices: Matrices, default: Selection) -> Selection:
     """Returns `matrices` as a callable; a pytree is looked up by the longest matching prefix."""
+    if isinstance(matrices, Reoriented):
+        return dataclasses.replace(matrices, default=default)
     if callable(matrices):
         try:
             inspect.signature(matrices).bind("", None)

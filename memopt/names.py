@@ -55,6 +55,7 @@ LIBRARIES: dict[str, dict[str, str]] = {
         "router": "shared_expert_gate",
         "head": "logits_dense",
     },
+    "Kauldron": {"patches": "patchifier", "before head": "pre_logits"},
     "Levanter": {"norm": "norm", "embedding": "embeddings *_embeddings"},
     "Equinox": {
         "position": "pos",
@@ -87,8 +88,8 @@ LIBRARIES: dict[str, dict[str, str]] = {
 
 "vector" is matched with the last part of a path; "norm", "router" and "embedding" with the last
 two; "position", "head" and "patches" with the last three; "outer head" and "outer embedding" with
-the first. "patches" are embeddings too. "query", "key", "value", "key and value" (in one array) and
-"output" are the parts of an attention module.
+the first. "patches" are embeddings too; "before head" are matrices named like a head. "query",
+"key", "value", "key and value" (in one array) and "output" are the parts of an attention module.
 """
 
 _AROUND_ALL = {"params", "model", "module", "net", "network", "decoder", "transformer"}
@@ -191,7 +192,8 @@ def kind_of(name: str) -> tuple[str, str] | None:
     for part in () if parts[-1:] == ["kernel"] else parts[-2:]:
         if is_called("norm", part):
             return "vector", part
-    in_attention = re.search("attention|multi_?head", name.lower()) or attention_part(name)
+    is_attention = re.search("attention|multi_?head", name.lower()) or attention_part(name)
+    is_hidden = is_attention or any(is_called("before head", part) for part in parts[-3:])
     for kind, among in {
         "router": 2,
         "position": 3,
@@ -200,7 +202,7 @@ def kind_of(name: str) -> tuple[str, str] | None:
         "patches": 3,
     }.items():
         for part in parts[-among:]:
-            if is_called(kind, part) and not (kind == "head" and in_attention):
+            if is_called(kind, part) and not (kind == "head" and is_hidden):
                 return "embedding" if kind == "patches" else kind, part
     top = [part for part in parts if words(part) not in _AROUND_ALL]
     for kind in ("head", "embedding"):

@@ -197,6 +197,17 @@ def test_out_in_is_the_other_orientation():
     np.testing.assert_allclose(ratio, 2.0, rtol=1e-4)  # √max(1, out/in)
 
 
+def test_out_in_selects_what_a_method_selects():
+    """Adafactor factors embeddings too; a subspace of them would not be one of hidden matrices."""
+    params = {"embedding": {"weight": jnp.ones((96, 16))}, "up": {"weight": jnp.ones((32, 16))}}
+    for make in (memopt.adafactor, memopt.apollo_mini, memopt.sm3):
+        plain, turned = (
+            memopt.state_bytes(make(1e-2, matrices=m), params)["embedding/weight"]
+            for m in (None, memopt.out_in)
+        )
+        assert turned == plain
+
+
 def test_layers_may_be_taken_one_by_one():
     """A released step makes updates of attention kernels as `tx.update` would."""
     block = {part: {"kernel": (3, *x["kernel"])} for part, x in ATTENTION.items()}

@@ -129,7 +129,8 @@ PAGES = (
         "integrations",
         "Integrations",
         "Adapters to libraries that do not take an Optax transformation "
-        "([Flax, Equinox, Haiku and Keras](../libraries.md)).",
+        "([Flax, Equinox, Haiku and Keras](../libraries.md), "
+        "[Tunix, Kauldron, Levanter, EasyDeL and MaxText](../trainers.md)).",
         ("memopt.integrations",),
     ),
     Page(

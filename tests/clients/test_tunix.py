@@ -1,39 +1,29 @@
 """Tunix's trainer on its own Llama, where it is installed (extra `tunix`)."""
 
+import contextlib
+import shutil
+
 import chex
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from orbax.checkpoint import CheckpointManagerOptions
 
 from tests.clients.optimizers import METHODS
-from tests.clients.training import (
-    HEADS,
-    HIDDEN,
-    TOKENS,
-    VOCABULARY,
-    WIDTH,
-    make_mesh,
-    rate,
-    saved_and_read,
-)
+from tests.clients.page import run
+from tests.clients.trainers import SOME, assert_on_the_page, assert_same
+from tests.clients.training import HEADS, HIDDEN, TOKENS, VOCABULARY, WIDTH, make_mesh, rate
 from tests.clients.trees import assert_like
 
 pytestmark = [pytest.mark.integrations, pytest.mark.filterwarnings("ignore")]  # its own warnings
+llama = pytest.importorskip("tunix.models.llama3.model")
+peft_trainer = pytest.importorskip("tunix.sft.peft_trainer")
+
 STEPS = 3
 
 
-@pytest.fixture(scope="module")
-def llama():
-    return pytest.importorskip("tunix.models.llama3.model")
-
-
-@pytest.fixture(scope="module")
-def trainer():
-    return pytest.importorskip("tunix.sft.peft_trainer")
-
-
-def make_model(llama):
+def make_model():
     config = llama.ModelConfig(
         num_layers=2,
         vocab_size=VOCABULARY,
@@ -62,23 +52,72 @@ def arguments(example):
     }
 
 
+def given(directory, method, mesh=None):
+    """What the page takes as given: a model, its data and what the model takes of them."""
+    batch = peft_trainer.TrainingInput(input_tokens=TOKENS, input_mask=np.ones_like(TOKENS))
+    return run({}, "Tunix", "optimizer") | {
+        "model": make_model(),
+        "tx": METHODS[method](rate(method)),
+        "batches": [batch] * STEPS,
+        "inputs": arguments,
+        "steps": STEPS,
+        "directory": directory,
+        "checkpoints": CheckpointManagerOptions(save_interval_steps=2),
+        "mesh": contextlib.nullcontext() if mesh is None else mesh,
+    }
+
+
+def arrays(names):
+    """All arrays of a model and of its optimizer."""
+    trainer = names["trainer"]
+    return nnx.to_pure_dict(nnx.state(trainer.model)), nnx.to_pure_dict(
+        nnx.state(trainer.optimizer)
+    )
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_trains(llama, trainer, method, tmp_path):
-    model = make_model(llama)
-    config = trainer.TrainingConfig(eval_every_n_steps=1000, max_steps=STEPS)
-    batch = trainer.TrainingInput(input_tokens=TOKENS, input_mask=np.ones_like(TOKENS))
-    before = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    with make_mesh():
-        training = trainer.PeftTrainer(model, METHODS[method](rate(method)), config)
-        training.with_gen_model_input_fn(arguments).train([batch] * STEPS)
-    params, state = nnx.state(model, nnx.Param), nnx.state(training.optimizer)
-    change = jax.tree.map(lambda a, b: (a != b).any(), before, nnx.to_pure_dict(params))
+def test_trains(method):
+    names = run(given(None, method, make_mesh()), "Tunix", "mesh")
+    before = jax.device_get(nnx.to_pure_dict(nnx.state(names["model"], nnx.Param)))
+    params, state = arrays(run(names, "Tunix", "train"))
+    change = jax.tree.map(lambda a, b: (a != b).any(), before, jax.device_get(params))
     assert all(jax.tree.leaves(change))
     chex.assert_tree_all_finite((params, state))
-    # Tunix's own way to resume stops on a mesh with optax.adamw, too: counts are on one device.
-    saved_and_read((params, state), tmp_path)
 
 
-def test_tree_by_hand_is_tunixs(llama):
+def shifted(model, of):
+    """The same model with other weights, which a checkpoint must replace."""
+    nnx.update(model, jax.tree.map(lambda x: x + 1, nnx.state(model, of)))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("method", "blocks"),
+    [(method, "mesh") for method in SOME] + [("apollo_mini", "LoRA"), ("galore", "LoRA mesh")],
+)
+def test_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(method, blocks, tmp_path):
+    """The first run saves after two steps and after all three; the second goes on from two."""
+    is_lora, is_split = "LoRA" in blocks, "mesh" in blocks
+    both = []
+    for is_second in (False, True):
+        names = given(tmp_path, method, make_mesh() if is_split else None)
+        run(names, "Tunix", *["LoRA"] * is_lora)
+        if is_second:
+            names["model"] = shifted(names["model"], nnx.LoRAParam if is_lora else nnx.Param)
+        run(names, "Tunix", *["mesh"] * is_split, "train")
+        shutil.rmtree(tmp_path / str(STEPS))
+        both.append(arrays(names))
+    chex.assert_tree_all_finite(both)
+    assert_same(*both)
+    split = [not x.sharding.is_fully_replicated for x in jax.tree.leaves(both[0][1])]
+    assert any(split) == is_split
+
+
+def test_the_page_has_its_names():
+    names = given(None, "apollo_mini")
+    assert_on_the_page("Tunix", names["tx"], nnx.state(names["model"], nnx.Param))
+
+
+def test_tree_by_hand_is_tunixs():
     with nnx.use_eager_sharding(False):
-        assert_like("tunix_llama", nnx.state(make_model(llama), nnx.Param))
+        assert_like("tunix_llama", nnx.state(make_model(), nnx.Param))

@@ -576,6 +576,7 @@ MEMOPT = {
 OTHER_NAMES = {  # of more models of these libraries
     "emb/weight": leaf("V d", "embedding"),
     "vit/patch_embed/proj/kernel": leaf("y x 3 d", "embedding"),
+    "encoder/embedding/patchifier/kernel": leaf("y x 3 d", "embedding"),
     "model/decoder/embed_positions/embedding": leaf("p d", "position"),
     "layers/0/attn/out_proj/kernel": leaf("H d", "H -> d"),
     "layers/0/attn/post_beta": leaf("h K", "vector"),
@@ -636,6 +637,7 @@ MISLEADING = {  # names that say one thing and are another
     "moe/experts/gate_proj/kernel": leaf("X d f", "d -> f"),
     "pos": leaf("p d", "position"),
     "to_logits/kernel": leaf("d V", "head"),
+    "pre_logits/kernel": leaf("d d", "d -> d"),
 }
 
 CLIENTS = {
