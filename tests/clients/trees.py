@@ -637,7 +637,7 @@ MISLEADING = {  # names that say one thing and are another
     "moe/experts/gate_proj/kernel": leaf("X d f", "d -> f"),
     "pos": leaf("p d", "position"),
     "to_logits/kernel": leaf("d V", "head"),
-    "pre_logits/kernel": leaf("d d", "d -> d"),
+    "pre_logits/kernel": leaf("d D", "d -> D"),
 }
 
 CLIENTS = {
