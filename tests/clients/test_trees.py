@@ -71,7 +71,7 @@ def state_shapes(client: str, method: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("client", "name"), [(c, n) for c in CLIENTS for n in CLIENTS[c].leaves], ids="-".join
+    ("client", "name"), [(c, n) for c in CLIENTS for n in CLIENTS[c].leaves], ids=str
 )
 def test_which_matrix_a_leaf_is(client, name):
     assert_layout(client, name, layouts(client)[name])
