@@ -239,7 +239,7 @@ FORMERLY_OPTAX = ("adopt", "amsgrad", "lamb", "lars", "sm3")
 """Names that meant Optax's optimizer before release 0.2, which has "optax_" before it now."""
 
 STATIC = {
-    *("rank", "density", "ns_steps", "ns_coeffs", "mu_dtype", "tasks"),
+    *("rank", "density", "iterations", "ns_steps", "ns_coeffs", "mu_dtype", "tasks"),
     *("max_side", "block_size"),
     *("on_refresh", "matrices", "weight_decay_mask"),
 }
