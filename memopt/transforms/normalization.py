@@ -71,7 +71,8 @@ def sinkhorn(
         x ← x / max(‖x‖, ε)          for each column x of X
 
     The limit is D G E, with diagonal D and E, whose rows and columns have norm 1; so scaling any
-    row or column of G has no effect on it. A vector is normalised once. Entries beyond 2⁵⁰ ≈ 1e15 count as that. No state.
+    row or column of G has no effect on it. A vector is normalised once. Entries beyond 2⁵⁰ ≈ 1e15
+    count as that. No state.
 
     Args:
         iterations: the number of iterations.
@@ -125,11 +126,13 @@ def divide_in_turns(
     if not layout.is_matrix:
         return divide_by_norms(layout, u, axis=axis, norm=norm, eps=eps)
     sides = (layout.rows, layout.cols)
-    x, scales = bounded(u), [1.0, 1.0]
+    x = bounded(u)
+    scales: list[Any] = [1.0, 1.0]
     for _ in range(iterations):
         for i in (1 + axis, axis):
             norms = _norms(x * scales[0] * scales[1], sides[i], norm)
-            scales[i] = scales[i] / jnp.maximum(norms, eps)
+            # Zeros stay zeros, and must not get ever larger factors.
+            scales[i] = scales[i] / jnp.where(norms > 0, jnp.maximum(norms, eps), 1)
     return (x * scales[0] * scales[1]).astype(u.dtype)
 
 
@@ -307,7 +310,7 @@ def scale_by_neuron_rms(
     check_at_least("eps", eps, 0)
     check_at_least("consistent_rms", consistent_rms, 0)
     check_precision(decay=decay, eps=eps, consistent_rms=consistent_rms)
-    options = {"eps": eps, "consistent_rms": consistent_rms}
+    options: dict[str, Any] = {"eps": eps, "consistent_rms": consistent_rms}
     return per_matrix(
         functools.partial(divide_by_neuron_rms, axis=axis, decay=decay, **options),
         ScaleByNeuronRmsState,

@@ -249,7 +249,8 @@ def _restarts(polynomials: np.ndarray, dtype: Any) -> set[int]:
     An eigenvalue of R that rounding made negative grows by a² in a step; it must not reach one.
     With the coefficients of Dao-AILab in float16, this is the third step, as published.
     """
-    steps, error = set(), float(jnp.finfo(dtype).eps)
+    steps: set[int] = set()
+    error = float(jnp.finfo(dtype).eps)
     for i, a in enumerate(polynomials[:-1, 0], 1):
         error *= a**2
         if error * polynomials[i, 0] ** 2 > 1:
@@ -313,8 +314,9 @@ def scale_by_matrix_shape(
     if consistent_rms is not None:
         why = "consistent_rms sets the size of updates"
         check_unused(scale_by_matrix_shape, why, shape_scale=shape_scale)
-    options = {"consistent_rms": consistent_rms, "factor": SHAPE_SCALES[shape_scale]}
-    return per_matrix(functools.partial(multiply_by_shape, **options), matrices=matrices)
+    factor = SHAPE_SCALES[shape_scale]
+    rule = functools.partial(multiply_by_shape, consistent_rms=consistent_rms, factor=factor)
+    return per_matrix(rule, matrices=matrices)
 
 
 def multiply_by_shape(
