@@ -83,7 +83,7 @@ def normuon(
         check_unused(normuon, "as_released sets it", **given)
         nesterov, consistent_rms, shape_scale = True, None, "jordan"
     steps = [
-        in_float32(optax.trace(beta, nesterov)),
+        optax.trace(beta, nesterov),
         orthogonalize(
             ns_steps,
             ns_coeffs,
@@ -96,4 +96,6 @@ def normuon(
     ]
     if consistent_rms is None:
         steps.append(scale_by_matrix_shape(shape_scale=shape_scale, matrices=matrices))
-    return finish(learning_rate, *steps, others=optax.scale_by_adam(), **common)
+    return finish(
+        learning_rate, in_float32(optax.chain(*steps)), others=optax.scale_by_adam(), **common
+    )

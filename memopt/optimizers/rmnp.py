@@ -63,10 +63,9 @@ def rmnp(
     if as_released:
         check_unused(rmnp, "as_released sets it", nesterov=nesterov, shape_scale=shape_scale)
         nesterov, shape_scale = True, "jordan"
-    steps = [
-        in_float32(optax.trace(beta, nesterov)),
-        normalize_neurons(norm="l2", eps=eps, matrices=matrices),
-    ]
+    steps = [optax.trace(beta, nesterov), normalize_neurons(norm="l2", eps=eps, matrices=matrices)]
     if shape_scale is not None:
         steps.append(scale_by_matrix_shape(shape_scale=shape_scale, matrices=matrices))
-    return finish(learning_rate, *steps, others=optax.scale_by_adam(), **common)
+    return finish(
+        learning_rate, in_float32(optax.chain(*steps)), others=optax.scale_by_adam(), **common
+    )

@@ -62,10 +62,13 @@ def scale(
     """
     if common.get("matrices") is None:
         common["matrices"] = every_matrix
+    steps = (
+        optax.masked(optax.ema(momentum, debias=False), is_head),
+        normalize_neurons(norm=norm, eps=eps, matrices=common["matrices"]),
+    )
     return finish(
         learning_rate,
-        optax.masked(in_float32(optax.ema(momentum, debias=False)), is_head),
-        normalize_neurons(norm=norm, eps=eps, matrices=common["matrices"]),
+        in_float32(optax.chain(*steps)),
         others=scale_by_released_adam(eps=1e-8) if as_released else optax.scale_by_adam(),
         **common,
     )

@@ -64,10 +64,12 @@ def sinkgd(
         0
     """
     check_at_least("scale", scale, 0)
-    steps = [
+    average = optax.identity() if momentum is None else optax.ema(momentum, debias=False)
+    steps = (
+        average,
         sinkhorn(iterations, axis, norm, eps, matrices=common.get("matrices")),
         optax.scale(scale),
-    ]
-    if momentum is not None:
-        steps.insert(0, in_float32(optax.ema(momentum, debias=False)))
-    return finish(learning_rate, *steps, others=optax.scale_by_adam(), **common)
+    )
+    return finish(
+        learning_rate, in_float32(optax.chain(*steps)), others=optax.scale_by_adam(), **common
+    )

@@ -246,7 +246,7 @@ def normuon(w, gradients, name):
     for g in gradients:
         momentum = 0.95 * momentum + g
         u, s, vt = np.linalg.svd(momentum, full_matrices=False)
-        s = s / np.linalg.norm(s)
+        s = s / (np.linalg.norm(s) + 1e-7)
         for _ in range(5):
             s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
         o = (u * s) @ vt
