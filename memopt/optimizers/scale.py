@@ -34,7 +34,7 @@ def scale(
 
     State: none for hidden matrices and the embedding, whose inputs are the tokens; mn numbers for
     the output head. Vectors are updated by AdamW. An embedding that is the output head, too, has no
-    momentum.
+    momentum. `optax.scale` is no such method; it multiplies updates by a number.
 
     Args:
         learning_rate: a number or a schedule.
