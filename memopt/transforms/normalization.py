@@ -11,7 +11,14 @@ from jax import Array
 from memopt.errors import check_at_least, check_choice, check_precision, check_static
 from memopt.matrices import Layout, Matrices
 from memopt.reductions import total
-from memopt.state.precision import average, bounded, bounded_squares, statistics_dtype
+from memopt.state.precision import (
+    average,
+    bounded,
+    bounded_squares,
+    statistics_dtype,
+    to_float32,
+)
+from memopt.transforms.grouped import group_means, spread
 from memopt.transforms.per_matrix import per_matrix
 from memopt.trees import NOTHING
 
@@ -115,7 +122,8 @@ def _checked(axis: int, norm: str, eps: float) -> dict[str, Any]:
 
 def divide_by_norms(layout: Layout, u: Array, *, axis: int, norm: str, eps: float) -> Array:
     """Computes the update of `normalize_neurons`."""
-    norms = _norms(u, _neuron_axes(layout, axis), norm)
+    axes = (layout.rows or layout.cols, layout.cols)[axis]  # a vector is one neuron
+    norms = _norms(u, axes, norm)
     return (bounded(u) / jnp.maximum(norms, eps)).astype(u.dtype)
 
 
@@ -254,7 +262,7 @@ class ScaleByNeuronRmsState(NamedTuple):
     """State of `scale_by_neuron_rms`.
 
     Attributes:
-        nu: for each matrix, the average square of each neuron's update, with the array's other
+        nu: for each matrix, the average square of each output's update, with the array's other
             axes.
     """
 
@@ -266,7 +274,6 @@ def scale_by_neuron_rms(
     eps: float = 1e-8,
     consistent_rms: float | None = None,
     *,
-    axis: int = -2,
     matrices: Matrices = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Divides the update of each neuron by the root of its average square, and keeps the norm.
@@ -277,16 +284,14 @@ def scale_by_neuron_rms(
         P = O / (√V + ε)
         U = P · ‖O‖ / ‖P‖
 
-    The moment needs no correction for its start, since a common factor cancels. An update of zeros
-    stays zero. A vector is the weights of one neuron. Entries beyond 2⁵⁰ ≈ 1e15 count as that.
-    State: one number per neuron.
+    P is that of `memopt.scale_by_grouped_rms` for columns. V needs no correction for its start,
+    since a common factor cancels. An update of zeros stays zero. A vector has one number for each
+    entry. Entries beyond 2⁵⁰ ≈ 1e15 count as that. State: n numbers per matrix.
 
     Args:
         decay: β, the decay of the average.
         eps: ε, added to its root.
         consistent_rms: U = P · consistent_rms / RMS(P) instead, whatever the size of O.
-        axis: the axis of ``(*stack, m, n)`` to average over: -2, the inputs of each output, or -1,
-            the outputs of each input.
         matrices: which leaves are matrices, and which axes are their rows and columns; see
             `memopt.matrices`. Rows are inputs, see `memopt.out_in`.
 
@@ -294,7 +299,7 @@ def scale_by_neuron_rms(
         A transformation whose state is a `ScaleByNeuronRmsState`.
 
     Raises:
-        ValueError: if `axis` is unknown, or `eps` or `consistent_rms` is negative.
+        ValueError: if `eps` or `consistent_rms` is negative.
 
     References:
         Li et al., NorMuon, 2025, https://arxiv.org/abs/2510.05491, Algorithm 1.
@@ -306,52 +311,31 @@ def scale_by_neuron_rms(
         [[1. 1.]
          [1. 1.]]
     """
-    check_choice("axis", axis, (-2, -1))
     check_at_least("eps", eps, 0)
     check_at_least("consistent_rms", consistent_rms, 0)
     check_precision(decay=decay, eps=eps, consistent_rms=consistent_rms)
     options: dict[str, Any] = {"eps": eps, "consistent_rms": consistent_rms}
     return per_matrix(
-        functools.partial(divide_by_neuron_rms, axis=axis, decay=decay, **options),
+        functools.partial(divide_by_neuron_rms, decay=decay, **options),
         ScaleByNeuronRmsState,
-        functools.partial(neuron_squares, axis=axis),
+        lambda layout, p: group_means(layout, to_float32(p), "column"),
         matrices=matrices,
     )
 
 
-def neuron_squares(layout: Layout, u: Array, *, axis: int) -> Array:
-    """The mean square of each neuron's update."""
-    axes = _neuron_axes(layout, axis)
-    size = math.prod(u.shape[a] for a in axes)
-    return bounded_squares(total(jnp.square(u.astype(statistics_dtype(u))), axes) / size)
-
-
 def divide_by_neuron_rms(
-    layout: Layout,
-    u: Array,
-    nu: Array,
-    *,
-    axis: int,
-    decay: float,
-    eps: float,
-    consistent_rms: float | None,
+    layout: Layout, u: Array, nu: Array, *, decay: float, eps: float, consistent_rms: float | None
 ) -> tuple[Array, Array]:
     """Returns the update of `scale_by_neuron_rms`, and the new average.
 
     The norms of O and P follow from those of the neurons, so O is read only once more.
     """
-    squares = neuron_squares(layout, u, axis=axis)
+    squares = group_means(layout, jnp.square(bounded(u)), "column")
     nu = average(decay, nu, squares)
-    axes = _neuron_axes(layout, axis)
-    scale = jnp.expand_dims(1 / (jnp.sqrt(nu) + eps), axes)
-    squares = jnp.expand_dims(squares, axes)
-    size = lambda x: jnp.sqrt(x.mean(layout.core, keepdims=True))
-    before, after = size(squares), size(squares * jnp.square(scale))
+    factors = spread(layout, 1 / (jnp.sqrt(nu) + eps), "column")
+    squares = spread(layout, squares, "column")
+    size = lambda squares: jnp.sqrt(squares.mean(layout.core, keepdims=True))
+    before, after = size(squares), size(squares * jnp.square(factors))
     wanted = before if consistent_rms is None else consistent_rms
-    scale = scale * jnp.where(after > 0, wanted / jnp.where(after > 0, after, 1), 0)
-    return (bounded(u) * scale).astype(u.dtype), nu
-
-
-def _neuron_axes(layout: Layout, axis: int) -> tuple[int, ...]:
-    """The axes of an array that one neuron's weights are along; a vector is one neuron."""
-    return (layout.rows or layout.cols, layout.cols)[axis]
+    factors = factors * jnp.where(after > 0, wanted / jnp.where(after > 0, after, 1), 0)
+    return (bounded(u) * factors).astype(u.dtype), nu
