@@ -12,7 +12,7 @@ from memopt.transforms.normalization import normalize_neurons
 from memopt.transforms.orthogonalization import scale_by_matrix_shape
 
 
-@method("Muon's momentum without its matrix products", learning_rate=2e-2)
+@method("Muon's momentum without its matrix products", learning_rate=5e-3)
 def rmnp(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -56,7 +56,7 @@ def rmnp(
     Example:
         >>> import memopt, jax.numpy as jnp
         >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
-        >>> memopt.state_bytes(memopt.rmnp(2e-2), params)["up/kernel"]          # 64·16 floats
+        >>> memopt.state_bytes(memopt.rmnp(5e-3), params)["up/kernel"]          # 64·16 floats
         4096
     """
     matrices = common.get("matrices")
