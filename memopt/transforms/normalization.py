@@ -101,7 +101,7 @@ def sinkhorn(
     Example:
         >>> tx = sinkhorn()
         >>> g = jnp.array([[1.0, 100.0], [2.0, -200.0]])
-        >>> print(tx.update(g, tx.init(g))[0])
+        >>> print(tx.update(g, tx.init(g))[0].round(3))
         [[ 1.  1.]
          [ 1. -1.]]
     """
