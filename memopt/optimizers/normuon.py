@@ -17,7 +17,7 @@ from memopt.transforms.orthogonalization import (
 )
 
 
-@method("Muon with steps of one size for all neurons", learning_rate=4e-3)
+@method("Muon with steps of one size for all neurons", learning_rate=1e-2)
 def normuon(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -74,7 +74,7 @@ def normuon(
     Example:
         >>> import memopt
         >>> params = {"up": {"kernel": jnp.ones((64, 16))}, "norm": {"scale": jnp.ones(16)}}
-        >>> memopt.state_bytes(memopt.normuon(4e-3), params)["up/kernel"]     # (64·16 + 16) floats
+        >>> memopt.state_bytes(memopt.normuon(1e-2), params)["up/kernel"]     # (64·16 + 16) floats
         4160
     """
     matrices = common.get("matrices")
