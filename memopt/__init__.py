@@ -54,11 +54,13 @@ from memopt.transforms import ScaleByGroupedRmsState as ScaleByGroupedRmsState
 from memopt.transforms import ScaleByHutchinsonState as ScaleByHutchinsonState
 from memopt.transforms import ScaleByKroneckerInversesState as ScaleByKroneckerInversesState
 from memopt.transforms import ScaleByMatrixSm3State as ScaleByMatrixSm3State
+from memopt.transforms import ScaleByNeuronRmsState as ScaleByNeuronRmsState
 from memopt.transforms import ScaleByOasisState as ScaleByOasisState
 from memopt.transforms import ScaleByPastNormsState as ScaleByPastNormsState
 from memopt.transforms import ScaleByPastRmsState as ScaleByPastRmsState
 from memopt.transforms import ScaleByPolyakState as ScaleByPolyakState
 from memopt.transforms import ScaleByRawAmsgradState as ScaleByRawAmsgradState
+from memopt.transforms import ScaleByRowsAndColumnsState as ScaleByRowsAndColumnsState
 from memopt.transforms import ScaleBySignMomentumState as ScaleBySignMomentumState
 from memopt.transforms import ScaleByTaskMomentsState as ScaleByTaskMomentsState
 from memopt.transforms import ScaleByUncorrectedAdamState as ScaleByUncorrectedAdamState
@@ -86,6 +88,7 @@ from memopt.transforms import keep_update as keep_update
 from memopt.transforms import limit_norm_growth as limit_norm_growth
 from memopt.transforms import newton_schulz as newton_schulz
 from memopt.transforms import normalize_by_group as normalize_by_group
+from memopt.transforms import normalize_neurons as normalize_neurons
 from memopt.transforms import observe as observe
 from memopt.transforms import orthogonalize as orthogonalize
 from memopt.transforms import per_matrix as per_matrix
@@ -101,6 +104,7 @@ from memopt.transforms import scale_by_kronecker_inverses as scale_by_kronecker_
 from memopt.transforms import scale_by_matrix_shape as scale_by_matrix_shape
 from memopt.transforms import scale_by_matrix_sm3 as scale_by_matrix_sm3
 from memopt.transforms import scale_by_matrix_trust_ratio as scale_by_matrix_trust_ratio
+from memopt.transforms import scale_by_neuron_rms as scale_by_neuron_rms
 from memopt.transforms import scale_by_oasis as scale_by_oasis
 from memopt.transforms import scale_by_parameter_rms as scale_by_parameter_rms
 from memopt.transforms import scale_by_past_norms as scale_by_past_norms
@@ -108,11 +112,13 @@ from memopt.transforms import scale_by_past_rms as scale_by_past_rms
 from memopt.transforms import scale_by_polyak as scale_by_polyak
 from memopt.transforms import scale_by_raw_amsgrad as scale_by_raw_amsgrad
 from memopt.transforms import scale_by_released_adam as scale_by_released_adam
+from memopt.transforms import scale_by_rows_and_columns as scale_by_rows_and_columns
 from memopt.transforms import scale_by_sign_momentum as scale_by_sign_momentum
 from memopt.transforms import scale_by_task_moments as scale_by_task_moments
 from memopt.transforms import scale_by_uncorrected_adam as scale_by_uncorrected_adam
 from memopt.transforms import scale_by_width as scale_by_width
 from memopt.transforms import scale_initial_by_width as scale_initial_by_width
+from memopt.transforms import sinkhorn as sinkhorn
 from memopt.transforms import skip_nonfinite as skip_nonfinite
 from memopt.transforms import unshard_short_side as unshard_short_side
 from memopt.transforms import while_loss_falls as while_loss_falls

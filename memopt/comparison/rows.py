@@ -146,14 +146,19 @@ TUNED: Mapping[str, Tuned] = {
     "momo_adam": Tuned("b2", (0.999, 0.99, 0.95), _B2),
     "muon": Tuned("beta", (0.95, 0.9, 0.98), "0.95 or 0.98 in Wen et al., 2025"),
     "nadamw": Tuned("b2", (0.999, 0.99, 0.95), _B2),
+    "normuon": Tuned("beta", (0.95, 0.9, 0.98), "as Muon's"),
     "oasis": Tuned("b2", (0.999, 0.99, 0.95), "the memory of the curvature"),
     "online_subspace_descent": Tuned(
         "projector_learning_rate", (0.005, 0.02, 0.001), "how fast the subspace follows"
     ),
     "prodigy": Tuned("betas", ((0.9, 0.999), (0.9, 0.99), (0.9, 0.95)), _B2),
+    "racs": Tuned("scale", (1.0, 0.5, 2.0), _SCALE),
+    "rmnp": Tuned("beta", (0.95, 0.9, 0.98), "as Muon's"),
+    "scale": Tuned("momentum", (0.9, 0.95, 0.8), "the memory of its only moment"),
     "schedule_free": Tuned("b1", (0.9, 0.95, 0.98), "the paper's β, section 4.2"),
     "sgd": Tuned("momentum", (0.9, 0.95, 0.98), "the memory of its only moment"),
     "slim_adam": Tuned("b2", (0.999, 0.99, 0.95), _B2),
+    "sinkgd": Tuned("scale", (0.05, 0.1, 0.2), _SCALE),
     "sm3": Tuned("b1", (0.9, 0.95, 0.8), "the memory of its only moment"),
     "soap": Tuned("b2", (0.95, 0.99, 0.9), _B2),
     "sophia": Tuned("gamma", (0.01, 0.05, 0.002), "the share of clipped coordinates, section 3.1"),
@@ -221,6 +226,7 @@ METHOD_ROWS = (
     *("sophia", "prodigy", "mkor", "oasis", "tag", "adagrad", "adagrad_norm", "momo_adam", "momo"),
     *("dadapt_adamw", "mechanic", "dog", "dowg", "cocob"),
     *("adam_mini", "slim_adam"),
+    *("normuon", "rmnp", "scale", "sinkgd", "racs"),
 )
 
 #: Rows that differ from an exact twin in precision only.

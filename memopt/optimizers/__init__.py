@@ -24,13 +24,18 @@ from memopt.optimizers.lion import lion as lion
 from memopt.optimizers.lomo import lomo as lomo
 from memopt.optimizers.mkor import mkor as mkor
 from memopt.optimizers.muon import muon as muon
+from memopt.optimizers.normuon import normuon as normuon
 from memopt.optimizers.oasis import oasis as oasis
 from memopt.optimizers.online_subspace_descent import (
     online_subspace_descent as online_subspace_descent,
 )
+from memopt.optimizers.racs import racs as racs
 from memopt.optimizers.registry import available as available
 from memopt.optimizers.registry import eval_params as eval_params
 from memopt.optimizers.registry import optimizer as optimizer
+from memopt.optimizers.rmnp import rmnp as rmnp
+from memopt.optimizers.scale import scale as scale
+from memopt.optimizers.sinkgd import sinkgd as sinkgd
 from memopt.optimizers.slim_adam import slim_adam as slim_adam
 from memopt.optimizers.sm3 import sm3 as sm3
 from memopt.optimizers.soap import soap as soap

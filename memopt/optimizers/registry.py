@@ -34,7 +34,8 @@ class Method(NamedTuple):
     Attributes:
         make: the function that builds it.
         learning_rate: the highest learning rate of a run that is given none. It suits LLaMAs of a
-            few million parameters (docs/convergence.md); larger ones want less.
+            few million parameters (docs/convergence.md); larger ones want less. Those of `racs`,
+            `rmnp`, `scale` and `sinkgd` are as published, and not tuned yet.
         state: how many numbers it keeps for an m×n matrix; docs/methods.md explains the symbols.
         when: when to choose it, in a few words.
         library: "memopt", "optax" for a baseline, or "user".
@@ -239,8 +240,8 @@ FORMERLY_OPTAX = ("adopt", "amsgrad", "lamb", "lars", "sm3")
 """Names that meant Optax's optimizer before release 0.2, which has "optax_" before it now."""
 
 STATIC = {
-    *("rank", "density", "ns_steps", "ns_coeffs", "mu_dtype", "tasks"),
-    *("max_side", "block_size"),
+    *("rank", "density", "iterations", "ns_steps", "ns_coeffs", "mu_dtype", "tasks"),
+    *("max_side", "block_size", "axis"),
     *("on_refresh", "matrices", "weight_decay_mask"),
 }
 """Arguments of methods that decide shapes or programs, and functions that are no schedules."""

@@ -50,6 +50,14 @@ from memopt.transforms.moments import CarryOver as CarryOver
 from memopt.transforms.norm_growth import GrowthLimiter as GrowthLimiter
 from memopt.transforms.norm_growth import LimitNormGrowthState as LimitNormGrowthState
 from memopt.transforms.norm_growth import limit_norm_growth as limit_norm_growth
+from memopt.transforms.normalization import ScaleByNeuronRmsState as ScaleByNeuronRmsState
+from memopt.transforms.normalization import (
+    ScaleByRowsAndColumnsState as ScaleByRowsAndColumnsState,
+)
+from memopt.transforms.normalization import normalize_neurons as normalize_neurons
+from memopt.transforms.normalization import scale_by_neuron_rms as scale_by_neuron_rms
+from memopt.transforms.normalization import scale_by_rows_and_columns as scale_by_rows_and_columns
+from memopt.transforms.normalization import sinkhorn as sinkhorn
 from memopt.transforms.oasis import ScaleByOasisState as ScaleByOasisState
 from memopt.transforms.oasis import scale_by_oasis as scale_by_oasis
 from memopt.transforms.orthogonalization import newton_schulz as newton_schulz

@@ -15,24 +15,74 @@ from jax.sharding import AxisType, NamedSharding
 from jax.typing import DTypeLike
 
 from memopt.axis_types import on_auto_axes
-from memopt.errors import check_at_least, check_static
+from memopt.errors import check_at_least, check_choice, check_static, check_unused
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.renamed import keywords
 from memopt.shapes import Stack
 from memopt.state.precision import bounded, check_real
+from memopt.transforms.linalg import product
 from memopt.transforms.per_matrix import per_matrix
 
-NEWTON_SCHULZ_COEFFS = (3.4445, -4.7750, 2.0315)
-"""Muon's polynomial: the steepest at zero that keeps singular values near one."""
+Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
+
+
+def _at(scale: float, polynomials: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+    """The polynomials of x / scale: the safety factor of a bound that rounding may exceed."""
+    return tuple((a / scale, b / scale**3, c / scale**5) for a, b, c in polynomials)
+
+
+_POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+_POLAR_EXPRESS_EXACT = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+NEWTON_SCHULZ_COEFFS: dict[str, tuple[tuple[float, ...], ...] | tuple[float, ...]] = {
+    "jordan": (3.4445, -4.7750, 2.0315),
+    "polar_express": (*_at(1.02, _POLAR_EXPRESS[:1]), *_POLAR_EXPRESS[1:]),
+    "polar_express_1.05": _at(1.05, _POLAR_EXPRESS_EXACT),
+    "nvidia": (
+        *((8.2051, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184), (3.9096, -2.8234, 0.5250)),
+        *((3.2856, -2.4153, 0.4853), (2.2779, -1.6198, 0.3985), (1.8726, -1.2307, 0.3585)),
+        *((1.8564, -1.2132, 0.3568), (1.875, -1.25, 0.375)),
+    ),
+    "you": (
+        *((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037)),
+        *((2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012)),
+    ),
+    "deepseek": (*[(3.4445, -4.7750, 2.0315)] * 8, *[(2.0, -1.5, 0.5)] * 2),
+}
+"""Published polynomials by name, one for all iterations or one for each.
+
+`newton_schulz` divides by the norm of the matrix. The other factors that codes divide by, which
+keep singular values below one in spite of rounding, are part of the polynomials here.
+"""
+
+SHAPE_SCALES: dict[str, Callable[[int, int], float]] = {
+    "jordan": lambda m, n: math.sqrt(max(1, n / m)),
+    "moonlight": lambda m, n: 0.2 * math.sqrt(max(m, n)),
+    "spectral": lambda m, n: math.sqrt(n / m),
+}
+"""Published factors for orthogonal updates, by name, from the numbers m of inputs and n of outputs.
+"""
 
 
 @keywords(steps="ns_steps", coefficients="ns_coeffs", copied_over="replica_axis")
 def orthogonalize(
     ns_steps: int = 5,
-    ns_coeffs: Sequence[float] | Sequence[Sequence[float]] = NEWTON_SCHULZ_COEFFS,
+    ns_coeffs: Coefficients = "jordan",
     eps: float = 1e-7,
     *,
     dtype: DTypeLike | None = None,
+    gram: bool = False,
     replica_axis: str = "data",
     matrices: Matrices = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -51,9 +101,17 @@ def orthogonalize(
 
     Args:
         ns_steps: the number of iterations.
-        ns_coeffs: a, b and c; or three numbers for each step, which then sets the number of steps.
+        ns_coeffs: a, b and c; or three numbers for each step, which then sets the number of steps;
+            or the name of a published set. "jordan" is Muon's a, b and c, and the others are sets
+            of some steps, which also find small singular values: "polar_express" (5, as in dion
+            and nanochat, safety factor 1.02), "polar_express_1.05" (5, with that factor in each
+            step, as in Gram Newton–Schulz), "nvidia" (8, Polar Express with 1.01), "you" (5) and
+            "deepseek" (10).
         eps: added to the norm.
         dtype: the dtype of the iterations; by default float32, or wider if the updates are.
+        gram: iterate on the Gram matrix G Gᵀ, of side m, and multiply by G at the end. The result
+            is the same but for rounding; for n > 2m it takes fewer operations. Square matrices are
+            iterated on as above.
         replica_axis: the mesh axis over which parameters are replicated, if there is one. It
             affects what is communicated, not the results.
         matrices: which leaves are matrices, and which axes are their rows and columns; see
@@ -64,10 +122,13 @@ def orthogonalize(
         never holds all gradients sets it, so that parameters are not batched.
 
     Raises:
-        ValueError: if `ns_steps` is below 1, or `ns_coeffs` are not three numbers per step.
+        ValueError: if `ns_steps` is below 1, `ns_coeffs` are not three numbers per step or no name,
+            or `ns_steps` is given although `ns_coeffs` set the number of steps.
 
     References:
-        Jordan et al., Muon, 2024, https://kellerjordan.github.io/posts/muon/.
+        Jordan et al., Muon, 2024, https://kellerjordan.github.io/posts/muon/; Amsel et al., The
+        Polar Express, 2025, https://arxiv.org/abs/2505.16932; Gram Newton–Schulz:
+        https://github.com/Dao-AILab/gram-newton-schulz.
 
     Example:
         >>> g = jnp.array([[3.0, 0.0, 0.0], [0.0, 0.0, -2.0]])
@@ -78,7 +139,7 @@ def orthogonalize(
     """
     _polynomials(ns_steps, ns_coeffs)
     iterate = functools.partial(
-        newton_schulz, ns_steps=ns_steps, ns_coeffs=ns_coeffs, eps=eps, dtype=dtype
+        newton_schulz, ns_steps=ns_steps, ns_coeffs=ns_coeffs, eps=eps, dtype=dtype, gram=gram
     )
 
     def update(
@@ -106,10 +167,11 @@ def orthogonalize(
 def newton_schulz(
     x: Stack,
     ns_steps: int = 5,
-    ns_coeffs: Sequence[float] | Sequence[Sequence[float]] = NEWTON_SCHULZ_COEFFS,
+    ns_coeffs: Coefficients = "jordan",
     eps: float = 1e-7,
     *,
     dtype: DTypeLike | None = None,
+    gram: bool = False,
 ) -> Stack:
     """Runs the iterations of `orthogonalize` on an array of matrices.
 
@@ -119,6 +181,7 @@ def newton_schulz(
         ns_coeffs: as in `orthogonalize`.
         eps: as in `orthogonalize`.
         dtype: as in `orthogonalize`.
+        gram: as in `orthogonalize`.
 
     Returns:
         An array of the shape and dtype of `x`.
@@ -133,7 +196,7 @@ def newton_schulz(
     """
     polynomials = _polynomials(ns_steps, ns_coeffs)
     x = jnp.asarray(x)
-    is_tall = x.shape[-2] > x.shape[-1]
+    is_tall, is_square = x.shape[-2] > x.shape[-1], x.shape[-2] == x.shape[-1]
 
     def step(y: Array, polynomial: Array) -> tuple[Array, None]:
         a, b, c = polynomial
@@ -142,59 +205,131 @@ def newton_schulz(
 
     def iterate(x: Array) -> Array:
         y = bounded(x.mT if is_tall else x)
-        y = y.astype(dtype or y.dtype)
-        norm = jnp.sqrt(jnp.square(y).sum((-2, -1), keepdims=True))
-        y = jax.lax.scan(step, y / (norm + eps), jnp.asarray(polynomials, y.dtype))[0]
+        if gram and not is_square:
+            y = _by_gram_matrix((y / (_norm(y) + eps)).astype(dtype or y.dtype), polynomials)
+        else:
+            y = y.astype(dtype or y.dtype)
+            y = jax.lax.scan(step, y / (_norm(y) + eps), jnp.asarray(polynomials, y.dtype))[0]
         return (y.mT if is_tall else y).astype(x.dtype)
 
     return on_auto_axes(iterate, (x,), like=x)
 
 
-def _polynomials(ns_steps: int, ns_coeffs: Any) -> np.ndarray:
+def _norm(x: Array) -> Array:
+    return jnp.sqrt(jnp.square(x).sum((-2, -1), keepdims=True))
+
+
+def _by_gram_matrix(x: Stack, polynomials: np.ndarray) -> Stack:
+    """Computes the iterations on x, wider than tall, as polynomials of its Gram matrix.
+
+    With R = X Xᵀ, a step multiplies X by P = a I + b R + c R², and R by P². Products are in full
+    precision, since errors of R grow.
+    """
+    times = lambda y, z: product("...mp,...pq->...mq", y, z)
+    restarts, all_steps = _restarts(polynomials, x.dtype), None
+    for i, (a, b, c) in enumerate(polynomials.tolist()):
+        if i in restarts:
+            x, all_steps = times(all_steps, x), None
+        if all_steps is None:
+            gram = product("...mn,...pn->...mp", x, x)
+        higher = b * gram + c * times(gram, gram)
+        step = lambda y, a=a, higher=higher: a * y + times(y, higher)
+        if all_steps is None:
+            all_steps = a * jnp.eye(x.shape[-2], dtype=x.dtype) + higher
+        else:
+            all_steps = step(all_steps)
+        if i + 1 < len(polynomials) and i + 1 not in restarts:
+            gram = step(step(gram))
+    return times(all_steps, x)
+
+
+def _restarts(polynomials: np.ndarray, dtype: Any) -> set[int]:
+    """The steps that begin with the Gram matrix of a new X.
+
+    An eigenvalue of R that rounding made negative grows by a² in a step; it must not reach one.
+    With the coefficients of Dao-AILab in float16, this is the third step, as published.
+    """
+    steps: set[int] = set()
+    error = float(jnp.finfo(dtype).eps)
+    for i, a in enumerate(polynomials[:-1, 0], 1):
+        error *= a**2
+        if error * polynomials[i, 0] ** 2 > 1:
+            steps, error = steps | {i}, float(jnp.finfo(dtype).eps)
+    return steps
+
+
+def _polynomials(ns_steps: int, ns_coeffs: Coefficients) -> np.ndarray:
     """The coefficients of each step."""
     check_static("ns_steps", ns_steps)
     check_at_least("ns_steps", ns_steps, 1)
-    polynomials = np.asarray(ns_coeffs, float)
+    if isinstance(ns_coeffs, str):
+        check_choice("ns_coeffs", ns_coeffs, NEWTON_SCHULZ_COEFFS)
+        polynomials = np.asarray(NEWTON_SCHULZ_COEFFS[ns_coeffs])
+    else:
+        polynomials = np.asarray(ns_coeffs, float)
     if polynomials.ndim not in (1, 2) or polynomials.shape[-1] != 3:
         raise ValueError(
             f"ns_coeffs must be three numbers, or three for each step, got {ns_coeffs!r}."
         )
-    return polynomials if polynomials.ndim == 2 else np.tile(polynomials, (ns_steps, 1))
+    if polynomials.ndim == 2:
+        check_unused(newton_schulz, "ns_coeffs has one polynomial per step", ns_steps=ns_steps)
+        return polynomials
+    return np.tile(polynomials, (ns_steps, 1))
 
 
 def scale_by_matrix_shape(
-    consistent_rms: float | None = None, *, matrices: Matrices = None
+    consistent_rms: float | None = None,
+    *,
+    shape_scale: str = "jordan",
+    matrices: Matrices = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the update of an m×n matrix, with m inputs and n outputs, by its shape.
 
-    The factor is √max(1, n/m), or, with `consistent_rms`, consistent_rms · √max(m, n), which gives
-    orthogonal updates that root mean square. No state.
+    The factor is one of those below, or, with `consistent_rms`, consistent_rms · √max(m, n), which
+    gives orthogonal updates that root mean square. No state.
 
     Args:
         consistent_rms: the root mean square of every update; 0.2 is about AdamW's.
+        shape_scale: "jordan", √max(1, n/m), as in Muon; "moonlight", 0.2 √max(m, n), which is
+            ``consistent_rms=0.2``; or "spectral", √(n/m), with which an update changes outputs as
+            much as inputs, whatever the shape.
         matrices: which leaves are matrices, and which axes are their rows and columns; see
             `memopt.matrices`. Rows are inputs, see `memopt.out_in`; a vector is a matrix of one
             row.
 
+    Raises:
+        ValueError: if `shape_scale` is unknown, or given beside `consistent_rms`.
+
     References:
         Jordan et al., Muon, 2024, https://kellerjordan.github.io/posts/muon/; Liu et al., Muon is
-        Scalable for LLM Training, 2025, https://arxiv.org/abs/2502.16982, section 2.2.
+        Scalable for LLM Training, 2025, https://arxiv.org/abs/2502.16982, section 2.2; Yang et al.,
+        A Spectral Condition for Feature Learning, 2023, https://arxiv.org/abs/2310.17813.
 
     Example:
         >>> u, _ = scale_by_matrix_shape().update({"w": jnp.ones((2, 8))}, optax.EmptyState())
         >>> float(u["w"][0, 0])
         2.0
     """
-    return per_matrix(
-        functools.partial(multiply_by_shape, consistent_rms=consistent_rms), matrices=matrices
-    )
+    check_choice("shape_scale", shape_scale, SHAPE_SCALES)
+    if consistent_rms is not None:
+        why = "consistent_rms sets the size of updates"
+        check_unused(scale_by_matrix_shape, why, shape_scale=shape_scale)
+    factor = SHAPE_SCALES[shape_scale]
+    rule = functools.partial(multiply_by_shape, consistent_rms=consistent_rms, factor=factor)
+    return per_matrix(rule, matrices=matrices)
 
 
-def multiply_by_shape(layout: Layout, u: Array, *, consistent_rms: float | None) -> Array:
-    """Multiplies the update of each m×n matrix by √max(1, n/m) or consistent_rms · √max(m, n)."""
+def multiply_by_shape(
+    layout: Layout,
+    u: Array,
+    *,
+    consistent_rms: float | None,
+    factor: Callable[[int, int], float],
+) -> Array:
+    """Multiplies the update of each m×n matrix by its factor, or consistent_rms · √max(m, n)."""
     m, n = layout.shape(u)[-2:]
     if consistent_rms is None:
-        return u * math.sqrt(max(1, n / m))
+        return u * factor(m, n)
     return (u * (consistent_rms * math.sqrt(max(m, n)))).astype(u.dtype)
 
 

@@ -301,6 +301,137 @@ def _hyperball(method, transpose):
     return memopt.hyperball(tx, rate)
 
 
+def _oriented(transpose, outputs_last=()):
+    """The matrices of kernels as (out, in), or transposed; some leaves are the other way round."""
+
+    def select(name, leaf):
+        is_turned = transpose == (name in outputs_last)
+        return None if leaf.ndim < 2 else memopt.Matrix(-1, -2) if is_turned else memopt.Matrix()
+
+    return select
+
+
+def _aux_adam(learning_rate):
+    """Adam for vectors in the code of Muon's and NorMuon's authors."""
+    return optax.adam(learning_rate, 0.9, 0.95, 1e-10)
+
+
+def _muon(method, transpose):
+    _, _, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    dion = {"ns_coeffs": "polar_express", "shape_scale": "spectral"}
+    options = {
+        "muon_fp32": {"rest": _aux_adam(3e-4)},
+        "muon_pe_dion_fp32": {"rest": _adamw_of_dion(meta), **dion},
+        "muon_pe_nv": {"ns_coeffs": "nvidia"},
+        "muon_pe_nv_5steps": {"ns_coeffs": h.get("coefficients"), "consistent_rms": 1.0},
+    }
+    return memopt.muon(
+        meta["lr"],
+        beta=h.get("momentum", h.get("mu")),
+        nesterov=h["nesterov"],
+        weight_decay=h["weight_decay"],
+        matrices=_oriented(transpose),
+        **options[method],
+    )
+
+
+def _adamw_of_dion(meta):
+    h = meta["hyperparameters"]
+    return optax.adamw(meta["lr"], *h["betas"], h["epsilon"], weight_decay=h["weight_decay"])
+
+
+def _normuon(method, transpose):
+    _, _, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    options = {"eps": 1e-10, "nesterov": True, "rest": _aux_adam(3e-4)}
+    if method == "normuon_dion_fp32":
+        options = {"ns_coeffs": "polar_express", "shape_scale": "spectral"}
+        options |= {"nesterov": h["nesterov"], "rest": _adamw_of_dion(meta)}
+    return memopt.normuon(
+        meta["lr"],
+        beta=h.get("momentum", h.get("mu")),
+        b2=h.get("beta2", h.get("muon_beta2")),
+        consistent_rms=None,
+        weight_decay=h["weight_decay"],
+        matrices=_oriented(transpose),
+        **options,
+    )
+
+
+def _rmnp(method, transpose):
+    _, _, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    inner, rest = _oriented(transpose), None
+    if method == "rmnp_llama":  # its decay, too, is multiplied by the bias correction
+        rest = optax.chain(
+            memopt.scale_by_uncorrected_adam(*h["betas"], h["eps"]),
+            optax.add_decayed_weights(h["weight_decay"]),
+            optax.scale_by_schedule(memopt.adam_bias_correction(*h["betas"])),
+            optax.scale_by_learning_rate(h["lr_adam"]),
+        )
+    return memopt.rmnp(
+        meta["lr"],
+        beta=h["momentum"],
+        weight_decay=h["weight_decay"],
+        matrices=lambda name, x: None if rest and name == "w_wide" else inner(name, x),
+        rest=rest,
+        as_released=True,
+    )
+
+
+def _scale(method, transpose):
+    _, _, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    adam = memopt.scale_by_released_adam(*h["adamw_betas"], h["adamw_eps"])
+    decay = optax.add_decayed_weights(h["wd"])
+    tx = memopt.scale(
+        meta["lr"],
+        momentum=h["momentum"],
+        weight_decay=h["wd"],
+        matrices=_oriented(transpose, outputs_last=("embed_tokens",)),
+        rest=optax.chain(adam, decay, optax.scale_by_learning_rate(h["adam_lr"])),
+    )
+    return _renamed(tx, {"big": "embed_tokens", "w_wide": "lm_head"})
+
+
+def _renamed(tx, names):
+    """Tells an optimizer the role of parameters by their names."""
+    to = lambda tree: {names.get(k, k): x for k, x in tree.items()}
+    back = lambda tree: {k: tree[names.get(k, k)] for k in yardstick.SHAPES}
+
+    def update(updates, state, params):
+        updates, state = tx.update(to(updates), state, to(params))
+        return back(updates), state
+
+    return optax.GradientTransformation(lambda params: tx.init(to(params)), update)
+
+
+def _sinkgd(method, transpose):
+    _, _, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    options = {"axis": -1, "matrices": _oriented(transpose)}
+    if method == "sinkgd_naubull2":
+        vectors = memopt.normalize_neurons(norm="l2", eps=h["eps"])
+        return memopt.sinkgd(
+            meta["lr"],
+            iterations=h["sinkhorn_iterations"],
+            scale=1.0,
+            norm="l2",
+            rest=optax.chain(vectors, optax.scale_by_learning_rate(meta["lr"])),
+            **options,
+        )
+    scale, decay = h["sinkgd_lr_scale"], h["weight_decay"]
+    return memopt.sinkgd(
+        meta["lr"],
+        iterations=h["sinkhorn_iters"],
+        scale=scale,
+        weight_decay=scale * decay,
+        rest=optax.adamw(meta["lr"], weight_decay=decay),
+        **options,
+    )
+
+
 METHODS = {
     "adafactor": (
         _adafactor,
@@ -347,9 +478,17 @@ METHODS = {
     "lamb": (_lamb, ("lamb_timm", "lamb_timm_plain", "lamb_timm_wd", "lamb_timm_decoupled")),
     "lars": (_lars, ("lars_timm", "lars_timm_wd_nesterov", "lars_po")),
     "lion": (_lion, ("lion", "lion_wd")),
+    "muon": (_muon, ("muon_fp32", "muon_pe_dion_fp32", "muon_pe_nv", "muon_pe_nv_5steps")),
+    "normuon": (_normuon, ("normuon_fp32", "normuon_dion_fp32")),
     "online_subspace_descent": (
         _online_subspace_descent,
         ("osd_adamw_nozero", "osd_lion_nozero", "osd_sgd_nozero"),
+    ),
+    "rmnp": (_rmnp, ("rmnp_fp32", "rmnp_llama")),
+    "scale": (_scale, ("scale", "scale_wd")),
+    "sinkgd": (
+        _sinkgd,
+        ("sinkgd_axolotl", "sinkgd_axolotl_l2", "sinkgd_axolotl_wd_l1", "sinkgd_naubull2"),
     ),
     "sm3": (_sm3, ("sm3_po",)),
     "soap": (_soap, ("soap", "soap_maxdim64", "soap_maxdim64_wd_f5")),

@@ -79,6 +79,11 @@ def quantized_adamw(learning_rate, codec="int8"):
     )
 
 
+def quantized_rmnp(learning_rate):
+    """RMNP whose momentum is codes."""
+    return memopt.quantize_state(memopt.rmnp(learning_rate), "int8", min_size=200)
+
+
 def quantized_galore(learning_rate, rank=RANK):
     """GaLore whose Adam keeps codes."""
     inner = memopt.quantize_state(optax.scale_by_adam(), min_size=0)
@@ -184,6 +189,17 @@ CASES = {
     "lion": Case(variant(memopt.lion, **decays), once, once, once),
     "lomo": Case(variant(memopt.lomo, clip_value=0.5, **decays), none, none, none),
     "muon": Case(variant(memopt.muon, **decays), once, twice, twice),
+    "normuon": Case(
+        variant(memopt.normuon, **decays), lambda k, m, n: k * (m * n + n), twice, twice
+    ),
+    "racs": Case(variant(memopt.racs, **decays), lambda k, m, n: k * (m + n + 1), twice, twice),
+    "rmnp": Case(variant(memopt.rmnp, **decays), once, twice, twice),
+    "rmnp_8bit": Case(
+        quantized_rmnp, lambda *s: math.prod(s) / 4 + 2 * math.prod(s[:-1]), int8_moments, twice
+    ),
+    "scale": Case(variant(memopt.scale, **decays), none, none, twice),
+    "sinkgd": Case(variant(memopt.sinkgd, **decays), none, twice, twice),
+    "sinkgd_momentum": Case(variant(memopt.sinkgd, momentum=0.9), once, twice, twice),
     "mkor": Case(variant(mkor, **decays), factors_and_momentum, once, once),
     "mkor_hybrid": Case(variant(mkor, hybrid=True), factors_and_momentum, once, once),
     "mkor_as_released": Case(variant(mkor, as_released=True), factors_and_momentum, once, once),
@@ -322,6 +338,7 @@ VARIANTS = {  # of methods that stand in the table otherwise, too
     *("apollo_mini_scale_front", "flora_as_released", "frugal_blocks", "frugal_orthogonal"),
     *("galore_8bit", "galore_at_random", "galore_in_turns", "largest_changes"),
     *("soap_as_released", "soap_in_blocks"),
+    *("rmnp_8bit", "sinkgd_momentum"),
     *("oasis_momentum", "mkor_as_released", "mkor_hybrid", "tag_adam", "tag_factored"),
 }
 CASES |= CELLS

@@ -31,6 +31,7 @@ RATES = {
         "lars": 1.0,
         "lomo": 5e-3,
         "mkor": 1e-3,
+        "racs": 0.02,
         "sm3": 0.3,
         "optax_muon": 0.3,
         "muon": 0.3,

@@ -240,6 +240,67 @@ def muon(w, gradients, name, nesterov=True, scale=lambda m, n: np.sqrt(max(1, n 
         yield w
 
 
+def normuon(w, gradients, name):
+    """Steps of a root mean square of 0.2, whatever the size of the orthogonal matrix."""
+    momentum, v = 0.0, 0.0
+    for g in gradients:
+        momentum = 0.95 * momentum + g
+        u, s, vt = np.linalg.svd(momentum, full_matrices=False)
+        s = s / (np.linalg.norm(s) + 1e-7)
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        o = (u * s) @ vt
+        v = 0.95 * v + 0.05 * (o**2).mean(0)
+        p = o / (np.sqrt(v) + 1e-8)
+        w = descend(w, 0.2 * p * np.sqrt(p.size) / np.linalg.norm(p))
+        yield w
+
+
+@stacked
+def scale(w, gradients, name):
+    """Columns are outputs."""
+    for g in gradients:
+        w = descend(w, g / np.maximum(np.sqrt((g**2).mean(0)), 1e-8))
+        yield w
+
+
+@stacked
+def rmnp(w, gradients, name):
+    m = 0.0
+    for g in gradients:
+        m = 0.95 * m + 0.05 * g
+        w = descend(w, m / np.linalg.norm(m, axis=0))
+        yield w
+
+
+@stacked
+def sinkgd(w, gradients, name):
+    """Algorithm 3, whose norms are √n and √m, of inputs first."""
+    m, n = w.shape[-2:]
+    for g in gradients:
+        for _ in range(5 * g.any()):
+            g = np.sqrt(n) * g / np.linalg.norm(g, axis=1, keepdims=True)
+            g = np.sqrt(m) * g / np.linalg.norm(g, axis=0)
+        w = descend(w, 0.05 * g)
+        yield w
+
+
+@stacked
+def racs(w, gradients, name):
+    q_mean, s_mean, before = 0.0, 0.0, None
+    for g in gradients:
+        q, s = np.zeros(len(g)), np.zeros(g.shape[-1])
+        if g.any():
+            q = np.ones(len(g))
+            for _ in range(5):
+                s = (g**2).T @ q / (q @ q)
+                q = g**2 @ s / (s @ s)
+        q_mean, s_mean = 0.9 * q_mean + 0.1 * q, 0.9 * s_mean + 0.1 * s
+        u, before = limit_growth(g / np.sqrt(np.outer(q_mean, s_mean)), before)
+        w = descend(w, u)
+        yield w
+
+
 def adamw(w, gradients, name, b1=0.9, b2=0.999):
     adam = Adam(b1, b2)
     for g in gradients:
@@ -665,6 +726,12 @@ METHODS = {
         memopt.muon,
         {"nesterov": False, "consistent_rms": 0.2},
     ),
+    "muon_gram": (or_rest(stacked(muon)), memopt.muon, {"gram": True}),
+    "normuon": (or_rest(stacked(normuon)), memopt.normuon, {}),
+    "racs": (or_rest(racs), memopt.racs, {}),
+    "rmnp": (or_rest(rmnp), memopt.rmnp, {}),
+    "scale": (or_rest(scale), memopt.scale, {}),
+    "sinkgd": (or_rest(sinkgd), memopt.sinkgd, {}),
     "apollo": (apollo, memopt.apollo, {"projector": replayed(RANK)}),
     "apollo_mini": (mini, memopt.apollo_mini, {"projector": replayed(1)}),
     "galore": (galore, memopt.galore, BY_SVD),

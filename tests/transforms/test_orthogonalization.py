@@ -1,10 +1,13 @@
 """Newton–Schulz in batches, dealt out to devices."""
 
+import functools
 import math
 import re
+from pathlib import Path
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
@@ -12,6 +15,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 import memopt
+from memopt.transforms.orthogonalization import _polynomials, _restarts
+from tests.yardstick import yardstick
 
 AXIS_TYPES = pytest.mark.parametrize(
     "axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
@@ -119,11 +124,93 @@ def numbers(shape):
         ({"ns_steps": 0}, "ns_steps must be at least 1, got 0"),
         ({"ns_coeffs": (1.5, -0.5)}, "ns_coeffs must be three numbers"),
         ({"consistent_rms": -1.0}, "consistent_rms must be at least 0"),
+        ({"ns_coeffs": "jordon"}, "ns_coeffs 'jordon' is unknown; did you mean 'jordan'"),
+        ({"ns_coeffs": "nvidia", "ns_steps": 4}, "ns_steps must be left out"),
+        ({"shape_scale": "spectra"}, "shape_scale 'spectra' is unknown; did you mean 'spectral'"),
+        ({"shape_scale": "spectral", "consistent_rms": 0.2}, "shape_scale must be left out"),
     ],
 )
 def test_bad_options_are_named(options, says):
     with pytest.raises(ValueError, match=says):
         memopt.muon(1e-2, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("jordan", 0.471, 1.202),
+        ("polar_express", 0.847, 1.141),
+        ("polar_express_1.05", 0.729, 1.124),
+        ("you", 0.475, 1.145),
+        ("nvidia", 1.000, 1.001),
+        ("deepseek", 1.000, 1.001),
+    ],
+)
+def test_published_coefficients_bring_singular_values_from_a_thousandth_up_near_one(
+    name, least, most
+):
+    """The bounds were computed elsewhere, from each set as it was published."""
+    s = np.geomspace(1e-3, np.sqrt(0.5), 500)
+    matrices = np.stack([np.stack([s, 0 * s], -1), np.stack([0 * s, np.sqrt(1 - s**2)], -1)], -2)
+    found = np.diagonal(memopt.newton_schulz(matrices, ns_coeffs=name), axis1=-2, axis2=-1)
+    assert found.min() == pytest.approx(least, abs=1e-3)
+    assert found.max() == pytest.approx(most, abs=1e-3)
+
+
+@functools.cache
+def gram_table():
+    with np.load(Path(yardstick.HERE, "tables", "gram_newton_schulz.npz")) as table:
+        return dict(table)
+
+
+@pytest.mark.parametrize(("recorded", "name"), [("pe", "polar_express_1.05"), ("you", "you")])
+def test_gram_form_equals_the_table_of_its_authors(recorded, name):
+    """Square matrices, too, which take the ordinary form there and here."""
+    table = gram_table()
+    matrices = {key[3:]: x for key, x in table.items() if key.startswith("in/")}
+    np.testing.assert_allclose(_polynomials(5, name), table[f"coef/{recorded}"], rtol=1e-12)
+    for dtype, column, tolerance in ((None, "fp32", 1e-4), (jnp.float16, "fp16", 2e-2)):
+        tx = memopt.orthogonalize(ns_coeffs=name, gram=True, dtype=dtype)
+        for key, u in tx.update(matrices, optax.EmptyState())[0].items():
+            if dtype and key == "square":
+                continue  # normalised in float16, not before
+            expected = table[f"out/{recorded}/r2/{column}/{key}"]
+            assert np.abs(u - expected).max() <= tolerance * np.abs(expected).max(), key
+
+
+def test_the_gram_matrix_is_formed_anew_where_that_of_its_authors_is():
+    steps = _polynomials(5, "polar_express_1.05")
+    assert _restarts(steps, jnp.float16) == {2}
+    assert _restarts(steps, jnp.float32) == set()
+    assert _restarts(_polynomials(10, "jordan"), jnp.float32) == {6}
+
+
+@pytest.mark.parametrize(("steps", "tolerance"), [(5, 1e-4), (10, 2e-2)])
+def test_gram_form_holds_for_matrices_of_low_rank(steps, tolerance):
+    """Rounding makes eigenvalues of the Gram matrix negative; ten steps amplify it 10⁵ times."""
+    draw = np.random.default_rng(0).normal
+    g = np.asarray(draw(size=(24, 2)) @ draw(size=(2, 64)), np.float32)
+    plain, gram = (memopt.newton_schulz(g, steps, gram=form) for form in (False, True))
+    np.testing.assert_allclose(gram, plain, atol=tolerance)
+
+
+def test_heads_and_experts_are_orthogonalised_apart_if_matrices_say_so():
+    g = tree(shapes={"q": (32, 2, 16), "experts": (2, 32, 16)})
+    by_head = {"q": memopt.Matrix(rows=0, cols=2), "experts": memopt.Matrix()}
+    found, _ = memopt.orthogonalize(matrices=by_head).update(g, optax.EmptyState())
+    one = jax.jit(memopt.newton_schulz)
+    for i in range(2):
+        np.testing.assert_allclose(found["q"][:, i], one(g["q"][:, i]), atol=1e-5)
+        np.testing.assert_allclose(found["experts"][i], one(g["experts"][i]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"), [("jordan", 1.0), ("moonlight", 0.2 * 8), ("spectral", 0.5)]
+)
+def test_published_scales_of_a_matrix_of_64_inputs_and_16_outputs(name, factor):
+    tx = memopt.scale_by_matrix_shape(shape_scale=name)
+    u, _ = tx.update(np.ones((64, 16), np.float32), optax.EmptyState())
+    np.testing.assert_allclose(u, factor, rtol=1e-6)
 
 
 def test_each_step_may_have_a_polynomial_of_its_own():
