@@ -120,8 +120,8 @@ class Blockwise(Codec):
 class Mapped(Blockwise):
     """Codes that stand for fixed numbers from 0 to 1 times the scale; see `Blockwise`.
 
-    Subclasses say which numbers, in increasing order. Without a sign no number but zero is rounded
-    to zero, because updates are divided by second moments.
+    Subclasses say which numbers, in increasing order. Without a sign no number is rounded to zero,
+    because updates are divided by second moments.
 
     Attributes:
         signed: whether numbers may be negative.
@@ -168,8 +168,7 @@ class Mapped(Blockwise):
         below = jnp.minimum(self._below(y), self._top)
         low, high = self._number(below), self._number(below + 1)
         codes = jnp.minimum(below + (_uniform(bits) * (high - low) < y - low), self._top)
-        codes = codes if self.signed else jnp.where(x > 0, jnp.maximum(codes, 1), codes)
-        return self._stored(x, codes, scale)
+        return self._stored(x, codes if self.signed else jnp.maximum(codes, 1), scale)
 
     def _stored(self, x: Array, codes: Array, scale: Array) -> Coded:
         """Adds the signs of `x` to codes, and casts."""

@@ -17,10 +17,11 @@ class Companded(Mapped):
     """FlashOptim's integers of a softsign or a square root; see `Blockwise`.
 
     With a sign, a code c stands for y/(2 − |y|) times the scale, where y = c/127: the inverse of
-    2z/(1 + |z|). Without, it stands for (c/255)² times the square of the scale. Scales are
-    float16. Those outside its range are its nearest positive number, 2⁻²⁴ ≈ 6e-8 or 65,504:
-    numbers beyond the largest are clipped to it, and of small ones codes are 2e-10 apart. FlashOptim
-    stores zero or infinity there.
+    2z/(1 + |z|). Without, it stands for (c/255)² times the square of the scale.
+
+    Scales are float16. Where FlashOptim's are zero or infinite, they are the smallest or largest
+    positive number here, 2⁻²⁴ ≈ 6e-8 or 65,504: smaller numbers are kept as multiples of about
+    2⁻³², second moments as squares of such, and larger numbers are clipped.
 
     Attributes:
         signed: whether numbers may be negative.
