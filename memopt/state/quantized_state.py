@@ -35,7 +35,7 @@ from memopt.trees import (
     untranspose_tuples,
 )
 
-Moments: TypeAlias = str | Codec | tuple[str | Codec, str | Codec]
+CodecChoice: TypeAlias = str | Codec | tuple[str | Codec, str | Codec]
 """A codec, or a pair (that of other arrays, that of second moments)."""
 
 
@@ -56,7 +56,7 @@ class QuantizedState(NamedTuple):
 
 def quantize_state(
     inner: optax.GradientTransformation,
-    codec: Moments | Mapping[str, Moments] = "int8",
+    codec: CodecChoice | Mapping[str, CodecChoice] = "int8",
     *,
     rounding: str = "stochastic",
     min_size: int = 4096,
@@ -207,7 +207,7 @@ def quantize_state(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _pair(codec: Moments) -> tuple[Codec, Codec]:
+def _pair(codec: CodecChoice) -> tuple[Codec, Codec]:
     """The codecs of second moments, and before it that of other arrays."""
     pair = codec if isinstance(codec, tuple) else (codec, codec)
     if len(pair) != 2:

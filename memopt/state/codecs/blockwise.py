@@ -58,7 +58,7 @@ class Blockwise(Codec):
             return f(_tiles(x), -1).swapaxes(-2, -1).reshape(*x.shape[:-1], -1)
 
         spec = tuple(spec_of(x))
-        if spec:
+        if spec and spec[-1] is not None:
             parts = x.shape[-1] // jax.typeof(x).sharding.shard_shape(x.shape)[-1]
             whole_blocks = x.shape[-1] // parts % self._size(x) == 0
             spec = (*spec[:-1], spec[-1] if whole_blocks else None)
