@@ -137,6 +137,7 @@ SHOWN_SUMS = {
 MODEL = dataclasses.replace(
     llama.preset("tiny"), num_layers=2, hidden_size=128, head_dim=32, intermediate_size=512
 )
+CHIP = "v5e"
 SUM_ERRORS = ("all", "worst_matrix", "largest")
 
 
@@ -247,10 +248,10 @@ def real_errors(candidate: Candidate, gradients: Sequence[Any]) -> dict[str, flo
 
 
 def bytes_moved(candidate: Candidate) -> float:
-    """The bytes that a step of AdamW moves on a TPU v5e, over those of the parameters."""
+    """The bytes that a step of AdamW moves on a TPU, over those of the parameters."""
     params = {"blocks": {"up": {"kernel": jax.ShapeDtypeStruct((4, 4096, 11008), jnp.float32)}}}
     tx = quantized(candidate, memopt.optimizer("adamw", 1e-3))
-    cost = compile_step(tx, params, one_chip("v5e")).cost_analysis()
+    cost = compile_step(tx, params, one_chip(CHIP)).cost_analysis()
     assert cost is not None
     return cost["bytes accessed"] / (4 * 4 * 4096 * 11008)
 
@@ -272,7 +273,7 @@ def measure(options: Options, report: Report) -> None:
             "losses": losses(candidate, options),
         }
         if candidate.rounding == "stochastic":
-            record["traffic"] = bytes_moved(candidate)
+            record |= {"traffic": bytes_moved(candidate), "chip": CHIP}
         report.results.append(record)
         report.save(sums=sums)
 
