@@ -257,6 +257,7 @@ NOT_MEASURED = {
         "name | after the warm-up": "formulas",
         "| embedding": "exponents, derived on the page",
     },
+    "docs/libraries.md": {"| embedding, position": "names, `tests/clients/test_recipes.py`"},
     "docs/precision.md": {"codec | first moments": "`tests/state/test_codecs.py`"},
     "docs/processes.md": {"| starts": "commands"},
     "docs/runs.md": {"what happens | what": "exit codes, `tests/cli`"},
@@ -264,5 +265,9 @@ NOT_MEASURED = {
         "projector | R": "the pairs that `tests/optimizers/test_pairings.py` tries",
         "recombination | U": "formulas",
         "method | inner": "published settings",
+    },
+    "docs/trainers.md": {
+        "trainer | versions tried": "versions of libraries",
+        "| embedding, position": "names, `tests/clients`",
     },
 }

@@ -1,20 +1,29 @@
-"""Compares codecs for Adam's moments and for sums of gradients: errors, and bytes.
+"""Compares codecs for Adam's moments and for sums of gradients: errors, bytes, traffic, training.
 
-    python -m benchmarks.codecs [--steps 60]
+    nice python -m benchmarks.codecs [--steps 60]
 
-Each case draws normal gradients times a scale for each entry, and takes the root mean square of
-the updates' errors over that of Adam's in float32, of all entries and of the worst row.
+Of each codec it measures
 
-Sums of gradients are those of `memopt.accumulate` over eight micro-steps of the tiny LLaMA, after
-40 steps of AdamW on real text: the error of the mean that the optimizer receives, of hidden
-matrices, over the mean itself. Prints tables and writes them as JSON.
+- errors on hard cases: normal gradients times a scale for each entry. The root mean square of the
+  updates' errors over that of Adam's in float32, of all entries and of the worst row;
+- errors on real moments, of the hidden matrices of a small LLaMA after 80 steps of AdamW on the
+  source of Python's standard library: those of what is stored, and those of Adam's updates in the
+  last twenty steps;
+- the bytes that a step of AdamW moves on a TPU, by its compiler (the extra `plan`), over those of
+  the parameters, four stacked matrices of LLaMA-7b;
+- the validation loss after training that LLaMA, for each of some seeds.
+
+Sums of gradients are those of `memopt.accumulate` over eight micro-steps, of the same matrices: the
+error of the mean that the optimizer receives, over the mean itself. Prints tables and writes them
+as JSON.
 """
 
 import dataclasses
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,82 +33,39 @@ import tyro
 from jax import Array
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 import memopt
-from benchmarks.report import Report, markdown_table
+from benchmarks.report import COMPILERS, Report, markdown_table, read_results
+from benchmarks.traffic import compile_step, one_chip
 from memopt.models import llama
 from memopt.models.llama import build_model
-from memopt.state.codecs import Codec, Coded, Dynamic, Integers, named
+from memopt.planning.chips import only_compile
+from memopt.state.codecs import Codec, Coded, Integers, named
 from memopt.text.batches import train_batches
 from memopt.text.documents import find_documents
 from memopt.text.tokenizer import load_tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
-class Rounded(Codec):
-    """A codec of fixed values relative to the largest number of a block, rounded to the nearest.
+class Candidate(NamedTuple):
+    """How `memopt.quantize_state` stores moments; None stores them in float32."""
 
-    Attributes:
-        values: "softsign" or "square" (FlashOptim's, https://arxiv.org/abs/2602.23349), "signed" or
-            "unsigned" (the dynamic map of https://arxiv.org/abs/2110.02861).
-        block: the number of values that share a scale.
-        apart: store the largest number of a block in its scale, and others relative to the second.
-    """
-
-    values: str
-    block: int
-    apart: bool = False
-
-    @property
-    def table(self) -> np.ndarray:
-        """The values, in increasing order."""
-        c = np.arange(-127, 128) / 127
-        if self.values == "softsign":
-            return c / (2 - np.abs(c))
-        if self.values == "square":
-            return (np.arange(256) / 255) ** 2
-        signed = self.values == "signed"
-        edges = [np.linspace(0.1, 1, 2 ** (i + (not signed)) + 1) for i in range(7)]
-        parts = [10.0 ** (i - 6) * (e[1:] + e[:-1]) / 2 for i, e in enumerate(edges)]
-        found = np.concatenate([[0, 1], *parts])
-        return np.unique(np.concatenate([found, -found[2:]]) if signed else found)
-
-    def encode(self, x: Array, bits: Array, like: Coded | None = None) -> Coded:
-        """Finds the nearest value."""
-        block = min(self.block, x.shape[-1])
-        blocks = x.reshape(*x.shape[:-1], -1, block)
-        size = jnp.abs(blocks)
-        largest = size.max(-1, keepdims=True)
-        scale, side = largest, []
-        if self.apart:
-            where = size.argmax(-1, keepdims=True)
-            scale = jnp.where(jnp.arange(block) == where, 0, size).max(-1, keepdims=True)
-            side = [jnp.take_along_axis(blocks, where, -1)[..., 0], where[..., 0].astype(jnp.uint8)]
-        table = jnp.asarray(self.table, jnp.float32)
-        y = jnp.clip(blocks / jnp.maximum(scale, 1e-30), table[0], table[-1])
-        codes = jnp.searchsorted((table[1:] + table[:-1]) / 2, y).astype(jnp.uint8)
-        return Coded(codes.reshape(x.shape), (scale[..., 0].astype(jnp.float32), *side))
-
-    def decode(self, coded: Coded) -> Array:
-        """Looks the values up."""
-        values = jnp.asarray(self.table, jnp.float32)[coded.codes.astype(jnp.int32)]
-        scale = coded.side_data[0]
-        blocks = values.reshape(*scale.shape, -1) * scale[..., None]
-        if self.apart:
-            value, where = (s[..., None] for s in coded.side_data[1:])
-            blocks = jnp.where(jnp.arange(blocks.shape[-1]) == where, value, blocks)
-        return blocks.reshape(values.shape)
+    codec: str | tuple[Codec, Codec] | None
+    rounding: str = "stochastic"
 
 
-CANDIDATES: dict[str, tuple[Codec, Codec]] = {
-    "int8": named("int8")[1:],
-    "e5m2": named("e5m2")[1:],
-    "more mantissa": (Dynamic(3, 4, headroom=1), Dynamic(4, 4, signed=False)),
-    "squares, blocks of 128": (Integers(power=2), Integers(power=4, signed=False)),
-    "FlashOptim, blocks of 32": (Rounded("softsign", 32), Rounded("square", 32)),
-    "dynamic map, blocks of 256": (Rounded("signed", 256), Rounded("unsigned", 256)),
-    "dynamic map, largest apart": (Rounded("signed", 128, True), Rounded("unsigned", 128, True)),
+CANDIDATES = {
+    "float32": Candidate(None),
+    "int8": Candidate("int8"),
+    "flash8": Candidate("flash8"),
+    "dynamic8": Candidate("dynamic8"),
+    "flash8, nearest": Candidate("flash8", "nearest"),
+    "dynamic8, nearest": Candidate("dynamic8", "nearest"),
+    "float8": Candidate("float8"),
+    "e5m2": Candidate("e5m2"),
+    "bfloat16": Candidate("bfloat16"),
+    "int4": Candidate("int4"),
 }
 
 
@@ -145,24 +111,14 @@ FOR_SUMS: dict[str, Codec] = {
     "8 bits, int8": named("int8").signed,
     "8 bits, blocks of 128": Integers(),
     "4 bits, a scale for a matrix": Clipped(alpha=0),
-    "4 bits, a scale for a matrix, α = 0.15": Clipped(alpha=0.15),
-    "4 bits, a scale for a matrix, α = 0.5": Clipped(alpha=0.5),
     "4 bits, a scale for a matrix, α = 1.5": Clipped(alpha=1.5),
     "4 bits, blocks of 128": Integers(bits=4),
-    "4 bits, blocks of 32": Integers(bits=4, block=32),
     "4 bits, squares, blocks of 128 (int4)": named("int4").signed,
     "4 bits, squares, blocks of 32": Integers(bits=4, power=2, block=32),
 }
 
 
-#: The rows of the docs' tables, and their titles there.
-SHOWN = {
-    "int8": '`"int8"`',
-    "e5m2": '`"e5m2"`',
-    "FlashOptim, blocks of 32": "softsign and squares, blocks of 32 (FlashOptim)",
-    "dynamic map, blocks of 256": "dynamic map, blocks of 256",
-    "dynamic map, largest apart": "dynamic map, blocks of 128, the largest apart",
-}
+#: The rows of the docs' table of sums, and their titles there.
 SHOWN_SUMS = {
     "8 bits, blocks of 128": "8 bits, blocks of 128: `memopt.codecs.Integers()`",
     "8 bits, int8": '8 bits, `"int8"`',
@@ -176,6 +132,12 @@ SHOWN_SUMS = {
         "the same, clipped at an interval that adapts, α = 1.5"
     ),
 }
+
+#: Half a million parameters, so that a step takes less than 0.1 s.
+MODEL = dataclasses.replace(
+    llama.preset("tiny"), num_layers=2, hidden_size=128, head_dim=32, intermediate_size=512
+)
+CHIP = "v5e"
 SUM_ERRORS = ("all", "worst_matrix", "largest")
 
 
@@ -184,13 +146,17 @@ class Options:
     """The options of this benchmark.
 
     Attributes:
-        steps: steps of Adam; errors are averaged from the tenth on.
-        shape: the matrix whose errors are measured.
+        steps: steps of Adam on hard cases; errors are averaged from the tenth on.
+        shape: the matrix of hard cases.
+        training_steps: steps of training.
+        seeds: the seeds of initial weights and batches.
         output: the JSON file.
     """
 
     steps: int = 60
     shape: tuple[int, int] = (64, 512)
+    training_steps: int = 120
+    seeds: tuple[int, ...] = (0, 1)
     output: Path = Path(__file__).parent / "results" / "codecs.json"
 
 
@@ -210,70 +176,178 @@ def cases(shape: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-def quantized(pair: tuple[Codec, Codec]) -> optax.GradientTransformationExtraArgs:
-    """Adam with these codecs for its first and second moments."""
-    return memopt.quantize_state(optax.scale_by_adam(), {"mu": pair[0], "nu": pair[1]})
+def quantized(
+    candidate: Candidate, inner: optax.GradientTransformation | None = None
+) -> optax.GradientTransformation:
+    """A transformation, by default Adam, whose state is stored as a candidate says."""
+    inner = inner or optax.scale_by_adam()
+    if candidate.codec is None:
+        return inner
+    return memopt.quantize_state(inner, candidate.codec, rounding=candidate.rounding)
 
 
-def errors(pair: tuple[Codec, Codec], scale: Any, options: Options) -> dict[str, float]:
-    """The error of all updates, and that of the worst row."""
-    exact, tx = optax.scale_by_adam(), quantized(pair)
-    scale = jnp.asarray(scale, jnp.float32)
-
-    def step(states: Any, key: Any) -> Any:
-        g = {"w": scale * jax.random.normal(key, options.shape)}
-        (u, state), (v, plain) = tx.update(g, states[0]), exact.update(g, states[1])
-        off, by = (jnp.square(x).mean(-1) for x in (u["w"] - v["w"], v["w"]))
-        return (state, plain), (off, by)
-
-    params = {"w": jnp.zeros(options.shape)}
-    keys = jax.random.split(jax.random.key(0), options.steps)
-    run = jax.jit(lambda: jax.lax.scan(step, (tx.init(params), exact.init(params)), keys)[1])
-    off, by = (np.asarray(x, float)[10:] for x in run())
-    return {
-        "all": float(np.sqrt(off.mean() / by.mean())),
-        "worst_row": float(np.sqrt((off.mean(0) / by.mean(0)).max())),
-    }
-
-
-def measure(options: Options) -> list[dict[str, Any]]:
-    """The records of all candidates."""
-    params = {"w": jax.ShapeDtypeStruct((1024, 4096), jnp.float32)}
-    return [
-        {
-            "name": name,
-            "errors": {case: errors(pair, s, options) for case, s in cases(options.shape).items()},
-            "bytes": memopt.state_bytes(quantized(pair), params).total / (1024 * 4096),
+def errors(candidate: Candidate, options: Options) -> dict[str, dict[str, float]]:
+    """For each hard case the error of all updates, and that of the worst row."""
+    scales = {case: jnp.asarray(s, jnp.float32) for case, s in cases(options.shape).items()}
+    draw = lambda key: jax.random.normal(key, options.shape)
+    normal = jax.lax.map(draw, jax.random.split(jax.random.key(0), options.steps))
+    off, by = squares(candidate, jax.tree.map(lambda s: s * normal, scales))
+    found = {}
+    for case in scales:
+        rows = off[case].mean(-1), by[case].mean(-1)
+        found[case] = {
+            "all": float(np.sqrt(rows[0].mean() / rows[1].mean())),
+            "worst_row": float(np.sqrt((rows[0].mean(0) / rows[1].mean(0)).max())),
         }
-        for name, pair in CANDIDATES.items()
-    ]
-
-
-def real_gradients(count: int, steps: int = 40) -> list[Any]:
-    """Gradients of the hidden matrices of the tiny LLaMA on real text, of 8 × 128 tokens each."""
-    tokenizer = load_tokenizer("bytes")
-    text, _ = find_documents(["python"]).split()
-    config, tx = llama.preset("tiny"), optax.adamw(2e-3)
-    params = llama.init_params(config, seed=0)
-
-    def loss(params: Any, batch: Any) -> Array:
-        total, tokens = llama.loss(build_model(config, params), batch)
-        return total / tokens
-
-    gradient = jax.jit(jax.grad(loss))
-    update = jax.jit(tx.update)
-    state, found = tx.init(params), []
-    batches = train_batches(text, tokenizer, batch_size=8, seq_len=128, seed=0)
-    for t in range(steps + count):
-        g = gradient(params, next(batches))
-        if t < steps:
-            updates, state = update(g, state, params)
-            params = optax.apply_updates(params, updates)
-        else:
-            blocks = g["blocks"]
-            found.append({"attention": blocks["attention"], "mlp": blocks["mlp"]})
-    batches.close()
     return found
+
+
+def squares(candidate: Candidate, gradients: Any, first: int = 10) -> tuple[Any, Any]:
+    """The squares of the updates' errors, and of Adam's updates, from step `first` on."""
+    exact, tx = optax.scale_by_adam(), quantized(candidate)
+
+    def step(states: Any, g: Any) -> Any:
+        (u, state), (v, plain) = tx.update(g, states[0]), exact.update(g, states[1])
+        return (state, plain), (jax.tree.map(lambda u, v: jnp.square(u - v), u, v), squared(v))
+
+    squared = lambda tree: jax.tree.map(jnp.square, tree)
+    params = jax.tree.map(lambda g: jnp.zeros(g.shape[1:]), gradients)
+    start = tx.init(params), exact.init(params)
+    found = jax.jit(lambda g: jax.lax.scan(step, start, g)[1])(gradients)
+    return jax.tree.map(lambda x: np.asarray(x[first:], float), found)
+
+
+def real_errors(candidate: Candidate, gradients: Sequence[Any]) -> dict[str, float]:
+    """Errors of moments, and of Adam's updates: of all numbers, and of the worst matrix.
+
+    First moments in 4 bits are stored divided by the root of the second, and measured so.
+    """
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *gradients)
+    off, by = squares(candidate, stacked, first=len(gradients) - 20)
+    # Of each matrix, whose leading axes are step and layer.
+    each = [
+        np.sqrt(a.mean((0, 2, 3)) / b.mean((0, 2, 3)))
+        for a, b in zip(jax.tree.leaves(off), jax.tree.leaves(by), strict=True)
+    ]
+    found = {"updates": float(np.mean([x.mean() for x in each])), "worst": float(np.max(each))}
+    if candidate.codec is None:
+        return found | {"first": 0.0, "second": 0.0}
+    adam = optax.scale_by_adam()
+    state = adam.init(gradients[0])
+    for g in gradients:
+        _, state = jax.jit(adam.update)(g, state)
+    first = jax.tree.leaves(state.mu)
+    second = jax.tree.leaves(state.nu)
+    if candidate.codec == "int4":
+        first = [m * jax.lax.rsqrt(v) for m, v in zip(first, second, strict=True)]
+    key = None if candidate.rounding == "nearest" else jax.random.key(0)
+    for kind, arrays in (("signed", first), ("unsigned", second)):
+        error = jax.jit(lambda x, kind=kind: memopt.codec_error(x, candidate.codec, key, kind=kind))
+        found["first" if kind == "signed" else "second"] = float(np.mean([*map(error, arrays)]))
+    return found
+
+
+def bytes_moved(candidate: Candidate) -> float:
+    """The bytes that a step of AdamW moves on a TPU, over those of the parameters."""
+    params = {"blocks": {"up": {"kernel": jax.ShapeDtypeStruct((4, 4096, 11008), jnp.float32)}}}
+    tx = quantized(candidate, memopt.optimizer("adamw", 1e-3))
+    cost = compile_step(tx, params, one_chip(CHIP)).cost_analysis()
+    assert cost is not None
+    return cost["bytes accessed"] / (4 * 4 * 4096 * 11008)
+
+
+def measure(options: Options, report: Report) -> None:
+    """Adds the records of candidates that the report lacks, and saves each, and those of sums."""
+    sums = measure_sums()
+    Console(width=140).print(table_of_sums(sums))
+    params = {"w": jax.ShapeDtypeStruct((1024, 4096), jnp.float32)}
+    gradients, known = real_gradients(80), {r["name"] for r in report.results}
+    for name, candidate in track(CANDIDATES.items(), transient=True):
+        if name in known:
+            continue
+        record = {
+            "name": name,
+            "bytes": memopt.state_bytes(quantized(candidate), params).total / (1024 * 4096),
+            "errors": errors(candidate, options),
+            "real": real_errors(candidate, gradients),
+            "losses": losses(candidate, options),
+        }
+        if candidate.rounding == "stochastic":
+            record |= {"traffic": bytes_moved(candidate), "chip": CHIP}
+        report.results.append(record)
+        report.save(sums=sums)
+
+
+class Task(NamedTuple):
+    """A small LLaMA on the source of Python's standard library, with batches of 8 × 64 tokens."""
+
+    params: Any
+    batches: Any
+    validation: Any
+
+
+def task(seed: int, steps: int) -> Task:
+    """Initial weights, one batch for each step, and 64 batches of held-out text."""
+    tokenizer = load_tokenizer("bytes")
+    texts = find_documents(["python"]).split()
+
+    def stacked(text: Any, seed: int, count: int) -> Any:
+        batches = train_batches(text, tokenizer, batch_size=8, seq_len=64, seed=seed)
+        found = [next(batches) for _ in range(count)]
+        batches.close()
+        return jax.tree.map(lambda *x: np.stack(x), *found)
+
+    params = llama.init_params(MODEL, seed=seed)
+    return Task(params, stacked(texts[0], seed, steps), stacked(texts[1], 0, 64))
+
+
+def loss(params: Any, batch: Any) -> Array:
+    """The mean loss of a token."""
+    total, tokens = llama.loss(build_model(MODEL, params), batch)
+    return total / tokens
+
+
+def real_gradients(count: int) -> list[Any]:
+    """Gradients of the hidden matrices at each step of AdamW."""
+    tx = optax.adamw(2e-3)
+
+    def step(carry: Any, batch: Any) -> Any:
+        params, state = carry
+        g = jax.grad(loss)(params, batch)
+        updates, state = tx.update(g, state, params)
+        return (optax.apply_updates(params, updates), state), g["blocks"]
+
+    @jax.jit
+    def run(start: Task) -> Any:
+        return jax.lax.scan(step, (start.params, tx.init(start.params)), start.batches)[1]
+
+    blocks = run(task(0, count))
+    hidden = {"attention": blocks["attention"], "mlp": blocks["mlp"]}
+    return [jax.tree.map(lambda g, t=t: g[t], hidden) for t in range(count)]
+
+
+def losses(candidate: Candidate, options: Options) -> list[float]:
+    """The validation loss of AdamW with each seed, at a rate that decays along a cosine."""
+    steps = options.training_steps
+    schedule = optax.warmup_cosine_decay_schedule(0, 2e-3, steps // 10, steps)
+    tx = optax.chain(
+        quantized(candidate),
+        optax.add_decayed_weights(0.1),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+    def step(carry: Any, batch: Any) -> Any:
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    @jax.jit
+    def run(start: Task) -> Array:
+        carry = start.params, tx.init(start.params)
+        (params, _), _ = jax.lax.scan(step, carry, start.batches)
+        return jax.lax.map(lambda batch: loss(params, batch), start.validation).mean()
+
+    return [float(run(task(seed, steps))) for seed in options.seeds]
 
 
 def sum_errors(codec: Codec, gradients: Sequence[Any], micro_steps: int = 8) -> dict[str, float]:
@@ -302,7 +376,7 @@ def sum_errors(codec: Codec, gradients: Sequence[Any], micro_steps: int = 8) -> 
 
 def measure_sums() -> list[dict[str, Any]]:
     """The records of sums of gradients, after three cycles of eight micro-steps."""
-    gradients = real_gradients(24)
+    gradients = real_gradients(64)[-24:]
     return [{"name": name, **sum_errors(codec, gradients)} for name, codec in FOR_SUMS.items()]
 
 
@@ -322,28 +396,59 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     """The records as a table for the terminal."""
     shown = Table(title="RMS error of Adam's updates, all (worst row)", box=SIMPLE_HEAD)
     shown.add_column("codec")
-    for column in (*results[0]["errors"], "bytes"):
+    for column in (*results[0]["errors"], "real", "loss", "traffic", "bytes"):
         shown.add_column(column, justify="right")
     for r in results:
         pairs = [f"{e['all']:.3f} ({e['worst_row']:.2f})" for e in r["errors"].values()]
-        shown.add_row(r["name"], *pairs, f"{r['bytes']:.3f}")
+        loss, traffic = f"{statistics.mean(r['losses']):.3f}", f"{r.get('traffic', 0):.2f}"
+        shown.add_row(
+            r["name"], *pairs, f"{r['real']['updates']:.3f}", loss, traffic, f"{r['bytes']:.3f}"
+        )
     return shown
 
 
 def errors_table(report: dict[str, Any]) -> str:
-    """The table of Adam's updates for the docs; no cell of the last case, which all get wrong."""
+    """Hard cases of Adam's updates, for the docs; without the last case, which all get wrong."""
     columns = ("normal gradients", "one entry 10⁴ times", "one 10⁶ times", "rows of 10^U(−6, 0)")
-    found = {r["name"]: r for r in report["results"]}
 
     def cell(error: dict[str, float]) -> str:
         form = ".3f" if error["all"] < 1 else ".0f"
         return f"{error['all']:{form}} ({error['worst_row']:{'.2f' if form == '.3f' else form}})"
 
     rows = [
-        (title, *map(cell, [*found[name]["errors"].values()][:5]), f"{found[name]['bytes']:.2f}")
-        for name, title in SHOWN.items()
+        (_title(r["name"]), *map(cell, [*r["errors"].values()][:5])) for r in report["results"][1:]
     ]
-    return markdown_table(("", *columns, "columns", "bytes"), rows)
+    return markdown_table(("", *columns, "columns"), rows)
+
+
+def real_table(report: dict[str, Any]) -> str:
+    """Bytes, traffic, errors on real moments and losses, for the docs."""
+    columns = ("bytes", "traffic", "first moments", "second moments", "updates (worst matrix)")
+    first = report["results"][0]["losses"]
+
+    def row(r: dict[str, Any]) -> Sequence[str]:
+        real, is_exact = r["real"], r["name"] == "float32"
+        each = [f"{real['first']:.4f}", f"{real['second']:.4f}"]
+        each.append(f"{real['updates']:.3f} ({real['worst']:.3f})")
+        off = [a - b for a, b in zip(r["losses"], first, strict=True)]
+        return (
+            _title(r["name"]),
+            f"{r['bytes']:.2f}",
+            f"{r['traffic']:.2f}" if "traffic" in r else "",
+            *([""] * 3 if is_exact else each),
+            f"{statistics.mean(r['losses']):.3f}",
+            "" if is_exact else f"{min(off):+.3f} to {max(off):+.3f}".replace("-", "−"),
+        )
+
+    return markdown_table(
+        ("", *columns, "validation loss", "− float32, by seed"), map(row, report["results"])
+    )
+
+
+def _title(name: str) -> str:
+    """The name of a candidate, with its codec's in code."""
+    codec, *rest = name.split(", ")
+    return ", ".join((codec if codec == "float32" else f'`"{codec}"`', *rest))
 
 
 def sums_table(report: dict[str, Any]) -> str:
@@ -359,10 +464,13 @@ def sums_table(report: dict[str, Any]) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Measures, prints the table and writes the file."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
-    results, sums = measure(options), measure_sums()
-    report = Report("codecs", arguments, options.output, results, steps=options.steps)
-    Console(width=140).print(table(results), table_of_sums(sums))
-    report.save(sums=sums)
+    only_compile()
+    settings = {name: getattr(options, name) for name in ("steps", "training_steps")}
+    settings["seeds"] = list(options.seeds)
+    results = read_results(options.output, settings)
+    report = Report("codecs", arguments, options.output, results, COMPILERS, **settings)
+    measure(options, report)
+    Console(width=140).print(table(results))
 
 
 if __name__ == "__main__":

@@ -267,22 +267,26 @@ CONDITIONS: dict[str, Callable[[Transformation], str]] = {
 }
 
 
-def int8_adam(learning_rate: float) -> optax.GradientTransformation:
-    """Adam with its state in 8 bits."""
-    adam = memopt.quantize_state(optax.scale_by_adam(), "int8", min_size=64)
+STORED = {f"adam, {codec} state": codec for codec in ("int8", "flash8", "dynamic8")}
+"""Rows of Adam with its state in 8 bits, and their codecs."""
+
+
+def stored_adam(codec: str, learning_rate: float) -> optax.GradientTransformation:
+    """Adam with its state in a codec."""
+    adam = memopt.quantize_state(optax.scale_by_adam(), codec, min_size=64)
     return optax.chain(adam, optax.scale_by_learning_rate(learning_rate))
 
 
 def build(name: str) -> Transformation:
     """The optimizer of a row."""
-    if name == "adam, int8 state":
-        return optax.with_extra_args_support(int8_adam(RATE))
+    if name in STORED:
+        return optax.with_extra_args_support(stored_adam(STORED[name], RATE))
     return with_extra_arguments(memopt.optimizer)(name, RATE)
 
 
 def rows() -> tuple[str, ...]:
     """The optimizers of the table."""
-    return (*available("memopt"), "adam, int8 state", "adam")
+    return (*available("memopt"), *STORED, "adam")
 
 
 def found(name: str, condition: str) -> str:

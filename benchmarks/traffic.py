@@ -43,6 +43,7 @@ from memopt.optimizers.registry import METHODS
 from memopt.planning import hlo
 from memopt.planning.chips import devices, only_compile
 from memopt.state.quantized_state import QuantizedState
+from memopt.training.config import State
 
 LAYERS, D, FF = 4, 4096, 11008
 FEWER_LAYERS = {"soap": 2}  # of four blocks its state is larger than a v5e's memory
@@ -79,7 +80,7 @@ class Options(NamedTuple):
     dtype: DType | None = None
     chip: Literal["v4", "v5e", "v5p", "v6e", "tpu7x"] = "v5e"
     rank: int = 256
-    state: Literal["int8", "int4", "float8", "e5m2", "bfloat16"] | None = None
+    state: State | None = None
     cache: bool = False
     json: bool = False
     explain: bool = False

@@ -91,12 +91,12 @@ def codec_error(
     """
     check_choice("kind", kind, Named._fields)
     x = to_float32(x)
-    if key is None:
-        bits = jnp.full(x.shape, 2**31, jnp.uint32)
-    else:
-        bits = jax.random.bits(key, x.shape, jnp.uint32)
     chosen = getattr(named(codec), kind)
-    error = chosen.decode(chosen.encode(x, bits)) - x
+    if key is None:
+        coded = chosen.encode_nearest(x)
+    else:
+        coded = chosen.encode(x, jax.random.bits(key, x.shape, jnp.uint32))
+    error = chosen.decode(coded) - x
     return jnp.linalg.norm(bounded(error)) / jnp.linalg.norm(bounded(x))
 
 

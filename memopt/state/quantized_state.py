@@ -4,14 +4,14 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.errors import check_at_least
+from memopt.errors import check_at_least, check_choice
 from memopt.internals import Program, trace
 from memopt.matrices import Layout, every_matrix, map_matrices
 from memopt.parameters import init_shapes
@@ -26,7 +26,7 @@ from memopt.state.codecs import (
 )
 from memopt.state.owners import SECOND, StateArray, owners
 from memopt.state.precision import in_float32
-from memopt.state.rounding import NEAREST, rounding_bits
+from memopt.state.rounding import rounding_bits
 from memopt.trees import (
     map_named,
     named_leaves,
@@ -34,6 +34,9 @@ from memopt.trees import (
     transpose_tuples,
     untranspose_tuples,
 )
+
+CodecChoice: TypeAlias = str | Codec | tuple[str | Codec, str | Codec]
+"""A codec, or a pair (that of other arrays, that of second moments)."""
 
 
 class QuantizedState(NamedTuple):
@@ -53,8 +56,9 @@ class QuantizedState(NamedTuple):
 
 def quantize_state(
     inner: optax.GradientTransformation,
-    codec: str | Codec | Mapping[str, str | Codec] = "int8",
+    codec: CodecChoice | Mapping[str, CodecChoice] = "int8",
     *,
+    rounding: str = "stochastic",
     min_size: int = 4096,
     seed: int | Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -76,12 +80,16 @@ def quantize_state(
 
     Args:
         inner: any Optax transformation.
-        codec: "int8", "int4" (first moments; second moments stay at 8 bits), "float8", "e5m2"
-            ("int8" of earlier releases), "bfloat16", or a codec of `memopt.codecs`; or {pattern:
-            codec}, where the first pattern found (`re.search`) in an array's name, such as
-            ``"nu/blocks/up/kernel"``, selects the codec, and arrays that match no pattern are not
-            quantised. Second moments, recognised by their field in Optax's states, use the unsigned
-            codec of a name.
+        codec: "int8", "int4" (first moments; second moments stay at 8 bits), "flash8"
+            (FlashOptim's), "dynamic8" (that of bitsandbytes), "float8", "e5m2" ("int8" of earlier
+            releases), "bfloat16", or a codec of `memopt.codecs`. Second moments, recognised by
+            their field in Optax's states, use the unsigned codec of a name. A pair is (that of
+            other arrays, that of second moments). {pattern: codec or pair} selects by name: the
+            first pattern found (`re.search`) in an array's name, such as ``"nu/blocks/up/kernel"``,
+            decides, and arrays that match no pattern are not quantised.
+        rounding: "stochastic", or "nearest": without randomness, where moments of slow decay may
+            freeze. "flash8" and "dynamic8" are then the published codecs, which round small
+            second moments to zero.
         min_size: matrices and vectors with fewer numbers are not quantised, nor is a single number.
         seed: the seed of the rounding bits.
 
@@ -89,7 +97,8 @@ def quantize_state(
         A transformation whose state is a `QuantizedState`.
 
     Raises:
-        ValueError: if a codec's name is unknown, or `min_size` negative.
+        ValueError: if the name of a codec or of the rounding is unknown, a tuple is no pair, or
+            `min_size` is negative.
 
     References:
         Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021,
@@ -105,15 +114,19 @@ def quantize_state(
         >>> state = adamw8bit.init({"w": jnp.zeros((64, 256))})
         >>> state[0].codes.mu["w"].dtype, state[0].codes.nu["w"].dtype
         (dtype('int8'), dtype('uint8'))
+        >>> rules = {"embed": "bfloat16", "": ("int4", "int8")}  # others: first and second moments
+        >>> state = quantize_state(optax.scale_by_adam(), rules).init({"w": jnp.zeros((64, 256))})
+        >>> state.codes.mu["w"].dtype, state.codes.nu["w"].dtype
+        (dtype(int4), dtype('uint8'))
     """
     check_at_least("min_size", min_size, 0)
+    check_choice("rounding", rounding, ("stochastic", "nearest"))
     rules = codec if isinstance(codec, Mapping) else {"": codec}
-    choices = [(re.compile(pattern), named(codec)) for pattern, codec in rules.items()]
+    choices = [(re.compile(pattern), _pair(codec)) for pattern, codec in rules.items()]
     inner = in_float32(inner)
 
     # `optax.tree_map_params` needs a number of scales that does not depend on the parameters.
-    pair = lambda codec: (codec.signed, codec.unsigned)
-    scales_kept = max(_scale_count(c) for _, choice in choices for c in pair(choice))
+    scales_kept = max(_scale_count(c) for _, pair in choices for c in pair)
 
     def codec_of(name: str, leaf: Any, place: Place) -> Codec:
         size = math.prod(leaf.shape[place.stack :])
@@ -121,10 +134,10 @@ def quantize_state(
         is_small = size < max(min_size, 2) or 0 in leaf.shape
         if is_small or place.array.is_exact or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return AsIs()
-        choice = next((c for pattern, c in choices if pattern.search(name)), None)
-        if choice is None:
+        pair = next((pair for pattern, pair in choices if pattern.search(name)), None)
+        if pair is None:
             return AsIs()
-        codec = choice.unsigned if place.array.kind == SECOND else choice.signed
+        codec = pair[place.array.kind == SECOND]
         exact = isinstance(codec, AsIs | BFloat16 | BFloat16AndRemainder)
         if place.array.kept_by == "scale_by_r_std_dev" and not isinstance(codec, AsIs):
             raise ValueError(
@@ -178,7 +191,10 @@ def quantize_state(
                 second = seconds[divisors[name]]
                 x *= jnp.where(second > 0, jax.lax.rsqrt(second), 0)  # where g² underflows
             x, before = jax.tree.map(apart, (x, Coded(*like)))
-            coded = codec.encode(x, rounding_bits(x.shape, name, state.count, seed), before)
+            if rounding == "nearest":
+                coded = codec.encode_nearest(x, before)
+            else:
+                coded = codec.encode(x, rounding_bits(x.shape, name, state.count, seed), before)
             return jax.tree.map(together, coded)
 
         new_updates, new = step()
@@ -189,6 +205,17 @@ def quantize_state(
         return new_updates, QuantizedState(count, *_columns(coded, new, scales_kept))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _pair(codec: CodecChoice) -> tuple[Codec, Codec]:
+    """The codecs of second moments, and before it that of other arrays."""
+    pair = codec if isinstance(codec, tuple) else (codec, codec)
+    if len(pair) != 2:
+        raise ValueError(
+            "codec must be a name, a codec, or a pair (that of other arrays, that of second"
+            f" moments), got {codec!r}."
+        )
+    return named(pair[0]).signed, named(pair[1]).unsigned
 
 
 class Place(NamedTuple):
@@ -300,7 +327,7 @@ def _first(codec: Codec, x: Any) -> Coded:
 
 @functools.partial(jax.jit, static_argnums=0)  # traced once for all arrays of a shape
 def _encode_nearest(codec: Codec, x: Array) -> Coded:
-    return codec.encode(x, jnp.asarray(NEAREST))
+    return codec.encode_nearest(x)
 
 
 def _columns(coded: Any, state: Any, scales_kept: int) -> tuple[Any, tuple[Any, ...]]:

@@ -16,7 +16,7 @@ from memopt.schedules import SHAPES
 
 DType = Annotated[str, conf.arg(metavar="{float32,bfloat16}")]
 Weights = Literal["int8", "int4", "bfloat16+8"]
-State = Literal["int8", "int4", "float8", "e5m2", "bfloat16"]
+State = Literal["int8", "int4", "flash8", "dynamic8", "float8", "e5m2", "bfloat16"]
 
 #: The schedule of a new run unless one is given.
 SCHEDULE = "cosine"

@@ -203,7 +203,31 @@ def test_rules_by_name():
     assert str(codes.mu["norm"]["scale"].dtype) == "float32"
 
 
-@pytest.mark.parametrize(("codec", "most"), [("int8", 2.1), ("int4", 1.6), ("bfloat16", 4.001)])
+def test_a_pair_tells_second_moments_from_other_arrays():
+    tx = quantize_state(
+        optax.scale_by_adam(), {"embed": "int8", "": ("int4", "bfloat16")}, min_size=10
+    )
+    codes = tx.init(tree()).codes
+    found = lambda moment: (str(moment["embed"].dtype), str(moment["up"]["kernel"].dtype))
+    assert (found(codes.mu), found(codes.nu)) == (("int8", "int4"), ("uint8", "bfloat16"))
+
+
+def test_rounding_to_the_nearest_depends_on_no_seed_and_is_the_codecs():
+    tx = lambda seed: quantize_state(
+        optax.trace(0.9), "flash8", rounding="nearest", min_size=1, seed=seed
+    )
+    first, other = (run(tx(seed), tree(), 1)[1] for seed in (0, 1))
+    chex.assert_trees_all_equal(first, other)
+    codec = memopt.codecs.named("flash8").signed
+    coded = codec.encode_nearest(tree(100)["up"]["kernel"])
+    np.testing.assert_array_equal(first.codes.trace["up"]["kernel"], coded.codes)
+    np.testing.assert_array_equal(first.scales[0].trace["up"]["kernel"], coded.side_data[0])
+
+
+@pytest.mark.parametrize(
+    ("codec", "most"),
+    [("int8", 2.1), ("int4", 1.6), ("flash8", 2.126), ("dynamic8", 2.04), ("bfloat16", 4.001)],
+)
 def test_bytes_a_parameter(codec, most):
     params = {"up": jax.ShapeDtypeStruct((4, 1024, 2752), "float32")}
     tx = optax.chain(quantize_state(optax.scale_by_adam(), codec), optax.add_decayed_weights(0.1))
@@ -250,6 +274,8 @@ def test_quantised_state_trains_in_an_nnx_optimizer(codec):
         (lambda: quantize_state(optax.trace(0.9), "int7"), "codec 'int7' is unknown; did you"),
         (lambda: quantize_state(optax.trace(0.9), {"": "fp8"}), "codec 'fp8' is unknown"),
         (lambda: quantize_state(optax.trace(0.9), min_size=-1), "min_size must be at least 0"),
+        (lambda: quantize_state(optax.trace(0.9), rounding="up"), "rounding 'up' is unknown"),
+        (lambda: quantize_state(optax.trace(0.9), ("int8",)), r"a pair \(that of other arrays"),
     ],
 )
 def test_bad_arguments_are_refused(make, sentence):

@@ -440,15 +440,19 @@ def test_parameters_that_are_not_on_one_mesh_are_refused(params, options, messag
 
 SPECS = {"stack": jax.P(None, "a", "b"), "matrix": jax.P("a", "b"), "norm": jax.P("b")}
 SHAPES = {"stack": (2, 16, 32), "matrix": (16, 32), "norm": (32,)}
-TRANSFORMATIONS = {
-    name: with_extra_arguments(memopt.optimizer)(name, 1e-2) for name in memopt.available()
-} | {
-    "optax_galore": optax.contrib.galore(1e-2, rank=4),
-    "int8": optax.chain(
-        memopt.quantize_state(optax.scale_by_adam(), min_size=200),
-        optax.scale_by_learning_rate(1e-2),
-    ),
-}
+TRANSFORMATIONS = (
+    {name: with_extra_arguments(memopt.optimizer)(name, 1e-2) for name in memopt.available()}
+    | {
+        "optax_galore": optax.contrib.galore(1e-2, rank=4),
+    }
+    | {
+        codec: optax.chain(
+            memopt.quantize_state(optax.scale_by_adam(), codec, min_size=200),
+            optax.scale_by_learning_rate(1e-2),
+        )
+        for codec in ("int8", "flash8", "dynamic8")
+    }
+)
 STEPS = 5
 OF_DOT_PRODUCTS = ("dadapt_adamw", "mechanic", "momo", "momo_adam", "prodigy")
 NOT_EXPLICIT = {

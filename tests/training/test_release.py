@@ -391,12 +391,13 @@ def test_layouts_are_said_of_parts_only(weights):
     assert whole not in parts
 
 
-def test_quantised_weights_and_state():
+@pytest.mark.parametrize("codec", ["int8", pytest.param("flash8", marks=pytest.mark.slow)])
+def test_quantised_weights_and_state(codec):
     """The codes of the ordinary step, but for the few at the edge of rounding either way."""
     model, params = toy()
     stored = jax.jit(lambda params: memopt.quantize_params(params, "int8"))(params)
     tx = optax.chain(
-        memopt.quantize_state(optax.scale_by_adam(), min_size=16),
+        memopt.quantize_state(optax.scale_by_adam(), codec, min_size=16),
         optax.scale_by_learning_rate(RATE),
     )
     batches = [make_batch(seed) for seed in range(5)]

@@ -13,7 +13,10 @@ from memopt.state.codecs.blockwise import Asymmetric as Asymmetric
 from memopt.state.codecs.blockwise import Blockwise as Blockwise
 from memopt.state.codecs.blockwise import Float8 as Float8
 from memopt.state.codecs.blockwise import Integers as Integers
+from memopt.state.codecs.blockwise import Mapped as Mapped
 from memopt.state.codecs.by_name import Named as Named
 from memopt.state.codecs.by_name import named as named
+from memopt.state.codecs.published import Companded as Companded
+from memopt.state.codecs.published import DynamicTree as DynamicTree
 from memopt.state.codecs.row_scaled import Dynamic as Dynamic
 from memopt.state.codecs.row_scaled import Tapered as Tapered

@@ -9,6 +9,7 @@ from jax import Array
 
 from memopt.shapes import Bits, Numbers
 from memopt.state.precision import zeros_of
+from memopt.state.rounding import NEAREST
 
 
 class Coded(NamedTuple):
@@ -43,6 +44,10 @@ class Codec(abc.ABC):
                 `memopt.state.rounding`.
             like: the previous codes, whose scales are kept if they still fit; None to fit new ones.
         """
+
+    def encode_nearest(self, x: Numbers, like: Coded | None = None) -> Coded:
+        """Encodes numbers without randomness; arguments as of `encode`."""
+        return self.encode(x, jnp.asarray(NEAREST), like)
 
     @abc.abstractmethod
     def decode(self, coded: Coded) -> Numbers:

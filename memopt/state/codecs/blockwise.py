@@ -1,5 +1,6 @@
 """Codecs of integers and hardware float8, with a scale for each block of an array."""
 
+import abc
 import dataclasses
 import functools
 import math
@@ -57,7 +58,7 @@ class Blockwise(Codec):
             return f(_tiles(x), -1).swapaxes(-2, -1).reshape(*x.shape[:-1], -1)
 
         spec = tuple(spec_of(x))
-        if spec:
+        if spec and spec[-1] is not None:
             parts = x.shape[-1] // jax.typeof(x).sharding.shard_shape(x.shape)[-1]
             whole_blocks = x.shape[-1] // parts % self._size(x) == 0
             spec = (*spec[:-1], spec[-1] if whole_blocks else None)
@@ -105,16 +106,87 @@ class Blockwise(Codec):
             return plain(*xs)
         return jax.lax.platform_dependent(*xs, tpu=tiled, default=plain)
 
+    def _fresh(self, least: Array) -> Array:
+        """A new scale that can be stored, as float32, which is not below `least`."""
+        return _scale(least, self.slack)
+
     def _kept(self, old: Array, least: Array) -> Array:
         """The old scale if `least` is at most that and more than half of it, else a new one."""
         old = old.astype(jnp.float32)
-        fresh = _scale(least, self.slack)
         near = 1 + 1e-5  # tolerates rounding of the numbers that the scale was fitted to
-        return jnp.where((least <= near * old) & (2 * least > old), old, fresh)
+        return jnp.where((least <= near * old) & (2 * least > old), old, self._fresh(least))
+
+
+class Mapped(Blockwise):
+    """Codes that stand for fixed numbers from 0 to 1 times the scale; see `Blockwise`.
+
+    Subclasses say which numbers, in increasing order. Without a sign no number is rounded to zero,
+    because updates are divided by second moments.
+
+    Attributes:
+        signed: whether numbers may be negative.
+    """
+
+    signed: bool
+
+    scale_dtype: ClassVar[Any] = jnp.bfloat16
+    """The dtype in which scales are stored."""
+
+    @property
+    @abc.abstractmethod
+    def _top(self) -> int:
+        """The largest code that both signs have."""
+
+    @property
+    @abc.abstractmethod
+    def _dtype(self) -> Any:
+        """The dtype of codes."""
+
+    @abc.abstractmethod
+    def _below(self, y: Array) -> Array:
+        """The largest code, as float32, whose number is at most `y`, give or take rounding."""
+
+    @abc.abstractmethod
+    def _number(self, code: Array) -> Array:
+        """The number that a code, as float32, stands for."""
+
+    def _least(self, largest: Array) -> Array:
+        """The smallest scale for blocks with these largest numbers."""
+        return largest
+
+    def _factor(self, scale: Array) -> Array:
+        """The factor of numbers in blocks with this scale."""
+        return scale
+
+    def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:
+        """Rounds to the code below or above, with probabilities that preserve the mean."""
+        least = self._least(self._per_block(jnp.max, jnp.abs(x)))
+        old = jnp.zeros_like(least) if like is None else like.side_data[0]
+        scale = self._kept(old, least)
+        relative = lambda x, inverse: jnp.abs(x) * self._factor(inverse)
+        y = self._scaled(relative, x, reciprocal(scale))
+        below = jnp.minimum(self._below(y), self._top)
+        low, high = self._number(below), self._number(below + 1)
+        codes = jnp.minimum(below + (_uniform(bits) * (high - low) < y - low), self._top)
+        return self._stored(x, codes if self.signed else jnp.maximum(codes, 1), scale)
+
+    def _stored(self, x: Array, codes: Array, scale: Array) -> Coded:
+        """Adds the signs of `x` to codes, and casts."""
+        codes = jnp.where(x < 0, -codes, codes) if self.signed else codes
+        codes = codes.astype(jnp.int32).astype(self._dtype)
+        return Coded(codes, (scale.astype(self.scale_dtype),))
+
+    def decode(self, coded: Coded) -> Numbers:
+        """Multiplies the number of a code by its block's scale."""
+
+        def value(code: Array, scale: Array) -> Array:
+            return jnp.sign(code) * self._number(jnp.abs(code)) * self._factor(scale)
+
+        return self._scaled(value, coded.codes, *coded.side_data)
 
 
 @dataclasses.dataclass(frozen=True)
-class Integers(Blockwise):
+class Integers(Mapped):
     """Integer codes, evenly spaced or companded; see `Blockwise`.
 
     A code c with magnitudes up to C represents (c/C)^power times the scale. With a power of 2 or 4,
@@ -143,30 +215,11 @@ class Integers(Blockwise):
     def _dtype(self) -> Any:
         return jnp.dtype(f"{'' if self.signed else 'u'}int{self.bits}")
 
-    def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:
-        """Rounds to the code below or above, with probabilities that preserve the mean."""
-        largest = self._per_block(jnp.max, jnp.abs(x))
-        old = jnp.zeros_like(largest) if like is None else like.side_data[0]
-        scale = self._kept(old, largest)
-        y = self._scaled(lambda x, inverse: jnp.abs(x) * inverse, x, reciprocal(scale))
-        below = jnp.floor(jnp.minimum(_root(y, self.power) * self._top, self._top))
-        if self.power == 1:
-            share = y * self._top - below
-        else:
-            value = lambda c: (c / self._top) ** self.power
-            share = (y - value(below)) / (value(below + 1) - value(below))
-        codes = jnp.minimum(below + (_uniform(bits) < share), self._top)
-        codes = jnp.where(x < 0, -codes, codes) if self.signed else codes
-        return Coded(codes.astype(self._dtype), (scale.astype(jnp.bfloat16),))
+    def _below(self, y: Array) -> Array:
+        return jnp.floor(_root(y, self.power) * self._top)
 
-    def decode(self, coded: Coded) -> Numbers:
-        """Multiplies the power of a code by its block's scale."""
-
-        def value(code: Array, scale: Array) -> Array:
-            y = code / self._top
-            return (y if self.power == 1 else jnp.sign(y) * jnp.abs(y) ** self.power) * scale
-
-        return self._scaled(value, coded.codes, *coded.side_data)
+    def _number(self, code: Array) -> Array:
+        return (code / self._top) ** self.power
 
 
 @dataclasses.dataclass(frozen=True)

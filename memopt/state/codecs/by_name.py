@@ -6,6 +6,7 @@ from memopt.errors import check_choice
 from memopt.state.codecs.base import Codec
 from memopt.state.codecs.bfloat16 import BFloat16, BFloat16AndRemainder
 from memopt.state.codecs.blockwise import Asymmetric, Float8, Integers
+from memopt.state.codecs.published import Companded, DynamicTree
 from memopt.state.codecs.row_scaled import Dynamic, Tapered
 
 
@@ -29,6 +30,8 @@ _NAMED = {
     "int4": Named(Asymmetric(bits=4), Integers(bits=4, power=2), _SECOND_MOMENTS),
     "float8": Named(Float8(), Float8(), Dynamic(5, 3, signed=False)),
     "e5m2": Named(Float8(dtype="float8_e5m2"), Dynamic(5, 2), Dynamic(5, 3, signed=False)),
+    "flash8": Named(BFloat16AndRemainder(), Companded(), Companded(signed=False)),
+    "dynamic8": Named(DynamicTree(), DynamicTree(), DynamicTree(signed=False)),
     "bfloat16": Named(BFloat16(), BFloat16(), BFloat16()),
     "bfloat16+8": Named(*3 * (BFloat16AndRemainder(),)),
 }
