@@ -27,6 +27,7 @@ from memopt.models.config import RopeScaling as RopeScaling
 from memopt.models.config import preset as preset
 from memopt.models.cross_entropy import chunked_cross_entropy
 from memopt.models.observed import Linear, set_statistics
+from memopt.models.product import dot_general
 from memopt.models.rotary import rotary_tables, rotate
 from memopt.models.sharding import constrain, partition, shards
 from memopt.models.sharding import param_shardings as param_shardings
@@ -65,7 +66,7 @@ def _linear(
     sizes = {"embed": config.hidden_size, "heads": heads, "kv_heads": kv_heads}
     sizes |= {"mlp": config.intermediate_size, "vocab": config.vocab_size}
     options: Any = {"kernel_init": INIT, "kernel_metadata": {"axes": (rows, cols)}}
-    options |= {"use_bias": bias, "bias_metadata": {"axes": (cols,)}}
+    options |= {"use_bias": bias, "bias_metadata": {"axes": (cols,)}, "dot_general": dot_general}
     return Linear(sizes[rows], sizes[cols], rngs=rngs, **options, **_dtypes(config))
 
 
@@ -319,7 +320,7 @@ class Llama(nnx.Module):
         x = self.final_norm(x)
         kernel = dequantize_params(self.head_kernel().get_value())
         kernel = kernel.T if self.config.tied else kernel
-        return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        return dot_general(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
 
     def head_kernel(self) -> nnx.Param:
         """The head's matrix, `(hidden, vocab)`, or the embedding, `(vocab, hidden)`."""
