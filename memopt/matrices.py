@@ -197,7 +197,7 @@ def map_matrices(
         ValueError: if a `Matrix` names axes that the leaf does not have, or `matrices` has no entry
             for a leaf.
     """
-    select = default if matrices is None else _selection(matrices, default)
+    select = selection(matrices, default)
     nodes, structure = named_leaves(tree)
     others = [[open_box(x) for x in structure.flatten_up_to(r)] for r in rest]
     seen, results = _SEEN.get(), []
@@ -217,10 +217,15 @@ def map_matrices(
     return trees[0] if outputs == 1 else trees
 
 
-def _selection(matrices: Matrices, default: Selection) -> Selection:
-    """Returns `matrices` as a callable; a pytree is looked up by the longest matching prefix."""
+def selection(matrices: Matrices, default: Selection) -> Selection:
+    """Returns `matrices` as a callable, `default` for None.
+
+    A pytree is looked up by the longest matching prefix of a name.
+    """
+    if matrices is None:
+        return default
     if isinstance(matrices, Reoriented):
-        return dataclasses.replace(matrices, default=default)
+        return dataclasses.replace(matrices, default=default).__call__
     if callable(matrices):
         try:
             inspect.signature(matrices).bind("", None)

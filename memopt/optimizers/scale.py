@@ -4,7 +4,7 @@ from typing import Any, Unpack
 
 import optax
 
-from memopt.matrices import every_matrix, map_matrices
+from memopt.matrices import every_matrix, map_matrices, selection
 from memopt.names import HEAD
 from memopt.optimizers.by_partition import Common, finish
 from memopt.optimizers.registry import method
@@ -60,8 +60,7 @@ def scale(
         >>> memopt.state_bytes(memopt.scale(1e-3), params).states
         {'lm_head': 65536, 'up/kernel': 0}
     """
-    if common.get("matrices") is None:
-        common["matrices"] = every_matrix
+    common["matrices"] = selection(common.get("matrices"), every_matrix)
     steps = (
         optax.masked(optax.ema(momentum, debias=False), is_head),
         normalize_neurons(norm=norm, eps=eps, matrices=common["matrices"]),

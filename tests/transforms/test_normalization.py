@@ -144,3 +144,17 @@ def test_scale_has_a_momentum_for_the_head_and_normalises_the_embedding_over_its
 def test_bad_options_are_named(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_scale_normalises_embedding_and_head_of_models_with_outputs_first():
+    params = {
+        "embedding": {"weight": jnp.ones((12, 8))},
+        "up": {"weight": jnp.ones((24, 8))},
+        "unembed": {"weight": jnp.ones((12, 8))},
+    }
+    tx = memopt.scale(1e-3, matrices=memopt.out_in)
+    assert memopt.state_bytes(tx, params).states == {
+        "embedding/weight": 0,
+        "unembed/weight": 4 * 12 * 8,
+        "up/weight": 0,
+    }
