@@ -242,7 +242,9 @@ def real_errors(candidate: Candidate, gradients: Sequence[Any]) -> dict[str, flo
         first = [m * jax.lax.rsqrt(v) for m, v in zip(first, second, strict=True)]
     key = None if candidate.rounding == "nearest" else jax.random.key(0)
     for kind, arrays in (("signed", first), ("unsigned", second)):
-        error = jax.jit(lambda x, kind=kind: memopt.codec_error(x, candidate.codec, key, kind=kind))
+        error = jax.jit(
+            lambda x, kind=kind: memopt.diagnostics.codec_error(x, candidate.codec, key, kind=kind)
+        )
         found["first" if kind == "signed" else "second"] = float(np.mean([*map(error, arrays)]))
     return found
 
