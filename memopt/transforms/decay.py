@@ -1,6 +1,6 @@
-"""Weight decay as in the authors' released code, to reproduce their runs.
+"""Weight decay after the learning rate: of cautious decay, and of the authors' released code.
 
-For the decay of the papers, use `optax.add_decayed_weights` before the learning rate.
+For the decay of most papers, use `optax.add_decayed_weights` before the learning rate.
 """
 
 import functools
@@ -30,6 +30,11 @@ def updated_weights(layout: Layout, w: Array, u: Array) -> Array:
     return w + u
 
 
+def shrinking_weights(layout: Layout, w: Array, u: Array) -> Array:
+    """The weights that the update makes smaller or leaves as they are, and 0 for the others."""
+    return jnp.where((jnp.signbit(u) != jnp.signbit(w)) | (u == 0), w, 0)
+
+
 def rms_scaled_weights(min_scale: float = 1e-3) -> Decayed:
     """The weights times max(min_scale, RMS(W)), as in the Adafactor of `transformers`."""
     return lambda layout, w, u: w * jnp.maximum(min_scale, rms(layout, w))
@@ -42,18 +47,21 @@ def decay_as_released(
     mask: Any = None,
     *,
     matrices: Matrices = None,
+    state_type: Any = optax.ScaleByScheduleState,
 ) -> optax.GradientTransformationExtraArgs:
     """Subtracts learning_rate · weight_decay · decayed(W, U) from an update U.
 
     Place it last in a chain, after the learning rate. State: the step count.
 
     Args:
-        decayed: `weights`, `updated_weights`, or a function returned by `rms_scaled_weights`.
+        decayed: `weights`, `updated_weights`, `shrinking_weights`, or a function returned by
+            `rms_scaled_weights`.
         learning_rate: a number or a schedule.
         weight_decay: the strength of the decay.
         mask: which leaves decay, as in ``optax.add_decayed_weights``.
         matrices: which leaves are matrices, and which axes are their rows and columns; see
             `memopt.matrices`.
+        state_type: the NamedTuple class of the state, whose only field is ``count``.
 
     Example:
         >>> tx = decay_as_released(updated_weights, learning_rate=0.1, weight_decay=0.5)
@@ -68,7 +76,7 @@ def decay_as_released(
 
     tx = per_matrix(
         functools.partial(subtract_decay, decayed=decayed),
-        optax.ScaleByScheduleState,
+        state_type,
         schedules={"strength": strength},
         reads_params=True,
         matrices=matrices,

@@ -14,10 +14,9 @@ from memopt.axis_types import on_auto_axes
 from memopt.errors import IncompatiblePairingError, check_between
 from memopt.internals import is_traced
 from memopt.matrices import Layout, Matrices, every_matrix, hidden_matrices, map_matrices
-from memopt.parameters import reading_whole_trees
 from memopt.reductions import total
 from memopt.state.precision import bounded, statistics_dtype, to_float32
-from memopt.transforms.decay import subtract_decay
+from memopt.transforms.decay import decay_as_released, shrinking_weights
 from memopt.transforms.norm_growth import matrix_norm
 from memopt.transforms.per_matrix import per_matrix
 from memopt.trees import NOTHING
@@ -69,7 +68,7 @@ def cautious(
 
     A momentum may point up the present gradient; such entries wait, and the others grow in their
     place. A decay inside `tx` is part of U; to keep it out, apply it outside, as `cautious_decay`
-    does. No state.
+    does. State: that of `tx`.
 
     Args:
         tx: a whole optimizer, its learning rate included: its updates must point down. It may be
@@ -138,8 +137,9 @@ def cautious_decay(
 
         U ← U − learning_rate · weight_decay · W · (1 where U · W ≤ 0, else 0)
 
-    A point where `tx` does not move is not moved by the decay, either: the decay chooses among
-    minima of the loss, and does not shift them. State: the step count.
+    The decay opposes no step of `tx`, so that it chooses among minima of the loss rather than
+    shifts them. Entries that `tx` leaves as they are decay. State: that of `tx`, and the step
+    count.
 
     Args:
         tx: a whole optimizer without weight decay, its learning rate included: its updates must
@@ -163,25 +163,10 @@ def cautious_decay(
         >>> [round(float(x), 3) for x in tx.update(g, tx.init(w), w)[0]]
         [-0.2, 0.1]
     """
-
-    def strength(count: Array) -> Any:
-        rate = learning_rate(count) if callable(learning_rate) else learning_rate
-        return rate * weight_decay
-
-    decay = per_matrix(
-        functools.partial(subtract_decay, decayed=shrinking_weights),
-        CautiousDecayState,
-        schedules={"strength": strength},
-        reads_params=True,
+    decay = decay_as_released(
+        shrinking_weights, learning_rate, weight_decay, mask, state_type=CautiousDecayState
     )
-    if mask is not None:
-        decay = reading_whole_trees(optax.masked(decay, mask))
     return _append("cautious_decay", tx, decay)
-
-
-def shrinking_weights(layout: Layout, w: Array, u: Array) -> Array:
-    """The weights that the update U makes smaller, or leaves as they are; 0 for others."""
-    return jnp.where((jnp.signbit(u) != jnp.signbit(w)) | (u == 0), w, 0)
 
 
 def hyperball(
@@ -199,8 +184,9 @@ def hyperball(
         W ← R Y / ‖Y‖
 
     Only the direction of U matters: its learning rate and scale do not. Other parameters,
-    embeddings and norms among them, take the step of `tx`. Weight decay is pointless here. A good η
-    is about √(lr · λ) of a run with decay λ. State: one number per matrix, and the step count.
+    embeddings and norms among them, take the step of `tx`. Weight decay has no effect on the norms
+    of matrices here. To replace a run with decay λ, start with η = √(lr · λ). State: that of `tx`,
+    one number per matrix, and the step count.
 
     A matrix of zeros has no norm to keep, so that it could never move: `init` refuses it; where its
     values are not known, under ``jax.jit``, its first step is NaN.
@@ -231,9 +217,7 @@ def hyperball(
         >>> print(round(float(jnp.square(after).sum()), 3))                 # 2·3²
         18.0
     """
-
-    def rate(count: Array) -> Any:
-        return learning_rate(count) if callable(learning_rate) else learning_rate
+    rate = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
 
     def radius(layout: Layout, w: Any) -> Any:
         return matrix_norm(layout, w) if layout.is_matrix else NOTHING
@@ -266,9 +250,8 @@ def step_on_sphere(
     radius = jnp.where(radius > 0, radius, matrix_norm(layout, w))
     r, before, length = jnp.expand_dims(radius, layout.core), to_float32(w), norm(u)
     after = before + rate * r / jnp.where(length > 0, length, 1) * bounded(u)
-    moves = (length > 0) | (
-        norm(after) > 0
-    )  # or 0/0 would tell of a matrix of zeros that is unused
+    # A matrix of zeros without a gradient, such as an unused expert, stays; 0/0 would be NaN.
+    moves = (length > 0) | (norm(after) > 0)
     after = after * jnp.where(moves, r / norm(after), 1)
     return (after - before).astype(u.dtype), radius
 
