@@ -42,7 +42,7 @@ class Layout(NamedTuple):
         rows: the axes that index rows.
         cols: the axes that index columns.
         kind: the kind of the parameter: "matrix", "embedding", "position", "router", "head" or
-            "vector". It may be another than how the array is treated: an embedding may be a matrix.
+            "vector". An embedding keeps its kind when a method treats it as a matrix.
     """
 
     name: str
@@ -136,9 +136,9 @@ def hidden_matrices(name: str, leaf: Any) -> Matrix | None:
 
 @dataclasses.dataclass(frozen=True)
 class Reoriented:
-    """Selects what a method selects by default, kernels with other rows and columns.
+    """Selects the leaves that a method selects by default, and changes the axes of kernels.
 
-    Tables of embeddings and positions keep theirs: a token is a row in every library.
+    Embeddings and positions keep their axes: a token is a row in every library.
 
     Attributes:
         change: maps a leaf's name and its `Matrix` to another `Matrix`.
@@ -161,7 +161,7 @@ class Reoriented:
 
 
 out_in = Reoriented(lambda _, matrix: Matrix(matrix.cols, matrix.rows))
-"""Selects the same leaves of a model that stores kernels as (outputs, inputs).
+"""Exchanges the rows and columns of kernels, for models that store them as (outputs, inputs).
 
 Use it for Equinox; Flax, Haiku and Keras store (inputs, outputs), the default. The orientation
 matters for Muon's scale, and for subspaces of square matrices, whose inputs are projected.

@@ -1,4 +1,7 @@
-"""Adapters to libraries that do not take an Optax transformation; each is imported when used."""
+"""Adapters to libraries that do not take an Optax transformation.
+
+A library is imported when its adapter is called.
+"""
 
 from memopt.integrations.easydel import register_easydel as register_easydel
 from memopt.integrations.keras import keras_optimizer as keras_optimizer

@@ -1,6 +1,7 @@
 """memopt's optimizers in EasyDeL's trainers."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import optax
@@ -8,12 +9,16 @@ import optax
 from memopt.optimizers.registry import optimizer
 
 
+@functools.cache
 def register_easydel() -> None:
     """Registers "memopt" among EasyDeL's optimizers.
 
     ``optimizer="memopt"`` of a `TrainingArguments` then takes, in `extra_optimizer_kwargs`,
     `method`, one of `memopt.available`, and `options`, keyword arguments of the method. EasyDeL
     makes the schedule, clips gradients and adds `weight_decay`. A second call changes nothing.
+
+    Raises:
+        ImportError: if EasyDeL is not installed.
 
     Example:
         ::
@@ -25,19 +30,16 @@ def register_easydel() -> None:
                 ...,
             )
     """
-    from eformer.optimizers import _base
-
-    if "memopt" in _base._OPTIMIZER_BUILDER_REGISTRY:
-        return
+    from eformer import optimizers
 
     @dataclasses.dataclass
     class MemoptConfig:
         method: str = "apollo_mini"
         options: dict = dataclasses.field(default_factory=dict)
 
-    @_base.register_optimizer("memopt")
+    @optimizers.register_optimizer("memopt")
     @dataclasses.dataclass
-    class MemoptBuilder(_base.OptimizerBuilder):
+    class MemoptBuilder(optimizers.OptimizerBuilder):
         config: MemoptConfig
 
         def build(self, scheduler: optax.Schedule) -> optax.GradientTransformation:

@@ -90,6 +90,7 @@ def _optimizer_class() -> Any:
 
         def _add(self, path: Any, value: jax.Array) -> Any:
             name = leaf_name(path).replace("/", "_")
+            # Keras writes NumPy's own dtypes and bfloat16.
             if value.dtype != jnp.bfloat16 and getattr(value.dtype, "isbuiltin", 0) != 1:
                 raise ValueError(
                     f"tx keeps {name!r} in {value.dtype}, which Keras cannot save; it can save "
@@ -111,7 +112,9 @@ def _optimizer_class() -> Any:
                 if v.path not in params and not _is_overwritten(v)
             ]
             if missing:
-                raise ValueError(f"grads must have one for each variable, got none for {missing}.")
+                raise ValueError(
+                    f"grads must have one gradient for each variable, got none for {missing}."
+                )
             state = jax.tree.unflatten(self._structure, [v.value for v in self._state])
             gradients = dict(zip(params, grads, strict=True))
             updates, state = self.tx.update(gradients, state, params)

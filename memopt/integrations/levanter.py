@@ -17,7 +17,7 @@ def register_levanter() -> type:
     A configuration then has, beside Levanter's own options for the learning rate, its schedule
     and the decay:
 
-    - `method`: one of `memopt.available`; the decay is passed to memopt's own methods alone.
+    - `method`: one of `memopt.available`; only memopt's own methods take the decay.
     - `options`: keyword arguments of the method.
     - `max_grad_norm`: gradients are clipped to this norm, 1.0 by default as elsewhere in
       Levanter; 0 does not clip.
@@ -67,15 +67,15 @@ def register_levanter() -> type:
                     return tx
                 return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), tx)
 
-            def of(params: Any) -> optax.GradientTransformationExtraArgs:
+            def tx_for(params: Any) -> optax.GradientTransformationExtraArgs:
                 # Levanter logs the learning rate that it finds in the state.
                 injected = optax.inject_hyperparams(make, static_args="matrices")
                 rate = self.lr_scheduler(num_train_steps)
                 return injected(learning_rate=rate, matrices=_orientation(params))
 
             return optax.GradientTransformationExtraArgs(
-                lambda params: of(params).init(params),
-                lambda updates, state, params, **extra: of(params).update(
+                lambda params: tx_for(params).init(params),
+                lambda updates, state, params, **extra: tx_for(params).update(
                     updates, state, params, **extra
                 ),
             )

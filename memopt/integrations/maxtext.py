@@ -1,4 +1,4 @@
-"""An optimizer of memopt in MaxText, whose configuration knows only its own by name."""
+"""An optimizer of memopt in MaxText."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,8 @@ from typing import Any
 
 from memopt.optimizers.registry import optimizer
 
-OPT_TYPE = "adam_pax"  # its arguments are a rate, a decay and a mask, and no model
+#: MaxText makes this type by a function of a rate, a decay and a mask, which can be replaced.
+OPT_TYPE = "adam_pax"
 
 
 @contextlib.contextmanager
@@ -17,13 +18,15 @@ def maxtext_optimizer(method: str, **options: Any) -> Iterator[None]:
     In this context, ``opt_type=adam_pax`` is the optimizer given here. MaxText still makes the
     schedule, clips gradients, skips steps with spikes and freezes parameters, all by its own
     configuration; `adam_weight_decay` and `adamw_mask` are the optimizer's decay and its mask.
-    It serves MaxText's pre-training, ahead-of-time compilation, SFT, DPO and distillation.
+    MaxText's pre-training, ahead-of-time compilation, SFT, DPO and distillation all make their
+    optimizer in this way.
 
     Args:
         method: one of `memopt.available`.
         **options: keyword arguments of the method; they override those from the configuration.
 
     Raises:
+        ImportError: if MaxText is not installed.
         ValueError: if MaxText's configuration has another `opt_type`.
 
     Example:
@@ -45,7 +48,7 @@ def maxtext_optimizer(method: str, **options: Any) -> Iterator[None]:
     def get(config: Any, *args: Any, **kwargs: Any) -> Any:
         if config.opt_type != OPT_TYPE:
             raise ValueError(
-                f"opt_type must be {OPT_TYPE!r}, which stands for memopt's {method}, got "
+                f"opt_type must be {OPT_TYPE!r}, which means memopt's {method} here, got "
                 f"{str(config.opt_type)!r}."
             )
         return get_optimizer(config, *args, **kwargs)

@@ -11,8 +11,11 @@ from memopt.optimizers.by_partition import Common, finish
 from memopt.optimizers.registry import method
 from memopt.transforms.grouped import Group, Groups, scale_by_grouped_rms
 
+BIASES = ("bias", "b", "beta", "offset")
+"""Names of biases, in Flax and PyTorch, Haiku and Equinox, Keras, and Haiku's norms."""
 
-@method("AdamW's recipe and steps at half its state", learning_rate=2e-3)
+
+@method("AdamW's steps at half its state", learning_rate=2e-3)
 def adam_mini(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -41,10 +44,10 @@ def adam_mini(
         b1: β₁, the decay of the first moment.
         b2: β₂, the decay of the second moment.
         eps: ε, added to the root of the second moment.
-        groups: the blocks, instead of these; see `memopt.scale_by_grouped_rms`.
+        groups: other blocks than these; see `memopt.scale_by_grouped_rms`.
         head_dim: the number of outputs of an attention head, for models whose queries and keys have
-            one axis for all heads. Without it they have a second moment for each output there;
-            kernels with an axis of heads need none.
+            one axis for all heads. By default each of their outputs has a second moment. Kernels
+            with an axis of heads need no `head_dim`.
         as_released: has no effect: for the parameters that the authors' code knows by name, it
             follows the paper; to others it gives one second moment for the whole matrix.
         **common: see `memopt.Common`.
@@ -71,7 +74,7 @@ def adam_mini(
 
 
 def hessian_blocks(layout: Layout, head_dim: int | None = None) -> Group:
-    """The blocks of a parameter that share a second moment in `adam_mini`.
+    """Returns the blocks of a parameter that share a second moment in `adam_mini`.
 
     Args:
         layout: the axes, name and kind of the parameter.
@@ -82,18 +85,14 @@ def hessian_blocks(layout: Layout, head_dim: int | None = None) -> Group:
         return along if layout.is_matrix else "matrix"
     if not layout.is_matrix:
         return "entry" if words(layout.name.rpartition("/")[2]) in BIASES else "matrix"
-    if not makes_scores(layout.name):
+    if not is_query_or_key(layout.name):
         return "column"
     if len(layout.cols) > 1:
         return "head"
     return "column" if head_dim is None else ("column", head_dim)
 
 
-BIASES = ("bias", "b", "beta", "offset")
-"""Names of biases, in Flax and PyTorch, Haiku and Equinox, Keras, and Haiku's norms."""
-
-
-def makes_scores(name: str) -> bool:
-    """Whether a parameter makes the queries or the keys of attention."""
+def is_query_or_key(name: str) -> bool:
+    """Whether a parameter computes the queries or the keys of attention."""
     part = attention_part(name)
     return part is not None and part[1] in ("query", "key")

@@ -6,13 +6,13 @@ import optax
 
 from memopt.matrices import Layout
 from memopt.names import EMBEDDING, HEAD
-from memopt.optimizers.adam_mini import makes_scores
+from memopt.optimizers.adam_mini import is_query_or_key
 from memopt.optimizers.by_partition import Common, finish
 from memopt.optimizers.registry import method
 from memopt.transforms.grouped import Group, Groups, scale_by_grouped_rms
 
 
-@method("AdamW at half its state, shared where a run shows it may be", learning_rate=2e-3)
+@method("AdamW at half its state, by means along the axis that varies least", learning_rate=2e-3)
 def slim_adam(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -42,7 +42,7 @@ def slim_adam(
         b1: β₁, the decay of the first moment.
         b2: β₂, the decay of the second moment.
         eps: ε, added to the root of the second moment.
-        groups: what shares a second moment, instead; see `memopt.scale_by_grouped_rms`.
+        groups: other groups than these; see `memopt.scale_by_grouped_rms`.
         as_released: has no effect, since the authors' code follows the paper; every method has this
             switch.
         **common: see `memopt.Common`.
@@ -59,13 +59,13 @@ def slim_adam(
         ((64,), (64,))
     """
     moments = scale_by_grouped_rms(
-        steady_axes if groups is None else groups, b1, b2, eps, matrices=common.get("matrices")
+        slim_groups if groups is None else groups, b1, b2, eps, matrices=common.get("matrices")
     )
     return finish(learning_rate, moments, is_flat=True, **common)
 
 
-def steady_axes(layout: Layout) -> Group:
-    """What shares a second moment in `slim_adam`, by the kind of the parameter."""
+def slim_groups(layout: Layout) -> Group:
+    """Returns the entries of a parameter that share a second moment in `slim_adam`."""
     if not layout.is_matrix:
         return "matrix" if layout.kind in (EMBEDDING, HEAD) else "entry"
-    return "column" if layout.kind == HEAD or makes_scores(layout.name) else "row"
+    return "column" if layout.kind == HEAD or is_query_or_key(layout.name) else "row"
