@@ -86,8 +86,8 @@ class Options(NamedTuple):
             compiler takes half an hour to compile.
         json: print one JSON object instead of a table.
         output: the JSON file of a list; the plot has the same name.
-        rows: the list of configurations: of all methods, of llama-3-8b to fine-tune, or two of
-            which the results have the memory over the program's time, too.
+        rows: the list of configurations: all methods, fine-tuning of llama-3-8b, or two whose
+            results include `Plan.over_time`.
     """
 
     model: str = "7b"

@@ -20,7 +20,7 @@ gc.set_threshold(50_000, 20, 100)  # tracing makes many objects, and few that fo
 
 
 def pytest_collection_finish():
-    """What was imported is no garbage: a collection, which some tests ask for, passes it over."""
+    """Exempts imported modules from garbage collection, which some tests start often."""
     gc.freeze()
 
 

@@ -89,7 +89,7 @@ class _Value(NamedTuple):
 
 
 class Assignment:
-    """The temporary arrays of a program: what they are, and when they are held.
+    """The temporary arrays of a program, with the moments at which each is held.
 
     On a TPU only those in its main memory count.
     """
@@ -110,10 +110,10 @@ class Assignment:
         return self._at(int(self._totals.argmax())) if self._values else []
 
     def over_time(self, moments: int) -> list[list[Buffer]]:
-        """Returns the arrays that are held over time, each list as that of `at_peak`.
+        """Returns the arrays held in each part of the program, each list as that of `at_peak`.
 
-        The instructions are cut into equally long parts, and each part is shown at the moment when
-        most bytes are held. The body of a loop is there once, however often it turns.
+        The instructions are cut into parts of equal length. The arrays of a part are those of the
+        moment in it when most bytes are held. The body of a loop appears once.
 
         Args:
             moments: The number of parts; there are fewer if the program is shorter.
@@ -131,7 +131,7 @@ class Assignment:
         held = [self._describe(tuple(here)) for here in places.values()]
         return sorted(held, key=lambda buffer: -buffer.bytes)
 
-    def _describe(self, here: tuple["_Value", ...]) -> Buffer:
+    def _describe(self, here: tuple[_Value, ...]) -> Buffer:
         """One array of those that share a place; a loop's own name says less than an operation."""
         if here in self._described:
             return self._described[here]

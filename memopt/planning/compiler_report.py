@@ -45,11 +45,11 @@ class Moment(NamedTuple):
     temporary_bytes: int
 
     @classmethod
-    def of(cls, held: Iterable[Buffer], kinds: Callable[[Buffer], str]) -> "Moment":
-        """Adds up arrays by their kinds."""
+    def of(cls, buffers: Iterable[Buffer], kind: Callable[[Buffer], str]) -> "Moment":
+        """Adds up the bytes of arrays by their kind, "gradient", "activation" or "temporary"."""
         sums: dict[str, int] = collections.Counter()
-        for one in held:
-            sums[kinds(one)] += one.bytes
+        for buffer in buffers:
+            sums[kind(buffer)] += buffer.bytes
         return cls(sums["gradient"], sums["activation"], sums["temporary"])
 
 
@@ -106,11 +106,14 @@ def compile_report(lowered: jax.stages.Lowered, params: Any) -> CompilerReport:
     memory, peak = compiled.memory_analysis(), peak_bytes(compiled)
     if memory is None or peak is None:
         raise RuntimeError("the compiler reports no memory.")
-    assignment = Assignment(files) if files else None
-    held = assignment.at_peak() if assignment else []
+    largest: list[Buffer] = []
+    over_time: list[list[Buffer]] = []
+    if files:
+        assignment = Assignment(files)
+        largest, over_time = assignment.at_peak(), assignment.over_time(MOMENTS)
     shapes = parameter_shapes(params)
-    kinds = functools.cache(lambda one: kind_of(one, shapes))
-    at_peak = Moment.of(held, kinds)
+    kind = functools.cache(lambda buffer: kind_of(buffer, shapes))
+    at_peak = Moment.of(largest, kind)
     traffic = (compiled.cost_analysis() or {}).get("bytes accessed")
     text = files.text if files else hlo.text(compiled)
     return CompilerReport(
@@ -118,10 +121,8 @@ def compile_report(lowered: jax.stages.Lowered, params: Any) -> CompilerReport:
         program_bytes=memory.generated_code_size_in_bytes,
         gradient_bytes=at_peak.gradient_bytes,
         activation_bytes=at_peak.activation_bytes,
-        over_time=tuple(
-            Moment.of(some, kinds) for some in (assignment.over_time(MOMENTS) if assignment else ())
-        ),
-        largest=tuple(held[:LARGEST]),
+        over_time=tuple(Moment.of(buffers, kind) for buffers in over_time),
+        largest=tuple(largest[:LARGEST]),
         traffic_bytes=None if traffic is None else int(traffic),
         collectives=_collectives(text, refresh=False),
         refresh_collectives=_collectives(text, refresh=True),

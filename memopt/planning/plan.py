@@ -67,7 +67,7 @@ class Plan:
         margin_bytes: The limit less peak and program.
         largest: The largest temporary arrays at that moment.
         over_time: Gradients, activations and other temporaries, in bytes, at up to 200 moments of
-            the compiled program, in their order; the body of a loop is there once. Weights and
+            the compiled program, in their order; the body of a loop appears once. Weights and
             state are held all the time. Empty if the compiler wrote no record.
         traffic_bytes: Bytes that a step reads and writes in memory, by the compiler's cost
             analysis; None where it has none (GPUs).

@@ -32,9 +32,9 @@ Record = dict[str, Any]
 #: Seconds between looks for a failure while a save is waited for.
 SECONDS_BETWEEN_LOOKS = 0.5
 
-#: The least part of a replicated array, in bytes, that is written by each of its devices. Orbax
-#: compiles a program for each shape and device to cut it out, which takes longer than to write it.
-LEAST_PART = 2**20
+#: Bytes of the smallest part of a replicated array that a device writes on its own. To cut it out,
+#: Orbax compiles a program for each shape and device, which takes longer than writing 1 MiB.
+MIN_PART_BYTES = 2**20
 
 
 class Best(NamedTuple):
@@ -87,7 +87,7 @@ class Checkpoints:
         self.wait()
         step = int(state.step)
         context = ocp.Context()
-        context.array.saving.min_slice_bytes_for_replica_parallel = LEAST_PART
+        context.array.saving.min_slice_bytes_for_replica_parallel = MIN_PART_BYTES
         with self._writing(), context:
             if any(checkpoint.step == step for checkpoint in self._checkpointer.checkpoints):
                 return
@@ -291,7 +291,8 @@ def _quiet(failed: Collection[Any]) -> Iterator[None]:
     """Silences what Orbax logs about a torn file, and the warnings of abandoned coroutines.
 
     Args:
-        failed: What could not be read, known by the end: its coroutines are collected then.
+        failed: Filled inside the context with files that could not be read. If there are any,
+            the coroutines that Orbax abandoned are collected.
     """
     disabled, hook = logging.root.manager.disable, sys.unraisablehook
     logging.disable(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""What a compiler's records say of temporary arrays over time, from records made by hand."""
+"""Temporary arrays over time, read from a compiler's records that were written by hand."""
 
 import pytest
 

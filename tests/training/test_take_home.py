@@ -70,7 +70,7 @@ def params_of(model):
 
 
 def logits(model):
-    """What a model predicts for a few tokens, by one program."""
+    """The logits of a few tokens, jitted."""
     return jax.jit(lambda tokens: model(tokens))(np.arange(8)[None])
 
 
