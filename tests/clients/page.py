@@ -1,6 +1,8 @@
-"""The code of docs/libraries.md and docs/trainers.md, run as its reader would."""
+"""The code and the tables of names in docs/libraries.md and docs/trainers.md."""
 
+import collections
 import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,5 +38,41 @@ def run(names: dict[str, Any], section: str, *titles: str, **more: Any) -> dict[
 
 
 def model_of(library: str, **names: Any) -> dict[str, Any]:
-    """All that is defined once the model of a library has been made."""
+    """The names that are defined once the model of a library has been made."""
     return run(run({}, FOR_ANY, "optimizers"), library, "model", **names)
+
+
+def by_column(
+    description: memopt.Description, shorten: Callable[[str], str] = str
+) -> dict[str, list[str]]:
+    """The names of a model's parameters by their column in a page's table."""
+    found: dict[str, dict[str, None]] = collections.defaultdict(dict)
+    for row in description.rows:
+        lower = row.name.lower()
+        match row.kind:
+            case "matrix":
+                column = "attention" if re.search("att|mha", lower) else "other"
+            case "vector":
+                column = "norms" if "norm" in lower else "biases"
+            case "position":
+                column = "embedding"
+            case kind:
+                column = kind
+        found[column][shorten(row.name)] = None
+    return collections.defaultdict(list, {column: [*names] for column, names in found.items()})
+
+
+def table_row(library: str, found: Mapping[str, Sequence[str]]) -> str:
+    """The row of a page's table that has these names."""
+    columns = ("embedding", "head", "attention", "other", "norms")
+    return f"| {library} | {' | '.join(braced(found[column]) for column in columns)} |"
+
+
+def braced(names: Sequence[str]) -> str:
+    """Names in Markdown; those that differ in the part before the last share a name with braces."""
+    parts: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        *around, part, last = ["", *name.split("/")]
+        parts.setdefault(("/".join(around).lstrip("/"), last), []).append(part)
+    each = {key: p[0] if len(p) == 1 else f"{{{','.join(p)}}}" for key, p in parts.items()}
+    return ", ".join(f"`{'/'.join(filter(None, (a, p, z)))}`" for (a, z), p in each.items())

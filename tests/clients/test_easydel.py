@@ -17,7 +17,7 @@ PARAMS = {
 
 
 def made(**options):
-    """As `TrainingArguments` calls the factory."""
+    """Calls the factory with the arguments that `TrainingArguments` passes to it."""
     scheduler = eformer.SchedulerConfig(learning_rate=1e-2)
     given = run({}, "EasyDeL", "optimizer")["optimizer"] | options
     extra = given["extra_optimizer_kwargs"]

@@ -19,7 +19,7 @@ IMAGES = np.random.default_rng(0).normal(size=(8, 8, 8, 3)).astype("float32")
 
 
 def given(directory):
-    """What the page takes as given: a model, its data and losses."""
+    """The names that the page's code uses without defining them: a model, its data and losses."""
     batch = {"image": IMAGES, "label": np.arange(8)[:, None] % 4}
     encoder = kd.nn.VitEncoder.from_spec(
         num_heads=HEADS, hidden_size=WIDTH, num_layers=1, patch_size=4, mlp_size=HIDDEN

@@ -67,7 +67,7 @@ def loss_of(model, tokens, key=None):
 
 
 def trained(directory, seed, optimizer):
-    """Where Levanter's trainer comes to, from a checkpoint or from weights drawn with `seed`."""
+    """The last state of Levanter's trainer, from a checkpoint or from weights drawn with `seed`."""
     import haliax as hax
     from levanter.checkpoint import CheckpointerConfig
     from levanter.tracker import NoopConfig

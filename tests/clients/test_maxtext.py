@@ -20,7 +20,7 @@ PARAMS = {
 
 
 def configuration(**options):
-    """What MaxText's function reads of a configuration."""
+    """The options of a configuration that MaxText's function reads."""
     given = {
         "opt_type": "adam_pax",
         "adam_b1": 0.9,

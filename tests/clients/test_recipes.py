@@ -1,6 +1,5 @@
-"""docs/libraries.md: what it shows trains, is saved, and goes on to the same bits."""
+"""The code of docs/libraries.md trains, saves, and resumes bit for bit."""
 
-import collections
 import re
 from typing import Any
 
@@ -10,12 +9,13 @@ import pytest
 
 import memopt
 from tests.clients.optimizers import METHODS
-from tests.clients.page import FOR_ANY, LIBRARIES, PAGE, model_of, run
+from tests.clients.page import FOR_ANY, LIBRARIES, PAGE, by_column, model_of, run, table_row
 from tests.clients.training import TOKENS
 
 MODULES = {"Equinox": "equinox", "Haiku": "haiku", "Keras": "keras"}
 OPTIMIZERS = run({}, FOR_ANY, "optimizers")["OPTIMIZERS"] | {
-    "codes": METHODS["adamw_8bit"](1e-2)  # of arrays as small as these
+    # The page's 8-bit state leaves arrays as small as these in float32; this one does not.
+    "codes": METHODS["adamw_8bit"](1e-2)
 }
 
 # Keras's own, in `Variable.numpy`.
@@ -24,7 +24,7 @@ INTEGRATIONS = pytest.mark.integrations
 
 
 def each_library(*quick: str) -> Any:
-    """All of them; what is not in the environment of the tests, with ``-m integrations``."""
+    """Every library of the page; those not in `quick` are tried with ``-m integrations`` alone."""
     marks = lambda library: [] if library in quick else [INTEGRATIONS]
     return pytest.mark.parametrize(
         "library", [pytest.param(name, marks=marks(name)) for name in LIBRARIES]
@@ -113,37 +113,12 @@ def test_parameters_and_state_are_split_on_a_mesh(library, optimizer):
     assert any(split[count:])
 
 
-def braced(names: list[str]) -> str:
-    """Names in Markdown; of those that differ in the part before the last, it alone, in braces."""
-    parts: dict[tuple[str, str], list[str]] = {}
-    for name in names:
-        *around, part, last = ["", *name.split("/")]
-        parts.setdefault(("/".join(around).lstrip("/"), last), []).append(part)
-    each = {key: p[0] if len(p) == 1 else f"{{{','.join(p)}}}" for key, p in parts.items()}
-    return ", ".join(f"`{'/'.join(filter(None, (a, p, z)))}`" for (a, z), p in each.items())
-
-
-def column(row: Any) -> str:
-    """The column of the page's table in which a row of `memopt.describe` is."""
-    match row.kind:
-        case "matrix":
-            return "attention" if re.search("attention|mha", row.name.lower()) else "other"
-        case "vector":
-            return "norms" if "norm" in row.name.lower() else "biases"
-        case _:
-            return row.kind
-
-
 @each_library("Flax NNX", "Flax linen")
 def test_the_page_has_the_names_of_each_kind(library):
     names = model_of(library)
-    found: dict[str, list[str]] = collections.defaultdict(list)
-    for row in memopt.describe(names["tx"], parameters(library, names)).rows:
-        found[column(row)].append(row.name)
+    found = by_column(memopt.describe(names["tx"], parameters(library, names)))
     assert all(re.search("/b(ias)?$", name) for name in found["biases"])
-    columns = (found["embedding"] + found["position"], found["head"])
-    columns += (found["attention"], found["other"], found["norms"])
-    assert f"| {library} | {' | '.join(map(braced, columns))} |" in PAGE
+    assert table_row(library, found) in PAGE
 
 
 @INTEGRATIONS

@@ -53,7 +53,7 @@ def arguments(example):
 
 
 def given(directory, method, mesh=None):
-    """What the page takes as given: a model, its data and what the model takes of them."""
+    """The names that the page's code uses without defining them: a model, its data and inputs."""
     batch = peft_trainer.TrainingInput(input_tokens=TOKENS, input_mask=np.ones_like(TOKENS))
     return run({}, "Tunix", "optimizer") | {
         "model": make_model(),
