@@ -131,7 +131,7 @@ def cautious_decay(
     weight_decay: float,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Decays weights only where the optimizer's step makes them smaller, too.
+    """Decays weights only where the optimizer's step does not make them larger.
 
     With the update U of `tx`, which is added to the parameters::
 
