@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from memopt.names import VECTOR, Entry, attention_part, kind_of, words
+from memopt.names import ATTENTION_INPUTS, VECTOR, Entry, attention_part, kind_of, words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +137,7 @@ def _one_attention(
     module: str, kinds: Mapping[str, Sequence[Entry]], entries: Sequence[Entry]
 ) -> dict[str, Axes]:
     """Rows and columns of one module's kernels, from the shapes of its output and query."""
-    parts = ("query", "key", "value", "key and value")
-    inputs = [e for part in parts for e in kinds.get(part, ())]
+    inputs = [e for part in ATTENTION_INPUTS for e in kinds.get(part, ())]
     outputs = kinds.get("output", ())
     if not inputs:
         return {}  # an output without a query, for example of an MLP

@@ -55,7 +55,7 @@ LIBRARIES: dict[str, dict[str, str]] = {
         "router": "shared_expert_gate",
         "head": "logits_dense",
     },
-    "Kauldron": {"patches": "patchifier", "before head": "pre_logits"},
+    "Kauldron": {"patches": "patchifier", "hidden": "pre_logits"},
     "Levanter": {"norm": "norm", "embedding": "embeddings *_embeddings"},
     "Equinox": {
         "position": "pos",
@@ -88,9 +88,12 @@ LIBRARIES: dict[str, dict[str, str]] = {
 
 "vector" is matched with the last part of a path; "norm", "router" and "embedding" with the last
 two; "position", "head" and "patches" with the last three; "outer head" and "outer embedding" with
-the first. "patches" are embeddings too; "before head" are matrices named like a head. "query",
-"key", "value", "key and value" (in one array) and "output" are the parts of an attention module.
+the first. "patches" are embeddings too; "hidden" are matrices named like a head. "query", "key",
+"value", "key and value" (in one array) and "output" are the parts of an attention module.
 """
+
+ATTENTION_INPUTS = ("query", "key", "value", "key and value")
+"""The parts of an attention module that read the module's input."""
 
 _AROUND_ALL = {"params", "model", "module", "net", "network", "decoder", "transformer"}
 
@@ -193,7 +196,7 @@ def kind_of(name: str) -> tuple[str, str] | None:
         if is_called("norm", part):
             return "vector", part
     is_attention = re.search("attention|multi_?head", name.lower()) or attention_part(name)
-    is_hidden = is_attention or any(is_called("before head", part) for part in parts[-3:])
+    is_hidden = is_attention or any(is_called("hidden", part) for part in parts[-3:])
     for kind, among in {
         "router": 2,
         "position": 3,
@@ -224,7 +227,7 @@ def attention_part(name: str) -> tuple[str, str, str] | None:
     """
     parts = name.split("/")
     for i in range(len(parts) - 1, max(len(parts) - 3, -1), -1):
-        for kind in ("query", "key", "value", "key and value", "output"):
+        for kind in (*ATTENTION_INPUTS, "output"):
             if is_called(kind, parts[i]):
                 return "/".join([*parts[:i], "*", *parts[i + 1 :]]), kind, parts[i]
     return None
