@@ -108,7 +108,12 @@ def test_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(method, blocks, tmp_
         shutil.rmtree(tmp_path / str(STEPS))
         both.append(arrays(names))
     chex.assert_tree_all_finite(both)
-    assert_same(*both)
+    if method == "muon":
+        # Tunix's jitted step returns weights with other shardings than it gets, and a restart has
+        # the first ones again: another program, whose sums are rounded differently.
+        chex.assert_trees_all_close(*jax.device_get(both), rtol=1e-4, atol=1e-6)
+    else:
+        assert_same(*both)
     split = [not x.sharding.is_fully_replicated for x in jax.tree.leaves(both[0][1])]
     assert any(split) == is_split
 
