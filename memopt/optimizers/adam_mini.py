@@ -52,7 +52,8 @@ def adam_mini(
         **common: see `memopt.Common`.
 
     Raises:
-        ValueError: by `init`, if `head_dim` does not divide the outputs of queries or keys; if it is below 1.
+        ValueError: if `head_dim` is below 1; by `init`, if it does not divide the outputs of
+            queries or keys.
 
     References:
         Zhang et al., Adam-mini: Use Fewer Learning Rates To Gain More, 2024,

@@ -164,7 +164,7 @@ def group_of(groups: Groups, layout: Layout) -> Group:
         raise ValueError(f"groups must have blocks of at least one row or column, got {group!r}.")
     if block != 1 and kind not in ("row", "column"):
         raise ValueError(f"groups must have blocks of rows or columns only, got {group!r}.")
-    return (kind, block) if block != 1 else kind
+    return (kind, int(block)) if block != 1 else kind
 
 
 def group_means(layout: Layout, x: Array, group: Group) -> Array:
