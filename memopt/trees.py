@@ -149,7 +149,8 @@ def _metadata(x: Any) -> Any:
         return x.get_metadata().get("out_sharding") or ()
     if hasattr(kind, "replace_boxed"):  # linen's AxisMetadata
         return getattr(x, "names", None) or ()
-    axes = getattr(x, "axes", None) if hasattr(x, "array") else None
+    # Haliax knows no axes of an array that Equinox has filtered out.
+    axes = getattr(x, "axes", None) if jax.tree.leaves(getattr(x, "array", None)) else None
     if isinstance(axes, tuple) and all(hasattr(axis, "name") for axis in axes):  # Haliax
         return [axis.name for axis in axes]
     return None

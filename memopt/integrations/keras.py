@@ -86,7 +86,12 @@ def _optimizer_class() -> Any:
             on_mesh = all(isinstance(x.sharding, NamedSharding) for x in params.values())
             state = init_sharded(self.tx, params) if on_mesh else self.tx.init(params)
             leaves, self._structure = jax.tree_util.tree_flatten_with_path(state)
-            self._state = [self._add(path, x) for path, x in leaves]
+            # Files have the order of the variables, which names lose: dense_10 is before dense_9.
+            rank = {path: i for i, path in enumerate(params)}
+            places = [[rank.get(getattr(key, "key", ""), -1) for key in path] for path, _ in leaves]
+            in_order = sorted(range(len(leaves)), key=lambda i: (places[i], i))
+            made = {i: self._add(*leaves[i]) for i in in_order}
+            self._state = [made[i] for i in range(len(leaves))]
 
         def _add(self, path: Any, value: jax.Array) -> Any:
             name = leaf_name(path).replace("/", "_")

@@ -85,7 +85,11 @@ def register_levanter() -> type:
 
 def _orientation(params: Any) -> Reoriented:
     """Reads which axes of kernels are inputs, and which outputs, from a model's linear layers."""
-    is_linear = lambda x: all(hasattr(x, name) for name in ("In", "Out", "weight"))
+
+    def is_linear(x: Any) -> bool:
+        found = all(hasattr(x, name) for name in ("In", "Out", "weight"))
+        return found and bool(jax.tree.leaves(x.weight))  # none if it is frozen
+
     layers, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_linear)
     found = {f"{leaf_name(path)}/weight": _axes(x) for path, x in layers if is_linear(x)}
     return Reoriented(lambda name, matrix: found.get(name, matrix))

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from memopt.optimizers.registry import optimizer
+from memopt.optimizers.registry import available, optimizer
 
 #: MaxText makes this type by a function of a rate, a decay and a mask, which can be replaced.
 OPT_TYPE = "adam_pax"
@@ -17,7 +17,8 @@ def maxtext_optimizer(method: str, **options: Any) -> Iterator[None]:
     MaxText chooses an optimizer by `opt_type`, one of a fixed list, and has no hook for others.
     In this context, ``opt_type=adam_pax`` is the optimizer given here. MaxText still makes the
     schedule, clips gradients, skips steps with spikes and freezes parameters, all by its own
-    configuration; `adam_weight_decay` and `adamw_mask` are the optimizer's decay and its mask.
+    configuration; `adam_weight_decay` and `adamw_mask` are the decay and the mask of memopt's own
+    methods, and are not passed to Optax's.
     MaxText's pre-training, ahead-of-time compilation, SFT, DPO and distillation all make their
     optimizer in this way.
 
@@ -42,7 +43,9 @@ def maxtext_optimizer(method: str, **options: Any) -> Iterator[None]:
     get_optimizer, adam_pax = optimizers.get_optimizer, optimizers.adam_pax
 
     def make(learning_rate: Any, *, weight_decay: float, mask: Any, **_: Any) -> Any:
-        decay = {"weight_decay": weight_decay, "weight_decay_mask": mask}
+        decay: dict[str, Any] = {}
+        if method in available("memopt"):
+            decay = {"weight_decay": weight_decay, "weight_decay_mask": mask}
         return optimizer(method, learning_rate, **(decay | options))
 
     def get(config: Any, *args: Any, **kwargs: Any) -> Any:

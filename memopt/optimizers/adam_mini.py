@@ -1,10 +1,12 @@
 """Adam-mini."""
 
 import functools
+import re
 from typing import Unpack
 
 import optax
 
+from memopt.errors import check_at_least
 from memopt.matrices import Layout
 from memopt.names import EMBEDDING, HEAD, POSITION, attention_part, words
 from memopt.optimizers.by_partition import Common, finish
@@ -53,7 +55,8 @@ def adam_mini(
         **common: see `memopt.Common`.
 
     Raises:
-        ValueError: by `init`, if `head_dim` does not divide the outputs of queries or keys.
+        ValueError: if `head_dim` is below 1; by `init`, if it does not divide the outputs of
+            queries or keys.
 
     References:
         Zhang et al., Adam-mini: Use Fewer Learning Rates To Gain More, 2024,
@@ -66,6 +69,7 @@ def adam_mini(
         >>> {name: v.shape for name, v in tx.init(params)[0].nu.items()}
         {'o': (64,), 'q': (4,)}
     """
+    check_at_least("head_dim", head_dim, 1)
     own = functools.partial(hessian_blocks, head_dim=head_dim)
     moments = scale_by_grouped_rms(
         own if groups is None else groups, b1, b2, eps, matrices=common.get("matrices")
@@ -84,12 +88,16 @@ def hessian_blocks(layout: Layout, head_dim: int | None = None) -> Group:
         along = "column" if layout.kind == HEAD else "row"
         return along if layout.is_matrix else "matrix"
     if not layout.is_matrix:
-        return "entry" if words(layout.name.rpartition("/")[2]) in BIASES else "matrix"
+        return "entry" if BIAS.search(words(layout.name.rpartition("/")[2])) else "matrix"
     if not is_query_or_key(layout.name):
         return "column"
     if len(layout.cols) > 1:
         return "head"
     return "column" if head_dim is None else ("column", head_dim)
+
+
+BIAS = re.compile(r"(^|_)(bias|b|beta|offset)$")
+"""Names of biases, in Flax and PyTorch, Haiku and Equinox, Keras, and Haiku's norms."""
 
 
 def is_query_or_key(name: str) -> bool:

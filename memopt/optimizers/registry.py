@@ -241,7 +241,7 @@ FORMERLY_OPTAX = ("adopt", "amsgrad", "lamb", "lars", "sm3")
 
 STATIC = {
     *("rank", "density", "iterations", "ns_steps", "ns_coeffs", "mu_dtype", "tasks"),
-    *("max_side", "block_size", "axis"),
+    *("max_side", "block_size", "axis", "head_dim", "groups"),
     *("on_refresh", "matrices", "weight_decay_mask"),
 }
 """Arguments of methods that decide shapes or programs, and functions that are no schedules."""

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,13 @@ from jax import Array
 from memopt.errors import check_choice, check_precision
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.reductions import total
-from memopt.state.precision import average, bias_correction, bounded, statistics_dtype
+from memopt.state.precision import (
+    average,
+    bias_correction,
+    bounded,
+    statistics_dtype,
+    to_float32,
+)
 from memopt.transforms.per_matrix import per_matrix
 from memopt.trees import NOTHING
 
@@ -150,11 +157,14 @@ def group_of(groups: Groups, layout: Layout) -> Group:
         group = groups[layout.name]
     elif callable(groups):
         group = groups(layout)
-    kind, block = group if isinstance(group, tuple) else (group, 1)
+    is_pair = isinstance(group, tuple | list) and len(group) == 2  # a list, if read from JSON
+    kind, block = group if is_pair else (group, 1)
     check_choice("groups", kind, GROUPS)
+    if not isinstance(block, numbers.Integral) or block < 1:
+        raise ValueError(f"groups must have blocks of at least one row or column, got {group!r}.")
     if block != 1 and kind not in ("row", "column"):
         raise ValueError(f"groups must have blocks of rows or columns only, got {group!r}.")
-    return (kind, block) if block != 1 else kind
+    return (kind, int(block)) if block != 1 else kind
 
 
 def group_means(layout: Layout, x: Array, group: Group) -> Array:
@@ -206,13 +216,13 @@ def _averaged(layout: Layout, group: Group) -> tuple[tuple[int, ...], int]:
                 f"{len(kept)} axes, so give 'head'."
             )
         return averaged, block
-    heads = [side[0] for side in (layout.cols, layout.rows) if len(side) > 1]
-    if len(heads) != 1:
+    heads = next((side[:-1] for side in (layout.cols, layout.rows) if len(side) > 1), None)
+    if heads is None:
         raise ValueError(
             f"groups[{layout.name!r}] must not be 'head': neither its rows nor its columns are two "
             "axes, heads and their entries; give ('column', size of a head)."
         )
-    return tuple(a for a in layout.core if a != heads[0]), 1
+    return tuple(a for a in layout.core if a not in heads), 1
 
 
 def _kept(layout: Layout, averaged: tuple[int, ...]) -> int:
@@ -244,6 +254,9 @@ def choose_groups(
     Returns:
         Groups by name, for `scale_by_grouped_rms` and `memopt.slim_adam`. Vectors have "entry".
 
+    Raises:
+        ValueError: if there is no tree, one tree instead of a list, or an array of integers.
+
     References:
         Kalra et al., SlimAdam, 2025, https://arxiv.org/abs/2503.01843, section 3.
 
@@ -254,7 +267,13 @@ def choose_groups(
     """
     ratios: dict[str, list[dict[str, float]]] = {}
 
+    if not isinstance(second_moments, list | tuple) or not second_moments:
+        got = f"{len(second_moments)} in a {type(second_moments).__name__}"
+        raise ValueError(f"second_moments must be a list of at least one tree, got {got}.")
+
     def measure(layout: Layout, v: Array) -> None:
+        if not jnp.issubdtype(v.dtype, jnp.floating):
+            raise ValueError(f"second_moments must be floats, got {layout.name!r} in {v.dtype}.")
         of = {group: _signal_to_noise(layout, v, group) for group in ("row", "column", "matrix")}
         ratios.setdefault(layout.name, []).append(of if layout.is_matrix else {})
 
@@ -270,8 +289,9 @@ def choose_groups(
 
 def _signal_to_noise(layout: Layout, v: Array, group: Group) -> float:
     """The mean over groups of the squared mean of V over its variance."""
-    v = bounded(v)
+    tiny = jnp.finfo(statistics_dtype(v)).tiny
+    v = to_float32(v)
+    v = v / jnp.maximum(v.max(layout.core, keepdims=True), tiny)  # squares of V would underflow
     mean = group_means(layout, v, group)
     variance = group_means(layout, jnp.square(v - spread(layout, mean, group)), group)
-    tiny = jnp.finfo(variance.dtype).tiny
     return float(jnp.mean(jnp.square(mean) / jnp.maximum(variance, tiny)))

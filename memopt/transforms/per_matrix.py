@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from memopt.axis_types import on_auto_axes
-from memopt.matrices import Matrices, every_matrix, map_matrices
+from memopt.matrices import Matrices, Selection, every_matrix, map_matrices
 from memopt.state.precision import check_real, zeros_of
 
 
@@ -20,6 +20,7 @@ def per_matrix(
     schedules: Mapping[str, optax.Schedule] | None = None,
     reads_params: bool = False,
     matrices: Matrices = None,
+    default: Selection = every_matrix,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a transformation from a rule that updates one parameter.
 
@@ -35,7 +36,8 @@ def per_matrix(
         schedules: keyword arguments of the rule, as functions of the number of previous steps.
         reads_params: whether the rule also takes the parameter, after the arrays.
         matrices: which leaves are matrices, and which axes are their rows and columns; see
-            `memopt.matrices`. By default `memopt.matrices.every_matrix`.
+            `memopt.matrices`.
+        default: the selection without `matrices`, and that which `memopt.out_in` turns.
 
     Returns:
         A transformation whose state is a `state_type`.
@@ -61,7 +63,7 @@ def per_matrix(
     kept = len(state_type._fields) - counted
 
     def map_rule(f: Callable[..., Any], *trees: Any, outputs: int) -> tuple[Any, ...]:
-        new = map_matrices(f, *trees, matrices=matrices, default=every_matrix, outputs=outputs)
+        new = map_matrices(f, *trees, matrices=matrices, default=default, outputs=outputs)
         return new if outputs > 1 else (new,)
 
     def init(params: Any) -> Any:

@@ -15,10 +15,12 @@ from memopt.errors import IncompatiblePairingError, check_between
 from memopt.internals import is_traced
 from memopt.matrices import Layout, Matrices, every_matrix, hidden_matrices, map_matrices
 from memopt.reductions import total
-from memopt.state.precision import bounded, statistics_dtype, to_float32
+from memopt.state.precision import bounded, check_real, statistics_dtype, to_float32
+from memopt.transforms.accumulation import AccumulateByScheduleState, AccumulateState
 from memopt.transforms.decay import decay_as_released, shrinking_weights
 from memopt.transforms.norm_growth import matrix_norm
 from memopt.transforms.per_matrix import per_matrix
+from memopt.transforms.skip_nonfinite import SkipNonfiniteMatricesState, SkipNonfiniteState
 from memopt.trees import NOTHING
 
 
@@ -82,7 +84,8 @@ def cautious(
 
     Raises:
         ValueError: if `min_kept` is not between 0 and 1.
-        IncompatiblePairingError: by `init`, if `tx` is wrapped in one of these wrappers.
+        IncompatiblePairingError: by `init`, if `tx` is wrapped in one of these wrappers, or
+            accumulates or skips gradients: that belongs outside.
 
     References:
         Liang et al., Cautious Optimizers, 2024, https://arxiv.org/abs/2411.16085, Algorithm 1. The
@@ -101,6 +104,7 @@ def cautious(
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> CautiousState:
+        check_real(params)
         state = tx.init(params)
         _check_order("cautious", state)
         return CautiousState(state)
@@ -152,7 +156,8 @@ def cautious_decay(
         A transformation whose state is that of `tx`, then a `CautiousDecayState`.
 
     Raises:
-        IncompatiblePairingError: by `init`, if `tx` is in `cautious_decay` or `hyperball` already.
+        IncompatiblePairingError: by `init`, if `tx` is in `cautious_decay` or `hyperball` already,
+            or accumulates or skips gradients: that belongs outside.
 
     References:
         Chen et al., Cautious Weight Decay, 2025, https://arxiv.org/abs/2510.12402, Algorithm 1.
@@ -203,7 +208,8 @@ def hyperball(
 
     Raises:
         ValueError: by `init`, if a matrix is zero; by `update`, if `params` are not given.
-        IncompatiblePairingError: by `init`, if `tx` is in `hyperball` already.
+        IncompatiblePairingError: by `init`, if `tx` is in `hyperball` already, or accumulates or
+            skips gradients: that belongs outside.
 
     References:
         Hyperball optimization, 2026, https://arxiv.org/abs/2606.16899; R is kept as in the code of
@@ -222,19 +228,19 @@ def hyperball(
     def radius(layout: Layout, w: Any) -> Any:
         return matrix_norm(layout, w) if layout.is_matrix else NOTHING
 
-    choice = hidden_matrices if matrices is None else matrices
     step = per_matrix(
         step_on_sphere,
         HyperballState,
         radius,
         schedules={"rate": rate},
         reads_params=True,
-        matrices=choice,
+        matrices=matrices,
+        default=hidden_matrices,
     )
     wrapped = _append("hyperball", tx, step)
 
     def init(params: Any) -> Any:
-        map_matrices(_check_not_zero, params, matrices=choice)
+        map_matrices(_check_not_zero, params, matrices=matrices)
         return wrapped.init(params)
 
     return optax.GradientTransformationExtraArgs(init, wrapped.update)
@@ -258,8 +264,8 @@ def step_on_sphere(
 
 def _check_not_zero(layout: Layout, w: Any) -> None:
     """Raises if a matrix whose values are known is zero."""
-    known = isinstance(w, jax.Array) and not is_traced(w)
-    if layout.is_matrix and known and not np.all(matrix_norm(layout, w)):
+    known = isinstance(w, jax.Array | np.ndarray) and not is_traced(w)
+    if layout.is_matrix and known and not jnp.all(matrix_norm(layout, w)):
         raise ValueError(
             f"params[{layout.name!r}] has a matrix of zeros, which memopt.hyperball cannot move: "
             "start it from other values, or leave it out by matrices=."
@@ -273,18 +279,35 @@ ORDER: dict[str, type] = {
 }
 """The wrappers by name, from the inside out, with the state that each adds."""
 
+SKIPPING: dict[type, str] = {
+    optax.MultiStepsState: "optax.MultiSteps",
+    optax.ApplyIfFiniteState: "optax.apply_if_finite",
+    AccumulateState: "memopt.accumulate",
+    AccumulateByScheduleState: "memopt.accumulate",
+    SkipNonfiniteState: "memopt.skip_nonfinite",
+    SkipNonfiniteMatricesState: "memopt.skip_nonfinite",
+}
+"""States of optimizers that do not step for every gradient.
+
+Around them, weights would decay and steps would be counted at other gradients, too, and an update
+would be compared with the last gradient instead of their mean.
+"""
+
 
 def _check_order(wrapper: str, state: Any) -> None:
     """Raises if an optimizer's state shows a wrapper that belongs outside this one, or is it."""
     names = list(ORDER)
-    outer = tuple(ORDER[name] for name in names[names.index(wrapper) :])
-    for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, outer)):
-        for name in names:
-            if isinstance(node, ORDER[name]):
-                raise IncompatiblePairingError(
-                    f"tx must not be in memopt.{name} before it is in memopt.{wrapper}: each wraps "
-                    f"an optimizer once, in the order {', '.join(names)}."
-                )
+    outer = {ORDER[name]: f"memopt.{name}" for name in names[names.index(wrapper) :]} | SKIPPING
+    for node in jax.tree.leaves(state, is_leaf=lambda x: type(x) in outer):
+        if type(node) in outer:
+            why = (
+                "that does not step for every gradient, and belongs outside"
+                if type(node) in SKIPPING
+                else f"each wraps an optimizer once, in the order {', '.join(names)}"
+            )
+            raise IncompatiblePairingError(
+                f"tx must not be in {outer[type(node)]} before it is in memopt.{wrapper}: {why}."
+            )
 
 
 def _append(

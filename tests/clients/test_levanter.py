@@ -183,6 +183,20 @@ def test_which_axes_are_inputs_is_read_from_the_layers():
     assert rows["transformer/blocks/stacked/mlp/c_fc/weight"].axes == "rows 1, cols 2, stack 0"
 
 
+def test_frozen_layers_are_left_out():
+    import equinox as eqx
+
+    params = eqx.filter(make_model(), eqx.is_inexact_array)
+    frozen = lambda layers: jax.tree.map(lambda _: None, layers)
+    params = eqx.tree_at(lambda model: model.transformer, params, replace_fn=frozen)
+    tx = memopt.muon(1e-2)  # the decay mask of a configuration, Levanter's own, needs all arrays
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert {name for name, _ in named_leaves(updates)[0]} == {
+        "embeddings/token_embeddings/weight",
+        "lm_head/weight",
+    }
+
+
 def test_a_second_registration_returns_the_same_class():
     assert register_levanter() is register_levanter()
 

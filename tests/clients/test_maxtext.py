@@ -57,6 +57,11 @@ def test_decay_and_its_mask_are_those_of_the_configuration():
     assert updates["mlp"]["wi_0"]["kernel"].all()
 
 
+def test_methods_of_optax_take_no_decay_from_the_configuration():
+    with maxtext_optimizer("sgd", momentum=0.9):
+        made(adam_weight_decay=0.5).init(PARAMS)
+
+
 def test_maxtexts_wrappers_stay_around_it():
     with maxtext_optimizer("galore", rank=2):
         spikes = {"skip_step_interval": 8, "skip_step_scaling_factor": 6.0}

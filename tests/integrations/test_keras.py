@@ -98,6 +98,20 @@ def test_state_that_is_the_parameters_is_donated_on_its_own(keras):
 
 
 @integrations
+def test_state_is_saved_in_the_order_of_the_variables(keras):
+    """Layers of the same model are called dense_9 and dense_10, or dense and dense_1."""
+
+    def shapes(*names):
+        made = [keras.Variable(jnp.ones(2 + i), name=name) for i, name in enumerate(names)]
+        optimizer = keras_optimizer(optax.adam(0.1))
+        optimizer.build(made)
+        optimizer.apply([v.value for v in made], made)
+        return [v.shape for v in optimizer.variables]
+
+    assert shapes("dense_9", "dense_10") == shapes("dense", "dense_1")
+
+
+@integrations
 def test_a_file_is_not_loaded_without_its_transformation(keras, tmp_path):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)])
     model.compile(optimizer=keras_optimizer(optax.sgd(0.1)), loss="mse")

@@ -115,7 +115,32 @@ def test_entries_are_adam_and_no_momentum_is_rmsprop():
             np.testing.assert_allclose(updates[0]["w"], updates[1]["w"], rtol=1e-5)
 
 
-def test_groups_are_chosen_where_second_moments_are_alike():
+def test_queries_have_a_number_for_each_head_of_a_group():
+    """Levanter and Haliax store (groups of heads, heads of a group, size of a head, inputs)."""
+    params = {"q_proj": {"weight": jnp.ones((2, 3, 4, 24))}, "up": {"q_bias": jnp.ones(8)}}
+    matrices = {"q_proj": memopt.Matrix(-1, (0, 1, 2)), "up": None}
+    assert sizes(memopt.adam_mini(1e-3, matrices=matrices), params) == {
+        "q_proj/weight": (2, 3),
+        "up/q_bias": (8,),
+    }
+
+
+def test_hyperparameters_can_be_injected_beside_groups():
+    params = {"q": {"kernel": jnp.ones((8, 16))}}
+    for options in ({"head_dim": 4}, {"groups": lambda layout: ("column", 4)}):
+        tx = optax.inject_hyperparams(memopt.adam_mini)(1e-3, **options)
+        state = jax.jit(tx.update)(params, tx.init(params), params)[1]
+        assert state.inner_state[0].nu["q"]["kernel"].shape == (4,)
+
+
+@pytest.mark.parametrize("moments", [{"w": jnp.ones((2, 3))}, [], [{"w": jnp.ones((2, 3), int)}]])
+def test_what_is_no_list_of_second_moments_is_refused(moments):
+    with pytest.raises(ValueError, match="second_moments must be"):
+        memopt.choose_groups(moments)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-20])
+def test_groups_are_chosen_where_second_moments_are_alike(size):
     rows, cols = jnp.geomspace(1, 100, 6)[:, None], jnp.geomspace(1, 100, 8)
     noise = lambda *shape: jnp.exp(0.05 * jax.random.normal(KEY, shape))
     moments = {
@@ -125,6 +150,7 @@ def test_groups_are_chosen_where_second_moments_are_alike():
         "rough": jnp.exp(3.0 * jax.random.normal(KEY, (6, 8))),
         "bias": noise(8),
     }
+    moments = jax.tree.map(lambda v: size * v, moments)
     chosen = memopt.choose_groups([moments, moments])
     assert chosen.pop("flat") in ("row", "column", "matrix")
     assert chosen == {"by_row": "row", "by_column": "column", "rough": "entry", "bias": "entry"}
@@ -141,6 +167,8 @@ def test_groups_are_chosen_where_second_moments_are_alike():
             ("column", 5),
             r"groups\['w'\] must divide its side.*\('column', 5\) for a side of 12",
         ),
+        (("column", 0), r"at least one row or column, got \('column', 0\)"),
+        (("column",), r"groups \('column',\) is unknown"),
         (("matrix", 2), r"blocks of rows or columns only, got \('matrix', 2\)"),
     ],
 )

@@ -142,6 +142,28 @@ def test_wrappers_are_applied_once_and_in_order(inner, outer):
         tx.init(PARAMS)
 
 
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize(
+    ("outer", "skips"),
+    [
+        ("optax.MultiSteps", lambda tx: optax.MultiSteps(tx, 2).gradient_transformation()),
+        ("memopt.accumulate", lambda tx: memopt.accumulate(tx, 2)),
+        ("optax.apply_if_finite", lambda tx: optax.apply_if_finite(tx, 2)),
+        ("memopt.skip_nonfinite", memopt.skip_nonfinite),
+    ],
+)
+def test_skipping_belongs_outside_of_a_wrapper(wrapper, outer, skips):
+    with pytest.raises(IncompatiblePairingError, match=f"in {outer} before .* memopt.{wrapper}"):
+        WRAPPERS[wrapper](skips(optax.sgd(0.1))).init(PARAMS)
+    skips(WRAPPERS[wrapper](optax.sgd(0.1))).init(PARAMS)
+
+
+def test_hyperball_leaves_embeddings_alone_whatever_the_orientation():
+    tx = memopt.hyperball(optax.sgd(0.1), 0.05, matrices=memopt.out_in)
+    radius = jax.eval_shape(tx.init, PARAMS)[1].radius
+    assert [x.shape for x in jax.tree.leaves(radius)] == [(3,)]
+
+
 def test_all_three_together_train_sharded_as_on_one_device():
     tx = WRAPPERS["cautious_decay"](memopt.cautious(memopt.lion(0.01)))
     tx = memopt.hyperball(tx, 0.05)
