@@ -1,6 +1,8 @@
 """An Optax transformation as an optimizer of Keras."""
 
 import functools
+import posixpath
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,8 +20,9 @@ def keras_optimizer(
     """Makes a Keras optimizer of an Optax transformation, for Keras on JAX.
 
     The transformation gets the trainable variables in a dict by their paths, such as
-    ``"dense_1/kernel"``. Its state is stored in variables of the optimizer: Keras saves them with
-    the model, and with a ``keras.distribution`` they are sharded by `memopt.state_sharding`.
+    ``"dense_1/kernel"``, without the name of a model around all of them. Its state is stored in
+    variables of the optimizer: Keras saves them with the model, and with a ``keras.distribution``
+    they are sharded by `memopt.state_sharding`.
 
     ```python
     model.compile(optimizer=memopt.integrations.keras_optimizer(tx), loss=loss)
@@ -82,16 +85,21 @@ def _optimizer_class() -> Any:
 
         def build(self, variables: Any) -> None:
             super().build(variables)
-            params = _by_path([v for v in variables if not _is_overwritten(v)])
+            updated = [v for v in variables if not _is_overwritten(v)]
+            self._names = _names([v.path for v in updated])
+            params = self._by_name(updated)
             on_mesh = all(isinstance(x.sharding, NamedSharding) for x in params.values())
             state = init_sharded(self.tx, params) if on_mesh else self.tx.init(params)
             leaves, self._structure = jax.tree_util.tree_flatten_with_path(state)
             # Files have the order of the variables, which names lose: dense_10 is before dense_9.
-            rank = {path: i for i, path in enumerate(params)}
+            rank = {name: i for i, name in enumerate(params)}
             places = [[rank.get(getattr(key, "key", ""), -1) for key in path] for path, _ in leaves]
             in_order = sorted(range(len(leaves)), key=lambda i: (places[i], i))
             made = {i: self._add(*leaves[i]) for i in in_order}
             self._state = [made[i] for i in range(len(leaves))]
+
+        def _by_name(self, variables: Any) -> dict[str, jax.Array]:
+            return {self._names[v.path]: v.value for v in variables}
 
         def _add(self, path: Any, value: jax.Array) -> Any:
             name = leaf_name(path).replace("/", "_")
@@ -110,16 +118,13 @@ def _optimizer_class() -> Any:
         def _backend_update_step(
             self, grads: Any, trainable_variables: Any, learning_rate: Any
         ) -> None:
-            params = _by_path(trainable_variables)
-            missing = [
-                v.path
-                for v in self._trainable_variables
-                if v.path not in params and not _is_overwritten(v)
-            ]
+            missing = self._names.keys() - {v.path for v in trainable_variables}
             if missing:
                 raise ValueError(
-                    f"grads must have one gradient for each variable, got none for {missing}."
+                    "grads must have one gradient for each variable, got none for "
+                    f"{sorted(missing)}."
                 )
+            params = self._by_name(trainable_variables)
             state = jax.tree.unflatten(self._structure, [v.value for v in self._state])
             gradients = dict(zip(params, grads, strict=True))
             updates, state = self.tx.update(gradients, state, params)
@@ -127,7 +132,7 @@ def _optimizer_class() -> Any:
             updates = jax.tree.map(lambda u: u * rate.astype(u.dtype), updates)
             new = optax.apply_updates(params, updates)
             for variable in trainable_variables:
-                self.assign(variable, new[variable.path])
+                self.assign(variable, new[self._names[variable.path]])
             for variable, value in zip(self._state, jax.tree.leaves(state), strict=True):
                 self.assign(variable, value)
 
@@ -143,15 +148,24 @@ def _optimizer_class() -> Any:
     return OptaxOptimizer
 
 
-def _by_path(variables: Any) -> dict[str, jax.Array]:
-    params = {v.path: v.value for v in variables}
-    if len(params) < len(variables):
-        paths = [v.path for v in variables]
+def _names(paths: Sequence[str]) -> dict[str, str]:
+    """Names of variables by their paths, without the leading parts that all paths share.
+
+    The name of a model is in front of its layers' until it is saved and loaded; random subspaces
+    are drawn by names, and must stay the same.
+
+    Example:
+        >>> _names(["sequential/dense/kernel", "sequential/dense/bias"])
+        {'sequential/dense/kernel': 'dense/kernel', 'sequential/dense/bias': 'dense/bias'}
+    """
+    if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ValueError(
             f"variables must have different paths, two have {twice!r}: name the layers."
         )
-    return params
+    layers = [path.rpartition("/")[0].rpartition("/")[0] for path in paths]
+    around = posixpath.commonpath(layers) if layers else ""
+    return {path: path.removeprefix(around).removeprefix("/") for path in paths}
 
 
 def _is_overwritten(variable: Any) -> bool:

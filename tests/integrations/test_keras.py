@@ -112,6 +112,33 @@ def test_state_is_saved_in_the_order_of_the_variables(keras):
 
 
 @integrations
+def test_a_loaded_model_goes_on_in_the_same_random_subspaces(keras, tmp_path):
+    tx = memopt.apollo(1e-2, rank=1, matrices=memopt.every_matrix)
+    x, y = (np.random.default_rng(0).normal(size=(8, n)).astype("float32") for n in (3, 4))
+
+    def fitted(model, epochs):
+        model.fit(x, y, epochs=epochs, batch_size=8, shuffle=False, verbose=0)
+        return [v.numpy() for v in model.trainable_variables]
+
+    def make():
+        keras.utils.set_random_seed(0)
+        layers = keras.layers.Dense(5, name="up"), keras.layers.Dense(4, name="down")
+        model = keras.Sequential([*layers])  # named in the paths, as it has no shapes yet
+        model.compile(optimizer=keras_optimizer(tx), loss="mse")
+        return model
+
+    whole, model = fitted(make(), 4), make()
+    fitted(model, 2)
+    model.save(tmp_path / "model.keras")
+    model = keras.saving.load_model(tmp_path / "model.keras", compile=False)
+    model.compile(optimizer=keras_optimizer(tx), loss="mse")
+    model.optimizer.build(model.trainable_variables)
+    model.load_weights(tmp_path / "model.keras")
+    for found, expected in zip(fitted(model, 2), whole, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@integrations
 def test_a_file_is_not_loaded_without_its_transformation(keras, tmp_path):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)])
     model.compile(optimizer=keras_optimizer(optax.sgd(0.1)), loss="mse")
