@@ -93,8 +93,17 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
         axes.barh(names, hidden, label="blocks")
         axes.barh(names, rest, left=hidden, label="embedding and head")
         for i, total in enumerate(h + r for h, r in zip(hidden, rest, strict=True)):
-            axes.annotate(f" {total:.3g}", (total, i), va="center", fontsize=8)
+            side, color = ("right", "white") if total > 8.5 else ("left", "black")
+            axes.annotate(
+                f" {total:.3g} ",
+                (min(total, 9.5), i),
+                ha=side,
+                va="center",
+                color=color,
+                fontsize=8,
+            )
         axes.set(title=f"LLaMA-{model}", xlabel="state bytes a parameter", xlim=(0, 9.5))
+        axes.margins(y=0.01)
     axes.invert_yaxis()  # all subplots share this axis
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)

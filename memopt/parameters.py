@@ -90,6 +90,10 @@ def read_parameters(tree: Any) -> list[Parameter]:
     Args:
         tree: any pytree of arrays or ``jax.ShapeDtypeStruct``, with or without boxes.
 
+    Raises:
+        TypeError: if a leaf has no shape, such as an activation function in an Equinox model.
+        ValueError: if two leaves have the same name.
+
     Example:
         >>> params = {"q": (64, 4, 16), "o": (4, 16, 64), "lm_head": (64, 512)}
         >>> params = {name: jax.ShapeDtypeStruct(s, "float32") for name, s in params.items()}
@@ -101,6 +105,12 @@ def read_parameters(tree: Any) -> list[Parameter]:
     """
     nodes, _ = named_leaves(tree)
     arrays = [open_box(node) for _, node in nodes]
+    for (name, _), x in zip(nodes, arrays, strict=True):
+        if not hasattr(x, "shape"):
+            raise TypeError(
+                f"params must have arrays only, got a {type(x).__name__} at {name!r}; of a model "
+                "of Equinox pass eqx.filter(model, eqx.is_array)."
+            )
     shapes = tuple((name, tuple(x.shape)) for (name, _), x in zip(nodes, arrays, strict=True))
     axes = tuple(axis_names(node) for _, node in nodes)
     if len(dict(shapes)) < len(shapes):

@@ -342,6 +342,13 @@ def test_names_are_unique():
         memopt.adafactor(1e-2).init(params)
 
 
+def test_a_leaf_that_is_no_array_is_named():
+    """An Equinox model has its activation functions among its leaves."""
+    params = {"layer": {"kernel": jnp.ones((4, 8)), "activation": jax.nn.relu}}
+    with pytest.raises(TypeError, match="arrays only, got a custom_jvp at 'layer/activation'"):
+        memopt.adafactor(1e-2).init(params)
+
+
 def test_layers_are_warned_about_together():
     layer = {"query": {"kernel": (64, 8, 16)}, "value": {"kernel": (64, 8, 16)}}
     params = shapes({"layers": [{"mha": layer} for _ in range(3)]})

@@ -43,6 +43,7 @@ def test_the_gallery_shows_it(path):
     found = notebooks.notebook(path)
     assert f"**[{found.title}](notebooks/{path.stem}.md)**" in notebooks.gallery()
     assert len(found.summary) < 600
+    assert found.summary.endswith(".")  # not with a colon before a list that is not shown
     assert found.thumbnail in found.pictures
 
 

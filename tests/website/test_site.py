@@ -61,9 +61,11 @@ def test_an_answer_is_within_two_clicks_of_the_front_page(question):
     assert words in section
 
 
-def test_all_pages_are_in_the_navigation():
-    navigation = (ROOT / "mkdocs.yml").read_text()
-    assert [page.name for page in DOCS.glob("*.md") if f" {page.name}" not in navigation] == []
+def test_all_pages_are_in_the_navigation_and_in_readme():
+    navigation, readme = ((ROOT / name).read_text() for name in ("mkdocs.yml", "README.md"))
+    pages = [page.name for page in DOCS.glob("*.md")]
+    assert [page for page in pages if f" {page}" not in navigation] == []
+    assert [page for page in pages if f"](docs/{page})" not in readme] == []
 
 
 def test_public_names_are_documented_and_on_a_page():
