@@ -19,6 +19,7 @@ as JSON.
 """
 
 import dataclasses
+import functools
 import statistics
 import sys
 from collections.abc import Sequence
@@ -230,7 +231,8 @@ def real_errors(candidate: Candidate, gradients: Sequence[Any]) -> dict[str, flo
         for a, b in zip(jax.tree.leaves(off), jax.tree.leaves(by), strict=True)
     ]
     found = {"updates": float(np.mean([x.mean() for x in each])), "worst": float(np.max(each))}
-    if candidate.codec is None:
+    codec: Any = candidate.codec
+    if codec is None:
         return found | {"first": 0.0, "second": 0.0}
     adam = optax.scale_by_adam()
     state = adam.init(gradients[0])
@@ -243,7 +245,7 @@ def real_errors(candidate: Candidate, gradients: Sequence[Any]) -> dict[str, flo
     key = None if candidate.rounding == "nearest" else jax.random.key(0)
     for kind, arrays in (("signed", first), ("unsigned", second)):
         error = jax.jit(
-            lambda x, kind=kind: memopt.diagnostics.codec_error(x, candidate.codec, key, kind=kind)
+            functools.partial(memopt.diagnostics.codec_error, codec=codec, key=key, kind=kind)
         )
         found["first" if kind == "signed" else "second"] = float(np.mean([*map(error, arrays)]))
     return found
