@@ -17,7 +17,7 @@ from memopt.transforms.decay import subtract_decay, updated_weights
 from memopt.transforms.factored import divide_by_factored_rms, second_moment_decay
 from memopt.transforms.matrix_rms import clip_rms, scale_by_rms_of
 from memopt.transforms.norm_growth import limit_growth
-from memopt.transforms.orthogonalization import multiply_by_shape
+from memopt.transforms.orthogonalization import SHAPE_SCALES, multiply_by_shape
 from memopt.trees import NOTHING
 
 G = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 6)), jnp.float32)
@@ -55,12 +55,12 @@ def test_the_state_has_a_count_and_an_array_for_each_parameter():
 
 
 def test_rules_say_what_becomes_of_one_parameter():
-    ones = jnp.ones(2)
+    ones, jordan = jnp.ones(2), SHAPE_SCALES["jordan"]
     rms = lambda x: np.sqrt(np.square(x).mean((1, 2), keepdims=True))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5)
     close(clip_rms(LAYOUT, G, clip_threshold=0.5), G / np.maximum(1, rms(G) / 0.5))
     close(scale_by_rms_of(LAYOUT, G, 3 * G, min_scale=0.1), G * 3 * rms(G))
-    close(multiply_by_shape(LAYOUT, G, consistent_rms=None), G * np.sqrt(6 / 4))
+    close(multiply_by_shape(LAYOUT, G, consistent_rms=None, factor=jordan), G * np.sqrt(6 / 4))
     close(subtract_decay(LAYOUT, G, G, decayed=updated_weights, strength=0.25), 0.5 * G)
     limited, norms = limit_growth(LAYOUT, G, ones, limiter=memopt.GrowthLimiter(1.5))
     close(norms, 1.5 * ones)

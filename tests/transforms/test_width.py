@@ -13,7 +13,6 @@ from flax import linen, nnx
 from jax.sharding import AxisType, NamedSharding
 
 import memopt
-from memopt.matrices import Matrix
 from memopt.models import llama
 from memopt.training.release.per_parameter_update import PerParameterUpdate
 from memopt.transforms import width
@@ -223,22 +222,20 @@ def test_boxes_are_opened_and_refilled(box):
 
 def test_kernels_of_outputs_and_inputs():
     """Kernels are (out, in), as in Equinox; embeddings are not."""
-    select = lambda name, p: (
-        p.matrix if p.kind == "embedding" else Matrix(-1, -2) if p.matrix else None
-    )
+    no_tables = lambda name, p: None if p.kind == "embedding" else memopt.out_in(name, p)
     pick = lambda tree: {
         "embedding": tree["embed"]["embedding"],
         "up": {"weight": tree["blocks"]["up"]["kernel"].mT},
         "head": {"weight": tree["head"]["kernel"].T},
     }
-    roles = memopt.width_roles(pick(WIDE), pick(BASE), matrices=select)
+    roles = memopt.width_roles(pick(WIDE), pick(BASE), matrices=memopt.out_in)
     assert {name: found.role for name, found in roles.items()} == {
         "embedding": "embedding",
         "up/weight": "hidden",
         "head/weight": "readout",
     }
     with pytest.raises(ValueError, match=r"matrices must give a memopt\.Matrix for 'embedding'"):
-        memopt.width_roles(pick(WIDE), pick(BASE), matrices=memopt.out_in)
+        memopt.width_roles(pick(WIDE), pick(BASE), matrices=no_tables)
 
 
 def of(**shapes):
