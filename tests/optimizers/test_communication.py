@@ -49,7 +49,7 @@ def collectives(tx, params, places=None, spread_over=None):
 
 def most_numbers(name):
     """The largest array moved between refreshes, as a fraction of a whole parameter."""
-    if name == "muon":
+    if name in ("muon", "normuon"):
         return WHOLE // 8  # each device's share of two of them, in whole matrices
     if name == "soap":
         return 256**2  # a factor of the longer side, of one layer
