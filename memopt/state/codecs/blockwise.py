@@ -125,22 +125,24 @@ class Mapped(Blockwise):
 
     Attributes:
         signed: whether numbers may be negative.
+        bits: those of a code.
     """
 
     signed: bool
+    bits: int = 8
 
     scale_dtype: ClassVar[Any] = jnp.bfloat16
     """The dtype in which scales are stored."""
 
     @property
-    @abc.abstractmethod
     def _top(self) -> int:
         """The largest code that both signs have."""
+        return 2 ** (self.bits - self.signed) - 1
 
     @property
-    @abc.abstractmethod
     def _dtype(self) -> Any:
         """The dtype of codes."""
+        return jnp.dtype(f"{'' if self.signed else 'u'}int{self.bits}")
 
     @abc.abstractmethod
     def _below(self, y: Array) -> Array:
@@ -206,14 +208,6 @@ class Integers(Mapped):
         super().__post_init__()
         check_choice("bits", self.bits, (4, 8))
         check_choice("power", self.power, (1, 2, 4))
-
-    @property
-    def _top(self) -> int:
-        return 2 ** (self.bits - self.signed) - 1
-
-    @property
-    def _dtype(self) -> Any:
-        return jnp.dtype(f"{'' if self.signed else 'u'}int{self.bits}")
 
     def _below(self, y: Array) -> Array:
         return jnp.floor(_root(y, self.power) * self._top)

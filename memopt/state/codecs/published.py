@@ -36,14 +36,6 @@ class Companded(Mapped):
 
     scale_dtype: ClassVar[Any] = jnp.float16
 
-    @property
-    def _top(self) -> int:
-        return 127 if self.signed else 255
-
-    @property
-    def _dtype(self) -> Any:
-        return jnp.int8 if self.signed else jnp.uint8
-
     def _position(self, y: Array) -> Array:
         """The code of a number from 0 to 1, not rounded."""
         return self._top * (2 * y / (1 + y) if self.signed else jnp.sqrt(y))
@@ -108,14 +100,6 @@ class DynamicTree(Mapped):
     block: int | None = 256
 
     scale_dtype: ClassVar[Any] = jnp.float32
-
-    @property
-    def _top(self) -> int:
-        return 127 if self.signed else 255
-
-    @property
-    def _dtype(self) -> Any:
-        return jnp.int8 if self.signed else jnp.uint8
 
     @property
     def _last(self) -> int:
