@@ -34,8 +34,10 @@ def test_each_method_has_its_state_traffic_claim_loss_and_use():
     assert found["`soap`"][4] == "–"
 
 
-def test_methods_that_do_not_match_adam_as_claimed_are_named():
-    assert evidence.not_confirmed({"results": RUNS}) == (
-        "Worse than AdamW here, unlike in their papers: `lion` (2M: +0.50, worse).\n"
+def test_methods_that_do_not_match_others_as_claimed_are_named():
+    rmnp = [*seeds("rmnp", 1.9, 1.92, 1.88), *seeds("normuon", 1.5, 1.52, 1.48)]
+    assert evidence.not_confirmed({"results": [*RUNS, *rmnp]}) == (
+        "Worse here, unlike in their papers: `lion` than `adamw` (2M: +0.50), "
+        "`rmnp` than `muon` (2M: +0.40).\n"
     )
     assert "papers: none." in evidence.not_confirmed({"results": RUNS[:6]})
