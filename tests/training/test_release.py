@@ -89,7 +89,7 @@ def assert_same(ordinary, released, atol=1e-6):
     chex.assert_trees_all_close(ordinary[1], released[1], rtol=1e-5)
 
 
-SHARED = ("adamw",)  # which keeps a count that all layers share
+SHARED = ("adamw", "badam")  # which keep a count, or moments, that all layers share
 ALIKE = {"lion", "frugal"}  # adamw works by entries, too, and apollo_mini draws at every refresh
 
 
@@ -105,6 +105,7 @@ def test_twenty_steps_are_the_ordinary_ones(name):
     method = METHODS[name]
     options = {"rank": 2} if method.has_free_rank else {}
     options |= {"refresh_every": 7} if "refresh_every" in method.defaults else {}
+    options |= {"switch_every": 3} if "switch_every" in method.defaults else {}
     atol = 1e-6
     if name == "soap":  # divides by what rounding alone gives to the weakest directions
         options["max_side"], atol = DIM, 1e-5
