@@ -7,6 +7,7 @@ from jax import Array
 
 from memopt.optimizers.by_partition import Common, finish, inner_or_adam
 from memopt.optimizers.registry import method
+from memopt.state.quantized_state import store_state
 from memopt.transforms.block_cycle import cycle_blocks
 
 
@@ -23,6 +24,7 @@ def badam(
     eps: float = 1e-8,
     inner: optax.GradientTransformation | None = None,
     seed: int | Array = 0,
+    as_released: bool = False,
     **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
     """BAdam: Adam for one layer at a time; the state is that of one layer.
@@ -33,7 +35,8 @@ def badam(
         U, M, V = Adam(G, M, V)                    its bias correction restarts, too
         W ← W − lr · (U + weight_decay · W)
 
-    All other parameters stay as they are, also without decay. Layers are recognised as by
+    All other parameters stay as they are, without decay, too; those that `rest` updates have no
+    turns. Layers are recognised as by
     `memopt.cycle_blocks`; a model without layers is one block.
 
     State: 2mn/L numbers per matrix of L layers, whether they are stacked or not, and none for the
@@ -52,7 +55,8 @@ def badam(
         eps: added to the root of the second moment.
         inner: any Optax transformation, used instead of Adam.
         seed: the seed of the random order.
-        **common: see `memopt.Common`; `rest` updates its leaves at every step.
+        as_released: has no effect, since the authors' code follows the paper.
+        **common: see `memopt.Common`.
 
     Raises:
         ValueError: if `switch_every` is below one, `order` is unknown, or `b1`, `b2` or `eps` is
@@ -60,9 +64,9 @@ def badam(
 
     References:
         Luo et al., BAdam: A Memory Efficient Full Parameter Optimization Method for Large Language
-        Models, 2024, https://arxiv.org/abs/2404.02827, Algorithm 1. Their released code is the
-        same; in bfloat16 it keeps a float32 copy of the block's parameters, too, for which memopt
-        has `memopt.quantize_params`.
+        Models, 2024, https://arxiv.org/abs/2404.02827, Algorithm 1. Of parameters in
+        bfloat16, the authors' code also keeps a float32 copy of the block; see
+        `memopt.quantize_params`.
 
     Example:
         >>> import memopt, jax.numpy as jnp
@@ -72,8 +76,9 @@ def badam(
     """
     decay = common.pop("weight_decay", 0.0), common.pop("weight_decay_mask", None)
     adam = inner_or_adam(inner, badam, b1=b1, b2=b2, eps=eps)
+    decayed = optax.chain(adam, optax.add_decayed_weights(*decay))
     block = cycle_blocks(
-        optax.chain(adam, optax.add_decayed_weights(*decay)),
+        store_state(decayed, common.pop("state", None)),
         switch_every,
         order,
         embedding=embedding,
