@@ -145,6 +145,28 @@ def test_a_state_without_place_for_the_layers_is_refused():
         both(tx, steps=1)
 
 
+def test_layers_that_share_a_state_in_8_bits_round_it_in_their_own_turns():
+    adam = memopt.quantize_state(optax.scale_by_adam(), min_size=0)
+    rate = optax.scale_by_learning_rate(RATE)
+    assert_same(*both(optax.chain(memopt.cycle_blocks(adam, 2, "random"), rate), steps=5))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda tx: memopt.quantize_state(tx), "would round the state again"),
+        (lambda tx: optax.chain(optax.clip_by_block_rms(1.0), tx), "treats its layers together"),
+        (lambda tx: optax.chain(tx, optax.clip_by_block_rms(1.0)), "treats its layers together"),
+    ],
+)
+def test_what_mixes_layers_around_a_shared_state_is_refused(wrong, says):
+    model, params = toy()
+    tx = wrong(memopt.badam(RATE))
+    step = functools.partial(release_step, model=model, tx=tx, learning_rate=RATE)
+    with pytest.raises(ValueError, match=says):
+        jax.eval_shape(step, init_state(params, tx), make_batch(0))
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [

@@ -12,6 +12,8 @@ from jax import Array
 
 from memopt.internals import Call, Cond, Program, Scan, While, trace
 from memopt.parameters import init_shapes, known, read_parameters
+from memopt.state.quantized_state import QuantizedState
+from memopt.transforms.block_cycle import CycleBlocksState
 
 Scalars = tuple[Any, Any, Any]
 """The loss, the norm of the whole gradient, and the number of the layer."""
@@ -68,6 +70,7 @@ class PerParameterUpdate:
         with known(parameters):  # of other numbers of layers, too
             states = [jax.tree.leaves(init_shapes(tx.init, p)) for p in shapes]
             self._program, with_prime = _trace(tx, shapes[1], layers), _trace(tx, shapes[2])
+            _check_rounded_once(init_shapes(tx.init, params))
         self.axes = _layer_axes(states, (layers, 1, prime))
         self._owners, self.needs_norm = self._separate()
         by_layer = [*stacked, *stacked, *(axis is not None for axis in self.axes), *[False] * 3]
@@ -222,6 +225,18 @@ def _layer_axes(states: Sequence[Sequence[Any]], counts: tuple[int, int, int]) -
             raise refused
         axes.append(moved[0] if moved else None)
     return axes
+
+
+def _check_rounded_once(state: Any) -> None:
+    """Raises if state that layers share is rounded again at each layer."""
+    is_of = lambda kind: lambda x: isinstance(x, kind)
+    for part in jax.tree.leaves(state, is_leaf=is_of(QuantizedState)):
+        inside = jax.tree.leaves(part, is_leaf=is_of(CycleBlocksState))
+        if isinstance(part, QuantizedState) and any(map(is_of(CycleBlocksState), inside)):
+            raise ValueError(
+                "quantize_state around cycle_blocks would round the state again at each layer: use "
+                "cycle_blocks(quantize_state(…)), or badam(state=…)."
+            )
 
 
 _CLEAN, _BY_LAYER, _MIXED = range(3)
