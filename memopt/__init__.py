@@ -40,6 +40,7 @@ from memopt.transforms import CautiousState as CautiousState
 from memopt.transforms import ClipByGradientNormState as ClipByGradientNormState
 from memopt.transforms import ClipByStepState as ClipByStepState
 from memopt.transforms import ClipFirstMomentState as ClipFirstMomentState
+from memopt.transforms import CycleBlocksState as CycleBlocksState
 from memopt.transforms import GrowthLimiter as GrowthLimiter
 from memopt.transforms import HyperballState as HyperballState
 from memopt.transforms import InEigenbasisState as InEigenbasisState
@@ -80,6 +81,7 @@ from memopt.transforms import clip_by_gradient_norm as clip_by_gradient_norm
 from memopt.transforms import clip_by_matrix_rms as clip_by_matrix_rms
 from memopt.transforms import clip_by_step as clip_by_step
 from memopt.transforms import clip_first_moment as clip_first_moment
+from memopt.transforms import cycle_blocks as cycle_blocks
 from memopt.transforms import hyperball as hyperball
 from memopt.transforms import in_eigenbasis as in_eigenbasis
 from memopt.transforms import in_subspace as in_subspace

@@ -25,7 +25,6 @@ from memopt.models import llama
 from memopt.models.config import LlamaConfig
 from memopt.optimizers.registry import optimizer
 from memopt.state.bytes import bytes_of
-from memopt.state.quantized_state import quantize_state
 from memopt.text.packing import FIELDS
 from memopt.text.tokenizer import load_tokenizer
 from memopt.training.batches import find_text, open_batches
@@ -251,8 +250,8 @@ class _Compiled(NamedTuple):
 @functools.lru_cache(maxsize=1)
 def _compiled(program: Program) -> _Compiled:
     def remake(rate: optax.Schedule) -> tuple[optax.GradientTransformation, Predict | None]:
-        tx = optimizer(program.optimizer, rate, **dict(program.options))
-        return (quantize_state(tx, program.state) if program.state else tx), None
+        options = dict(program.options)
+        return optimizer(program.optimizer, rate, state=program.state, **options), None
 
     mesh, zero = make_mesh("data=1", rows=program.batch_size), optax.constant_schedule(0.0)
     setup = set_up(

@@ -227,6 +227,7 @@ METHOD_ROWS = (
     *("dadapt_adamw", "mechanic", "dog", "dowg", "cocob"),
     *("adam_mini", "slim_adam"),
     *("normuon", "rmnp", "scale", "sinkgd", "racs"),
+    "badam",
 )
 
 #: Rows that differ from an exact twin in precision only.

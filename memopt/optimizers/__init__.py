@@ -11,6 +11,7 @@ from memopt.optimizers.adopt import adopt as adopt
 from memopt.optimizers.amsgrad import amsgrad as amsgrad
 from memopt.optimizers.apollo import apollo as apollo
 from memopt.optimizers.apollo import apollo_mini as apollo_mini
+from memopt.optimizers.badam import badam as badam
 from memopt.optimizers.by_partition import Common as Common
 from memopt.optimizers.by_partition import matrices_and_rest as matrices_and_rest
 from memopt.optimizers.fira import fira as fira

@@ -9,6 +9,7 @@ from memopt.errors import check_unused
 from memopt.matrices import Matrices, map_matrices
 from memopt.parameters import reading_whole_trees
 from memopt.state.precision import in_float32
+from memopt.state.quantized_state import StateChoice, store_state
 from memopt.transforms.decay import Decayed, decay_as_released
 
 
@@ -53,12 +54,15 @@ class Common(TypedDict, total=False):
             which is the method itself or AdamW with the same learning rate and decay.
         weight_decay: decoupled decay, multiplied by the learning rate.
         weight_decay_mask: which leaves decay, as in ``optax.adamw``.
+        state: how the state is stored, such as "int8", see `memopt.quantize_state`, which has more
+            options; by default in float32.
     """
 
     matrices: Matrices
     rest: optax.GradientTransformation | None
     weight_decay: float
     weight_decay_mask: Any
+    state: StateChoice
 
 
 def finish(
@@ -71,6 +75,7 @@ def finish(
     rest: optax.GradientTransformation | None = None,
     weight_decay: float = 0.0,
     weight_decay_mask: Any = None,
+    state: StateChoice = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Appends decay and learning rate to a method's steps, and adds `rest` for other parameters.
 
@@ -87,6 +92,7 @@ def finish(
         rest: see `Common`.
         weight_decay: see `Common`.
         weight_decay_mask: see `Common`.
+        state: see `Common`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -103,7 +109,7 @@ def finish(
     if rest is None and others is not None:
         rest = in_float32(optax.chain(others, *last))
     end = last if is_flat else (optax.chain(*last),)
-    return matrices_and_rest(optax.chain(*steps, *end), rest, matrices)
+    return store_state(matrices_and_rest(optax.chain(*steps, *end), rest, matrices), state)
 
 
 def inner_or_adam(

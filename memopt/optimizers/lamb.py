@@ -8,6 +8,7 @@ from memopt.optimizers.by_partition import Common, matrices_and_rest
 from memopt.optimizers.registry import method
 from memopt.parameters import reading_whole_trees
 from memopt.state.precision import in_float32
+from memopt.state.quantized_state import store_state
 from memopt.transforms.adam import scale_by_uncorrected_adam
 from memopt.transforms.decay import decay_as_released, weights
 from memopt.transforms.trust_ratio import scale_by_matrix_trust_ratio
@@ -72,4 +73,5 @@ def lamb(
         steps = optax.add_decayed_weights(strength, mask), ratio, rate
     # A chain in a chain, unlike optax.lamb's, whose saved states would be taken for these.
     chain = optax.chain(in_float32(adam(b1, b2, eps)), optax.chain(*steps))
-    return matrices_and_rest(chain, common.get("rest"), matrices)
+    tx = matrices_and_rest(chain, common.get("rest"), matrices)
+    return store_state(tx, common.get("state"))

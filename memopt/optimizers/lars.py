@@ -11,6 +11,7 @@ from memopt.optimizers.by_partition import Common, matrices_and_rest
 from memopt.optimizers.registry import method
 from memopt.parameters import reading_whole_trees
 from memopt.state.precision import in_float32
+from memopt.state.quantized_state import store_state
 from memopt.transforms.trust_ratio import scale_by_matrix_trust_ratio
 
 
@@ -72,7 +73,8 @@ def lars(
         optax.scale_by_learning_rate(learning_rate),
         optax.trace(momentum, nesterov),
     )
-    return matrices_and_rest(in_float32(chain), common.get("rest"), matrices)
+    tx = matrices_and_rest(in_float32(chain), common.get("rest"), matrices)
+    return store_state(tx, common.get("state"))
 
 
 def where_decayed(

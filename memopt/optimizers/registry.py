@@ -21,6 +21,7 @@ from memopt.errors import check_choice, check_precision
 from memopt.functions import call_function, find_function
 from memopt.optimizers.by_partition import Common, finish
 from memopt.state.precision import with_gradient_dtypes
+from memopt.state.quantized_state import StateChoice, store_state
 
 Make = Callable[..., optax.GradientTransformation]
 F = TypeVar("F", bound=Make)
@@ -242,7 +243,7 @@ FORMERLY_OPTAX = ("adopt", "amsgrad", "lamb", "lars", "sm3")
 STATIC = {
     *("rank", "density", "iterations", "ns_steps", "ns_coeffs", "mu_dtype", "tasks"),
     *("max_side", "block_size", "axis", "head_dim", "groups"),
-    *("on_refresh", "matrices", "weight_decay_mask"),
+    *("on_refresh", "matrices", "weight_decay_mask", "state"),
 }
 """Arguments of methods that decide shapes or programs, and functions that are no schedules."""
 
@@ -427,7 +428,11 @@ def available(library: str | None = None) -> tuple[str, ...]:
 
 
 def optimizer(
-    name: str, learning_rate: optax.ScalarOrSchedule, **options: Any
+    name: str,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    state: StateChoice = None,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds an optimizer from its name.
 
@@ -435,6 +440,7 @@ def optimizer(
         name: one of `available()`: a method of memopt, or a baseline from Optax; or
             ``module:function`` of a function that maps a learning rate to a transformation.
         learning_rate: a number or a schedule.
+        state: how the state is stored, such as "int8", see `memopt.quantize_state`; None: as it is.
         **options: keyword arguments of the method.
 
     Returns:
@@ -455,7 +461,11 @@ def optimizer(
     options = renamed.current(chosen.make, options)
     for option in options:
         check_choice(f"option of {name}:", option, chosen.defaults)
-    tx = optax.with_extra_args_support(chosen.make(learning_rate, **options))
+    if chosen.library == "memopt":
+        tx = chosen.make(learning_rate, state=state, **options)
+    else:
+        tx = store_state(chosen.make(learning_rate, **options), state)
+    tx = optax.with_extra_args_support(tx)
     argument = chosen.needs
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:

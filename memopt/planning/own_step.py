@@ -14,7 +14,7 @@ from memopt.errors import check_at_least
 from memopt.models.stacked import StackedModel
 from memopt.optimizers import optimizer as named_optimizer
 from memopt.state.quantized_params import dequantize_params
-from memopt.state.quantized_state import quantize_state
+from memopt.state.quantized_state import store_state
 from memopt.training.placement import abstract_state, batch_sharding, make_mesh
 from memopt.training.release import release_step
 from memopt.training.setup import store_params
@@ -70,8 +70,10 @@ def own_step(
     remat = _check_remat(loss, release, remat)
     batch = batch if batch_size is None else _with_rows(batch, batch_size)
     rate = optax.constant_schedule(1e-3)
-    tx = named_optimizer(optimizer, rate) if isinstance(optimizer, str) else optimizer
-    tx = quantize_state(tx, state) if state else tx
+    if isinstance(optimizer, str):
+        tx: optax.GradientTransformation = named_optimizer(optimizer, rate, state=state)
+    else:
+        tx = store_state(optimizer, state)
     options: Any = {"tx": tx, "learning_rate": rate, "accumulation": accumulation}
 
     def make(devices: Sequence[jax.Device], _: str) -> OwnStep:

@@ -38,6 +38,9 @@ from memopt.trees import (
 CodecChoice: TypeAlias = str | Codec | tuple[str | Codec, str | Codec]
 """A codec, or a pair (that of other arrays, that of second moments)."""
 
+StateChoice: TypeAlias = CodecChoice | Mapping[str, CodecChoice] | None
+"""The codecs of `quantize_state`; None for a state that is not quantised."""
+
 
 class QuantizedState(NamedTuple):
     """State of `quantize_state`.
@@ -205,6 +208,11 @@ def quantize_state(
         return new_updates, QuantizedState(count, *_columns(coded, new, scales_kept))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def store_state(inner: optax.GradientTransformation, state: StateChoice) -> Any:
+    """Returns ``quantize_state(inner, state)``, or `inner` itself for None."""
+    return inner if state is None else quantize_state(inner, state)
 
 
 def _pair(codec: CodecChoice) -> tuple[Codec, Codec]:

@@ -14,7 +14,7 @@ from memopt.diagnostics import with_diagnostics
 from memopt.errors import check_at_least, check_choice
 from memopt.models import llama
 from memopt.optimizers.registry import find_method
-from memopt.state.quantized_state import quantize_state
+from memopt.state.quantized_state import store_state
 from memopt.text.packing import FIELDS
 from memopt.training.batches import shares
 from memopt.training.config import Config
@@ -167,13 +167,17 @@ def _make_optimizer(
     """
     options, named = config.optimization, config.optimizer_options
 
-    def wrapped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-        tx = quantize_state(tx, options.state) if options.state else tx
+    def measured(tx: optax.GradientTransformation) -> optax.GradientTransformation:
         every = config.run.log_diagnostics
         return with_diagnostics(tx, every=every) if every else tx
 
     def make(**named: Any) -> optax.GradientTransformation:
-        return wrapped(optimizers.optimizer(options.optimizer, learning_rate, **named))
+        named.setdefault("state", options.state)
+        if options.state and named["state"] != options.state:
+            raise ValueError(
+                f"state is {options.state}, and option state={named['state']}: give one of them."
+            )
+        return measured(optimizers.optimizer(options.optimizer, learning_rate, **named))
 
     if given is not None:
         for name in ("option", "predict_steps"):
@@ -182,7 +186,7 @@ def _make_optimizer(
                     f"{name} must be left out with an optimizer that has no name; give it by its "
                     "name, or that of a function, MODULE:FUNCTION."
                 )
-        return wrapped(given), None
+        return measured(store_state(given, options.state)), None
     steps = options.predict_steps
     if not steps:
         return make(**named), None

@@ -15,6 +15,8 @@ from memopt.transforms.adam import scale_by_adam_atan2 as scale_by_adam_atan2
 from memopt.transforms.adam import scale_by_raw_amsgrad as scale_by_raw_amsgrad
 from memopt.transforms.adam import scale_by_released_adam as scale_by_released_adam
 from memopt.transforms.adam import scale_by_uncorrected_adam as scale_by_uncorrected_adam
+from memopt.transforms.block_cycle import CycleBlocksState as CycleBlocksState
+from memopt.transforms.block_cycle import cycle_blocks as cycle_blocks
 from memopt.transforms.cached_gradient import cached_value_and_grad as cached_value_and_grad
 from memopt.transforms.cover import ScaleByMatrixSm3State as ScaleByMatrixSm3State
 from memopt.transforms.cover import scale_by_matrix_sm3 as scale_by_matrix_sm3

@@ -84,6 +84,7 @@ INNERS = {
     "adam": Inner(optax.scale_by_adam, twice, twice),
     "lion": Inner(memopt.scale_by_sign_momentum, once, once),
     "momentum": Inner(lambda: optax.trace(0.9), once, once),
+    "muon": Inner(lambda: optax.chain(optax.trace(0.9), memopt.orthogonalize()), once, once),
     "adafactor": Inner(memopt.scale_by_factored_matrix_rms, lambda k, m, n: k * (m + n), once),
 }
 RULES = {
@@ -127,4 +128,4 @@ def covering() -> set[str]:
     """Cells in which every projector meets every recombination, inner optimizers in turns."""
     names = itertools.product(enumerate(PROJECTORS), enumerate(RULES))
     inners = list(INNERS)
-    return {f"{p}-{r}-{inners[(i + j) % 4]}" for (i, p), (j, r) in names} & set(cells())
+    return {f"{p}-{r}-{inners[(i + j) % len(inners)]}" for (i, p), (j, r) in names} & set(cells())

@@ -169,6 +169,18 @@ CASES = {
     "apollo_mini_scale_front": Case(
         variant(memopt.apollo_mini, scale_front=True), mini_moments, twice, twice
     ),
+    "badam": Case(
+        variant(memopt.badam, switch_every=2, **decays),
+        lambda k, m, n: 2 * m * n,
+        none,
+        lambda *shape: 2 * math.prod(shape[1:]) if len(shape) > 1 else 0,
+    ),
+    "badam_random": Case(
+        variant(memopt.badam, switch_every=1, order="random"),
+        lambda k, m, n: 2 * m * n,
+        none,
+        lambda *shape: 2 * math.prod(shape[1:]) if len(shape) > 1 else 0,
+    ),
     "adopt": Case(variant(memopt.adopt, **decays), twice, twice, twice),
     "amsgrad": Case(variant(memopt.amsgrad, **decays), thrice, thrice, thrice),
     "lamb": Case(variant(memopt.lamb, **decays), twice, twice, twice),
@@ -338,7 +350,7 @@ VARIANTS = {  # of methods that stand in the table otherwise, too
     *("apollo_mini_scale_front", "flora_as_released", "frugal_blocks", "frugal_orthogonal"),
     *("galore_8bit", "galore_at_random", "galore_in_turns", "largest_changes"),
     *("soap_as_released", "soap_in_blocks"),
-    *("rmnp_8bit", "sinkgd_momentum"),
+    *("badam_random", "rmnp_8bit", "sinkgd_momentum"),
     *("oasis_momentum", "mkor_as_released", "mkor_hybrid", "tag_adam", "tag_factored"),
 }
 CASES |= CELLS

@@ -103,7 +103,7 @@ def test_documented_defaults_are_those_of_the_methods(subspaces):
 def test_a_docstring_says_how_many_numbers_its_method_keeps(name):
     p, q = 8, 12
     formula = re.sub(r"(?<=\w)(?=[a-zρ])", "*", METHODS[name].state).replace("²", "**2")
-    numbers = eval(formula, {"m": p, "n": q, "p": p, "q": q, "r": p // 4, "ρ": 0.25})
+    numbers = eval(formula, {"m": p, "n": q, "p": p, "q": q, "r": p // 4, "ρ": 0.25, "L": 1})
     tree = {"up": {"kernel": jax.ShapeDtypeStruct((p, q), jnp.float32)}}
     assert memopt.state_bytes(memopt.optimizer(name, 1e-3), tree)["up/kernel"] == 4 * numbers
 

@@ -308,6 +308,19 @@ def adamw(w, gradients, name, b1=0.9, b2=0.999):
         yield w
 
 
+def badam(w, gradients, name):
+    """Three layers and then all other parameters, from the last block; each one has its own Adam."""
+    in_layers = name in ("layers", "experts")
+    parts = np.array(w if in_layers else [w])
+    for t, g in enumerate(gradients):
+        turn, at = divmod(t, 5)
+        if at == 0:
+            adam, now = Adam(), 3 - turn % 4 if in_layers else turn % 4
+        if now < len(parts):
+            parts[now] = descend(parts[now], adam(g[now] if in_layers else g))
+        yield parts.copy() if in_layers else parts[0].copy()
+
+
 @stacked
 def lars(w, gradients, name, ratio=lambda w, g: 1e-3 * w / (g + DECAY * w), nesterov=False):
     """A momentum that has the learning rate in it."""
@@ -685,6 +698,7 @@ METHODS = {
         memopt.slim_adam,
         {},
     ),
+    "badam": (badam, memopt.badam, {"switch_every": 5, "head": True}),
     "lomo": (lomo, memopt.lomo, {"clip_value": 0.05}),
     "adopt": (adopt, memopt.adopt, {}),
     "adopt_unbounded": (

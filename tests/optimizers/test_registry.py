@@ -112,11 +112,43 @@ def test_a_name_means_its_function():
     assert memopt.state_bytes(by_name, tree()) == memopt.state_bytes(direct, tree())
 
 
+@pytest.mark.parametrize("name", ["adamw", *memopt.available("memopt")])
+def test_the_state_of_every_method_is_quantised_by_its_name(name):
+    """As by `quantize_state` around it, but for one whose state begins anew."""
+    wide = jax.ShapeDtypeStruct((64, 128), "float32")
+    params = {"embed": wide, "blocks": {"up": jax.ShapeDtypeStruct((2, 64, 128), "float32")}}
+    by_name = with_extra_arguments(memopt.optimizer)(name, 1e-2, state="int8")
+    if name == "badam":
+        kept = jax.tree.leaves(by_name.init(params))
+        assert sorted(x.size for x in kept if x.dtype in (jnp.int8, jnp.uint8)) == [64 * 128] * 2
+        return
+    around = memopt.quantize_state(with_extra_arguments(memopt.optimizer)(name, 1e-2), "int8")
+    assert jax.eval_shape(by_name.init, params) == jax.eval_shape(around.init, params)
+
+
+def test_muon_in_8_bits_moves_as_muon_does_and_keeps_a_quarter():
+    params = {"blocks": {"up": jax.random.normal(jax.random.key(0), (2, 64, 128))}}
+    gradient = lambda t: jax.tree.map(lambda p: jax.random.normal(jax.random.key(t), p.shape), params)
+    exact, stored = memopt.muon(1e-2), memopt.muon(1e-2, state="int8")
+    states = exact.init(params), stored.init(params)
+    for t in range(1, 6):
+        (expected, a), (found, b) = (
+            jax.jit(tx.update)(gradient(t), state, params)
+            for tx, state in zip((exact, stored), states, strict=True)
+        )
+        states = a, b
+        difference = optax.tree.norm(optax.tree.sub(expected, found))
+        assert difference < 0.1 * optax.tree.norm(expected)
+    numbers = 2 * 64 * 128
+    assert memopt.state_bytes(exact, params)["blocks/up"] == 4 * numbers
+    assert memopt.state_bytes(stored, params)["blocks/up"] == numbers + 2 * 64 * 2 * 4  # two scales a row
+
+
 @pytest.mark.parametrize("name", memopt.available("memopt"))
 def test_a_method_documents_all_its_options_and_refuses_others(name):
     make = getattr(memopt, name)
     options = inspect.signature(make).parameters
-    assert {"matrices", "rest", "weight_decay", "weight_decay_mask"} <= set(options)
+    assert {"matrices", "rest", "weight_decay", "weight_decay_mask", "state"} <= set(options)
     assert not {p.kind for p in options.values()} & {inspect.Parameter.VAR_KEYWORD}
     if name != "apollo_mini":  # refers to apollo's
         documented = set(re.findall(r"^ {4}(\w+): ", inspect.getdoc(make), re.MULTILINE))

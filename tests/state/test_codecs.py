@@ -443,3 +443,17 @@ def test_a_codec_stands_for_itself():
     codec = codecs.Integers()
     assert set(named(codec)) == {codec}
     assert codec.decode(Coded(jnp.array([127], jnp.int8), (jnp.ones(1),)))[0] == 1
+
+
+@pytest.mark.parametrize("block", [32, 64, 128, 256])
+def test_blocks_along_a_tpus_tiles_are_those_of_the_last_axis(block, monkeypatch):
+    """Where a tile holds several blocks, a number that is not finite spoils its own alone."""
+    codec = codecs.Integers(block=block)
+    x = np.random.default_rng(0).normal(size=(2, 16, 512)).astype(np.float32)
+    x[1, 3, 40] = np.inf
+    expected = codec.encode_nearest(jnp.asarray(x))
+    on_tpu = lambda *xs, tpu, default: tpu(*xs)
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_tpu)
+    found = codec.encode_nearest(jnp.asarray(x))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert (~jnp.isfinite(codec.decode(found))).sum() == block

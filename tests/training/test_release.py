@@ -89,7 +89,7 @@ def assert_same(ordinary, released, atol=1e-6):
     chex.assert_trees_all_close(ordinary[1], released[1], rtol=1e-5)
 
 
-SHARED = ("adamw",)  # which keeps a count that all layers share
+SHARED = ("adamw", "badam")  # which keep a count, or moments, that all layers share
 ALIKE = {"lion", "frugal"}  # adamw works by entries, too, and apollo_mini draws at every refresh
 
 
@@ -105,6 +105,7 @@ def test_twenty_steps_are_the_ordinary_ones(name):
     method = METHODS[name]
     options = {"rank": 2} if method.has_free_rank else {}
     options |= {"refresh_every": 7} if "refresh_every" in method.defaults else {}
+    options |= {"switch_every": 3} if "switch_every" in method.defaults else {}
     atol = 1e-6
     if name == "soap":  # divides by what rounding alone gives to the weakest directions
         options["max_side"], atol = DIM, 1e-5
@@ -142,6 +143,28 @@ def test_a_state_without_place_for_the_layers_is_refused():
     tx = memopt.frugal(RATE, projector=memopt.projectors.blocks(1 / 3), on_refresh="reset")
     with pytest.raises(ValueError, match="a layer at a time"):
         both(tx, steps=1)
+
+
+def test_layers_that_share_a_state_in_8_bits_round_it_in_their_own_turns():
+    adam = memopt.quantize_state(optax.scale_by_adam(), min_size=0)
+    rate = optax.scale_by_learning_rate(RATE)
+    assert_same(*both(optax.chain(memopt.cycle_blocks(adam, 2, "random"), rate), steps=5))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda tx: memopt.quantize_state(tx), "would round the state again"),
+        (lambda tx: optax.chain(optax.clip_by_block_rms(1.0), tx), "treats its layers together"),
+        (lambda tx: optax.chain(tx, optax.clip_by_block_rms(1.0)), "treats its layers together"),
+    ],
+)
+def test_what_mixes_layers_around_a_shared_state_is_refused(wrong, says):
+    model, params = toy()
+    tx = wrong(memopt.badam(RATE))
+    step = functools.partial(release_step, model=model, tx=tx, learning_rate=RATE)
+    with pytest.raises(ValueError, match=says):
+        jax.eval_shape(step, init_state(params, tx), make_batch(0))
 
 
 @pytest.mark.parametrize(

@@ -297,3 +297,18 @@ def test_an_inner_optimizer_that_keeps_parameters_is_refused():
     tx = memopt.in_subspace(inner, projectors.svd(2), recombine.lift())
     with pytest.raises(memopt.IncompatiblePairingError, match="inner must not keep values of its"):
         tx.init({"w": jnp.zeros((4, 6))})
+
+
+def test_momentum_is_orthogonalised_in_a_subspace_as_it_would_be_outside():
+    """Newton–Schulz iterations see singular values, which an orthonormal basis does not change."""
+    draw = np.random.default_rng(0)
+    gradients = [{"w": jnp.asarray(draw.normal(size=(3, 8, 12)), jnp.float32)} for _ in range(3)]
+    low, orthogonal = optax.trace(0.9), memopt.orthogonalize()
+    on = lambda inner: memopt.in_subspace(inner, projectors.orthogonal(2), recombine.lift(), 2)
+    inside, outside = on(optax.chain(low, orthogonal)), optax.chain(on(low), orthogonal)
+    states = inside.init(gradients[0]), outside.init(gradients[0])
+    for g in gradients:
+        (u, a), (v, b) = inside.update(g, states[0]), outside.update(g, states[1])
+        states = a, b
+        np.testing.assert_allclose(u["w"], v["w"], atol=1e-4)  # 3.4445⁵ ε
+        assert jnp.linalg.matrix_rank(u["w"], rtol=1e-3).tolist() == [2, 2, 2]

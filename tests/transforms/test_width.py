@@ -171,7 +171,7 @@ def test_stacked_layers_are_separate_layers():
 def test_a_released_step_scales_layers_one_at_a_time():
     up, base = (tree["blocks"]["up"]["kernel"] for tree in (WIDE, BASE))
     tx = memopt.scale_by_width("standard", base)
-    update, _ = PerParameterUpdate(tx, up, [True]).update(0, up[:1], up[:1], [], (0.0, 0.0))
+    update, _ = PerParameterUpdate(tx, up, [True]).update(0, up[:1], up[:1], [], (0.0, 0.0, 0))
     chex.assert_trees_all_equal(update, scaled(tx, up)[:1])
 
 

@@ -55,7 +55,14 @@ class Blockwise(Codec):
             return f(self._cut(x), -1)
 
         def tiled(x: Array) -> Array:
-            return f(_tiles(x), -1).swapaxes(-2, -1).reshape(*x.shape[:-1], -1)
+            tiles, block = _tiles(x), self.block or LANES
+            if block >= LANES:
+                found = f(_in_blocks(tiles, block), (-3, -1))[..., None]
+            else:
+                lane = jnp.arange(LANES) // block
+                parts = [f(jnp.where(lane == i, tiles, 0), -1) for i in range(LANES // block)]
+                found = jnp.stack(parts, -1)
+            return found.swapaxes(-3, -2).reshape(*x.shape[:-1], -1)
 
         spec = tuple(spec_of(x))
         if spec and spec[-1] is not None:
@@ -79,9 +86,20 @@ class Blockwise(Codec):
             return y.reshape(*shape[:-1], -1)[..., : shape[-1]]
 
         def tiled(x: Array, *scales: Array) -> Array:
-            rows = lambda s: s.reshape(*shape[:-2], -1, SUBLANES, s.shape[-1]).swapaxes(-2, -1)
-            y = f(_tiles(x).astype(jnp.float32), *(rows(s)[..., None] for s in scales))
-            return y.swapaxes(-3, -2).reshape(shape)
+            tiles, block = _tiles(x).astype(jnp.float32), self.block or LANES
+            per_row = max(1, LANES // block)  # blocks in a row of a tile
+            lane = jnp.arange(LANES) // block
+
+            def spread(s: Array) -> Array:
+                s = s.reshape(*shape[:-2], -1, SUBLANES, s.shape[-1] // per_row, per_row)
+                parts = jnp.split(s.swapaxes(-3, -2), per_row, -1)
+                if per_row == 1:
+                    return parts[0][..., None, :, :]
+                choose = lambda s, i: jnp.where(lane == i, parts[i], s)
+                return functools.reduce(choose, range(1, per_row), parts[0])
+
+            y = f(_in_blocks(tiles, block), *map(spread, scales))
+            return y.reshape(tiles.shape).swapaxes(-3, -2).reshape(shape)
 
         on_tiles = functools.partial(self._on_tiles, tiled, plain)
         return on_auto_axes(on_tiles, (x, *scales), like=spec_of(x))
@@ -99,10 +117,14 @@ class Blockwise(Codec):
     def _on_tiles(
         self, tiled: Callable[..., Array], plain: Callable[..., Array], *xs: Any
     ) -> Array:
-        """Runs ``tiled`` on a TPU if blocks are rows of its tiles, which avoids a copy."""
-        shape = xs[0].shape
-        sides = len(shape) > 1 and shape[-2] % SUBLANES == shape[-1] % LANES == 0
-        if not sides or self.block != LANES:
+        """Runs ``tiled`` on a TPU if blocks are rows of its tiles, or parts or several of them.
+
+        This avoids a copy.
+        """
+        shape, block = xs[0].shape, self.block or 1
+        whole = max(block, LANES)  # of whole blocks and whole tiles
+        fits = len(shape) > 1 and shape[-2] % SUBLANES == shape[-1] % whole == 0
+        if not fits or whole % min(block, LANES) or block == 1:
             return plain(*xs)
         return jax.lax.platform_dependent(*xs, tpu=tiled, default=plain)
 
@@ -300,6 +322,17 @@ def _tiles(x: Array) -> Array:
     m, n = x.shape[-2:]
     x = x.reshape(*x.shape[:-2], m // SUBLANES, SUBLANES, n // LANES, LANES)
     return x.swapaxes(-3, -2)
+
+
+def _in_blocks(tiles: Array, block: int) -> Array:
+    """Groups tiles that are in one block: ``(..., n/128, 8, 128)`` to ``(..., n/b, b/128, 8, 128)``.
+
+    Tiles of smaller blocks are unchanged.
+    """
+    if block < LANES:
+        return tiles
+    *rest, columns, sublanes, lanes = tiles.shape
+    return tiles.reshape(*rest, columns * LANES // block, block // LANES, sublanes, lanes)
 
 
 def _uniform(bits: Array) -> Array:

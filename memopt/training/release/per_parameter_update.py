@@ -12,9 +12,11 @@ from jax import Array
 
 from memopt.internals import Call, Cond, Program, Scan, While, trace
 from memopt.parameters import init_shapes, known, read_parameters
+from memopt.state.quantized_state import QuantizedState
+from memopt.transforms.block_cycle import CycleBlocksState
 
-Scalars = tuple[Any, Any]
-"""The loss, and the norm of the whole gradient."""
+Scalars = tuple[Any, Any, Any]
+"""The loss, the norm of the whole gradient, and the number of the layer."""
 
 
 class PerParameterUpdate:
@@ -24,12 +26,14 @@ class PerParameterUpdate:
     parameter, and the new state that goes with it, runs when its gradient is there. The program
     also tells which state goes with which parameter, so that masks, partitions and injected
     hyperparameters need no rule of their own. Parameters with a leading axis of layers are updated
-    one layer at a time, as stacks of one.
+    one layer at a time, as stacks of one. State that has no axis of layers is shared by all of them,
+    if the update looks at the layer's number, as `memopt.cycle_blocks` does.
 
     Parameters and state arrays are numbered as in ``jax.tree.leaves``.
 
     Args:
-        tx: any transformation; it is given `value` and `gradient_norm` as extra arguments.
+        tx: any transformation; it is given `value` and `gradient_norm` as extra arguments, and
+            `layer`, the number of a layer and how many there are.
         params: its parameters, or their shapes.
         stacked: for each parameter whether its first axis counts layers; all count as many.
 
@@ -46,7 +50,7 @@ class PerParameterUpdate:
         >>> tx = optax.adam(0.1)
         >>> per_parameter = PerParameterUpdate(tx, params, [False, False])
         >>> state = jax.tree.leaves(tx.init(params))
-        >>> update, state = per_parameter.update(1, jnp.ones(3), params["b"], state, (0.0, 0.0))
+        >>> update, state = per_parameter.update(1, jnp.ones(3), params["b"], state, (0.0, 0.0, 0))
         >>> update.shape, list(state)                        # of b: its update, and its two moments
         ((3,), [2, 4])
     """
@@ -65,10 +69,11 @@ class PerParameterUpdate:
         shapes = [_with_layers(params, stacked, n) for n in (layers, 1, prime)]
         with known(parameters):  # of other numbers of layers, too
             states = [jax.tree.leaves(init_shapes(tx.init, p)) for p in shapes]
-            self._program, with_prime = _trace(tx, shapes[1]), _trace(tx, shapes[2])
+            self._program, with_prime = _trace(tx, shapes[1], layers), _trace(tx, shapes[2])
+            _check_rounded_once(init_shapes(tx.init, params))
         self.axes = _layer_axes(states, (layers, 1, prime))
         self._owners, self.needs_norm = self._separate()
-        by_layer = [*stacked, *stacked, *(axis is not None for axis in self.axes), False, False]
+        by_layer = [*stacked, *stacked, *(axis is not None for axis in self.axes), *[False] * 3]
         tags = _mixed(with_prime, [_BY_LAYER if x else _CLEAN for x in by_layer], prime)
         for name, layered, tag in zip(self.names, stacked, tags, strict=False):
             if layered and tag == _MIXED:
@@ -79,15 +84,15 @@ class PerParameterUpdate:
                     "by itself, such as memopt.clip_by_matrix_rms."
                 )
 
-    def state_of(self, leaf: int | None, *, layered: bool) -> list[int]:
-        """Finds the state arrays of a parameter, or of none: counts, hyperparameters.
+    def state_of(self, leaf: int) -> list[int]:
+        """Finds the state arrays of a parameter."""
+        return [i for i, owner in enumerate(self._owners) if owner == leaf]
 
-        Args:
-            leaf: the parameter, or None.
-            layered: whether to return those with an axis of layers or those without.
-        """
-        own = zip(self._owners, self.axes, strict=True)
-        return [i for i, (o, axis) in enumerate(own) if o == leaf and (axis is not None) == layered]
+    def state_in_loop(self) -> list[bool]:
+        """Whether each state array has an axis of layers, or belongs to a stacked parameter."""
+        own = zip(self.axes, self._owners, strict=True)
+        of_stack = lambda owner: owner is not None and self.stacked[owner]
+        return [axis is not None or of_stack(owner) for axis, owner in own]
 
     def update(
         self, leaf: int, gradient: Array, param: Array, state: Sequence[Array], scalars: Scalars
@@ -99,9 +104,9 @@ class PerParameterUpdate:
             gradient: its gradient, that of a layer as a stack of one.
             param: its value, a layer as a stack of one.
             state: all state arrays before the step, layers as stacks of one.
-            scalars: the loss, and the norm of the whole gradient, read only if `needs_norm`.
+            scalars: see `Scalars`; the norm is read only if `needs_norm`.
         """
-        owned, leaves = self.state_of(leaf, layered=self.stacked[leaf]), len(self.names)
+        owned, leaves = self.state_of(leaf), len(self.names)
         given: list[Any] = [None] * 2 * leaves
         given[leaf], given[leaves + leaf] = gradient, param
         part = self._program.needed([leaf, *(leaves + i for i in owned)])
@@ -112,7 +117,9 @@ class PerParameterUpdate:
         self, state: Sequence[Array], scalars: Scalars, *, layered: bool
     ) -> dict[int, Array]:
         """Computes the new state arrays of no parameter, once a step or once a layer."""
-        shared, leaves = self.state_of(None, layered=layered), len(self.names)
+        own = enumerate(zip(self._owners, self.axes, strict=True))
+        shared = [i for i, (o, axis) in own if o is None and (axis is not None) == layered]
+        leaves = len(self.names)
         part = self._program.needed([leaves + i for i in shared])
         new = part(*[None] * 2 * leaves, *state, *scalars)
         return dict(zip(shared, new, strict=True))
@@ -126,7 +133,7 @@ class PerParameterUpdate:
         needs_norm = False
         for output, used in enumerate(reads):
             own = {output} if output < n else leaves[output]
-            states = zip(owners, used[2 * n : -2], strict=True)
+            states = zip(owners, used[2 * n : -3], strict=True)
             met = own | leaves[output] | {k for k, read in states if read and k is not None}
             first = min(own, default=None)
             if others := met - {first}:
@@ -140,9 +147,11 @@ class PerParameterUpdate:
                     "backward pass, by this step's own."
                 )
             once = output >= n and not own and self.axes[output - n] is None
-            needs_norm |= used[-1] and not once
-        for axis, owner in zip(self.axes, owners, strict=True):
-            if owner is not None and self.stacked[owner] != (axis is not None):
+            needs_norm |= used[-2] and not once
+        for axis, owner, used in zip(self.axes, owners, reads[n:], strict=True):
+            if owner is None or self.stacked[owner] == (axis is not None):
+                continue
+            if not self.stacked[owner] or not used[-1]:
                 raise ValueError(
                     f"state kept for {self.names[owner]!r} has no place for each of its layers: "
                     "it cannot be updated a layer at a time."
@@ -150,8 +159,14 @@ class PerParameterUpdate:
         return owners, needs_norm
 
 
-def _trace(tx: optax.GradientTransformation, params: Any) -> Program:
-    """Traces ``tx.update`` as a program of flat gradients, parameters, state, loss and norm."""
+def _trace(tx: optax.GradientTransformation, params: Any, layers: int | None = None) -> Program:
+    """Traces ``tx.update`` as a program of flat gradients, parameters, state and `Scalars`.
+
+    Args:
+        tx: the transformation.
+        params: shapes.
+        layers: how many layers there are, of which these are one; None if they are all.
+    """
 
     def loss(_: Any) -> Any:
         raise ValueError(
@@ -159,15 +174,19 @@ def _trace(tx: optax.GradientTransformation, params: Any) -> Program:
             "that updates parameters while the backward pass runs."
         )
 
-    def update(gradients: Any, params: Any, state: Any, value: Array, norm: Array) -> Any:
+    def update(
+        gradients: Any, params: Any, state: Any, value: Array, norm: Array, layer: Array
+    ) -> Any:
         extra = {"value": value, "obj_fn": loss, "gradient_norm": norm, "leaf_by_leaf": True}
+        extra |= {} if layers is None else {"layer": (layer, layers)}
         updates, state = optax.with_extra_args_support(tx).update(gradients, state, params, **extra)
         structure: Any = jax.tree.structure(params)
         return structure.flatten_up_to(updates), jax.tree.leaves(state)
 
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
     state = init_shapes(tx.init, params)
-    return trace(update, params, params, state, scalar, scalar)
+    return trace(update, params, params, state, scalar, scalar, number)
 
 
 def _with_layers(params: Any, stacked: Sequence[bool], layers: int) -> Any:
@@ -206,6 +225,18 @@ def _layer_axes(states: Sequence[Sequence[Any]], counts: tuple[int, int, int]) -
             raise refused
         axes.append(moved[0] if moved else None)
     return axes
+
+
+def _check_rounded_once(state: Any) -> None:
+    """Raises if state that layers share is rounded again at each layer."""
+    is_of = lambda kind: lambda x: isinstance(x, kind)
+    for part in jax.tree.leaves(state, is_leaf=is_of(QuantizedState)):
+        inside = jax.tree.leaves(part, is_leaf=is_of(CycleBlocksState))
+        if isinstance(part, QuantizedState) and any(map(is_of(CycleBlocksState), inside)):
+            raise ValueError(
+                "quantize_state around cycle_blocks would round the state again at each layer: use "
+                "cycle_blocks(quantize_state(…)), or badam(state=…)."
+            )
 
 
 _CLEAN, _BY_LAYER, _MIXED = range(3)
@@ -257,6 +288,12 @@ def _mixed(program: Program, tags: Sequence[int], prime: int) -> list[int]:
             case Call(_, "for_any"):  # of memopt.reductions, and so saves work alone
                 seen |= dict.fromkeys(eqn.outputs, _CLEAN)
                 continue
+            case Call(_, "layer_now" | "block_now"):  # of cycle_blocks, which is told the layer
+                mixed = _MIXED if max(given) == _MIXED else _CLEAN
+                seen |= dict.fromkeys(eqn.outputs, mixed)
+                continue
+            case Call(_, "put_layer"):
+                outs = [max(given)]
             case Call(body):
                 outs = inner(body, given)
             case None:

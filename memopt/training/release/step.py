@@ -76,7 +76,7 @@ def release_step(
         batch: Arrays of shape (batch, ...).
         model: The loss, in three parts.
         tx: The optimizer: every update must depend on its own parameter's gradient only, and in
-            ``"blocks"`` on its own layer. It is given `value` and `gradient_norm` as in
+            ``"blocks"`` on its own layer. `memopt.cycle_blocks` is told which layer that is. It is given `value` and `gradient_norm` as in
             `train_step`, but no `obj_fn`.
         learning_rate: As in `train_step`.
         accumulation: As in `train_step`.
@@ -243,7 +243,8 @@ class _ReleaseStep:
             carry = carry._replace(finite=sums.finite)
         carry = self._backward(carry, *back, self._update)
         norm = jnp.sqrt(carry.squares)
-        for k, x in optimizer.update_shared(state, (self.loss, norm), layered=False).items():
+        scalars = self.loss, norm, None
+        for k, x in optimizer.update_shared(state, scalars, layered=False).items():
             carry.state[k] = where_applied(carry.finite, x, state[k])
         opt_state = jax.tree.unflatten(jax.tree.structure(start.opt_state), carry.state)
         new = start._replace(params=self.structure.unflatten(carry.params), opt_state=opt_state)
@@ -307,8 +308,8 @@ class _ReleaseStep:
     def _only_layers(self, carry: _Carry) -> _Carry:
         """Leaves what the loop over layers changes: XLA may copy all that a loop is given."""
         params = [p if i in self.blocks else None for i, p in enumerate(carry.params)]
-        pairs = zip(carry.state, self.optimizer.axes, strict=True)
-        return carry._replace(params=params, state=[None if a is None else s for s, a in pairs])
+        pairs = zip(carry.state, self.optimizer.state_in_loop(), strict=True)
+        return carry._replace(params=params, state=[s if inside else None for s, inside in pairs])
 
     @jax.named_scope(UPDATE)
     def _update(self, carry: _Carry, gradients: Leaves, layer: Array | None) -> _Carry:
@@ -318,7 +319,7 @@ class _ReleaseStep:
         stored, state = list(carry.params), list(carry.state)
         axes = optimizer.axes if layered else [None] * len(state)
         old = [read_layer(s, layer, axis) for s, axis in zip(state, axes, strict=True)]
-        scalars, step = (self.loss, self.norm), self.start.step - self.start.skipped
+        scalars, step = (self.loss, self.norm, layer), self.start.step - self.start.skipped
 
         for i, gradient in gradients.items():
             # Reloaded, so that it need not be kept since the model computed with it.
@@ -334,7 +335,7 @@ class _ReleaseStep:
                 new = {k: where_applied(finite[i], x, old[k]) for k, x in new.items()}
                 return self.structure.flatten_up_to(written)[i], new
 
-            kept = node, {k: old[k] for k in optimizer.state_of(i, layered=layered)}
+            kept = node, {k: old[k] for k in optimizer.state_of(i)}
             node, new = layouts.update_in_place(finite[i], update, kept) if layered else update()
             stored[i] = layouts.pin_layout(write_layer(stored[i], node, at, 0), self.specs[i])
             for k, x in new.items():
