@@ -15,7 +15,6 @@ FILES = sorted(results.RESULTS.glob("*.json"))
 OLD = {
     *("baselines", "finetune", "parity", "pods", "sharding_time"),
     *("memory", "memory_fine_tuning", "memory_fine_tuning_rtx4090", "memory_rtx4090"),
-    "codecs",
 }
 
 
