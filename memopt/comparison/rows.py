@@ -239,5 +239,8 @@ PRECISION_ROWS = (
     *("adafactor, weights int8", "adafactor, released"),
 )
 
+#: Rows of methods with options that need less state, and of these in fewer bits.
+CHEAPER_ROWS = ("soap, one_sided=True", "soap, block_size=64", "soap, one_sided=True, state int8")
+
 #: The rows of a comparison that is given none.
-ROWS = METHOD_ROWS + PRECISION_ROWS
+ROWS = METHOD_ROWS + PRECISION_ROWS + CHEAPER_ROWS

@@ -559,9 +559,12 @@ class Basis:
 
 
 @stacked
-def soap(w, gradients, name, longest=16, blocks=lambda side: [slice(0, side)], after=False):
+def soap(
+    w, gradients, name, longest=16, blocks=lambda side: [slice(0, side)], after=False, both=True
+):
     """The momentum is in the full space, and rotated at each step, as in the paper."""
     sides = [blocks(side) if side <= longest else [] for side in w.shape]
+    sides = sides if both else [sides[0], []]
     m = v = 0.0
     bases = []
     for t, g in enumerate(gradients):
@@ -686,6 +689,7 @@ fourth_power = wide(
 soap_rest = functools.partial(adamw, b1=0.95, b2=0.95)
 soap_in_blocks = functools.partial(soap, longest=99, blocks=equal_blocks)
 soap_as_released = functools.partial(soap, after=True)
+soap_one_sided = functools.partial(soap, longest=99, both=False)
 
 # Of each method the box, and memopt's with its options.
 METHODS = {
@@ -762,6 +766,7 @@ METHODS = {
     "frugal_carry": (carried, memopt.frugal, {"refresh_every": EVERY, "on_refresh": "carry"}),
     "soap": (or_rest(soap, soap_rest), memopt.soap, {"max_side": 16}),
     "soap_in_blocks": (or_rest(soap_in_blocks, soap_rest), memopt.soap, {"block_size": 16}),
+    "soap_one_sided": (wide(soap_one_sided, soap_rest), memopt.soap, {"one_sided": True}),
     "soap_as_released": (
         or_rest(soap_as_released, adamw_but_at_first),
         memopt.soap,

@@ -67,7 +67,7 @@ def _decode(codes: Array, side_data: tuple[Array, ...]) -> Square:
     coarse = _FINE * jnp.where(rows < cols, mine, other)
     fine = coarse + _last_byte(jnp.where(rows < cols, other, mine) - coarse)
     root = jnp.sqrt(diagonal)
-    entries = fine.astype(jnp.float32) / (_COARSE * _FINE) * root * root.mT
+    entries = fine.astype(jnp.float32) / (_COARSE * _FINE) * (root * root.mT)
     return jnp.where(rows == cols, diagonal, entries)
 
 
