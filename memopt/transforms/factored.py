@@ -152,8 +152,7 @@ def scale_by_confidence(
         mu = average(b1, mu, bounded(u))
         if not layout.is_matrix:
             return mu.astype(u.dtype), mu, rows, cols
-        decay = jnp.asarray(b3)
-        rows, cols = average_squares(layout, bounded(u) - mu, rows, cols, decay=decay, eps=eps)
+        rows, cols = average_squares(layout, bounded(u) - mu, rows, cols, decay=b3, eps=eps)
         return _over_root(layout, mu, rows, cols).astype(u.dtype), mu, rows, cols
 
     def like(layout: Layout, p: Array) -> Any:
@@ -186,10 +185,10 @@ def divide_by_factored_rms(
 
 
 def average_squares(
-    layout: Layout, g: Array, rows: Any, cols: Array, *, decay: Array, eps: float
+    layout: Layout, g: Array, rows: Any, cols: Array, *, decay: Any, eps: float
 ) -> tuple[Any, Array]:
     """Averages the mean squares of a gradient; arguments as of `divide_by_factored_rms`."""
-    beta = decay.astype(statistics_dtype(g))
+    beta = jnp.asarray(decay, statistics_dtype(g))
     new = mean_squares(layout, g, 1 - beta)
     add = lambda old, new: bounded_squares(beta * old + new + (1 - beta) * eps)
     averaged: tuple[Any, Array] = jax.tree.map(add, (rows, cols), new)

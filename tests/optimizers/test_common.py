@@ -197,6 +197,12 @@ CASES = {
         lambda m, n: m * n + m,
         twice,
     ),
+    "came": Case(
+        variant(memopt.came, **decays),
+        lambda k, m, n: k * (m * n + 2 * m + 2 * n),
+        lambda m, n: m * n + 2 * m + 2 * n,
+        twice,
+    ),
     "sm3": Case(
         variant(memopt.sm3, **decays),
         lambda k, m, n: k * (m * n + m + n),

@@ -208,6 +208,26 @@ def adafactor(w, gradients, name):
         yield w
 
 
+def came(w, gradients, name):
+    """Averages as weighted sums over the whole past."""
+    past = lambda b, xs: np.tensordot((1 - b) * b ** np.arange(len(xs) - 1, -1, -1), xs, 1)
+    us, squares, distances = [], [], []
+    for g in gradients:
+        squares.append(g**2 + 1e-30)
+        v = past(0.999, np.array(squares))
+        if w.ndim > 1:
+            v = np.outer(v.mean(1), v.mean(0)) / v.mean()
+        u = g / np.sqrt(v)
+        us.append(u / max(1, np.sqrt((u**2).mean())))
+        step = m = past(0.9, np.array(us))
+        distances.append((us[-1] - m) ** 2 + 1e-16)
+        if w.ndim > 1:
+            s = past(0.9999, np.array(distances))
+            step = m / np.sqrt(np.outer(s.mean(1), s.mean(0)) / s.mean())
+        w = descend(w, step)
+        yield w
+
+
 def adalomo(w, gradients, name):
     """Adafactor's rule on clipped gradients."""
     return adafactor(w, [np.clip(g, -0.05, 0.05) for g in gradients], name)
@@ -695,6 +715,7 @@ soap_one_sided = functools.partial(soap, longest=99, both=False)
 METHODS = {
     "adafactor": (adafactor, memopt.adafactor, {}),
     "adalomo": (adalomo, memopt.adalomo, {"clip_value": 0.05}),
+    "came": (stacked(came), memopt.came, {}),
     "adam_atan2": (adam_atan2, memopt.adam_atan2, {}),
     "adam_mini": (adam_mini, memopt.adam_mini, {}),
     "slim_adam": (
