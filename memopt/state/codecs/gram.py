@@ -40,15 +40,17 @@ class Gram(Codec):
         """Rounds correlations to coarse codes above the diagonal and to fine ones below it."""
         spec = tuple(spec_of(x))
         column = jax.P(*spec[:-1], None) if spec else jax.P()
-        like_this = Coded(jax.P(*spec), (column,))
-        return on_auto_axes(_encode, (x, jnp.broadcast_to(bits, x.shape)), like=like_this)
+        bits = jnp.broadcast_to(bits, x.shape)
+        codes, diagonal = on_auto_axes(_encode, (x, bits), like=(jax.P(*spec), column))
+        return Coded(codes, (diagonal,))
 
     def decode(self, coded: Coded) -> Square:
         """Joins both codes of each pair, and multiplies them by the roots of the diagonal."""
-        return on_auto_axes(_decode, tuple(coded), like=spec_of(coded.codes))
+        codes, (diagonal,) = coded
+        return on_auto_axes(_decode, (codes, diagonal), like=spec_of(codes))
 
 
-def _encode(x: Square, bits: Bits) -> Coded:
+def _encode(x: Square, bits: Bits) -> tuple[Array, Array]:
     rows, cols = _places(x)
     # Entries beside the diagonal count as zero, but for NaN and infinity, which are not lost.
     diagonal = jnp.where(rows == cols, x, 0 * x).sum(-1, keepdims=True)
@@ -57,12 +59,11 @@ def _encode(x: Square, bits: Bits) -> Coded:
     coarse = jnp.round(_COARSE * correlation).astype(jnp.int32)
     fine = jnp.floor(_COARSE * _FINE * correlation + uniform(bits)).astype(jnp.int32)
     codes = jnp.where(rows < cols, coarse, _last_byte(fine)).astype(jnp.int8)
-    return Coded(codes, (diagonal,))
+    return codes, diagonal
 
 
-def _decode(codes: Array, side_data: tuple[Array, ...]) -> Square:
+def _decode(codes: Array, diagonal: Array) -> Square:
     rows, cols = _places(codes)
-    (diagonal,) = side_data
     mine, other = codes.astype(jnp.int32), codes.mT.astype(jnp.int32)
     coarse = _FINE * jnp.where(rows < cols, mine, other)
     fine = coarse + _last_byte(jnp.where(rows < cols, other, mine) - coarse)
