@@ -6,6 +6,7 @@ import optax
 
 from memopt.optimizers.by_partition import Common, finish
 from memopt.optimizers.registry import method
+from memopt.state.precision import in_float32
 from memopt.transforms.factored import scale_by_confidence, scale_by_factored_matrix_rms
 from memopt.transforms.matrix_rms import clip_by_matrix_rms
 
@@ -60,11 +61,9 @@ def came(
         {'norm': 64, 'w': 704}
     """
     matrices = common.get("matrices")
-    return finish(
-        learning_rate,
+    steps = optax.chain(
         scale_by_factored_matrix_rms(eps=eps, b2=b2, matrices=matrices),
         clip_by_matrix_rms(clip_threshold, matrices=matrices),
         scale_by_confidence(b1, b3, confidence_eps, matrices=matrices),
-        is_flat=True,
-        **common,
     )
+    return finish(learning_rate, in_float32(steps), is_flat=True, **common)
