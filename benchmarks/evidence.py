@@ -41,6 +41,7 @@ CLAIMS: Mapping[str, Claim] = {
     "apollo": Claim("ppl 14.20 at 1B; AdamW 15.56", "adamw"),
     "apollo_mini": Claim("ppl 14.17 at 1B; AdamW 15.56", "adamw"),
     "badam": Claim("fine-tunes Llama-3 8B on one RTX 3090, above LoRA's scores"),
+    "came": Claim("BERT in batches of 32k: better than Adam", "adamw"),
     "fira": Claim("ppl 14.31 at 1B; AdamW 15.56", "adamw"),
     "flora": Claim("results of full-size momentum in sublinear memory"),
     "frugal": Claim("better than other methods with the same memory"),

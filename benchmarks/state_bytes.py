@@ -19,22 +19,35 @@ import memopt
 from benchmarks.jax_optimizers import JAX_OPTIMIZERS, PACKAGES, build
 from benchmarks.report import Report
 from benchmarks.updates import model_shapes
+from memopt.comparison.rows import Row
+from memopt.markdown import markdown_table
 
 LEARNING_RATE = 1e-3
+VARIANTS = {
+    "soap": "2mn + 2m² + 2n² numbers",
+    "soap, one_sided=True": "2mn + 2p² numbers",
+    "soap, block_size=1024": "2mn + 2b(m + n) numbers, with blocks of length b",
+    "soap, state int8": "2mn + 2m² + 2n² bytes",
+    "soap, one_sided=True, state int8": "2mn + 2p² bytes",
+}
+"""SOAP and its cheaper variants, as rows of `memopt compare`, and what they keep for a matrix; the
+scales of codes, of which there are fewer, are left out."""
 
 
 class Options(NamedTuple):
     """The options of this benchmark.
 
     Attributes:
-        optimizers: names known to `memopt.optimizer`; by default AdamW and memopt's own.
-            Names in `JAX_OPTIMIZERS` are other libraries' optimizers.
+        optimizers: rows of `memopt compare`; by default AdamW, memopt's own methods, and
+            `VARIANTS`. Names in `JAX_OPTIMIZERS` are other libraries' optimizers.
         layout: "stacked" for one array per kernel, "list" for one array per kernel and block.
         models: presets whose shapes are used; optimizers are sorted by the bytes of the last one.
         output: the JSON file; the plot has the same name.
     """
 
-    optimizers: tuple[str, ...] = ("adamw", *memopt.available("memopt"))
+    optimizers: tuple[str, ...] = tuple(
+        dict.fromkeys(("adamw", *memopt.available("memopt"), *VARIANTS))
+    )
     layout: Literal["stacked", "list"] = "stacked"
     models: tuple[str, ...] = ("60m", "7b")
     output: Path = Path(__file__).parent / "results" / "state_bytes.json"
@@ -46,7 +59,9 @@ def count(name: str, model: str, layout: Literal["stacked", "list"]) -> dict[str
     if name in JAX_OPTIMIZERS:
         tx = build(name, LEARNING_RATE, shapes)
     else:
-        tx = memopt.optimizer(name, LEARNING_RATE)
+        row = Row.parse(name)
+        tx = memopt.optimizer(row.optimizer, LEARNING_RATE, **dict(row.options))
+        tx = memopt.quantize_state(tx, row.state) if row.state else tx
     table = memopt.state_bytes(tx, shapes)
     hidden = sum(size for leaf, size in table.states.items() if leaf.startswith("blocks/"))
     if name in JAX_OPTIMIZERS:  # whose arrays may be flat, without their parameters' names
@@ -74,6 +89,17 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
             f"{4 * r['state_bytes'] / r['parameter_bytes']:.3f}",
         )
     return shown
+
+
+def variants(report: dict[str, Any]) -> str:
+    """The table of SOAP's variants for the docs."""
+    found = {(r["optimizer"], r["model"]): r for r in report["results"]}
+    rows = []
+    for name, formula in VARIANTS.items():
+        sizes = [found[name, model]["state_bytes"] / 1e9 for model in ("60m", "7b")]
+        rows.append((f"`{name}`", formula, *(f"{size:.2f} GB" for size in sizes)))
+    kept = "kept for an m×n matrix"
+    return markdown_table(("", kept, "LLaMA-60m", "LLaMA-7b"), rows, words=[kept])
 
 
 def plot(results: Sequence[dict[str, Any]], path: Path) -> None:

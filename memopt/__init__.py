@@ -99,6 +99,7 @@ from memopt.transforms import projectors as projectors
 from memopt.transforms import recombine as recombine
 from memopt.transforms import reshard_update as reshard_update
 from memopt.transforms import scale_by_adam_atan2 as scale_by_adam_atan2
+from memopt.transforms import scale_by_confidence as scale_by_confidence
 from memopt.transforms import scale_by_factored_matrix_rms as scale_by_factored_matrix_rms
 from memopt.transforms import scale_by_grouped_rms as scale_by_grouped_rms
 from memopt.transforms import scale_by_hutchinson as scale_by_hutchinson

@@ -130,6 +130,9 @@ TUNED: Mapping[str, Tuned] = {
     "amsgrad": Tuned("b2", (0.999, 0.99, 0.95), _B2),
     "apollo": Tuned("scale", (1.0, 0.5, 2.0), _SCALE),
     "apollo_mini": Tuned("scale", (128.0, 64.0, 32.0), _SCALE),
+    "came": Tuned(
+        "b3", (0.9999, 0.999, 0.99), "the memory of the confidence, which is not corrected"
+    ),
     "cocob": Tuned("alpha", (100.0, 10.0, 1000.0), "the paper's only constant"),
     "dadapt_adamw": Tuned("betas", ((0.9, 0.999), (0.9, 0.99), (0.9, 0.95)), _B2),
     "fira": Tuned("refresh_every", (200, 50, 20), _REFRESH),
@@ -227,7 +230,7 @@ METHOD_ROWS = (
     *("dadapt_adamw", "mechanic", "dog", "dowg", "cocob"),
     *("adam_mini", "slim_adam"),
     *("normuon", "rmnp", "scale", "sinkgd", "racs"),
-    "badam",
+    *("badam", "came"),
 )
 
 #: Rows that differ from an exact twin in precision only.
@@ -239,5 +242,8 @@ PRECISION_ROWS = (
     *("adafactor, weights int8", "adafactor, released"),
 )
 
+#: Rows of methods with options that need less state, and of these in fewer bits.
+CHEAPER_ROWS = ("soap, one_sided=True", "soap, block_size=64", "soap, one_sided=True, state int8")
+
 #: The rows of a comparison that is given none.
-ROWS = METHOD_ROWS + PRECISION_ROWS
+ROWS = METHOD_ROWS + PRECISION_ROWS + CHEAPER_ROWS

@@ -14,6 +14,7 @@ from memopt.optimizers.apollo import apollo_mini as apollo_mini
 from memopt.optimizers.badam import badam as badam
 from memopt.optimizers.by_partition import Common as Common
 from memopt.optimizers.by_partition import matrices_and_rest as matrices_and_rest
+from memopt.optimizers.came import came as came
 from memopt.optimizers.fira import fira as fira
 from memopt.optimizers.flora import flora as flora
 from memopt.optimizers.frugal import frugal as frugal

@@ -35,8 +35,8 @@ class Method(NamedTuple):
     Attributes:
         make: the function that builds it.
         learning_rate: the highest learning rate of a run that is given none. It suits LLaMAs of a
-            few million parameters (docs/convergence.md); larger ones want less. Those of `racs`,
-            `rmnp`, `scale` and `sinkgd` are as published, and not tuned yet.
+            few million parameters (docs/convergence.md); larger ones want less. Those of `came`,
+            `racs`, `rmnp`, `scale` and `sinkgd` are as published, and not tuned yet.
         state: how many numbers it keeps for an m×n matrix; docs/methods.md explains the symbols.
         when: when to choose it, in a few words.
         library: "memopt", "optax" for a baseline, or "user".

@@ -48,7 +48,9 @@ def soap(
     step only chooses the bases, the eigenvectors of L and R: N is zero, and Adam counts from the
     second step.
 
-    State: 2mn + 2m² + 2n² numbers per matrix; without the square of a side longer than `max_side`.
+    State: 2mn + 2m² + 2n² numbers per matrix; without the square of a side longer than `max_side`,
+    and of the longer one with `one_sided`. Blocks of length b make 2bm of 2m², and 2bn of 2n².
+    `memopt.quantize_state` stores all of it in 8 bits, factors by `memopt.codecs.Gram`.
 
     Args:
         learning_rate: a number or a schedule; the authors take 3e-3.
@@ -77,7 +79,8 @@ def soap(
 
     References:
         Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, 2024,
-        https://arxiv.org/abs/2409.11321, Algorithm 3.
+        https://arxiv.org/abs/2409.11321, Algorithm 3. With `one_sided` it is Eigen-Adam of Gong et
+        al., 2025, https://arxiv.org/abs/2502.07752.
 
     Example:
         >>> import memopt, jax.numpy as jnp

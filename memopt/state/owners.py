@@ -51,6 +51,9 @@ _EXACT: dict[str, tuple[str, ...]] = {
 }
 """Fields that are never rounded."""
 
+_GRAMS: dict[str, tuple[str, ...]] = {"InEigenbasisState": ("left", "right")}
+"""Fields of averages of G Gᵀ."""
+
 
 class StateArray(NamedTuple):
     """The owner and kind of a state array.
@@ -63,6 +66,7 @@ class StateArray(NamedTuple):
         kept_by: the transformation whose state contains the array.
         is_sum: whether it is a copy of the parameter or a sum without decay, so that errors stay.
         is_exact: whether it must be kept as it is, because the rule fails if it is rounded.
+        is_gram: whether it is an average of G Gᵀ, symmetric and positive semidefinite.
         second_moment: for a first moment, known by its field, the name of the second moment of the
             same shape that the same transformation keeps in its place; None if there is none.
     """
@@ -73,6 +77,7 @@ class StateArray(NamedTuple):
     kept_by: str
     is_sum: bool
     is_exact: bool
+    is_gram: bool
     second_moment: str | None
 
 
@@ -109,6 +114,11 @@ class Part(NamedTuple):
     def is_exact(self) -> bool:
         """Whether the field must be kept as it is."""
         return self.field in _EXACT.get(self.state, ())
+
+    @property
+    def is_gram(self) -> bool:
+        """Whether the field keeps averages of G Gᵀ."""
+        return self.field in _GRAMS.get(self.state, ())
 
     @property
     def kept_by(self) -> str:
@@ -219,7 +229,7 @@ def owners(state: Any, params: Any) -> Any:
     arrays = []
     for (name, x), (owner, kind, part) in zip(named, found, strict=True):
         second = seconds.get(place(name, x, part)) if part.moment == FIRST else None
-        about = part.kept_by, part.is_sum, part.is_exact, second
+        about = part.kept_by, part.is_sum, part.is_exact, part.is_gram, second
         arrays.append(StateArray(name, owner, kind, *about))
     return outline.unflatten(arrays)
 

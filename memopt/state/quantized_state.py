@@ -21,6 +21,7 @@ from memopt.state.codecs import (
     BFloat16AndRemainder,
     Codec,
     Coded,
+    Gram,
     Integers,
     named,
 )
@@ -79,7 +80,8 @@ def quantize_state(
     columns are. A first moment that is computed from the second, as ADOPT's, is divided already.
     Copies of the parameters and sums without decay, as in ``optax.contrib.cocob``, ``madgrad`` or
     ``schedule_free``, are stored as bfloat16 rather than in 8 or 4 bits, because their errors stay;
-    the parameters that `memopt.oasis` keeps are not quantised.
+    the parameters that `memopt.oasis` keeps are not quantised. Averages of G Gᵀ, which SOAP keeps,
+    are stored by `memopt.codecs.Gram`, in 8 bits, whichever codec of 8 or 4 bits others have.
 
     Args:
         inner: any Optax transformation.
@@ -148,7 +150,9 @@ def quantize_state(
                 " optax.rmsprop(centered=True) uses: it takes the root of nu - mu², which rounding"
                 " makes negative. Use optax.scale_by_rms."
             )
-        return BFloat16() if place.array.is_sum and not exact else codec
+        if exact:
+            return codec
+        return BFloat16() if place.array.is_sum else Gram() if place.array.is_gram else codec
 
     def plan(params: Any) -> tuple[Any, Any, Any]:
         """The codec, the shape and dtype, and the `Place` of each array of the inner state."""

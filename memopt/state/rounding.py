@@ -63,6 +63,16 @@ def rounding_bits(
     return bits + step * _GOLDEN + _hashed(step >> 13)
 
 
+def uniform(bits: Bits) -> Array:
+    """Converts 32 random bits to a float32 in [0, 1).
+
+    Example:
+        >>> uniform(jnp.asarray(NEAREST)).item()
+        0.5
+    """
+    return (bits >> 8).astype(jnp.float32) * np.float32(2**-24)
+
+
 def _hashed(x: Any) -> Any:
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)

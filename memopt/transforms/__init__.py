@@ -22,9 +22,11 @@ from memopt.transforms.cover import ScaleByMatrixSm3State as ScaleByMatrixSm3Sta
 from memopt.transforms.cover import scale_by_matrix_sm3 as scale_by_matrix_sm3
 from memopt.transforms.eigenbasis import InEigenbasisState as InEigenbasisState
 from memopt.transforms.eigenbasis import in_eigenbasis as in_eigenbasis
+from memopt.transforms.factored import ScaleByConfidenceState as ScaleByConfidenceState
 from memopt.transforms.factored import (
     ScaleByFactoredMatrixRmsState as ScaleByFactoredMatrixRmsState,
 )
+from memopt.transforms.factored import scale_by_confidence as scale_by_confidence
 from memopt.transforms.factored import scale_by_factored_matrix_rms as scale_by_factored_matrix_rms
 from memopt.transforms.fraction import ClipFirstMomentState as ClipFirstMomentState
 from memopt.transforms.fraction import clip_by_fraction as clip_by_fraction

@@ -52,6 +52,19 @@ def _adalomo(method, transpose):
     )
 
 
+def _came(method, transpose):
+    _, _, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    return memopt.came(
+        meta["lr"],
+        b1=h["betas"][0],
+        b2=h["betas"][1],
+        b3=h["betas"][2],
+        clip_threshold=h["clip_threshold"],
+        weight_decay=h["weight_decay"],
+    )
+
+
 def _turned(bases, transpose):
     return {
         leaf: {t: b.T if transpose else b for t, b in steps.items()}
@@ -448,6 +461,7 @@ METHODS = {
     ),
     "apollo": (_apollo, ("apollo", "apollo_nozero", "apollo_wd", "apollo_gap10")),
     "apollo_mini": (_apollo, ("apollo_mini", "apollo_mini_front_gap10")),
+    "came": (_came, ("came_official", "came_official_wd")),
     "cautious": (
         _cautious,
         (

@@ -84,6 +84,12 @@ def quantized_rmnp(learning_rate):
     return memopt.quantize_state(memopt.rmnp(learning_rate), "int8", min_size=200)
 
 
+def quantized_soap(learning_rate):
+    """SOAP of the shorter side, all of whose state is codes."""
+    soap = memopt.soap(learning_rate, one_sided=True, refresh_every=3)
+    return memopt.quantize_state(soap, "int8", min_size=200)
+
+
 def quantized_galore(learning_rate, rank=RANK):
     """GaLore whose Adam keeps codes."""
     inner = memopt.quantize_state(optax.scale_by_adam(), min_size=0)
@@ -191,6 +197,12 @@ CASES = {
         lambda m, n: m * n + m,
         twice,
     ),
+    "came": Case(
+        variant(memopt.came, **decays),
+        lambda k, m, n: k * (m * n + 2 * m + 2 * n),
+        lambda m, n: m * n + 2 * m + 2 * n,
+        twice,
+    ),
     "sm3": Case(
         variant(memopt.sm3, **decays),
         lambda k, m, n: k * (m * n + m + n),
@@ -295,6 +307,18 @@ CASES = {
         twice,
         twice,
     ),
+    "soap_one_sided": Case(
+        variant(memopt.soap, refresh_every=3, one_sided=True, **decays),
+        lambda k, m, n: 2 * k * (m * n + min(m, n) ** 2),
+        twice,
+        twice,
+    ),
+    "soap_8bit": Case(  # factor and basis with a diagonal and two scales a row
+        quantized_soap,
+        lambda k, m, n: int8_moments(k, m, n) + k * (min(m, n) ** 2 / 2 + 3 * min(m, n)),
+        int8_moments,
+        twice,
+    ),
     "tag": Case(memopt.tag, twice, twice, twice),
     "tag_adam": Case(
         variant(tag_on_three_tasks, adam=True, **decays),
@@ -349,7 +373,7 @@ VARIANTS = {  # of methods that stand in the table otherwise, too
     *("apollo_as_released",),
     *("apollo_mini_scale_front", "flora_as_released", "frugal_blocks", "frugal_orthogonal"),
     *("galore_8bit", "galore_at_random", "galore_in_turns", "largest_changes"),
-    *("soap_as_released", "soap_in_blocks"),
+    *("soap_8bit", "soap_as_released", "soap_in_blocks", "soap_one_sided"),
     *("badam_random", "rmnp_8bit", "sinkgd_momentum"),
     *("oasis_momentum", "mkor_as_released", "mkor_hybrid", "tag_adam", "tag_factored"),
 }

@@ -18,7 +18,7 @@ SLOW = {  # beside a quick run of the same method
     *("apollo_nozero", "apollo_gap10", "frugal_random", "galore_gap10", "galore_reverse"),
     *("coord_clip_sgd", "flora", "osd_sgd_nozero", "soap_maxdim64"),
     *("muon_fp32", "muon_pe_nv", "muon_pe_nv_5steps", "normuon_dion_fp32", "rmnp_llama", "scale"),
-    *("sinkgd_axolotl", "sinkgd_axolotl_l2", "sinkgd_naubull2"),
+    *("came_official", "sinkgd_axolotl", "sinkgd_axolotl_l2", "sinkgd_naubull2"),
 }
 
 

@@ -208,6 +208,26 @@ def adafactor(w, gradients, name):
         yield w
 
 
+def came(w, gradients, name):
+    """Averages as weighted sums over the whole past."""
+    past = lambda b, xs: np.tensordot((1 - b) * b ** np.arange(len(xs) - 1, -1, -1), xs, 1)
+    us, squares, distances = [], [], []
+    for g in gradients:
+        squares.append(g**2 + 1e-30)
+        v = past(0.999, np.array(squares))
+        if w.ndim > 1:
+            v = np.outer(v.mean(1), v.mean(0)) / v.mean()
+        u = g / np.sqrt(v)
+        us.append(u / max(1, np.sqrt((u**2).mean())))
+        step = m = past(0.9, np.array(us))
+        distances.append((us[-1] - m) ** 2 + 1e-16)
+        if w.ndim > 1:
+            s = past(0.9999, np.array(distances))
+            step = m / np.sqrt(np.outer(s.mean(1), s.mean(0)) / s.mean())
+        w = descend(w, step)
+        yield w
+
+
 def adalomo(w, gradients, name):
     """Adafactor's rule on clipped gradients."""
     return adafactor(w, [np.clip(g, -0.05, 0.05) for g in gradients], name)
@@ -559,9 +579,12 @@ class Basis:
 
 
 @stacked
-def soap(w, gradients, name, longest=16, blocks=lambda side: [slice(0, side)], after=False):
+def soap(
+    w, gradients, name, longest=16, blocks=lambda side: [slice(0, side)], after=False, both=True
+):
     """The momentum is in the full space, and rotated at each step, as in the paper."""
     sides = [blocks(side) if side <= longest else [] for side in w.shape]
+    sides = sides if both else [sides[0], []]
     m = v = 0.0
     bases = []
     for t, g in enumerate(gradients):
@@ -686,11 +709,13 @@ fourth_power = wide(
 soap_rest = functools.partial(adamw, b1=0.95, b2=0.95)
 soap_in_blocks = functools.partial(soap, longest=99, blocks=equal_blocks)
 soap_as_released = functools.partial(soap, after=True)
+soap_one_sided = functools.partial(soap, longest=99, both=False)
 
 # Of each method the box, and memopt's with its options.
 METHODS = {
     "adafactor": (adafactor, memopt.adafactor, {}),
     "adalomo": (adalomo, memopt.adalomo, {"clip_value": 0.05}),
+    "came": (stacked(came), memopt.came, {}),
     "adam_atan2": (adam_atan2, memopt.adam_atan2, {}),
     "adam_mini": (adam_mini, memopt.adam_mini, {}),
     "slim_adam": (
@@ -762,6 +787,7 @@ METHODS = {
     "frugal_carry": (carried, memopt.frugal, {"refresh_every": EVERY, "on_refresh": "carry"}),
     "soap": (or_rest(soap, soap_rest), memopt.soap, {"max_side": 16}),
     "soap_in_blocks": (or_rest(soap_in_blocks, soap_rest), memopt.soap, {"block_size": 16}),
+    "soap_one_sided": (wide(soap_one_sided, soap_rest), memopt.soap, {"one_sided": True}),
     "soap_as_released": (
         or_rest(soap_as_released, adamw_but_at_first),
         memopt.soap,

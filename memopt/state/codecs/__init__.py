@@ -16,6 +16,7 @@ from memopt.state.codecs.blockwise import Integers as Integers
 from memopt.state.codecs.blockwise import Mapped as Mapped
 from memopt.state.codecs.by_name import Named as Named
 from memopt.state.codecs.by_name import named as named
+from memopt.state.codecs.gram import Gram as Gram
 from memopt.state.codecs.published import Companded as Companded
 from memopt.state.codecs.published import DynamicTree as DynamicTree
 from memopt.state.codecs.row_scaled import Dynamic as Dynamic

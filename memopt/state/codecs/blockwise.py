@@ -16,6 +16,7 @@ from memopt.axis_types import on_auto_axes, spec_of
 from memopt.errors import check_at_least, check_choice
 from memopt.shapes import Bits, Numbers
 from memopt.state.codecs.base import Codec, Coded, reciprocal
+from memopt.state.rounding import uniform
 
 BLOCK = 128
 """Numbers that share a scale, by default."""
@@ -191,7 +192,7 @@ class Mapped(Blockwise):
         y = self._scaled(relative, x, reciprocal(scale))
         below = jnp.minimum(self._below(y), self._top)
         low, high = self._number(below), self._number(below + 1)
-        codes = jnp.minimum(below + (_uniform(bits) * (high - low) < y - low), self._top)
+        codes = jnp.minimum(below + (uniform(bits) * (high - low) < y - low), self._top)
         return self._stored(x, codes if self.signed else jnp.maximum(codes, 1), scale)
 
     def _stored(self, x: Array, codes: Array, scale: Array) -> Coded:
@@ -273,7 +274,7 @@ class Asymmetric(Blockwise):
             fits = (low * inverse + old >= first - near) & (high * inverse + old <= last + near)
             zero = jnp.where(fits & (step == like.side_data[0].astype(jnp.float32)), old, zero)
         y = self._scaled(lambda x, inverse, zero: x * inverse + zero, x, inverse, zero)
-        codes = jnp.clip(jnp.floor(y + _uniform(bits)), first, last).astype(f"int{self.bits}")
+        codes = jnp.clip(jnp.floor(y + uniform(bits)), first, last).astype(f"int{self.bits}")
         return Coded(codes, (step.astype(jnp.bfloat16), zero.astype(jnp.int8)))
 
     def decode(self, coded: Coded) -> Numbers:
@@ -307,7 +308,7 @@ class Float8(Blockwise):
         # `step` is the distance of float8 numbers at the magnitude of y.
         exponent = jnp.maximum(jnp.frexp(y)[1] - 1, int(info.minexp))
         step = jnp.ldexp(jnp.float32(1), exponent - int(info.nmant))
-        codes = jnp.clip(jnp.floor(y / step + _uniform(bits)) * step, -top, top)
+        codes = jnp.clip(jnp.floor(y / step + uniform(bits)) * step, -top, top)
         return Coded(codes.astype(self.dtype), (scale.astype(jnp.bfloat16),))
 
     def decode(self, coded: Coded) -> Numbers:
@@ -333,11 +334,6 @@ def _in_blocks(tiles: Array, block: int) -> Array:
         return tiles
     *rest, columns, sublanes, lanes = tiles.shape
     return tiles.reshape(*rest, columns * LANES // block, block // LANES, sublanes, lanes)
-
-
-def _uniform(bits: Array) -> Array:
-    """Converts 32 random bits to a number in [0, 1)."""
-    return (bits >> 8).astype(jnp.float32) * np.float32(2**-24)
 
 
 def _root(x: Array, power: int) -> Array:
