@@ -130,6 +130,7 @@ TUNED: Mapping[str, Tuned] = {
     "amsgrad": Tuned("b2", (0.999, 0.99, 0.95), _B2),
     "apollo": Tuned("scale", (1.0, 0.5, 2.0), _SCALE),
     "apollo_mini": Tuned("scale", (128.0, 64.0, 32.0), _SCALE),
+    "badam": Tuned("switch_every", (50, 10, 100), "the paper's K, section 2.1"),
     "cocob": Tuned("alpha", (100.0, 10.0, 1000.0), "the paper's only constant"),
     "dadapt_adamw": Tuned("betas", ((0.9, 0.999), (0.9, 0.99), (0.9, 0.95)), _B2),
     "fira": Tuned("refresh_every", (200, 50, 20), _REFRESH),
@@ -173,6 +174,8 @@ FIXED: Mapping[str, Mapping[str, Any]] = {
     # Its adaptive step does not beat SGD on such models (docs/convergence.md), and 100 probes
     # before the first step are a quarter of the preset's runs.
     "oasis": {"adaptive": False, "first_probes": 20},
+    # From random weights, the embedding and the head must be trained, too.
+    "badam": {"embedding": True, "head": True},
 }
 
 #: Learning rates to start from that are not the registry's: of OASIS without its adaptive step.

@@ -57,6 +57,9 @@ def cycle_blocks(
     Layers whose arrays have the same name and shape share the state; the state of parameters that
     only some layers have, and of the embedding and the head, is kept besides.
 
+    All gradients are read, since it is known only at run time whose turn it is; a released training
+    step (`memopt.training.release_step`) holds one layer's at a time.
+
     Args:
         inner: any Optax transformation; it receives float32 arrays, of stacked layers as stacks of
             one. It must not keep parameters in its state. Its updates should include weight decay,
