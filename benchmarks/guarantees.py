@@ -277,7 +277,7 @@ STORED = {f"adam, {codec} state": codec for codec in ("int8", "flash8", "dynamic
 
 
 OPTIONS: dict[str, dict[str, Any]] = {"badam": {"switch_every": 1, "head": True}}
-"""Options with which a method moves each of two layers, and all other parameters, in three steps."""
+"""Options with which a method moves two layers, and all other parameters, in three steps."""
 
 
 def stored_adam(codec: str, learning_rate: float) -> optax.GradientTransformation:

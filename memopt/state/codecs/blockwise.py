@@ -297,7 +297,7 @@ class Float8(Blockwise):
 
 
 def _tiles(x: Array, block: int) -> Array:
-    """Splits an array into tiles by block: ``(..., m, n)`` to ``(..., m/8, n/b, b/128, 8, 128)``."""
+    """Splits an array into tiles, by blocks of b: ``(..., m/8, n/b, b/128, 8, 128)``."""
     if x.dtype.itemsize == 1:
         x = x.astype(jnp.bfloat16)  # exact, and its TPU tiles convert to those of float32
     m, n = x.shape[-2:]
