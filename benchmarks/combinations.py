@@ -61,8 +61,8 @@ def constant(name: str) -> float:
 def build(name: str) -> optax.GradientTransformationExtraArgs:
     """The optimizer, refreshing its subspace in time."""
     options: dict[str, Any] = {"rank": 4} if METHODS[name].has_free_rank else {}
-    if "refresh_every" in METHODS[name].defaults:
-        options["refresh_every"] = 3
+    for option in {"refresh_every", "switch_every"} & METHODS[name].defaults.keys():
+        options[option] = 3
     return memopt.optimizer(name, constant(name), **options)
 
 

@@ -55,11 +55,16 @@ def step(tx: Transformation, carry: Any, gradients: Any) -> tuple[Any, Any]:
 
 
 def train(tx: Transformation, params: Any, gradients: list[Any]) -> tuple[Any, Any, Any]:
-    """The parameters, the state and the last updates after a step for each of the gradients."""
+    """The parameters, the state and the last updates after a step for each of the gradients.
+
+    The updates are the sum of the last three steps', in which methods that take turns move all.
+    """
     carry, jitted = (params, jax.jit(tx.init)(params)), jax.jit(functools.partial(step, tx))
+    last: list[Any] = []
     for g in gradients:
         carry, updates = jitted(carry, g)
-    return *carry, updates
+        last = [*last, updates][-3:]
+    return *carry, jax.tree.map(lambda *u: functools.reduce(jnp.add, u), *last)
 
 
 def scan(tx: Transformation, params: Any, gradients: list[Any]) -> Any:
@@ -271,6 +276,10 @@ STORED = {f"adam, {codec} state": codec for codec in ("int8", "flash8", "dynamic
 """Rows of Adam with its state in 8 bits, and their codecs."""
 
 
+OPTIONS: dict[str, dict[str, Any]] = {"badam": {"switch_every": 1, "head": True}}
+"""Options with which a method moves two layers, and all other parameters, in three steps."""
+
+
 def stored_adam(codec: str, learning_rate: float) -> optax.GradientTransformation:
     """Adam with its state in a codec."""
     adam = memopt.quantize_state(optax.scale_by_adam(), codec, min_size=64)
@@ -281,7 +290,7 @@ def build(name: str) -> Transformation:
     """The optimizer of a row."""
     if name in STORED:
         return optax.with_extra_args_support(stored_adam(STORED[name], RATE))
-    return with_extra_arguments(memopt.optimizer)(name, RATE)
+    return with_extra_arguments(memopt.optimizer)(name, RATE, **OPTIONS.get(name, {}))
 
 
 def rows() -> tuple[str, ...]:

@@ -10,7 +10,8 @@ extra `plan`) for TPUs, JAX's CUDA plugin (the extra `plan-gpu`) for GPUs.
 Attention processes queries in chunks, for GPUs too, although training there uses cuDNN's if it is
 installed: only cuDNN itself reports its workspace.
 
-Without ``--optimizer`` it measures a list, prints a table and writes it as JSON, with a plot.
+Without ``--optimizer`` it measures a list, prints a table and writes it as JSON, with a plot. What
+the file has from the same compiler is not measured again.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.report import COMPILERS, GIB, Report, markdown_table
+from benchmarks.report import COMPILERS, GIB, Report, markdown_table, read_results
 from benchmarks.training_step import without_refresh
 from memopt.planning.chips import CHIPS, GPUS, compiler, only_compile
 from memopt.planning.plan import Plan, device_count, plan_compilable
@@ -51,6 +52,11 @@ LIST: list[tuple[str, dict[str, Any]]] = [
     ("apollo_mini", {"state": "int8"}),
     ("apollo_mini", RELEASED | {"state": "int8"}),
     ("apollo_mini", INT8 | {"state": "int8"}),
+    ("scale", INT8 | {"state": "int8"}),
+    ("rmnp", INT8 | {"state": "int8"}),
+    ("muon", INT8 | {"state": "int8"}),
+    ("badam", RELEASED),
+    ("badam", INT8),
     ("adafactor", INT8 | {"model": "13b"}),
     ("adafactor", FSDP),
     ("adafactor", RELEASED | FSDP),
@@ -107,19 +113,19 @@ class Options(NamedTuple):
     rows: Literal["methods", "fine-tuning", "over-time"] = "methods"
 
 
+RUN = ("release", "weights", "state", "dtype", "mesh", "batch_size", "seq_len", "accumulation")
+"""Options of the run that is planned."""
+
+
+def setting(optimizer: str, options: Options) -> dict[str, Any]:
+    """What distinguishes the record of a configuration."""
+    names = ("model", *RUN, "chip", "refresh")
+    return {"optimizer": optimizer} | {name: getattr(options, name) for name in names}
+
+
 def measure(optimizer: str, options: Options) -> dict[str, Any]:
     """The record of one configuration, by the planner of `memopt plan`."""
-    names = (
-        "release",
-        "weights",
-        "state",
-        "dtype",
-        "mesh",
-        "batch_size",
-        "seq_len",
-        "accumulation",
-    )
-    given = {name: getattr(options, name) for name in names}
+    given = {name: getattr(options, name) for name in RUN}
     compiler(options.chip)  # raises if it is not installed
 
     def make(devices: Sequence[jax.Device], chip: str) -> Setup:
@@ -135,11 +141,7 @@ def measure(optimizer: str, options: Options) -> dict[str, Any]:
     ).to_json()
     planned = ("compiled_for", "compiler", *byte_fields(), "over_time")
     planned += ("collectives", "refresh_collectives")
-    return {
-        "optimizer": optimizer,
-        **{name: getattr(options, name) for name in ("model", *names, "chip", "refresh")},
-        **{name: found[name] for name in planned},
-    }
+    return setting(optimizer, options) | {name: found[name] for name in planned}
 
 
 def byte_fields() -> list[str]:
@@ -214,7 +216,7 @@ def markdown(report: dict[str, Any]) -> str:
         "released": {"release": True, "weights": None},
         "released, int8 weights": {"release": True, "weights": "int8"},
     }
-    names = ("adafactor", "adalomo", "apollo_mini")
+    names = ("adafactor", "adalomo", "scale", "apollo_mini", "badam", "rmnp", "muon")
     rows = [(name, *(_peak(report, optimizer=name, **kinds[k]) for k in kinds)) for name in names]
     return markdown_table(("", *kinds), rows)
 
@@ -231,10 +233,11 @@ def fine_tuning_table(*reports: dict[str, Any]) -> str:
 
 
 def _peak(report: dict[str, Any], model: str = "7b", **values: Any) -> str:
-    """The peak of the only step on one chip that has these values."""
+    """The peak of the only step on one chip that has these values, if it was measured."""
     values |= {"model": model, "mesh": None}
-    [found] = [r for r in report["results"] if values.items() <= r.items()]
-    return f"{found['peak_bytes'] / GIB:.2f}"
+    found = [r["peak_bytes"] for r in report["results"] if values.items() <= r.items()]
+    assert len(found) < 2
+    return f"{found[0] / GIB:.2f}" if found else "–"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -243,14 +246,18 @@ def main(arguments: Sequence[str]) -> None:
     only_compile()
     chosen = [(options.optimizer, {})] if options.optimizer else LISTS[options.rows]
     results: list[dict[str, Any]] = []
+    saved = [] if options.optimizer else read_results(options.output)
     report = Report("memory", arguments, options.output, results, COMPILERS)
     try:
         for optimizer, changes in track(chosen, transient=True, disable=len(chosen) == 1):
             if changes.get("mesh") and options.chip in GPUS:
                 continue  # then the list has only this card
-            record = measure(optimizer, options._replace(**changes))
+            one = options._replace(**changes)
+            wanted = setting(optimizer, one) | {"compiler": compiler(options.chip)}
+            known = [record for record in saved if wanted.items() <= record.items()]
+            record = known[0] if known else measure(optimizer, one)
             if options.rows != "over-time":
-                del record["over_time"]
+                record.pop("over_time", None)
             results.append(record)
             if not options.optimizer:  # saved after each, because each takes minutes
                 report.save(lambda path: plot(results, path))

@@ -133,6 +133,7 @@ TUNED: Mapping[str, Tuned] = {
     "came": Tuned(
         "b3", (0.9999, 0.999, 0.99), "the memory of the confidence, which is not corrected"
     ),
+    "badam": Tuned("switch_every", (50, 10, 100), "the paper's K, section 2.1"),
     "cocob": Tuned("alpha", (100.0, 10.0, 1000.0), "the paper's only constant"),
     "dadapt_adamw": Tuned("betas", ((0.9, 0.999), (0.9, 0.99), (0.9, 0.95)), _B2),
     "fira": Tuned("refresh_every", (200, 50, 20), _REFRESH),
@@ -176,6 +177,8 @@ FIXED: Mapping[str, Mapping[str, Any]] = {
     # Its adaptive step does not beat SGD on such models (docs/convergence.md), and 100 probes
     # before the first step are a quarter of the preset's runs.
     "oasis": {"adaptive": False, "first_probes": 20},
+    # From random weights, the embedding and the head must be trained, too.
+    "badam": {"embedding": True, "head": True},
 }
 
 #: Learning rates to start from that are not the registry's: of OASIS without its adaptive step.

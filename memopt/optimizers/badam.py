@@ -39,6 +39,9 @@ def badam(
     turns. Layers are recognised as by
     `memopt.cycle_blocks`; a model without layers is one block.
 
+    It is a method for fine-tuning. From random weights others find losses far above Adam's: 7.9
+    against 3.4 with 60M parameters (https://arxiv.org/abs/2502.01586).
+
     State: 2mn/L numbers per matrix of L layers, whether they are stacked or not, and none for the
     embedding and for what is in no layer, such as the output head, unless they have turns.
 

@@ -57,6 +57,9 @@ def cycle_blocks(
     Layers whose arrays have the same name and shape share the state; the state of parameters that
     only some layers have, and of the embedding and the head, is kept besides.
 
+    All gradients are read, since it is known only at run time whose turn it is; a released training
+    step (`memopt.training.release_step`) holds one layer's at a time.
+
     Args:
         inner: any Optax transformation; it receives float32 arrays, of stacked layers as stacks of
             one. It must not keep parameters in its state. Its updates should include weight decay,
@@ -104,7 +107,7 @@ def cycle_blocks(
 
     def step(blocks: _Blocks, updates: Any, state: Any, params: Any, extra: Any) -> Any:
         clock = RefreshClock.at(state.count, switch_every)
-        now = block_now(clock.refresh, seed, count=blocks.count, order=order)
+        now = block_now(clock.refresh, seed, count=blocks.total, order=order)
         low = jax.tree.map(bounded, blocks.take(updates, now))
         choose = functools.partial(jnp.where, clock.refresh_now)
         started = jax.tree.map(choose, inner.init(low), state.inner)
@@ -146,12 +149,12 @@ class _Blocks(NamedTuple):
 
     Attributes:
         places: the `_Place` of each parameter by its name.
-        count: the number of blocks.
+        total: how many blocks there are.
         layer: the number of the layer that stacks consist of; None for stacks of all layers.
     """
 
     places: dict[str, _Place]
-    count: int
+    total: int
     layer: Any
 
     def zeros(self, params: Any) -> Any:
@@ -167,7 +170,7 @@ class _Blocks(NamedTuple):
         return map_named(zeros, params)
 
     def take(self, tree: Any, now: Array) -> Any:
-        """The arrays of the block whose turn it is, in float32; others of these shapes if it has none."""
+        """The arrays of the block whose turn it is, in float32; others if it has none."""
         alike: dict[str, list[tuple[int, Array]]] = {}
         for name, leaf in named_leaves(tree)[0]:
             block, axis, holder = self.places[name]

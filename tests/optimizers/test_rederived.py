@@ -329,7 +329,7 @@ def adamw(w, gradients, name, b1=0.9, b2=0.999):
 
 
 def badam(w, gradients, name):
-    """Three layers and then all other parameters, from the last block; each one has its own Adam."""
+    """Three layers and then all other parameters, from the last block, each with a new Adam."""
     in_layers = name in ("layers", "experts")
     parts = np.array(w if in_layers else [w])
     for t, g in enumerate(gradients):

@@ -56,14 +56,8 @@ class Blockwise(Codec):
             return f(self._cut(x), -1)
 
         def tiled(x: Array) -> Array:
-            tiles, block = _tiles(x), self.block or LANES
-            if block >= LANES:
-                found = f(_in_blocks(tiles, block), (-3, -1))[..., None]
-            else:
-                lane = jnp.arange(LANES) // block
-                parts = [f(jnp.where(lane == i, tiles, 0), -1) for i in range(LANES // block)]
-                found = jnp.stack(parts, -1)
-            return found.swapaxes(-3, -2).reshape(*x.shape[:-1], -1)
+            found = f(_tiles(x, self.block or LANES), (-3, -1))
+            return found.swapaxes(-2, -1).reshape(*x.shape[:-1], -1)
 
         spec = tuple(spec_of(x))
         if spec and spec[-1] is not None:
@@ -87,20 +81,11 @@ class Blockwise(Codec):
             return y.reshape(*shape[:-1], -1)[..., : shape[-1]]
 
         def tiled(x: Array, *scales: Array) -> Array:
-            tiles, block = _tiles(x).astype(jnp.float32), self.block or LANES
-            per_row = max(1, LANES // block)  # blocks in a row of a tile
-            lane = jnp.arange(LANES) // block
-
-            def spread(s: Array) -> Array:
-                s = s.reshape(*shape[:-2], -1, SUBLANES, s.shape[-1] // per_row, per_row)
-                parts = jnp.split(s.swapaxes(-3, -2), per_row, -1)
-                if per_row == 1:
-                    return parts[0][..., None, :, :]
-                choose = lambda s, i: jnp.where(lane == i, parts[i], s)
-                return functools.reduce(choose, range(1, per_row), parts[0])
-
-            y = f(_in_blocks(tiles, block), *map(spread, scales))
-            return y.reshape(tiles.shape).swapaxes(-3, -2).reshape(shape)
+            rows = lambda s: s.reshape(*shape[:-2], -1, SUBLANES, s.shape[-1]).swapaxes(-2, -1)
+            tiles = _tiles(x, self.block or LANES).astype(jnp.float32)
+            y = f(tiles, *(rows(s)[..., None, :, None] for s in scales))
+            y = y.reshape(*y.shape[:-4], -1, SUBLANES, LANES)
+            return y.swapaxes(-3, -2).reshape(shape)
 
         on_tiles = functools.partial(self._on_tiles, tiled, plain)
         return on_auto_axes(on_tiles, (x, *scales), like=spec_of(x))
@@ -118,14 +103,10 @@ class Blockwise(Codec):
     def _on_tiles(
         self, tiled: Callable[..., Array], plain: Callable[..., Array], *xs: Any
     ) -> Array:
-        """Runs ``tiled`` on a TPU if blocks are rows of its tiles, or parts or several of them.
-
-        This avoids a copy.
-        """
+        """Runs ``tiled`` on a TPU if blocks are rows of its tiles, which avoids a copy."""
         shape, block = xs[0].shape, self.block or 1
-        whole = max(block, LANES)  # of whole blocks and whole tiles
-        fits = len(shape) > 1 and shape[-2] % SUBLANES == shape[-1] % whole == 0
-        if not fits or whole % min(block, LANES) or block == 1:
+        fits = len(shape) > 1 and shape[-2] % SUBLANES == shape[-1] % block == 0
+        if not fits or block % LANES:
             return plain(*xs)
         return jax.lax.platform_dependent(*xs, tpu=tiled, default=plain)
 
@@ -316,24 +297,13 @@ class Float8(Blockwise):
         return self._scaled(jnp.multiply, coded.codes, *coded.side_data)
 
 
-def _tiles(x: Array) -> Array:
-    """Splits an array into tiles: ``(..., m, n)`` to ``(..., m/8, n/128, 8, 128)``."""
+def _tiles(x: Array, block: int) -> Array:
+    """Splits an array into tiles, by blocks of b: ``(..., m/8, n/b, b/128, 8, 128)``."""
     if x.dtype.itemsize == 1:
         x = x.astype(jnp.bfloat16)  # exact, and its TPU tiles convert to those of float32
     m, n = x.shape[-2:]
-    x = x.reshape(*x.shape[:-2], m // SUBLANES, SUBLANES, n // LANES, LANES)
-    return x.swapaxes(-3, -2)
-
-
-def _in_blocks(tiles: Array, block: int) -> Array:
-    """Groups tiles that are in one block: ``(..., n/128, 8, 128)`` to ``(..., n/b, b/128, 8, 128)``.
-
-    Tiles of smaller blocks are unchanged.
-    """
-    if block < LANES:
-        return tiles
-    *rest, columns, sublanes, lanes = tiles.shape
-    return tiles.reshape(*rest, columns * LANES // block, block // LANES, sublanes, lanes)
+    x = x.reshape(*x.shape[:-2], m // SUBLANES, SUBLANES, n // LANES, LANES).swapaxes(-3, -2)
+    return x.reshape(*x.shape[:-3], n // block, block // LANES, SUBLANES, LANES)
 
 
 def _root(x: Array, power: int) -> Array:

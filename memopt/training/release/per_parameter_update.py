@@ -26,8 +26,8 @@ class PerParameterUpdate:
     parameter, and the new state that goes with it, runs when its gradient is there. The program
     also tells which state goes with which parameter, so that masks, partitions and injected
     hyperparameters need no rule of their own. Parameters with a leading axis of layers are updated
-    one layer at a time, as stacks of one. State that has no axis of layers is shared by all of them,
-    if the update looks at the layer's number, as `memopt.cycle_blocks` does.
+    one layer at a time, as stacks of one. State without an axis of layers is shared by all of
+    them, if the update looks at the layer's number, as `memopt.cycle_blocks` does.
 
     Parameters and state arrays are numbered as in ``jax.tree.leaves``.
 

@@ -76,8 +76,8 @@ def release_step(
         batch: Arrays of shape (batch, ...).
         model: The loss, in three parts.
         tx: The optimizer: every update must depend on its own parameter's gradient only, and in
-            ``"blocks"`` on its own layer. `memopt.cycle_blocks` is told which layer that is. It is given `value` and `gradient_norm` as in
-            `train_step`, but no `obj_fn`.
+            ``"blocks"`` on its own layer. It is given `value` and `gradient_norm` as in
+            `train_step`, but no `obj_fn`; and `layer`, for `memopt.cycle_blocks`.
         learning_rate: As in `train_step`.
         accumulation: As in `train_step`.
         rng: As in `train_step`; the three functions find the key as ``batch["rng"]``. A block is
