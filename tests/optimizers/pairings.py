@@ -79,6 +79,10 @@ PROJECTORS = {
         nothing,
         "reset",
     ),
+    "dct": Space(lambda: projectors.dct(RANK), dense, lambda k, m, n: k * RANK, adam),
+    "haar": Space(
+        lambda: projectors.haar(0.125), lambda k, m, n: (k, math.ceil(m / 8), n), nothing
+    ),
 }
 INNERS = {
     "adam": Inner(optax.scale_by_adam, twice, twice),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.fft
 
 import memopt
 from benchmarks.extra_arguments import with_extra_arguments
@@ -433,13 +434,25 @@ def apollo(w, gradients, name, r=RANK, scale=1.0, axis=0):
 
 
 @wide
-def galore(w, gradients, name):
+def galore(w, gradients, name, basis=singular):
     adam = Adam(eps=1e-6)
     for t, g in enumerate(gradients, 1):
         if is_due(t):
-            p = singular(g)
+            p = basis(g)
         w = descend(w, 0.25 * p @ adam(p.T @ g))
         yield w
+
+
+def largest_cosines(g):
+    """The columns of the cosine transform, by SciPy, on which the gradient is largest."""
+    size = np.abs(scipy.fft.idct(g, axis=0, norm="ortho")).sum(1)
+    chosen = np.sort(np.argsort(-size)[:RANK])
+    return scipy.fft.idct(np.eye(len(g)), axis=0, norm="ortho").T[:, chosen]
+
+
+def sums_of_four(g):
+    sums = np.kron(np.eye(len(g)), np.ones((4, 1)))[: len(g), : -(-len(g) // 4)]
+    return sums / np.sqrt(sums.sum(0))
 
 
 @wide
@@ -749,6 +762,16 @@ METHODS = {
     "apollo": (apollo, memopt.apollo, {"projector": replayed(RANK)}),
     "apollo_mini": (mini, memopt.apollo_mini, {"projector": replayed(1)}),
     "galore": (galore, memopt.galore, BY_SVD),
+    "galore_by_dct": (
+        functools.partial(galore, basis=largest_cosines),
+        memopt.galore,
+        {"projector": "dct", **REFRESHED},
+    ),
+    "galore_by_haar": (
+        functools.partial(galore, basis=sums_of_four),
+        memopt.galore,
+        {"projector": projectors.haar(0.25, side="short")},
+    ),
     "fira": (fira, memopt.fira, BY_SVD),
     "fira_as_released": (fira_as_released, memopt.fira, {"as_released": True, **BY_SVD}),
     "online_subspace_descent": (

@@ -28,6 +28,8 @@ MAKES = {
     "power_iteration": projectors.power_iteration(RANK),
     "columns": projectors.columns(0.25),
     "coordinates": projectors.coordinates(0.25),
+    "dct": projectors.dct(RANK),
+    "haar": projectors.haar(0.25),
 }
 QUICK = ("gaussian", "orthogonal", "columns")
 QUICK_RUNS = [("gaussian", 50, ()), ("orthogonal", 50, (2,)), ("columns", 50, ())]

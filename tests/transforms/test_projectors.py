@@ -367,11 +367,56 @@ def test_columns_are_whole_lines_of_either_side():
         assert set(lifted.mean(axis)) == {0.0, 1.0}
 
 
+@pytest.mark.parametrize("side", [5, 96, 100_003])
+def test_cosines_are_exact_on_a_side_of_any_length(side):
+    """The product of line and frequency is beyond 32 bits on the longest."""
+    numbers = np.array([1, 4, side // 2, side])
+    spec = MatrixSpec("w", (side, side), jnp.float32)
+    found = projectors.dct(4).expand(spec, jnp.asarray(numbers)[:, None])
+    lines = np.arange(side)[:, None]
+    expected = np.sqrt(2 / side) * np.cos(lines * (2 * numbers - 1) * (np.pi / 2 / side))
+    expected[0] /= np.sqrt(2)
+    np.testing.assert_allclose(found, expected, atol=2e-6 * np.sqrt(2 / side))
+
+
+@pytest.mark.parametrize("make", [projectors.dct, projectors.haar])
+def test_all_of_a_fixed_transform_loses_nothing(make):
+    g = jnp.asarray(np.random.default_rng(0).normal(size=(3, 10, 14)), jnp.float32)
+    spec, projector = MatrixSpec("w", g.shape, jnp.float32), make(1.0)
+    p = basis_of(projector, spec, g)
+    np.testing.assert_allclose(projector.up(spec, p, projector.down(spec, p, g)), g, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sums_of_lines_are_products_with_an_orthonormal_basis(side):
+    """The last sum has fewer lines."""
+    g = jnp.asarray(np.random.default_rng(0).normal(size=(3, 10, 14)), jnp.float32)
+    spec, haar = MatrixSpec("w", g.shape, jnp.float32), projectors.haar(0.25, side=side)
+    p = np.asarray(basis_of(haar, spec, g))
+    np.testing.assert_allclose(p.T @ p, np.eye(p.shape[1]), atol=1e-6)
+    low = haar.down(spec, p, g)
+    np.testing.assert_allclose(low, p.T @ g if side == "left" else g @ p, atol=1e-5)
+    lifted = p @ low if side == "left" else low @ p.T
+    np.testing.assert_allclose(haar.up(spec, p, low), lifted, atol=1e-5)
+
+
+def test_cosines_that_are_chosen_again_keep_their_moments():
+    """The change of basis has a one for each, and zeros."""
+    spec, dct = MatrixSpec("w", (8, 12), jnp.float32), projectors.dct(3)
+    old, new = (dct.expand(spec, jnp.array(n)[:, None]) for n in ([2, 3, 7], [3, 7, 8]))
+    m = jnp.asarray(np.random.default_rng(0).normal(size=(3, 12)), jnp.float32)
+    carried = dct.carry(spec, old, new, m, power=1)
+    np.testing.assert_allclose(carried, jnp.stack([m[1], m[2], 0 * m[0]]), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
         (lambda: projectors.columns(0.3), "density must be one over a whole number.*got 0.3"),
         (lambda: projectors.blocks(0), "density must be one over a whole number.*got 0"),
+        (lambda: projectors.haar(0.3), "density must be one over a power of two.*got 0.3"),
+        (lambda: projectors.haar(4), "density must be one over a power of two.*got 4"),
+        (lambda: projectors.dct(4, norm="l3"), "norm 'l3' is unknown"),
         (lambda: projectors.randomized_svd(4, iterations=-1), "iterations must be at least 0"),
         (lambda: projectors.online_pca(4, penalty=-1.0), "penalty must be at least 0"),
         (lambda: projectors.power_iteration(4, rho=-0.1), "rho must be at least 0"),

@@ -25,7 +25,7 @@ MAKE = {
             *(projectors.gaussian, projectors.rademacher, projectors.sparse, projectors.orthogonal),
             *(projectors.svd, projectors.randomized_svd),
             *(projectors.online_pca, projectors.power_iteration),
-            *(projectors.columns, projectors.coordinates),
+            *(projectors.columns, projectors.coordinates, projectors.dct, projectors.haar),
         )
         for side in ("short", "left", "right")
     },
