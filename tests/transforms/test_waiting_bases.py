@@ -18,11 +18,14 @@ MAKES = {
     "online_pca": projectors.online_pca,
     "power_iteration": projectors.power_iteration,
     "dct": projectors.dct,
+    "lazy_svd": projectors.lazy_svd,
+    "coap": projectors.coap,
+    "grassmann": projectors.grassmann,
 }
 each = pytest.mark.parametrize("name", MAKES)
 
 
-REFRESHED = ("svd", "randomized_svd", "dct")
+REFRESHED = ("svd", "randomized_svd", "dct", "lazy_svd")
 """Projectors that choose a new basis at each refresh, rather than move the old one."""
 
 SPEC = projectors.MatrixSpec("w", (2, 8, 12), jnp.float32)

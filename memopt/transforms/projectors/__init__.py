@@ -32,6 +32,9 @@ from memopt.transforms.projectors.selected import columns as columns
 from memopt.transforms.projectors.selected import coordinates as coordinates
 from memopt.transforms.projectors.singular import randomized_svd as randomized_svd
 from memopt.transforms.projectors.singular import svd as svd
+from memopt.transforms.projectors.tracked import coap as coap
+from memopt.transforms.projectors.tracked import grassmann as grassmann
+from memopt.transforms.projectors.tracked import lazy_svd as lazy_svd
 from memopt.transforms.projectors.tracked import online_pca as online_pca
 from memopt.transforms.projectors.tracked import power_iteration as power_iteration
 
