@@ -308,7 +308,9 @@ class LazySvd(Tracked):
         is_due = clock.refresh_now & (clock.refresh % (1 << doublings) == 0)
         basis = self.chosen(spec, old, gradient, clock, is_due)
         changed = is_due & ~is_unchosen(old) & ~is_unchosen(basis)
-        cosine = jnp.abs(_cosines(old[..., :1], basis[..., :1]))  # the sign of a vector is arbitrary
+        cosine = jnp.abs(
+            _cosines(old[..., :1], basis[..., :1])
+        )  # the sign of a vector is arbitrary
         later = jnp.concatenate([cosines[..., 1:], cosine], -1)
         cosines = jnp.where(changed[..., None], later, cosines)
         is_full = (cosines > 0).all(-1)
@@ -508,7 +510,7 @@ def lazy_svd(
     `on_refresh` does, is done at each multiple of `refresh_every`.
 
     State: the basis, side×r numbers per matrix, and `queue` + 1 numbers. Q-GaLore stores the basis
-    in 4 bits, as does ``memopt.quantize_state`` with ``{"projector": codecs.Asymmetric(4, 256)}``.
+    in 4 bits, as does ``memopt.quantize_state`` with ``{"projector": codecs.Asymmetric(256, 4)}``.
 
     Args:
         rank: r, or a fraction of each matrix's shorter side.
