@@ -75,10 +75,10 @@ def subtrack(
             its own rank. If it is another one, successive subspaces may be far apart and V is
             carried by the rule of `memopt.CarryOver`, which keeps its size.
         seed: the seed of random projectors.
-        as_released: follow the authors' code where it departs from the paper as that of `memopt.fira`
-            does. It also multiplies V by 1 − b2 where it carries moments, one step before the
-            subspace moves and always from the first one, and moves only subspaces of matrices with
-            more rows than columns; memopt follows the paper in these.
+        as_released: follow the authors' code where `memopt.fira` follows that of Fira's, which it
+            shares. Its other departures are faults that memopt never follows: it moves subspaces of
+            matrices with more inputs than outputs only, and carries moments one step early, always
+            from the first subspace, with V multiplied by 1 − b2.
         **common: see `memopt.Common`.
 
     Raises:

@@ -511,7 +511,7 @@ def subtrack(w, gradients, name):
 @wide
 def galore_lazily(w, gradients, name):
     """From 5 steps on, the interval is doubled by the mean of two cosines."""
-    adam, cosines, every = Adam(eps=1e-6), [], 5
+    adam, cosines, every, p = Adam(eps=1e-6), [], 5, None
     for t, g in enumerate(gradients):
         if t % every == 0:
             if t:

@@ -315,7 +315,7 @@ class Projector(abc.ABC):
 
 
 def is_unchosen(basis: Array) -> Array:
-    """Whether each stored basis of a stack is zeros; only first columns are read, none is zero alone.
+    """Whether each stored basis of a stack is zeros; no first column is zero alone.
 
     Example:
         >>> is_unchosen(jnp.stack([jnp.eye(3, 2), jnp.zeros((3, 2))])).tolist()

@@ -510,7 +510,8 @@ def lazy_svd(
     `on_refresh` does, is done at each multiple of `refresh_every`.
 
     State: the basis, side×r numbers per matrix, and `queue` + 1 numbers. Q-GaLore stores the basis
-    in 4 bits, as does ``memopt.quantize_state`` with ``{"projector": codecs.Asymmetric(256, 4)}``.
+    in 4 bits, as does ``memopt.quantize_state`` with
+    ``{"/projector/0/": codecs.Asymmetric(bits=4)}``.
 
     Args:
         rank: r, or a fraction of each matrix's shorter side.
