@@ -101,9 +101,15 @@ def fira(
         refresh_phase=refresh_phase,
         matrices=matrices,
     )
-    adam = {"b1": b1, "b2": b2, "eps": eps}
-    options = {"scale": scale, "growth_limit": growth_limit, "as_released": as_released}
-    return recovered(learning_rate, project, adam, **options, **common)
+    return recovered(
+        learning_rate,
+        project,
+        {"b1": b1, "b2": b2, "eps": eps},
+        scale=scale,
+        growth_limit=growth_limit,
+        as_released=as_released,
+        **common,
+    )
 
 
 def recovered(

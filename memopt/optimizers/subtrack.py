@@ -111,6 +111,12 @@ def subtrack(
         on_refresh=on_refresh,
         matrices=common.get("matrices"),
     )
-    adam = {"b1": b1, "b2": b2, "eps": eps}
-    options = {"scale": scale, "growth_limit": growth_limit, "as_released": as_released}
-    return recovered(learning_rate, project, adam, **options, **common)
+    return recovered(
+        learning_rate,
+        project,
+        {"b1": b1, "b2": b2, "eps": eps},
+        scale=scale,
+        growth_limit=growth_limit,
+        as_released=as_released,
+        **common,
+    )
