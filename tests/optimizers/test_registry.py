@@ -128,7 +128,9 @@ def test_the_state_of_every_method_is_quantised_by_its_name(name):
 
 def test_muon_in_8_bits_moves_as_muon_does_and_keeps_a_quarter():
     params = {"blocks": {"up": jax.random.normal(jax.random.key(0), (2, 64, 128))}}
-    gradient = lambda t: jax.tree.map(lambda p: jax.random.normal(jax.random.key(t), p.shape), params)
+    gradient = lambda t: jax.tree.map(
+        lambda p: jax.random.normal(jax.random.key(t), p.shape), params
+    )
     exact, stored = memopt.muon(1e-2), memopt.muon(1e-2, state="int8")
     states = exact.init(params), stored.init(params)
     for t in range(1, 6):
@@ -141,7 +143,9 @@ def test_muon_in_8_bits_moves_as_muon_does_and_keeps_a_quarter():
         assert difference < 0.1 * optax.tree.norm(expected)
     numbers = 2 * 64 * 128
     assert memopt.state_bytes(exact, params)["blocks/up"] == 4 * numbers
-    assert memopt.state_bytes(stored, params)["blocks/up"] == numbers + 2 * 64 * 2 * 4  # two scales a row
+    assert (
+        memopt.state_bytes(stored, params)["blocks/up"] == numbers + 2 * 64 * 2 * 4
+    )  # two scales a row
 
 
 @pytest.mark.parametrize("name", memopt.available("memopt"))
