@@ -162,7 +162,10 @@ def from_rule(name: str) -> float:
     )
     start, gradients = vector(params), list(map(vector, gradients))
     losses = [2 / (1 + 0.1 * t) for t in range(len(gradients))]
-    options: dict[str, Any] = {"ademamix": {"alpha": 6.0, "b3": 0.9999}, "nadamw": {"weight_decay": 0.0}}
+    options: dict[str, Any] = {
+        "ademamix": {"alpha": 6.0, "b3": 0.9999},
+        "nadamw": {"weight_decay": 0.0},
+    }
     with jax.enable_x64(True):
         tx = memopt.optimizer(name, learning_rate(name), **options.get(name, {}))
 

@@ -66,6 +66,7 @@ CLAIMS: Mapping[str, Claim] = {
     "slim_adam": Claim("matches Adam without up to 98% of its second moments", "adamw"),
     "sm3": Claim("AdaGrad's results with far less memory"),
     "soap": Claim("40% fewer steps than AdamW, 360M and 660M", "adamw"),
+    "subtrack": Claim("loss 3.29 at 350M after 10k steps; Adam 3.40", "adamw"),
     "tag": Claim("less forgetting over a sequence of tasks"),
 }
 

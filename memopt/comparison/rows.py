@@ -167,6 +167,7 @@ TUNED: Mapping[str, Tuned] = {
     "soap": Tuned("b2", (0.95, 0.99, 0.9), _B2),
     "sophia": Tuned("gamma", (0.01, 0.05, 0.002), "the share of clipped coordinates, section 3.1"),
     "tag": Tuned("b2", (0.99, 0.999, 0.95), _B2),
+    "subtrack": Tuned("refresh_every", (200, 50, 20), _REFRESH),
 }
 
 #: Tuned for the baseline alone; other methods have no weight decay.
@@ -233,7 +234,7 @@ METHOD_ROWS = (
     *("dadapt_adamw", "mechanic", "dog", "dowg", "cocob"),
     *("adam_mini", "slim_adam"),
     *("normuon", "rmnp", "scale", "sinkgd", "racs"),
-    *("badam", "came"),
+    *("badam", "came", "subtrack"),
 )
 
 #: Rows that differ from an exact twin in precision only.

@@ -41,6 +41,7 @@ from memopt.optimizers.sinkgd import sinkgd as sinkgd
 from memopt.optimizers.slim_adam import slim_adam as slim_adam
 from memopt.optimizers.sm3 import sm3 as sm3
 from memopt.optimizers.soap import soap as soap
+from memopt.optimizers.subtrack import subtrack as subtrack
 from memopt.optimizers.tag import tag as tag
 
 if not TYPE_CHECKING:  # type checkers read the imports above

@@ -1,8 +1,8 @@
 """Fira."""
 
 import functools
-from collections.abc import Sequence
-from typing import Unpack
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Unpack
 
 import optax
 from jax import Array
@@ -94,7 +94,6 @@ def fira(
         2308
     """
     matrices = common.get("matrices")
-    check_at_least("scale", scale, 0)
     project = functools.partial(
         in_subspace,
         projector=projectors.by_name(projector, fira, rank=rank, seed=seed),
@@ -102,18 +101,51 @@ def fira(
         refresh_phase=refresh_phase,
         matrices=matrices,
     )
+    return recovered(
+        learning_rate,
+        project,
+        {"b1": b1, "b2": b2, "eps": eps},
+        scale=scale,
+        growth_limit=growth_limit,
+        as_released=as_released,
+        **common,
+    )
+
+
+def recovered(
+    learning_rate: optax.ScalarOrSchedule,
+    project: Callable[..., optax.GradientTransformation],
+    adam: Mapping[str, Any],
+    *,
+    scale: float,
+    growth_limit: float | None,
+    as_released: bool,
+    **common: Unpack[Common],
+) -> optax.GradientTransformationExtraArgs:
+    """Adam in a subspace, plus the residual outside of it, for all subspaces.
+
+    Args:
+        learning_rate: a number or a schedule.
+        project: builds `in_subspace` from an inner optimizer and a recombination.
+        adam: the options of Adam.
+        scale: see `fira`.
+        growth_limit: see `fira`.
+        as_released: see `fira`.
+        **common: see `memopt.Common`.
+    """
+    check_at_least("scale", scale, 0)
     limiter = None if growth_limit is None else GrowthLimiter(growth_limit, as_released)
     if as_released:
-        adam = scale_by_uncorrected_adam(b1, b2, eps)
-        correction = optax.scale_by_schedule(adam_bias_correction(b1, b2))
+        uncorrected = scale_by_uncorrected_adam(**adam)
+        correction = optax.scale_by_schedule(adam_bias_correction(adam["b1"], adam["b2"]))
         rule = lift_and_scaled_residual(scale, limiter, as_released=True)
-        subspace = project(adam, recombine=rule)
-        others = optax.chain(adam, correction)
+        subspace = project(uncorrected, recombine=rule)
+        others = optax.chain(uncorrected, correction)
         return finish(
             learning_rate, subspace, correction, others=others, decayed=updated_weights, **common
         )
-    adam = scale_by_released_adam(b1, b2, eps)
-    subspace = project(adam, recombine=lift_and_scaled_residual(limiter=limiter))
+    rule = lift_and_scaled_residual(limiter=limiter)
+    subspace = project(scale_by_released_adam(**adam), recombine=rule)
     return finish(
         learning_rate, subspace, optax.scale(scale), others=optax.scale_by_adam(), **common
     )

@@ -245,7 +245,7 @@ def lift_with_error_feedback(b1: float | Array = 0.0) -> Recombine:
             raise IncompatiblePairingError(
                 "lift_with_error_feedback needs a projector with orthonormal bases: the errors of "
                 f"a {type(projector).__name__} projector would grow without bound. Use "
-                "orthogonal, svd, randomized_svd, power_iteration, columns, coordinates or blocks."
+                "another, such as randomized_svd."
             )
 
     def update(space: Subspace, state: Array) -> tuple[Array, Array]:

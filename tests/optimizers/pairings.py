@@ -79,6 +79,15 @@ PROJECTORS = {
         nothing,
         "reset",
     ),
+    "dct": Space(lambda: projectors.dct(RANK), dense, lambda k, m, n: k * RANK, adam),
+    "haar": Space(
+        lambda: projectors.haar(0.125), lambda k, m, n: (k, math.ceil(m / 8), n), nothing
+    ),
+    "lazy_svd": Space(
+        lambda: projectors.lazy_svd(RANK), dense, lambda k, m, n: basis(k, m, n) + 6 * k, "carry"
+    ),
+    "coap": Space(lambda: projectors.coap(RANK, recalibrate_every=2), dense, basis, "carry", 1),
+    "grassmann": Space(lambda: projectors.grassmann(RANK), dense, basis, adam, 1),
 }
 INNERS = {
     "adam": Inner(optax.scale_by_adam, twice, twice),
@@ -101,7 +110,7 @@ RULES = {
 }
 
 SENSELESS = {
-    *itertools.product(("gaussian", "rademacher", "sparse"), ("lift_with_error_feedback",)),
+    *itertools.product(("gaussian", "rademacher", "sparse", "coap"), ("lift_with_error_feedback",)),
     ("blocks", "lift_and_scaled_residual"),
     ("blocks", "scale_gradient"),
 }

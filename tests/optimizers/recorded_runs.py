@@ -1,5 +1,7 @@
 """The recorded runs: how memopt is set up to follow each, how far it is, how far it may be."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -266,6 +268,24 @@ def _clip_by_fraction(method, transpose):
     return optax.chain(*steps[method], optax.scale_by_learning_rate(meta["lr"]))
 
 
+def _subtrack(method, transpose):
+    """The code moves the subspace of `w_wide` only: the others keep their first bases."""
+    _, bases, meta = yardstick.load(method)
+    h = meta["hyperparameters"]
+    first = projectors.replay({k: {1: b[1]} for k, b in _turned(bases, transpose).items()})
+    step_size = h["st_init_step_size"]
+    moving = projectors.grassmann(h["rank"], step_size=step_size, normalize=False, start=first)
+    options = {"scale": h["scale"], "weight_decay": h["weight_decay"], "as_released": True}
+    options["refresh_every"] = h["subspace_update_interval"]
+    make = memopt.galore
+    if h["recovery_scaling"]:
+        make = functools.partial(memopt.subtrack, growth_limit=h["norm_growth_limit"])
+        options["on_refresh"] = "keep"
+    rest = make(meta["lr"], projector=first, **options)
+    is_wide = lambda name, leaf: memopt.Matrix() if name == "w_wide" else None
+    return make(meta["lr"], projector=moving, matrices=is_wide, rest=rest, **options)
+
+
 def _tag(method, transpose):
     _, _, meta = yardstick.load(method)
     h = meta["hyperparameters"]
@@ -506,6 +526,10 @@ METHODS = {
     ),
     "sm3": (_sm3, ("sm3_po",)),
     "soap": (_soap, ("soap", "soap_maxdim64", "soap_maxdim64_wd_f5")),
+    "subtrack": (
+        _subtrack,
+        ("subtrack_nozero", "subtrack_recovery_nozero", "subtrack_recovery_eta10_nozero"),
+    ),
     "tag": (_tag, ("tag_adam", "tag_rms")),
 }
 """For each method what sets it up to follow a run, and the runs. Flora without a momentum, as its

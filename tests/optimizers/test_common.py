@@ -96,6 +96,13 @@ def quantized_galore(learning_rate, rank=RANK):
     return memopt.galore(learning_rate, rank=rank, refresh_every=3, inner=inner)
 
 
+def galore_with_4bit_bases(learning_rate, rank=RANK):
+    """GaLore with Q-GaLore's bases: in four bits, and refreshed less often where they stay."""
+    tx = memopt.galore(learning_rate, rank=rank, refresh_every=3, projector="lazy_svd")
+    codec = {"/projector/0/": memopt.codecs.Asymmetric(bits=4)}
+    return memopt.quantize_state(tx, codec, min_size=0)
+
+
 def tag_on_three_tasks(learning_rate, adam=False, factored=False, weight_decay=0.0):
     """TAG, which returns to the first of its tasks."""
     options = {"adam": adam, "factored": factored, "weight_decay": weight_decay}
@@ -253,6 +260,12 @@ CASES = {
         twice,
         twice,
     ),
+    "subtrack": Case(
+        variant(memopt.subtrack, **ranks, **decays),
+        lambda k, m, n: low_moments(k, m, n) + k,
+        twice,
+        twice,
+    ),
     "flora": Case(
         variant(memopt.flora, **ranks, **decays),
         lambda k, m, n: k * (RANK * max(m, n) + m + n),
@@ -352,6 +365,13 @@ CASES = {
         twice,
         ("rank",),
     ),
+    "galore_4bit_basis": Case(
+        galore_with_4bit_bases,
+        lambda k, m, n: k * (2 * RANK * max(m, n) + (RANK / 8 + 3 / 4) * min(m, n) + 6),
+        twice,
+        twice,
+        ("rank",),
+    ),
 }  # fmt: skip
 
 
@@ -374,7 +394,7 @@ VARIANTS = {  # of methods that stand in the table otherwise, too
     *("apollo_mini_scale_front", "flora_as_released", "frugal_blocks", "frugal_orthogonal"),
     *("galore_8bit", "galore_at_random", "galore_in_turns", "largest_changes"),
     *("soap_8bit", "soap_as_released", "soap_in_blocks", "soap_one_sided"),
-    *("badam_random", "rmnp_8bit", "sinkgd_momentum"),
+    *("badam_random", "galore_4bit_basis", "rmnp_8bit", "sinkgd_momentum"),
     *("oasis_momentum", "mkor_as_released", "mkor_hybrid", "tag_adam", "tag_factored"),
 }
 CASES |= CELLS

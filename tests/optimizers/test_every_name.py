@@ -61,13 +61,17 @@ def rosenbrock(params):
     return sum(jnp.sum(10 * jnp.square(b - jnp.square(a)) + jnp.square(a - 1)) for a, b in pairs)
 
 
-def make(name, learning_rate):
+def options_of(name):
     options = {"refresh_every": 10} if "refresh_every" in METHODS[name].defaults else {}
     if METHODS[name].has_free_rank:
         options["rank"] = 2
     if name == "online_subspace_descent":
         options["projector_learning_rate"] = 0.05  # for a thousand steps
-    return with_extra_arguments(memopt.optimizer)(name, learning_rate, **options)
+    return options
+
+
+def make(name, learning_rate):
+    return with_extra_arguments(memopt.optimizer)(name, learning_rate, **options_of(name))
 
 
 def update(tx, gradients, state, params, loss=parabola):
@@ -129,7 +133,9 @@ def test_wrappers_of_optax_change_no_number_and_steps_compile_once(name):
     }
     if name in memopt.available("memopt"):
         inject = optax.inject_hyperparams(with_extra_arguments(getattr(memopt, name)))
-        found["inject_hyperparams"] = train(inject(learning_rate=schedule), gradients)
+        found["inject_hyperparams"] = train(
+            inject(learning_rate=schedule, **options_of(name)), gradients
+        )
     for wrapper, params in found.items():
         chex.assert_trees_all_close(
             params, expected, rtol=1e-4, atol=1e-5, custom_message=f"{wrapper} of {name}"

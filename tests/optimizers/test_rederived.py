@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.fft
 
 import memopt
 from benchmarks.extra_arguments import with_extra_arguments
@@ -453,13 +454,25 @@ def apollo(w, gradients, name, r=RANK, scale=1.0, axis=0):
 
 
 @wide
-def galore(w, gradients, name):
+def galore(w, gradients, name, basis=singular):
     adam = Adam(eps=1e-6)
     for t, g in enumerate(gradients, 1):
         if is_due(t):
-            p = singular(g)
+            p = basis(g)
         w = descend(w, 0.25 * p @ adam(p.T @ g))
         yield w
+
+
+def largest_cosines(g):
+    """The columns of the cosine transform, by SciPy, on which the gradient is largest."""
+    size = np.abs(scipy.fft.idct(g, axis=0, norm="ortho")).sum(1)
+    chosen = np.sort(np.argsort(-size)[:RANK])
+    return scipy.fft.idct(np.eye(len(g)), axis=0, norm="ortho").T[:, chosen]
+
+
+def sums_of_four(g):
+    sums = np.kron(np.eye(len(g)), np.ones((4, 1)))[: len(g), : -(-len(g) // 4)]
+    return sums / np.sqrt(sums.sum(0))
 
 
 @wide
@@ -491,6 +504,80 @@ def fira_as_released(w, gradients, name):
     for g, p, r, n, correction in uncorrected_adam(gradients, singular):
         s, before = limit_growth((g - 0.25 * p @ r) * ratio(n, r), before, as_released=True)
         w = decay_after(w, correction * (0.25 * p @ n + s))
+        yield w
+
+
+@wide
+def subtrack(w, gradients, name):
+    """Geodesic steps, of the paper, after η is divided by ‖G‖²."""
+    p, before, m, v = singular(gradients[0]), None, 0.0, 0.0
+    for t, g in enumerate(gradients, 1):
+        if is_due(t) and t > 1:
+            u, sigma, turn = np.linalg.svd(2 * (g - p @ p.T @ g) @ (p.T @ g).T / (g**2).sum())
+            u, angle, turn = u[:, :1], sigma[0], turn[:1].T
+            moved = p @ turn * np.cos(angle) + u * np.sin(angle)
+            old, p = p, p + (moved - p @ turn) @ turn.T
+            change, c1, c2 = p.T @ old, 1 - 0.9 ** (t - 1), 1 - 0.999 ** (t - 1)
+            inside = change**2 @ (v / c2 - (m / c1) ** 2) + (change @ m / c1) ** 2
+            m, v = change @ m, c2 * np.abs(inside)
+        r = p.T @ g
+        m, v = 0.9 * m + 0.1 * r, 0.999 * v + 0.001 * r**2
+        n = np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-6)
+        rest, before = limit_growth((g - p @ r) * ratio(n, r), before)
+        w = descend(w, 0.25 * (p @ n + rest))
+        yield w
+
+
+@wide
+def galore_lazily(w, gradients, name):
+    """From 5 steps on, the interval is doubled by the mean of two cosines."""
+    adam, cosines, every, p = Adam(eps=1e-6), [], 5, None
+    for t, g in enumerate(gradients):
+        if t % every == 0:
+            if t:
+                cosines.append(abs(p[:, 0] @ singular(g)[:, 0]))
+            p = singular(g)
+            if len(cosines) > 1 and np.mean(cosines[-2:]) > 0.4:
+                every *= 2
+        w = descend(w, 0.25 * p @ adam(p.T @ g))
+        yield w
+    assert every == 40
+
+
+@or_rest
+@stacked
+def coap(w, gradients, name):
+    """In FRUGAL without its signs, where the signs of P's columns do not matter.
+
+    Every other refresh is a step, whose slope is written out.
+    """
+    is_left = w.shape[0] <= w.shape[1]
+    down = lambda p, g: p.T @ g if is_left else g @ p
+    up = lambda p, r: p @ r if is_left else r @ p.T
+    side = lambda a, b: a @ b.T if is_left else a.T @ b
+    adam = Adam()
+    for t, g in enumerate(gradients, 1):
+        if t == 1:
+            p = singular(g if is_left else g.T)
+        elif is_due(t) and t % (2 * EVERY) == 1:
+            across = np.linalg.qr(down(p, g).T if is_left else down(p, g))[0]
+            spanned = (g if is_left else g.T) @ across
+            p = np.linalg.svd(spanned, full_matrices=False)[0]
+        elif is_due(t):
+            unit, m = g / np.sqrt((g**2).mean()), up(p, adam.m)
+            missed = up(p, down(p, unit)) - unit
+            length = lambda x: np.sqrt((x**2).sum(0))
+            cosine = (m * unit).sum(0) / length(m) / length(unit)
+            slope_of_m = (unit / length(m) / length(unit) - cosine * m / length(m) ** 2) / m.shape[
+                1
+            ]
+            of_error = 2 * (side(missed, unit) + side(unit, missed)) @ p / g.size
+            slope = (1 - cosine.mean()) * of_error
+            slope -= (missed**2).mean() * side(slope_of_m, adam.m)
+            p = p - 0.1 * slope / max(1, np.linalg.norm(slope))
+        if is_due(t):
+            adam = Adam()
+        w = descend(w, up(p, adam(down(p, g))))
         yield w
 
 
@@ -774,6 +861,35 @@ METHODS = {
     "apollo": (apollo, memopt.apollo, {"projector": replayed(RANK)}),
     "apollo_mini": (mini, memopt.apollo_mini, {"projector": replayed(1)}),
     "galore": (galore, memopt.galore, BY_SVD),
+    "galore_by_dct": (
+        functools.partial(galore, basis=largest_cosines),
+        memopt.galore,
+        {"projector": "dct", **REFRESHED},
+    ),
+    "galore_by_haar": (
+        functools.partial(galore, basis=sums_of_four),
+        memopt.galore,
+        {"projector": projectors.haar(0.25, side="short")},
+    ),
+    "galore_lazily": (
+        galore_lazily,
+        memopt.galore,
+        {
+            "projector": projectors.lazy_svd(RANK, queue=2, start=projectors.svd(RANK)),
+            "refresh_every": 5,
+        },
+    ),
+    "coap": (
+        coap,
+        memopt.frugal,
+        {
+            "projector": projectors.coap(RANK, recalibrate_every=2, start=projectors.svd(RANK)),
+            "inactive": "sgd",
+            "scale": 0.0,
+            "refresh_every": EVERY,
+        },
+    ),
+    "subtrack": (subtrack, memopt.subtrack, REFRESHED),
     "fira": (fira, memopt.fira, BY_SVD),
     "fira_as_released": (fira_as_released, memopt.fira, {"as_released": True, **BY_SVD}),
     "online_subspace_descent": (

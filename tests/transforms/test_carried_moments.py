@@ -28,6 +28,11 @@ MAKES = {
     "power_iteration": projectors.power_iteration(RANK),
     "columns": projectors.columns(0.25),
     "coordinates": projectors.coordinates(0.25),
+    "dct": projectors.dct(RANK),
+    "haar": projectors.haar(0.25),
+    "lazy_svd": projectors.lazy_svd(RANK),
+    "coap": projectors.coap(RANK),
+    "grassmann": projectors.grassmann(RANK),
 }
 QUICK = ("gaussian", "orthogonal", "columns")
 QUICK_RUNS = [("gaussian", 50, ()), ("orthogonal", 50, (2,)), ("columns", 50, ())]

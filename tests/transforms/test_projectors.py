@@ -367,11 +367,124 @@ def test_columns_are_whole_lines_of_either_side():
         assert set(lifted.mean(axis)) == {0.0, 1.0}
 
 
+def follow(projector, gradients, momentum=None):
+    """The arrays that a projector keeps after each of some steps, and refreshes at each."""
+    spec = MatrixSpec("w", gradients[0].shape, jnp.float32)
+
+    def step(kept, at):
+        clock = RefreshClock.at(at[0], 1)
+        _, kept = projector.basis_at(spec, kept, at[1], clock, momentum)
+        return kept, kept
+
+    each = jnp.arange(len(gradients)), jnp.asarray(np.stack(gradients), jnp.float32)
+    return jax.jit(lambda each: jax.lax.scan(step, projector.init(spec), each)[1])(each)
+
+
+def test_intervals_are_doubled_where_the_first_vector_stays():
+    """One matrix has always the same gradient, but for its sign, the other a new one."""
+    same = gradient((24, 40))
+    others = [gradient((24, 40), seed=seed) for seed in range(33)]
+    steps = [np.stack([same * (-1) ** t, g]) for t, g in enumerate(others)]
+    bases, doublings, _ = follow(projectors.lazy_svd(4), steps)
+    # From the fifth cosine on: after steps 5, 6, 8, 16 and 32, each a multiple of its interval.
+    expected = [0] * 5 + [1] + 2 * [2] + 8 * [3] + 16 * [4] + [5]
+    assert doublings[:, 0].tolist() == expected
+    assert not doublings[:, 1].any()
+    changed = np.abs(np.diff(np.asarray(bases), axis=0)).max((-2, -1)) > 1e-6
+    assert changed[:, 1].all()
+    assert set(1 + np.flatnonzero(changed[:, 0])) <= {1, 2, 3, 4, 5, 6, 8, 16, 32}
+
+
+def test_a_geodesic_step_rotates_one_direction_towards_the_gradient():
+    """By the paper's angle, and the error falls by the squared slope at first."""
+    g, start = gradient((24, 40)), np.linalg.qr(gradient((24, 4), seed=1))[0]
+    first = projectors.replay({"w": {1: start}})
+    angles, errors = {}, {}
+    for step_size in (0.0, 1e-3, 0.1):
+        projector = projectors.grassmann(4, step_size=step_size, normalize=False, start=first)
+        p = np.asarray(follow(projector, [g, g])[0][1], np.float64)
+        np.testing.assert_allclose(p.T @ p, np.eye(4), atol=1e-6)
+        cosines = np.linalg.svd(start.T @ p, compute_uv=False)
+        angles[step_size] = np.arccos(np.clip(cosines, 0, 1))
+        errors[step_size] = np.square(g - p @ p.T @ g).sum()
+    slope = 2 * (g - start @ start.T @ g) @ (start.T @ g).T
+    sigma = np.linalg.svd(slope, compute_uv=False)[0]
+    np.testing.assert_allclose(angles[0.1], [0, 0, 0, 0.1 * sigma], atol=1e-3)
+    assert (errors[1e-3] - errors[0.0]) / 1e-3 == pytest.approx(-(sigma**2), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "projector", [projectors.grassmann(4), projectors.coap(4, recalibrate_every=99)]
+)
+def test_a_gradient_inside_a_tracked_subspace_keeps_it(projector):
+    bases = np.asarray(follow(projector, [gradient((24, 40), rank=4)] * 3)[0])
+    np.testing.assert_allclose(bases[2], bases[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_coap_computes_the_subspace_of_a_gradient_of_its_rank(shape):
+    """From one that has something of each of its directions."""
+    g, start = gradient(shape, rank=4), gradient(shape, seed=1)
+    bases = np.asarray(follow(projectors.coap(4, recalibrate_every=2), [start, start, g])[0])
+    side = g if shape[0] < shape[1] else g.T
+    assert subspace_angle(np.linalg.svd(side)[0][:, :4], bases[2]) < 1e-3
+    np.testing.assert_allclose(bases[2].T @ bases[2], np.eye(4), atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [5, 96, 100_003])
+def test_cosines_are_exact_on_a_side_of_any_length(side):
+    """The product of line and frequency is beyond 32 bits on the longest."""
+    numbers = np.array([1, 4, side // 2, side])
+    spec = MatrixSpec("w", (side, side), jnp.float32)
+    found = projectors.dct(4).expand(spec, jnp.asarray(numbers)[:, None])
+    lines = np.arange(side)[:, None]
+    expected = np.sqrt(2 / side) * np.cos(lines * (2 * numbers - 1) * (np.pi / 2 / side))
+    expected[0] /= np.sqrt(2)
+    np.testing.assert_allclose(found, expected, atol=2e-6 * np.sqrt(2 / side))
+
+
+@pytest.mark.parametrize("make", [projectors.dct, projectors.haar])
+def test_all_of_a_fixed_transform_loses_nothing(make):
+    g = jnp.asarray(np.random.default_rng(0).normal(size=(3, 10, 14)), jnp.float32)
+    spec, projector = MatrixSpec("w", g.shape, jnp.float32), make(1.0)
+    p = basis_of(projector, spec, g)
+    np.testing.assert_allclose(projector.up(spec, p, projector.down(spec, p, g)), g, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sums_of_lines_are_products_with_an_orthonormal_basis(side):
+    """The last sum has fewer lines."""
+    g = jnp.asarray(np.random.default_rng(0).normal(size=(3, 10, 14)), jnp.float32)
+    spec, haar = MatrixSpec("w", g.shape, jnp.float32), projectors.haar(0.25, side=side)
+    p = np.asarray(basis_of(haar, spec, g))
+    np.testing.assert_allclose(p.T @ p, np.eye(p.shape[1]), atol=1e-6)
+    low = haar.down(spec, p, g)
+    np.testing.assert_allclose(low, p.T @ g if side == "left" else g @ p, atol=1e-5)
+    lifted = p @ low if side == "left" else low @ p.T
+    np.testing.assert_allclose(haar.up(spec, p, low), lifted, atol=1e-5)
+
+
+def test_cosines_that_are_chosen_again_keep_their_moments():
+    """The change of basis has a one for each, and zeros."""
+    spec, dct = MatrixSpec("w", (8, 12), jnp.float32), projectors.dct(3)
+    old, new = (dct.expand(spec, jnp.array(n)[:, None]) for n in ([2, 3, 7], [3, 7, 8]))
+    m = jnp.asarray(np.random.default_rng(0).normal(size=(3, 12)), jnp.float32)
+    carried = dct.carry(spec, old, new, m, power=1)
+    np.testing.assert_allclose(carried, jnp.stack([m[1], m[2], 0 * m[0]]), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
         (lambda: projectors.columns(0.3), "density must be one over a whole number.*got 0.3"),
         (lambda: projectors.blocks(0), "density must be one over a whole number.*got 0"),
+        (lambda: projectors.haar(0.3), "density must be one over a power of two.*got 0.3"),
+        (lambda: projectors.lazy_svd(4, threshold=1.5), "threshold must be between 0 and 1.*1.5"),
+        (lambda: projectors.lazy_svd(4, queue=0), "queue must be at least 1, got 0"),
+        (lambda: projectors.coap(4, recalibrate_every=0), "recalibrate_every must be at least 1"),
+        (lambda: projectors.grassmann(4, step_size=-1.0), "step_size must be at least 0"),
+        (lambda: projectors.haar(4), "density must be one over a power of two.*got 4"),
+        (lambda: projectors.dct(4, norm="l3"), "norm 'l3' is unknown"),
         (lambda: projectors.randomized_svd(4, iterations=-1), "iterations must be at least 0"),
         (lambda: projectors.online_pca(4, penalty=-1.0), "penalty must be at least 0"),
         (lambda: projectors.power_iteration(4, rho=-0.1), "rho must be at least 0"),

@@ -24,8 +24,9 @@ MAKE = {
         for make in (
             *(projectors.gaussian, projectors.rademacher, projectors.sparse, projectors.orthogonal),
             *(projectors.svd, projectors.randomized_svd),
-            *(projectors.online_pca, projectors.power_iteration),
-            *(projectors.columns, projectors.coordinates),
+            *(projectors.online_pca, projectors.power_iteration, projectors.lazy_svd),
+            *(projectors.coap, projectors.grassmann),
+            *(projectors.columns, projectors.coordinates, projectors.dct, projectors.haar),
         )
         for side in ("short", "left", "right")
     },

@@ -17,14 +17,28 @@ MAKES = {
     "randomized_svd": projectors.randomized_svd,
     "online_pca": projectors.online_pca,
     "power_iteration": projectors.power_iteration,
+    "dct": projectors.dct,
+    "lazy_svd": projectors.lazy_svd,
+    "coap": projectors.coap,
+    "grassmann": projectors.grassmann,
 }
 each = pytest.mark.parametrize("name", MAKES)
 
 
-def gradients():
-    """Gradients of rank 2 for each step and for two matrices; some are zero."""
+REFRESHED = ("svd", "randomized_svd", "dct", "lazy_svd")
+"""Projectors that choose a new basis at each refresh, rather than move the old one."""
+
+SPEC = projectors.MatrixSpec("w", (2, 8, 12), jnp.float32)
+
+
+def gradients(name):
+    """Gradients of rank 2, or with two cosines, for each step and two matrices; some are zero."""
     draw = np.random.default_rng(0)
-    g = draw.normal(size=(6, 2, 8, RANK)) @ draw.normal(size=(6, 2, RANK, 12))
+    columns = draw.normal(size=(6, 2, 8, RANK))
+    if name == "dct":
+        chosen = draw.permuted(np.tile(np.arange(1, 9), (6, 2, 1)), axis=-1)[..., :RANK, None]
+        columns = np.asarray(projectors.dct(RANK).expand(SPEC, jnp.asarray(chosen)))
+    g = columns @ draw.normal(size=(6, 2, RANK, 12))
     g[0, 1] = g[1, 1] = 0.0  # the first two of one matrix
     g[3, 0] = 0.0  # the other's, when all are refreshed
     return jnp.asarray(g, jnp.float32)
@@ -33,11 +47,12 @@ def gradients():
 @functools.cache
 def compiled(name):
     """A run that gives the basis and the update of each step."""
-    tx = memopt.in_subspace(optax.identity(), MAKES[name](RANK), recombine.lift(), EVERY)
+    projector = MAKES[name](RANK)
+    tx = memopt.in_subspace(optax.identity(), projector, recombine.lift(), EVERY)
 
     def step(state, g):
         updates, state = tx.update({"w": g}, state)
-        return state, (state.projector[0]["w"], updates["w"])
+        return state, (projector.expand(SPEC, state.projector[0]["w"]), updates["w"])
 
     return jax.jit(lambda g: jax.lax.scan(step, tx.init({"w": g[0]}), g)[1])
 
@@ -49,7 +64,7 @@ def follow(name, gradients):
 @each
 def test_a_matrix_waits_for_its_first_gradient_that_is_not_zero(name):
     """In a stack each matrix by itself."""
-    g = gradients()
+    g = gradients(name)
     bases, updates = follow(name, g)
     assert not bases[:2, 1].any()
     for step, matrix in ((0, 0), (2, 1)):
@@ -62,10 +77,10 @@ def test_a_matrix_waits_for_its_first_gradient_that_is_not_zero(name):
 @each
 def test_a_gradient_of_zeros_at_a_refresh_chooses_nothing(name):
     """The basis is refreshed at the next gradient, or stays if it follows the gradients."""
-    g = gradients()
+    g = gradients(name)
     bases, updates = follow(name, g)
     assert not updates[3, 0].any()
-    if name in ("svd", "randomized_svd"):
+    if name in REFRESHED:
         assert not bases[3, 0].any()
         np.testing.assert_allclose(updates[4, 0], g[4, 0], atol=1e-4)
         np.testing.assert_array_equal(bases[5, 0], bases[4, 0])
@@ -77,8 +92,8 @@ def test_a_gradient_of_zeros_at_a_refresh_chooses_nothing(name):
 @pytest.mark.parametrize("size", [2.0**-110, 2.0**100])
 def test_a_basis_does_not_depend_on_the_size_of_gradients(name, size):
     """Their squares would vanish, or overflow."""
-    bases, _ = follow(name, gradients())
-    np.testing.assert_allclose(follow(name, size * gradients())[0], bases, atol=1e-5)
+    bases, _ = follow(name, gradients(name))
+    np.testing.assert_allclose(follow(name, size * gradients(name))[0], bases, atol=1e-5)
 
 
 def test_a_product_with_a_factor_of_zeros_trains_all_its_columns():

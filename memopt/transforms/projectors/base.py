@@ -142,6 +142,14 @@ class Projector(abc.ABC):
             ``(*stack, side, r)``, or ``(side, r)`` if all matrices share one basis.
         """
 
+    def choose(self, spec: MatrixSpec, gradient: Stack, clock: RefreshClock) -> Array:
+        """Computes a basis in the form in which it is stored; by default the basis itself."""
+        return self.basis(spec, gradient, clock)
+
+    def expand(self, spec: MatrixSpec, stored: Array) -> Basis:
+        """Computes a basis from its stored form, zeros from zeros."""
+        return stored
+
     @property
     def keeps(self) -> int:
         """The number of arrays that `init` returns, the same for all parameters."""
@@ -178,15 +186,15 @@ class Projector(abc.ABC):
         if not self.stored:
             return self.basis(spec, gradient, clock), ()
         if self.from_gradients:
-            basis = self.chosen(spec, kept[0], gradient, clock, clock.refresh_now)
+            stored = self.chosen(spec, kept[0], gradient, clock, clock.refresh_now)
         else:
-            fresh = lambda: varying_as(kept[0], self.basis(spec, gradient, clock))
-            basis = jax.lax.cond(clock.refresh_now, fresh, lambda: kept[0])
-        return basis, (basis,)
+            fresh = lambda: varying_as(kept[0], self.choose(spec, gradient, clock))
+            stored = jax.lax.cond(clock.refresh_now, fresh, lambda: kept[0])
+        return self.expand(spec, stored), (stored,)
 
     def chosen(
-        self, spec: MatrixSpec, old: Basis, gradient: Stack, clock: RefreshClock, now: Any
-    ) -> Basis:
+        self, spec: MatrixSpec, old: Array, gradient: Stack, clock: RefreshClock, now: Any
+    ) -> Array:
         """Computes new bases from a stack of gradients for the matrices that need one.
 
         Args:
@@ -203,7 +211,7 @@ class Projector(abc.ABC):
             due = wanted & exists
             pick = lambda which, a, b: jnp.where(which[..., None, None], a, b)
             others = pick(wanted, 0, old)
-            fresh = lambda: pick(due, self.basis(spec, gradient * factor, clock), others)
+            fresh = lambda: pick(due, self.choose(spec, gradient * factor, clock), others)
             return jax.lax.cond(for_any(due), fresh, lambda: others)
 
         return jax.lax.cond(for_any(wanted), look, lambda: old)
@@ -212,7 +220,9 @@ class Projector(abc.ABC):
         self, spec: MatrixSpec, kept: tuple[Array, ...], gradient: Stack, clock: RefreshClock
     ) -> Basis:
         """The basis that a refresh at this step replaces."""
-        return kept[0] if self.stored else self.basis(spec, gradient, clock.before)
+        if not self.stored:
+            return self.basis(spec, gradient, clock.before)
+        return self.expand(spec, kept[0])
 
     def basis_shape(self, spec: MatrixSpec) -> tuple[int, ...]:
         """The shape of a stored basis: ``(*stack, side, r)``, or ``(side, r)`` if all share it."""
@@ -304,8 +314,8 @@ class Projector(abc.ABC):
         return product("...mr,...sr->...ms", low, change_of_basis)
 
 
-def is_unchosen(basis: Basis) -> Array:
-    """Whether each basis of a stack is zeros; only first columns are read, as none is zero alone.
+def is_unchosen(basis: Array) -> Array:
+    """Whether each stored basis of a stack is zeros; no first column is zero alone.
 
     Example:
         >>> is_unchosen(jnp.stack([jnp.eye(3, 2), jnp.zeros((3, 2))])).tolist()

@@ -8,17 +8,25 @@ from typing import Any
 
 from memopt.errors import check_choice, check_unused
 from memopt.transforms.projectors.base import Projector
+from memopt.transforms.projectors.fixed import dct, haar
 from memopt.transforms.projectors.random import gaussian, orthogonal, rademacher, sparse
 from memopt.transforms.projectors.selected import blocks, columns, coordinates
 from memopt.transforms.projectors.singular import randomized_svd, svd
-from memopt.transforms.projectors.tracked import online_pca, power_iteration
+from memopt.transforms.projectors.tracked import (
+    coap,
+    grassmann,
+    lazy_svd,
+    online_pca,
+    power_iteration,
+)
 
 NAMED: dict[str, Callable[..., Projector]] = {
     f.__name__: f
     for f in (
         *(gaussian, rademacher, sparse, orthogonal),
         *(svd, randomized_svd, online_pca, power_iteration),
-        *(columns, coordinates, blocks),
+        *(columns, coordinates, blocks, dct, haar),
+        *(lazy_svd, coap, grassmann),
     )
 }
 

@@ -1,5 +1,6 @@
 """Projectors whose subspace follows the gradients."""
 
+import abc
 import dataclasses
 from typing import Any, ClassVar
 
@@ -8,11 +9,17 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.errors import check_at_least
+from memopt.errors import check_at_least, check_between
 from memopt.reductions import for_any
 from memopt.shapes import Basis, Stack
 from memopt.state.precision import bias_correction, zeros_of
-from memopt.transforms.linalg import for_stack, orthonormal, product
+from memopt.transforms.linalg import (
+    for_stack,
+    leading_eigenvectors,
+    lengths_of,
+    orthonormal,
+    product,
+)
 from memopt.transforms.projectors.base import (
     MatrixSpec,
     Projector,
@@ -119,11 +126,14 @@ class OnlinePca(Tracked):
 
 
 @dataclasses.dataclass(frozen=True)
-class PowerIteration(Tracked):
-    """Tracked power iteration; see `power_iteration`."""
+class Moved(Tracked):
+    """A basis that is moved at each refresh after its first."""
 
-    rho: float = 0.908
-    b1: float = 0.0
+    @abc.abstractmethod
+    def move(
+        self, spec: MatrixSpec, basis: Basis, gradient: Stack, clock: RefreshClock, momentum: Any
+    ) -> Basis:
+        """The bases after a refresh; those of gradients of zeros are unchanged."""
 
     def basis_at(
         self,
@@ -133,18 +143,26 @@ class PowerIteration(Tracked):
         clock: RefreshClock,
         momentum: Any,
     ) -> tuple[Array, tuple[Array, ...]]:
-        """Updates the stored basis by one power iteration at each refresh."""
+        """Moves the stored basis at each refresh."""
         first = is_unchosen(kept[0])
         started = self.chosen(spec, kept[0], gradient, clock, first)
 
-        def iterate() -> Basis:
-            moved = self._iterate(spec, kept[0], gradient, clock, momentum)
+        def move() -> Basis:
+            moved = self.move(spec, kept[0], gradient, clock, momentum)
             return jnp.where(first[..., None, None], started, moved)
 
-        basis = jax.lax.cond(clock.refresh_now & for_any(~first), iterate, lambda: started)
+        basis = jax.lax.cond(clock.refresh_now & for_any(~first), move, lambda: started)
         return basis, (basis,)
 
-    def _iterate(
+
+@dataclasses.dataclass(frozen=True)
+class PowerIteration(Moved):
+    """Tracked power iteration; see `power_iteration`."""
+
+    rho: float = 0.908
+    b1: float = 0.0
+
+    def move(
         self, spec: MatrixSpec, basis: Basis, gradient: Stack, clock: RefreshClock, momentum: Any
     ) -> Basis:
         """An orthonormal basis of B BᵀP, with B = ρ·up(M̂) + (1−ρ)·G; B is never formed.
@@ -163,6 +181,142 @@ class PowerIteration(Tracked):
         if momentum is not None:
             moved += product("...mr,...rs->...ms", basis, self.gram(spec, corrected, low))
         return jnp.where(exists[..., None, None], orthonormal(moved), basis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grassmann(Moved):
+    """Steps along geodesics of subspaces; see `grassmann`."""
+
+    step_size: float | Array = 1.0
+    normalize: bool = True
+
+    def move(
+        self, spec: MatrixSpec, basis: Basis, gradient: Stack, clock: RefreshClock, momentum: Any
+    ) -> Basis:
+        """Rotates one direction of the subspace, along the leading singular pair of the slope."""
+        factor, _ = scale_to_one(gradient)
+        squares = jnp.square(factor * gradient).sum((-2, -1), keepdims=True)
+        low = factor * self.down(spec, basis, gradient)
+        slope = factor * self.correlation(spec, gradient, low)  # G Rᵀ
+        slope *= jnp.where(squares > 0, 2 / squares, 0)
+        for _ in range(2):  # once more, as rounding would show where little is left
+            inside = product("...mr,...ms->...rs", basis, slope)
+            slope -= product("...mr,...rs->...ms", basis, inside)
+        v = leading_eigenvectors(product("...mr,...ms->...rs", slope, slope), 1)
+        u = product("...mr,...rs->...ms", slope, v)
+        length = jnp.sqrt(jnp.square(u).sum(-2, keepdims=True))
+        angle = self.step_size * length
+        if not self.normalize:
+            angle *= squares / factor**2
+        turned = product("...mr,...rs->...ms", basis, v) * (jnp.cos(angle) - 1)
+        turned += u / lengths_of(u) * jnp.sin(angle)
+        return basis + product("...ms,...rs->...mr", turned, v)
+
+
+@dataclasses.dataclass(frozen=True)
+class Coap(Moved):
+    """COAP's projection; see `coap`."""
+
+    rate: float | Array = 0.1
+    recalibrate_every: int = 5
+    normalize: bool = True
+
+    orthonormal: ClassVar[bool] = False
+
+    def move(
+        self, spec: MatrixSpec, basis: Basis, gradient: Stack, clock: RefreshClock, momentum: Any
+    ) -> Basis:
+        """Takes a gradient step on the loss, or computes singular vectors of a sketch by P."""
+        factor, exists = scale_to_one(gradient)
+        moved = jax.lax.cond(
+            clock.refresh % self.recalibrate_every == 0,
+            lambda: self._recalibrate(spec, basis, factor * gradient),
+            lambda: self._step(spec, basis, gradient, factor, momentum),
+        )
+        return jnp.where(exists[..., None, None], moved, basis)
+
+    def _recalibrate(self, spec: MatrixSpec, basis: Basis, gradient: Stack) -> Basis:
+        """The singular vectors, on the projected side, of G in the span of its sketch G P."""
+        sketch = self.down(spec, basis, gradient)
+        is_left = self.is_left(spec)
+        across = orthonormal(sketch.mT).mT if is_left else orthonormal(sketch)
+        spanned = self.correlation(spec, gradient, across)
+        squares = product("...mr,...ms->...rs", spanned, spanned)
+        rotation = leading_eigenvectors(squares, basis.shape[-1])
+        return orthonormal(product("...mr,...rs->...ms", spanned, rotation))
+
+    def _step(
+        self, spec: MatrixSpec, basis: Basis, gradient: Stack, factor: Array, momentum: Any
+    ) -> Basis:
+        """P after a step on its loss, whose gradient is no longer than one."""
+        g = gradient
+        if self.normalize:
+            g = factor * gradient
+            rms = jnp.sqrt(jnp.square(g).mean((-2, -1), keepdims=True))
+            g /= jnp.where(rms > 0, rms, 1)
+
+        def loss(basis: Basis) -> Array:
+            missed = self.residual(spec, basis, g, self.down(spec, basis, g))
+            error = jnp.square(missed).mean((-2, -1))
+            if momentum is None:
+                return error.sum()
+            m = self.up(spec, basis, scale_to_one(momentum)[0] * momentum)
+            return (error * (1 - _cosines(m, g).mean(-1))).sum()
+
+        slope = jax.grad(loss)(basis)
+        length = jnp.sqrt(jnp.square(slope).sum((-2, -1), keepdims=True))
+        return basis - self.rate * slope / jnp.maximum(length, 1)
+
+
+def _cosines(a: Stack, b: Stack) -> Array:
+    """The cosine of the angle between each two columns, 0 for columns of zeros."""
+    inverse = lambda x: jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-2), 1e-30))
+    return (a * b).sum(-2) * inverse(a) * inverse(b)
+
+
+@dataclasses.dataclass(frozen=True)
+class LazySvd(Tracked):
+    """Singular vectors that are refreshed less often where they change little; see `lazy_svd`.
+
+    It keeps the basis, the number of times by which the interval was doubled, and the last cosines,
+    0 for those to come.
+    """
+
+    threshold: float = 0.4
+    queue: int = 5
+
+    @property
+    def keeps(self) -> int:
+        """The basis, the doublings and the cosines."""
+        return 3
+
+    def init(self, spec: MatrixSpec) -> tuple[Array, ...]:
+        """No basis, an interval that is not yet doubled, and no cosines."""
+        cosines = jnp.zeros((*spec.stack, self.queue), spec.dtype)
+        return (*super().init(spec), jnp.zeros(spec.stack, jnp.int32), cosines)
+
+    def basis_at(
+        self,
+        spec: MatrixSpec,
+        kept: tuple[Array, ...],
+        gradient: Stack,
+        clock: RefreshClock,
+        momentum: Any,
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """Refreshes the bases whose interval is over, and doubles those that hardly changed."""
+        old, doublings, cosines = kept
+        is_due = clock.refresh_now & (clock.refresh % (1 << doublings) == 0)
+        basis = self.chosen(spec, old, gradient, clock, is_due)
+        changed = is_due & ~is_unchosen(old) & ~is_unchosen(basis)
+        cosine = jnp.abs(
+            _cosines(old[..., :1], basis[..., :1])
+        )  # the sign of a vector is arbitrary
+        later = jnp.concatenate([cosines[..., 1:], cosine], -1)
+        cosines = jnp.where(changed[..., None], later, cosines)
+        is_full = (cosines > 0).all(-1)
+        is_steady = changed & is_full & (cosines.mean(-1) >= self.threshold)
+        doublings = jnp.minimum(doublings + is_steady, 30)
+        return basis, (basis, doublings, cosines)
 
 
 def online_pca(
@@ -244,3 +398,140 @@ def power_iteration(
     """
     check_at_least("rho", rho, 0)
     return PowerIteration(rank, side, True, start, rho, b1)
+
+
+def grassmann(
+    rank: int | float,
+    *,
+    side: str = "short",
+    step_size: float | Array = 1.0,
+    normalize: bool = True,
+    start: Projector | None = None,
+) -> Projector:
+    """A basis that is rotated towards the gradient at each refresh: SubTrack++'s tracking.
+
+    It starts from the first gradient's singular vectors; then, with (σ, u, v) the leading singular
+    value and vectors of the direction of steepest descent of ‖G − P PᵀG‖²::
+
+        D = 2 (G − P R) Rᵀ,  R = PᵀG           D ≈ σ u vᵀ
+        P ← P (I − v vᵀ) + (P v cos(η σ) + u sin(η σ)) vᵀ
+
+    P stays orthonormal: one direction, P v, is rotated by the angle ησ towards u. In the paper that
+    angle grows with the square of the gradient's size; by default σ is that of D / ‖G‖², which is
+    at most 1. (The released code forms its projector I − P Pᵀ on the wrong side if m ≥ n, so that
+    these matrices keep their first basis.) State: the basis, side×r numbers per matrix.
+
+    Args:
+        rank: r, or a fraction of each matrix's shorter side.
+        side: "short", "long", "left" or "right".
+        step_size: η.
+        normalize: divide D by ‖G‖². Without, the paper has η = 10000 for pre-training.
+        start: the projector that gives the first basis; by default `randomized_svd`.
+
+    Raises:
+        ValueError: if `rank` is below one, or larger than the matrix's shorter side.
+
+    References:
+        Rajabi et al., SubTrack++: Gradient Subspace Tracking for Scalable LLM Training, 2025,
+        https://arxiv.org/abs/2502.01586, section 2.
+
+    Example:
+        >>> [x.shape for x in grassmann(2).init(MatrixSpec("w", (3, 8, 4), jnp.float32))]
+        [(3, 4, 2)]
+    """
+    check_at_least("step_size", step_size, 0)
+    return Grassmann(rank, side, True, start, step_size, normalize)
+
+
+def coap(
+    rank: int | float,
+    *,
+    side: str = "short",
+    rate: float | Array = 0.1,
+    recalibrate_every: int = 5,
+    normalize: bool = True,
+    start: Projector | None = None,
+) -> Projector:
+    """A basis that takes a gradient step at each refresh, and is seldom computed anew: COAP's.
+
+    It starts from the first gradient's singular vectors; then, with M the inner optimizer's first
+    moment and the cosine between each output's columns::
+
+        L(P) = mean((G − up(down(G)))²) · (1 − mean(cos(up(M), G)))
+        P ← P − rate · ∇L / max(1, ‖∇L‖)
+
+    Every `recalibrate_every` refreshes, P becomes the singular vectors of G in the span of G P
+    instead: a QR and an eigendecomposition of r×r. Between, its columns are not kept orthonormal.
+    If the inner optimizer has no first moment, L is the first factor. State: the basis, side×r
+    numbers per matrix.
+
+    Args:
+        rank: r, or a fraction of each matrix's shorter side.
+        side: "short", "long", "left" or "right".
+        rate: the learning rate of P.
+        recalibrate_every: λ, refreshes between two computations; `refresh_every` is 32 in the
+            released code.
+        normalize: divide G by its root mean square, so that L and the steps do not depend on the
+            size of gradients. The paper does not; steps on small gradients are then very small.
+        start: the projector that gives the first basis; by default `randomized_svd`.
+
+    Raises:
+        ValueError: if `rank` is below one, or larger than the matrix's shorter side, or
+            `recalibrate_every` is below one.
+
+    References:
+        Xiao et al., COAP: Memory-Efficient Training with Correlation-Aware Gradient Projection,
+        2024, https://arxiv.org/abs/2412.00071, section 3.
+
+    Example:
+        >>> [x.shape for x in coap(2).init(MatrixSpec("w", (3, 8, 4), jnp.float32))]
+        [(3, 4, 2)]
+    """
+    check_at_least("rate", rate, 0)
+    check_at_least("recalibrate_every", recalibrate_every, 1)
+    return Coap(rank, side, True, start, rate, recalibrate_every, normalize)
+
+
+def lazy_svd(
+    rank: int | float,
+    *,
+    side: str = "short",
+    threshold: float = 0.4,
+    queue: int = 5,
+    start: Projector | None = None,
+) -> Projector:
+    """Singular vectors that are computed half as often where they change little: Q-GaLore's.
+
+    At each refresh of a matrix, |cos| of the angle between its old and its new first vector is
+    recorded. Once there are `queue`, and at each refresh later, the matrix's interval is doubled if
+    the mean of the last ones is at least `threshold`: it is refreshed at every 2nd, 4th, 8th, …
+    multiple of `refresh_every`. (The released code has no absolute value, though the sign of a
+    singular vector is arbitrary.) Each matrix of a stack has an interval of its own; what
+    `on_refresh` does, is done at each multiple of `refresh_every`.
+
+    State: the basis, side×r numbers per matrix, and `queue` + 1 numbers. Q-GaLore stores the basis
+    in 4 bits, as does ``memopt.quantize_state`` with
+    ``{"/projector/0/": codecs.Asymmetric(bits=4)}``.
+
+    Args:
+        rank: r, or a fraction of each matrix's shorter side.
+        side: "short", "long", "left" or "right".
+        threshold: the smallest mean cosine, between 0 and 1, that doubles an interval.
+        queue: the number of cosines.
+        start: the projector that gives the bases; by default `randomized_svd`.
+
+    Raises:
+        ValueError: if `rank` is below one, or larger than the matrix's shorter side, `threshold` is
+            not between 0 and 1, or `queue` is below one.
+
+    References:
+        Zhang et al., Q-GaLore: Quantized GaLore with INT4 Projection and Layer-Adaptive Low-Rank
+        Gradients, 2024, https://arxiv.org/abs/2407.08296, section 3.2.
+
+    Example:
+        >>> [x.shape for x in lazy_svd(2).init(MatrixSpec("w", (3, 8, 4), jnp.float32))]
+        [(3, 4, 2), (3,), (3, 5)]
+    """
+    check_between("threshold", threshold, 0, 1)
+    check_at_least("queue", queue, 1)
+    return LazySvd(rank, side, True, start, threshold, queue)
