@@ -53,9 +53,9 @@ def keras_optimizer(
     Raises:
         ImportError: if Keras is not installed.
         ValueError: if `tx` is no Optax transformation, Keras has another backend than JAX, or
-            `weight_decay` is given; when the optimizer is built, if two variables have the same path, or if Keras cannot save an
-            array of the state (4-bit integers and float8); in an update, if a variable has no
-            gradient.
+            `weight_decay` is given; when the optimizer is built, if two variables have the same
+            path, or if Keras cannot save an array of the state (4-bit integers and float8); in an
+            update, if a variable has no gradient.
     """
     if not isinstance(tx, optax.GradientTransformation):
         raise ValueError(
