@@ -9,7 +9,7 @@ import optax
 
 from memopt.optimizers.registry import optimizer
 from memopt.parameters import init_shapes
-from memopt.trees import is_box
+from memopt.trees import NOTHING, is_box, named_leaves
 
 
 @functools.cache
@@ -60,18 +60,22 @@ def _apart(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     says so in its log alone, and starts from a new state.
     """
     tx = optax.with_extra_args_support(tx)
-    flatten = functools.partial(jax.tree.flatten, is_leaf=is_box)
-    stays = lambda x: is_box(x) or x.ndim == 0
+
+    def flatten(state: Any) -> tuple[list[Any], list[bool], Any]:
+        named, structure = named_leaves(state)
+        stays = [is_box(x) or name.endswith("count") for name, x in named]  # EasyDeL sets counts
+        return [x for _, x in named], stays, structure
 
     def split(state: Any) -> tuple[Any, tuple[jax.Array, ...]]:
-        leaves, structure = flatten(state)
-        kept = structure.unflatten([x if stays(x) else None for x in leaves])
-        return kept, tuple(x for x in leaves if not stays(x))
+        leaves, stays, structure = flatten(state)
+        each = list(zip(leaves, stays, strict=True))
+        kept = structure.unflatten([x if stay else NOTHING for x, stay in each])
+        return kept, tuple(x for x, stay in each if not stay)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        like, structure = flatten(init_shapes(tx.init, params))
+        _, stays, structure = flatten(init_shapes(tx.init, params))
         kept, others = iter(flatten(state[0])[0]), iter(state[1])
-        joined = structure.unflatten([next(kept if stays(x) else others) for x in like])
+        joined = structure.unflatten([next(kept if stay else others) for stay in stays])
         updates, joined = tx.update(updates, joined, params, **extra)
         return updates, split(joined)
 
