@@ -1,4 +1,4 @@
-"""EasyDeL's own loop and factory of optimizers, where it is installed (extra `easydel`)."""
+"""EasyDeL's own loop and factory of optimizers, where it is installed."""
 
 import shutil
 
