@@ -98,17 +98,20 @@ def made(**options):
     return tx
 
 
+def shapes(tx):
+    """The shapes of the state's arrays, without step counts."""
+    return sorted(x.shape for x in jax.tree.leaves(tx.init(PARAMS)) if x.ndim)
+
+
 def test_the_page_makes_the_method_with_its_options():
-    expected = memopt.state_bytes(memopt.apollo_mini(1e-2, rank=1), PARAMS).states
-    assert memopt.state_bytes(made(), PARAMS).states == expected
+    assert shapes(made()) == shapes(memopt.apollo_mini(1e-2, rank=1))
     updates, _ = made().update(PARAMS, made().init(PARAMS), PARAMS)
     assert all(x.all() for x in jax.tree.leaves(updates))
 
 
 def test_options_reach_the_method():
     options = {"method": "galore", "options": {"rank": 4}}
-    expected = memopt.state_bytes(memopt.galore(1e-2, rank=4), PARAMS).states
-    assert memopt.state_bytes(made(extra_optimizer_kwargs=options), PARAMS).states == expected
+    assert shapes(made(extra_optimizer_kwargs=options)) == shapes(memopt.galore(1e-2, rank=4))
 
 
 def test_an_unknown_method_is_refused():
