@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # `mkdocs` does not, `python -m mkdocs` does
 
 from memopt.optimizers.registry import available  # noqa: E402
-from website import methods, notebooks, reference  # noqa: E402
+from website import commands, methods, notebooks, reference  # noqa: E402
 
 #: Pages beside the code; their links begin at the root.
 BESIDE = ("CHANGELOG.md", "CONTRIBUTING.md")
@@ -79,6 +79,8 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     if "/" not in page.file.src_uri:  # generated pages have no such links
         markdown = OUTSIDE.sub(r"\1\g<path>", markdown)
         markdown = NOTEBOOK.sub(r"\1.md", markdown).replace(notebooks.GALLERY, notebooks.gallery())
+    if commands.PLACE in markdown:
+        markdown = markdown.replace(commands.PLACE, commands.text())
     if page.file.src_uri.startswith("notebooks/"):
         markdown = notebooks.FORMULA.sub(_mathml, markdown)
     return reference.with_links(markdown)

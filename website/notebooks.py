@@ -12,6 +12,19 @@ from benchmarks.results import ROOT
 
 FOLDER = ROOT / "notebooks"
 
+#: The notebooks in the order in which the site and the gallery show them.
+ORDER = [
+    "compose",
+    "channel_scale",
+    "subspaces",
+    "eight_bits",
+    "fits",
+    "comparison",
+    "geometry",
+    "schedules",
+    "pod",
+]
+
 #: The tag of the cell whose picture the gallery shows; without it, the first picture.
 THUMBNAIL = "thumbnail"
 
@@ -54,8 +67,8 @@ class Notebook(NamedTuple):
 
 
 def paths() -> list[Path]:
-    """The files of all notebooks."""
-    return sorted(FOLDER.glob("*.ipynb"))
+    """The files of all notebooks, in their order; `ValueError` if one is not in it."""
+    return sorted(FOLDER.glob("*.ipynb"), key=lambda path: ORDER.index(path.stem))
 
 
 @functools.cache

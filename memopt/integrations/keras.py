@@ -52,11 +52,15 @@ def keras_optimizer(
 
     Raises:
         ImportError: if Keras is not installed.
-        ValueError: if Keras has another backend than JAX, or `weight_decay` is given; when the
-            optimizer is built, if two variables have the same path, or if Keras cannot save an
-            array of the state (4-bit integers and float8); in an update, if a variable has no
-            gradient.
+        ValueError: if `tx` is no Optax transformation, Keras has another backend than JAX, or
+            `weight_decay` is given; when the optimizer is built, if two variables have the same
+            path, or if Keras cannot save an array of the state (4-bit integers and float8); in an
+            update, if a variable has no gradient.
     """
+    if not isinstance(tx, optax.GradientTransformation):
+        raise ValueError(
+            f"tx must be an Optax transformation, such as memopt.apollo_mini(1e-2), got {tx!r}."
+        )
     if options.get("weight_decay") is not None:
         raise ValueError(
             "weight_decay must be an option of tx, such as memopt.apollo_mini(1e-2, "

@@ -53,16 +53,15 @@ def register_levanter() -> type:
         max_grad_norm: float = 1.0
 
         def build(self, num_train_steps: int) -> optax.GradientTransformationExtraArgs:
-            options: dict[str, Any] = {}
-            if self.method in available("memopt"):
-                mask = self.build_weight_decay_mask()
-                options = {"weight_decay": self.weight_decay, "weight_decay_mask": mask}
-
             def make(learning_rate: Any, matrices: Any) -> optax.GradientTransformation:
-                given = options | self.options
+                own: dict[str, Any] = {}
                 if self.method in available("memopt"):
-                    given = {"matrices": matrices} | given
-                tx = optimizer(self.method, learning_rate, **given)
+                    own = {
+                        "matrices": matrices,
+                        "weight_decay": self.weight_decay,
+                        "weight_decay_mask": self.build_weight_decay_mask(),
+                    }
+                tx = optimizer(self.method, learning_rate, **(own | self.options))
                 if not self.max_grad_norm:
                     return tx
                 return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), tx)

@@ -93,7 +93,9 @@ def hessian_blocks(layout: Layout, head_dim: int | None = None) -> Group:
         return "column"
     if len(layout.cols) > 1:
         return "head"
-    return "column" if head_dim is None else ("column", head_dim)
+    if head_dim is None or layout.name.endswith("lora_a"):  # whose columns are a rank, not heads
+        return "column"
+    return ("column", head_dim)
 
 
 BIAS = re.compile(r"(^|_)(bias|b|beta|offset)$")

@@ -185,8 +185,8 @@ def group_means(layout: Layout, x: Array, group: Group) -> Array:
     axis, sides = _kept(layout, averaged), means.shape
     if sides[axis] % block:
         raise ValueError(
-            f"groups[{layout.name!r}] must divide its side into blocks, got {group!r} for a side "
-            f"of {sides[axis]}."
+            f"groups, or the head_dim that makes them, must divide the {group[0]}s of "
+            f"{layout.name!r} into blocks, got blocks of {block} for {sides[axis]}."
         )
     return means.reshape(*sides[:axis], -1, block, *sides[axis + 1 :]).mean(axis + 1)
 

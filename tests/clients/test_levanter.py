@@ -15,7 +15,7 @@ from memopt.integrations import register_levanter
 from memopt.trees import named_leaves
 from tests.clients.optimizers import METHODS
 from tests.clients.page import TRAINERS, run
-from tests.clients.trainers import assert_on_the_page, assert_same
+from tests.clients.trainers import BY_NAME, assert_on_the_page, assert_same
 from tests.clients.training import (
     HEADS,
     HIDDEN,
@@ -137,16 +137,7 @@ def test_tree_by_hand_is_levanters():
     assert_like("levanter_llama", eqx.filter(make_model(), eqx.is_inexact_array))
 
 
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [
-        ("adafactor", {}),
-        ("apollo_mini", {"rank": 2}),
-        ("galore", {"rank": 2}),
-        ("muon", {}),
-        ("tests.clients.optimizers:adamw_8bit", {}),
-    ],
-)
+@pytest.mark.parametrize(("method", "options"), BY_NAME)
 def test_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(method, options, tmp_path):
     optimizer = parsed(method=method, options=options)
     whole = trained(tmp_path, 0, optimizer)

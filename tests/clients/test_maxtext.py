@@ -1,22 +1,103 @@
-"""MaxText's own function for optimizers with memopt's, where it is installed (extra `maxtext`)."""
+"""MaxText's own loop and function for optimizers, where it is installed (extra `maxtext`)."""
 
+import shutil
 import types
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+import yaml
 
 import memopt
 from memopt.integrations import maxtext_optimizer
+from tests.clients.page import run
+from tests.clients.trainers import BY_NAME, assert_on_the_page, assert_same
+from tests.clients.training import HEADS, HIDDEN, LENGTH, VOCABULARY, WIDTH
 
 pytestmark = [pytest.mark.integrations, pytest.mark.filterwarnings("ignore")]  # its own warnings
 optimizers = pytest.importorskip("maxtext.optimizers.optimizers")
+
+STEPS = 3  # MaxText names a checkpoint by the step before it, counted from 0
+MODEL = {
+    "base_emb_dim": WIDTH,
+    "base_mlp_dim": HIDDEN,
+    "base_num_query_heads": HEADS,
+    "base_num_kv_heads": 2,
+    "head_dim": WIDTH // HEADS,
+    "base_num_decoder_layers": 2,
+    "vocab_size": VOCABULARY,
+    "max_target_length": LENGTH,
+    "dtype": "float32",
+}
+RUN = {
+    "base_config": "base.yml",
+    "run_name": "run",
+    "hardware": "cpu",
+    "skip_jax_distributed_system": True,
+    "sharding_tolerance": 1.0,  # norms are whole on each device
+    "dataset_type": "synthetic",
+    "per_device_batch_size": 1,
+    "steps": STEPS,
+    "checkpoint_period": 1,
+    "async_checkpointing": False,
+    "enable_tensorboard": False,
+}
 
 PARAMS = {
     "token_embedder": {"embedding": jnp.ones((64, 16))},
     "mlp": {"wi_0": {"kernel": jnp.ones((16, 32))}},
 }
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """Trains by the page's code in a directory, and returns the state after the last step."""
+    from maxtext.trainers.pre_train import train
+
+    loop, states = train.train_loop, []
+    monkeypatch.setattr(train, "train_loop", lambda *given: states.append(loop(*given)))
+
+    def trained(optimizer, **more):
+        configuration = tmp_path / "configuration.yml"
+        here = {"base_output_directory": str(tmp_path)}
+        configuration.write_text(yaml.safe_dump(RUN | MODEL | here | more))
+        run({"optimizer": optimizer, "configuration": str(configuration)}, "MaxText", "train")
+        return states.pop()
+
+    generator = jax.config.jax_default_prng_impl
+    yield trained
+    jax.config.update("jax_default_prng_impl", generator)  # which MaxText changes
+
+
+@pytest.mark.parametrize(("method", "options"), BY_NAME)
+def test_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(method, options, trained, tmp_path):
+    whole = trained(maxtext_optimizer(method, **options))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS - 1))
+    resumed = trained(maxtext_optimizer(method, **options), init_weights_seed=1)
+    assert int(whole.optimizer.step.get_value()) == STEPS
+    assert_same(*map(arrays, (whole, resumed)))
+    assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(whole.optimizer))
+
+
+def arrays(state):
+    """All arrays of a model and of its optimizer, keys of random numbers as integers."""
+    from flax import nnx
+
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, nnx.pure(state))
+
+
+def test_the_page_has_its_names(trained):
+    from flax import nnx
+
+    optimizer = run({}, "MaxText", "optimizer")["optimizer"]
+    state = trained(optimizer, steps=1, enable_checkpointing=False)
+    params = nnx.filter_state(state.model, nnx.Param)
+    tx = memopt.apollo_mini(1e-2, rank=1)
+    assert_on_the_page("MaxText", tx, params)
+    found = jax.tree.leaves(state.optimizer.opt_state)
+    assert [x.shape for x in found] == [x.shape for x in jax.tree.leaves(tx.init(params))]
 
 
 def configuration(**options):

@@ -11,6 +11,15 @@ from tests.clients.page import TRAINERS_PAGE, by_column, table_row
 
 SOME = ("adafactor", "apollo_mini", "galore", "muon", "adamw_8bit")
 
+# The same for trainers that choose an optimizer by its name: each with its options.
+BY_NAME: list[tuple[str, dict[str, Any]]] = [
+    ("adafactor", {}),
+    ("apollo_mini", {"rank": 2}),
+    ("galore", {"rank": 2}),
+    ("muon", {}),
+    ("tests.clients.optimizers:adamw_8bit", {}),
+]
+
 
 def assert_on_the_page(trainer: str, tx: Any, params: Any) -> None:
     """Asserts that the page's table has the names that `memopt.describe` has of a model."""

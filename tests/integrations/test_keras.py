@@ -183,3 +183,8 @@ def test_another_backend_is_refused(keras, monkeypatch):
 def test_decay_outside_of_the_transformation_is_refused():
     with pytest.raises(ValueError, match="weight_decay must be an option of tx"):
         keras_optimizer(optax.sgd(0.1), weight_decay=0.1)
+
+
+def test_a_rate_in_place_of_a_transformation_is_refused():
+    with pytest.raises(ValueError, match=r"tx must be an Optax transformation, .*got 0\.001"):
+        keras_optimizer(1e-3)

@@ -47,6 +47,13 @@ def test_the_gallery_shows_it(path):
     assert found.thumbnail in found.pictures
 
 
+def test_the_gallery_is_in_the_order_of_readme():
+    readme = (notebooks.ROOT / "README.md").read_text()
+    named = re.findall(r"\]\(notebooks/(\w+)\.ipynb\)", readme)
+    shown = re.findall(r"\*\*\[.*?\]\(notebooks/(\w+)\.md\)\*\*", notebooks.gallery())
+    assert named == shown == notebooks.ORDER
+
+
 def test_modules_of_memopt_that_it_imports_are_in_the_reference(path):
     source = "\n".join(cell.source for cell in code(path))
     imported = set(re.findall(r"^(?:from|import) (memopt[\w.]*)", source, re.MULTILINE))

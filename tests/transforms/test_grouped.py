@@ -165,7 +165,7 @@ def test_groups_are_chosen_where_second_moments_are_alike(size):
         ("head", r"groups\['w'\] must not be 'head'.*give \('column', size of a head\)"),
         (
             ("column", 5),
-            r"groups\['w'\] must divide its side.*\('column', 5\) for a side of 12",
+            "groups, or the head_dim .*, must divide the columns of 'w'.*blocks of 5 for 12",
         ),
         (("column", 0), r"at least one row or column, got \('column', 0\)"),
         (("column",), r"groups \('column',\) is unknown"),
@@ -181,3 +181,6 @@ def test_heads_of_unknown_size_have_a_number_for_each_output():
     layout = memopt.Layout("attn/q/kernel", (), (0,), (1,))
     assert hessian_blocks(layout) == "column"
     assert hessian_blocks(layout, head_dim=4) == ("column", 4)
+    low_rank = layout._replace(name="attn/q_proj/kernel_lora_a")
+    assert hessian_blocks(low_rank, head_dim=4) == "column"
+    assert hessian_blocks(low_rank._replace(name="attn/q_proj/kernel_lora_b"), 4) == ("column", 4)

@@ -12,7 +12,7 @@ import pytest
 import memopt
 from benchmarks.results import ROOT
 from memopt.optimizers.registry import METHODS
-from website import algorithm, methods, reference
+from website import algorithm, commands, methods, reference
 
 DOCS = ROOT / "docs"
 BOXES = {name: methods.sections(name)[""] for name in memopt.available("memopt")}
@@ -23,6 +23,7 @@ ANSWERS = {
     "which rate": ("convergence.md", "Default learning rates", "uses the optimizer's own"),
     "AdamW's rate": ("choosing.md", "I have AdamW's learning rate: what do I set?", "rest="),
     "my own model": ("own_models.md", "Your own model", "StackedModel"),
+    "options of a command": ("commands.md", "Commands and their options", commands.PLACE),
     "fine-tune": ("fine_tuning.md", "Fine-tuning", "memopt finetune --init"),
     "sweep": ("training.md", "Compare and sweep", "memopt compare"),
     "log projected energy": ("diagnostics.md", "Diagnostics", "projected_energy("),
@@ -134,3 +135,11 @@ def test_plain_text_is_set_as_mathematics(equation, parts):
 def test_a_method_moves_as_many_bytes_on_its_page_as_on_the_page_of_speed():
     [moved] = re.findall(r"moves ([\d.]+) times", methods.page("muon"))
     assert f"`memopt.muon` {moved}" in " ".join((DOCS / "speed.md").read_text().split())
+
+
+def test_a_command_is_described_in_plain_lines_with_all_its_options():
+    shown = commands.help_of("tokenizer train")
+    assert shown.startswith("usage: memopt tokenizer train [-h]")
+    assert re.search(r"^  --vocab-size INT +\S", shown, re.MULTILINE)
+    assert not re.search("[╭│╰\x1b]", shown)
+    assert max(map(len, shown.splitlines())) <= commands.WIDTH
