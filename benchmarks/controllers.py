@@ -34,9 +34,9 @@ from benchmarks import width
 from benchmarks.report import Report, markdown_table, read_results
 from benchmarks.results import write_pages
 from memopt.errors import check_choice
+from memopt.json_lines import read_json_lines
 from memopt.training.config import Architecture, Config, Optimization, Run, Text
 from memopt.training.loop import train
-from memopt.training.metrics import read_metrics
 from memopt.training.open import open_run
 
 #: The lower of AdamW's two best learning rates for this model, of powers of two, in 300 steps:
@@ -240,7 +240,7 @@ def run(config: Config) -> list[dict[str, float]]:
     lines = trials.read_text().splitlines() if trials.exists() else []
     searched = [(step, steps) for step, _, steps, *_ in map(json.loads, lines)]
     points, tokens = [], 0
-    for line in read_metrics(config.run.output / "metrics.jsonl"):
+    for line in read_json_lines(config.run.output / "metrics.jsonl"):
         tokens += line["tokens"]
         if "val_loss" in line:
             point = {name: x for name, x in line.items() if name.startswith(KEPT)}

@@ -29,11 +29,11 @@ from benchmarks.report import Report, markdown_table
 from examples.capitals import chats
 from memopt.cli.finetune import parse_finetune
 from memopt.cli.pretrain import parse
+from memopt.json_lines import read_json_lines
 from memopt.models.llama import abstract_params, preset
 from memopt.state.quantized_state import quantize_state
 from memopt.text.tokenizer import train_tokenizer
 from memopt.training.loop import train
-from memopt.training.metrics import read_metrics
 from memopt.training.open import open_run
 
 #: Options of each method, and the learning rates it is tried with.
@@ -85,7 +85,7 @@ def last_loss(directory: Path, flags: str) -> float:
     """Fine-tunes, and returns the validation loss after the last step."""
     arguments = f"{flags} --output {directory} --eval-every 100000 --checkpoint-every 100000"
     train(open_run(parse_finetune(arguments.split())), Console(quiet=True))
-    return read_metrics(directory / "metrics.jsonl")[-1]["val_loss"]
+    return read_json_lines(directory / "metrics.jsonl")[-1]["val_loss"]
 
 
 def tasks(options: Options, home: Path) -> dict[str, str]:

@@ -32,12 +32,12 @@ from rich.progress import track
 
 from benchmarks.report import Report, markdown_table, spread
 from memopt.cli.pretrain import parse
+from memopt.json_lines import read_json_lines
 from memopt.models import llama
 from memopt.planning import hlo
 from memopt.planning.step_memory import step_memory
 from memopt.training.describe import describe_run
 from memopt.training.loop import train
-from memopt.training.metrics import read_metrics
 from memopt.training.open import open_run
 from memopt.training.setup import Setup
 
@@ -171,7 +171,9 @@ def main(arguments: Sequence[str]) -> None:
         steps = [] if options.steps is None else ["--steps", str(options.steps)]
         run = open_run(parse(["--output", str(output), *steps]))
         train(run, Console())
-        [*_, last] = [line for line in read_metrics(output / "metrics.jsonl") if "val_loss" in line]
+        [*_, last] = [
+            line for line in read_json_lines(output / "metrics.jsonl") if "val_loss" in line
+        ]
     results: dict[str, Any] = {"steps": last["step"], "val_loss": last["val_loss"], "bytes": {}}
     for name in (run.config.optimization.optimizer, "adamw"):
         optimization = dataclasses.replace(run.config.optimization, optimizer=name, option=())

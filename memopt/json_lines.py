@@ -32,7 +32,7 @@ def read_json_lines(path: Path, effect: str = "") -> list[Any]:
         except ValueError:
             rest = f"; {effect}." if effect else "."
             warnings.warn(
-                f"{str(path)!r}: line {number} is damaged and left out{rest}", stacklevel=3
+                f"{str(path)!r}: line {number} is damaged and left out{rest}", stacklevel=2
             )
     return values
 

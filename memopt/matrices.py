@@ -204,8 +204,9 @@ def map_matrices(
     for (name, node), p, *other in zip(nodes, read_parameters(tree), *others, strict=True):
         leaf = open_box(node)
         layout = layout_of(name, leaf, select(name, p))._replace(kind=p.kind)
-        if seen is not None and (layout.is_matrix or name not in seen):
-            seen[name] = layout
+        if seen is not None:
+            known = seen.setdefault(name, layout)
+            seen[name] = known if known.is_matrix else layout
         result = f(layout, leaf, *other)
         results.append((result,) if outputs == 1 else result)
     trees = tuple(
@@ -258,7 +259,8 @@ def selection(matrices: Matrices, default: Selection) -> Selection:
 def layouts_seen() -> Iterator[dict[str, Layout]]:
     """Collects the layout that `map_matrices` uses for each parameter, by name.
 
-    If a parameter is used both as a matrix and as a vector, the matrix is kept.
+    If a parameter is used both as a matrix and as a vector, the matrix is kept; of several layouts
+    the first, which an optimizer uses before its wrappers do.
     """
     seen: dict[str, Layout] = {}
     token = _SEEN.set(seen)

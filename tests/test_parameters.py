@@ -387,3 +387,11 @@ def test_a_description_needs_no_mesh_in_scope():
 )
 def test_only_the_index_of_a_layer_is_left_out_of_a_name(name, split):
     assert split_layer(name) == split
+
+
+def test_a_wrapper_does_not_hide_the_layout_of_the_optimizer_that_it_wraps():
+    params = {"up": {"kernel": jnp.ones((3, 8, 16))}}
+    inner = memopt.muon(0.1, matrices=memopt.out_in)
+    found = memopt.describe(memopt.hyperball(inner, 0.1), params)["up/kernel"]
+    assert found.axes == memopt.describe(inner, params)["up/kernel"].axes
+    assert found.axes == "rows 2, cols 1, stack 0"

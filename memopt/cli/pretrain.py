@@ -42,6 +42,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memopt.cli.errors import fail
+from memopt.json_lines import read_json_lines
 from memopt.models.config import preset
 from memopt.planning.step_memory import step_memory
 from memopt.schedules import SHAPES
@@ -53,7 +54,6 @@ from memopt.training.describe import describe_run
 from memopt.training.directory import choose_directory
 from memopt.training.evaluation import perplexity
 from memopt.training.loop import Stopped, train
-from memopt.training.metrics import read_metrics
 from memopt.training.open import Training, open_run
 from memopt.training.phases import describe_phases
 from memopt.training.processes import init_distributed, is_main_process
@@ -336,7 +336,7 @@ def _conclude(run: Training, state: TrainState, step: Compiled, console: Console
 
 def _losses(run: Training) -> Iterator[str]:
     """Says the last validation loss, and the lowest if that is another one."""
-    lines = read_metrics(run.directory / "metrics.jsonl")
+    lines = read_json_lines(run.directory / "metrics.jsonl")
     losses = [line["val_loss"] for line in lines if line.get("val_loss")]
     if losses:
         yield f"validation loss {losses[-1]:.4f}, perplexity {perplexity(losses[-1]):.3f} a token"

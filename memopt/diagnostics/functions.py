@@ -96,8 +96,28 @@ def codec_error(
         coded = chosen.encode_nearest(x)
     else:
         coded = chosen.encode(x, jax.random.bits(key, x.shape, jnp.uint32))
-    error = chosen.decode(coded) - x
-    return jnp.linalg.norm(bounded(error)) / jnp.linalg.norm(bounded(x))
+    scale = unit_scale(x)
+    norm = lambda x: jnp.linalg.norm(bounded(x / scale))
+    return norm(chosen.decode(coded) - x) / norm(x)
+
+
+def unit_scale(x: Array, axes: tuple[int, ...] | None = None) -> Array:
+    """Returns a divisor of arrays whose squares would underflow: their largest magnitude.
+
+    Args:
+        x: any real array.
+        axes: the axes to reduce, which are kept with length one; None for all.
+
+    Returns:
+        Float32 or wider; 1 for arrays of zeros, and for those that are not finite.
+
+    Example:
+        >>> x = jnp.array([[1e-30, -2e-30], [0.0, 0.0]])
+        >>> print(unit_scale(x, (1,))[:, 0])
+        [2.e-30 1.e+00]
+    """
+    largest = jnp.abs(to_float32(x)).max(axes, keepdims=True, initial=0)
+    return jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
 
 
 def directional_sharpness(

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from memopt.diagnostics.functions import unit_scale
 from memopt.errors import check_choice
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
+from memopt.state.precision import to_float32
 from memopt.transforms.matrix_rms import rms as matrix_rms
-from memopt.transforms.norm_growth import matrix_norm
 from memopt.transforms.projectors import Projector
 from memopt.transforms.recombine import Recombine, Subspace
 from memopt.transforms.subspace import in_subspace
@@ -81,13 +82,19 @@ def rms(of: str = "update") -> Measure:
     Args:
         of: as in `measure`.
     """
-    return measure(lambda layout, x: matrix_rms(layout, x).squeeze(layout.core), of)
+    return measure(_rms, of)
 
 
 def update_to_weight() -> Measure:
     """Measures ‖U‖ / ‖W‖ of each matrix, and of each vector; infinite for parameters of zeros."""
-    ratio = lambda layout, u, w: matrix_norm(layout, u) / matrix_norm(layout, w)
+    ratio = lambda layout, u, w: _rms(layout, u) / _rms(layout, w)
     return measure(ratio, "update", "parameter")
+
+
+def _rms(layout: Layout, x: Array) -> Array:
+    """The root mean square of each matrix, in the shape of the stack."""
+    scale = unit_scale(x, layout.core)
+    return (scale * matrix_rms(layout, to_float32(x) / scale)).squeeze(layout.core)
 
 
 def projected_energy(
@@ -118,7 +125,8 @@ def projected_energy(
         )
 
     def share(space: Subspace, _: Any) -> tuple[Array, Array]:
-        square = lambda x: jnp.square(x).sum((-2, -1))
+        scale = unit_scale(space.gradient, (-2, -1))
+        square = lambda x: jnp.square(x / scale).sum((-2, -1))
         return space.gradient, square(space.low_gradient) / square(space.gradient)
 
     rule = Recombine(share, lambda spec: jnp.zeros(spec.stack, spec.dtype))

@@ -34,7 +34,7 @@ class WithDiagnosticsState(NamedTuple):
         count: steps taken, int32.
         inner: the optimizer's state.
         measures: the state of each measure, by name.
-        values: its last values, by name; NaN before the first.
+        values: its last values, by name; before the first NaN, and 0 for integers.
     """
 
     count: Array  # type: ignore[assignment]
@@ -88,7 +88,8 @@ def with_diagnostics(
         kept = {name: one.init(params) for name, one in measures.items()}
         seen = dict.fromkeys(("gradient", "update", "parameter"), params)
         zeros = zeros_of(lambda seen, kept: measured(seen, kept)[0], seen, kept)
-        values = jax.tree.map(lambda x: x + jnp.nan, zeros)
+        is_inexact = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
+        values = jax.tree.map(lambda x: x + jnp.nan if is_inexact(x) else x, zeros)
         return WithDiagnosticsState(jnp.zeros((), jnp.int32), tx.init(params), kept, values)
 
     def step(gradients: Any, state: WithDiagnosticsState, params: Any, extra: Any) -> Any:

@@ -67,7 +67,8 @@ def causal_attention(
             mask = mask & (index[..., None] < keys + window)[:, None]
         if segments is not None and segment_ids is not None:
             mask = mask & _same(segments, segment_ids)
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
+        with jax.softmax_custom_jvp(True):  # whose backward pass reads its result only
+            return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
 
     length = query.shape[1]
     whole = query, (offset + jnp.arange(length))[None], segment_ids

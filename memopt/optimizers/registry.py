@@ -107,6 +107,27 @@ def _above_zero(make: Make) -> Make:
     return build
 
 
+def _of_one_dtype(make: Make) -> Make:
+    """Refuses parameters of several dtypes: the sums of Optax's method would change theirs."""
+
+    @functools.wraps(make)
+    def build(*args: Any, **options: Any) -> Any:
+        tx = optax.with_extra_args_support(make(*args, **options))
+
+        def init(params: Any) -> Any:
+            dtypes = sorted({str(x.dtype) for x in jax.tree.leaves(params)})
+            if len(dtypes) > 1:
+                raise ValueError(
+                    f"params must have one dtype for optax.contrib.{make.__name__}, whose sums "
+                    f"have it, too; got {' and '.join(dtypes)}."
+                )
+            return tx.init(params)
+
+        return optax.GradientTransformationExtraArgs(init, tx.update)
+
+    return build
+
+
 EXTRA_ARGUMENTS = {
     "value": "the loss",
     "obj_fn": "the loss as a function of the parameters",
@@ -148,7 +169,7 @@ METHODS: dict[str, Method] = {
         finds_step=True,
     ),
     "dadapt_adamw": Method(
-        _above_zero(optax.contrib.dadapt_adamw),
+        _of_one_dtype(_above_zero(optax.contrib.dadapt_adamw)),
         1.0,
         "3mn",
         "no learning rate to find: estimates AdamW's",
@@ -156,7 +177,7 @@ METHODS: dict[str, Method] = {
         finds_step=True,
     ),
     "dog": Method(
-        optax.contrib.dog,
+        _of_one_dtype(optax.contrib.dog),
         1.0,
         "mn",
         "no learning rate to find: SGD by distance over gradients",
@@ -164,7 +185,7 @@ METHODS: dict[str, Method] = {
         finds_step=True,
     ),
     "dowg": Method(
-        optax.contrib.dowg,
+        _of_one_dtype(optax.contrib.dowg),
         1.0,
         "mn",
         "no learning rate to find: dog with larger steps",
@@ -172,10 +193,15 @@ METHODS: dict[str, Method] = {
         finds_step=True,
     ),
     "mechanic": Method(
-        _mechanic, 1.0, "3mn", "no learning rate to find: tunes AdamW's", "optax", finds_step=True
+        _of_one_dtype(_mechanic),
+        1.0,
+        "3mn",
+        "no learning rate to find: tunes AdamW's",
+        "optax",
+        finds_step=True,
     ),
     "momo": Method(
-        optax.contrib.momo,
+        _of_one_dtype(optax.contrib.momo),
         1.0,
         "mn",
         "no learning rate to find: momentum, steps by the loss",
@@ -184,7 +210,7 @@ METHODS: dict[str, Method] = {
         finds_step=True,
     ),
     "momo_adam": Method(
-        optax.contrib.momo_adam,
+        _of_one_dtype(optax.contrib.momo_adam),
         2e-3,
         "2mn",
         "Adam with steps that the loss bounds",
@@ -209,7 +235,7 @@ METHODS: dict[str, Method] = {
     ),
     "optax_sm3": Method(_sm3, 2e-2, "mn + m + n", "Optax's, to compare with memopt's", "optax"),
     "prodigy": Method(
-        _above_zero(optax.contrib.prodigy),
+        _of_one_dtype(_above_zero(optax.contrib.prodigy)),
         1.0,
         "4mn",
         "no learning rate to find: estimates AdamW's, faster",

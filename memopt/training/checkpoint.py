@@ -147,15 +147,17 @@ class Checkpoints:
         Args:
             like: A state of the same shapes and dtypes, of arrays (such as the first state) or
                 `ShapeDtypeStruct`s. The arrays are put where its shardings say: on another mesh
-                than the one they were saved on, too.
+                than the one they were saved on, too. All must be on the same devices.
             set_aside: Whether to do so; otherwise they are left out, and nothing is written.
 
         Returns:
             The state and its record, or None if there is no checkpoint at all.
 
         Raises:
-            ValueError: There are checkpoints, but none is whole and has the arrays of `like`.
+            ValueError: There are checkpoints, but none is whole and has the arrays of `like`; or
+                `like` is not on the same devices throughout.
         """
+        _check_one_place(like)
         found: tuple[TrainState, Record] | None = None
         failed: dict[Path, str] = {}
         with _quiet(failed):
@@ -186,15 +188,17 @@ class Checkpoints:
         Args:
             step: Which one: "last"; "best", with the lowest validation loss, or the last if none
                 is known; or its step. A damaged one is left out with a warning, unless it is named.
-            like: Shapes, dtypes and shardings of the state, as `ShapeDtypeStruct`s.
+            like: As of `restore`.
             params_only: Leave out the optimizer's state, which is not read and may be another.
 
         Returns:
             The state and its validation loss, None if it was not evaluated.
 
         Raises:
-            ValueError: There is no such checkpoint, or none is whole and has the arrays of `like`.
+            ValueError: There is no such checkpoint, or none is whole and has the arrays of `like`;
+                or `like` is not on the same devices throughout.
         """
+        _check_one_place(like)
         paths = sorted(self._steps(), key=lambda path: -int(path.name))
         steps = [int(path.name) for path in paths]
         if not paths:
@@ -355,6 +359,20 @@ def _set_aside(path: Path, folder: Path, reason: str) -> None:
     warnings.warn(
         f"checkpoint {path.name} is damaged and skipped, moved to {target} ({reason})", stacklevel=3
     )
+
+
+def _check_one_place(like: TrainState) -> None:
+    """Raises if arrays are on different devices, of which no checksum can be computed."""
+    names: dict[frozenset[Any], str] = {}
+    for name, leaf in named_leaves(like)[0]:
+        if sharding := getattr(leaf, "sharding", None):
+            names.setdefault(frozenset(sharding.device_set), name)
+    if len(names) > 1:
+        (some, first), (others, second), *_ = names.items()
+        raise ValueError(
+            f"like must have all arrays on the same devices, got {first!r} on {len(some)} and "
+            f"{second!r} on {len(others)} of them: give all shardings of one mesh."
+        )
 
 
 def _check_same_arrays(saved: Any, like: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from memopt import __version__
+from memopt.json_lines import read_json_lines
 from memopt.models import hugging_face
 from memopt.models.config import DType, LlamaConfig
 from memopt.models.quantized_tensors import codec_of
@@ -15,7 +16,6 @@ from memopt.state.quantized_params import dequantize_params
 from memopt.text.tokenizer import TEMPLATE
 from memopt.text.tokenizer_files import tokenizer_files
 from memopt.training.load import LoadedModel
-from memopt.training.metrics import read_metrics
 from memopt.training.phases import describe_phases
 
 #: Size at which a new file is begun.
@@ -88,7 +88,7 @@ def _facts(run: LoadedModel) -> Iterator[tuple[str, Any]]:
     config, step = run.config, run.step
     if config is None or step is None:
         return
-    lines = [x for x in read_metrics(run.path / "metrics.jsonl") if x["step"] <= step]
+    lines = [x for x in read_json_lines(run.path / "metrics.jsonl") if x["step"] <= step]
     architecture, text, options = config.architecture, config.text, config.optimization
     init, grow = config.start.init, config.start.grow
     begun = (

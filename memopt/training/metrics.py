@@ -42,7 +42,7 @@ class StepLog:
     def __init__(self, path: Path, step: int):
         self._path = path
         with self._writing():
-            kept = [line for line in read_metrics(path) if line["step"] <= step]
+            kept = [line for line in read_json_lines(path) if line["step"] <= step]
             write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._file = path.open("a")
         self.last: dict[str, Any] = kept[-1] if kept else {}
@@ -174,14 +174,6 @@ class DiagnosticsLog:
         """
         if self._log:
             self._log.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads a `metrics.jsonl` or `diagnostics.jsonl`; leaves out lines that are not whole.
-
-    The last line may be cut short, by a kill or a full disk. Any other is warned about.
-    """
-    return read_json_lines(path)
 
 
 class Display(Progress):

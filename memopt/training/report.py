@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from memopt.training.metrics import read_metrics
+from memopt.json_lines import read_json_lines
 from memopt.training.open import Training
 from memopt.training.plots import Curve, plot_curves, plot_panels
 from memopt.training.sampling import continuations
@@ -25,7 +25,7 @@ def plot_loss(metrics: Path, image: Path) -> None:
     Raises:
         OSError: It cannot be written; a plot that was there before stays.
     """
-    lines = [line for line in read_metrics(metrics) if line["loss"] is not None]
+    lines = [line for line in read_json_lines(metrics) if line["loss"] is not None]
     evaluated = [line for line in lines if line.get("val_loss") is not None]
     unit = "batches" if any("batches" in line for line in lines) else "step"
     curve = lambda lines, key: ([line[unit] for line in lines], [line[key] for line in lines])
@@ -46,9 +46,12 @@ def plot_diagnostics(diagnostics: Path, image: Path) -> None:
         image: The file to write.
 
     Raises:
+        ValueError: The file has no lines, as before the first measurement.
         OSError: It cannot be written; a plot that was there before stays.
     """
-    lines = read_metrics(diagnostics)
+    lines = read_json_lines(diagnostics)
+    if not lines:
+        raise ValueError(f"{str(diagnostics)!r} has no line to plot: no step has measured yet.")
     at = [line["step"] for line in lines]
     names = [name for name in lines[-1] if name not in ("step", "updates")]
     mean = lambda values: np.mean(np.array(values, float)) or np.nan  # of zeros there is no log

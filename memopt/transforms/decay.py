@@ -69,15 +69,11 @@ def decay_as_released(
         >>> float(tx.update(jnp.array([[-1.0]]), tx.init(w), w)[0][0, 0])     # -1 - 0.05·(2-1)
         -1.0499999523162842
     """
-
-    def strength(count: Array) -> Any:
-        rate = learning_rate(count) if callable(learning_rate) else learning_rate
-        return rate * weight_decay
-
+    rate = as_schedule(learning_rate)
     tx = per_matrix(
         functools.partial(subtract_decay, decayed=decayed),
         state_type,
-        schedules={"strength": strength},
+        schedules={"strength": lambda count: rate(count) * weight_decay},
         reads_params=True,
         matrices=matrices,
     )
@@ -87,6 +83,16 @@ def decay_as_released(
 def subtract_decay(layout: Layout, u: Array, w: Array, *, decayed: Decayed, strength: Any) -> Array:
     """Computes U − strength · decayed(W, U)."""
     return (u - strength * decayed(layout, w, u)).astype(u.dtype)
+
+
+def as_schedule(value: Any) -> optax.Schedule:
+    """Returns a schedule as it is, and a number as one that is always this number.
+
+    Example:
+        >>> as_schedule(0.5)(3)
+        0.5
+    """
+    return value if callable(value) else optax.constant_schedule(value)
 
 
 def from_second_step(value: Any) -> Any:
@@ -101,4 +107,5 @@ def from_second_step(value: Any) -> Any:
         >>> [float(from_second_step(0.5)(count)) for count in (0, 1)]
         [0.0, 0.5]
     """
-    return lambda count: jnp.where(count > 0, value(count) if callable(value) else value, 0.0)
+    schedule = as_schedule(value)
+    return lambda count: jnp.where(count > 0, schedule(count), 0.0)

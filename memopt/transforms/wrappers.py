@@ -17,7 +17,7 @@ from memopt.matrices import Layout, Matrices, every_matrix, hidden_matrices, map
 from memopt.reductions import total
 from memopt.state.precision import bounded, check_real, statistics_dtype, to_float32
 from memopt.transforms.accumulation import AccumulateByScheduleState, AccumulateState
-from memopt.transforms.decay import decay_as_released, shrinking_weights
+from memopt.transforms.decay import as_schedule, decay_as_released, shrinking_weights
 from memopt.transforms.norm_growth import matrix_norm
 from memopt.transforms.per_matrix import per_matrix
 from memopt.transforms.skip_nonfinite import SkipNonfiniteMatricesState, SkipNonfiniteState
@@ -223,7 +223,6 @@ def hyperball(
         >>> print(round(float(jnp.square(after).sum()), 3))                 # 2·3²
         18.0
     """
-    rate = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
 
     def radius(layout: Layout, w: Any) -> Any:
         return matrix_norm(layout, w) if layout.is_matrix else NOTHING
@@ -232,7 +231,7 @@ def hyperball(
         step_on_sphere,
         HyperballState,
         radius,
-        schedules={"rate": rate},
+        schedules={"rate": as_schedule(learning_rate)},
         reads_params=True,
         matrices=matrices,
         default=hidden_matrices,
@@ -240,8 +239,9 @@ def hyperball(
     wrapped = _append("hyperball", tx, step)
 
     def init(params: Any) -> Any:
+        state = wrapped.init(params)
         map_matrices(_check_not_zero, params, matrices=matrices)
-        return wrapped.init(params)
+        return state
 
     return optax.GradientTransformationExtraArgs(init, wrapped.update)
 
@@ -294,11 +294,26 @@ would be compared with the last gradient instead of their mean.
 """
 
 
+OF_OWN_POINTS: dict[str, str] = {"ScheduleFreeState": "optax.contrib.schedule_free"}
+"""States of optimizers that compute their updates from points which they keep, by class.
+
+They would undo what is changed of their updates. Names, without the slow import of
+``optax.contrib``.
+"""
+
+
 def _check_order(wrapper: str, state: Any) -> None:
     """Raises if an optimizer's state shows a wrapper that belongs outside this one, or is it."""
     names = list(ORDER)
     outer = {ORDER[name]: f"memopt.{name}" for name in names[names.index(wrapper) :]} | SKIPPING
-    for node in jax.tree.leaves(state, is_leaf=lambda x: type(x) in outer):
+    own_points = lambda x: type(x).__name__ in OF_OWN_POINTS
+    for node in jax.tree.leaves(state, is_leaf=lambda x: type(x) in outer or own_points(x)):
+        if own_points(node):
+            inner = OF_OWN_POINTS[type(node).__name__]
+            raise IncompatiblePairingError(
+                f"tx must not be in {inner} before it is in memopt.{wrapper}: its next points do "
+                f"not depend on what that changes; wrap memopt.{wrapper} in {inner}."
+            )
         if type(node) in outer:
             why = (
                 "that does not step for every gradient, and belongs outside"

@@ -62,3 +62,9 @@ def test_the_directional_sharpness_is_the_quadratic_form_of_the_hessian():
     expected = d @ hessian @ d / (d @ d)
     found = diagnostics.directional_sharpness(loss, params, direction, x)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_error_of_a_codec_does_not_depend_on_the_scale():
+    x = jax.random.normal(jax.random.key(0), (64, 256))
+    errors = [float(diagnostics.codec_error(scale * x, "int8")) for scale in (1.0, 2.0**-100)]
+    np.testing.assert_allclose(*errors, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -159,3 +160,40 @@ def test_what_cannot_work_is_refused():
         diagnostics.projected_energy(projectors.svd(2), of="parameter")
     with pytest.raises(ValueError, match="projector must have orthonormal bases"):
         diagnostics.projected_energy(projectors.gaussian(2))
+
+
+def test_measures_do_not_depend_on_the_scale_of_what_they_measure():
+    scale = 1e-30
+    measures = dict(diagnostics.DEFAULT) | {
+        "energy": diagnostics.projected_energy(projectors.svd(2))
+    }
+    tx = with_diagnostics(optax.identity(), measures)
+    found = []
+    for factor in (1.0, scale):
+        scaled = jax.tree.map(lambda x, factor=factor: factor * x, PARAMS)
+        found.append(recorded(tx.update(scaled, tx.init(scaled), scaled)[1]))
+    plain, other = found
+    for name in ("gradient_rms", "update_rms"):
+        plain[name] = {key: scale * x for key, x in plain[name].items()}
+    chex.assert_trees_all_close(other, plain, rtol=1e-4)
+
+
+def test_measures_of_zeros_are_zero():
+    tx = with_diagnostics(optax.sgd(0.1), {"rms": diagnostics.rms("gradient")})
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    values = recorded(tx.update(zeros, tx.init(PARAMS), PARAMS)[1])["rms"]
+    assert all((x == 0).all() for x in values.values())
+
+
+def test_measures_of_integers_keep_their_dtype():
+    def count(layout, g):
+        return (g > 0).sum(layout.core)
+
+    tx = with_diagnostics(optax.sgd(0.1), {"positive": diagnostics.measure(count, "gradient")})
+    state = tx.init(PARAMS)
+    for _ in range(2):
+        _, after = jax.jit(tx.update)(PARAMS, state, PARAMS)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+    up = PARAMS["up"]["kernel"]
+    expected = (np.asarray(up) > 0).sum((1, 2))
+    np.testing.assert_array_equal(recorded(after)["positive"]["up/kernel"], expected)

@@ -345,3 +345,15 @@ def test_those_that_find_their_step_take_a_warmup_from_a_learning_rate_of_0(name
         params = optax.apply_updates(params, updates)
     assert jnp.isfinite(params["w"]).all()
     assert (params["w"] < start["w"]).all()
+
+
+SUMS_LIKE_PARAMETERS = ("dadapt_adamw", "dog", "dowg", "mechanic", "momo", "momo_adam", "prodigy")
+
+
+@pytest.mark.parametrize("name", SUMS_LIKE_PARAMETERS)
+def test_methods_whose_sums_have_the_dtype_of_parameters_refuse_two(name):
+    shape = lambda dtype: jax.ShapeDtypeStruct((4, 4), dtype)
+    tx = memopt.optimizer(name, 1.0)
+    with pytest.raises(ValueError, match=r"one dtype for optax.contrib.* got bfloat16 and float32"):
+        jax.eval_shape(tx.init, {"a": shape("float32"), "b": shape("bfloat16")})
+    jax.eval_shape(tx.init, {"a": shape("bfloat16"), "b": shape("bfloat16")})

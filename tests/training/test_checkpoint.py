@@ -416,3 +416,15 @@ def test_a_step_that_is_not_saved_is_refused(evaluated, step, says):
 def test_a_run_without_a_checkpoint_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"there is no checkpoint in .* yet"):
         Checkpoints(tmp_path).read("best", abstract(make_state(0)))
+
+
+def test_a_state_on_different_devices_is_refused_by_the_names_of_arrays(tmp_path):
+    state = init_state({"kernel": jnp.ones((16, 4))}, optax.sgd(0.1))
+    everywhere = jax.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P())
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(state, {})
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = abstract(state, one)._replace(params=abstract(state.params, everywhere))
+    for read in (Checkpoints(tmp_path).restore, lambda like: Checkpoints(tmp_path).read(1, like)):
+        with pytest.raises(ValueError, match=r"^like must have all arrays on the same"):
+            read(like)

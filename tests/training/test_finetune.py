@@ -13,10 +13,10 @@ from rich.console import Console
 from benchmarks import exact_answers
 from memopt.cli.finetune import parse_finetune
 from memopt.cli.pretrain import _introduce, parse
+from memopt.json_lines import read_json_lines
 from memopt.text.tokenizer import TEMPLATE
 from memopt.training.load import load_run
 from memopt.training.loop import train
-from memopt.training.metrics import read_metrics
 from memopt.training.open import open_run
 from memopt.training.report import sample_text
 
@@ -79,7 +79,7 @@ def test_epochs_decide_the_steps_and_the_loss_is_of_the_answers(tuned):
     run, _ = tuned
     steps, rows = run.config.optimization.steps, int(run.examples.split(" rows of ")[0].split()[-1])
     assert steps == math.ceil(2 * rows / 8) == run.config.phases[0].steps
-    lines = read_metrics(run.directory / "metrics.jsonl")
+    lines = read_json_lines(run.directory / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
     assert lines[-1]["val_loss"] < lines[0]["loss"]
     learned = sum(len(f"{i + 1}") + 1 for i in range(100))
@@ -174,7 +174,7 @@ def test_a_run_on_completions_continues_a_prompt(fixed, tmp_path):
 def test_chats_are_learned_in_less_memory_and_on_a_mesh(options, tmp_path, flags):
     optimizer = ["--optimizer=apollo_mini", "--learning-rate=1e-2"]
     train(open_run(options("--steps=30", *optimizer, *flags.split())), QUIET)
-    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
     assert lines[-1]["val_loss"] < lines[0]["loss"] - 1
 
 

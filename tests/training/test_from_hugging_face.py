@@ -14,11 +14,11 @@ from rich.console import Console
 
 import memopt
 from memopt.cli.pretrain import parse
+from memopt.json_lines import read_json_lines
 from memopt.models import hugging_face, llama
 from memopt.text.tokenizer_files import tokenizer_files
 from memopt.training import start as start_module
 from memopt.training.loop import train
-from memopt.training.metrics import read_metrics
 from memopt.training.open import open_run
 from tests.training.nano import NANO
 
@@ -70,7 +70,7 @@ def test_weights_shapes_and_tokenizer_are_the_directory_s_and_the_state_is_fresh
     assert [float(run.setup.learning_rate(step)) for step in (0, 1)] == [0, pytest.approx(2.5e-3)]
     state = train(run, Console(quiet=True))[0]
     assert int(state.step) == 4
-    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 

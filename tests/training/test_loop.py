@@ -19,13 +19,14 @@ import pytest
 from rich.console import Console
 
 import memopt
+from memopt.json_lines import read_json_lines
 from memopt.models import llama
 from memopt.optimizers.registry import FORMERLY_OPTAX, METHODS, available
 from memopt.training.config import Architecture, Config, Optimization, Run, Text
 from memopt.training.describe import describe_run
 from memopt.training.lock import LOCK
 from memopt.training.loop import LateMetrics, Stopped, _signals, train
-from memopt.training.metrics import MetricsLog, read_metrics
+from memopt.training.metrics import MetricsLog
 from memopt.training.open import Training, open_run
 from memopt.training.report import plot_diagnostics, plot_loss, sample_text
 from memopt.training.setup import Setup
@@ -89,7 +90,7 @@ def run(config, console=None):
 
 
 def metrics(config):
-    return read_metrics(config.run.output / "metrics.jsonl")
+    return read_json_lines(config.run.output / "metrics.jsonl")
 
 
 def without_speed(lines):
@@ -255,7 +256,7 @@ def test_diagnostics_of_a_resumed_run_are_those_of_one_that_was_not_stopped(conf
     chex.assert_trees_all_equal(state.params, plain.params)
     chex.assert_trees_all_equal(state.opt_state.inner, plain.opt_state)
     path = config.run.output / "diagnostics.jsonl"
-    whole = read_metrics(path)
+    whole = read_json_lines(path)
     assert [(line["step"], line["updates"]) for line in whole] == [(1, 1), (3, 3), (5, 5)]
     norms = np.array(whole[-1]["update_to_weight"]["blocks/mlp/up/kernel"])
     assert norms.shape == (2,)
@@ -263,7 +264,7 @@ def test_diagnostics_of_a_resumed_run_are_those_of_one_that_was_not_stopped(conf
     plot_diagnostics(path, config.run.output / "diagnostics.png")
     shutil.rmtree(config.run.output / "checkpoints" / "6")
     run(change(recording, resume=True))
-    assert read_metrics(path) == whole
+    assert read_json_lines(path) == whole
     with pytest.raises(ValueError, match="log_diagnostics"):
         open_run(change(recording, resume=True, log_diagnostics=1))
 

@@ -12,7 +12,9 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from memopt import diagnostics
-from memopt.training.metrics import DiagnosticsLog, Display, MetricsLog, StepLog, read_metrics
+from memopt.json_lines import read_json_lines
+from memopt.training.metrics import DiagnosticsLog, Display, MetricsLog, StepLog
+from memopt.training.report import plot_diagnostics
 from memopt.training.trackers import Events
 from memopt.training.writing import WriteError
 from tests.training.disks import files_of_at_most
@@ -66,11 +68,11 @@ def test_metrics_that_cannot_be_written_name_their_file_and_half_a_line_is_left_
     with files_of_at_most(size + 30), pytest.raises(WriteError, match=r"metrics.jsonl' cannot"):
         log.close()
     assert path.stat().st_size == size + 30
-    assert read_metrics(path) == [{"step": 1, **METRICS}]
+    assert read_json_lines(path) == [{"step": 1, **METRICS}]
     again = MetricsLog(tmp_path, step=1)
     again.write(2, METRICS)
     again.close()
-    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    assert [line["step"] for line in read_json_lines(path)] == [1, 2]
 
 
 def test_metrics_are_written_where_events_cannot_be(tmp_path):
@@ -79,14 +81,14 @@ def test_metrics_are_written_where_events_cannot_be(tmp_path):
         log = MetricsLog(tmp_path, step=0)
     log.write(1, METRICS)
     log.close()
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, **METRICS}]
+    assert read_json_lines(tmp_path / "metrics.jsonl") == [{"step": 1, **METRICS}]
 
 
 def test_a_damaged_line_in_the_middle_is_warned_about_and_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"st{"step": 2}\n\0\xff\0\n{"step": 3}\n')
     with pytest.warns(UserWarning, match="is damaged") as warned:
-        assert read_metrics(path) == [{"step": 1}, {"step": 3}]
+        assert read_json_lines(path) == [{"step": 1}, {"step": 3}]
     assert [str(w.message).split("line ")[1][0] for w in warned] == ["2", "3"]
 
 
@@ -116,11 +118,11 @@ def test_diagnostics_are_written_once_and_say_of_which_update_they_are(tmp_path)
             _, state = tx.update({"w": params["w"] * step}, state, params)
         log.see(step, state)
     log.close()
-    lines = read_metrics(tmp_path / "diagnostics.jsonl")
+    lines = read_json_lines(tmp_path / "diagnostics.jsonl")
     assert [(line["step"], line["updates"]) for line in lines] == [(1, 1), (5, 3), (7, 5)]
     assert [line["ratio"]["w"] for line in lines] == [[0.5, 0.5], [2.0, 2.0], [3.0, 3.0]]
     DiagnosticsLog(tmp_path, step=5, every=2).close()
-    assert read_metrics(tmp_path / "diagnostics.jsonl") == lines[:2]
+    assert read_json_lines(tmp_path / "diagnostics.jsonl") == lines[:2]
     DiagnosticsLog(tmp_path / "other", step=0, every=0).see(1, state)
     assert not (tmp_path / "other").exists()
 
@@ -129,6 +131,12 @@ def test_numbers_that_are_not_finite_are_null_within_lists(tmp_path):
     log = StepLog(tmp_path / "values.jsonl", step=0)
     log.write(1, {"a": {"w": [1.0, math.nan], "b": math.inf}})
     log.close()
-    assert read_metrics(tmp_path / "values.jsonl") == [
+    assert read_json_lines(tmp_path / "values.jsonl") == [
         {"step": 1, "a": {"w": [1.0, None], "b": None}}
     ]
+
+
+def test_diagnostics_without_a_line_are_not_plotted(tmp_path):
+    DiagnosticsLog(tmp_path, step=0, every=2).close()
+    with pytest.raises(ValueError, match=r"diagnostics.jsonl' has no line to plot"):
+        plot_diagnostics(tmp_path / "diagnostics.jsonl", tmp_path / "diagnostics.png")

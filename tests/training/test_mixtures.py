@@ -13,13 +13,13 @@ from rich.console import Console
 from memopt.cli.evaluate import evaluate
 from memopt.cli.finetune import parse_finetune
 from memopt.cli.pretrain import parse
+from memopt.json_lines import read_json_lines
 from memopt.training import data
 from memopt.training.control import Plan, Seen
 from memopt.training.controllers import controller
 from memopt.training.evaluation import evaluate_data
 from memopt.training.load import load_run
 from memopt.training.loop import train
-from memopt.training.metrics import read_metrics
 from memopt.training.open import open_run
 
 FLAGS = ["--model=nano", "--batch-size=4", "--seq-len=32", "--eval-tokens=64", "--mesh=data=1"]
@@ -93,7 +93,7 @@ def shares_of(run, batches=8):
 
 
 def evaluated(directory):
-    lines = read_metrics(directory / "metrics.jsonl")
+    lines = read_json_lines(directory / "metrics.jsonl")
     return [line for line in lines if "val_loss" in line]
 
 
@@ -292,7 +292,7 @@ def test_a_killed_run_goes_on_with_the_mixture_it_had_decided(sources, tmp_path,
     flags = [*sources, "--mixture", "a=1", "b=3", *DYNAMIC, *extra]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     expected = trained(whole, *flags, "--steps=6")
-    lines = read_metrics(whole / "metrics.jsonl")
+    lines = read_json_lines(whole / "metrics.jsonl")
     shares = [line["weight a"] for line in lines]
     assert shares[0] == shares[1] == 0.25
     assert 0.9 < shares[2] == shares[3] < shares[4] == shares[5] < 1
@@ -310,7 +310,7 @@ def test_a_killed_run_goes_on_with_the_mixture_it_had_decided(sources, tmp_path,
     chex.assert_trees_all_equal(state, expected)
     kept = lambda path: [
         {name: value for name, value in line.items() if name != "tokens_per_second"}
-        for line in read_metrics(path / "metrics.jsonl")
+        for line in read_json_lines(path / "metrics.jsonl")
     ]
     assert kept(cut) == kept(whole)
     with pytest.raises(

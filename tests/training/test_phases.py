@@ -12,10 +12,10 @@ from rich.console import Console
 
 from memopt import schedules
 from memopt.cli.pretrain import parse
+from memopt.json_lines import read_json_lines
 from memopt.training.config import Config, Optimization, Text
 from memopt.training.describe import describe_run
 from memopt.training.loop import train
-from memopt.training.metrics import read_metrics
 from memopt.training.open import open_run
 from memopt.training.phases import describe_phases, follow, resume
 
@@ -304,7 +304,7 @@ def test_an_extended_run_that_is_killed_ends_like_one_that_is_not(
     def run(name, flags):
         opened = open_run(parse([*flags.split(), f"--output={tmp_path / name}"]))
         state, _ = train(opened, Console(quiet=True))
-        lines = read_metrics(tmp_path / name / "metrics.jsonl")
+        lines = read_json_lines(tmp_path / name / "metrics.jsonl")
         return opened.config, state, [line["learning_rate"] for line in lines]
 
     begin = f"--model=nano --data {text} --batch-size=8 --seq-len=32 --eval-tokens=512 {first}"

@@ -12,9 +12,9 @@ from rich.console import Console
 
 import memopt
 from memopt.cli.pretrain import parse
+from memopt.json_lines import read_json_lines
 from memopt.optimizers.registry import METHODS
 from memopt.training.loop import train
-from memopt.training.metrics import read_metrics
 from memopt.training.open import open_run
 
 pytestmark = pytest.mark.slow
@@ -82,7 +82,7 @@ def test_a_grown_run_starts_its_optimizer_anew_and_learns(first, start, tmp_path
     assert run.origin.endswith("; the optimizer's state starts anew")
     state = train(run, Console(quiet=True))[0]
     assert int(state.step) == STEPS
-    lines = read_metrics(tmp_path / "new" / "metrics.jsonl")
+    lines = read_json_lines(tmp_path / "new" / "metrics.jsonl")
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 

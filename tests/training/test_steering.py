@@ -16,13 +16,13 @@ import pytest
 from rich.console import Console
 
 from memopt.choices import Choice
+from memopt.json_lines import read_json_lines
 from memopt.training import loop
 from memopt.training.config import Architecture, Config, Optimization, Run, Text
 from memopt.training.control import Control, Controller, Losses, Plan, Seen
 from memopt.training.controllers.registry import CONTROLLERS
 from memopt.training.describe import describe_controller, describe_run
 from memopt.training.loop import Stopped, train
-from memopt.training.metrics import read_metrics
 from memopt.training.open import open_run
 from memopt.training.report import plot_loss
 from memopt.training.steering import ControlError, Steering, Trials, describe_change
@@ -127,7 +127,7 @@ def killed(config, output, step):
 def lines(config):
     return [
         {name: x for name, x in line.items() if name != "tokens_per_second"}
-        for line in read_metrics(config.run.output / "metrics.jsonl")
+        for line in read_json_lines(config.run.output / "metrics.jsonl")
     ]
 
 

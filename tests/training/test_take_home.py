@@ -23,6 +23,7 @@ from memopt.cli.export import export_run
 from memopt.cli.finetune import parse_finetune
 from memopt.cli.pretrain import parse
 from memopt.cli.sample import sample
+from memopt.json_lines import read_json_lines
 from memopt.models import llama
 from memopt.models.generate import generate
 from memopt.text.chats import CHATS
@@ -34,7 +35,6 @@ from memopt.training.evaluation import covered_bytes, evaluate_chats, evaluate_t
 from memopt.training.export import export, model_card
 from memopt.training.load import LoadedModel, load_model, load_run
 from memopt.training.loop import train
-from memopt.training.metrics import read_metrics
 from memopt.training.open import open_run
 from memopt.training.sampling import continue_text
 from tests.text import chat_tokenizers
@@ -83,7 +83,7 @@ def test_a_loaded_run_has_the_parameters_of_the_step(run):
     best = load_run(directory)
     losses = {
         x["step"]: x["val_loss"]
-        for x in read_metrics(directory / "metrics.jsonl")
+        for x in read_json_lines(directory / "metrics.jsonl")
         if "val_loss" in x
     }
     assert best.val_loss == min(losses.values()) == losses[best.step]
@@ -224,7 +224,7 @@ def test_codes_have_no_other_type(quantized, tmp_path):
 
 def test_the_model_card_has_the_facts_of_the_run(run, text):
     card = model_card(load_run(run[0], "last"))
-    lines = read_metrics(run[0] / "metrics.jsonl")
+    lines = read_json_lines(run[0] / "metrics.jsonl")
     for fact in (
         "| started from | random weights, seed 0 |",
         f"| data | `{text}` |",

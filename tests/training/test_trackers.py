@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 
 from memopt.cli.pretrain import parse
+from memopt.json_lines import read_json_lines
 from memopt.training import trackers
 from memopt.training.config import Config, Run
 from memopt.training.loop import train
-from memopt.training.metrics import MetricsLog, read_metrics
+from memopt.training.metrics import MetricsLog
 from memopt.training.open import open_run
 from memopt.training.trackers import Background
 
@@ -62,7 +63,7 @@ def test_a_service_gets_all_that_metrics_jsonl_gets_also_from_a_resumed_run(reco
         open_run(parse(["--resume", f"--output={tmp_path / 'run'}", "--steps=5"])),
         Console(quiet=True),
     )
-    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
     sent = [{"step": row[0], **row[1]} for row in rows if row is not True]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert sent == lines
@@ -98,7 +99,7 @@ def test_a_service_that_fails_is_warned_about_once_and_the_log_is_whole(
     assert [str(warning.message) for warning in warned] == [
         "wandb does not take the metrics (no route to host): the run goes on without it."
     ]
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 49
+    assert len(read_json_lines(tmp_path / "metrics.jsonl")) == 49
 
 
 @pytest.mark.parametrize("never", ["opens", "writes", "closes"])
@@ -265,7 +266,7 @@ def test_the_real_ones_take_a_run_and_its_resumption(monkeypatch, text, tmp_path
     train(start(text, tmp_path / "run", "--log", "wandb", "mlflow"), Console(quiet=True))
     resumed = open_run(parse(["--resume", f"--output={tmp_path / 'run'}", "--steps=5"]))
     train(resumed, Console(quiet=True))
-    losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    losses = [line["loss"] for line in read_json_lines(tmp_path / "run" / "metrics.jsonl")]
     assert len(losses) == 5
 
     client = mlflow.MlflowClient()

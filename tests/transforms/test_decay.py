@@ -2,8 +2,10 @@
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import memopt
+from memopt.transforms.decay import as_schedule
 
 
 def test_a_mask_does_not_change_how_the_other_parameters_are_read():
@@ -19,3 +21,9 @@ def test_a_mask_does_not_change_how_the_other_parameters_are_read():
     updates = [tx.update(params, tx.init(params), params)[0] for tx in (some, every)]
     np.testing.assert_array_equal(updates[0]["q"], updates[1]["q"])
     assert not np.array_equal(updates[0]["o"], updates[1]["o"])
+
+
+def test_a_number_is_the_schedule_that_is_always_this_number():
+    assert as_schedule(0.5)(7) == 0.5
+    schedule = optax.linear_schedule(1.0, 0.0, 4)
+    assert as_schedule(schedule) is schedule

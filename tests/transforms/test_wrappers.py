@@ -177,3 +177,12 @@ def test_all_three_together_train_sharded_as_on_one_device():
         params, gradients = jax.tree.map(place, (PARAMS, GRADIENTS))
         split = steps(tx, params, gradients=gradients)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), split, alone)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_schedule_free_belongs_outside_of_a_wrapper(wrapper):
+    """Its next point is computed from those that it keeps, without what a wrapper changed."""
+    outer = "optax.contrib.schedule_free"
+    with pytest.raises(IncompatiblePairingError, match=f"in {outer} before .* memopt.{wrapper}"):
+        WRAPPERS[wrapper](optax.contrib.schedule_free_adamw(0.1)).init(PARAMS)
+    optax.contrib.schedule_free(WRAPPERS[wrapper](optax.sgd(0.1)), 0.1).init(PARAMS)
