@@ -218,7 +218,7 @@ def markdown(report: dict[str, Any]) -> str:
     }
     names = ("adafactor", "adalomo", "scale", "apollo_mini", "badam", "rmnp", "muon")
     rows = [(name, *(_peak(report, optimizer=name, **kinds[k]) for k in kinds)) for name in names]
-    return markdown_table(("", *kinds), rows)
+    return markdown_table(("", *kinds), [row for row in rows if set(row[1:]) != {"–"}])
 
 
 def fine_tuning_table(*reports: dict[str, Any]) -> str:
