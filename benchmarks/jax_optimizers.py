@@ -2,7 +2,8 @@
 
 Their packages are installed on their own: ``pip install rollfast flashoptim-jax``; rollfast's
 subspaces need its release 1.3, and that Python 3.12. Each has the rank of memopt's method, a
-quarter of the narrowest side of a matrix.
+quarter of the narrowest side of a matrix. rollfast's GaLore projects the longer side, memopt's the
+shorter one.
 """
 
 import importlib

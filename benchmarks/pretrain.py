@@ -73,6 +73,17 @@ def markdown(report: dict[str, Any]) -> str:
     return markdown_table([*columns], rows)
 
 
+def time_table(report: dict[str, Any]) -> str:
+    """The table of processor time for the docs."""
+    kept = report["results"]["time"]
+    rows = [
+        (f"`memopt pretrain`: {part}", f"{kept['memopt']['median'] * share:.0f}", f"{share:.2f}")
+        for part, share in {"all": 1.0, **kept["profile"]}.items()
+    ]
+    rows.append(("torch: all", f"{kept['torch']['median']:.0f}", ""))
+    return markdown_table(["step", "ms", "share"], rows)
+
+
 def measure_times(setup: Setup, rounds: int) -> dict[str, Any]:
     """Milliseconds of processor time of a step of ours and of torch's, and how ours divide."""
     state = setup.jit_init(0)()

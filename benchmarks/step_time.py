@@ -89,7 +89,9 @@ def contenders(options: Options) -> list[Contender]:
             return parameters.contender(name, *optimizer(name))
         other = JAX_OPTIMIZERS[name]
         tx = jax_optimizers.build(name, LEARNING_RATE, shapes)
-        return parameters.contender(name, other.package, tx, other.apply)
+        # Compiled, FlashOptim's first state would take hours: XLA folds its codes of zeros.
+        uncompiled = lambda tx, params: tx.init(params)
+        return parameters.contender(name, other.package, tx, other.apply, uncompiled)
 
     found = [contender(name) for name in names if name not in TORCH_OPTIMIZERS]
     from_torch = [name for name in names if name in TORCH_OPTIMIZERS]

@@ -85,6 +85,7 @@ class Parameters:
         library: str,
         tx: optax.GradientTransformation,
         apply: Apply = lambda params, updates, _: optax.apply_updates(params, updates),
+        init: Callable[[optax.GradientTransformation, Any], Any] = memopt.init_sharded,
     ) -> Contender:
         """Compiles a step, with its state sharded by `memopt.state_sharding`.
 
@@ -93,6 +94,7 @@ class Parameters:
             library: the contender's library.
             tx: the optimizer.
             apply: maps parameters, updates and the number of previous steps to the new parameters.
+            init: maps the optimizer and parameters to the first state.
         """
 
         def one_step(params: Any, state: Any, count: jax.Array, gradients: Any) -> Any:
@@ -100,7 +102,7 @@ class Parameters:
             return apply(params, updates, count), state, count + 1
 
         with jax.set_mesh(self.mesh):
-            state = memopt.init_sharded(tx, self.values)
+            state = init(tx, self.values)
             where = jax.tree.map(lambda x: x.sharding, (self.values, state))
             count = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(self.mesh, jax.P()))
             start = time.perf_counter()

@@ -27,6 +27,9 @@ FLAGS = (
     "--model=nano --data words.txt --batch-size=8 --seq-len=32 --eval-tokens=2048 "
     f"--steps={STEPS} --eval-every=10 --checkpoint-every=10 --learning-rate=1e-2"
 ).split()
+#: A gradient sums a term for each token of a batch, 8 rows of 32. In two orders of addition it
+#: differs by at most twice half a unit in the last place for each.
+RTOL = 8 * 32 * float(np.finfo(np.float32).eps)
 FOUR, TWO = "--mesh=data=2,fsdp=2", "--mesh=fsdp=2"
 
 
@@ -88,7 +91,7 @@ def check_same(directory, alone):
             np.testing.assert_allclose(value, other[name], rtol=1e-5, err_msg=name)
     assert metrics(directory)[-1].get("batches", len(metrics(directory))) == STEPS
     # Several processes add in another order: with jax 0.11 3e-6 after 30 steps at a rate of 1e-2.
-    chex.assert_trees_all_close(last_state(directory), last_state(alone), rtol=1e-5, atol=5e-6)
+    chex.assert_trees_all_close(last_state(directory), last_state(alone), rtol=RTOL, atol=5e-6)
 
 
 def check_one_writes(outputs, directory, starts=1):
