@@ -9,7 +9,6 @@ from memopt.optimizers.by_partition import Common, finish
 from memopt.optimizers.registry import method
 from memopt.transforms import projectors
 from memopt.transforms.moments import CarryOver
-from memopt.transforms.projectors.tracked import PowerIteration
 from memopt.transforms.recombine import lift, lift_with_error_feedback
 from memopt.transforms.subspace import in_subspace
 
@@ -57,8 +56,8 @@ def ldadam(
         b2: decay of the second moment.
         eps: added to the root of the second moment.
         projector: "power_iteration", any other name in `memopt.projectors`, or a projector, which
-            has its own rank. If it is not a power iteration, successive subspaces may be far apart
-            and V is carried by the rule of `memopt.CarryOver`, which keeps its size.
+            has its own rank. But for "power_iteration" and "grassmann", successive subspaces may be
+            far apart and V is carried by the rule of `memopt.CarryOver`, which keeps its size.
         seed: the seed of random projectors.
         as_released: follow the authors' code, which squares T² once more, and updates all other
             parameters with the same b1 and b2.
@@ -85,13 +84,14 @@ def ldadam(
     """
     matrices = common.get("matrices")
     space = projectors.by_name(projector, ldadam, known={"b1": b1}, rank=rank, rho=rho, seed=seed)
-    is_close = isinstance(space, PowerIteration)  # to its predecessor
     subspace = in_subspace(
         inner=optax.scale_by_adam(b1, b2, eps),
         projector=space,
         recombine=lift_with_error_feedback(b1) if error_feedback else lift(),
         refresh_every=refresh_every,
-        on_refresh=CarryOver(b1, b2, power=4 if as_released else 2, mean_outside=not is_close),
+        on_refresh=CarryOver(
+            b1, b2, power=4 if as_released else 2, mean_outside=not space.stays_close
+        ),
         matrices=matrices,
     )
     others = optax.scale_by_adam(b1, b2) if as_released else optax.scale_by_adam()

@@ -12,7 +12,6 @@ from memopt.optimizers.fira import recovered
 from memopt.optimizers.registry import method
 from memopt.transforms import projectors
 from memopt.transforms.moments import CarryOver
-from memopt.transforms.projectors.tracked import Grassmann
 from memopt.transforms.subspace import in_subspace
 
 
@@ -72,8 +71,8 @@ def subtrack(
         eps: added to the root of the uncorrected second moment.
         growth_limit: the largest growth of the norm of S per step; None does not limit it.
         projector: "grassmann", any other name in `memopt.projectors`, or a projector, which has
-            its own rank. If it is another one, successive subspaces may be far apart and V is
-            carried by the rule of `memopt.CarryOver`, which keeps its size.
+            its own rank. But for "grassmann" and "power_iteration", successive subspaces may be far
+            apart and V is carried by the rule of `memopt.CarryOver`, which keeps its size.
         seed: the seed of random projectors.
         as_released: follow the authors' code where `memopt.fira` follows that of Fira's, which it
             shares. Its other departures are faults that memopt never follows: it moves subspaces of
@@ -101,8 +100,7 @@ def subtrack(
     """
     space = projectors.by_name(projector, subtrack, rank=rank, step_size=step_size, seed=seed)
     if on_refresh == "carry":
-        is_close = isinstance(space, Grassmann)  # to its predecessor
-        on_refresh = CarryOver(b1, b2, mean_outside=not is_close)
+        on_refresh = CarryOver(b1, b2, mean_outside=not space.stays_close)
     project = functools.partial(
         in_subspace,
         projector=space,

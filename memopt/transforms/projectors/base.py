@@ -101,11 +101,12 @@ class Projector(abc.ABC):
     Attributes:
         rank: r, or a fraction of each matrix's shorter side.
         side: which side is projected: "short", "long", "left" or "right".
-        stored: whether the basis is stored between refreshes, in an array of side×r numbers, or
-            computed at every step.
+        stored: whether the basis is stored between refreshes, in an array of side×r numbers (or in
+            a shorter form, see `choose` and `expand`), or computed at every step.
         orthonormal: whether up∘down is an orthogonal projection.
         per_matrix: whether R has a matrix for each matrix of G.
         moves: whether the basis also changes between refreshes.
+        stays_close: whether a refresh changes the subspace little.
         from_gradients: whether a stored basis is computed from the gradient; a matrix whose
             gradient is zero then waits for its basis, see `basis_at`.
     """
@@ -117,6 +118,7 @@ class Projector(abc.ABC):
     orthonormal: ClassVar[bool] = True
     per_matrix: ClassVar[bool] = True
     moves: ClassVar[bool] = False
+    stays_close: ClassVar[bool] = False
     from_gradients: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -162,6 +162,8 @@ class PowerIteration(Moved):
     rho: float = 0.908
     b1: float = 0.0
 
+    stays_close: ClassVar[bool] = True
+
     def move(
         self, spec: MatrixSpec, basis: Basis, gradient: Stack, clock: RefreshClock, momentum: Any
     ) -> Basis:
@@ -189,6 +191,8 @@ class Grassmann(Moved):
 
     step_size: float | Array = 1.0
     normalize: bool = True
+
+    stays_close: ClassVar[bool] = True
 
     def move(
         self, spec: MatrixSpec, basis: Basis, gradient: Stack, clock: RefreshClock, momentum: Any
