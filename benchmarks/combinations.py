@@ -54,7 +54,7 @@ CONFIG = llama.LlamaConfig(
 
 def constant(name: str) -> float:
     """A learning rate at which the optimizer moves visibly in a few steps."""
-    rates = {"lars": 1.0, "amsgrad": 1e-3, "mkor": 1e-3, "oasis": 0.1}
+    rates = {"lars": 1.0, "amsgrad": 1e-3, "came": 1e-4, "mkor": 1e-3, "oasis": 0.1}
     return rates.get(name, 1.0 if METHODS[name].finds_step else 1e-2)
 
 
