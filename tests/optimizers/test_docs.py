@@ -25,7 +25,7 @@ def tables(page):
         yield [dict(zip(names, map(str.strip, row), strict=True)) for row in rows]
 
 
-PICTURE, RULES, DEFAULTS = tables("docs/subspace.md")
+PICTURE, RULES, DEFAULTS, *_ = tables("docs/subspace.md")  # the others are measured
 CELLS = {
     (row["projector"].strip("`"), rule): row[rule] for row in PICTURE for rule in list(row)[3:]
 }
