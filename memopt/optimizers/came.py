@@ -21,6 +21,7 @@ def came(
     clip_threshold: float = 1.0,
     eps: float = 1e-30,
     confidence_eps: float = 1e-16,
+    as_released: bool = False,
     **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
     """CAME: Adafactor with a momentum, divided by how far updates are from it.
@@ -48,6 +49,7 @@ def came(
         clip_threshold: the largest root mean square of U.
         eps: ε₁, added to the squared gradient.
         confidence_eps: ε₂, added to the squared distances.
+        as_released: has no effect, since the authors' code follows the paper.
         **common: see `memopt.Common`.
 
     References:
