@@ -24,6 +24,7 @@ def badam(
     eps: float = 1e-8,
     inner: optax.GradientTransformation | None = None,
     seed: int | Array = 0,
+    as_released: bool = False,
     **common: Unpack[Common],
 ) -> optax.GradientTransformationExtraArgs:
     """BAdam: Adam for one layer at a time; the state is that of one layer.
@@ -56,6 +57,8 @@ def badam(
         eps: added to the root of the second moment.
         inner: any Optax transformation, used instead of Adam.
         seed: the seed of the random order.
+        as_released: has no effect, since the authors' code follows the paper; every method has this
+            switch.
         **common: see `memopt.Common`.
 
     Raises:
