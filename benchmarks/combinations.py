@@ -13,7 +13,7 @@ import os
 import string
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ["XLA_FLAGS"] = (  # what is compiled runs for milliseconds
     os.environ.get("XLA_FLAGS", "")
@@ -23,13 +23,12 @@ os.environ["XLA_FLAGS"] = (  # what is compiled runs for milliseconds
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from jax.sharding import AxisType, NamedSharding
 
 import memopt
 from benchmarks.extra_arguments import with_extra_arguments
 from benchmarks.guarantees import HOLDS, are_close, draw
-from benchmarks.report import measure_cells, read_results
+from benchmarks.report import measure_cells, table_of_cells
 from benchmarks.results import write_pages
 from memopt import projectors, recombine
 from memopt.models import llama
@@ -216,16 +215,8 @@ def found(name: str, combination: str) -> str:
         return f"fails: {type(error).__name__}: {error}"
 
 
-def read() -> dict[str, dict[str, str]]:
-    """The words of each row, as measured."""
-    return read_results(RESULTS) or {}
-
-
 def table(report: dict[str, Any]) -> str:
     """The table in Markdown, and the sentences of the refusals."""
-    results = report["results"]
-    head = ["| optimizer", *COMBINATIONS]
-    lines = [" | ".join(head) + " |", "|---" + "|:-:" * len(COMBINATIONS) + "|"]
     letters: dict[str, str] = {}
 
     def word(result: str) -> str:
@@ -234,29 +225,19 @@ def table(report: dict[str, Any]) -> str:
         sentence = result.removeprefix("refused: ").replace("\n", " ")
         return letters.setdefault(sentence, string.ascii_lowercase[len(letters)])
 
-    for name in rows():
-        if name in results:
-            words = [word(results[name].get(combination, "–")) for combination in COMBINATIONS]
-            lines.append(" | ".join([f"| `{name}`", *words]) + " |")
+    results = report["results"]
+    words = {
+        name: {combination: word(result) for combination, result in results[name].items()}
+        for name in rows()
+        if name in results
+    }
     notes = [f"- {letter}: {sentence}" for sentence, letter in letters.items()]
-    return "\n".join((*lines, "", *notes, ""))
-
-
-class Options(NamedTuple):
-    """The options of this benchmark.
-
-    Attributes:
-        optimizers: rows of the table to measure; by default all.
-    """
-
-    optimizers: tuple[str, ...] = rows()
+    return "\n".join((table_of_cells("optimizer", rows(), [*COMBINATIONS], words), *notes, ""))
 
 
 def main() -> None:
     """Measures, and replaces the table in docs/combinations.md."""
-    options = tyro.cli(Options, description=__doc__)
-    results = read()
-    measure_cells(options.optimizers, [*COMBINATIONS], found, results, RESULTS)
+    measure_cells(rows(), COMBINATIONS, found, RESULTS, __doc__)
     write_pages()
 
 

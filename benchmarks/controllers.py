@@ -169,33 +169,22 @@ COLUMNS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(width.Task):
     """The options of this benchmark.
 
     Attributes:
         rows: the rows to train; by default all of them.
         seeds: the seeds of initial weights and order of the data.
         hidden_size: the width of the model.
-        layers: the number of blocks.
         steps: batches of most rows.
-        seq_len: tokens per row.
-        batch_size: rows per batch.
-        eval_tokens: held-out tokens for the validation loss.
         output: the JSON file.
     """
 
     rows: tuple[str, ...] = tuple(ROWS)
     seeds: tuple[int, ...] = (0,)
     hidden_size: int = 64
-    layers: int = 2
     steps: int = 1000
-    seq_len: int = 64
-    batch_size: int = 8
-    eval_tokens: int = 2**14
     output: Path = ROOT / "benchmarks" / "results" / "controllers.json"
-
-
-SETTINGS = ("hidden_size", "layers", "steps", "seq_len", "batch_size", "eval_tokens")
 
 
 def describe(
@@ -203,8 +192,7 @@ def describe(
 ) -> Config:
     """The options of a run."""
     steps = options.steps * row.times // row.rows
-    task = width.Options(layers=options.layers)
-    shape = width.model_config(task, options.hidden_size)
+    shape = width.model_config(options, options.hidden_size)
     given = [*row.options.get("controller_option", ())]
     if reference:
         given.append(f"reference={','.join(f'{name}={loss}' for name, loss in reference.items())}")
@@ -324,7 +312,7 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Trains what is missing, prints the table and writes the files."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
-    settings = {name: getattr(options, name) for name in SETTINGS}
+    settings = {"hidden_size": options.hidden_size, **options.settings}
     try:
         for name in options.rows:
             check_choice("row", name, ROWS)

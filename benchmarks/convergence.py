@@ -92,36 +92,20 @@ ROWS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(width.Task):
     """The options of this benchmark.
 
     Attributes:
         rows: the rows to train; by default all of them.
         seeds: the seeds of initial weights and order of the data.
         hidden_size: the width of the model.
-        layers: the number of blocks.
-        steps: training steps.
-        seq_len: tokens per row.
-        batch_size: rows per batch.
-        eval_tokens: held-out tokens for the validation loss.
         output: the JSON file.
     """
 
     rows: tuple[str, ...] = tuple(ROWS)
     seeds: tuple[int, ...] = (0,)
     hidden_size: int = 64
-    layers: int = 2
-    steps: int = 300
-    seq_len: int = 64
-    batch_size: int = 8
-    eval_tokens: int = 2**14
     output: Path = ROOT / "benchmarks" / "results" / "convergence.json"
-
-    @property
-    def task(self) -> width.Options:
-        """The model and the text, as `benchmarks.width` has them."""
-        same = ("layers", "steps", "seq_len", "batch_size", "eval_tokens")
-        return width.Options(widths=(self.hidden_size,), **{k: getattr(self, k) for k in same})
 
 
 def train(options: Options, row: Row, rate: int, seed: int) -> float:
@@ -135,7 +119,7 @@ def train(options: Options, row: Row, rate: int, seed: int) -> float:
         tx = memopt.quantize_state(tx, dict(row.stored))
     mesh = make_mesh("data=1", rows=options.batch_size)
     setup = set_up(
-        width.model_config(options.task, options.hidden_size),
+        width.model_config(options, options.hidden_size),
         mesh,
         tx,
         abstract_batch(mesh, options.batch_size, options.seq_len),
@@ -154,7 +138,7 @@ def train(options: Options, row: Row, rate: int, seed: int) -> float:
         names = setup.batch
         training, validation = (
             {name: x for name, x in batches.items() if name in names}
-            for batches in width.data(options.task, seed)
+            for batches in width.data(options, seed)
         )
         loss = float(run(setup.jit_init(seed)(), training, validation))
     return loss if math.isfinite(loss) else math.inf
@@ -216,10 +200,7 @@ def markdown(report: dict[str, Any]) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Trains what is missing, prints the table and writes the files."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
-    settings = {
-        name: getattr(options, name)
-        for name in ("hidden_size", "layers", "steps", "seq_len", "batch_size", "eval_tokens")
-    }
+    settings = {"hidden_size": options.hidden_size, **options.settings}
     try:
         for name in options.rows:
             check_choice("row", name, ROWS)

@@ -11,7 +11,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -21,12 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jax.sharding import AxisType, NamedSharding
 
 import memopt
 from benchmarks.extra_arguments import with_extra_arguments
-from benchmarks.report import measure_cells, read_results
+from benchmarks.report import measure_cells, table_of_cells
 from benchmarks.results import write_pages
 from memopt.optimizers.registry import available
 
@@ -306,38 +305,14 @@ def found(name: str, condition: str) -> str:
         return f"fails: {type(error).__name__}"
 
 
-def read() -> dict[str, dict[str, str]]:
-    """The words of each row, as measured."""
-    return read_results(RESULTS) or {}
-
-
 def table(report: dict[str, Any]) -> str:
     """The table in Markdown."""
-    results = report["results"]
-    head = ["| method", *CONDITIONS]
-    lines = [" | ".join(head) + " |", "|---" + "|:-:" * len(CONDITIONS) + "|"]
-    for name in rows():
-        if name in results:
-            words = [results[name].get(condition, "–") for condition in CONDITIONS]
-            lines.append(" | ".join([f"| `{name}`", *words]) + " |")
-    return "\n".join((*lines, ""))
-
-
-class Options(NamedTuple):
-    """The options of this benchmark.
-
-    Attributes:
-        optimizers: rows of the table to measure; by default all.
-    """
-
-    optimizers: tuple[str, ...] = rows()
+    return table_of_cells("method", rows(), [*CONDITIONS], report["results"])
 
 
 def main() -> None:
     """Measures, and replaces the table in docs/guarantees.md."""
-    options = tyro.cli(Options, description=__doc__)
-    results = read()
-    measure_cells(options.optimizers, [*CONDITIONS], found, results, RESULTS)
+    measure_cells(rows(), CONDITIONS, found, RESULTS, __doc__)
     write_pages()
 
 

@@ -5,11 +5,12 @@ import platform
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import tyro
 from rich.console import Console
 
 from memopt.machine import core_count, cpu_model, versions
@@ -108,29 +109,63 @@ def save(report: dict[str, Any], path: Path, plot: Callable[[Path], None] | None
         plot(path.with_suffix(".png"))
 
 
+class Rows(NamedTuple):
+    """The options of a benchmark that writes a table of words.
+
+    Attributes:
+        optimizers: rows of the table to measure; by default all.
+    """
+
+    optimizers: tuple[str, ...]
+
+
 def measure_cells(
-    names: Sequence[str],
-    columns: Sequence[str],
+    rows: Sequence[str],
+    columns: Iterable[str],
     found: Callable[[str, str], str],
-    results: dict[str, dict[str, str]],
     path: Path,
+    description: str | None,
 ) -> None:
-    """Measures rows of a table of words; prints and saves each cell as it is found.
+    """Measures the rows that the command line names; prints and saves each cell as it is found.
 
     Args:
-        names: the rows to measure.
+        rows: all rows.
         columns: the columns.
         found: maps a row and a column to a word.
-        results: the words of all rows, to which these are added.
-        path: the JSON file.
+        path: the JSON file, {row: {column: word}}; rows that are not measured stay.
+        description: what ``--help`` prints.
     """
+    options = tyro.cli(Rows, default=Rows(tuple(rows)), description=description)
+    results = read_results(path) or {}
     report = Report(path.stem, (), path, results)
-    for name in names:
+    for name in options.optimizers:
         results[name] = {}
         for column in columns:
             results[name][column] = found(name, column)
             Console().print(f"{name:28} {column:20} {results[name][column]}")
             report.save()
+
+
+def table_of_cells(
+    title: str,
+    rows: Iterable[str],
+    columns: Sequence[str],
+    results: Mapping[str, Mapping[str, str]],
+) -> str:
+    """The table of `measure_cells` in Markdown, of the rows that were measured.
+
+    Args:
+        title: the title of the first column.
+        rows: all rows, in their order.
+        columns: the columns.
+        results: the words, {row: {column: word}}.
+    """
+    lines = [f"| {' | '.join([title, *columns])} |", "|---" + "|:-:" * len(columns) + "|"]
+    for name in rows:
+        if name in results:
+            words = [results[name].get(column, "–") for column in columns]
+            lines.append(f"| {' | '.join([f'`{name}`', *words])} |")
+    return "\n".join((*lines, ""))
 
 
 def milliseconds(run: Callable[[], Any]) -> float:

@@ -71,18 +71,16 @@ DECAYS = (0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999)
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(width.Task):
     """The options of this benchmark.
 
     Attributes:
         shapes: the schedules to train with.
         hidden_size: the width of the model.
-        layers: the number of blocks.
         steps: training steps of the longest schedule.
         warmup: steps in which the learning rate rises.
         peak: the highest learning rate.
         every: steps between evaluations.
-        seq_len: tokens per row.
         batch_size: rows per batch.
         eval_tokens: held-out tokens for the validation loss.
         seed: the seed of initial weights and order of the data.
@@ -91,22 +89,14 @@ class Options:
 
     shapes: tuple[str, ...] = tuple(SHAPES)
     hidden_size: int = 64
-    layers: int = 2
     steps: int = 3000
     warmup: int = 100
     peak: float = 2.0**-10
     every: int = 100
-    seq_len: int = 64
     batch_size: int = 16
     eval_tokens: int = 2**16
     seed: int = 0
     output: Path = Path(__file__).parent / "results" / "schedules.json"
-
-    @property
-    def task(self) -> width.Options:
-        """The model and the text, as `benchmarks.width` has them."""
-        same = ("layers", "steps", "seq_len", "batch_size", "eval_tokens")
-        return width.Options(widths=(self.hidden_size,), **{k: getattr(self, k) for k in same})
 
 
 def rates(settings: Mapping[str, Any], name: str) -> np.ndarray:
@@ -150,7 +140,7 @@ def train(options: Options, name: str) -> list[float]:
     learning_rate = _schedule(dataclasses.asdict(options), name)
     mesh = make_mesh("data=1", rows=options.batch_size)
     setup = set_up(
-        width.model_config(options.task, options.hidden_size),
+        width.model_config(options, options.hidden_size),
         mesh,
         memopt.optimizer("adamw", learning_rate, b2=0.95),
         abstract_batch(mesh, options.batch_size, options.seq_len),
@@ -160,7 +150,7 @@ def train(options: Options, name: str) -> list[float]:
     with jax.set_mesh(mesh):
         training, validation = (
             {name: x for name, x in batches.items() if name in setup.batch}
-            for batches in width.data(options.task, options.seed)
+            for batches in width.data(options, options.seed)
         )
         training = _shuffled(training, options.seed)
         points = round(SHAPES[name].steps * options.steps) // options.every

@@ -60,8 +60,8 @@ def count(name: str, model: str, layout: Literal["stacked", "list"]) -> dict[str
         tx = build(name, LEARNING_RATE, shapes)
     else:
         row = Row.parse(name)
-        tx = memopt.optimizer(row.optimizer, LEARNING_RATE, **dict(row.options))
-        tx = memopt.quantize_state(tx, row.state) if row.state else tx
+        options = dict(row.options)
+        tx = memopt.optimizer(row.optimizer, LEARNING_RATE, state=row.state, **options)
     table = memopt.state_bytes(tx, shapes)
     hidden = sum(size for leaf, size in table.states.items() if leaf.startswith("blocks/"))
     if name in JAX_OPTIMIZERS:  # whose arrays may be flat, without their parameters' names

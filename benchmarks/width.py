@@ -51,7 +51,31 @@ HEAD_DIM = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Task:
+    """The depth of a small model, and the text that it is trained on.
+
+    Attributes:
+        layers: the number of blocks.
+        steps: training steps.
+        seq_len: tokens per row.
+        batch_size: rows per batch.
+        eval_tokens: held-out tokens for the validation loss.
+    """
+
+    layers: int = 2
+    steps: int = 300
+    seq_len: int = 64
+    batch_size: int = 8
+    eval_tokens: int = 2**14
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """These options by name, which all runs of a file share."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Task)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Task):
     """The options of this benchmark.
 
     Attributes:
@@ -59,11 +83,6 @@ class Options:
         widths: the widths of the model; the first is the base.
         rates: the learning rates, as powers of two.
         seeds: the seeds of initial weights and order of the data.
-        layers: the number of blocks.
-        steps: training steps.
-        seq_len: tokens per row.
-        batch_size: rows per batch.
-        eval_tokens: held-out tokens for the validation loss.
         output: the JSON file; the plot has the same name.
     """
 
@@ -71,21 +90,16 @@ class Options:
     widths: tuple[int, ...] = (64, 128, 256)
     rates: tuple[int, ...] = tuple(range(-11, -5))
     seeds: tuple[int, ...] = (0,)
-    layers: int = 2
-    steps: int = 300
-    seq_len: int = 64
-    batch_size: int = 8
-    eval_tokens: int = 2**14
     output: Path = Path(__file__).parent / "results" / "width.json"
 
 
-def model_config(options: Options, width: int) -> llama.LlamaConfig:
+def model_config(task: Task, width: int) -> llama.LlamaConfig:
     """The model of some width."""
     return llama.LlamaConfig(
         vocab_size=264,
         hidden_size=width,
         intermediate_size=3 * width,
-        num_layers=options.layers,
+        num_layers=task.layers,
         num_heads=width // HEAD_DIM,
         num_kv_heads=width // HEAD_DIM,
         head_dim=HEAD_DIM,
@@ -93,18 +107,16 @@ def model_config(options: Options, width: int) -> llama.LlamaConfig:
 
 
 @functools.cache
-def data(options: Options, seed: int) -> tuple[dict[str, Array], dict[str, Array]]:
+def data(task: Task, seed: int) -> tuple[dict[str, Array], dict[str, Array]]:
     """All training and validation batches, each a dict of arrays (batches, rows, tokens)."""
     config = Config(
-        text=Text(
-            batch_size=options.batch_size, seq_len=options.seq_len, eval_tokens=options.eval_tokens
-        ),
-        optimization=Optimization(steps=options.steps, seed=seed),
+        text=Text(batch_size=task.batch_size, seq_len=task.seq_len, eval_tokens=task.eval_tokens),
+        optimization=Optimization(steps=task.steps, seed=seed),
     )
     opened = open_batches(
-        config, find_text(config), load_tokenizer("bytes"), range(options.batch_size)
+        config, find_text(config), load_tokenizer("bytes"), range(task.batch_size)
     )
-    training = list(itertools.islice(opened.batches, options.steps))
+    training = list(itertools.islice(opened.batches, task.steps))
     opened.batches.close()
     stack = lambda parts: jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *parts)
     return stack(training), stack(opened.validation[""])
@@ -234,14 +246,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Trains what is missing, prints the table and writes the files."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
-    settings: dict[str, Any] = {
-        "base": options.widths[0],
-        "layers": options.layers,
-        "steps": options.steps,
-        "seq_len": options.seq_len,
-        "batch_size": options.batch_size,
-        "eval_tokens": options.eval_tokens,
-    }
+    settings = {"base": options.widths[0], **options.settings}
     try:
         for scheme in options.schemes:
             check_choice("scheme", scheme, SCHEMES)

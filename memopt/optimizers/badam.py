@@ -32,15 +32,14 @@ def badam(
     For the gradients G and the parameters W of the layer whose turn it is, and M = V = 0 at the
     first of its `switch_every` steps::
 
-        U, M, V = Adam(G, M, V)                    its bias correction restarts, too
+        U, M, V = Adam(G, M, V)                    with a bias correction that restarts
         W ← W − lr · (U + weight_decay · W)
 
-    All other parameters stay as they are, without decay, too; those that `rest` updates have no
-    turns. Layers are recognised as by
-    `memopt.cycle_blocks`; a model without layers is one block.
+    All other parameters stay as they are and do not decay; parameters that `rest` updates have no
+    turns. Layers are recognised as by `memopt.cycle_blocks`; a model without layers is one block.
 
-    It is a method for fine-tuning. From random weights others find losses far above Adam's: 7.9
-    against 3.4 with 60M parameters (https://arxiv.org/abs/2502.01586).
+    It is a method for fine-tuning. From random weights its loss is far above Adam's in published
+    runs: 7.9 against 3.4 with 60M parameters (https://arxiv.org/abs/2502.01586).
 
     State: 2mn/L numbers per matrix of L layers, whether they are stacked or not, and none for the
     embedding and for what is in no layer, such as the output head, unless they have turns.
@@ -58,7 +57,8 @@ def badam(
         eps: added to the root of the second moment.
         inner: any Optax transformation, used instead of Adam.
         seed: the seed of the random order.
-        as_released: has no effect, since the authors' code follows the paper.
+        as_released: has no effect, since the authors' code follows the paper; every method has this
+            switch.
         **common: see `memopt.Common`.
 
     Raises:
@@ -67,9 +67,8 @@ def badam(
 
     References:
         Luo et al., BAdam: A Memory Efficient Full Parameter Optimization Method for Large Language
-        Models, 2024, https://arxiv.org/abs/2404.02827, Algorithm 1. Of parameters in
-        bfloat16, the authors' code also keeps a float32 copy of the block; see
-        `memopt.quantize_params`.
+        Models, 2024, https://arxiv.org/abs/2404.02827, Algorithm 1. For parameters in bfloat16 the
+        authors' code also keeps a float32 copy of the block; see `memopt.quantize_params`.
 
     Example:
         >>> import memopt, jax.numpy as jnp

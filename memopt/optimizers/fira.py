@@ -1,8 +1,8 @@
 """Fira."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Unpack
+from collections.abc import Sequence
+from typing import Unpack
 
 import optax
 from jax import Array
@@ -17,6 +17,7 @@ from memopt.transforms.adam import (
     scale_by_uncorrected_adam,
 )
 from memopt.transforms.decay import updated_weights
+from memopt.transforms.moments import CarryOver
 from memopt.transforms.norm_growth import GrowthLimiter
 from memopt.transforms.recombine import lift_and_scaled_residual
 from memopt.transforms.subspace import in_subspace
@@ -34,6 +35,7 @@ def fira(
     scale: float = 0.25,
     refresh_every: int = 200,
     refresh_phase: int | Sequence[int] = 0,
+    on_refresh: str | CarryOver = "keep",
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-6,
@@ -60,8 +62,9 @@ def fira(
         rank: the rank r of the subspace, a whole number from 1; below 1, a fraction of each
             matrix's shorter side.
         scale: the scale of the update, α.
-        refresh_every: steps between two refreshes of the subspace; the moments are kept.
+        refresh_every: steps between two refreshes of the subspace.
         refresh_phase: staggers refreshes over the matrices; see `memopt.in_subspace`.
+        on_refresh: what happens to the moments at a refresh; see `memopt.in_subspace`.
         b1: decay of the first moment.
         b2: decay of the second moment.
         eps: added to the root of the uncorrected second moment.
@@ -93,59 +96,27 @@ def fira(
         >>> memopt.state_bytes(tx, params)["up/kernel"]            # 2·4·64 + 4·16 + 1 floats
         2308
     """
-    matrices = common.get("matrices")
+    check_at_least("scale", scale, 0)
     project = functools.partial(
         in_subspace,
         projector=projectors.by_name(projector, fira, rank=rank, seed=seed),
         refresh_every=refresh_every,
         refresh_phase=refresh_phase,
-        matrices=matrices,
+        on_refresh=on_refresh,
+        matrices=common.get("matrices"),
     )
-    return recovered(
-        learning_rate,
-        project,
-        {"b1": b1, "b2": b2, "eps": eps},
-        scale=scale,
-        growth_limit=growth_limit,
-        as_released=as_released,
-        **common,
-    )
-
-
-def recovered(
-    learning_rate: optax.ScalarOrSchedule,
-    project: Callable[..., optax.GradientTransformation],
-    adam: Mapping[str, Any],
-    *,
-    scale: float,
-    growth_limit: float | None,
-    as_released: bool,
-    **common: Unpack[Common],
-) -> optax.GradientTransformationExtraArgs:
-    """Adam in a subspace, plus the residual outside of it, for all subspaces.
-
-    Args:
-        learning_rate: a number or a schedule.
-        project: builds `in_subspace` from an inner optimizer and a recombination.
-        adam: the options of Adam.
-        scale: see `fira`.
-        growth_limit: see `fira`.
-        as_released: see `fira`.
-        **common: see `memopt.Common`.
-    """
-    check_at_least("scale", scale, 0)
     limiter = None if growth_limit is None else GrowthLimiter(growth_limit, as_released)
     if as_released:
-        uncorrected = scale_by_uncorrected_adam(**adam)
-        correction = optax.scale_by_schedule(adam_bias_correction(adam["b1"], adam["b2"]))
+        adam = scale_by_uncorrected_adam(b1, b2, eps)
+        correction = optax.scale_by_schedule(adam_bias_correction(b1, b2))
         rule = lift_and_scaled_residual(scale, limiter, as_released=True)
-        subspace = project(uncorrected, recombine=rule)
-        others = optax.chain(uncorrected, correction)
+        subspace = project(adam, recombine=rule)
+        others = optax.chain(adam, correction)
         return finish(
             learning_rate, subspace, correction, others=others, decayed=updated_weights, **common
         )
-    rule = lift_and_scaled_residual(limiter=limiter)
-    subspace = project(scale_by_released_adam(**adam), recombine=rule)
+    adam = scale_by_released_adam(b1, b2, eps)
+    subspace = project(adam, recombine=lift_and_scaled_residual(limiter=limiter))
     return finish(
         learning_rate, subspace, optax.scale(scale), others=optax.scale_by_adam(), **common
     )

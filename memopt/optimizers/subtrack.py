@@ -1,6 +1,5 @@
 """SubTrack++."""
 
-import functools
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -8,11 +7,10 @@ import optax
 from jax import Array
 
 from memopt.optimizers.by_partition import Common
-from memopt.optimizers.fira import recovered
+from memopt.optimizers.fira import fira
 from memopt.optimizers.registry import method
 from memopt.transforms import projectors
 from memopt.transforms.moments import CarryOver
-from memopt.transforms.subspace import in_subspace
 
 
 @method(
@@ -101,20 +99,17 @@ def subtrack(
     space = projectors.by_name(projector, subtrack, rank=rank, step_size=step_size, seed=seed)
     if on_refresh == "carry":
         on_refresh = CarryOver(b1, b2, mean_outside=not space.stays_close)
-    project = functools.partial(
-        in_subspace,
-        projector=space,
+    return fira(
+        learning_rate,
+        scale=scale,
         refresh_every=refresh_every,
         refresh_phase=refresh_phase,
         on_refresh=on_refresh,
-        matrices=common.get("matrices"),
-    )
-    return recovered(
-        learning_rate,
-        project,
-        {"b1": b1, "b2": b2, "eps": eps},
-        scale=scale,
+        b1=b1,
+        b2=b2,
+        eps=eps,
         growth_limit=growth_limit,
+        projector=space,
         as_released=as_released,
         **common,
     )

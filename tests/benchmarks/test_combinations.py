@@ -3,13 +3,14 @@
 import pytest
 
 from benchmarks import combinations
+from benchmarks.report import read_results
 from tests.optimizers.kinds import slow_unless
 
 QUICK = {("lion", "in_subspace"), ("lion", "int8 state"), ("oasis", "in_subspace")}
 
 
 def test_nothing_that_is_measured_fails():
-    results = combinations.read()
+    results = read_results(combinations.RESULTS)
     assert set(results) == set(combinations.rows())
     for name, words in results.items():
         assert set(words) == set(combinations.COMBINATIONS), name
@@ -27,4 +28,7 @@ def test_nothing_that_is_measured_fails():
     ],
 )
 def test_every_cell_is_found_again(name, combination):
-    assert combinations.found(name, combination) == combinations.read()[name][combination]
+    assert (
+        combinations.found(name, combination)
+        == read_results(combinations.RESULTS)[name][combination]
+    )

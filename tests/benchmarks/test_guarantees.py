@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import guarantees
+from benchmarks.report import read_results
 from tests.optimizers.kinds import slow_unless
 
 # What holds nowhere without a wrapper, or is refused.
@@ -15,7 +16,7 @@ UNBOUNDED = ("adam", "lomo")  # Optax's rule, and plain gradient descent: inf st
 
 
 def test_what_is_measured_holds_but_for_known_exceptions():
-    results = guarantees.read()
+    results = read_results(guarantees.RESULTS)
     assert set(results) == set(guarantees.rows())
     for name, words in results.items():
         assert set(words) == set(guarantees.CONDITIONS), name
@@ -31,4 +32,4 @@ def test_what_is_measured_holds_but_for_known_exceptions():
 )
 def test_every_cell_is_found_again(name):
     found = {condition: guarantees.found(name, condition) for condition in guarantees.CONDITIONS}
-    assert found == guarantees.read()[name]
+    assert found == read_results(guarantees.RESULTS)[name]

@@ -312,10 +312,9 @@ class LazySvd(Tracked):
         is_due = clock.refresh_now & (clock.refresh % (1 << doublings) == 0)
         basis = self.chosen(spec, old, gradient, clock, is_due)
         changed = is_due & ~is_unchosen(old) & ~is_unchosen(basis)
-        cosine = jnp.abs(
-            _cosines(old[..., :1], basis[..., :1])
-        )  # the sign of a vector is arbitrary
-        later = jnp.concatenate([cosines[..., 1:], cosine], -1)
+        cosine = _cosines(old[..., :1], basis[..., :1])
+        # The sign of a singular vector is arbitrary.
+        later = jnp.concatenate([cosines[..., 1:], jnp.abs(cosine)], -1)
         cosines = jnp.where(changed[..., None], later, cosines)
         is_full = (cosines > 0).all(-1)
         is_steady = changed & is_full & (cosines.mean(-1) >= self.threshold)
@@ -507,11 +506,11 @@ def lazy_svd(
     """Singular vectors that are computed half as often where they change little: Q-GaLore's.
 
     At each refresh of a matrix, |cos| of the angle between its old and its new first vector is
-    recorded. Once there are `queue`, and at each refresh later, the matrix's interval is doubled if
-    the mean of the last ones is at least `threshold`: it is refreshed at every 2nd, 4th, 8th, …
-    multiple of `refresh_every`. (The released code has no absolute value, though the sign of a
-    singular vector is arbitrary.) Each matrix of a stack has an interval of its own; what
-    `on_refresh` does, is done at each multiple of `refresh_every`.
+    recorded. As soon as `queue` of them are known, and at each later refresh, the matrix's interval
+    is doubled if the mean of the last `queue` is at least `threshold`: the matrix is then refreshed
+    at every 2nd, 4th, 8th, … multiple of `refresh_every`. (The released code has no absolute value,
+    though the sign of a singular vector is arbitrary.) Each matrix of a stack has an interval of
+    its own; `on_refresh` applies at each multiple of `refresh_every`.
 
     State: the basis, side×r numbers per matrix, and `queue` + 1 numbers. Q-GaLore stores the basis
     in 4 bits, as does ``memopt.quantize_state`` with
