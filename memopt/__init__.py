@@ -50,6 +50,7 @@ from memopt.transforms import KeepUpdateState as KeepUpdateState
 from memopt.transforms import LayerStatistics as LayerStatistics
 from memopt.transforms import LimitNormGrowthState as LimitNormGrowthState
 from memopt.transforms import ScaleByAdamAtan2State as ScaleByAdamAtan2State
+from memopt.transforms import ScaleByConfidenceState as ScaleByConfidenceState
 from memopt.transforms import ScaleByFactoredMatrixRmsState as ScaleByFactoredMatrixRmsState
 from memopt.transforms import ScaleByGroupedRmsState as ScaleByGroupedRmsState
 from memopt.transforms import ScaleByHutchinsonState as ScaleByHutchinsonState

@@ -32,6 +32,23 @@ def total(x: Array, axes: tuple[int, ...], *, keepdims: bool = False) -> Array:
     return jax.lax.platform_dependent(x, cpu=folded, default=plain)
 
 
+def largest_magnitude(x: Array, axes: int | tuple[int, ...], *, keepdims: bool = False) -> Array:
+    """Computes ``abs(x).max(axes)``, which is infinite, not NaN, if an entry is NaN.
+
+    XLA's reduction for CPUs loses NaN in some shapes.
+
+    Args:
+      x: any real array.
+      axes: the axes to reduce.
+      keepdims: whether to keep these axes with length one.
+
+    Example:
+      >>> largest_magnitude(jnp.array([[1.0, -2.0], [jnp.nan, 1.0]]), 1).tolist()
+      [2.0, inf]
+    """
+    return jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x)).max(axes, keepdims=keepdims)
+
+
 def total_over_trees(f: Callable[..., Array], *trees: Any) -> Array:
     """Sums ``f(*arrays)`` over all entries of all arrays of trees, in float32 or wider.
 

@@ -23,3 +23,7 @@ ENTRYWISE = {"adam_atan2", "adopt", "amsgrad"}
 def slow_unless(quick: bool) -> list[pytest.MarkDecorator]:
     """The marks of a test that runs with ``-m slow`` only, unless it is a quick one."""
     return [] if quick else [pytest.mark.slow]
+
+
+#: Optax's methods whose sums have the dtype of the parameters, which must be one.
+SUMS_LIKE_PARAMETERS = ("dadapt_adamw", "dog", "dowg", "mechanic", "momo", "momo_adam", "prodigy")

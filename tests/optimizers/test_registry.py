@@ -16,7 +16,7 @@ import pytest
 import memopt
 from benchmarks.extra_arguments import with_extra_arguments
 from memopt.optimizers.registry import METHODS, find_method
-from tests.optimizers.kinds import slow_unless
+from tests.optimizers.kinds import SUMS_LIKE_PARAMETERS, slow_unless
 
 
 def tree():
@@ -345,9 +345,6 @@ def test_those_that_find_their_step_take_a_warmup_from_a_learning_rate_of_0(name
         params = optax.apply_updates(params, updates)
     assert jnp.isfinite(params["w"]).all()
     assert (params["w"] < start["w"]).all()
-
-
-SUMS_LIKE_PARAMETERS = ("dadapt_adamw", "dog", "dowg", "mechanic", "momo", "momo_adam", "prodigy")
 
 
 @pytest.mark.parametrize("name", SUMS_LIKE_PARAMETERS)

@@ -14,6 +14,7 @@ from jax import Array
 
 from memopt.axis_types import on_auto_axes, spec_of
 from memopt.errors import check_at_least, check_choice
+from memopt.reductions import largest_magnitude
 from memopt.shapes import Bits, Numbers
 from memopt.state.codecs.base import Codec, Coded, reciprocal
 from memopt.state.rounding import uniform
@@ -166,7 +167,7 @@ class Mapped(Blockwise):
 
     def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:
         """Rounds to the code below or above, with probabilities that preserve the mean."""
-        least = self._least(self._per_block(jnp.max, jnp.abs(x)))
+        least = self._least(self._per_block(largest_magnitude, x))
         old = jnp.zeros_like(least) if like is None else like.side_data[0]
         scale = self._kept(old, least)
         relative = lambda x, inverse: jnp.abs(x) * self._factor(inverse)
@@ -243,7 +244,7 @@ class Asymmetric(Blockwise):
         """Rounds to the code below or above, with probabilities that preserve the mean."""
         first, last = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         low = jnp.minimum(self._per_block(jnp.min, x), 0)
-        high = jnp.maximum(self._per_block(jnp.max, x), 0)
+        high = jnp.maximum(self._per_block(jnp.max, jnp.where(jnp.isnan(x), jnp.inf, x)), 0)
         least = high / (last - first - 1) - low / (last - first - 1)
         old = jnp.zeros_like(least) if like is None else like.side_data[0]
         step = self._kept(old, least)
@@ -282,9 +283,9 @@ class Float8(Blockwise):
         """Adds random low bits to the mantissa of a float32 and truncates it to float8."""
         info = jnp.finfo(self.dtype)
         top = float(info.max)
-        largest = self._per_block(jnp.max, jnp.abs(x)) / top
-        old = jnp.zeros_like(largest) if like is None else like.side_data[0]
-        scale = self._kept(old, largest)
+        least = self._per_block(largest_magnitude, x) / top
+        old = jnp.zeros_like(least) if like is None else like.side_data[0]
+        scale = self._kept(old, least)
         y = self._scaled(jnp.multiply, x, reciprocal(scale))
         # `step` is the distance of float8 numbers at the magnitude of y.
         exponent = jnp.maximum(jnp.frexp(y)[1] - 1, int(info.minexp))

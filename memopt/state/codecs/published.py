@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array
 
+from memopt.reductions import largest_magnitude
 from memopt.shapes import Numbers
 from memopt.state.codecs.base import Coded
 from memopt.state.codecs.blockwise import Mapped
@@ -61,7 +62,7 @@ class Companded(Mapped):
 
     def encode_nearest(self, x: Numbers, like: Coded | None = None) -> Coded:
         """Rounds scales and codes as FlashOptim: codes to the nearest integer, halves upwards."""
-        scale = _in_range(self._least(self._per_block(jnp.max, jnp.abs(x))))
+        scale = _in_range(self._least(self._per_block(largest_magnitude, x)))
 
         def code(x: Array, scale: Array) -> Array:
             z = jnp.where(scale > 0, (x if self.signed else jnp.sqrt(x)) / scale, 0)
@@ -144,7 +145,7 @@ class DynamicTree(Mapped):
 
     def encode_nearest(self, x: Numbers, like: Coded | None = None) -> Coded:
         """Rounds to the nearest number, and to the lower one in the middle, as bitsandbytes."""
-        scale = self._per_block(jnp.max, jnp.abs(x))
+        scale = self._per_block(largest_magnitude, x)
         divide = lambda x, scale: jnp.where(scale > 0, jnp.abs(x) / scale, 0)
         y = self._scaled(divide, x, scale)
         below = self._below(y)

@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from memopt.errors import check_choice
+from memopt.reductions import largest_magnitude
 from memopt.shapes import Bits, Numbers
 from memopt.state.codecs.base import Codec, Coded, reciprocal
 
@@ -303,7 +304,7 @@ def _octave_of_row(x: Array) -> Array:
     It is 0 for a row of zeros, and infinite if a number is not finite. Rows are along the last
     axis, which is kept with length one.
     """
-    return _octave(jnp.abs(x).max(-1, keepdims=True))
+    return _octave(largest_magnitude(x, -1, keepdims=True))
 
 
 def _octave(x: Array) -> Array:

@@ -14,7 +14,7 @@ from jax import Array
 from memopt.axis_types import varying_as
 from memopt.errors import check_at_least, check_choice, check_static
 from memopt.names import split_layer
-from memopt.reductions import for_any
+from memopt.reductions import for_any, largest_magnitude
 from memopt.shapes import Basis, LowRank, Square, Stack
 from memopt.transforms.linalg import for_stack, product, replicate_axis
 
@@ -340,7 +340,7 @@ def scale_to_one(matrices: Stack) -> tuple[Array, Array]:
         >>> factor.ravel().tolist(), exists.tolist()
         ([0.25, 1.0], [True, False])
     """
-    largest = jnp.abs(matrices).max((-2, -1))
+    largest = largest_magnitude(matrices, (-2, -1))
     exists = (largest > 0) & jnp.isfinite(largest)
     exponent = jnp.where(exists, jnp.frexp(largest)[1], 0)
     factor = jnp.ldexp(jnp.ones_like(largest), jnp.clip(-exponent, -126, 126))
