@@ -94,7 +94,7 @@ def test_the_page_has_its_names(trained):
     optimizer = run({}, "MaxText", "optimizer")["optimizer"]
     state = trained(optimizer, steps=1, enable_checkpointing=False)
     params = nnx.filter_state(state.model, nnx.Param)
-    tx = memopt.apollo_mini(1e-2, rank=1)
+    tx = memopt.apollo_mini(optax.constant_schedule(1e-2), rank=1)  # MaxText gives a schedule
     assert_on_the_page("MaxText", tx, params)
     shapes = lambda tree: sorted(x.shape for x in jax.tree.leaves(tree))  # NNX sorts the fields
     assert shapes(state.optimizer.opt_state) == shapes(tx.init(params))
