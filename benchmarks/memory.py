@@ -118,7 +118,7 @@ RUN = ("release", "weights", "state", "dtype", "mesh", "batch_size", "seq_len", 
 
 
 def setting(optimizer: str, options: Options) -> dict[str, Any]:
-    """What distinguishes the record of a configuration."""
+    """Returns the fields that identify the record of a configuration."""
     names = ("model", *RUN, "chip", "refresh")
     return {"optimizer": optimizer} | {name: getattr(options, name) for name in names}
 

@@ -27,7 +27,7 @@ def text() -> str:
 
 
 def help_of(command: str) -> str:
-    """What a command prints with `--help` to a file in ASCII: without boxes and colors.
+    """Returns the `--help` of a command as it is printed to an ASCII file: no boxes, no colors.
 
     Args:
         command: one of the commands of memopt, such as "plan".

@@ -114,7 +114,7 @@ def test_a_name_means_its_function():
 
 @pytest.mark.parametrize("name", ["adamw", *memopt.available("memopt")])
 def test_the_state_of_every_method_is_quantised_by_its_name(name):
-    """As by `quantize_state` around it, but for one whose state begins anew."""
+    """Equals `quantize_state` around the method, except for one whose state begins anew."""
     wide = jax.ShapeDtypeStruct((64, 128), "float32")
     params = {"embed": wide, "blocks": {"up": jax.ShapeDtypeStruct((2, 64, 128), "float32")}}
     by_name = with_extra_arguments(memopt.optimizer)(name, 1e-2, state="int8")

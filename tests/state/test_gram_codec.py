@@ -49,7 +49,7 @@ def test_the_diagonal_is_exact_and_pairs_have_sixteen_thousandths(size):
 
 
 def test_pairs_may_differ_by_rounding():
-    """Where the nearest coarse code of one entry is another than that of its mirror image."""
+    """Covers entries whose nearest coarse code differs from that of their mirror image."""
     middles = (np.arange(-127, 127) + 0.5) / 127
     pair = lambda a, b: jnp.array([[1.0, a], [b, 1.0]], jnp.float32)
     for off in (-1e-5, 1e-5):
@@ -108,7 +108,7 @@ def test_factors_have_it_whatever_other_arrays_have(codec):
 
 
 def test_soap_in_8_bits_takes_the_steps_of_float32():
-    """Where the eigenvalues of the factors are six orders of magnitude apart."""
+    """Trains with factors whose eigenvalues are six orders of magnitude apart."""
     draw = np.random.default_rng(2)
     scales = np.logspace(0, -3, 64)
     g = draw.normal(size=(30, 64, 64)) * scales[:, None] * scales
