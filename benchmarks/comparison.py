@@ -7,7 +7,8 @@ The runs are in `benchmarks/results/compare.jsonl`, to which more are added as t
 methods without runs at the tuned setting have no figures yet.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.results import RESULTS, write_pages
@@ -23,16 +24,20 @@ from memopt.comparison.analysis import (
 )
 from memopt.comparison.plots import plot_front, plot_sensitivity
 from memopt.comparison.protocol import PRESETS
-from memopt.comparison.records import Run, read_records
-from memopt.comparison.rows import BASELINE, ROWS
+from memopt.comparison.records import Run, loss_of, read_records
+from memopt.comparison.rows import BASELINE, METHOD_ROWS, ROWS, Row, tuned_options
 from memopt.comparison.words import NOTHING, short_number
 from memopt.markdown import markdown_table
+from memopt.optimizers.registry import METHODS
 
 #: The column of verdicts.
 VERDICT = f"p < {PROBABILITY:g}"
 
 #: AdamW with two learning rates, as methods for matrices have.
 CONTROL = "benchmarks.controls:adamw_slow_matrices, factor=0.1"
+
+#: Methods whose default rate is not tuned here, and why. Others that are not find their own steps.
+OTHER_DEFAULTS = {"oasis": "tuned with adaptive=False", "sgd": "tuned with momentum"}
 
 
 def by_method(runs: Sequence[Run], baseline: str = BASELINE) -> dict[str, dict[str, Summary]]:
@@ -114,6 +119,54 @@ def twins(report: dict[str, Any]) -> str:
         return [_difference(s.loss - exact.loss, error), decide(z_score(s.losses, exact.losses))]
 
     return _table(report["results"], ("− exact", VERDICT), cells, exact=False)
+
+
+def best_rates(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+    """The best rate of each method's search with default options, by the size's name."""
+    found: dict[str, dict[str, float]] = {}
+    for name in METHOD_ROWS:
+        if METHODS[name].finds_step or name in OTHER_DEFAULTS:
+            continue
+        first = {option: values[0] for option, values in tuned_options(Row(name)).items()}
+        for size in PRESETS["cpu"].models:
+            searched = [
+                run
+                for run in runs
+                if run["method"] == name
+                and run["size"] == size
+                and not run["tuned"]
+                and all(run["options"][option] == value for option, value in first.items())
+            ]
+            if any(run["tuned"] and run["method"] == name and run["size"] == size for run in runs):
+                best = min(searched, key=loss_of)
+                found.setdefault(name, {})[size] = best["learning_rate"]
+    return found
+
+
+def default_rate(best: Mapping[str, float]) -> float:
+    """The default learning rate of a method: its best at the largest size, as 1, 2 or 5 · 10ⁿ.
+
+    Args:
+        best: the best rate by the size's name, the smaller sizes first.
+
+    Example:
+        >>> default_rate({"0.5M": 2.0**-7, "2M": 2.0**-8}), default_rate({"0.5M": 2.0})
+        (0.005, 2.0)
+    """
+    [*_, largest] = best.values()
+    rates = [float(f"{digit}e{power}") for digit in (1, 2, 5) for power in range(-8, 3)]
+    return min(rates, key=lambda rate: abs(math.log(rate / largest)))
+
+
+def default_rates(report: dict[str, Any]) -> str:
+    """The default learning rate of each method, and its best ones with default options."""
+    sizes = list(PRESETS["cpu"].models)
+    rows = [
+        [name, f"{default_rate(best):g}"]
+        + [f"{best[size]:.2g}" if size in best else NOTHING for size in sizes]
+        for name, best in best_rates(report["results"]).items()
+    ]
+    return markdown_table(["method", "default", *(f"{size}: best" for size in sizes)], rows)
 
 
 def progress(report: dict[str, Any]) -> str:

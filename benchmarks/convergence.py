@@ -167,22 +167,6 @@ def next_rate(done: Mapping[int, float], middle: int) -> int | None:
     return next((rate for rate in (best, best - 1, best + 1) if rate not in done), None)
 
 
-def default_rate(best: int) -> float:
-    """The default learning rate of an optimizer: half of its best one here, as 1, 2 or 5 · 10ⁿ.
-
-    `memopt pretrain`'s models are wider, and the best rate falls with the width.
-
-    Args:
-        best: the power of two that is best here.
-
-    Example:
-        >>> default_rate(-7), default_rate(-8), default_rate(1)
-        (0.005, 0.002, 1.0)
-    """
-    rates = [float(f"{digit}e{power}") for digit in (1, 2, 5) for power in range(-8, 3)]
-    return min(rates, key=lambda rate: abs(math.log(rate / 2.0 ** (best - 1))))
-
-
 def markdown(report: dict[str, Any]) -> str:
     """The table for the docs."""
     rows = []

@@ -182,8 +182,27 @@ FIXED: Mapping[str, Mapping[str, Any]] = {
     "badam": {"embedding": True, "head": True},
 }
 
-#: Learning rates to start from that are not the registry's: of OASIS without its adaptive step.
-STARTS = {"oasis": 2.0**-7}
+#: Powers of two of the learning rates that searches start from. They are not the registry's, which
+#: come from finished searches: a search starts again as it did before, and so finds its runs.
+STARTS: Mapping[str, int] = {
+    name: power
+    for power, names in (
+        (-12, "came"),
+        (-11, "lion"),
+        (-10, "badam flora frugal racs scale"),
+        (-9, "adam_atan2 adam_mini adamw ademamix adopt amsgrad momo_adam nadamw"),
+        (-9, "online_subspace_descent schedule_free slim_adam sophia tag"),
+        (-8, "apollo_mini ldadam rmnp soap"),
+        (-7, "apollo galore lamb normuon oasis"),
+        (-6, "adagrad fira muon sinkgd sm3 subtrack"),
+        (-4, "adafactor adalomo lomo sgd"),
+        (-3, "mkor"),
+        (-2, "adagrad_norm"),
+        (0, "cocob dadapt_adamw dog dowg mechanic momo prodigy"),
+        (2, "lars"),
+    )
+    for name in names.split()
+}
 
 #: Schedules that differ from the protocol's: the average replaces the decay.
 SCHEDULES = {"schedule_free": "constant"}
@@ -216,12 +235,16 @@ def tuned_options(row: Row) -> dict[str, tuple[Any, ...]]:
 def first_rate(row: Row) -> int:
     """Returns the power of two of the learning rate that the search starts from.
 
+    A user's function starts as AdamW does.
+
     Example:
-        >>> first_rate(Row("adamw")), first_rate(Row("dog"))
-        (-9, 0)
+        >>> first_rate(Row("adamw")), first_rate(Row("dog")), first_rate(Row("optax:adam"))
+        (-9, 0, -9)
     """
-    rate = STARTS.get(row.optimizer, find_method(row.optimizer).learning_rate)
-    return round(math.log2(rate))
+    name = BASELINE if ":" in row.optimizer else row.optimizer
+    if name in STARTS:
+        return STARTS[name]
+    return round(math.log2(find_method(name).learning_rate))
 
 
 #: Every method of the registry that trains matrices, the best known first. Optax's versions of

@@ -12,7 +12,7 @@ from memopt.transforms.decay import from_second_step
 from memopt.transforms.past_rms import clip_by_step, scale_by_past_rms
 
 
-@method("Adam that converges with any b2", learning_rate=2e-3)
+@method("Adam that converges with any b2", learning_rate=1e-3)
 def adopt(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -9,7 +9,7 @@ from memopt.optimizers.registry import method
 from memopt.transforms.adam import scale_by_raw_amsgrad
 
 
-@method("Adam whose divisors never fall; when Adam does not converge", learning_rate=2e-3)
+@method("Adam whose divisors never fall; when Adam does not converge", learning_rate=2e-4)
 def amsgrad(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -11,7 +11,7 @@ from memopt.transforms.factored import scale_by_confidence, scale_by_factored_ma
 from memopt.transforms.matrix_rms import clip_by_matrix_rms
 
 
-@method("Adafactor with a momentum that slows where updates differ", learning_rate=2e-4)
+@method("Adafactor with a momentum that slows where updates differ", learning_rate=1e-4)
 def came(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -10,7 +10,7 @@ from memopt.optimizers.registry import method
 from memopt.transforms.sign_momentum import scale_by_sign_momentum
 
 
-@method("half of AdamW's state; wants a smaller rate", learning_rate=5e-4)
+@method("half of AdamW's state; wants a smaller rate", learning_rate=2e-4)
 def lion(
     learning_rate: optax.ScalarOrSchedule,
     *,

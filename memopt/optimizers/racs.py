@@ -11,7 +11,7 @@ from memopt.transforms.norm_growth import limit_norm_growth
 from memopt.transforms.normalization import scale_by_rows_and_columns
 
 
-@method("SGD's memory: gradients over factors of rows and columns", learning_rate=1e-3)
+@method("SGD's memory: gradients over factors of rows and columns", learning_rate=2e-3)
 def racs(
     learning_rate: optax.ScalarOrSchedule,
     *,

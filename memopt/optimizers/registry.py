@@ -149,13 +149,13 @@ def _averaged(state: Any, params: Any) -> Any:
 
 METHODS: dict[str, Method] = {
     "adagrad": Method(optax.adagrad, 2e-2, "mn", "sparse gradients, convex problems", "optax"),
-    "adam": Method(optax.adam, 2e-3, "2mn", "the baseline without weight decay", "optax"),
+    "adam": Method(optax.adam, 1e-3, "2mn", "the baseline without weight decay", "optax"),
     "adamw": Method(
-        optax.adamw, 2e-3, "2mn", "the baseline that others are compared with", "optax"
+        optax.adamw, 1e-3, "2mn", "the baseline that others are compared with", "optax"
     ),
     "ademamix": Method(
         optax.contrib.ademamix,
-        2e-3,
+        1e-3,
         "3mn",
         "AdamW with a slow second momentum, for long runs",
         "optax",
@@ -211,7 +211,7 @@ METHODS: dict[str, Method] = {
     ),
     "momo_adam": Method(
         _of_one_dtype(optax.contrib.momo_adam),
-        2e-3,
+        1e-3,
         "2mn",
         "Adam with steps that the loss bounds",
         "optax",
@@ -222,14 +222,14 @@ METHODS: dict[str, Method] = {
         optax.adafactor, 5e-2, "m + n", "Optax's, to compare with memopt's", "optax"
     ),
     "optax_adopt": Method(
-        optax.contrib.adopt, 2e-3, "2mn", "Optax's, to compare with memopt's", "optax"
+        optax.contrib.adopt, 1e-3, "2mn", "Optax's, to compare with memopt's", "optax"
     ),
     "optax_amsgrad": Method(
-        optax.amsgrad, 2e-3, "3mn", "Optax's, to compare with memopt's", "optax"
+        optax.amsgrad, 2e-4, "3mn", "Optax's, to compare with memopt's", "optax"
     ),
-    "optax_lamb": Method(optax.lamb, 1e-2, "2mn", "Optax's, to compare with memopt's", "optax"),
+    "optax_lamb": Method(optax.lamb, 2e-2, "2mn", "Optax's, to compare with memopt's", "optax"),
     "optax_lars": Method(optax.lars, 5.0, "mn", "Optax's, to compare with memopt's", "optax"),
-    "optax_lion": Method(optax.lion, 5e-4, "mn", "Optax's, to compare with memopt's", "optax"),
+    "optax_lion": Method(optax.lion, 2e-4, "mn", "Optax's, to compare with memopt's", "optax"),
     "optax_muon": Method(
         optax.contrib.muon, 2e-2, "mn", "Optax's, to compare with memopt's", "optax"
     ),
@@ -253,7 +253,7 @@ METHODS: dict[str, Method] = {
     "sgd": Method(optax.sgd, 5e-2, "0", "no state, for models that plain SGD trains", "optax"),
     "sophia": Method(
         optax.contrib.sophia,
-        2e-3,
+        1e-3,
         "2mn",
         "AdamW's quality with a curvature estimate every ten steps",
         "optax",
@@ -412,7 +412,7 @@ def find_method(name: str) -> Method:
 
     Example:
         >>> find_method("lion").learning_rate
-        0.0005
+        0.0002
     """
     if ":" in name:
         rate = METHODS["adamw"].learning_rate

@@ -12,7 +12,7 @@ from memopt.optimizers.registry import method
 from memopt.transforms.grouped import Group, Groups, scale_by_grouped_rms
 
 
-@method("AdamW at half its state: means along the steadiest axis", learning_rate=2e-3)
+@method("AdamW at half its state: means along the steadiest axis", learning_rate=1e-3)
 def slim_adam(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import comparison, results
 from memopt.comparison.rows import ROWS
+from memopt.optimizers.registry import METHODS
 from tests.comparison.synthetic import run, seeds
 
 RUNS = [
@@ -57,6 +58,31 @@ def test_methods_better_than_adamw_are_compared_with_the_control():
     assert [*found] == ["muon"]
     assert found["muon"]["− control"] == "-0.020 ± 0.016"
     assert found["muon"]["p < 0.01"] == "no difference"
+
+
+def test_default_learning_rates_are_the_best_of_the_search():
+    found = comparison.best_rates(results.read(comparison.RESULTS / "compare.jsonl")["results"])
+    defaults = {name: method.learning_rate for name, method in METHODS.items()}
+    assert {name: defaults[name] for name in found} == {
+        name: comparison.default_rate(best) for name, best in found.items()
+    }
+    others = {name for name in METHODS if name not in found}
+    assert {name for name in others if METHODS[name].finds_step} == {
+        name for name in others if defaults[name] == 1 and name not in comparison.OTHER_DEFAULTS
+    }
+    of_optax = {name for name in others if name.startswith("optax_")}
+    assert all(defaults[name] == defaults[name.removeprefix("optax_")] for name in of_optax)
+    assert (defaults["adam"], defaults["sgd"]) == (defaults["adamw"], defaults["lomo"])
+
+
+def test_the_best_rate_is_that_of_default_options_and_finished_searches():
+    searched = [
+        run("muon", rate, rate=r, tuned=False, options={"beta": beta})
+        for rate, r, beta in ((1.8, 0.02, 0.95), (1.9, 0.01, 0.95), (1.7, 0.03, 0.9))
+    ]
+    assert comparison.best_rates(searched) == {}
+    found = comparison.best_rates([*searched, *seeds("muon", 1.5)])
+    assert found == {"muon": {"2M": 0.02}}
 
 
 def test_how_many_rows_are_finished_is_said():

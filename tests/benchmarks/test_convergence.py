@@ -27,17 +27,6 @@ def test_every_row_is_measured():
         assert set(row.options) <= set(METHODS[row.optimizer].defaults)
 
 
-def test_default_learning_rates_are_half_of_the_best():
-    results = json.loads(convergence.Options().output.read_text())["results"]
-    for name, row in convergence.ROWS.items():
-        if name in METHODS and name != "galore":  # docs/convergence.md
-            at = convergence.losses(results, name)
-            best = min(at, key=lambda rate: at[rate])
-            assert {best - 1, best + 1} <= at.keys()
-            expected = convergence.default_rate(best)
-            assert METHODS[row.optimizer].learning_rate == expected, name
-
-
 @pytest.mark.slow
 def test_a_row_with_state_in_8_bits_trains():
     options = convergence.Options(steps=20, eval_tokens=512, hidden_size=32, layers=1)
