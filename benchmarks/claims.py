@@ -226,13 +226,8 @@ NOT_MEASURED = {
     },
     "docs/compose.md": {"transformation | for": "names of transformations"},
     "docs/controllers.md": {"column |": "fields of a file", "| | by default": "options of a class"},
-<<<<<<< HEAD
     "docs/convergence.md": {"optimizers | default learning rate": "the registry"},
-    "docs/design.md": {"floor | room": "`tests/test_rooms.py`"},
-=======
-    "docs/convergence.md": {"optimizers | default learning rate": "the registry, and `CLAIMS`"},
     "docs/design.md": {"level | package": "`tests/test_rooms.py`"},
->>>>>>> f306d99 (Documentation: headings and sentences; results.md names the pages of its tables)
     "docs/device.md": {"piece | measured": "sizes that `benchmarks.device` measures"},
     "docs/extra_arguments.md": {
         "method | needs": "the registry",
