@@ -33,10 +33,10 @@ OLD_KEYS = ("jax", "optax", "libtpu")
 INTRODUCTION = """\
 # Results
 
-Each file in `benchmarks/results`: the command that made it, the machine, the versions of packages and
-compiler, its plot, and the pages that show its tables. `python -m benchmarks.results` writes this page and
-the tables from the files, and a test compares them. Where no machine or version is named, the file is from
-before these were recorded.
+Each file in `benchmarks/results`: the command that made it, the machine, the versions of packages
+and compiler, its plot, and the pages that show its tables. `python -m benchmarks.results` writes
+this page and the tables from the files, and a test compares them. Where no machine or version is
+named, the file is from before these were recorded.
 """
 
 
