@@ -227,7 +227,7 @@ NOT_MEASURED = {
     "docs/compose.md": {"transformation | for": "names of transformations"},
     "docs/controllers.md": {"column |": "fields of a file", "| | by default": "options of a class"},
     "docs/convergence.md": {"optimizers | default learning rate": "the registry"},
-    "docs/design.md": {"floor | room": "`tests/test_rooms.py`"},
+    "docs/design.md": {"level | package": "`tests/test_rooms.py`"},
     "docs/device.md": {"piece | measured": "sizes that `benchmarks.device` measures"},
     "docs/extra_arguments.md": {
         "method | needs": "the registry",

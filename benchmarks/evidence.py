@@ -78,7 +78,7 @@ def table(traffic: dict[str, Any], runs: dict[str, Any]) -> str:
     measured = by_method(runs["results"])
     sizes = _sizes(measured)
     losses = [f"{size}: − {BASELINE}, {VERDICT}" for size in sizes]
-    head = ["method", "state", "moved a step", "the paper's claim", *losses, "use it for"]
+    head = ["method", "state", "traffic", "the paper's claim", *losses, "use it for"]
     rows = [
         [
             f"`{name}`",
@@ -98,14 +98,15 @@ def not_confirmed(runs: dict[str, Any]) -> str:
     worse = []
     for baseline in dict.fromkeys(claim.matches for claim in CLAIMS.values() if claim.matches):
         measured = by_method(runs["results"], baseline)
-        worse += [
-            f"`{name}` than `{baseline}` ({size}: {found.difference.loss:+.2f})"
-            for name, claim in CLAIMS.items()
-            if claim.matches == baseline
-            for size, found in measured.get(name, {}).items()
-            if found.difference and found.verdict == "worse"
-        ]
-    return f"Worse here, unlike in their papers: {', '.join(worse) or 'none'}.\n"
+        for name in (name for name, claim in CLAIMS.items() if claim.matches == baseline):
+            differences = [
+                f"{size}: {found.difference.loss:+.2f}"
+                for size, found in measured.get(name, {}).items()
+                if found.difference and found.verdict == "worse"
+            ]
+            if differences:
+                worse.append(f"`{name}` against `{baseline}` ({', '.join(differences)})")
+    return f"Losses higher than the papers claim: {', '.join(worse) or 'none'}.\n"
 
 
 def _sizes(measured: Mapping[str, Mapping[str, Summary]]) -> list[str]:

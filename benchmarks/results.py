@@ -12,7 +12,7 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,11 +33,10 @@ OLD_KEYS = ("jax", "optax", "libtpu")
 INTRODUCTION = """\
 # Results
 
-The measured tables of these pages, by the files in `benchmarks/results` that they are from: the
-command that made each file, the machine, and the versions of the packages and of the compiler. This
-page, and the tables on other pages, are written by `python -m benchmarks.results`; a test compares
-them with the files. Where no machine or version is named, the file is from before these were
-recorded.
+Each file in `benchmarks/results`: the command that made it, the machine, the versions of packages
+and compiler, its plot, and the pages that show its tables. `python -m benchmarks.results` writes
+this page and the tables from the files, and a test compares them. Where no machine or version is
+named, the file is from before these were recorded.
 """
 
 
@@ -93,30 +92,30 @@ def blocks(page: Path) -> Iterator[tuple[re.Match[str], Block]]:
 
 def pages() -> dict[Path, str]:
     """The text of every page, as the result files say it must be."""
-    texts, made = {}, {}
+    texts, shown = {}, []
     for page in sources():
         parts, end, text = [], 0, page.read_text()
         for found, block in blocks(page):
-            made[block] = block.text()
-            parts += [text[end : found.start(4)], made[block]]
+            parts += [text[end : found.start(4)], block.text()]
+            shown.append(block)
             end = found.end(4)
         texts[page] = "".join([*parts, text[end:]])
-    texts[PAGE] = results_page(made)
+    texts[PAGE] = results_page(shown)
     return texts
 
 
-def results_page(made: Mapping[Block, str]) -> str:
-    """The page with all results, file by file."""
+def results_page(shown: Sequence[Block]) -> str:
+    """The page of all result files, given the parts that other pages show."""
     parts = [INTRODUCTION]
     for path in sorted([*RESULTS.glob("*.json"), *RESULTS.glob("*.jsonl")]):
         parts.append(f"## {path.stem.replace('_', ' ')}\n\n{provenance(path)}\n")
         if path.with_suffix(".png").exists():
             link = f"../benchmarks/results/{path.stem}.png"
             parts.append(f"![{path.stem.replace('_', ' ')}]({link})\n")
-        for block, text in made.items():
-            if path == block.files[0]:
-                page = os.path.relpath(block.page, PAGE.parent)
-                parts.append(f"On [{title(block.page)}]({page}):\n\n{text}")
+        on = dict.fromkeys(block.page for block in shown if path in block.files)
+        if on:
+            links = (f"[{title(page)}]({os.path.relpath(page, PAGE.parent)})" for page in on)
+            parts.append(f"Tables: {', '.join(links)}.\n")
     return "\n".join(parts)
 
 

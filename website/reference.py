@@ -69,7 +69,7 @@ PAGES = (
         "matrices",
         "Matrices",
         "Which axes of a parameter are rows and columns, and what it is taken for "
-        "([Models of other libraries](../models.md)).",
+        "([Which parameters are matrices](../models.md)).",
         ("memopt",),
         ("memopt.axes", "memopt.matrices", "memopt.parameters", "memopt.errors"),
     ),

@@ -37,7 +37,7 @@ def test_each_method_has_its_state_traffic_claim_loss_and_use():
 def test_methods_that_do_not_match_others_as_claimed_are_named():
     rmnp = [*seeds("rmnp", 1.9, 1.92, 1.88), *seeds("normuon", 1.5, 1.52, 1.48)]
     assert evidence.not_confirmed({"results": [*RUNS, *rmnp]}) == (
-        "Worse here, unlike in their papers: `lion` than `adamw` (2M: +0.50), "
-        "`rmnp` than `muon` (2M: +0.40).\n"
+        "Losses higher than the papers claim: `lion` against `adamw` (2M: +0.50), "
+        "`rmnp` against `muon` (2M: +0.40).\n"
     )
-    assert "papers: none." in evidence.not_confirmed({"results": RUNS[:6]})
+    assert "claim: none." in evidence.not_confirmed({"results": RUNS[:6]})

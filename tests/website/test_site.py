@@ -27,7 +27,7 @@ ANSWERS = {
     "fine-tune": ("fine_tuning.md", "Fine-tuning", "memopt finetune --init"),
     "sweep": ("training.md", "Compare and sweep", "memopt compare"),
     "log projected energy": ("diagnostics.md", "Diagnostics", "projected_energy("),
-    "convert a checkpoint": ("take_home.md", "Bring a model, take one home", "memopt export"),
+    "convert a checkpoint": ("export.md", "Import and export", "memopt export"),
     "what changed": ("../CHANGELOG.md", "Changes", "New names"),
     "cite": ("index.md", "Cite", "@software"),
     "resume on another mesh": ("pods.md", "3. The same mesh on a laptop", "--resume"),
