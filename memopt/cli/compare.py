@@ -10,10 +10,10 @@ Examples:
   memopt compare --preset gpu-small --output comparison --minutes 9
 
 Finished runs are in OUTPUT/compare.jsonl, and are never repeated: the same command goes on where it
-was stopped, and others with the same output share its runs, also at the same time. At the end,
+was stopped, and others with the same output share its runs, also at the same time. At the end, a
+compiler plans the peak of memory of each method's step, seconds for small models, and once. Then
 OUTPUT/report.md and pictures beside it are written of all that is finished: loss against bytes of
-state, losses on the way, and how much the learning rate matters. A compiler plans the peak of memory
-of each method's step, which takes seconds to minutes, once. docs/comparison.md has more.
+state, losses on the way, and how much the learning rate matters. docs/comparison.md has more.
 """
 
 import dataclasses
@@ -144,8 +144,7 @@ def compare_command(arguments: list[str]) -> None:
     plan = functools.partial(plan_peaks, chip=options.chip, tell=lines.append)
     leave_out = stopped or options.chip == NO_PEAKS
     try:
-        shown = write_report(options.output, *(() if leave_out else (plan,)))
-        console.print(*tables(shown))
+        console.print(*tables(write_report(options.output, None if leave_out else plan)))
         lines.append(f"Tables and pictures: {options.output / 'report.md'}, and beside it.")
     except KeyboardInterrupt:
         fail(f"interrupted. {again}", 130)

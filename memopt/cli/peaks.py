@@ -10,7 +10,7 @@ from memopt.comparison.cells import Program, set_up_program
 from memopt.comparison.records import Run, program_of
 from memopt.comparison.report import Peak
 from memopt.planning import cache, chips
-from memopt.planning.plan import Progress, first_line, plan_compilable, silent
+from memopt.planning.plan import first_line, plan_compilable
 
 
 def plan_peaks(
@@ -28,15 +28,15 @@ def plan_peaks(
     """
     found: dict[str, Peak] = {}
     unknown: dict[str, list[str]] = {}
+    notes: dict[str, None] = {}
     with show_progress(total=len(runs)) as (working, done):
         for run in runs:
             name = f"{run['method']} at {run['size']}"
+            working(f"planning the step of {name}")
             try:
-                found[run["key"]] = plan_peak(
-                    program_of(run),
-                    chip or _chip_of(run),
-                    lambda line, name=name: working(f"{name}: {line}"),
-                )
+                planned_for = chip or _chip_of(run)
+                found[run["key"]] = plan_peak(program_of(run), planned_for)
+                notes |= dict.fromkeys(chips.compilable(planned_for)[1])
             except ValueError as error:
                 unknown.setdefault(str(error), []).append(name)
             except jax.errors.JaxRuntimeError as error:
@@ -44,18 +44,17 @@ def plan_peaks(
             done(run)
     for reason, names in unknown.items():
         tell(f"The peak is not known of {'; '.join(names)}: {reason}")
-    for note in chips.compilable(chip)[1] if chip else ():
+    for note in notes:
         tell(note)
     return found
 
 
-def plan_peak(program: Program, chip: str, progress: Progress = silent) -> Peak:
+def plan_peak(program: Program, chip: str) -> Peak:
     """Plans the peak of the step of a run, or reads it if it was planned before.
 
     Args:
         program: What the step is compiled for.
         chip: The chip to plan for, a name in `memopt.planning.chips.CHIPS` or "cpu".
-        progress: As in `memopt.plan`.
 
     Raises:
         ValueError: The chip is unknown, or the step cannot work.
@@ -68,8 +67,7 @@ def plan_peak(program: Program, chip: str, progress: Progress = silent) -> Peak:
     plan = plan_compilable(
         lambda devices, _: set_up_program(program, devices),
         compiled_for,
-        1,
-        progress,
+        count=1,
         cache=True,
         model="",
         optimizer=program.optimizer,

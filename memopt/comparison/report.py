@@ -101,7 +101,7 @@ Peaks = Mapping[str, Peak]
 
 
 def write_report(
-    directory: Path, plan_peaks: Callable[[Sequence[Run]], Peaks] = lambda runs: {}
+    directory: Path, plan_peaks: Callable[[Sequence[Run]], Peaks] | None = None
 ) -> list[Section]:
     """Writes the tables and pictures of a comparison.
 
@@ -109,8 +109,8 @@ def write_report(
         directory: The directory with `compare.jsonl`, `targets.jsonl` or both. Written into it are
             `report.md`, `report.json` and, as soon as there are tuned runs in `compare.jsonl`,
             `front.png`, `curves.png` and `sensitivity.png`.
-        plan_peaks: Returns the peaks of the steps of runs, one of each row of the tables. By
-            default there are none.
+        plan_peaks: Maps runs, one of each row of the tables, to the peaks of their steps. None:
+            the tables have no peaks.
 
     Returns:
         The tables.
@@ -127,7 +127,7 @@ def write_report(
     runs = [s.run for s in itertools.chain.from_iterable(groups)]
     for methods in by_experiment(to_target, (*EXPERIMENT_TO_TARGET, "batch_size")).values():
         runs += [of[0] for of in tuned_runs(methods).values()]
-    peaks = plan_peaks(runs)
+    peaks = plan_peaks(runs) if plan_peaks else {}
     shown = [*sections(groups, peaks), *sections_to_target(to_target, peaks)]
     missing = unfinished(found)
     text = markdown(shown, runs=[*found, *to_target], missing=missing)
@@ -140,7 +140,9 @@ def write_report(
     return shown
 
 
-def sections(groups: Sequence[Sequence[Summary]], peaks: Peaks = MappingProxyType({})) -> list[Section]:
+def sections(
+    groups: Sequence[Sequence[Summary]], peaks: Peaks = MappingProxyType({})
+) -> list[Section]:
     """Returns a table of each experiment.
 
     Args:
