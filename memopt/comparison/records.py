@@ -20,7 +20,7 @@ from memopt.comparison.rows import Row
 from memopt.functions import digest_of_source
 from memopt.json_lines import read_json_lines
 from memopt.machine import core_count, cpu_model, versions
-from memopt.training.writing import WriteError, why
+from memopt.training.writing import writing
 
 #: Files in the directory of a comparison.
 RESULTS, RESULTS_TO_TARGET = "compare.jsonl", "targets.jsonl"
@@ -243,23 +243,18 @@ def append_record(path: Path, record: Run) -> None:
         WriteError: The file cannot be written; it is as it was.
     """
     line = json.dumps(record, allow_nan=False).encode() + b"\n"
-    try:
-        with path.open("ab+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            end = _end_of_lines(file.fileno())
+    advice = "make room or repair the disk, and give the command again; all runs in it are kept"
+    with writing(repr(str(path)), advice), path.open("ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        end = _end_of_lines(file.fileno())
+        os.ftruncate(file.fileno(), end)
+        try:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
             os.ftruncate(file.fileno(), end)
-            try:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError:
-                os.ftruncate(file.fileno(), end)
-                raise
-    except OSError as error:
-        raise WriteError(
-            f"{str(path)!r} cannot be written ({why(error)}): make room or repair the disk, and "
-            "give the command again; all runs in it are kept."
-        ) from error
+            raise
 
 
 def _end_of_lines(descriptor: int) -> int:
