@@ -1,16 +1,19 @@
 """Tables of the runs that `memopt compare` made, for the page on which optimizer to choose.
 
     memopt compare --preset cpu --output DIRECTORY      # makes runs
+    python -m benchmarks.compare_peaks                  # plans the peaks of their steps
     python -m benchmarks.comparison                     # draws them, and writes the pages
 
 The runs are in `benchmarks/results/compare.jsonl`, to which more are added as they are made;
-methods without runs at the tuned setting have no figures yet.
+methods without runs at the tuned setting have no figures yet, and settings that are not planned yet
+no peaks.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks import compare_peaks
 from benchmarks.results import RESULTS, write_pages
 from memopt.comparison.analysis import (
     PROBABILITY,
@@ -26,7 +29,7 @@ from memopt.comparison.plots import plot_front, plot_sensitivity
 from memopt.comparison.protocol import PRESETS
 from memopt.comparison.records import Run, loss_of, read_records
 from memopt.comparison.rows import BASELINE, METHOD_ROWS, ROWS, Row, tuned_options
-from memopt.comparison.words import NOTHING, short_number
+from memopt.comparison.words import NOTHING, short_bytes, short_number
 from memopt.markdown import markdown_table
 from memopt.optimizers.registry import METHODS
 
@@ -58,11 +61,11 @@ def by_method(runs: Sequence[Run], baseline: str = BASELINE) -> dict[str, dict[s
     return found
 
 
-def losses(report: dict[str, Any]) -> str:
-    """State, loss, difference from AdamW ± its standard error, and verdict of each method."""
+def losses(report: dict[str, Any], peaks: dict[str, Any]) -> str:
+    """State, loss, difference from AdamW ± its standard error, verdict and peak of each method."""
     return _table(
         report["results"],
-        ("loss", f"− {BASELINE}", VERDICT, "steps to its loss"),
+        ("loss", f"− {BASELINE}", VERDICT, "steps to its loss", "peak"),
         lambda s: [
             short_number(s.loss, ".3f"),
             _difference(s.difference.loss, s.difference.standard_error)
@@ -70,6 +73,7 @@ def losses(report: dict[str, Any]) -> str:
             else NOTHING,
             s.verdict if s.difference else NOTHING,
             NOTHING if s.steps_to_target is None else f"{s.steps_to_target / s.run['steps']:.0%}",
+            _peak(peaks, s.run),
         ],
         exact=True,
     )
@@ -107,18 +111,27 @@ def rates(report: dict[str, Any]) -> str:
     )
 
 
-def twins(report: dict[str, Any]) -> str:
-    """Difference of rows with fewer bits, or released, from their exact twins, and the verdict."""
+def twins(report: dict[str, Any], peaks: dict[str, Any]) -> str:
+    """Difference of rows with fewer bits, or released, from their exact twins; verdict and peaks.
+
+    Peaks are the row's and its twin's.
+    """
     methods = by_method(report["results"])
 
     def cells(s: Summary) -> list[str]:
         exact = methods.get(s.run["tuned_as"], {}).get(s.run["size"])
         if exact is None:
-            return [NOTHING, NOTHING]
+            return [NOTHING, NOTHING, _peak(peaks, s.run), NOTHING]
         error = standard_error(s.losses, exact.losses)
-        return [_difference(s.loss - exact.loss, error), decide(z_score(s.losses, exact.losses))]
+        return [
+            _difference(s.loss - exact.loss, error),
+            decide(z_score(s.losses, exact.losses)),
+            _peak(peaks, s.run),
+            _peak(peaks, exact.run),
+        ]
 
-    return _table(report["results"], ("− exact", VERDICT), cells, exact=False)
+    columns = ("− exact", VERDICT, "peak", "exact peak")
+    return _table(report["results"], columns, cells, exact=False)
 
 
 def best_rates(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
@@ -203,6 +216,11 @@ def _table(
             state = f"{first.state_bytes_per_parameter:.2g}"
             rows.append([method, state, *(cell for part in found for cell in part)])
     return markdown_table(head, rows) if rows else "None is finished yet.\n"
+
+
+def _peak(peaks: dict[str, Any], run: Run) -> str:
+    found = compare_peaks.find(peaks["results"], run)
+    return short_bytes(found["peak_bytes"]) if found else NOTHING
 
 
 def _difference(loss: float | None, error: float | None) -> str:

@@ -10,12 +10,14 @@ Examples:
   memopt compare --preset gpu-small --output comparison --minutes 9
 
 Finished runs are in OUTPUT/compare.jsonl, and are never repeated: the same command goes on where it
-was stopped, and others with the same output share its runs, also at the same time. At the end,
+was stopped, and others with the same output share its runs, also at the same time. At the end, a
+compiler plans the peak of memory of each method's step, seconds for small models, and once. Then
 OUTPUT/report.md and pictures beside it are written of all that is finished: loss against bytes of
 state, losses on the way, and how much the learning rate matters. docs/comparison.md has more.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,13 +26,19 @@ from rich.console import Console
 from tyro import conf
 
 from memopt.cli.errors import fail
+from memopt.cli.peaks import plan_peaks
 from memopt.comparison.protocol import PRESETS, Protocol, make_protocol
 from memopt.comparison.report import tables, write_report
 from memopt.comparison.runner import compare
 from memopt.comparison.worker import IncompleteError, OutOfTimeError
+from memopt.errors import check_choice
+from memopt.planning.chips import CHIPS
 
 Ints = Annotated[tuple[int, ...], conf.arg(metavar="INT ...")]
 Int = Annotated[int | None, conf.arg(metavar="INT")]
+
+#: The value of `--chip` that leaves the peaks out.
+NO_PEAKS = "none"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +71,10 @@ class Options:
         batch_sizes: The batch sizes of --over; by default those of the preset.
         jobs: Processes to run, which share the cores. Times of steps are then not measured.
         minutes: End before a run that would take longer than so many minutes from the start, by
-            the longest run so far.
+            the longest run so far. Peaks are planned when all runs are finished.
+        chip: The chip whose compiler plans the peak of memory of each method's step, one that
+            `memopt plan` knows, such as v5e; none: leave the peaks out. By default the chip that
+            the runs were made on.
     """
 
     output: Annotated[Path, conf.arg(metavar="DIRECTORY")]
@@ -82,6 +93,7 @@ class Options:
     batch_sizes: Ints = ()
     jobs: int = 1
     minutes: Annotated[float | None, conf.arg(metavar="FLOAT")] = None
+    chip: Annotated[str | None, conf.arg(metavar="NAME")] = None
 
     def protocol(self) -> Protocol:
         """Returns the preset with what is given in place of its fields.
@@ -108,6 +120,8 @@ def compare_command(arguments: list[str]) -> None:
     again = "All finished runs are kept: give the same command again for the others."
     stopped, incomplete = "", None
     try:
+        if options.chip is not None:
+            check_choice("chip", options.chip, [*CHIPS, "cpu", NO_PEAKS])
         compare(
             options.output,
             options.protocol(),
@@ -127,9 +141,13 @@ def compare_command(arguments: list[str]) -> None:
     except (ValueError, ImportError, OSError) as error:
         fail(error)
     lines = [stopped] if stopped else []
+    plan = functools.partial(plan_peaks, chip=options.chip, tell=lines.append)
+    leave_out = stopped or options.chip == NO_PEAKS
     try:
-        console.print(*tables(write_report(options.output)))
+        console.print(*tables(write_report(options.output, None if leave_out else plan)))
         lines.append(f"Tables and pictures: {options.output / 'report.md'}, and beside it.")
+    except KeyboardInterrupt:
+        fail(f"interrupted. {again}", 130)
     except ValueError:  # no run is finished
         pass
     except OSError as error:

@@ -16,7 +16,7 @@ import tyro
 from tyro import conf
 
 from memopt.cli.arguments import Step
-from memopt.cli.errors import fail
+from memopt.cli.errors import failing
 from memopt.training.evaluation import evaluate_data, pooled
 from memopt.training.load import load_model
 
@@ -48,7 +48,7 @@ class Options:
 def evaluate(arguments: list[str]) -> None:
     """Runs `memopt evaluate` with these arguments."""
     options = tyro.cli(Options, prog="memopt evaluate", description=__doc__, args=arguments)
-    try:
+    with failing():
         loaded = load_model(options.run, options.step)
         sources = evaluate_data(
             loaded,
@@ -57,8 +57,6 @@ def evaluate(arguments: list[str]) -> None:
             batch_size=options.batch_size,
             seq_len=options.seq_len,
         )
-    except (ValueError, ImportError, OSError) as error:
-        fail(error)
     found = pooled(sources.values())
     at_step = "" if loaded.step is None else f", step {loaded.step}"
     print(f"model      {loaded.path}{at_step}")

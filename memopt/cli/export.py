@@ -15,7 +15,7 @@ import tyro
 from tyro import conf
 
 from memopt.cli.arguments import Step
-from memopt.cli.errors import fail
+from memopt.cli.errors import failing
 from memopt.training.export import export
 from memopt.training.load import load_run
 
@@ -42,9 +42,7 @@ class Options:
 def export_run(arguments: list[str]) -> None:
     """Runs `memopt export` with these arguments."""
     options = tyro.cli(Options, prog="memopt export", description=__doc__, args=arguments)
-    try:
+    with failing():
         loaded = load_run(options.run, options.step)
         export(loaded, options.directory, dtype=options.dtype, quantized=options.quantized)
-    except (ValueError, ImportError, OSError) as error:
-        fail(error)
     print(f"step {loaded.step} of {options.run} is in {options.directory}")

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from memopt.cli.errors import fail
+from memopt.cli.errors import failing
 from memopt.errors import check_choice
 
 #: Columns of what is shown, also in a wider terminal.
@@ -22,11 +22,9 @@ def choose(kind: str, given: Iterable[str], available: Sequence[str]) -> None:
         given: The given names.
         available: Those that are known.
     """
-    try:
+    with failing():
         for name in given:
             check_choice(kind, name, available)
-    except ValueError as error:
-        fail(error)
 
 
 def show(

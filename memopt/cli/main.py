@@ -8,7 +8,7 @@ import sys
 import warnings
 
 from memopt import __version__
-from memopt.cli.errors import fail
+from memopt.cli.errors import fail, failing
 from memopt.cli.output import lasting_output
 from memopt.errors import check_choice
 
@@ -90,10 +90,8 @@ def _run(arguments: list[str]) -> None:
         print(f"memopt {__version__}")
     else:
         words = arguments[: 2 if arguments[:1] in groups else 1]
-        try:
+        with failing():
             check_choice("command", " ".join(words), COMMANDS)
-        except ValueError as error:
-            fail(error)
 
 
 def _show_commands(group: str) -> None:

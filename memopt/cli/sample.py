@@ -16,7 +16,7 @@ import tyro
 from tyro import conf
 
 from memopt.cli.arguments import Step
-from memopt.cli.errors import fail
+from memopt.cli.errors import failing
 from memopt.training.load import load_model
 from memopt.training.sampling import continue_text
 
@@ -51,7 +51,7 @@ class Options:
 def sample(arguments: list[str]) -> None:
     """Runs `memopt sample` with these arguments."""
     options = tyro.cli(Options, prog="memopt sample", description=__doc__, args=arguments)
-    try:
+    with failing():
         loaded = load_model(options.run, options.step)
         text = continue_text(
             loaded,
@@ -63,8 +63,6 @@ def sample(arguments: list[str]) -> None:
             seed=options.seed,
             format=options.format,
         )
-    except (ValueError, ImportError, OSError) as error:
-        fail(error)
     if loaded.step is not None:
         print(f"memopt: step {loaded.step} of {loaded.path}", file=sys.stderr)
     if not text:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from memopt.cli import listing
 from memopt.cli.arguments import Names
-from memopt.cli.errors import fail
+from memopt.cli.errors import fail, failing
 from memopt.errors import check_at_least, check_choice
 from memopt.schedules import BATCH_SHAPES, SHAPES, batch_names, names
 from memopt.training.config import Config, Optimization, Text
@@ -79,10 +79,8 @@ def schedules(arguments: list[str]) -> None:
     chosen = options.names or available
     if options.schedule_option and len(chosen) > 1:
         fail("schedule_option belongs to one schedule: give its NAME alone.")
-    try:
+    with failing():
         curves = {name: curve(name, options) for name in chosen}
-    except ValueError as error:
-        fail(error)
     if options.plot:
         _plot(curves, options.plot)
     listing.show(

@@ -23,7 +23,7 @@ from tyro import conf
 
 from memopt.cli import listing
 from memopt.cli.arguments import Step
-from memopt.cli.errors import fail
+from memopt.cli.errors import failing
 from memopt.errors import check_at_least
 from memopt.models import llama
 from memopt.optimizers.registry import find_method
@@ -70,10 +70,8 @@ def suggest(arguments: list[str]) -> None:
     options = tyro.cli(
         Options, prog="memopt suggest", description=__doc__, args=arguments, config=config
     )
-    try:
+    with failing():
         found = suggestions(options)
-    except (ValueError, ImportError, OSError) as error:
-        fail(error)
     if options.json:
         print(json.dumps(found, indent=2))
     else:

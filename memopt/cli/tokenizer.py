@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from memopt.cli.errors import fail
+from memopt.cli.errors import failing
 from memopt.text.mixtures import find_mixture, named_sources
 from memopt.text.tokenizer import train_tokenizer
 
@@ -28,10 +28,8 @@ class Options:
 def train(arguments: list[str]) -> None:
     """Runs `memopt tokenizer train` with these arguments."""
     options = tyro.cli(Options, prog="memopt tokenizer train", args=arguments)
-    try:
+    with failing():
         training, _ = find_mixture(named_sources(options.data)).split()
         texts = (piece.content for part in training.sources.values() for piece in part.once())
         tokenizer = train_tokenizer(texts, options.vocab_size, options.output)
-    except (ValueError, ImportError, OSError) as error:
-        fail(error)
     print(f"{tokenizer.vocab_size} ids in {tokenizer.name}")

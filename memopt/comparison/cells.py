@@ -9,7 +9,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -247,14 +247,22 @@ class _Compiled(NamedTuple):
     parameters: int
 
 
-@functools.lru_cache(maxsize=1)
-def _compiled(program: Program) -> _Compiled:
+def set_up_program(program: Program, devices: Sequence[jax.Device] | None = None) -> Setup:
+    """Puts the step of a run together, with its learning rate as an argument.
+
+    Args:
+        program: What the step is compiled for.
+        devices: The devices, of which it takes the first, such as those of a compiler. None: this
+            machine's.
+    """
+
     def remake(rate: optax.Schedule) -> tuple[optax.GradientTransformation, Predict | None]:
         options = dict(program.options)
         return optimizer(program.optimizer, rate, state=program.state, **options), None
 
-    mesh, zero = make_mesh("data=1", rows=program.batch_size), optax.constant_schedule(0.0)
-    setup = set_up(
+    mesh = make_mesh("data=1", program.batch_size, devices)
+    zero = optax.constant_schedule(0.0)
+    return set_up(
         program.model,
         mesh,
         remake(zero)[0],
@@ -265,6 +273,11 @@ def _compiled(program: Program) -> _Compiled:
         release=program.release,
         remake=remake,
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled(program: Program) -> _Compiled:
+    setup = set_up_program(program)
     shardings = jax.tree.map(lambda x: x.sharding, setup.state)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))

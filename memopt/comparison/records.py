@@ -14,11 +14,13 @@ from typing import Any, NotRequired, TypedDict, cast
 
 import jax
 
-from memopt.comparison.cells import Cell, Outcome
+from memopt.comparison.cells import Cell, Outcome, Program, count_parameters
+from memopt.comparison.protocol import PRESETS
 from memopt.comparison.rows import Row
+from memopt.functions import digest_of_source
 from memopt.json_lines import read_json_lines
 from memopt.machine import core_count, cpu_model, versions
-from memopt.training.writing import WriteError, why
+from memopt.training.writing import writing
 
 #: Files in the directory of a comparison.
 RESULTS, RESULTS_TO_TARGET = "compare.jsonl", "targets.jsonl"
@@ -100,6 +102,34 @@ class Run(TypedDict):
     versions: dict[str, str]
     machine: dict[str, Any]
     command: str
+
+
+def program_of(run: Run) -> Program:
+    """Returns what the step of a run is compiled for.
+
+    Raises:
+        ValueError: The model is of no preset, or the file with the optimizer is another one now.
+    """
+    size, count = run["size"], run["parameters"]
+    models = [protocol.models[size] for protocol in PRESETS.values() if size in protocol.models]
+    model = next((model for model in models if count_parameters(model) == count), None)
+    if model is None:
+        raise ValueError(f"no preset has a model {size} of {count} parameters.")
+    name = run["optimizer"]
+    if run["source"] and run["source"] != digest_of_source(name):
+        raise ValueError(f"the file of {name} has changed since its run.")
+    # JSON has lists in place of tuples.
+    options = {n: tuple(x) if isinstance(x, list) else x for n, x in run["options"].items()}
+    return Program(
+        optimizer=name,
+        options=tuple(sorted(options.items())),
+        state=run["state"],
+        weights=run["weights"],
+        release=run["release"],
+        model=model,
+        batch_size=run["batch_size"],
+        seq_len=run["seq_len"],
+    )
 
 
 def results_file(directory: Path, target_loss: float | None) -> Path:
@@ -213,23 +243,18 @@ def append_record(path: Path, record: Run) -> None:
         WriteError: The file cannot be written; it is as it was.
     """
     line = json.dumps(record, allow_nan=False).encode() + b"\n"
-    try:
-        with path.open("ab+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            end = _end_of_lines(file.fileno())
+    advice = "make room or repair the disk, and give the command again; all runs in it are kept"
+    with writing(repr(str(path)), advice), path.open("ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        end = _end_of_lines(file.fileno())
+        os.ftruncate(file.fileno(), end)
+        try:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
             os.ftruncate(file.fileno(), end)
-            try:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError:
-                os.ftruncate(file.fileno(), end)
-                raise
-    except OSError as error:
-        raise WriteError(
-            f"{str(path)!r} cannot be written ({why(error)}): make room or repair the disk, and "
-            "give the command again; all runs in it are kept."
-        ) from error
+            raise
 
 
 def _end_of_lines(descriptor: int) -> int:

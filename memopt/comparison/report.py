@@ -5,8 +5,9 @@ import json
 import math
 import statistics
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
@@ -81,13 +82,35 @@ class Section(NamedTuple):
     remark: str = ""
 
 
-def write_report(directory: Path) -> list[Section]:
+class Peak(NamedTuple):
+    """The most memory that is held at any moment of a training step, as a compiler plans it.
+
+    Attributes:
+        peak_bytes: Bytes, with parameters and state.
+        compiled_for: The chip that the step was compiled for, or "cpu".
+        compiler: The compiler's name and version.
+    """
+
+    peak_bytes: int
+    compiled_for: str
+    compiler: str
+
+
+Peaks = Mapping[str, Peak]
+"""Peaks by the keys of runs; a run without one is not known."""
+
+
+def write_report(
+    directory: Path, plan_peaks: Callable[[Sequence[Run]], Peaks] | None = None
+) -> list[Section]:
     """Writes the tables and pictures of a comparison.
 
     Args:
         directory: The directory with `compare.jsonl`, `targets.jsonl` or both. Written into it are
             `report.md`, `report.json` and, as soon as there are tuned runs in `compare.jsonl`,
             `front.png`, `curves.png` and `sensitivity.png`.
+        plan_peaks: Maps runs, one of each row of the tables, to the peaks of their steps. None:
+            the tables have no peaks.
 
     Returns:
         The tables.
@@ -101,11 +124,15 @@ def write_report(directory: Path) -> list[Section]:
         raise ValueError(f"{paths[0]} is not a file: nothing was compared yet.")
     found, to_target = map(read_records, paths)
     groups = summarize(found)
-    shown = [*sections(groups), *sections_to_target(to_target)]
+    runs = [s.run for s in itertools.chain.from_iterable(groups)]
+    for methods in by_experiment(to_target, (*EXPERIMENT_TO_TARGET, "batch_size")).values():
+        runs += [of[0] for of in tuned_runs(methods).values()]
+    peaks = plan_peaks(runs) if plan_peaks else {}
+    shown = [*sections(groups, peaks), *sections_to_target(to_target, peaks)]
     missing = unfinished(found)
     text = markdown(shown, runs=[*found, *to_target], missing=missing)
     write_whole(directory / "report.md", text.encode())
-    write_whole(directory / "report.json", to_json(groups).encode())
+    write_whole(directory / "report.json", to_json(groups, peaks).encode())
     if groups:
         plot_front(groups, directory / "front.png", missing=missing)
         plot_curves(groups, directory / "curves.png")
@@ -113,23 +140,26 @@ def write_report(directory: Path) -> list[Section]:
     return shown
 
 
-def sections(groups: Sequence[Sequence[Summary]]) -> list[Section]:
+def sections(
+    groups: Sequence[Sequence[Summary]], peaks: Peaks = MappingProxyType({})
+) -> list[Section]:
     """Returns a table of each experiment.
 
     Args:
         groups: The summaries, as of `summarize`.
+        peaks: The peaks of their runs.
     """
     return [
         Section(
             experiment_name(group[0].run, among=[s.run for of in groups for s in of]),
-            *_cells(group),
-            _remark(group),
+            *_cells([_row(s, peaks) for s in group]),
+            _remark(group, peaks),
         )
         for group in groups
     ]
 
 
-def _remark(group: Sequence[Summary]) -> str:
+def _remark(group: Sequence[Summary], peaks: Peaks) -> str:
     """Sentences below the table of an experiment."""
     parts = []
     if told := [s.difference.least for s in group if s.difference and s.difference.least]:
@@ -139,13 +169,25 @@ def _remark(group: Sequence[Summary]) -> str:
         )
     if left_out := sum(s.left_out for s in group):
         parts.append(f"{left_out} runs of earlier settings are left out.")
+    parts += _planned_for([s.run for s in group], peaks)
     return " ".join(parts)
 
 
-def sections_to_target(runs: Iterable[Run]) -> list[Section]:
+def _planned_for(runs: Iterable[Run], peaks: Peaks) -> list[str]:
+    """A sentence on the chips and compilers of the peaks of runs, if there are any."""
+    known = [peaks[run["key"]] for run in runs if run["key"] in peaks]
+    told = dict.fromkeys(f"{peak.compiled_for} by {peak.compiler}" for peak in known)
+    return [f"Peaks are those of one step, planned for {', '.join(told)}."] if told else []
+
+
+def sections_to_target(runs: Iterable[Run], peaks: Peaks = MappingProxyType({})) -> list[Section]:
     """Returns tables of runs whose number of steps was sought for a loss.
 
     There is a table of steps at all batch sizes, if there are several, and one of each batch size.
+
+    Args:
+        runs: The runs.
+        peaks: Their peaks.
     """
     found = []
     for methods in by_experiment(runs, EXPERIMENT_TO_TARGET).values():
@@ -159,10 +201,12 @@ def sections_to_target(runs: Iterable[Run]) -> list[Section]:
             [of] = by_experiment(at, EXPERIMENT_TO_TARGET).values()
             tuned = tuned_runs(of)
             missing = [name for name in of if name not in tuned]
-            remark = f"Not reached or not finished: {', '.join(missing)}." if missing else ""
+            remark = [f"Not reached or not finished: {', '.join(missing)}."] if missing else []
+            remark += _planned_for([of[0] for of in tuned.values()], peaks)
             batches[batch] = tuned
+            cells = _cells(_rows_to_target(tuned.values(), peaks))
             at_batch_sizes.append(
-                Section(f"{title}, {batch} rows a batch", *_cells_to_target(tuned.values()), remark)
+                Section(f"{title}, {batch} rows a batch", *cells, " ".join(remark))
             )
         if len(batches) > 1:
             rows = [
@@ -181,23 +225,25 @@ def sections_to_target(runs: Iterable[Run]) -> list[Section]:
     return found
 
 
-def _cells_to_target(methods: Iterable[Sequence[Run]]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the methods that came to a loss, those with the fewest steps first."""
+def _rows_to_target(methods: Iterable[Sequence[Run]], peaks: Peaks) -> list[dict[str, str]]:
+    """The cells of the methods that came to a loss, those with the fewest steps first."""
     rows = []
     for runs in sorted(methods, key=lambda runs: (runs[0]["steps"], runs[0]["method"])):
         first, losses = runs[0], [loss_of(run) for run in runs]
         reached = sum(loss <= first["target_loss"] for loss in losses)
         rows.append(
-            [
-                *(first["method"], str(first["steps"]), short_count(first["tokens"])),
-                f"{reached} of {len(runs)}",
-                short_number(statistics.fmean(losses), ".3f"),
-                short_bytes(first["state_bytes"]),
-                f"{first['learning_rate']:.3g}",
-            ]
+            {
+                "method": first["method"],
+                "steps": f"{first['steps']}",
+                "tokens": short_count(first["tokens"]),
+                "seeds that reach it": f"{reached} of {len(runs)}",
+                "mean loss": short_number(statistics.fmean(losses), ".3f"),
+                "state": short_bytes(first["state_bytes"]),
+                "peak": _peak(first, peaks),
+                "learning rate": f"{first['learning_rate']:.3g}",
+            }
         )
-    columns = ["method", "steps", "tokens", "seeds that reach it", "mean loss", "state"]
-    return [*columns, "learning rate"], rows
+    return rows
 
 
 def markdown(
@@ -228,8 +274,13 @@ def markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def to_json(groups: Iterable[Iterable[Summary]]) -> str:
-    """Returns the summaries as a JSON list; numbers that are not finite are null."""
+def to_json(groups: Iterable[Iterable[Summary]], peaks: Peaks = MappingProxyType({})) -> str:
+    """Returns the summaries as a JSON list; numbers that are not finite are null.
+
+    Args:
+        groups: The summaries, as of `summarize`.
+        peaks: The peaks of their runs.
+    """
     setting = ("method", "optimizer", *EXPERIMENT, "options", "learning_rate", "schedule")
     more = ("tokens", "state_bytes", "parameter_bytes")
     own = [
@@ -240,6 +291,7 @@ def to_json(groups: Iterable[Iterable[Summary]]) -> str:
     found = [
         {name: s.run[name] for name in (*setting, *more)}  # type: ignore[literal-required]
         | {name: getattr(s, name) for name in own}
+        | {"peak": peak._asdict() if (peak := peaks.get(s.run["key"])) else None}
         | {"difference": s.difference and s.difference._asdict()}
         | {"rate_range": s.rate_range and s.rate_range._asdict()}
         for s in itertools.chain.from_iterable(groups)
@@ -263,14 +315,18 @@ def tables(shown: Sequence[Section]) -> list[Table]:
     return found
 
 
-def _cells(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
+def _cells(rows: Sequence[Mapping[str, str]]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of one table; columns without any value are left out."""
-    rows = [_row(s) for s in summaries]
-    columns = [c for c in rows[0] if any(row[c] != NOTHING for row in rows)]
+    columns = [c for c in next(iter(rows), ()) if any(row[c] != NOTHING for row in rows)]
     return columns, [[row[c] for c in columns] for row in rows]
 
 
-def _row(s: Summary) -> dict[str, str]:
+def _peak(run: Run, peaks: Peaks) -> str:
+    peak = peaks.get(run["key"])
+    return short_bytes(peak.peak_bytes) if peak else NOTHING
+
+
+def _row(s: Summary, peaks: Peaks) -> dict[str, str]:
     """All cells of a method by the names of their columns."""
     diverged = sum(not math.isfinite(x) for x in s.losses)
     if diverged:
@@ -294,6 +350,7 @@ def _row(s: Summary) -> dict[str, str]:
         else f"> {short_count(s.run['tokens'])}",
         "speed-up": short_number(other and other.speed_up, ".2f") if told else NOTHING,
         "state": short_bytes(s.run["state_bytes"]),
+        "peak": _peak(s.run, peaks),
         "ms a step": short_number(s.step_seconds and 1e3 * s.step_seconds, ".1f"),
         "CPU ms a step": short_number(s.step_cpu_seconds and 1e3 * s.step_cpu_seconds, ".1f"),
         "learning rate": f"{s.run['learning_rate']:.3g}",

@@ -16,14 +16,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
-
 import memopt
 from memopt.planning.chips import compiler
 from memopt.training.writing import why
 
 #: Variables that change what XLA compiles.
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+
+#: The files of this package that read a compiler's words, or name what they sort by.
+REPORT = ("planning/*.py", "training/step.py", "training/release/*.py", "models/stacked.py")
 
 
 def directory() -> Path:
@@ -33,19 +34,20 @@ def directory() -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "memopt" / "plan"
 
 
-def key_of(lowered: jax.stages.Lowered, chip: str, **options: Any) -> str:
+def key_of(program: str, chip: str, patterns: Iterable[str] = REPORT, **options: Any) -> str:
     """Returns the name of a program's entry.
 
     Args:
-        lowered: The program, with its shardings and donated arguments.
+        program: The program as text, with its shardings and donated arguments.
         chip: The chip it is compiled for, a name in `memopt.planning.chips.CHIPS` or "cpu".
+        patterns: The files of this package that decide the record beside the program.
         **options: What else decides the record, in values of JSON.
     """
     own = hashlib.sha256()
-    for path in sources():
+    for path in sources(patterns):
         own.update(path.read_bytes())
     decides = {
-        "program": lowered.as_text(),
+        "program": program,
         "chip": chip,
         "compiler": compiler(chip),
         "jaxlib": importlib.metadata.version("jaxlib"),
@@ -56,11 +58,10 @@ def key_of(lowered: jax.stages.Lowered, chip: str, **options: Any) -> str:
     return _digest(decides)
 
 
-def sources() -> list[Path]:
-    """The files of this package that read a compiler's words, or name what they sort by."""
+def sources(patterns: Iterable[str] = REPORT) -> list[Path]:
+    """The files of this package that match any of the patterns."""
     package = Path(memopt.__file__).parent
-    read = ("planning/*.py", "training/step.py", "training/release/*.py", "models/stacked.py")
-    return sorted(path for pattern in read for path in package.glob(pattern))
+    return sorted(path for pattern in patterns for path in package.glob(pattern))
 
 
 def load(key: str) -> dict[str, Any] | None:

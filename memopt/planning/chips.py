@@ -121,6 +121,28 @@ GPUS = {
 CHIPS: dict[str, Tpu | Gpu] = TPUS | GPUS
 
 
+#: Chips by what JAX calls their devices: the names of libtpu, and those of CUDA.
+KINDS = {
+    "cpu": "cpu",
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA A100-SXM4-40GB": "a100-40",
+    "NVIDIA A100-PCIE-40GB": "a100-40",
+    "NVIDIA A100-SXM4-80GB": "a100-80",
+    "NVIDIA A100 80GB PCIe": "a100-80",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA GeForce RTX 3090": "rtx3090",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+    "NVIDIA GeForce RTX 5090": "rtx5090",
+}
+
+
 def devices(chip: str, count: int = 1) -> list[jax.Device]:
     """Returns devices to compile for; only "cpu" can run programs.
 
@@ -186,6 +208,21 @@ def compiler(chip: str) -> str:
     if not found:
         raise ModuleNotFoundError(missing)
     return found[0]
+
+
+def compilable(chip: str) -> tuple[str, tuple[str, ...]]:
+    """Returns the chip to compile for in place of another, and sentences that say why.
+
+    It is the chip itself if its compiler is installed, and "cpu" if not.
+
+    Raises:
+        ValueError: If the chip is unknown.
+    """
+    try:
+        compiler(chip)
+    except ModuleNotFoundError as error:
+        return "cpu", (f"{error} Compiled for this machine's CPU instead.",)
+    return chip, ()
 
 
 def _versions(*packages: str) -> list[str]:

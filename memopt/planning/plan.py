@@ -417,13 +417,7 @@ def _compile(
         keep: `cache` of `plan`.
         most: Bytes of weights and state beyond which nothing is compiled; None: any.
     """
-    notes: tuple[str, ...] = ()
-    compiled_for = chip
-    try:
-        chips.compiler(chip)
-    except ModuleNotFoundError as error:
-        notes += (f"{error} Compiled for this machine's CPU instead.",)
-        compiled_for = "cpu"
+    compiled_for, notes = chips.compilable(chip)
 
     def described() -> Compilable:
         progress(f"tracing the step for {count} × {compiled_for}")
@@ -456,7 +450,7 @@ def _report(
     """Compiles a step for a chip; in place of a report returns why the compiler refuses it."""
     with without_cudnn():
         lowered = step.lower()
-    key = cache.key_of(lowered, chip) if keep else ""
+    key = cache.key_of(lowered.as_text(), chip) if keep else ""
     record = cache.load(key) if keep else None
     if record is None:
         progress(f"compiling for {count} × {chip} with {chips.compiler(chip)}")

@@ -7,7 +7,6 @@ name or a path, `train_tokenizer` learns a new one from text.
 import difflib
 import hashlib
 import itertools
-import json
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
+
+from memopt.json_files import read_json
 
 #: Names of the token that ends a document in well-known models, most specific first.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>")
@@ -293,7 +294,7 @@ def _check_format(file: Path) -> None:
 def _named_tokens(directory: Path) -> dict[str, Any]:
     """The tokens by their use, as in `eos_token`, that tokenizer_config.json names."""
     names: dict[str, Any] = {}
-    for name, token in _read_json(directory / SETTINGS).items():
+    for name, token in _settings(directory).items():
         token = token.get("content") if isinstance(token, dict) else token
         if name.endswith("_token") and isinstance(token, str):
             names[name] = token
@@ -305,7 +306,7 @@ def _chat_template(directory: Path) -> str | None:
     file = directory / TEMPLATE
     if file.is_file():
         return read_template(file)
-    template = _read_json(directory / SETTINGS).get("chat_template")
+    template = _settings(directory).get("chat_template")
     if isinstance(template, list):  # several by name
         named = [entry for entry in template if isinstance(entry, dict)]
         default = (entry.get("template") for entry in named if entry.get("name") == "default")
@@ -331,14 +332,7 @@ def read_template(file: Path) -> str:
         ) from error
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file, empty if there is none."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text("utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds {content!r:.20}")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{str(file)!r} is not a JSON object: {error}.") from error
-    return content
+def _settings(directory: Path) -> dict[str, Any]:
+    """The content of tokenizer_config.json, empty if there is none."""
+    file = directory / SETTINGS
+    return read_json(file) if file.is_file() else {}

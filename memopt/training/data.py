@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from memopt.text.finding import counted
 from memopt.text.tokenizer import Tokenizer
-from memopt.training.writing import why, write_whole
+from memopt.training.writing import write_whole, writing
 
 #: Another reason for a difference, if the run has no history.
 BEGUN_EARLIER = (
@@ -63,16 +63,12 @@ def write_history(directory: Path, history: Sequence[Data]) -> None:
     """Writes what a run has been trained on, in one go.
 
     Raises:
-        ValueError: It cannot be written.
+        WriteError: It cannot be written.
     """
     path = directory / "data.jsonl"
     lines = [json.dumps(entry._asdict()) + "\n" for entry in history]
-    try:
+    with writing(repr(str(path))):
         write_whole(path, "".join(lines).encode())
-    except OSError as error:
-        raise ValueError(
-            f"{str(path)!r} cannot be written ({why(error)}): make room or repair it."
-        ) from error
 
 
 def continue_history(

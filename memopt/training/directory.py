@@ -1,11 +1,10 @@
 """The directory of a run: how it is chosen and written, so that no run overwrites another."""
 
-import contextlib
 import itertools
 import json
 import reprlib
 import shutil
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from memopt.text.tokenizer import TEMPLATE
 from memopt.text.tokenizer_files import tokenizer_files
 from memopt.training.config import Config
 from memopt.training.lock import LOCK, Lock
-from memopt.training.writing import why, write_whole
+from memopt.training.writing import write_whole, writing
 
 #: Options that may change when a run is resumed; all others decide what its checkpoints mean. The
 #: contents of `data` and `tokenizer` are checked apart from their places.
@@ -114,13 +113,13 @@ def keep_tokenizer(directory: Path, spec: str) -> None:
 
     Raises:
         OSError: They cannot be read.
-        ValueError: They cannot be written.
+        WriteError: They cannot be written.
     """
     if spec == "bytes":
         return
     files = tokenizer_files(spec)
     copy, draft = directory / "tokenizer", directory / "tokenizer.tmp"
-    with _writing(directory, "make room or repair it"):
+    with writing(f"output {str(directory)!r}"):
         if copy.is_dir() and {x.name: x.read_bytes() for x in copy.iterdir()} == files:
             return
         if draft.exists():
@@ -143,10 +142,11 @@ def lock_directory(directory: Path, lock: Lock, *, new: bool) -> None:
         new: Whether a run begins in it.
 
     Raises:
-        ValueError: It cannot be written, another process trains the run, or another run has been
-            started in it.
+        ValueError: Another process trains the run, or another run has been started in it.
+        WriteError: It cannot be written.
     """
-    with _writing(directory, "choose another --output" if new else "make room or repair it"):
+    output = f"output {str(directory)!r}"
+    with writing(output, "choose another --output") if new else writing(output):
         if new:
             directory.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -158,7 +158,7 @@ def write_config(directory: Path, config: Config) -> None:
     """Writes a run's `config.json`.
 
     Raises:
-        ValueError: It cannot be written.
+        WriteError: It cannot be written.
     """
     _write(directory / "config.json", json.dumps(config.flat(), indent=2) + "\n")
 
@@ -167,24 +167,14 @@ def write_template(directory: Path, template: str) -> None:
     """Writes a run's chat template, which it keeps whatever becomes of its tokenizer's.
 
     Raises:
-        ValueError: It cannot be written.
+        WriteError: It cannot be written.
     """
     _write(directory / TEMPLATE, template)
 
 
 def _write(path: Path, content: str) -> None:
-    with _writing(path.parent, "make room or repair it"):
+    with writing(f"output {str(path.parent)!r}"):
         write_whole(path, content.encode())
-
-
-@contextlib.contextmanager
-def _writing(directory: Path, advice: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"output {str(directory)!r} cannot be written ({why(error)}): {advice}."
-        ) from error
 
 
 def check_same(

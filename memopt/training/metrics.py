@@ -1,10 +1,9 @@
 """Records and shows a run: metrics.jsonl, trackers, progress."""
 
-import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from memopt.diagnostics import recorded
 from memopt.json_lines import finite, read_json_lines
 from memopt.training.config import Config
 from memopt.training.trackers import open_trackers
-from memopt.training.writing import WriteError, why, write_whole
+from memopt.training.writing import write_whole, writing
 
 #: Without a terminal, a line of progress at most this often.
 SECONDS_BETWEEN_LINES = 5.0
@@ -40,8 +39,8 @@ class StepLog:
     """
 
     def __init__(self, path: Path, step: int):
-        self._path = path
-        with self._writing():
+        self._name = repr(str(path))
+        with writing(self._name):
             kept = [line for line in read_json_lines(path) if line["step"] <= step]
             write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._file = path.open("a")
@@ -58,7 +57,7 @@ class StepLog:
             WriteError: The file cannot be written.
         """
         self.last = {"step": step, **finite(values)}
-        with self._writing():
+        with writing(self._name):
             self._file.write(json.dumps(self.last) + "\n")
             self._file.flush()
 
@@ -68,18 +67,8 @@ class StepLog:
         Raises:
             WriteError: It cannot be written.
         """
-        with self._writing():
+        with writing(self._name):
             self._file.close()
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise WriteError(
-                f"{str(self._path)!r} cannot be written ({why(error)}): make room or repair the "
-                "disk."
-            ) from error
 
 
 class MetricsLog:

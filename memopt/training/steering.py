@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from memopt.training.control import Control, Controller, Losses, Seen, State
-from memopt.training.writing import WriteError, why, write_whole
+from memopt.training.writing import write_whole, writing
 
 #: Metrics that a controller is not told, since another machine measures others.
 TIMED = {"tokens_per_second"}
@@ -205,13 +205,8 @@ class Trials:
         """
         self._found[key] = losses
         lines = [json.dumps([*key, *found]) + "\n" for key, found in self._found.items()]
-        try:
+        with writing(repr(str(self._path))):
             write_whole(self._path, "".join(lines).encode())
-        except OSError as error:
-            raise WriteError(
-                f"{str(self._path)!r} cannot be written ({why(error)}): make room or repair the "
-                "disk."
-            ) from error
 
 
 def _read(path: Path) -> Iterator[tuple[tuple[Any, ...], Losses]]:

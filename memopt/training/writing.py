@@ -34,6 +34,29 @@ def closing(thing: T) -> Iterator[T]:
     thing.close()
 
 
+@contextlib.contextmanager
+def writing(what: str, advice: str = "make room or repair the disk") -> Iterator[None]:
+    """Turns an error of the disk into one sentence.
+
+    Args:
+        what: What is written, such as a file's name in quotes.
+        advice: What is to be done about it.
+
+    Raises:
+        WriteError: It cannot be written.
+
+    Example:
+        >>> with writing("'run/data.jsonl'"):
+        ...     raise OSError(28, "No space left on device")
+        Traceback (most recent call last):
+        memopt.training.writing.WriteError: 'run/data.jsonl' cannot be written (No space left ...
+    """
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{what} cannot be written ({why(error)}): {advice}.") from error
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file by a rename: a process killed at any moment leaves the old one or the new one.
 

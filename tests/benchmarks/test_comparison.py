@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from benchmarks import comparison, results
+from benchmarks import compare_peaks, comparison, results
+from memopt.comparison.cells import count_parameters
+from memopt.comparison.protocol import PRESETS
 from memopt.comparison.rows import ROWS
 from memopt.optimizers.registry import METHODS
 from tests.comparison.synthetic import run, seeds
@@ -20,18 +22,29 @@ RUNS = [
 ]
 
 
+PEAKS = {
+    "results": [
+        {"size": "2M", "method": "muon", "options": {}, "peak_bytes": 1_500_000},
+        {"size": "2M", "method": "muon, state int8", "options": {}, "peak_bytes": 1_400_000},
+        {"size": "2M", "method": "adamw", "options": {"b2": 0.9}, "peak_bytes": 2_000_000},
+    ]
+}
+
+
 def table(text):
     head, _, *rows = (line.strip("| ").split(" | ") for line in text.splitlines())
     return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
 
 
 def test_losses_differences_and_verdicts():
-    found = table(comparison.losses({"results": RUNS}))
+    found = table(comparison.losses({"results": RUNS}, PEAKS))
     assert [*found] == ["muon", "adamw"]
     muon = found["muon"]
     assert (muon["2M: loss"], muon["2M: − adamw"]) == ("1.500", "-0.500 ± 0.016")
     assert (muon["2M: p < 0.01"], muon["2M: steps to its loss"]) == ("better", "80%")
     assert (muon["state, bytes a parameter"], muon["0.5M: loss"]) == ("8", "–")
+    assert (muon["2M: peak"], muon["0.5M: peak"]) == ("1.5 MB", "–")
+    assert found["adamw"]["2M: peak"] == "–"  # planned with other options
     assert (found["adamw"]["0.5M: loss"], found["adamw"]["2M: p < 0.01"]) == ("3.010", "–")
 
 
@@ -43,12 +56,13 @@ def test_tuned_rates_and_how_far_they_may_be_off():
 
 
 def test_rows_with_fewer_bits_are_compared_with_their_exact_twins():
-    found = table(comparison.twins({"results": RUNS}))
+    found = table(comparison.twins({"results": RUNS}, PEAKS))
     assert [*found] == ["muon, state int8", "soap, state int8"]
     cells = found["muon, state int8"]
     assert (cells["2M: − exact"], cells["2M: p < 0.01"]) == ("+0.100 ± 0.016", "worse")
+    assert (cells["2M: peak"], cells["2M: exact peak"]) == ("1.4 MB", "1.5 MB")
     assert found["soap, state int8"]["2M: − exact"] == "–"  # its twin is not finished
-    assert comparison.twins({"results": seeds("adamw", 2.0)}) == "None is finished yet.\n"
+    assert comparison.twins({"results": seeds("adamw", 2.0)}, PEAKS) == "None is finished yet.\n"
 
 
 def test_methods_better_than_adamw_are_compared_with_the_control():
@@ -92,6 +106,19 @@ def test_how_many_rows_are_finished_is_said():
         f"With 2M parameters 3 of {len(ROWS)} rows are finished; "
         "fewer seeds: lion; soap, state int8.\n"
     )
+
+
+def test_each_row_is_planned_at_its_tuned_setting_or_where_its_search_starts():
+    protocol = PRESETS["cpu"]
+    parameters = count_parameters(protocol.models["2M"])
+    tuned = seeds("galore", 1.8, 1.82, options={"refresh_every": 50}, parameters=parameters)
+    found = [compare_peaks.name(step) for step in compare_peaks.steps(tuned)]
+    assert [(one["size"], one["method"]) for one in found] == [
+        (size, name) for size in protocol.models for name in ROWS
+    ]
+    options = {one["size"]: one["options"] for one in found if one["method"] == "galore"}
+    assert options == {"0.5M": {"refresh_every": 200}, "2M": {"refresh_every": 50}}
+    assert compare_peaks.find(found, tuned[0]) == found[len(ROWS) + ROWS.index("galore")]
 
 
 def test_runs_of_two_protocols_are_refused():

@@ -1,5 +1,7 @@
 """The command `memopt compare`."""
 
+import json
+
 import pytest
 
 from memopt.cli import compare as command
@@ -15,6 +17,20 @@ def quick(protocol, trained, monkeypatch):
     monkeypatch.setitem(PRESETS, "cpu", protocol)
     for plot in ("plot_front", "plot_curves", "plot_sensitivity"):
         monkeypatch.setattr(report, plot, lambda groups, path, **options: path.touch())
+
+
+@pytest.fixture(autouse=True)
+def planned(monkeypatch):
+    """Replaces planning by peaks of one megabyte; the chips that were asked about."""
+    asked = []
+
+    def plan_peaks(runs, *, chip, tell):
+        asked.append(chip)
+        tell("Planned at once.")
+        return {run["key"]: report.Peak(10**6, chip or "cpu", "guess 1.0") for run in runs}
+
+    monkeypatch.setattr(command, "plan_peaks", plan_peaks)
+    return asked
 
 
 def test_it_shows_each_run_then_the_tables_and_writes_a_report(tmp_path, capsys):
@@ -38,6 +54,27 @@ def test_runs_of_before_are_not_shown_again(tmp_path, capsys):
     methods = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines() if "2^" in line]
     assert methods == sorted(methods)
     assert set(methods) == {"adamw", "lion"}
+
+
+def test_peaks_are_planned_for_the_chip_that_is_named(tmp_path, capsys, planned):
+    command.compare_command(["--output", str(tmp_path), "--methods", "lion", "--chip", "v5e"])
+    shown = capsys.readouterr().out
+    assert planned == ["v5e"]
+    assert shown.count(" 1 MB ") == 2
+    assert "Planned at once." in shown.splitlines()
+    text = (tmp_path / "report.md").read_text()
+    assert "Peaks are those of one step, planned for v5e by guess 1.0." in text
+    peaks = [one["peak"] for one in json.loads((tmp_path / "report.json").read_text())]
+    assert peaks == 2 * [{"peak_bytes": 10**6, "compiled_for": "v5e", "compiler": "guess 1.0"}]
+
+
+def test_peaks_may_be_left_out(tmp_path, planned):
+    command.compare_command(["--output", str(tmp_path), "--methods", "lion", "--chip", "none"])
+    assert planned == []
+    assert "| peak |" not in (tmp_path / "report.md").read_text()
+    command.compare_command(["--output", str(tmp_path), "--methods", "lion"])
+    assert planned == [None]
+    assert "| peak |" in (tmp_path / "report.md").read_text()
 
 
 def test_targets_have_a_file_of_their_own(tmp_path):
@@ -77,6 +114,7 @@ def test_options_change_the_preset(tmp_path, monkeypatch):
         (["--over", "batch_size"], "over must be given with target_loss"),
         (["--sizes", "3M"], "size '3M' is unknown"),
         (["--steps", "30"], "steps must be a multiple of 20, got 30."),
+        (["--chip", "v5ee"], "chip 'v5ee' is unknown; did you mean 'v5e'?"),
         (["--data", "nowhere"], "data 'nowhere' matches no text file"),
         (["--batch-sizes", "4"], "batch_sizes must be given with over"),
         (
@@ -112,13 +150,14 @@ def test_a_method_that_fails_is_named_and_the_others_are_trained(tmp_path, capsy
         (OutOfTimeError, None, "longer than --minutes 9. All finished runs are kept"),
     ],
 )
-def test_a_stop_says_how_to_go_on(tmp_path, capsys, fail, stop, code, shown):
-    fail(stop)
+def test_a_stop_says_how_to_go_on(tmp_path, capsys, fail, planned, stop, code, shown):
+    fail(stop, after=12)
     ended = None
     try:
         command.compare_command(["--output", str(tmp_path), "--minutes", "9"])
     except SystemExit as error:
         ended = error.code
     assert ended == code
+    assert planned == []  # it ends, rather than compile
     output = capsys.readouterr()
     assert shown in output.out + output.err

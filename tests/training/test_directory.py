@@ -16,6 +16,7 @@ from memopt.training.directory import (
     write_config,
 )
 from memopt.training.lock import Lock
+from memopt.training.writing import WriteError
 
 FIRST, SECOND = Path("runs/tiny-apollo_mini"), Path("runs/tiny-apollo_mini-2")
 
@@ -110,7 +111,7 @@ def test_a_copy_of_a_tokenizer_that_fails_leaves_the_one_before(kept, monkeypatc
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_bytes", fail)
-        with pytest.raises(ValueError, match="cannot be written"):
+        with pytest.raises(WriteError, match="cannot be written"):
             keep_tokenizer(FIRST, "others.json")
     assert files_of(copy) == files
     assert choose_directory(Config(run=Run(output=FIRST))) == FIRST  # nothing but its beginnings
