@@ -13,7 +13,7 @@ from jax import Array
 
 from memopt.errors import check_choice, check_precision
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
-from memopt.reductions import total
+from memopt.reductions import scale_to_one, total
 from memopt.state.precision import (
     average,
     bias_correction,
@@ -255,7 +255,8 @@ def choose_groups(
         Groups by name, for `scale_by_grouped_rms` and `memopt.slim_adam`. Vectors have "entry".
 
     Raises:
-        ValueError: if there is no tree, one tree instead of a list, or an array of integers.
+        ValueError: if there is no tree, one tree instead of a list, an array of integers, or a
+            number that is not finite.
 
     References:
         Kalra et al., SlimAdam, 2025, https://arxiv.org/abs/2503.01843, section 3.
@@ -274,6 +275,8 @@ def choose_groups(
     def measure(layout: Layout, v: Array) -> None:
         if not jnp.issubdtype(v.dtype, jnp.floating):
             raise ValueError(f"second_moments must be floats, got {layout.name!r} in {v.dtype}.")
+        if not jnp.isfinite(v).all():
+            raise ValueError(f"second_moments must be finite, got infinity or NaN in {layout.name!r}.")
         of = {group: _signal_to_noise(layout, v, group) for group in ("row", "column", "matrix")}
         ratios.setdefault(layout.name, []).append(of if layout.is_matrix else {})
 
@@ -291,7 +294,7 @@ def _signal_to_noise(layout: Layout, v: Array, group: Group) -> float:
     """The mean over groups of the squared mean of V over its variance."""
     tiny = jnp.finfo(statistics_dtype(v)).tiny
     v = to_float32(v)
-    v = v / jnp.maximum(v.max(layout.core, keepdims=True), tiny)  # squares of V would underflow
+    v *= scale_to_one(v, layout.core)[0]  # squares of V would underflow
     mean = group_means(layout, v, group)
     variance = group_means(layout, jnp.square(v - spread(layout, mean, group)), group)
     return float(jnp.mean(jnp.square(mean) / jnp.maximum(variance, tiny)))

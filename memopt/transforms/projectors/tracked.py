@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from memopt.errors import check_at_least, check_between
-from memopt.reductions import for_any
+from memopt.reductions import for_any, scale_to_one
 from memopt.shapes import Basis, Stack
 from memopt.state.precision import bias_correction, zeros_of
 from memopt.transforms.linalg import (
@@ -25,7 +25,6 @@ from memopt.transforms.projectors.base import (
     Projector,
     RefreshClock,
     is_unchosen,
-    scale_to_one,
 )
 from memopt.transforms.projectors.singular import randomized_svd
 
