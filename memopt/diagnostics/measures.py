@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from memopt.checked import checked
 from memopt.errors import check_choice
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.reductions import scale_to_one
@@ -98,6 +99,7 @@ def _rms(layout: Layout, x: Array) -> Array:
     return (matrix_rms(layout, factor * x) / factor).squeeze(layout.core)
 
 
+@checked
 def projected_energy(
     projector: Projector, refresh_every: int = 1, of: str = "gradient", *, matrices: Matrices = None
 ) -> Measure:

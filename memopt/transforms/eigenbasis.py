@@ -10,6 +10,7 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes, varying_as
+from memopt.checked import checked
 from memopt.errors import check_at_least, check_static
 from memopt.matrices import Layout, Matrices, map_matrices
 from memopt.reductions import for_any, scale_to_one
@@ -66,6 +67,7 @@ class InEigenbasisState(NamedTuple):
     inner: Any
 
 
+@checked
 def in_eigenbasis(
     inner: optax.GradientTransformation,
     decay: float = 0.95,

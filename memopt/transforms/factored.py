@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.errors import check_precision, check_unused
+from memopt.checked import checked
+from memopt.errors import check_unused
 from memopt.matrices import Layout, Matrices
 from memopt.reductions import total
 from memopt.renamed import keywords
@@ -55,6 +56,7 @@ class ScaleByConfidenceState(NamedTuple):
 
 
 @keywords(epsilon="eps")
+@checked
 def scale_by_factored_matrix_rms(
     decay_rate: float = 0.8,
     eps: float = 1e-30,
@@ -98,7 +100,6 @@ def scale_by_factored_matrix_rms(
         >>> state.rows["w"].shape, state.cols["w"].shape, state.rows["b"], state.cols["b"].shape
         ((3, 6), (3, 4), MaskedNode(), (4,))
     """
-    check_precision(decay_rate=decay_rate, eps=eps)
     decay = functools.partial(second_moment_decay, exponent=decay_rate)
     if b2 is not None:
         check_unused(scale_by_factored_matrix_rms, "b2 is the decay", decay_rate=decay_rate)
@@ -112,6 +113,7 @@ def scale_by_factored_matrix_rms(
     )
 
 
+@checked
 def scale_by_confidence(
     b1: float = 0.9, b3: float = 0.9999, eps: float = 1e-16, *, matrices: Matrices = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -146,7 +148,6 @@ def scale_by_confidence(
         >>> state.mu["w"].shape, state.rows["w"].shape, state.cols["w"].shape, state.cols["b"]
         ((3, 6, 4), (3, 6), (3, 4), MaskedNode())
     """
-    check_precision(eps=eps)
 
     def rule(layout: Layout, u: Array, mu: Array, rows: Any, cols: Any) -> Any:
         mu = average(b1, mu, bounded(u))

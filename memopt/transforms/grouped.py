@@ -11,7 +11,8 @@ import numpy as np
 import optax
 from jax import Array
 
-from memopt.errors import check_choice, check_precision
+from memopt.checked import checked
+from memopt.errors import check_choice
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.reductions import scale_to_one, total
 from memopt.state.precision import (
@@ -48,6 +49,7 @@ class ScaleByGroupedRmsState(NamedTuple):
     nu: Any
 
 
+@checked
 def scale_by_grouped_rms(
     groups: Groups = "column",
     b1: float | None = 0.9,
@@ -98,7 +100,6 @@ def scale_by_grouped_rms(
         >>> state.nu["q"].shape, state.nu["o"].shape
         ((3, 4), (3, 64))
     """
-    check_precision(b1=b1, b2=b2, eps=eps)
     moments = lambda layout, p: _like(layout, p, group_of(groups, layout), b1 is not None)
     rule = functools.partial(
         divide_by_grouped_rms, groups=groups, b1=b1, b2=b2, eps=eps, debias=debias
@@ -231,6 +232,7 @@ def _kept(layout: Layout, averaged: tuple[int, ...]) -> int:
     return axis - sum(a < axis for a in averaged)
 
 
+@checked
 def choose_groups(
     second_moments: Sequence[Any], cutoff: float = 1.0, *, matrices: Matrices = None
 ) -> dict[str, Group]:
@@ -276,7 +278,9 @@ def choose_groups(
         if not jnp.issubdtype(v.dtype, jnp.floating):
             raise ValueError(f"second_moments must be floats, got {layout.name!r} in {v.dtype}.")
         if not jnp.isfinite(v).all():
-            raise ValueError(f"second_moments must be finite, got infinity or NaN in {layout.name!r}.")
+            raise ValueError(
+                f"second_moments must be finite, got infinity or NaN in {layout.name!r}."
+            )
         of = {group: _signal_to_noise(layout, v, group) for group in ("row", "column", "matrix")}
         ratios.setdefault(layout.name, []).append(of if layout.is_matrix else {})
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from memopt.checked import checked
 from memopt.errors import check_at_least, check_static
 from memopt.matrices import Layout, Matrices
 from memopt.parameters import are_only_shapes
@@ -32,6 +33,7 @@ class KeepLargestChangeState(NamedTuple):
     base: Any
 
 
+@checked
 def keep_largest_change(
     base: Any,
     fraction: float,

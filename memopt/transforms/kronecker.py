@@ -10,7 +10,8 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes, varying_as
-from memopt.errors import check_above_zero, check_at_least, check_between, check_precision
+from memopt.checked import checked
+from memopt.errors import check_above_zero, check_at_least, check_between
 from memopt.matrices import Layout, Matrices, map_matrices
 from memopt.reductions import largest_magnitude
 from memopt.shapes import Square, Stack
@@ -36,6 +37,7 @@ class ScaleByKroneckerInversesState(NamedTuple):
     outputs: Any
 
 
+@checked
 def scale_by_kronecker_inverses(
     decay: float = 0.95,
     refresh_every: int = 10,
@@ -93,7 +95,6 @@ def scale_by_kronecker_inverses(
         >>> print(1 / jnp.diag(state.inputs["hidden"]))            # 0.95 + 0.05·3²
         [1.4  0.95]
     """
-    check_precision(decay=decay, max_entry=max_entry, blend=blend, clip_value=clip_value)
     check_between("decay", decay, 0, 1)
     check_between("blend", blend, 0, 1)
     check_at_least("refresh_every", refresh_every, 1)

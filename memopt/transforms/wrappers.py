@@ -11,6 +11,7 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes
+from memopt.checked import checked
 from memopt.errors import IncompatiblePairingError, check_between
 from memopt.internals import is_traced
 from memopt.matrices import Layout, Matrices, every_matrix, hidden_matrices, map_matrices
@@ -57,6 +58,7 @@ class HyperballState(NamedTuple):
     radius: Any
 
 
+@checked
 def cautious(
     tx: optax.GradientTransformation, min_kept: float = 1e-3, *, matrices: Matrices = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -129,6 +131,7 @@ def keep_descent(layout: Layout, u: Array, g: Array, *, min_kept: float) -> Arra
     return (to_float32(u) * kept / jnp.maximum(share, min_kept)).astype(u.dtype)
 
 
+@checked
 def cautious_decay(
     tx: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
@@ -174,6 +177,7 @@ def cautious_decay(
     return _append("cautious_decay", tx, decay)
 
 
+@checked
 def hyperball(
     tx: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from memopt.checked import checked
 from memopt.errors import check_at_least, check_between
 from memopt.reductions import for_any, scale_to_one
 from memopt.shapes import Basis, Stack
@@ -321,6 +322,7 @@ class LazySvd(Tracked):
         return basis, (basis, doublings, cosines)
 
 
+@checked
 def online_pca(
     rank: int | float,
     *,
@@ -362,6 +364,7 @@ def online_pca(
     return OnlinePca(rank, side, True, start, optimizer or optax.adam(5e-3), penalty)
 
 
+@checked
 def power_iteration(
     rank: int | float,
     *,
@@ -402,6 +405,7 @@ def power_iteration(
     return PowerIteration(rank, side, True, start, rho, b1)
 
 
+@checked
 def grassmann(
     rank: int | float,
     *,
@@ -445,6 +449,7 @@ def grassmann(
     return Grassmann(rank, side, True, start, step_size, normalize)
 
 
+@checked
 def coap(
     rank: int | float,
     *,
@@ -494,6 +499,7 @@ def coap(
     return Coap(rank, side, True, start, rate, recalibrate_every, normalize)
 
 
+@checked
 def lazy_svd(
     rank: int | float,
     *,
