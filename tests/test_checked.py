@@ -49,11 +49,11 @@ def wrong_values(kinds):
 def arguments():
     """The arguments of public functions, and of classes of codecs, that have such kinds."""
     for module in (memopt, projectors, recombine, codecs, diagnostics):
-        for name, f in inspect.getmembers(module, callable):
+        for _, f in inspect.getmembers(module, callable):
             is_codec = inspect.isclass(f) and issubclass(f, codecs.Codec)
             is_public = f.__module__.startswith(module.__name__) and "schedules" not in f.__module__
             if is_public and (
-                is_codec and not inspect.isabstract(f) or "Args:" in (f.__doc__ or "")
+                (is_codec and not inspect.isabstract(f)) or "Args:" in (f.__doc__ or "")
             ):
                 for parameter in inspect.signature(f).parameters.values():
                     if members(parameter) & set(GOOD) and str not in members(parameter):

@@ -100,8 +100,6 @@ def keep_largest_change(
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be between 0 and 1, got {fraction}.")
     check_at_least("every", every, 1)
-    if every != int(every):
-        raise ValueError(f"every must be a whole number, got {every}.")
 
     def init(params: Any) -> KeepLargestChangeState:
         check_real(params)

@@ -33,6 +33,26 @@ def test_moments_are_kept_or_reset_at_a_refresh(on_refresh, expected):
     assert updates_of(tx, [{"w": jnp.ones((4, 6))}] * 4) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("on_refresh", "steps"),
+    [("keep", 6), ("carry", 6), (memopt.CarryOver(), 6), ("reset", 2), ("reset_moments", 2)],
+)
+@pytest.mark.parametrize("projector", ["svd", projectors.lazy_svd(2, queue=1)], ids=["svd", "lazy"])
+def test_the_moments_of_fira_average_the_steps_since_they_were_reset(projector, on_refresh, steps):
+    """Of refreshes at steps 1, 3 and 5, `lazy_svd` leaves out the last; moments are reset at it."""
+    g = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
+    tx = memopt.fira(0.1, rank=2, projector=projector, refresh_every=2, on_refresh=on_refresh)
+    state = tx.init({"w": g})
+    for _ in range(6):
+        _, state = jax.jit(tx.update)({"w": g}, state)
+    is_moments = lambda x: hasattr(x, "mu") and x.mu["w"].shape == (2, 6)
+    found = jax.tree.leaves(state, is_leaf=is_moments)
+    (moments,) = filter(is_moments, found)
+    projected = np.linalg.svd(np.asarray(g), compute_uv=False)[:2]
+    norm = np.linalg.norm(moments.mu["w"]) / np.linalg.norm(projected)
+    assert norm == pytest.approx(1 - 0.9**steps, rel=1e-4)
+
+
 def test_in_the_whole_space_lifting_changes_nothing():
     adam = optax.scale_by_adam()
     gradients = [
