@@ -3,6 +3,7 @@
 import functools
 import inspect
 import numbers
+import reprlib
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin
@@ -66,7 +67,7 @@ def check_arguments(signature: inspect.Signature, given: Mapping[str, Any]) -> N
         if not any(_is_of(value, kind) for kind in kinds):
             wanted = list(dict.fromkeys(filter(None, (_words(kind, kinds) for kind in kinds))))
             text = " or ".join(filter(None, (", ".join(wanted[:-1]), wanted[-1])))
-            raise TypeError(f"{name} must be {text}, got {value!r}.")
+            raise TypeError(f"{name} must be {text}, got {reprlib.repr(value)}.")
         if float in kinds:
             check_precision(**{name: value})
 

@@ -67,6 +67,7 @@ def grow_depth(
         ((4, 4, 8), (4, 4, 8), (16, 4))
     """
     check_at_least("factor", factor, 1)
+    check_at_least("axis", axis, 0)
     count = layer_count(params, layers, axis)
     structure: Any
     nodes, structure = named_leaves(params, is_quantized)

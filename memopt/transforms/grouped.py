@@ -257,8 +257,8 @@ def choose_groups(
         Groups by name, for `scale_by_grouped_rms` and `memopt.slim_adam`. Vectors have "entry".
 
     Raises:
-        ValueError: if there is no tree, one tree instead of a list, an array of integers, or a
-            number that is not finite.
+        TypeError: if there is one tree instead of a list.
+        ValueError: if there is no tree, an array of integers, or a number that is not finite.
 
     References:
         Kalra et al., SlimAdam, 2025, https://arxiv.org/abs/2503.01843, section 3.
@@ -270,9 +270,8 @@ def choose_groups(
     """
     ratios: dict[str, list[dict[str, float]]] = {}
 
-    if not isinstance(second_moments, list | tuple) or not second_moments:
-        got = f"{len(second_moments)} in a {type(second_moments).__name__}"
-        raise ValueError(f"second_moments must be a list of at least one tree, got {got}.")
+    if not second_moments:
+        raise ValueError("second_moments must have at least one tree, got none.")
 
     def measure(layout: Layout, v: Array) -> None:
         if not jnp.issubdtype(v.dtype, jnp.floating):
