@@ -143,7 +143,7 @@ def test_hyperparameters_can_be_injected_beside_groups():
     ],
 )
 def test_what_is_no_list_of_second_moments_is_refused(moments):
-    with pytest.raises((TypeError, ValueError), match="second_moments must (be|have)"):
+    with pytest.raises((TypeError, ValueError), match=r"second_moments must (be|have)"):
         memopt.choose_groups(moments)
 
 
