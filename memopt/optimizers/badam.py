@@ -77,7 +77,9 @@ def badam(
         {'blocks/up': 4096, 'embed': 0}
     """
     decay = common.pop("weight_decay", 0.0), common.pop("weight_decay_mask", None)
-    state, rest = common.pop("state", None), common.pop("rest", None)
+    state, rest = common.pop("state", None), common.get("rest")
+    if rest is not None:
+        common["rest"] = store_state(rest, state)
     adam = inner_or_adam(inner, badam, b1=b1, b2=b2, eps=eps)
     decayed = optax.chain(adam, optax.add_decayed_weights(*decay))
     block = cycle_blocks(
@@ -89,5 +91,4 @@ def badam(
         seed=seed,
         matrices=common.get("matrices"),
     )
-    rest = None if rest is None else store_state(rest, state)
-    return finish(learning_rate, block, rest=rest, **common)
+    return finish(learning_rate, block, **common)
