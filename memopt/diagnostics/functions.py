@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 from memopt.errors import check_choice
+from memopt.reductions import largest_magnitude, scale_to_one, total_over_trees
 from memopt.shapes import Stack
 from memopt.state.codecs import Codec, Named, named
 from memopt.state.precision import bounded, to_float32
@@ -56,7 +56,7 @@ def stable_rank(x: Stack) -> Array:
         (4.0, 1.0)
     """
     x = to_float32(x)
-    x = x / jnp.abs(x).max((-2, -1), keepdims=True)
+    x = x * scale_to_one(x)[0]
     start = jax.random.normal(jax.random.key(0), (x.shape[-1],), x.dtype)
     v = jnp.broadcast_to(start, (*x.shape[:-2], x.shape[-1]))
 
@@ -96,28 +96,9 @@ def codec_error(
         coded = chosen.encode_nearest(x)
     else:
         coded = chosen.encode(x, jax.random.bits(key, x.shape, jnp.uint32))
-    scale = unit_scale(x)
-    norm = lambda x: jnp.linalg.norm(bounded(x / scale))
+    factor, _ = scale_to_one(x, tuple(range(x.ndim)))
+    norm = lambda x: jnp.linalg.norm(bounded(factor * x))
     return norm(chosen.decode(coded) - x) / norm(x)
-
-
-def unit_scale(x: Array, axes: tuple[int, ...] | None = None) -> Array:
-    """Returns a divisor of arrays whose squares would underflow: their largest magnitude.
-
-    Args:
-        x: any real array.
-        axes: the axes to reduce, which are kept with length one; None for all.
-
-    Returns:
-        Float32 or wider; 1 for arrays of zeros, and for those that are not finite.
-
-    Example:
-        >>> x = jnp.array([[1e-30, -2e-30], [0.0, 0.0]])
-        >>> print(unit_scale(x, (1,))[:, 0])
-        [2.e-30 1.e+00]
-    """
-    largest = jnp.abs(to_float32(x)).max(axes, keepdims=True, initial=0)
-    return jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
 
 
 def directional_sharpness(
@@ -147,6 +128,11 @@ def directional_sharpness(
         10.0
     """
     gradient = jax.grad(lambda params: loss(params, *args))
-    direction = jax.tree.map(lambda d, p: d.astype(p.dtype), direction, params)
+    # Squares of a direction as small as a gradient would underflow; the ratio has no scale.
+    sizes = [largest_magnitude(d, tuple(range(d.ndim))) for d in jax.tree.leaves(direction)]
+    factor = scale_to_one(to_float32(jnp.stack(sizes)), (0,))[0][0]
+    scaled = lambda d, p: (factor * to_float32(d)).astype(p.dtype)
+    direction = jax.tree.map(scaled, direction, params)
     _, curvature = jax.jvp(gradient, (params,), (direction,))
-    return optax.tree.vdot(direction, curvature) / optax.tree.vdot(direction, direction)
+    dot = lambda a, b: total_over_trees(lambda a, b: to_float32(a) * to_float32(b), a, b)
+    return dot(direction, curvature) / dot(direction, direction)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.diagnostics.functions import unit_scale
+from memopt.checked import checked
 from memopt.errors import check_choice
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
+from memopt.reductions import scale_to_one
 from memopt.state.precision import to_float32
 from memopt.transforms.matrix_rms import rms as matrix_rms
 from memopt.transforms.projectors import Projector
@@ -93,10 +94,12 @@ def update_to_weight() -> Measure:
 
 def _rms(layout: Layout, x: Array) -> Array:
     """The root mean square of each matrix, in the shape of the stack."""
-    scale = unit_scale(x, layout.core)
-    return (scale * matrix_rms(layout, to_float32(x) / scale)).squeeze(layout.core)
+    x = to_float32(x)
+    factor, _ = scale_to_one(x, layout.core)
+    return (matrix_rms(layout, factor * x) / factor).squeeze(layout.core)
 
 
+@checked
 def projected_energy(
     projector: Projector, refresh_every: int = 1, of: str = "gradient", *, matrices: Matrices = None
 ) -> Measure:
@@ -125,8 +128,8 @@ def projected_energy(
         )
 
     def share(space: Subspace, _: Any) -> tuple[Array, Array]:
-        scale = unit_scale(space.gradient, (-2, -1))
-        square = lambda x: jnp.square(x / scale).sum((-2, -1))
+        factor, _ = scale_to_one(space.gradient)
+        square = lambda x: jnp.square(factor * x).sum((-2, -1))
         return space.gradient, square(space.low_gradient) / square(space.gradient)
 
     rule = Recombine(share, lambda spec: jnp.zeros(spec.stack, spec.dtype))

@@ -10,6 +10,7 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes
+from memopt.checked import checked
 from memopt.diagnostics.functions import stable_rank
 from memopt.diagnostics.measures import Measure, of_matrices, rms, update_to_weight
 from memopt.errors import check_at_least
@@ -43,6 +44,7 @@ class WithDiagnosticsState(NamedTuple):
     values: dict[str, Any]
 
 
+@checked
 def with_diagnostics(
     tx: optax.GradientTransformation,
     measures: Mapping[str, Measure] = DEFAULT,

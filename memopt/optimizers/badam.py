@@ -77,10 +77,13 @@ def badam(
         {'blocks/up': 4096, 'embed': 0}
     """
     decay = common.pop("weight_decay", 0.0), common.pop("weight_decay_mask", None)
+    state, rest = common.pop("state", None), common.get("rest")
+    if rest is not None:
+        common["rest"] = store_state(rest, state)
     adam = inner_or_adam(inner, badam, b1=b1, b2=b2, eps=eps)
     decayed = optax.chain(adam, optax.add_decayed_weights(*decay))
     block = cycle_blocks(
-        store_state(decayed, common.pop("state", None)),
+        store_state(decayed, state),
         switch_every,
         order,
         embedding=embedding,

@@ -5,6 +5,7 @@ from typing import Any, TypedDict
 
 import optax
 
+from memopt.checked import checked
 from memopt.errors import check_unused
 from memopt.matrices import Matrices, map_matrices
 from memopt.parameters import reading_whole_trees
@@ -13,6 +14,7 @@ from memopt.state.quantized_state import StateChoice, store_state
 from memopt.transforms.decay import Decayed, decay_as_released
 
 
+@checked
 def matrices_and_rest(
     method: optax.GradientTransformation,
     rest: optax.GradientTransformation | None,

@@ -16,8 +16,9 @@ import optax
 import optax.contrib
 
 from memopt import renamed
+from memopt.checked import check_arguments, checked
 from memopt.docstrings import argument_help
-from memopt.errors import check_choice, check_precision
+from memopt.errors import check_choice
 from memopt.functions import call_function, find_function
 from memopt.optimizers.by_partition import Common, finish
 from memopt.state.precision import with_gradient_dtypes
@@ -321,8 +322,10 @@ def method(
         parameters = dict(signature.parameters)
         if parameters.pop("common", None):
             parameters |= {name: ending[name] for name in Common.__annotations__}
-        signature = signature.replace(parameters=list(parameters.values()))
-        read = _Signature(list(parameters.values()), return_annotation=signature.return_annotation)
+        signature, read = (
+            kind(list(parameters.values()), return_annotation=signature.return_annotation)
+            for kind in (inspect.Signature, _Signature)
+        )
 
         @functools.wraps(make)
         def checked(*args: Any, **options: Any) -> Any:
@@ -332,7 +335,7 @@ def method(
                 given = signature.bind(*args, **options).arguments
             except TypeError as error:  # an unknown option
                 raise TypeError(f"memopt.{make.__name__} {error}.") from None
-            check_precision(**given)
+            check_arguments(signature, given)
             tx = make(*args, **options)
             injected = any(isinstance(x, jax.Array) for x in given.values())
             return with_gradient_dtypes(tx) if injected else tx
@@ -414,7 +417,7 @@ def find_method(name: str) -> Method:
         >>> find_method("lion").learning_rate
         0.0002
     """
-    if ":" in name:
+    if ":" in str(name):
         rate = METHODS["adamw"].learning_rate
         return Method(_users_function(name), rate, state="?", when="", library="user")
     check_choice("optimizer", name, available())
@@ -443,16 +446,21 @@ def available(library: str | None = None) -> tuple[str, ...]:
     Args:
         library: "memopt" or "optax", to list the names of one library only.
 
+    Raises:
+        ValueError: if there is no such library.
+
     Example:
         >>> available()[:2]
         ('adafactor', 'adagrad_norm')
         >>> available("optax")[:2]
         ('adagrad', 'adam')
     """
+    check_choice("library", library, (None, "memopt", "optax"))
     names = sorted(METHODS, key=lambda name: (METHODS[name].library, name))
     return tuple(name for name in names if library in (None, METHODS[name].library))
 
 
+@checked
 def optimizer(
     name: str,
     learning_rate: optax.ScalarOrSchedule,

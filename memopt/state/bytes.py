@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import optax
 
+from memopt.checked import checked
 from memopt.parameters import init_shapes
 from memopt.state.codecs import bits_of
 from memopt.state.owners import parts
@@ -54,6 +55,7 @@ class StateBytes:
         return "\n".join(lines)
 
 
+@checked
 def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
     """Counts the bytes of ``tx.init(params)``, exactly and without allocating memory.
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from memopt.checked import checked
 from memopt.matrices import Layout, layout_of, layouts_seen
 from memopt.names import MATRIX, VECTOR
 from memopt.parameters import Parameter, init_shapes, read_parameters
@@ -75,6 +76,7 @@ class Description:
         return _aligned(cells, numbers=(0, 3))
 
 
+@checked
 def describe(tx: optax.GradientTransformation, params: Any) -> Description:
     """Shows how an optimizer treats each parameter, from shapes alone.
 

@@ -8,6 +8,7 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes, spec_of
+from memopt.checked import checked
 from memopt.errors import check_at_least
 from memopt.matrices import Layout, every_matrix, map_matrices
 from memopt.parameters import init_shapes
@@ -18,6 +19,7 @@ from memopt.state.sharding import dense_like
 from memopt.trees import named_leaves, open_box
 
 
+@checked
 def grow_depth(
     params: Any,
     state: Any,
@@ -65,6 +67,7 @@ def grow_depth(
         ((4, 4, 8), (4, 4, 8), (16, 4))
     """
     check_at_least("factor", factor, 1)
+    check_at_least("axis", axis, 0)
     count = layer_count(params, layers, axis)
     structure: Any
     nodes, structure = named_leaves(params, is_quantized)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding
 
+from memopt.checked import checked
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.state.codecs import BFloat16, Codec, Coded, named
 from memopt.state.precision import check_real, to_float32
@@ -153,6 +154,7 @@ def dequantize_params(params: Any) -> Any:
     return jax.tree.map(lambda x: x.dequantize() if is_stored(x) else x, params, is_leaf=is_stored)
 
 
+@checked
 def apply_rounded_updates(
     params: Any, updates: Any, step: Array | int, *, seed: int | Array = 0
 ) -> Any:

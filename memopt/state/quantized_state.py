@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from memopt.checked import checked
 from memopt.errors import check_at_least, check_choice
 from memopt.internals import Program, trace
 from memopt.matrices import Layout, every_matrix, map_matrices
@@ -58,6 +59,7 @@ class QuantizedState(NamedTuple):
     scales: tuple[Any, ...]
 
 
+@checked
 def quantize_state(
     inner: optax.GradientTransformation,
     codec: CodecChoice | Mapping[str, CodecChoice] = "int8",

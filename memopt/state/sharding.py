@@ -7,6 +7,7 @@ import jax
 import optax
 from jax.sharding import NamedSharding
 
+from memopt.checked import checked
 from memopt.errors import check_choice
 from memopt.parameters import init_shapes
 from memopt.state.following import Axis, Follower, followers
@@ -15,6 +16,7 @@ from memopt.state.quantized_params import dequantize_params, is_quantized
 from memopt.trees import named_leaves, open_box
 
 
+@checked
 def state_sharding(
     tx: optax.GradientTransformation,
     params: Any,
@@ -89,6 +91,7 @@ def state_sharding(
     return (shardings, notes) if explain else shardings
 
 
+@checked
 def init_sharded(
     tx: optax.GradientTransformation, params: Any, *, spread_over: str | None = None
 ) -> Any:

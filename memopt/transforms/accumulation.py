@@ -10,6 +10,7 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes
+from memopt.checked import checked
 from memopt.errors import IncompatiblePairingError, check_at_least, check_choice
 from memopt.matrices import Layout, Matrices, map_matrices
 from memopt.renamed import keywords
@@ -53,6 +54,7 @@ class AccumulateByScheduleState(NamedTuple):
 
 
 @keywords(every="every_k_schedule")
+@checked
 def accumulate(
     inner: optax.GradientTransformation, every_k_schedule: EveryK
 ) -> optax.GradientTransformationExtraArgs:
@@ -96,6 +98,7 @@ def accumulate(
 
 
 @keywords(every="every_k_schedule")
+@checked
 def accumulate_in_subspace(
     inner: optax.GradientTransformation,
     every_k_schedule: EveryK,

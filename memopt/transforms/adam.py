@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.errors import check_at_least, check_precision
+from memopt.checked import checked
+from memopt.errors import check_at_least
 from memopt.state.precision import (
     average,
     bias_correction,
@@ -30,6 +31,7 @@ class ScaleByUncorrectedAdamState(NamedTuple):
     nu: Any
 
 
+@checked
 def scale_by_uncorrected_adam(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6
 ) -> optax.GradientTransformationExtraArgs:
@@ -57,7 +59,6 @@ def scale_by_uncorrected_adam(
         >>> round(float(u[0]), 3)                                  # 0.1·2 / √(0.01·4)
         1.0
     """
-    check_precision(b1=b1, b2=b2, eps=eps)
 
     def init(params: Any) -> ScaleByUncorrectedAdamState:
         check_real(params)
@@ -74,6 +75,7 @@ def scale_by_uncorrected_adam(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@checked
 def scale_by_released_adam(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6
 ) -> optax.GradientTransformationExtraArgs:
@@ -98,6 +100,7 @@ def scale_by_released_adam(
     )
 
 
+@checked
 def adam_bias_correction(b1: float = 0.9, b2: float = 0.999) -> Callable[[Array], Array]:
     """Returns the schedule √(1 − β₂ᵗ) / (1 − β₁ᵗ), t = count + 1, that corrects Adam's bias.
 
@@ -110,7 +113,6 @@ def adam_bias_correction(b1: float = 0.9, b2: float = 0.999) -> Callable[[Array]
         ...     scale_by_uncorrected_adam(), optax.scale_by_schedule(adam_bias_correction())
         ... )
     """
-    check_precision(b1=b1, b2=b2)
 
     def correction(count: Array) -> Array:
         t = jnp.asarray(count, float) + 1
@@ -135,6 +137,7 @@ class ScaleByRawAmsgradState(NamedTuple):
     nu_max: Any
 
 
+@checked
 def scale_by_raw_amsgrad(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, debias: bool = False
 ) -> optax.GradientTransformationExtraArgs:
@@ -165,7 +168,6 @@ def scale_by_raw_amsgrad(
         >>> round(u.item(), 3)                                    # 1 / √max(0.01·10², 0.99 + 0.01)
         1.0
     """
-    check_precision(b1=b1, b2=b2, eps=eps)
 
     def init(params: Any) -> ScaleByRawAmsgradState:
         check_real(params)
@@ -202,6 +204,7 @@ class ScaleByAdamAtan2State(NamedTuple):
     nu: Any
 
 
+@checked
 def scale_by_adam_atan2(
     b1: float = 0.9, b2: float = 0.99, *, a: float = 1.27, b: float = 1.0
 ) -> optax.GradientTransformationExtraArgs:
@@ -243,7 +246,6 @@ def scale_by_adam_atan2(
         [0.997, -0.997, 0.0]
         [0.997, -0.997, 0.0]
     """
-    check_precision(b1=b1, b2=b2, a=a, b=b)
     check_at_least("b", b, 0)
 
     def init(params: Any) -> ScaleByAdamAtan2State:

@@ -9,6 +9,7 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes, varying_as
+from memopt.checked import checked
 from memopt.errors import check_at_least, check_choice
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.names import EMBEDDING, HEAD, POSITION, split_layer
@@ -34,6 +35,7 @@ class CycleBlocksState(NamedTuple):
     inner: Any
 
 
+@checked
 def cycle_blocks(
     inner: optax.GradientTransformation,
     switch_every: int = 50,

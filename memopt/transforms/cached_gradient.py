@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from memopt.checked import checked
 from memopt.errors import check_at_least
 from memopt.transforms.microbatches import (
     join_microbatches,
@@ -15,6 +16,7 @@ from memopt.transforms.microbatches import (
 from memopt.trees import named_leaves
 
 
+@checked
 def cached_value_and_grad(
     encode: Callable[[Any, Any], Any],
     loss: Callable[..., Any],

@@ -7,6 +7,7 @@ import optax
 from jax import Array
 
 from memopt.matrices import Layout, Matrices
+from memopt.reductions import largest_magnitude
 from memopt.state.precision import bounded, statistics_dtype
 from memopt.transforms.per_matrix import per_matrix
 from memopt.trees import NOTHING
@@ -82,4 +83,4 @@ def divide_by_cover(layout: Layout, g: Array, rows: Any, cols: Array) -> tuple[A
 def _maxima(layout: Layout, sums: Array) -> tuple[Any, Array]:
     if not layout.is_matrix:
         return NOTHING, sums
-    return sums.max(layout.cols), sums.max(layout.rows)
+    return largest_magnitude(sums, layout.cols), largest_magnitude(sums, layout.rows)

@@ -10,9 +10,10 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes, varying_as
+from memopt.checked import checked
 from memopt.errors import check_at_least, check_static
 from memopt.matrices import Layout, Matrices, map_matrices
-from memopt.reductions import for_any
+from memopt.reductions import for_any, scale_to_one
 from memopt.shapes import Square, Stack
 from memopt.state.owners import SECOND, Part
 from memopt.state.precision import (
@@ -32,7 +33,7 @@ from memopt.transforms.linalg import (
 )
 from memopt.transforms.moments import check_moments_are_known, moment_fields
 from memopt.transforms.projectors import MatrixSpec, RefreshClock
-from memopt.transforms.projectors.base import is_unchosen, scale_to_one
+from memopt.transforms.projectors.base import is_unchosen
 from memopt.transforms.projectors.replay import Replay
 from memopt.transforms.subspace import (
     OF_PARAMETERS,
@@ -66,6 +67,7 @@ class InEigenbasisState(NamedTuple):
     inner: Any
 
 
+@checked
 def in_eigenbasis(
     inner: optax.GradientTransformation,
     decay: float = 0.95,

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.errors import check_precision, check_unused
+from memopt.checked import checked
+from memopt.errors import check_above_zero, check_unused
 from memopt.matrices import Layout, Matrices
 from memopt.reductions import total
 from memopt.renamed import keywords
@@ -55,6 +56,7 @@ class ScaleByConfidenceState(NamedTuple):
 
 
 @keywords(epsilon="eps")
+@checked
 def scale_by_factored_matrix_rms(
     decay_rate: float = 0.8,
     eps: float = 1e-30,
@@ -86,7 +88,8 @@ def scale_by_factored_matrix_rms(
         A transformation whose state is a `ScaleByFactoredMatrixRmsState`.
 
     Raises:
-        ValueError: if `decay_rate` is given with `b2`.
+        ValueError: if `eps` is not above 0, as a gradient of zeros is divided by its root, or
+            `decay_rate` is given with `b2`.
 
     References:
         Shazeer & Stern, Adafactor, 2018, https://arxiv.org/abs/1804.04235, Algorithms 1, 2 and
@@ -98,7 +101,7 @@ def scale_by_factored_matrix_rms(
         >>> state.rows["w"].shape, state.cols["w"].shape, state.rows["b"], state.cols["b"].shape
         ((3, 6), (3, 4), MaskedNode(), (4,))
     """
-    check_precision(decay_rate=decay_rate, eps=eps)
+    check_above_zero("eps", eps)
     decay = functools.partial(second_moment_decay, exponent=decay_rate)
     if b2 is not None:
         check_unused(scale_by_factored_matrix_rms, "b2 is the decay", decay_rate=decay_rate)
@@ -112,6 +115,7 @@ def scale_by_factored_matrix_rms(
     )
 
 
+@checked
 def scale_by_confidence(
     b1: float = 0.9, b3: float = 0.9999, eps: float = 1e-16, *, matrices: Matrices = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -137,6 +141,9 @@ def scale_by_confidence(
     Returns:
         A transformation whose state is a `ScaleByConfidenceState`.
 
+    Raises:
+        ValueError: if `eps` is not above 0.
+
     References:
         Luo et al., CAME: Confidence-guided Adaptive Memory Efficient Optimization, 2023,
         https://arxiv.org/abs/2307.02047, Algorithm 2.
@@ -146,7 +153,7 @@ def scale_by_confidence(
         >>> state.mu["w"].shape, state.rows["w"].shape, state.cols["w"].shape, state.cols["b"]
         ((3, 6, 4), (3, 6), (3, 4), MaskedNode())
     """
-    check_precision(eps=eps)
+    check_above_zero("eps", eps)
 
     def rule(layout: Layout, u: Array, mu: Array, rows: Any, cols: Any) -> Any:
         mu = average(b1, mu, bounded(u))

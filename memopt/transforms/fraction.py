@@ -10,6 +10,7 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes
+from memopt.checked import checked
 from memopt.errors import check_choice, check_static
 from memopt.matrices import Layout, Matrices
 from memopt.state.owners import FIRST, is_state_array, owners
@@ -19,6 +20,7 @@ from memopt.transforms.selection import kth_magnitude, share_of
 from memopt.transforms.stored_update import update_of_state
 
 
+@checked
 def clip_by_fraction(
     fraction: float, *, per: str = "tree", matrices: Matrices = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -97,6 +99,7 @@ class ClipFirstMomentState(NamedTuple):
     inner: Any
 
 
+@checked
 def clip_first_moment(
     inner: optax.GradientTransformation, clip: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:

@@ -8,6 +8,7 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes, varying_as_any
+from memopt.checked import checked
 from memopt.state.precision import bounded
 
 
@@ -21,6 +22,7 @@ class ClipByGradientNormState(NamedTuple):
     norm: Array
 
 
+@checked
 def clip_by_gradient_norm(
     max_norm: float, *, previous: bool = False
 ) -> optax.GradientTransformationExtraArgs:

@@ -11,9 +11,10 @@ import numpy as np
 import optax
 from jax import Array
 
-from memopt.errors import check_choice, check_precision
+from memopt.checked import checked
+from memopt.errors import check_choice
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
-from memopt.reductions import total
+from memopt.reductions import scale_to_one, total
 from memopt.state.precision import (
     average,
     bias_correction,
@@ -48,6 +49,7 @@ class ScaleByGroupedRmsState(NamedTuple):
     nu: Any
 
 
+@checked
 def scale_by_grouped_rms(
     groups: Groups = "column",
     b1: float | None = 0.9,
@@ -98,7 +100,6 @@ def scale_by_grouped_rms(
         >>> state.nu["q"].shape, state.nu["o"].shape
         ((3, 4), (3, 64))
     """
-    check_precision(b1=b1, b2=b2, eps=eps)
     moments = lambda layout, p: _like(layout, p, group_of(groups, layout), b1 is not None)
     rule = functools.partial(
         divide_by_grouped_rms, groups=groups, b1=b1, b2=b2, eps=eps, debias=debias
@@ -231,6 +232,7 @@ def _kept(layout: Layout, averaged: tuple[int, ...]) -> int:
     return axis - sum(a < axis for a in averaged)
 
 
+@checked
 def choose_groups(
     second_moments: Sequence[Any], cutoff: float = 1.0, *, matrices: Matrices = None
 ) -> dict[str, Group]:
@@ -255,7 +257,8 @@ def choose_groups(
         Groups by name, for `scale_by_grouped_rms` and `memopt.slim_adam`. Vectors have "entry".
 
     Raises:
-        ValueError: if there is no tree, one tree instead of a list, or an array of integers.
+        TypeError: if there is one tree instead of a list.
+        ValueError: if there is no tree, an array of integers, or a number that is not finite.
 
     References:
         Kalra et al., SlimAdam, 2025, https://arxiv.org/abs/2503.01843, section 3.
@@ -267,13 +270,16 @@ def choose_groups(
     """
     ratios: dict[str, list[dict[str, float]]] = {}
 
-    if not isinstance(second_moments, list | tuple) or not second_moments:
-        got = f"{len(second_moments)} in a {type(second_moments).__name__}"
-        raise ValueError(f"second_moments must be a list of at least one tree, got {got}.")
+    if not second_moments:
+        raise ValueError("second_moments must have at least one tree, got none.")
 
     def measure(layout: Layout, v: Array) -> None:
         if not jnp.issubdtype(v.dtype, jnp.floating):
             raise ValueError(f"second_moments must be floats, got {layout.name!r} in {v.dtype}.")
+        if not jnp.isfinite(v).all():
+            raise ValueError(
+                f"second_moments must be finite, got infinity or NaN in {layout.name!r}."
+            )
         of = {group: _signal_to_noise(layout, v, group) for group in ("row", "column", "matrix")}
         ratios.setdefault(layout.name, []).append(of if layout.is_matrix else {})
 
@@ -291,7 +297,7 @@ def _signal_to_noise(layout: Layout, v: Array, group: Group) -> float:
     """The mean over groups of the squared mean of V over its variance."""
     tiny = jnp.finfo(statistics_dtype(v)).tiny
     v = to_float32(v)
-    v = v / jnp.maximum(v.max(layout.core, keepdims=True), tiny)  # squares of V would underflow
+    v *= scale_to_one(v, layout.core)[0]  # squares of V would underflow
     mean = group_means(layout, v, group)
     variance = group_means(layout, jnp.square(v - spread(layout, mean, group)), group)
     return float(jnp.mean(jnp.square(mean) / jnp.maximum(variance, tiny)))

@@ -10,7 +10,8 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes, varying_as
-from memopt.errors import check_above_zero, check_at_least, check_given, check_precision
+from memopt.checked import checked
+from memopt.errors import check_above_zero, check_at_least, check_given
 from memopt.matrices import Layout, every_matrix, map_matrices
 from memopt.state.precision import average, bounded, check_real, float32_zeros, to_float32
 from memopt.transforms.projectors import MatrixSpec
@@ -45,7 +46,6 @@ class HutchinsonRule(NamedTuple):
 
     def check(self) -> None:
         """Raises `ValueError` for an option out of range."""
-        check_precision(b2=self.b2, min_curvature=self.min_curvature)
         check_above_zero("min_curvature", self.min_curvature)
         check_at_least("first_probes", self.first_probes, 1)
         check_at_least("refresh_every", self.refresh_every, 1)
@@ -92,6 +92,7 @@ class HutchinsonRule(NamedTuple):
         return jnp.maximum(jnp.abs(hessian), jnp.asarray(self.min_curvature, hessian.dtype))
 
 
+@checked
 def scale_by_hutchinson(
     b2: float = 0.999,
     *,

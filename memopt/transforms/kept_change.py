@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from memopt.checked import checked
 from memopt.errors import check_at_least, check_static
 from memopt.matrices import Layout, Matrices
 from memopt.parameters import are_only_shapes
@@ -32,6 +33,7 @@ class KeepLargestChangeState(NamedTuple):
     base: Any
 
 
+@checked
 def keep_largest_change(
     base: Any,
     fraction: float,
@@ -98,8 +100,6 @@ def keep_largest_change(
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be between 0 and 1, got {fraction}.")
     check_at_least("every", every, 1)
-    if every != int(every):
-        raise ValueError(f"every must be a whole number, got {every}.")
 
     def init(params: Any) -> KeepLargestChangeState:
         check_real(params)

@@ -10,8 +10,10 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes, varying_as
-from memopt.errors import check_above_zero, check_at_least, check_between, check_precision
+from memopt.checked import checked
+from memopt.errors import check_above_zero, check_at_least, check_between
 from memopt.matrices import Layout, Matrices, map_matrices
+from memopt.reductions import largest_magnitude
 from memopt.shapes import Square, Stack
 from memopt.state.precision import bounded, check_real, statistics_dtype, to_float32
 from memopt.transforms.layer_statistics import LayerStatistics
@@ -35,6 +37,7 @@ class ScaleByKroneckerInversesState(NamedTuple):
     outputs: Any
 
 
+@checked
 def scale_by_kronecker_inverses(
     decay: float = 0.95,
     refresh_every: int = 10,
@@ -92,7 +95,6 @@ def scale_by_kronecker_inverses(
         >>> print(1 / jnp.diag(state.inputs["hidden"]))            # 0.95 + 0.05·3²
         [1.4  0.95]
     """
-    check_precision(decay=decay, max_entry=max_entry, blend=blend, clip_value=clip_value)
     check_between("decay", decay, 0, 1)
     check_between("blend", blend, 0, 1)
     check_at_least("refresh_every", refresh_every, 1)
@@ -191,7 +193,7 @@ def _clip(v: Array, *, by_entry: bool, most: Any) -> Array:
 def toward_identity(inverse: Square, max_entry: Any, blend: Any) -> Square:
     """Computes ζJ + (1 − ζ)I for each matrix that has an entry beyond `max_entry`."""
     eye = jnp.broadcast_to(jnp.eye(inverse.shape[-1], dtype=inverse.dtype), inverse.shape)
-    beyond = jnp.abs(inverse).max((-2, -1), keepdims=True) > max_entry
+    beyond = largest_magnitude(inverse, (-2, -1), keepdims=True) > max_entry
     return jnp.where(beyond, blend * inverse + (1 - blend) * eye, inverse)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from memopt.checked import checked
 from memopt.matrices import Layout, Matrices
 from memopt.reductions import total
 from memopt.renamed import keywords
@@ -15,6 +16,7 @@ from memopt.transforms.per_matrix import per_matrix
 
 
 @keywords(threshold="clip_threshold")
+@checked
 def clip_by_matrix_rms(
     clip_threshold: float = 1.0, *, matrices: Matrices = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -41,6 +43,7 @@ def clip_by_matrix_rms(
     return per_matrix(functools.partial(clip_rms, clip_threshold=clip_threshold), matrices=matrices)
 
 
+@checked
 def scale_by_parameter_rms(
     min_scale: float = 1e-3, *, matrices: Matrices = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -73,6 +76,7 @@ def scale_by_parameter_rms(
 
 
 @keywords(threshold="clip_threshold")
+@checked
 def normalize_by_group(
     clip_threshold: float = 1.0, min_scale: float = 1e-3, *, matrices: Matrices = None
 ) -> optax.GradientTransformationExtraArgs:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.errors import check_precision
+from memopt.checked import checked
 from memopt.matrices import Layout, Matrices
 from memopt.reductions import total
 from memopt.renamed import keywords
@@ -60,6 +60,7 @@ class LimitNormGrowthState(NamedTuple):
 
 
 @keywords(limit="growth_limit")
+@checked
 def limit_norm_growth(
     growth_limit: float = 1.01, *, matrices: Matrices = None, as_released: bool = False
 ) -> optax.GradientTransformationExtraArgs:
@@ -95,7 +96,6 @@ def limit_norm_growth(
         0.0
         4.0
     """
-    check_precision(growth_limit=growth_limit)
     return per_matrix(
         functools.partial(limit_growth, limiter=GrowthLimiter(growth_limit, as_released)),
         LimitNormGrowthState,

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.errors import check_at_least, check_choice, check_precision, check_static
+from memopt.checked import checked
+from memopt.errors import check_at_least, check_choice, check_static
 from memopt.matrices import Layout, Matrices
 from memopt.reductions import total
 from memopt.state.precision import (
@@ -23,6 +24,7 @@ from memopt.transforms.per_matrix import per_matrix
 from memopt.trees import NOTHING
 
 
+@checked
 def normalize_neurons(
     axis: int = -2, norm: str = "rms", eps: float = 1e-8, *, matrices: Matrices = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -62,6 +64,7 @@ def normalize_neurons(
     return per_matrix(rule, matrices=matrices)
 
 
+@checked
 def sinkhorn(
     iterations: int = 5,
     axis: int = -2,
@@ -116,7 +119,6 @@ def _checked(axis: int, norm: str, eps: float) -> dict[str, Any]:
     check_choice("axis", axis, (-2, -1))
     check_choice("norm", norm, ("rms", "l2"))
     check_at_least("eps", eps, 0)
-    check_precision(eps=eps)
     return {"axis": axis, "norm": norm, "eps": eps}
 
 
@@ -164,6 +166,7 @@ class ScaleByRowsAndColumnsState(NamedTuple):
     cols: Any
 
 
+@checked
 def scale_by_rows_and_columns(
     decay: float = 0.9, iterations: int = 5, *, matrices: Matrices = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -207,7 +210,6 @@ def scale_by_rows_and_columns(
     """
     check_static("iterations", iterations)
     check_at_least("iterations", iterations, 1)
-    check_precision(decay=decay)
     return per_matrix(
         functools.partial(divide_by_factors, decay=decay, iterations=iterations),
         ScaleByRowsAndColumnsState,
@@ -269,6 +271,7 @@ class ScaleByNeuronRmsState(NamedTuple):
     nu: Any
 
 
+@checked
 def scale_by_neuron_rms(
     decay: float = 0.95,
     eps: float = 1e-8,
@@ -313,7 +316,6 @@ def scale_by_neuron_rms(
     """
     check_at_least("eps", eps, 0)
     check_at_least("consistent_rms", consistent_rms, 0)
-    check_precision(decay=decay, eps=eps, consistent_rms=consistent_rms)
     options: dict[str, Any] = {"eps": eps, "consistent_rms": consistent_rms}
     return per_matrix(
         functools.partial(divide_by_neuron_rms, decay=decay, **options),

@@ -8,7 +8,7 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes, varying_as_any
-from memopt.errors import check_precision
+from memopt.checked import checked
 from memopt.reductions import total_over_trees
 from memopt.state.precision import bounded, to_float32
 from memopt.transforms.hutchinson import HutchinsonRule, ScaleByHutchinsonState
@@ -30,6 +30,7 @@ class ScaleByOasisState(NamedTuple):
     ratio: Array
 
 
+@checked
 def scale_by_oasis(
     b2: float = 0.999,
     *,
@@ -80,7 +81,6 @@ def scale_by_oasis(
         0.4995 0.5
         0.2498 0.5
     """
-    check_precision(first_step=first_step)
     hessian = HutchinsonRule(b2, min_curvature, first_probes, refresh_every, seed)
     hessian.check()
 

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.typing import DTypeLike
 
 from memopt.axis_types import on_auto_axes
+from memopt.checked import checked
 from memopt.errors import check_at_least, check_choice, check_static, check_unused
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.renamed import keywords
@@ -76,6 +77,7 @@ SHAPE_SCALES: dict[str, Callable[[int, int], float]] = {
 
 
 @keywords(steps="ns_steps", coefficients="ns_coeffs", copied_over="replica_axis")
+@checked
 def orthogonalize(
     ns_steps: int = 5,
     ns_coeffs: Coefficients = "jordan",
@@ -164,6 +166,7 @@ def orthogonalize(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@checked
 def newton_schulz(
     x: Stack,
     ns_steps: int = 5,
@@ -277,6 +280,7 @@ def _polynomials(ns_steps: int, ns_coeffs: Coefficients) -> np.ndarray:
     return np.tile(polynomials, (ns_steps, 1))
 
 
+@checked
 def scale_by_matrix_shape(
     consistent_rms: float | None = None,
     *,

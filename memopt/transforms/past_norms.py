@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from memopt.checked import checked
 from memopt.errors import check_above_zero
 from memopt.matrices import Layout, Matrices
 from memopt.reductions import total
@@ -24,6 +25,7 @@ class ScaleByPastNormsState(NamedTuple):
     sums: Any
 
 
+@checked
 def scale_by_past_norms(
     initial: float = 1e-2, *, per_column: bool = False, matrices: Matrices = None
 ) -> optax.GradientTransformationExtraArgs:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.errors import check_at_least, check_precision
+from memopt.checked import checked
+from memopt.errors import check_at_least
 from memopt.state.precision import average, bounded, check_real, float32_zeros, statistics_dtype
 
 
@@ -23,6 +24,7 @@ class ScaleByPastRmsState(NamedTuple):
     nu: Any
 
 
+@checked
 def scale_by_past_rms(
     b2: float = 0.9999, eps: float = 1e-6
 ) -> optax.GradientTransformationExtraArgs:
@@ -58,7 +60,6 @@ def scale_by_past_rms(
         0.0
         1.5
     """
-    check_precision(b2=b2, eps=eps)
 
     def init(params: Any) -> ScaleByPastRmsState:
         check_real(params)
@@ -89,6 +90,7 @@ class ClipByStepState(NamedTuple):
     count: Array  # type: ignore[assignment]
 
 
+@checked
 def clip_by_step(
     exponent: float = 0.25, *, delay: int = 0
 ) -> optax.GradientTransformationExtraArgs:
@@ -122,7 +124,6 @@ def clip_by_step(
     """
     check_at_least("exponent", exponent, 0)
     check_at_least("delay", delay, 0)
-    check_precision(exponent=exponent)
 
     def init(params: Any) -> ClipByStepState:
         check_real(params)

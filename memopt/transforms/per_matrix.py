@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from memopt.axis_types import on_auto_axes
+from memopt.checked import checked
 from memopt.matrices import Matrices, Selection, every_matrix, map_matrices
 from memopt.state.precision import check_real, zeros_of
 
 
+@checked
 def per_matrix(
     rule: Callable[..., Any],
     state_type: Any = optax.EmptyState,

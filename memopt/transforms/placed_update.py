@@ -8,6 +8,7 @@ import optax
 from jax import Array
 from jax.sharding import AxisType, NamedSharding
 
+from memopt.checked import checked
 from memopt.matrices import Layout, Matrices, map_matrices
 from memopt.renamed import keywords
 from memopt.state.sharding import Placed, axis_names, dense_like, part_count, placed_params
@@ -15,6 +16,7 @@ from memopt.trees import map_named
 
 
 @keywords(by_layer="one_layer_at_a_time")
+@checked
 def unshard_short_side(
     params: Any, *, one_layer_at_a_time: bool = False, matrices: Matrices = None
 ) -> Any:
@@ -84,6 +86,7 @@ def _unshard_short_side(layout: Layout, param: Placed, one_layer_at_a_time: bool
 
 
 @keywords(places="shardings")
+@checked
 def reshard_update(
     tx: optax.GradientTransformation, params: Any, shardings: Any
 ) -> optax.GradientTransformationExtraArgs:

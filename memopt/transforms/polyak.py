@@ -8,7 +8,8 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes, varying_as_any
-from memopt.errors import check_at_least, check_choice, check_given, check_precision
+from memopt.checked import checked
+from memopt.errors import check_at_least, check_choice, check_given
 from memopt.reductions import total_over_trees
 from memopt.state.precision import bounded
 from memopt.trees import NOTHING
@@ -29,6 +30,7 @@ class ScaleByPolyakState(NamedTuple):
     inner: Any
 
 
+@checked
 def scale_by_polyak(
     preconditioner: optax.GradientTransformation | None = None,
     f_star: float = 0.0,
@@ -82,7 +84,6 @@ def scale_by_polyak(
         [-0.5, -1.0]
     """
     check_choice("slack", slack, (None, "L1", "L2"))
-    check_precision(f_star=f_star, cap=cap, slack_weight=slack_weight)
     check_at_least("cap", cap, 0)
     check_at_least("slack_weight", slack_weight, 0)
     inner = optax.with_extra_args_support(preconditioner or optax.identity())

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from memopt import renamed
+from memopt.checked import checked
 from memopt.errors import IncompatiblePairingError, check_at_least, check_choice
 from memopt.shapes import Basis, LowRank, Stack
 from memopt.state.precision import bounded, bounded_squares
@@ -143,6 +144,7 @@ def lift() -> Recombine:
     return Recombine(lambda space, state: (space.up(space.low_update), NOTHING))
 
 
+@checked
 def lift_and_sign(scale: float | Array = 1.0) -> Recombine:
     """Lifts the inner update, with sign descent outside: U = up(N) + scale·sign(G − up(R)).
 
@@ -159,6 +161,7 @@ def lift_and_sign(scale: float | Array = 1.0) -> Recombine:
     return Recombine(update)
 
 
+@checked
 def lift_and_residual(scale: float | Array = 1.0, *, recover: float | Array = 0.0) -> Recombine:
     """Lifts the inner update, with gradient descent outside: U = up(N) + scale·(G − up(R)).
 
@@ -183,6 +186,7 @@ def lift_and_residual(scale: float | Array = 1.0, *, recover: float | Array = 0.
     return Recombine(update)
 
 
+@checked
 def lift_and_scaled_residual(
     scale: float | Array = 1.0, limiter: GrowthLimiter | None = None, *, as_released: bool = False
 ) -> Recombine:
@@ -220,6 +224,7 @@ def lift_and_scaled_residual(
     return Recombine(update, _norms(limiter), check=check)
 
 
+@checked
 def lift_with_error_feedback(b1: float | Array = 0.0) -> Recombine:
     """Lifts the inner update, and adds the residual to the next gradient.
 

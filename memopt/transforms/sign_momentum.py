@@ -1,6 +1,5 @@
 """Sign momentum (Lion)."""
 
-import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from memopt.errors import check_precision
+from memopt.checked import checked
+from memopt.errors import check_above_zero
 from memopt.state.precision import average
 
 
@@ -22,6 +22,7 @@ class ScaleBySignMomentumState(NamedTuple):
     mu: Any
 
 
+@checked
 def scale_by_sign_momentum(
     b1: float = 0.9, b2: float = 0.99, *, mu_dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -56,9 +57,7 @@ def scale_by_sign_momentum(
         >>> updates.tolist()
         [1.0, -1.0, 0.0]
     """
-    check_precision(b1=b1, b2=b2)
-    if isinstance(b2, numbers.Real) and not b2 > 0:
-        raise ValueError(f"b2 must be above 0, got {b2}.")
+    check_above_zero("b2", b2)
 
     def init(params: Any) -> ScaleBySignMomentumState:
         return ScaleBySignMomentumState(optax.tree.zeros_like(params, dtype=mu_dtype))

@@ -10,6 +10,7 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes
+from memopt.checked import checked
 from memopt.errors import check_choice, check_unused
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.parameters import init_shapes
@@ -46,6 +47,7 @@ class SkipNonfiniteMatricesState(NamedTuple):
     inner: Any
 
 
+@checked
 def skip_nonfinite(
     inner: optax.GradientTransformation, per: str = "matrix", *, matrices: Matrices = None
 ) -> optax.GradientTransformationExtraArgs:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from memopt.axis_types import on_auto_axes
+from memopt.checked import checked
 from memopt.internals import trace
 from memopt.state.precision import bounded, statistics_dtype
 
@@ -54,6 +55,7 @@ def update_of_state(
     return on_auto_axes(run, (like, params, state, extra), like=like)
 
 
+@checked
 def predict_parameters(
     tx: optax.GradientTransformation, state: Any, params: Any, steps: float | jax.Array
 ) -> Any:
@@ -113,6 +115,7 @@ class KeepUpdateState(NamedTuple):
     inner: Any
 
 
+@checked
 def keep_update(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Stores the last update, so that `memopt.predict_parameters` can apply it again.
 

@@ -14,6 +14,7 @@ from jax import Array
 from jax.sharding import AxisType
 
 from memopt.axis_types import on_auto_axes, spec_of, varying_as
+from memopt.checked import checked
 from memopt.errors import IncompatiblePairingError, check_at_least, check_choice
 from memopt.internals import trace
 from memopt.matrices import Layout, Matrices, Matrix, map_matrices
@@ -51,6 +52,7 @@ class InSubspaceState(NamedTuple):
     recombine: Any
 
 
+@checked
 def in_subspace(
     inner: optax.GradientTransformation,
     projector: Projector,

@@ -9,7 +9,8 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes
-from memopt.errors import check_at_least, check_given, check_precision, check_static
+from memopt.checked import checked
+from memopt.errors import check_at_least, check_given, check_static
 from memopt.matrices import Layout, Matrices, every_matrix, map_matrices
 from memopt.reductions import total
 from memopt.shapes import Stack
@@ -46,6 +47,7 @@ class ScaleByTaskMomentsState(NamedTuple):
     cols: Any
 
 
+@checked
 def scale_by_task_moments(
     tasks: int = 1,
     similarity: float = 5.0,
@@ -112,7 +114,6 @@ def scale_by_task_moments(
         >>> print(first / second)                           # cos = −1: √(e⁵ + e⁻⁵) times smaller
         [-12.182768 -12.182768]
     """
-    check_precision(similarity=similarity, b1=b1, b2=b2, eps=eps)
     check_static("tasks", tasks)
     check_at_least("tasks", tasks, 1)
     if adam and factored:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from memopt.checked import checked
 from memopt.errors import check_at_least
 from memopt.matrices import Layout, Matrices
 from memopt.state.precision import bounded, to_float32
@@ -14,6 +15,7 @@ from memopt.transforms.norm_growth import matrix_norm
 from memopt.transforms.per_matrix import per_matrix
 
 
+@checked
 def scale_by_matrix_trust_ratio(
     trust_coefficient: float = 1.0,
     eps: float = 0.0,

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from memopt.errors import check_between, check_given, check_precision
+from memopt.checked import checked
+from memopt.errors import check_between, check_given
 
 
 class WhileLossFallsState(NamedTuple):
@@ -30,6 +31,7 @@ class WhileLossFallsState(NamedTuple):
     inner: Any
 
 
+@checked
 def while_loss_falls(
     inner: optax.GradientTransformation, share: float = 0.1, decay: float = 0.98
 ) -> optax.GradientTransformationExtraArgs:
@@ -64,7 +66,6 @@ def while_loss_falls(
         ...     print(int(updates[0]), end=" ")
         2 2 2 2 2 2 2 2 2 1
     """
-    check_precision(share=share, decay=decay)
     check_between("decay", decay, 0, 1)
     inner = optax.with_extra_args_support(inner)
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import optax
 
+from memopt.checked import checked
 from memopt.errors import check_choice
 from memopt.matrices import Layout, Matrices, Matrix, every_matrix, layout_of, map_matrices
 from memopt.names import VECTOR, kind_of
@@ -51,6 +52,7 @@ MUP_ADAM_CONSTANTS = (5.303, 1.258, 11.723)
 quoted from others' accounts of the paper's Table 8. They depend on model and data."""
 
 
+@checked
 def width_exponents(
     parameterization: str, alignment: str = "full", *, multipliers: bool = True
 ) -> dict[str, Exponents]:
@@ -166,6 +168,7 @@ def width_roles(
     return found
 
 
+@checked
 def scale_by_width(
     parameterization: str,
     base: Any,
@@ -271,6 +274,7 @@ def scale_by_width(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@checked
 def scale_initial_by_width(
     params: Any,
     base: Any,

@@ -11,12 +11,14 @@ import optax
 from jax import Array
 
 from memopt.axis_types import on_auto_axes
+from memopt.checked import checked
 from memopt.errors import IncompatiblePairingError, check_between
 from memopt.internals import is_traced
 from memopt.matrices import Layout, Matrices, every_matrix, hidden_matrices, map_matrices
 from memopt.reductions import total
 from memopt.state.precision import bounded, check_real, statistics_dtype, to_float32
 from memopt.transforms.accumulation import AccumulateByScheduleState, AccumulateState
+from memopt.transforms.block_cycle import CycleBlocksState
 from memopt.transforms.decay import as_schedule, decay_as_released, shrinking_weights
 from memopt.transforms.norm_growth import matrix_norm
 from memopt.transforms.per_matrix import per_matrix
@@ -57,6 +59,7 @@ class HyperballState(NamedTuple):
     radius: Any
 
 
+@checked
 def cautious(
     tx: optax.GradientTransformation, min_kept: float = 1e-3, *, matrices: Matrices = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -129,6 +132,7 @@ def keep_descent(layout: Layout, u: Array, g: Array, *, min_kept: float) -> Arra
     return (to_float32(u) * kept / jnp.maximum(share, min_kept)).astype(u.dtype)
 
 
+@checked
 def cautious_decay(
     tx: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
@@ -157,7 +161,7 @@ def cautious_decay(
 
     Raises:
         IncompatiblePairingError: by `init`, if `tx` is in `cautious_decay` or `hyperball` already,
-            or accumulates or skips gradients: that belongs outside.
+            or accumulates or skips gradients, or updates layers in turns: that belongs outside.
 
     References:
         Chen et al., Cautious Weight Decay, 2025, https://arxiv.org/abs/2510.12402, Algorithm 1.
@@ -174,6 +178,7 @@ def cautious_decay(
     return _append("cautious_decay", tx, decay)
 
 
+@checked
 def hyperball(
     tx: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
@@ -307,7 +312,15 @@ def _check_order(wrapper: str, state: Any) -> None:
     names = list(ORDER)
     outer = {ORDER[name]: f"memopt.{name}" for name in names[names.index(wrapper) :]} | SKIPPING
     own_points = lambda x: type(x).__name__ in OF_OWN_POINTS
-    for node in jax.tree.leaves(state, is_leaf=lambda x: type(x) in outer or own_points(x)):
+    by_turns = lambda x: wrapper == "cautious_decay" and isinstance(x, CycleBlocksState)
+    is_found = lambda x: type(x) in outer or own_points(x) or by_turns(x)
+    for node in jax.tree.leaves(state, is_leaf=is_found):
+        if by_turns(node):
+            raise IncompatiblePairingError(
+                "tx must not be in memopt.cycle_blocks before it is in memopt.cautious_decay: "
+                "layers without a turn would decay; wrap memopt.cautious_decay in "
+                "memopt.cycle_blocks."
+            )
         if own_points(node):
             inner = OF_OWN_POINTS[type(node).__name__]
             raise IncompatiblePairingError(

@@ -68,3 +68,12 @@ def test_the_error_of_a_codec_does_not_depend_on_the_scale():
     x = jax.random.normal(jax.random.key(0), (64, 256))
     errors = [float(diagnostics.codec_error(scale * x, "int8")) for scale in (1.0, 2.0**-100)]
     np.testing.assert_allclose(*errors, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_sharpness_does_not_depend_on_the_length_of_the_direction(dtype, size):
+    loss = lambda w: w[0] ** 2 + 5 * w[1] ** 2
+    w = jnp.ones(2, dtype)
+    found = diagnostics.directional_sharpness(loss, w, size * jnp.array([1.0, -1.0]))
+    assert float(found) == pytest.approx(6, rel=float(jnp.finfo(dtype).eps))

@@ -213,6 +213,17 @@ UNUSED = [
 ]
 
 
+def test_an_unknown_library_is_refused_rather_than_empty():
+    with pytest.raises(ValueError, match=r"library 'optx' is unknown; did you mean 'optax'\?"):
+        memopt.available("optx")
+
+
+@pytest.mark.parametrize("option", ["eps", "confidence_eps"])
+def test_came_refuses_to_divide_zeros_by_zeros(option):
+    with pytest.raises(ValueError, match=r"eps must be above 0, got 0\.0"):
+        memopt.came(1e-3, **{option: 0.0})
+
+
 @pytest.mark.parametrize(("name", "options", "sentence"), UNUSED)
 def test_an_option_without_effect_is_refused(name, options, sentence):
     with pytest.raises(ValueError, match=sentence):

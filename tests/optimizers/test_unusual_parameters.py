@@ -179,6 +179,14 @@ def test_bounds_leave_what_can_be_squared_and_what_is_not_a_number():
         assert float(bounded(jnp.float64(1e20))) == 1e20
 
 
+def test_sums_of_squares_show_where_a_gradient_was_not_a_number():
+    g = jnp.ones((64, 384)).at[5, 7].set(jnp.nan)  # XLA for CPUs loses it in a plain maximum
+    tx = memopt.scale_by_matrix_sm3()
+    state = tx.update(g, tx.init(g))[1]
+    assert np.flatnonzero(np.isinf(state.rows)).tolist() == [5]
+    assert np.flatnonzero(np.isinf(state.cols)).tolist() == [7]
+
+
 LARGE = {
     "clip_by_matrix_rms": memopt.clip_by_matrix_rms,
     "factored": memopt.scale_by_factored_matrix_rms,

@@ -131,6 +131,7 @@ STACKED = {"blocks": {"up": jnp.ones((2, 4, 8))}}
     ("grow", "sentence"),
     [
         (lambda: grow_depth(STACKED, (), 0), "factor must be at least 1, got 0"),
+        (lambda: grow_depth(STACKED, (), 2, axis=-1), "axis must be at least 0, got -1"),
         (lambda: grow_depth(SEPARATE, (), 2), r"'blocks/0/up' of shape \(4, 8\) is of one layer"),
         (lambda: grow_depth(STACKED, (), 2, layers="layers"), "'layers' is no branch of params"),
         (

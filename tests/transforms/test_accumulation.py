@@ -342,7 +342,10 @@ def test_apply_if_finite_leaves_out_bad_micro_steps(wrapper):
             lambda: accumulate_in_subspace(optax.sgd(1.0), 0, 4),
             "every_k_schedule must be at least 1, got 0",
         ),
-        (lambda: accumulate(optax.sgd(1.0), 2.5), "whole number or a function, got 2.5"),
+        (
+            lambda: accumulate(optax.sgd(1.0), jnp.float32(2.5)),
+            r"whole number or a function, got Array\(2\.5",
+        ),
         (lambda: accumulate_in_subspace(optax.sgd(1.0), 2, 0), "rank must be at least 1, got 0"),
         (
             lambda: accumulate_in_subspace(optax.sgd(1.0), 2, 4, projector="gausian"),

@@ -51,3 +51,10 @@ def turns(steps, **options):
 )
 def test_embedding_and_head_have_turns_on_request(options, expected):
     assert turns(len(expected), **options) == expected
+
+
+def test_the_state_of_what_has_no_turns_is_stored_in_8_bits_too():
+    params = {"embed": jnp.ones((64, 128)), "blocks": {"up": jnp.ones((2, 64, 128))}}
+    tx = memopt.badam(1e-3, rest=optax.adam(1e-3), state="int8")
+    states = memopt.state_bytes(tx, params).states
+    assert states["embed"] == states["blocks/up"] == 2 * 64 * 128 + 2 * 64 * 8

@@ -10,6 +10,7 @@ import pytest
 
 import memopt
 from memopt import projectors, recombine
+from memopt.trees import named_leaves
 
 IDENTITY = projectors.replay({"w": {1: np.eye(4)}}, side="left")
 
@@ -31,6 +32,22 @@ def test_moments_are_kept_or_reset_at_a_refresh(on_refresh, expected):
     momentum = optax.trace(0.5)
     tx = memopt.in_subspace(momentum, IDENTITY, recombine.lift(), 2, on_refresh)
     assert updates_of(tx, [{"w": jnp.ones((4, 6))}] * 4) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("on_refresh", "count"), [("keep", 6), ("carry", 6), ("reset", 2), ("reset_moments", 2)]
+)
+def test_the_moments_of_fira_average_the_steps_since_they_were_reset(on_refresh, count):
+    """Of refreshes at steps 1, 3 and 5, the last leaves the basis, but resets moments too."""
+    g = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)}
+    lazy = projectors.lazy_svd(2, queue=1)
+    tx = memopt.fira(0.1, rank=2, projector=lazy, refresh_every=2, on_refresh=on_refresh)
+    step = lambda state, _: (tx.update(g, state, g)[1], None)
+    state = jax.jit(lambda: jax.lax.scan(step, tx.init(g), None, length=6)[0])()
+    (mu,) = (x for name, x in named_leaves(state)[0] if "/mu/" in name and x.shape == (2, 6))
+    projected = np.linalg.svd(np.asarray(g["w"]), compute_uv=False)[:2]
+    mean = np.linalg.norm(mu) / np.linalg.norm(projected)
+    assert mean == pytest.approx(1 - 0.9**count, rel=1e-4)
 
 
 def test_in_the_whole_space_lifting_changes_nothing():

@@ -186,3 +186,17 @@ def test_schedule_free_belongs_outside_of_a_wrapper(wrapper):
     with pytest.raises(IncompatiblePairingError, match=f"in {outer} before .* memopt.{wrapper}"):
         WRAPPERS[wrapper](optax.contrib.schedule_free_adamw(0.1)).init(PARAMS)
     optax.contrib.schedule_free(WRAPPERS[wrapper](optax.sgd(0.1)), 0.1).init(PARAMS)
+
+
+def test_layers_without_a_turn_do_not_decay():
+    turns = lambda tx: memopt.cycle_blocks(tx, switch_every=1)
+    with pytest.raises(IncompatiblePairingError, match=r"wrap memopt\.cautious_decay in"):
+        WRAPPERS["cautious_decay"](memopt.badam(0.1)).init(PARAMS)
+    tx = turns(WRAPPERS["cautious_decay"](optax.sgd(0.1)))
+    still = jax.tree.map(jnp.zeros_like, GRADIENTS)
+    moved = [
+        np.any(u, (-2, -1))
+        for u in jax.tree.leaves(tx.update(still, tx.init(PARAMS), PARAMS)[0])
+        if u.ndim == 3
+    ]
+    assert [m.tolist() for m in moved] == [[False, False, True]]

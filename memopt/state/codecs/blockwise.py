@@ -47,6 +47,7 @@ class Blockwise(Codec):
     """The ratio of a new scale to the smallest one that fits the block."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.block is not None:
             check_at_least("block", self.block, 1)
 

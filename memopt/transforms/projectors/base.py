@@ -14,7 +14,7 @@ from jax import Array
 from memopt.axis_types import varying_as
 from memopt.errors import check_at_least, check_choice, check_static
 from memopt.names import split_layer
-from memopt.reductions import for_any, largest_magnitude
+from memopt.reductions import for_any, scale_to_one
 from memopt.shapes import Basis, LowRank, Square, Stack
 from memopt.transforms.linalg import for_stack, product, replicate_axis
 
@@ -324,24 +324,3 @@ def is_unchosen(basis: Array) -> Array:
         [False, True]
     """
     return (basis[..., 0] == 0).all(-1)
-
-
-def scale_to_one(matrices: Stack) -> tuple[Array, Array]:
-    """The power of two that brings each matrix's largest entry near one.
-
-    Squares of the scaled entries neither overflow nor vanish, and no digit changes.
-
-    Returns:
-        The factors, ``(*stack, 1, 1)``, and whether each matrix is finite and not zero, ``stack``;
-        the factor of another matrix is one.
-
-    Example:
-        >>> factor, exists = scale_to_one(jnp.stack([jnp.full((1, 2), 3.0), jnp.zeros((1, 2))]))
-        >>> factor.ravel().tolist(), exists.tolist()
-        ([0.25, 1.0], [True, False])
-    """
-    largest = largest_magnitude(matrices, (-2, -1))
-    exists = (largest > 0) & jnp.isfinite(largest)
-    exponent = jnp.where(exists, jnp.frexp(largest)[1], 0)
-    factor = jnp.ldexp(jnp.ones_like(largest), jnp.clip(-exponent, -126, 126))
-    return factor[..., None, None], exists

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from memopt.checked import checked
 from memopt.errors import check_choice
 from memopt.shapes import Basis, LowRank, Stack
 from memopt.transforms.projectors.base import MatrixSpec, Projector, RefreshClock
@@ -117,6 +118,7 @@ class Haar(Projector):
         return scales[:, None] if self.is_left(spec) else scales
 
 
+@checked
 def dct(rank: int | float, *, side: str = "short", norm: str = "l1") -> Projector:
     """The r columns of the discrete cosine transform on which the gradient is largest.
 
@@ -148,6 +150,7 @@ def dct(rank: int | float, *, side: str = "short", norm: str = "l1") -> Projecto
     return Dct(rank, side, True, norm)
 
 
+@checked
 def haar(density: float = 0.25, *, side: str = "left") -> Projector:
     """The approximation of the Haar wavelet transform: sums of 2^level adjacent lines.
 

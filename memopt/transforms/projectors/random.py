@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from memopt.checked import checked
 from memopt.shapes import Basis, LowRank, Stack
 from memopt.transforms.linalg import orthonormal
 from memopt.transforms.project_and_norm import project_and_norm
@@ -92,6 +93,7 @@ class Orthogonal(Gaussian):
         return orthonormal(super().basis(spec, gradient, clock))
 
 
+@checked
 def gaussian(
     rank: int | float, *, side: str = "short", seed: int | Array = 0, stored: bool = False
 ) -> Projector:
@@ -117,6 +119,7 @@ def gaussian(
     return Gaussian(rank, side, stored, seed)
 
 
+@checked
 def rademacher(
     rank: int | float, *, side: str = "short", seed: int | Array = 0, stored: bool = False
 ) -> Projector:
@@ -141,6 +144,7 @@ def rademacher(
     return Rademacher(rank, side, stored, seed)
 
 
+@checked
 def sparse(
     rank: int | float, *, side: str = "short", seed: int | Array = 0, stored: bool = False
 ) -> Projector:
@@ -167,6 +171,7 @@ def sparse(
     return Sparse(rank, side, stored, seed)
 
 
+@checked
 def orthogonal(
     rank: int | float, *, side: str = "short", seed: int | Array = 0, stored: bool = True
 ) -> Projector:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from memopt.checked import checked
 from memopt.shapes import Basis, LowRank, Stack
 from memopt.transforms.projectors.base import MatrixSpec, Projector, RefreshClock
 
@@ -205,6 +206,7 @@ class Blocks(Strata):
         return super().residual(spec, basis, gradient, low)
 
 
+@checked
 def columns(density: float = 0.25, *, side: str = "left", seed: int | Array = 0) -> Projector:
     """Selects random input features: whole lines of each matrix, density·mn entries.
 
@@ -233,6 +235,7 @@ def columns(density: float = 0.25, *, side: str = "left", seed: int | Array = 0)
     return Lines(density, side, False, _one_in(density), seed)
 
 
+@checked
 def coordinates(density: float = 0.25, *, side: str = "left", seed: int | Array = 0) -> Projector:
     """Selects random entries, density·mn of each matrix.
 
@@ -259,6 +262,7 @@ def coordinates(density: float = 0.25, *, side: str = "left", seed: int | Array 
     return Coordinates(density, side, False, _one_in(density), seed)
 
 
+@checked
 def blocks(density: float = 0.25, *, seed: int | Array = 0) -> Projector:
     """Selects whole matrices of a stack, a fraction `density` at a time.
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from memopt.checked import checked
 from memopt.errors import check_at_least
 from memopt.shapes import Basis, Stack
 from memopt.transforms.linalg import leading_eigenvectors, orthonormal, product
@@ -97,6 +98,7 @@ class RandomizedSvd(Svd):
         return mixed.reshape(*mixed.shape[:-2], columns * groups)[..., :k]
 
 
+@checked
 def svd(rank: int | float, *, side: str = "short") -> Projector:
     """The leading r singular vectors of the gradient at each refresh.
 
@@ -125,6 +127,7 @@ def svd(rank: int | float, *, side: str = "short") -> Projector:
     return Svd(rank, side)
 
 
+@checked
 def randomized_svd(
     rank: int | float,
     *,

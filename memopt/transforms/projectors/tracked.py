@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from memopt.checked import checked
 from memopt.errors import check_at_least, check_between
-from memopt.reductions import for_any
+from memopt.reductions import for_any, scale_to_one
 from memopt.shapes import Basis, Stack
 from memopt.state.precision import bias_correction, zeros_of
 from memopt.transforms.linalg import (
@@ -25,7 +26,6 @@ from memopt.transforms.projectors.base import (
     Projector,
     RefreshClock,
     is_unchosen,
-    scale_to_one,
 )
 from memopt.transforms.projectors.singular import randomized_svd
 
@@ -322,6 +322,7 @@ class LazySvd(Tracked):
         return basis, (basis, doublings, cosines)
 
 
+@checked
 def online_pca(
     rank: int | float,
     *,
@@ -363,6 +364,7 @@ def online_pca(
     return OnlinePca(rank, side, True, start, optimizer or optax.adam(5e-3), penalty)
 
 
+@checked
 def power_iteration(
     rank: int | float,
     *,
@@ -403,6 +405,7 @@ def power_iteration(
     return PowerIteration(rank, side, True, start, rho, b1)
 
 
+@checked
 def grassmann(
     rank: int | float,
     *,
@@ -446,6 +449,7 @@ def grassmann(
     return Grassmann(rank, side, True, start, step_size, normalize)
 
 
+@checked
 def coap(
     rank: int | float,
     *,
@@ -495,6 +499,7 @@ def coap(
     return Coap(rank, side, True, start, rate, recalibrate_every, normalize)
 
 
+@checked
 def lazy_svd(
     rank: int | float,
     *,
