@@ -20,10 +20,9 @@ from memopt.comparison.analysis import (
     TOLERANCE,
     Summary,
     decide,
-    standard_error,
+    paired_difference,
     summarize,
     unfinished,
-    z_score,
 )
 from memopt.comparison.plots import plot_front, plot_sensitivity
 from memopt.comparison.protocol import PRESETS
@@ -75,26 +74,29 @@ def losses(report: dict[str, Any], peaks: dict[str, Any]) -> str:
             NOTHING if s.steps_to_target is None else f"{s.steps_to_target / s.run['steps']:.0%}",
             _peak(peaks, s.run),
         ],
-        exact=True,
+        include=lambda s: s.is_exact,
     )
 
 
 def against_control(report: dict[str, Any]) -> str:
     """Difference from AdamW with two learning rates, of the methods better than AdamW."""
     runs: list[Run] = report["results"]
-    better = {name for name, of in by_method(runs).items() if of["0.5M"].verdict == "better"}
-    methods = by_method(runs, CONTROL)
-    rows = [
-        [
-            name,
+    methods = by_method(runs)
+    better = [name for name, of in methods.items() if "better" in {s.verdict for s in of.values()}]
+    controlled = [run for run in runs if run["size"] in methods.get(CONTROL, {})]
+    return _table(
+        controlled,
+        ("loss", "− control", VERDICT),
+        lambda s: [
             f"{s.loss:.3f}",
-            _difference(s.difference.loss, s.difference.standard_error),
-            s.verdict,
-        ]
-        for name, of in methods.items()
-        if name in better and (s := of["0.5M"]).difference
-    ]
-    return markdown_table(["method", "loss", "− control", VERDICT], rows)
+            _difference(s.difference.loss, s.difference.standard_error)
+            if s.difference
+            else NOTHING,
+            s.verdict if s.difference else NOTHING,
+        ],
+        include=lambda s: s.method in better and s.method != CONTROL,
+        baseline=CONTROL,
+    )
 
 
 def rates(report: dict[str, Any]) -> str:
@@ -107,31 +109,37 @@ def rates(report: dict[str, Any]) -> str:
             short_number(s.difference and s.difference.learning_rate_ratio, ".2g"),
             _range(s),
         ],
-        exact=True,
+        include=lambda s: s.is_exact,
     )
 
 
 def twins(report: dict[str, Any], peaks: dict[str, Any]) -> str:
     """Difference of rows with fewer bits, or released, from their exact twins; verdict and peaks.
 
-    Peaks are the row's and its twin's.
+    Both have the same seeds, and are compared seed by seed. Peaks are the row's and its twin's.
     """
-    methods = by_method(report["results"])
+    runs: list[Run] = report["results"]
+    methods = by_method(runs)
+
+    def by_seed(s: Summary) -> dict[int, float]:
+        setting = ("method", "size", "learning_rate", "options", "tuned")
+        same = lambda run: all(run[name] == s.run[name] for name in setting)
+        return {run["seed"]: loss_of(run) for run in runs if same(run)}
 
     def cells(s: Summary) -> list[str]:
         exact = methods.get(s.run["tuned_as"], {}).get(s.run["size"])
         if exact is None:
             return [NOTHING, NOTHING, _peak(peaks, s.run), NOTHING]
-        error = standard_error(s.losses, exact.losses)
+        found = paired_difference(by_seed(s), by_seed(exact))
         return [
-            _difference(s.loss - exact.loss, error),
-            decide(z_score(s.losses, exact.losses)),
+            _difference(found.loss, found.standard_error) if found else NOTHING,
+            decide(found.z) if found else NOTHING,
             _peak(peaks, s.run),
             _peak(peaks, exact.run),
         ]
 
     columns = ("− exact", VERDICT, "peak", "exact peak")
-    return _table(report["results"], columns, cells, exact=False)
+    return _table(runs, columns, cells, include=lambda s: not s.is_exact)
 
 
 def best_rates(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
@@ -201,17 +209,18 @@ def _table(
     columns: Sequence[str],
     cells: Callable[[Summary], Sequence[str]],
     *,
-    exact: bool,
+    include: Callable[[Summary], bool],
+    baseline: str = BASELINE,
 ) -> str:
-    """A row for each method, exact or not: its state and, for each size, the cells."""
-    methods = by_method(runs)
+    """A row for each method that is included: its state and, for each size, the cells."""
+    methods = by_method(runs, baseline)
     sizes = list(dict.fromkeys(size for of in methods.values() for size in of))
     head = ["method", "state, bytes a parameter"]
     head += [f"{size}: {column}" for size in sizes for column in columns]
     rows = []
     for method, of in methods.items():
         first = next(iter(of.values()))
-        if first.is_exact == exact:
+        if include(first):
             found = [cells(of[size]) if size in of else [NOTHING] * len(columns) for size in sizes]
             state = f"{first.state_bytes_per_parameter:.2g}"
             rows.append([method, state, *(cell for part in found for cell in part)])

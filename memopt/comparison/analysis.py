@@ -259,14 +259,60 @@ def z_score(losses: Sequence[float], baseline: Sequence[float]) -> float | None:
         sign = (math.inf in losses) - (math.inf in baseline)
         return sign * math.inf if sign else None
     error = standard_error(losses, baseline)
-    if error is None:
-        return None
     difference = statistics.fmean(losses) - statistics.fmean(baseline)
+    return None if error is None else _z(difference, error, len(losses) + len(baseline) - 2)
+
+
+def _z(difference: float, error: float, freedom: int) -> float:
+    """The z of the same probability as Student's t of a difference."""
     if not difference:
         return 0.0
     t = abs(difference) / error if error else math.inf
-    freedom = len(losses) + len(baseline) - 2
     return math.copysign(-float(ndtri(stdtr(freedom, -t))), difference)
+
+
+class PairedDifference(NamedTuple):
+    """The difference of two rows that were trained with the same seeds.
+
+    Attributes:
+        loss: Mean over seeds of the difference of the losses in nats.
+        standard_error: Its standard error, from the spread of the differences; None for one seed.
+        z: As of `z_score`; None for one seed.
+    """
+
+    loss: float
+    standard_error: float | None
+    z: float | None
+
+
+def paired_difference(
+    losses: Mapping[int, float], baseline: Mapping[int, float]
+) -> PairedDifference | None:
+    """Compares two rows seed by seed: the luck of a seed, which both have, cancels.
+
+    It is for rows that differ in precision only, whose losses vary together over seeds.
+
+    Args:
+        losses: Losses of one row, by the seed.
+        baseline: Those of the other row.
+
+    Returns:
+        The difference over the seeds of both; None without any, or if a run diverged.
+
+    Example:
+        >>> found = paired_difference({0: 1.2, 1: 2.3, 2: 1.7}, {0: 1.0, 1: 2.0, 2: 1.5})
+        >>> round(found.loss, 3), round(found.standard_error, 3), round(found.z, 2)
+        (0.233, 0.033, 2.34)
+    """
+    seeds = sorted(losses.keys() & baseline.keys())
+    differences = [losses[seed] - baseline[seed] for seed in seeds]
+    if not differences or not all(map(math.isfinite, differences)):
+        return None
+    mean = statistics.fmean(differences)
+    if len(differences) < 2:
+        return PairedDifference(mean, None, None)
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return PairedDifference(mean, error, _z(mean, error, len(differences) - 1))
 
 
 def least_difference(losses: Sequence[float], baseline: Sequence[float]) -> float | None:

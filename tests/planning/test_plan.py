@@ -171,7 +171,9 @@ def test_memory_over_time_has_the_peak(ordinary, released):
 
 def test_over_time_all_gradients_are_held_or_those_of_a_block(ordinary, released):
     most = [max(one.gradient_bytes for one in found.over_time) for found in (ordinary, released)]
-    assert most[0] > 0.9 * ordinary.parameter_bytes > 2 * most[1]
+    block = sum(4 * x.size // x.shape[0] for x in jax.tree.leaves(SHAPES["blocks"]))
+    assert most[0] > 0.9 * ordinary.parameter_bytes
+    assert block / 2 < most[1] <= block + 4 * SHAPES["embed"]["embedding"].size
 
 
 def test_the_largest_temporaries_name_their_lines(ordinary):

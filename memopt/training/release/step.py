@@ -274,7 +274,8 @@ class _ReleaseStep:
         if self.first:
             # The head is updated before the loop, or its gradient would be kept through it.
             carry = visit(carry, self._means(self._of_first(gradients)), None)
-            cotangent, carry = jax.lax.optimization_barrier((cotangent, carry))
+            with jax.named_scope(UPDATE):  # its copies are not gradients
+                cotangent, carry = jax.lax.optimization_barrier((cotangent, carry))
 
         def block(back: tuple[_Carry, list[Array]], xs: tuple[Array, Any]) -> Any:
             (inside, cotangent), (layer, x) = back, xs
