@@ -11,6 +11,7 @@ no peaks.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from benchmarks import compare_peaks
@@ -122,9 +123,8 @@ def twins(report: dict[str, Any], peaks: dict[str, Any]) -> str:
     methods = by_method(runs)
 
     def by_seed(s: Summary) -> dict[int, float]:
-        setting = ("method", "size", "learning_rate", "options", "tuned")
-        same = lambda run: all(run[name] == s.run[name] for name in setting)
-        return {run["seed"]: loss_of(run) for run in runs if same(run)}
+        setting = itemgetter("method", "size", "learning_rate", "options", "tuned")
+        return {run["seed"]: loss_of(run) for run in runs if setting(run) == setting(s.run)}
 
     def cells(s: Summary) -> list[str]:
         exact = methods.get(s.run["tuned_as"], {}).get(s.run["size"])

@@ -14,7 +14,7 @@ from memopt.transforms.adam import scale_by_released_adam
 from memopt.transforms.normalization import normalize_neurons
 
 
-@method("SGD's memory: normalised gradients, momentum for the head only", learning_rate=1e-3)
+@method("SGD's memory: normalised gradients, momentum for the head only", learning_rate=5e-4)
 def scale(
     learning_rate: optax.ScalarOrSchedule,
     *,

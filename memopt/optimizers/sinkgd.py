@@ -11,7 +11,7 @@ from memopt.state.precision import in_float32
 from memopt.transforms.normalization import sinkhorn
 
 
-@method("SGD's memory: gradients normalised by row and column", learning_rate=2e-2)
+@method("SGD's memory: gradients normalised by row and column", learning_rate=1e-2)
 def sinkgd(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -59,7 +59,7 @@ def test_rows_with_fewer_bits_are_compared_with_their_exact_twins():
     found = table(comparison.twins({"results": RUNS}, PEAKS))
     assert [*found] == ["muon, state int8", "soap, state int8"]
     cells = found["muon, state int8"]
-    assert (cells["2M: − exact"], cells["2M: p < 0.01"]) == ("+0.100 ± 0.016", "worse")
+    assert (cells["2M: − exact"], cells["2M: p < 0.01"]) == ("+0.100 ± 0.000", "worse")
     assert (cells["2M: peak"], cells["2M: exact peak"]) == ("1.4 MB", "1.5 MB")
     assert found["soap, state int8"]["2M: − exact"] == "–"  # its twin is not finished
     assert comparison.twins({"results": seeds("adamw", 2.0)}, PEAKS) == "None is finished yet.\n"
@@ -70,8 +70,18 @@ def test_methods_better_than_adamw_are_compared_with_the_control():
     runs += [*seeds("lion", 2.0, 2.01, 1.99), *seeds(comparison.CONTROL, 1.52, 1.54, 1.5)]
     found = table(comparison.against_control({"results": [dict(r, size="0.5M") for r in runs]}))
     assert [*found] == ["muon"]
-    assert found["muon"]["− control"] == "-0.020 ± 0.016"
-    assert found["muon"]["p < 0.01"] == "no difference"
+    assert found["muon"]["0.5M: − control"] == "-0.020 ± 0.016"
+    assert found["muon"]["0.5M: p < 0.01"] == "no difference"
+
+
+def test_twins_are_compared_seed_by_seed():
+    exact, bits = seeds("muon", 1.3, 1.5, 1.7), seeds("muon, state int8", 1.32, 1.53, 1.725)
+    runs = [*exact, *reversed([dict(one, tuned_as="muon") for one in bits])]
+    [cells] = table(comparison.twins({"results": runs}, {"results": []})).values()
+    assert (cells["2M: − exact"], cells["2M: p < 0.01"]) == ("+0.025 ± 0.003", "no difference")
+    runs = [dict(one, tuned_as="muon") for one in seeds("muon, state int8", 1.32, 1.52, 1.721)]
+    [cells] = table(comparison.twins({"results": [*exact, *runs]}, {"results": []})).values()
+    assert (cells["2M: − exact"], cells["2M: p < 0.01"]) == ("+0.020 ± 0.000", "worse")
 
 
 def test_default_learning_rates_are_the_best_of_the_search():

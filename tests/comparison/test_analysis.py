@@ -5,12 +5,13 @@ import random
 import statistics
 
 import pytest
-from scipy.stats import norm, ttest_ind
+from scipy.stats import norm, ttest_ind, ttest_rel
 
 from memopt.comparison.analysis import (
     PROBABILITY,
     decide,
     least_difference,
+    paired_difference,
     pareto_front,
     rate_range,
     sensitivity,
@@ -29,6 +30,24 @@ def by_method(runs, **options):
 
 
 BASE = seeds("adamw", 2.0, 2.02, 1.98)
+
+
+def test_a_paired_z_has_the_probability_of_students_paired_test():
+    base, others = {0: 2.0, 1: 2.3, 2: 1.8, 5: 2.1}, {5: 2.11, 0: 2.03, 2: 1.82, 1: 2.35, 7: 9.0}
+    seeds = [0, 1, 2, 5]
+    expected = ttest_rel([others[seed] for seed in seeds], [base[seed] for seed in seeds])
+    found = paired_difference(others, base)
+    assert found.z > 0
+    assert 2 * norm.sf(found.z) == pytest.approx(expected.pvalue)
+    assert found.loss / found.standard_error == pytest.approx(expected.statistic)
+
+
+def test_a_paired_difference_needs_a_common_seed_and_a_spread_two():
+    assert paired_difference({0: 1.0}, {1: 1.0}) is None
+    assert paired_difference({0: math.inf, 1: 1.0}, {0: 1.0, 1: 1.0}) is None
+    assert paired_difference({0: 1.5}, {0: 1.0}) == (0.5, None, None)
+    assert paired_difference({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}) == (0.0, 0.0, 0.0)
+    assert paired_difference({0: 1.5, 1: 2.5}, {0: 1.0, 1: 2.0}).z == math.inf
 
 
 @pytest.mark.parametrize("others", [[1.9, 1.95, 1.97], [2.5, 2.4], [2.0, 2.01, 2.02, 2.05]])
