@@ -352,20 +352,21 @@ def _aux_adam(learning_rate):
 def _muon(method, transpose):
     _, _, meta = yardstick.load(method)
     h = meta["hyperparameters"]
-    dion = {"ns_coeffs": "polar_express", "shape_scale": "spectral"}
     options = {
         "muon_fp32": {"rest": _aux_adam(3e-4)},
-        "muon_pe_dion_fp32": {"rest": _adamw_of_dion(meta), **dion},
+        "muon_pe_dion_fp32": {"ns_coeffs": "polar_express", "shape_scale": "spectral"},
         "muon_pe_nv": {"ns_coeffs": "nvidia"},
         "muon_pe_nv_5steps": {"ns_coeffs": h.get("coefficients"), "consistent_rms": 1.0},
-    }
+    }[method]
+    if method == "muon_pe_dion_fp32":
+        options["rest"] = _adamw_of_dion(meta)
     return memopt.muon(
         meta["lr"],
         beta=h.get("momentum", h.get("mu")),
         nesterov=h["nesterov"],
         weight_decay=h["weight_decay"],
         matrices=_oriented(transpose),
-        **options[method],
+        **options,
     )
 
 
