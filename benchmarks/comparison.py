@@ -150,15 +150,14 @@ def best_rates(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
             continue
         first = {option: values[0] for option, values in tuned_options(Row(name)).items()}
         for size in PRESETS["cpu"].models:
+            of = [run for run in runs if (run["method"], run["size"]) == (name, size)]
             searched = [
                 run
-                for run in runs
-                if run["method"] == name
-                and run["size"] == size
-                and not run["tuned"]
+                for run in of
+                if not run["tuned"]
                 and all(run["options"][option] == value for option, value in first.items())
             ]
-            if any(run["tuned"] and run["method"] == name and run["size"] == size for run in runs):
+            if searched and any(run["tuned"] for run in of):
                 best = min(searched, key=loss_of)
                 found.setdefault(name, {})[size] = best["learning_rate"]
     return found

@@ -59,7 +59,7 @@ def check_arguments(signature: inspect.Signature, given: Mapping[str, Any]) -> N
         ValueError: if an array that stands for a float is narrower than float32.
     """
     for name, parameter in signature.parameters.items():
-        if name not in given:
+        if name not in given or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         value, kinds = given[name], _members(parameter.annotation)
         if str in kinds or not all(map(_is_understood, kinds)):
@@ -70,6 +70,11 @@ def check_arguments(signature: inspect.Signature, given: Mapping[str, Any]) -> N
             raise TypeError(f"{name} must be {text}, got {reprlib.repr(value)}.")
         if float in kinds:
             check_precision(**{name: value})
+
+
+def check_fields(instance: Any) -> None:
+    """Checks the fields of a dataclass instance as `check_arguments` does arguments."""
+    check_arguments(inspect.signature(type(instance)), vars(instance))
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
@@ -86,7 +91,8 @@ def _plain(kind: Any) -> Any:
 
 
 def _is_understood(kind: Any) -> bool:
-    return isinstance(_plain(kind), type) and kind is not Any  # which is a class
+    without = Any, inspect.Parameter.empty  # which are classes
+    return isinstance(_plain(kind), type) and kind not in without
 
 
 def _is_of(value: Any, kind: Any) -> bool:
@@ -94,9 +100,12 @@ def _is_of(value: Any, kind: Any) -> bool:
     if kind is bool:
         return isinstance(value, bool | np.bool_)
     if kind in (int, float):
-        if isinstance(value, jax.Array | np.ndarray):
-            is_real = any(jnp.issubdtype(value.dtype, d) for d in (jnp.integer, jnp.floating))
-            return is_real and (kind is float or value.ndim == 0)
+        if isinstance(value, jax.Array | np.ndarray | np.generic):
+            is_int = jnp.issubdtype(value.dtype, jnp.integer)
+            is_real = is_int or jnp.issubdtype(value.dtype, jnp.floating)
+            # `optax.inject_hyperparams` makes float arrays of whole numbers, too.
+            whole = value.ndim == 0 and (is_int or (is_real and isinstance(value, jax.Array)))
+            return is_real if kind is float else whole
         number = numbers.Integral if kind is int else numbers.Real
         return isinstance(value, number) and not isinstance(value, bool)
     if kind is jax.Array:

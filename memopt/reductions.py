@@ -70,7 +70,8 @@ def scale_to_one(x: Array, axes: tuple[int, ...] = (-2, -1)) -> tuple[Array, Arr
     largest = largest_magnitude(x, axes)
     exists = (largest > 0) & jnp.isfinite(largest)
     exponent = jnp.where(exists, jnp.frexp(largest)[1], 0)
-    factor = jnp.ldexp(jnp.ones_like(largest), jnp.clip(-exponent, -126, 126))
+    most = -int(jnp.finfo(largest.dtype).minexp)
+    factor = jnp.ldexp(jnp.ones_like(largest), jnp.clip(-exponent, -most, most))
     return jnp.expand_dims(factor, axes), exists
 
 

@@ -1,5 +1,6 @@
 """Every public function refuses arguments of other kinds than its annotations say."""
 
+import dataclasses
 import inspect
 import typing
 from collections.abc import Sequence
@@ -113,3 +114,25 @@ def test_what_stands_for_a_number_is_accepted():
         f(rate=jnp.bfloat16(0.1))
     with pytest.raises(TypeError, match="f\\(\\) got an unexpected keyword argument 'steps'"):
         f(steps=3)
+
+
+def test_numpy_numbers_count_by_their_dtype():
+    @checked
+    def function(steps: int = 1, decay: float = 0.5, *rest, free=None): ...
+
+    function(np.int64(3), np.float64(0.1), "any", free="thing")
+    function(jnp.float32(2.0), np.int32(1))  # as `optax.inject_hyperparams` makes of whole numbers
+    with pytest.raises(TypeError, match="steps must be a whole number"):
+        function(np.float64(1.5))
+    with pytest.raises(ValueError, match="decay must be float32"):
+        function(decay=jnp.bfloat16(0.5))
+
+
+def test_codecs_of_users_check_their_own_fields():
+    @dataclasses.dataclass(frozen=True)
+    class Mine(codecs.Codec):
+        levels: np.ndarray = None
+
+        encode = decode = None
+
+    assert Mine([1, 2]).levels == [1, 2]

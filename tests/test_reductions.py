@@ -48,3 +48,12 @@ def test_arrays_of_no_entries_have_a_largest_magnitude_of_0():
     factor, exists = reductions.scale_to_one(jnp.zeros((2, 0, 3)))
     assert factor.tolist() == [[[1]], [[1]]]
     assert exists.tolist() == [False, False]
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-200, 1.0, 1e200, 1e300])
+def test_squares_of_scaled_float64_entries_neither_overflow_nor_vanish(size):
+    with jax.enable_x64(True):
+        x = size * jnp.ones((2, 2), jnp.float64)
+        factor, exists = reductions.scale_to_one(x)
+        assert bool(exists)
+        assert 0.25 <= float(jnp.square(factor * x).max()) <= 1

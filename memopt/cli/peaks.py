@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import flax
 import jax
 import optax
 
@@ -37,7 +38,7 @@ def plan_peaks(
                 planned_for = chip or _chip_of(run)
                 found[run["key"]] = plan_peak(program_of(run), planned_for)
                 notes |= dict.fromkeys(chips.compilable(planned_for)[1])
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 unknown.setdefault(str(error), []).append(name)
             except jax.errors.JaxRuntimeError as error:
                 unknown.setdefault(f"the compiler failed: {first_line(error)}", []).append(name)
@@ -80,7 +81,7 @@ def plan_peak(program: Program, chip: str) -> Peak:
 
 def _key(program: Program, chip: str) -> str:
     """The name in the cache of the peak of a step, which need not be traced to find it."""
-    versions = {"jax": jax.__version__, "optax": optax.__version__}
+    versions = {package.__name__: package.__version__ for package in (flax, jax, optax)}
     return cache.key_of(repr(program), chip, ["**/*.py"], **versions)
 
 

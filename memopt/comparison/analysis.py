@@ -288,9 +288,10 @@ class PairedDifference(NamedTuple):
 def paired_difference(
     losses: Mapping[int, float], baseline: Mapping[int, float]
 ) -> PairedDifference | None:
-    """Compares two rows seed by seed: the luck of a seed, which both have, cancels.
+    """Compares two rows seed by seed, whose spread over seeds cancels as far as they share it.
 
-    It is for rows that differ in precision only, whose losses vary together over seeds.
+    Fewer degrees of freedom than of `z_score` are left. It is for rows that compute nearly the
+    same: in fewer bits, or released.
 
     Args:
         losses: Losses of one row, by the seed.

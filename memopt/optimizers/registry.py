@@ -328,7 +328,7 @@ def method(
         )
 
         @functools.wraps(make)
-        def checked(*args: Any, **options: Any) -> Any:
+        def build(*args: Any, **options: Any) -> Any:
             options = renamed.current(make, options)
             options = {k: x.value if isinstance(x, _Static) else x for k, x in options.items()}
             try:
@@ -340,25 +340,25 @@ def method(
             injected = any(isinstance(x, jax.Array) for x in given.values())
             return with_gradient_dtypes(tx) if injected else tx
 
-        _set_signature(checked, read)
+        _set_signature(build, read)
         options = (inspect.getdoc(Common) or "").partition("Attributes:\n")[2].rstrip()
         line = "    **common: see `memopt.Common`."
-        checked.__doc__ = (inspect.getdoc(make) or "").replace(line, options)
-        described = " ".join(checked.__doc__.split())
+        build.__doc__ = (inspect.getdoc(make) or "").replace(line, options)
+        described = " ".join(build.__doc__.split())
         state = re.search(r"State: (none\b|.+?(?=(?: float32)? numbers?\b))", described)
         if state is None:
             raise TypeError(
                 f"The docstring of {make.__name__} must say 'State: … numbers' or 'State: none'."
             )
         METHODS[make.__name__] = Method(
-            checked,
+            build,
             learning_rate,
             "0" if state[1] == "none" else state[1],
             when,
             sums_projections=sums_projections,
             needs=needs,
         )
-        return cast(F, checked)
+        return cast(F, build)
 
     return enter
 

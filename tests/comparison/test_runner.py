@@ -15,7 +15,7 @@ from memopt.comparison import cells, compare, make_protocol, worker
 from memopt.comparison.grid import Grid, rows_of
 from memopt.comparison.protocol import PRESETS, TUNING_SEED
 from memopt.comparison.records import read_records
-from memopt.comparison.rows import METHOD_ROWS, ROWS, TUNED, Row, first_rate, tuned_options
+from memopt.comparison.rows import METHOD_ROWS, ROWS, STARTS, TUNED, Row, first_rate, tuned_options
 from memopt.comparison.tuning import Point
 from memopt.comparison.worker import IncompleteError, OutOfTimeError
 from memopt.errors import check_choice
@@ -351,3 +351,7 @@ def test_presets_have_the_sizes_of_their_names():
         for name, model in protocol.models.items():
             millions = cells.count_parameters(model) / 1e6
             assert float(name.removesuffix("M")) == pytest.approx(millions, rel=0.07)
+
+
+def test_every_method_has_a_first_rate_that_does_not_follow_its_default():
+    assert set(STARTS) == set(METHOD_ROWS)

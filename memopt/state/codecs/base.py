@@ -2,13 +2,11 @@
 
 import abc
 import dataclasses
-import inspect
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
-from memopt.checked import check_arguments
 from memopt.shapes import Bits, Numbers
 from memopt.state.precision import zeros_of
 from memopt.state.rounding import NEAREST
@@ -35,9 +33,6 @@ class Codec(abc.ABC):
     value is the number itself, so that changes smaller than the distance of codes are not lost. If
     numbers share a scale, one that is not finite makes all of them NaN.
     """
-
-    def __post_init__(self) -> None:
-        check_arguments(inspect.signature(type(self)), vars(self))
 
     @abc.abstractmethod
     def encode(self, x: Numbers, bits: Bits, like: Coded | None = None) -> Coded:

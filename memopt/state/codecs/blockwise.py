@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from memopt.axis_types import on_auto_axes, spec_of
+from memopt.checked import check_fields
 from memopt.errors import check_at_least, check_choice
 from memopt.reductions import largest_magnitude
 from memopt.shapes import Bits, Numbers
@@ -47,7 +48,7 @@ class Blockwise(Codec):
     """The ratio of a new scale to the smallest one that fits the block."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check_fields(self)
         if self.block is not None:
             check_at_least("block", self.block, 1)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from memopt.checked import check_fields
 from memopt.errors import check_choice
 from memopt.reductions import largest_magnitude
 from memopt.shapes import Bits, Numbers
@@ -175,7 +176,7 @@ class Tapered(RowScaled):
     headroom: int = 3
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check_fields(self)
         check_choice("octaves", self.octaves, (4, 8, 16))
         check_choice("headroom", self.headroom, range(7))
 
@@ -251,7 +252,7 @@ class Dynamic(RowScaled):
     headroom: int = 4
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check_fields(self)
         check_choice("exponent_bits", self.exponent_bits, range(2, 7))
         most = 8 - self.signed - self.exponent_bits
         check_choice("mantissa_bits", self.mantissa_bits, range(most + 1))
