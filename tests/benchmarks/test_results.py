@@ -13,7 +13,7 @@ FILES = sorted(results.RESULTS.glob("*.json"))
 
 #: Files from before `benchmarks.report.Report`, which records machine and versions.
 OLD = {
-    *("baselines", "finetune", "parity", "pods", "sharding_time"),
+    *("baselines", "finetune", "pods", "sharding_time"),
     *("memory_fine_tuning", "memory_fine_tuning_rtx4090", "memory_rtx4090"),
 }
 
