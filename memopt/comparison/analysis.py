@@ -303,7 +303,7 @@ def paired_difference(
     Example:
         >>> found = paired_difference({0: 1.2, 1: 2.3, 2: 1.7}, {0: 1.0, 1: 2.0, 2: 1.5})
         >>> round(found.loss, 3), round(found.standard_error, 3), round(found.z, 2)
-        (0.233, 0.033, 2.34)
+        (0.233, 0.033, 2.33)
     """
     seeds = sorted(losses.keys() & baseline.keys())
     differences = [losses[seed] - baseline[seed] for seed in seeds]
