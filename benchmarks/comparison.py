@@ -11,7 +11,6 @@ no peaks.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
 from typing import Any
 
 from benchmarks import compare_peaks
@@ -68,10 +67,7 @@ def losses(report: dict[str, Any], peaks: dict[str, Any]) -> str:
         ("loss", f"− {BASELINE}", VERDICT, "steps to its loss", "peak"),
         lambda s: [
             short_number(s.loss, ".3f"),
-            _difference(s.difference.loss, s.difference.standard_error)
-            if s.difference
-            else NOTHING,
-            s.verdict if s.difference else NOTHING,
+            *_from_baseline(s),
             NOTHING if s.steps_to_target is None else f"{s.steps_to_target / s.run['steps']:.0%}",
             _peak(peaks, s.run),
         ],
@@ -88,13 +84,7 @@ def against_control(report: dict[str, Any]) -> str:
     return _table(
         controlled,
         ("loss", "− control", VERDICT),
-        lambda s: [
-            f"{s.loss:.3f}",
-            _difference(s.difference.loss, s.difference.standard_error)
-            if s.difference
-            else NOTHING,
-            s.verdict if s.difference else NOTHING,
-        ],
+        lambda s: [short_number(s.loss, ".3f"), *_from_baseline(s)],
         include=lambda s: s.method in better and s.method != CONTROL,
         baseline=CONTROL,
     )
@@ -121,10 +111,7 @@ def twins(report: dict[str, Any], peaks: dict[str, Any]) -> str:
     """
     runs: list[Run] = report["results"]
     methods = by_method(runs)
-
-    def by_seed(s: Summary) -> dict[int, float]:
-        setting = itemgetter("method", "size", "learning_rate", "options", "tuned")
-        return {run["seed"]: loss_of(run) for run in runs if setting(run) == setting(s.run)}
+    by_seed = lambda s: dict(zip(s.seeds, s.losses, strict=True))
 
     def cells(s: Summary) -> list[str]:
         exact = methods.get(s.run["tuned_as"], {}).get(s.run["size"])
@@ -224,6 +211,13 @@ def _table(
             state = f"{first.state_bytes_per_parameter:.2g}"
             rows.append([method, state, *(cell for part in found for cell in part)])
     return markdown_table(head, rows) if rows else "None is finished yet.\n"
+
+
+def _from_baseline(s: Summary) -> list[str]:
+    """The difference of a method from the baseline, and the verdict."""
+    if s.difference is None:
+        return [NOTHING, NOTHING]
+    return [_difference(s.difference.loss, s.difference.standard_error), s.verdict]
 
 
 def _peak(peaks: dict[str, Any], run: Run) -> str:

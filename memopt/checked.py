@@ -120,7 +120,7 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 
 def _words(kind: Any, kinds: tuple[Any, ...]) -> str:
-    """What a value of an annotated kind is; "" if another one says it."""
+    """Names an annotated kind in a sentence; "" for an int beside a float, whose name covers it."""
     if kind is int:
         return "" if float in kinds else "a whole number"
     if kind is types.NoneType:

@@ -86,7 +86,8 @@ class Summary:
 
     Attributes:
         run: The first of the runs that count: the method, its setting, and what it was trained on.
-        losses: Validation losses in nats at the end, one a seed; infinite if diverged.
+        seeds: The seeds of the runs that count.
+        losses: Their validation losses in nats at the end; infinite if diverged.
         difference: That from the baseline; None for the baseline, and if it has no tuned runs.
         steps_to_target: Steps after which the loss stays at or below the target; None if never.
         step_seconds: Median time of a step; None if other programs used the processor.
@@ -99,6 +100,7 @@ class Summary:
     """
 
     run: Run
+    seeds: tuple[int, ...]
     losses: tuple[float, ...]
     difference: Difference | None
     steps_to_target: float | None
@@ -423,6 +425,7 @@ def _compare(
     summaries = [
         Summary(
             run=runs[0],
+            seeds=tuple(run["seed"] for run in runs),
             losses=tuple(losses[method]),
             difference=difference(method),
             steps_to_target=reached[method],

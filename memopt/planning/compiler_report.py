@@ -89,11 +89,6 @@ class CompilerReport:
         return cls(**values | {"largest": largest, "over_time": over_time})
 
 
-def _platform(tree: Any) -> str:
-    """The platform of the devices of a tree's arrays."""
-    return min(jax.tree.leaves(tree)[0].sharding.device_set, key=lambda x: x.id).platform
-
-
 def compile_report(lowered: jax.stages.Lowered, params: Any) -> CompilerReport:
     """Compiles a lowered training step and reads the compiler's records.
 
@@ -106,7 +101,8 @@ def compile_report(lowered: jax.stages.Lowered, params: Any) -> CompilerReport:
     """
     with tempfile.TemporaryDirectory() as directory, _without_cache():
         options: dict[str, Any] = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
-        if _platform(params) == "cpu":
+        device, *_ = jax.tree.leaves(params)[0].sharding.device_set
+        if device.platform == "cpu":
             # Machine code is made after arrays have got their places, and is not run.
             options["xla_backend_optimization_level"] = 0
         compiled = lowered.compile(options)

@@ -38,7 +38,7 @@ def test_moments_are_kept_or_reset_at_a_refresh(on_refresh, expected):
     ("on_refresh", "count"), [("keep", 6), ("carry", 6), ("reset", 2), ("reset_moments", 2)]
 )
 def test_the_moments_of_fira_average_the_steps_since_they_were_reset(on_refresh, count):
-    """Of refreshes at steps 1, 3 and 5, the last leaves the basis, but resets moments too."""
+    """The bases are refreshed at steps 1, 3 and 5; step 5 keeps the basis, but resets moments."""
     g = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)}
     lazy = projectors.lazy_svd(2, queue=1)
     tx = memopt.fira(0.1, rank=2, projector=lazy, refresh_every=2, on_refresh=on_refresh)
