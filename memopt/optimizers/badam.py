@@ -11,7 +11,7 @@ from memopt.state.quantized_state import store_state
 from memopt.transforms.block_cycle import cycle_blocks
 
 
-@method("fine-tuning with the state of one layer", learning_rate=2e-3)
+@method("fine-tuning with the state of one layer", learning_rate=1e-3)
 def badam(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -25,7 +25,7 @@ from memopt.transforms.subspace import in_subspace
 
 @method(
     "GaLore's memory, but no part of the gradient is lost",
-    learning_rate=2e-2,
+    learning_rate=1e-2,
     sums_projections=True,
 )
 def fira(

@@ -15,7 +15,7 @@ from memopt.transforms.moments import CarryOver
 
 @method(
     "Fira in a subspace that turns a little at each refresh",
-    learning_rate=2e-2,
+    learning_rate=1e-2,
     sums_projections=True,
 )
 def subtrack(
