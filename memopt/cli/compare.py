@@ -148,7 +148,7 @@ def compare_command(arguments: list[str]) -> None:
         lines.append(f"Tables and pictures: {options.output / 'report.md'}, and beside it.")
     except KeyboardInterrupt:
         fail(f"interrupted. {again}", 130)
-    except ValueError:  # no run is finished
+    except FileNotFoundError:  # no run is finished
         pass
     except OSError as error:
         fail(error)

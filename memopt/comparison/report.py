@@ -116,12 +116,12 @@ def write_report(
         The tables.
 
     Raises:
-        ValueError: There is no file of runs.
+        FileNotFoundError: There is no file of runs.
         OSError: A file cannot be written.
     """
     paths = directory / RESULTS, directory / RESULTS_TO_TARGET
     if not any(path.is_file() for path in paths):
-        raise ValueError(f"{paths[0]} is not a file: nothing was compared yet.")
+        raise FileNotFoundError(f"{paths[0]} is not a file: nothing was compared yet.")
     found, to_target = map(read_records, paths)
     groups = summarize(found)
     runs = [s.run for s in itertools.chain.from_iterable(groups)]

@@ -17,7 +17,7 @@ BIASES = ("bias", "b", "beta", "offset")
 """Names of biases, in Flax and PyTorch, Haiku and Equinox, Keras, and Haiku's norms."""
 
 
-@method("AdamW's steps at half its state", learning_rate=1e-3)
+@method("AdamW's steps at half its state", learning_rate=5e-4)
 def adam_mini(
     learning_rate: optax.ScalarOrSchedule,
     *,

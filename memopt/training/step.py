@@ -12,6 +12,7 @@ import optax
 from memopt.state.precision import to_float32, where_applied
 from memopt.state.quantized_params import apply_rounded_updates, dequantize_params
 from memopt.training.measure import Measure, check_measure, measured_metrics, sum_measured
+from memopt.transforms.decay import as_schedule
 from memopt.transforms.gradient_norm import global_norm
 from memopt.transforms.layer_statistics import zero_statistics
 from memopt.transforms.microbatches import split_microbatches
@@ -69,7 +70,7 @@ def train_step(
     *,
     loss: Loss,
     tx: optax.GradientTransformation,
-    learning_rate: optax.Schedule,
+    learning_rate: optax.ScalarOrSchedule,
     accumulation: int = 1,
     rng: jax.Array | None = None,
     predict: Predict | None = None,
@@ -90,7 +91,8 @@ def train_step(
         loss: Maps (params, batch) to (summed loss, number of tokens), both scalars.
         tx: The optimizer; is also given the mean loss of the batch, as `value`, and as a function
             of the parameters, `obj_fn`, and the norm of all gradients, `gradient_norm`.
-        learning_rate: The schedule `tx` follows, a function of the number of updates applied.
+        learning_rate: The rate that `tx` has, for the metrics: a number, or a schedule of the
+            number of updates applied.
         accumulation: In how many micro-batches the batch is worked through, one after another;
             it divides the batch.
         rng: A key for dropout and the like, such as ``jax.random.key(0)``: `loss` then finds
@@ -118,8 +120,8 @@ def train_step(
         >>> import functools, jax, jax.numpy as jnp, optax
         >>> def loss(w, batch):
         ...     return jnp.sum((batch["x"] @ w - batch["y"]) ** 2), jnp.asarray(2.0)
-        >>> tx, learning_rate = optax.sgd(0.1), optax.constant_schedule(0.1)
-        >>> step = functools.partial(train_step, loss=loss, tx=tx, learning_rate=learning_rate)
+        >>> tx = optax.sgd(0.1)
+        >>> step = functools.partial(train_step, loss=loss, tx=tx, learning_rate=0.1)
         >>> batch = {"x": jnp.eye(2), "y": jnp.ones(2)}
         >>> state, metrics = jax.jit(step)(init_state(jnp.zeros(2), tx), batch)
         >>> print(state.params, metrics["loss"])
@@ -161,7 +163,7 @@ def train_step(
 
 
 def finish_step(
-    state: TrainState, applied: jax.Array, learning_rate: optax.Schedule, metrics: Metrics
+    state: TrainState, applied: jax.Array, learning_rate: optax.ScalarOrSchedule, metrics: Metrics
 ) -> tuple[TrainState, Metrics]:
     """Advances the counters, and adds the learning rate and the skipped steps to the metrics.
 
@@ -172,7 +174,7 @@ def finish_step(
         metrics: The others, such as `loss`.
     """
     skipped_in_row = jnp.where(applied, 0, state.skipped_in_row + 1)
-    rate = jnp.asarray(learning_rate(state.step - state.skipped), jnp.float32)
+    rate = jnp.asarray(as_schedule(learning_rate)(state.step - state.skipped), jnp.float32)
     metrics = {**metrics, "learning_rate": rate, "skipped_in_row": skipped_in_row}
     skipped = state.skipped + ~applied
     counters = {"step": state.step + 1, "skipped": skipped, "skipped_in_row": skipped_in_row}

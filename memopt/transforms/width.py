@@ -6,6 +6,7 @@ outputs. a, b and c depend on its role in the model.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import optax
@@ -175,7 +176,7 @@ def scale_by_width(
     *,
     alignment: str = "full",
     multipliers: bool = True,
-    constants: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    constants: Sequence[float] = (1.0, 1.0, 1.0),
     wider: Any = None,
     matrices: Matrices = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -146,7 +146,7 @@ def test_files_of_a_report(tmp_path):
 
 
 def test_a_comparison_without_tuned_runs_is_reported_as_such(tmp_path):
-    with pytest.raises(ValueError, match="nothing was compared yet"):
+    with pytest.raises(FileNotFoundError, match="nothing was compared yet"):
         write_report(tmp_path)
     shown, text = written(tmp_path, [run("lion", tuned=False)])
     assert shown == []

@@ -142,6 +142,12 @@ def test_logged_learning_rate_is_the_one_the_optimizer_used():
     np.testing.assert_allclose(metrics["learning_rate"], SCHEDULE(2), rtol=1e-6)
 
 
+def test_learning_rate_may_be_a_number():
+    tx = optax.adam(0.5)
+    _, metrics = run(make_step(tx, learning_rate=0.5), tx, [make_batch(0)])
+    assert metrics["learning_rate"] == 0.5
+
+
 def test_the_optimizer_is_given_the_loss():
     seen = []
 

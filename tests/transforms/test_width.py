@@ -148,7 +148,7 @@ def test_a_model_without_multipliers_trains_as_the_one_with_them(name):
 
 def test_constants_multiply_roles_and_need_a_wider_model_at_the_base_width():
     gammas = width.MUP_ADAM_CONSTANTS
-    tx = memopt.scale_by_width("mup", BASE, constants=gammas, wider=WIDE)
+    tx = memopt.scale_by_width("mup", BASE, constants=list(gammas), wider=WIDE)
     named = dict(zip(width.ROLES, gammas, strict=True)) | {"fixed": 1.0}
     for leaf, factor in factors(tx, BASE).items():
         np.testing.assert_allclose(

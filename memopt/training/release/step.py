@@ -47,7 +47,7 @@ def release_step(
     *,
     model: StackedModel,
     tx: optax.GradientTransformation,
-    learning_rate: optax.Schedule,
+    learning_rate: optax.ScalarOrSchedule,
     accumulation: int = 1,
     rng: Array | None = None,
     shardings: Any = None,
@@ -107,8 +107,8 @@ def release_step(
         ...     head=lambda rest, x, batch: (jnp.sum((x @ rest["out"]) ** 2), jnp.asarray(2.0)),
         ... )
         >>> params = {"in": jnp.eye(3), "blocks": jnp.ones((4, 3, 3)), "out": jnp.ones((3, 1))}
-        >>> tx, rate = optax.sgd(1e-3), optax.constant_schedule(1e-3)
-        >>> step = functools.partial(release_step, model=model, tx=tx, learning_rate=rate)
+        >>> tx = optax.sgd(1e-3)
+        >>> step = functools.partial(release_step, model=model, tx=tx, learning_rate=1e-3)
         >>> state, metrics = jax.jit(step)(init_state(params, tx), {"x": jnp.ones((2, 3))})
         >>> int(state.step), state.params["blocks"].shape
         (1, (4, 3, 3))
