@@ -14,7 +14,7 @@ from memopt.transforms.decay import decay_as_released, weights
 from memopt.transforms.trust_ratio import scale_by_matrix_trust_ratio
 
 
-@method("large batches, with Adam", learning_rate=2e-2)
+@method("large batches, with Adam", learning_rate=1e-2)
 def lamb(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -9,7 +9,7 @@ from memopt.optimizers.by_partition import Common, finish
 from memopt.optimizers.registry import method
 
 
-@method("no state at all: the largest model that fits, with --release", learning_rate=5e-2)
+@method("no state at all: the largest model that fits, with --release", learning_rate=1e-1)
 def lomo(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -228,7 +228,7 @@ METHODS: dict[str, Method] = {
     "optax_amsgrad": Method(
         optax.amsgrad, 2e-4, "3mn", "Optax's, to compare with memopt's", "optax"
     ),
-    "optax_lamb": Method(optax.lamb, 2e-2, "2mn", "Optax's, to compare with memopt's", "optax"),
+    "optax_lamb": Method(optax.lamb, 1e-2, "2mn", "Optax's, to compare with memopt's", "optax"),
     "optax_lars": Method(optax.lars, 5.0, "mn", "Optax's, to compare with memopt's", "optax"),
     "optax_lion": Method(optax.lion, 2e-4, "mn", "Optax's, to compare with memopt's", "optax"),
     "optax_muon": Method(
@@ -251,7 +251,7 @@ METHODS: dict[str, Method] = {
         "optax",
         eval_params=_averaged,
     ),
-    "sgd": Method(optax.sgd, 5e-2, "0", "no state, for models that plain SGD trains", "optax"),
+    "sgd": Method(optax.sgd, 1e-1, "0", "no state, for models that plain SGD trains", "optax"),
     "sophia": Method(
         optax.contrib.sophia,
         1e-3,
