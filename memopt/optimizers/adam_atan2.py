@@ -9,7 +9,7 @@ from memopt.optimizers.registry import method
 from memopt.transforms.adam import scale_by_adam_atan2
 
 
-@method("Adam without ε: gradients of any scale, models of any width", learning_rate=1e-3)
+@method("Adam without ε: gradients of any scale, models of any width", learning_rate=5e-4)
 def adam_atan2(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -15,7 +15,7 @@ from memopt.state.quantized_state import store_state
 from memopt.transforms.trust_ratio import scale_by_matrix_trust_ratio
 
 
-@method("large batches, with momentum", learning_rate=5.0)
+@method("large batches, with momentum", learning_rate=2.0)
 def lars(
     learning_rate: optax.ScalarOrSchedule,
     *,

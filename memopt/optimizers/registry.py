@@ -156,7 +156,7 @@ METHODS: dict[str, Method] = {
     ),
     "ademamix": Method(
         optax.contrib.ademamix,
-        1e-3,
+        5e-4,
         "3mn",
         "AdamW with a slow second momentum, for long runs",
         "optax",
@@ -218,7 +218,7 @@ METHODS: dict[str, Method] = {
         "optax",
         needs="value",
     ),
-    "nadamw": Method(optax.nadamw, 2e-3, "2mn", "AdamW with Nesterov momentum", "optax"),
+    "nadamw": Method(optax.nadamw, 1e-3, "2mn", "AdamW with Nesterov momentum", "optax"),
     "optax_adafactor": Method(
         optax.adafactor, 5e-2, "m + n", "Optax's, to compare with memopt's", "optax"
     ),
@@ -229,7 +229,7 @@ METHODS: dict[str, Method] = {
         optax.amsgrad, 2e-4, "3mn", "Optax's, to compare with memopt's", "optax"
     ),
     "optax_lamb": Method(optax.lamb, 1e-2, "2mn", "Optax's, to compare with memopt's", "optax"),
-    "optax_lars": Method(optax.lars, 5.0, "mn", "Optax's, to compare with memopt's", "optax"),
+    "optax_lars": Method(optax.lars, 2.0, "mn", "Optax's, to compare with memopt's", "optax"),
     "optax_lion": Method(optax.lion, 2e-4, "mn", "Optax's, to compare with memopt's", "optax"),
     "optax_muon": Method(
         optax.contrib.muon, 2e-2, "mn", "Optax's, to compare with memopt's", "optax"
