@@ -12,7 +12,7 @@ from memopt.transforms.kronecker import scale_by_kronecker_inverses
 from memopt.transforms.while_loss_falls import while_loss_falls
 
 
-@method("second-order steps that cost little", learning_rate=1e-1, needs="statistics")
+@method("second-order steps that cost little", learning_rate=2e-1, needs="statistics")
 def mkor(
     learning_rate: optax.ScalarOrSchedule,
     *,

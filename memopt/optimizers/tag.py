@@ -11,7 +11,7 @@ from memopt.optimizers.registry import method
 from memopt.transforms.task_moments import scale_by_task_moments
 
 
-@method("tasks learnt one after another", learning_rate=1e-3)
+@method("tasks learnt one after another", learning_rate=5e-4)
 def tag(
     learning_rate: optax.ScalarOrSchedule,
     *,
