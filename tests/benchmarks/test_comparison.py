@@ -99,13 +99,6 @@ def test_default_learning_rates_are_the_best_of_the_search():
     assert (defaults["adam"], defaults["sgd"]) == (defaults["adamw"], defaults["lomo"])
 
 
-def test_other_default_learning_rates_are_those_of_the_methods_that_the_page_names():
-    rate = lambda name: METHODS[name].learning_rate
-    twins = {name: name.removeprefix("optax_") for name in METHODS if name.startswith("optax_")}
-    for name, twin in {**twins, "adam": "adamw", "sgd": "lomo"}.items():
-        assert rate(name) == rate(twin), name
-
-
 def test_the_best_rate_is_that_of_default_options_and_finished_searches():
     searched = [
         run("muon", rate, rate=r, tuned=False, options={"beta": beta})
