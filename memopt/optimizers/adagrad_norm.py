@@ -9,7 +9,7 @@ from memopt.optimizers.registry import method
 from memopt.transforms.past_norms import scale_by_past_norms
 
 
-@method("SGD that adapts its steps to the norms of gradients", learning_rate=0.5)
+@method("SGD that adapts its steps to the norms of gradients", learning_rate=1.0)
 def adagrad_norm(
     learning_rate: optax.ScalarOrSchedule,
     *,
